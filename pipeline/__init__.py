@@ -1,0 +1,51 @@
+"""headrace: stream LLaMA-family checkpoints into TensorRT-LLM ranks on a machine far smaller than the checkpoint.
+
+    from pipeline import convert, plan, Job
+
+    print(plan(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8).summary())
+    result = convert(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import BadInput, HeadraceError, Interrupted, WriteFailed
+from pipeline.job import Job, make_job
+
+if TYPE_CHECKING:
+    from pipeline.execute import Listener, Result
+    from pipeline.plans import Plan
+
+__all__ = ["BadInput", "HeadraceError", "Interrupted", "Job", "WriteFailed", "convert", "plan"]
+
+
+def plan(job: Job | str | Path | None = None, /, **options: Any) -> Plan:
+    """Say what `convert` with the same arguments would do; opens headers only and writes nothing.
+
+    `job` is a Job, a TOML file of its fields, or nothing; `options` are a Job's fields and override it.
+    Raises BadInput with every problem of the request, the source and the output directory.
+    """
+    from pipeline.planning import make_plan
+
+    return make_plan(_job(job, options))
+
+
+def convert(job: Job | str | Path | None = None, /, *, listener: Listener | None = None, **options: Any) -> Result:
+    """Convert a checkpoint; arguments as for `plan`. A finished, unchanged output is left as it is.
+
+    Returns the outputs, bytes, seconds and peak memory. Raises BadInput before anything is written, Interrupted and
+    WriteFailed after.
+    """
+    from pipeline.execute import execute
+
+    started = time.perf_counter()
+    return execute(plan(job, **options), listener, started=started)
+
+
+def _job(job: Job | str | Path | None, options: dict[str, Any]) -> Job:
+    if isinstance(job, Job):
+        return make_job({**job.model_dump(), **options}) if options else job
+    return make_job(options, None if job is None else Path(job))

@@ -1,0 +1,116 @@
+"""What planning checks before anything is written: that source, configuration and target agree, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.dtypes import of_numpy
+from pipeline.errors import Problem
+from pipeline.model_config import ModelConfig
+from pipeline.tables import Family, Module, Slot
+from pipeline.tensors import LazyTensor, Source, TensorMap
+
+if TYPE_CHECKING:
+    from stages.shard import Sharding
+
+WEIGHTS = {"F64", "F32", "F16", "BF16"}
+
+
+def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
+    """The parameters that TensorRT-LLM's loader asks of a module, by config.json alone."""
+    return ("weight", "bias") if module.bias and getattr(model, module.bias) else ("weight",)
+
+
+def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tuple[str, Slot, str]]:
+    """Every tensor that a target needs after unpacking: (name, slot, parameter).
+
+    Experts are asked for one by one, unless their stack is there.
+    """
+    model = sharding.model
+    for module in sharding.layout.modules.values():
+        for layer in range(model.num_hidden_layers) if module.in_layer else (None,):
+            base = module.name.replace("{layer}", str(layer))
+            for part in module.parts or (None,):
+                suffix = f".{part.name}" if part else ""
+                for parameter in parameters(module, model):
+                    stack = f"{base}{suffix}.{parameter}"
+                    if not module.experts or stack in tensors:
+                        yield stack, Slot(module, part, layer, None), parameter
+                        continue
+                    for expert in range(model.num_experts):
+                        yield f"{base}.{expert}{suffix}.{parameter}", Slot(module, part, layer, expert), parameter
+
+
+def check_tensors(tensors: TensorMap, origins: Mapping[str, str], sharding: Sharding, family: Family) -> list[Problem]:
+    """Missing tensors, shapes that contradict the configuration, parameters that it does not speak of, types that are no weights."""
+    problems = []
+    wanted = {}
+    for name, slot, parameter in expected(sharding, tensors):
+        wanted[name] = sharding.shape(slot, parameter)
+        if name not in tensors:
+            remedy = "Fetch the missing shard, or mend the configuration"
+            problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
+    for name, array in tensors.items():
+        source = origin(name, origins)
+        if name not in wanted:
+            remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
+            problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
+        elif array.shape != wanted[name]:
+            problems.append(
+                Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration")
+            )
+        elif of_numpy(array.dtype).safetensors not in WEIGHTS:
+            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(WEIGHTS))
+            problems.append(Problem(source, f"values of type {found}", f"weights of type {types}"))
+    return problems
+
+
+def check_quantization(source: Source) -> list[Problem]:
+    """A quantized Hugging Face checkpoint is refused by name: its codes must not pass for weights."""
+    settings = source.config.get("quantization_config")
+    if not settings:
+        return []
+    method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
+    subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"
+    return [Problem(subject, f"quant_method {method}", "a model that is not quantized", remedy)]
+
+
+def check_ties(source: Source, copies: Mapping[str, str]) -> list[Problem]:
+    """Tied embeddings that come with a second copy: it must be one. Compared on 16 rows spread over the tensor."""
+    problems = []
+    for copy, original in copies.items():
+        a, b = source.tensors[copy], source.tensors[original]
+        if a.shape == b.shape and a.dtype == b.dtype and all(_equal_rows(a, b)):
+            continue
+        expected_, remedy = f"a copy of {original}", "Set tie_word_embeddings to false, or remove the tensor"
+        problems.append(Problem(copy, "other values, though the configuration says tied", expected_, remedy))
+    return problems
+
+
+def _equal_rows(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
+    for row in sorted(set(np.linspace(0, a.shape[0] - 1, 16, dtype=int).tolist())):
+        region = ((row, row + 1), *((0, size) for size in a.shape[1:]))
+        yield np.asarray(a.block(region)).tobytes() == np.asarray(b.block(region)).tobytes()
+
+
+def origin(name: str, origins: Mapping[str, str]) -> str:
+    """The source tensor that a renamed tensor comes from; for an unpacked one, a packed parameter of its module."""
+    if name in origins:
+        return origins[name]
+    module = name.rpartition(".")[0]
+    return next((source for new, source in origins.items() if new.rpartition(".")[0] == module), name)
+
+
+def source_name(name: str, family: Family) -> str:
+    """What a family's checkpoints call a renamed tensor."""
+    from pipeline.tables import PatternTable
+
+    module, _, parameter = name.rpartition(".")
+    found = PatternTable((row.to, pattern) for pattern, row in family.rename.items()).find(module)
+    if found is None:
+        return name
+    pattern, numbers = found
+    return f"{pattern.format(**numbers)}.{parameter}"

@@ -1,0 +1,63 @@
+"""One table of element types: safetensors names, NumPy types, TensorRT-LLM names, Zarr bit patterns.
+
+bfloat16 and float8 are NumPy extension types from `ml_dtypes`. Zarr 3 stores neither, so their bit patterns are stored as
+unsigned integers of the same width (`zarr`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type under all of its names. `target` is empty where TensorRT-LLM has no such model dtype."""
+
+    safetensors: str
+    numpy: np.dtype
+    target: str
+    zarr: str
+
+
+TABLE: tuple[DType, ...] = (
+    DType("F64", np.dtype(np.float64), "", "float64"),
+    DType("F32", np.dtype(np.float32), "float32", "float32"),
+    DType("F16", np.dtype(np.float16), "float16", "float16"),
+    DType("BF16", np.dtype(ml_dtypes.bfloat16), "bfloat16", "uint16"),
+    DType("F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), "", "uint8"),
+    DType("F8_E5M2", np.dtype(ml_dtypes.float8_e5m2), "", "uint8"),
+    DType("I64", np.dtype(np.int64), "", "int64"),
+    DType("I32", np.dtype(np.int32), "", "int32"),
+    DType("I16", np.dtype(np.int16), "", "int16"),
+    DType("I8", np.dtype(np.int8), "", "int8"),
+    DType("U64", np.dtype(np.uint64), "", "uint64"),
+    DType("U32", np.dtype(np.uint32), "", "uint32"),
+    DType("U16", np.dtype(np.uint16), "", "uint16"),
+    DType("U8", np.dtype(np.uint8), "", "uint8"),
+    DType("BOOL", np.dtype(np.bool_), "", "bool"),
+)
+
+BY_SAFETENSORS = {row.safetensors: row for row in TABLE}
+BY_TARGET = {row.target: row for row in TABLE if row.target}
+_BY_NUMPY = {row.numpy: row for row in TABLE}
+
+# The order in which the safetensors library lays out tensors of different types in one file: its type enumeration, backwards.
+FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+
+
+def of_numpy(dtype: np.dtype) -> DType:
+    """The row of a NumPy type. Raises KeyError for a type that no checkpoint holds."""
+    return _BY_NUMPY[np.dtype(dtype)]
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether values of `dtype` are weights that a cast may change (not packed words or integers)."""
+    return of_numpy(dtype).safetensors[0] in "FB" and dtype != np.bool_
+
+
+def auto_dtype(source: str | None) -> str:
+    """TensorRT-LLM's `--dtype auto`: the source's own type; float32 or none named becomes float16 (checkpoint-format, section 5)."""
+    return "float16" if source in (None, "", "float32") else str(source)

@@ -1,0 +1,63 @@
+"""How much memory a run takes, projected before it runs, and the piece size that keeps it under the limit.
+
+A worker holds a few copies of one piece at a time, whatever the size of the block, the tensor or the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.errors import BadInput, Problem
+
+MIB = 1 << 20
+# A process with Dask, its dashboard and a small plan, but no work: measured by benchmarks/convert.py.
+BASE_BYTES = 160 * MIB
+# The plan and the scheduler's records of one task, its placements included: measured on a 70B model.
+TASK_BYTES = 64 << 10
+MAX_PIECE_BYTES = 8 * MIB
+MAX_BLOCK_BYTES = 256 * MIB
+MIN_BLOCK_BYTES = 8 * MIB
+# Copies of a piece that a worker holds at once: the mapped one, its cast, a strided part gathered; unpackers' temporaries.
+DENSE_COPIES = 3
+PACKED_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one tensor's smallest piece needs: its bytes, and how many copies of it are held."""
+
+    name: str
+    least_piece_bytes: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The piece size chosen for a run and the peak memory of the process that it implies."""
+
+    piece_bytes: int
+    peak_bytes: int
+    workers: int
+    limit_bytes: int
+
+
+def block_bytes(total_bytes: int, workers: int) -> int:
+    """The bytes of one task's work: small models are cut finer, so that every worker has work and the progress moves."""
+    return min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // (8 * workers)))
+
+
+def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int) -> Budget:
+    """Choose the piece size for a limit. Raises BadInput naming the tensor that needs most where nothing fits, and what would."""
+    worst = max(needs, key=lambda need: need.least_piece_bytes * need.copies)
+    fixed = BASE_BYTES + tasks * TASK_BYTES
+    least = worst.least_piece_bytes * worst.copies
+    if limit_bytes < fixed + workers * least:
+        wanted = -(-(fixed + workers * least) // MIB)
+        fewer = (limit_bytes - fixed) // least
+        remedy = f"Give --memory_limit {wanted}MiB" + (f" or --workers {fewer}" if fewer > 0 else "")
+        found = f"{limit_bytes // MIB} MiB for {workers} workers, each with a piece of {worst.name}"
+        raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
+    piece = min((limit_bytes - fixed) // (workers * worst.copies), MAX_PIECE_BYTES)
+    piece = max(piece, worst.least_piece_bytes)
+    return Budget(piece, fixed + workers * worst.copies * piece, workers, limit_bytes)

@@ -1,0 +1,114 @@
+"""Regions of arrays, and placements: which region of a source array goes to which region of which rank's tensor.
+
+A `Region` is one half-open interval (start, stop) an axis. Everything here is arithmetic on plain integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Interval = tuple[int, int]
+Region = tuple[Interval, ...]
+
+
+def whole(shape: Sequence[int]) -> Region:
+    """The region that covers an array of `shape`."""
+    return tuple((0, size) for size in shape)
+
+
+def extent(region: Region) -> tuple[int, ...]:
+    """The shape of a region."""
+    return tuple(stop - start for start, stop in region)
+
+
+def size(region: Region) -> int:
+    """The number of elements in a region."""
+    return math.prod(extent(region))
+
+
+def intersect(a: Region, b: Region) -> Region | None:
+    """What two regions of one array share; None where they share nothing."""
+    common = tuple((max(x0, y0), min(x1, y1)) for (x0, x1), (y0, y1) in zip(a, b, strict=True))
+    return None if any(start >= stop for start, stop in common) else common
+
+
+def shift(region: Region, origin: Sequence[int], sign: int = 1) -> Region:
+    """A region moved by `origin` (or back, with sign -1)."""
+    return tuple((start + sign * by, stop + sign * by) for (start, stop), by in zip(region, origin, strict=True))
+
+
+def slices(region: Region) -> tuple[slice, ...]:
+    """A region as NumPy's index."""
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+def pieces(region: Region, itemsize: int, limit_bytes: int, row_multiple: int = 1) -> Iterator[Region]:
+    """Cut a region, in C order, into parts of at most `limit_bytes`, each contiguous where the region is.
+
+    Rows are cut at multiples of `row_multiple` from the region's start. The last axis is never cut, so that a part may be
+    larger than the limit where one row is.
+    """
+    shape = extent(region)
+    if len(shape) <= 1 or math.prod(shape) * itemsize <= limit_bytes:
+        if len(shape) == 1 and shape[0] * itemsize > limit_bytes:
+            step = max(limit_bytes // itemsize // row_multiple, 1) * row_multiple
+            yield from (((s, min(s + step, region[0][1])),) for s in range(*region[0], step))
+        else:
+            yield region
+        return
+    row_bytes = math.prod(shape[1:]) * itemsize
+    if row_bytes * row_multiple > limit_bytes and len(shape) > 2:
+        for row in range(*region[0]):
+            yield from (((row, row + 1), *rest) for rest in pieces(region[1:], itemsize, limit_bytes, row_multiple))
+        return
+    step = max(limit_bytes // row_bytes // row_multiple, 1) * row_multiple
+    for start in range(*region[0], step):
+        yield ((start, min(start + step, region[0][1])), *region[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`source` region of an array -> `target` region of `tensor` on `rank`.
+
+    Both regions hold the same number of elements in the same C order; the target may have extra leading axes of length 1 (an
+    expert's matrix inside a stack). `source` is None for padding, which is zeros.
+    """
+
+    rank: int
+    tensor: str
+    source: Region | None
+    target: Region
+
+
+@dataclass(frozen=True, slots=True)
+class RankTensor:
+    """A tensor of an output rank: its name and shape there, and its dtype by TensorRT-LLM's name."""
+
+    rank: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def runs(shape: Sequence[int], region: Region) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """The contiguous runs of `region` in a C-ordered tensor of `shape`: (first element, index of the run, elements).
+
+    The index is relative to the region and addresses the part of the region's values that the run takes.
+    """
+    axis = len(shape)
+    while axis and region[axis - 1] == (0, shape[axis - 1]):
+        axis -= 1
+    axis = max(axis - 1, 0)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    length = size(region[axis:])
+    base = sum(start * stride for (start, _), stride in zip(region, strides, strict=True))
+    leading = extent(region[:axis])
+    for flat in range(math.prod(leading)):
+        index, rest = [], flat
+        for n in reversed(leading):
+            rest, position = divmod(rest, n)
+            index.append(position)
+        index.reverse()
+        yield base + sum(i * s for i, s in zip(index, strides, strict=False)), tuple(index), length

@@ -1,0 +1,114 @@
+"""What a run shows while it works: a live bar on a terminal, plain or JSON lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from pipeline.execute import Listener, Silent
+
+if TYPE_CHECKING:
+    from pipeline.plans import Plan
+    from stages.write import Written
+
+LogFormat = Literal["text", "json"]
+LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal
+
+_LAYER = re.compile(r"(?:transformer\.)?(layers\.\d+|[\w.]+?)(?:\.|$)")
+
+
+def listener(quiet: bool, log_format: LogFormat, stream: IO[str] | None = None) -> Listener:
+    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not."""
+    stream = stream or sys.stderr
+    if quiet:
+        return Silent()
+    if log_format == "json":
+        return Lines(stream, as_json=True)
+    return Bar(stream) if stream.isatty() else Lines(stream, as_json=False)
+
+
+def layer(name: str) -> str:
+    """The part of a tensor's name that says how far a run is: `layers.3`, `vocab_embedding`, `lm_head`."""
+    found = _LAYER.match(name)
+    return found[1] if found else name
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people: binary units, as file sizes and memory limits have them."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class Lines:
+    """A line at the start, then one every few seconds; each whole in itself."""
+
+    def __init__(self, stream: IO[str], as_json: bool) -> None:
+        self.stream, self.as_json = stream, as_json
+        self.done = self.total = 0
+        self.begun = self.last = time.monotonic()
+
+    def _say(self, event: str, text: str, **values: Any) -> None:
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
+        print(line, file=self.stream, flush=True)
+
+    def started(self, plan: Plan, dashboard: str) -> None:
+        self.total, self.begun = plan.targets_bytes, time.monotonic()
+        left_out = f"; leaving out {len(plan.left_out)} tensors (headrace plan lists them)" if plan.left_out else ""
+        watch = f"; dashboard {dashboard}" if dashboard else ""
+        text = f"converting {plan.source.location} in {len(plan.groups)} tasks{watch}{left_out}"
+        self._say("started", text, source=str(plan.source.location), tasks=len(plan.groups), bytes=self.total, dashboard=dashboard)
+
+    def advanced(self, written: Written) -> None:
+        self.done += written.bytes_written
+        now = time.monotonic()
+        if now - self.last < LINE_SECONDS and self.done < self.total:
+            return
+        self.last = now
+        rate = self.done / max(now - self.begun, 1e-9)
+        eta = (self.total - self.done) / max(rate, 1)
+        place = layer(written.name)
+        text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
+        self._say(
+            "progress", text, bytes=self.done, total_bytes=self.total, bytes_per_second=round(rate), eta_seconds=round(eta, 1), layer=place
+        )
+
+    def finished(self) -> None:
+        pass
+
+
+class Bar:
+    """rich's progress bar: bytes, GB/s, time left, and the layer that the last task ended in."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+        )
+        self.task: Any = None
+
+    def started(self, plan: Plan, dashboard: str) -> None:
+        if dashboard:
+            self.progress.console.print(f"Dask dashboard: [link={dashboard}]{dashboard}[/link]", highlight=False)
+        if plan.left_out:
+            self.progress.console.print(f"[yellow]Leaving out {len(plan.left_out)} tensors; headrace plan lists them.[/yellow]")
+        self.task = self.progress.add_task("converting", total=plan.targets_bytes)
+        self.progress.start()
+
+    def advanced(self, written: Written) -> None:
+        self.progress.update(self.task, advance=written.bytes_written, description=layer(written.name))
+
+    def finished(self) -> None:
+        self.progress.stop()

@@ -1,0 +1,80 @@
+"""Plans and results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from pipeline.progress import human_bytes
+
+if TYPE_CHECKING:
+    from pipeline.execute import Result
+    from pipeline.plans import Plan
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Everything that `headrace plan` says, as tables."""
+    summary = plan.summary()
+    source = summary["source"]
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("source", source["path"])
+    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {human_bytes(source['bytes'])}, {source['dtype'] or 'packed'}")
+    facts.add_row("family", f"{source['family']} ({source['architecture']})")
+    for phase in summary["phases"]:
+        facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {summary['tasks']} tasks")
+    facts.add_row(
+        "blocks", f"{human_bytes(summary['block_bytes'])} a task, {human_bytes(summary['piece_bytes'])} at a time, {summary['workers']} workers"
+    )
+    facts.add_row("memory", f"{human_bytes(summary['peak_memory_bytes'])} projected, {human_bytes(summary['memory_limit_bytes'])} allowed")
+    facts.add_row("reads", human_bytes(summary["bytes_read"]))
+    facts.add_row("writes", human_bytes(summary["bytes_written"]))
+    facts.add_row("scratch", "none: the source streams straight into the rank files")
+    for reason, names in _by_reason(source["left_out"]).items():
+        facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    return Group(facts, "", *(_target_table(target) for target in summary["targets"]))
+
+
+def result_table(plan: Plan, result: Result) -> RenderableType:
+    """What was written, and how long it took."""
+    table = Table(title=f"Written in {result.seconds:.1f} s", title_justify="left", title_style="bold")
+    for column in ("file", "tensors", "size"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for target in plan.targets:
+        for file in target.output.files:
+            table.add_row(str(file.path.name), str(len(file.tensors)), human_bytes(file.size_bytes))
+        table.add_row("config.json", "", human_bytes(len(target.output.config)))
+    speed = result.bytes_written / result.seconds / 1e9
+    stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
+    places = "\n".join(str(target.output.directory) for target in plan.targets)
+    line = f"{human_bytes(result.bytes_read)} read, {human_bytes(result.bytes_written)} written, {speed:.2f} GB/s"
+    return Group(table, f"{line}, peak memory {human_bytes(result.peak_memory_bytes)}", f"stages (summed over workers): {stages}", places)
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not cut lines where its output is not a terminal."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+
+
+def _target_table(target: dict) -> Table:
+    mapping = target["mapping"]
+    sizes = ", ".join(f"{key} {mapping[key]}" for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
+    table = Table(title=f"{target['path']}: {target['dtype']}, {sizes}", title_justify="left", title_style="bold")
+    for column in ("file", "tensors", "bytes", "size"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for rank in target["ranks"]:
+        table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
+    state = "already written: nothing to do" if target["up_to_date"] else f"{human_bytes(target['free_bytes_there'])} free there"
+    table.caption = f"{human_bytes(target['bytes'])} needed, {state}"
+    table.caption_justify = "left"
+    return table
+
+
+def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
+    reasons = Counter(left_out.values())
+    return {reason: sorted(name for name, why in left_out.items() if why == reason) for reason in reasons}

@@ -1,0 +1,42 @@
+"""cast: each value rounded once, to nearest even, from its own type to the target's; a cast commutes with any slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.dtypes import BY_TARGET
+from pipeline.tables import Layout
+from pipeline.tensors import Applied, Block, TensorMap, map_blocks
+
+
+def target_dtype(name: str, layout: Layout, dtype: str) -> str:
+    """The type of a tensor in the target: `dtype`, unless its module has one of its own (a router is float32)."""
+    slot = layout.find(name.rpartition(".")[0])
+    return slot.module.dtype if slot and slot.module.dtype else dtype
+
+
+def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:
+    """Every tensor in the type that a target of `dtype` stores it in; arrays that have it already are the same objects."""
+    result = {}
+    for name, array in tensors.items():
+        wanted = BY_TARGET[target_dtype(name, layout, dtype)].numpy
+        result[name] = array if array.dtype == wanted else map_blocks(array, as_type, dtype=wanted, wanted=wanted)
+    return result
+
+
+def as_type(block: Block, wanted: np.dtype) -> Block:
+    """A block whose values are cast as they are read."""
+    return Applied(block, AsType(wanted), stage="cast", dtype=wanted)
+
+
+@dataclass(frozen=True)
+class AsType:
+    """Values in another type. Too large for float16 becomes infinity, as in torch."""
+
+    wanted: np.dtype
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(self.wanted)

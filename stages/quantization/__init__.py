@@ -1,0 +1,1 @@
+"""Quantized formats, one file each: how a source packs them (`accepts`, `unpack`)."""

@@ -1,0 +1,83 @@
+"""read: the bytes of every tensor, unchanged (packed formats stay packed); a slice touches only its own rows.
+
+Each module of this package that has `detect` and `open_source` is a source; adding a source is adding a module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.errors import BadInput, Problem
+from pipeline.placement import Region
+from pipeline.tensors import Block, LazyTensor, Source, TensorMap
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+
+def sources() -> tuple[ModuleType, ...]:
+    """The source modules of this package. Where several accept a directory, Hugging Face's own format comes first."""
+    found = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    modules = [module for module in found if hasattr(module, "detect")]
+    return tuple(sorted(modules, key=lambda module: module.__name__.rpartition(".")[2] != "huggingface"))
+
+
+def open_source(location: Path) -> Source:
+    """Open a checkpoint by what it is. Raises BadInput where nothing is there, or nothing that headrace reads."""
+    if not location.exists():
+        raise BadInput([Problem(str(location), "no such file or directory", "a checkpoint")])
+    for module in sources():
+        if module.detect(location):
+            source: Source = module.open_source(location)
+            return source
+    names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) if location.is_dir() else "another file"
+    expected = "a Hugging Face directory with safetensors, or a GGUF file"
+    raise BadInput([Problem(str(location), names or "an empty directory", expected)])
+
+
+def read(source: Source, block_bytes: int, row_multiple: int) -> TensorMap:
+    """Every tensor of a source as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
+    return {name: _array(name, tensor, block_bytes, row_multiple) for name, tensor in source.tensors.items()}
+
+
+def open_block(tensor: LazyTensor, region: Region) -> Block:
+    """What a read task runs: nothing is touched yet."""
+    return tensor.block(region)
+
+
+def _array(name: str, tensor: LazyTensor, block_bytes: int, row_multiple: int) -> da.Array:
+    import dask.array as da
+    from dask._task_spec import Task
+
+    chunks = chunk_sizes(tensor.shape, tensor.dtype.itemsize, block_bytes, row_multiple)
+    key = f"read-{name}"
+    graph = {}
+    for index in np.ndindex(*map(len, chunks)):
+        region = tuple(
+            (sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True)
+        )
+        graph[(key, *index)] = Task((key, *index), open_block, tensor, region)
+    return da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=tensor.dtype))
+
+
+def chunk_sizes(shape: tuple[int, ...], itemsize: int, block_bytes: int, row_multiple: int) -> tuple[tuple[int, ...], ...]:
+    """Chunk lengths by axis: rows in multiples of `row_multiple`; a stack is cut between its matrices, then inside them."""
+    if not shape:
+        return ()
+    row_bytes = max(math.prod(shape[1:]) * itemsize, 1)
+    if len(shape) > 2 and row_bytes > block_bytes:
+        inner = chunk_sizes(shape[1:], itemsize, block_bytes, row_multiple)
+        return ((1,) * shape[0], *inner)
+    multiple = row_multiple if len(shape) < 3 else 1
+    rows = min(max(block_bytes // row_bytes // multiple, 1) * multiple, shape[0])
+    if not rows:
+        return tuple((n,) for n in shape)
+    full, rest = divmod(shape[0], rows)
+    return ((rows,) * full + ((rest,) if rest else ()), *((n,) for n in shape[1:]))

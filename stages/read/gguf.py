@@ -1,0 +1,198 @@
+"""GGUF files of llama.cpp: metadata as the model's configuration, tensors as they are packed.
+
+Unquantized tensors are mapped as float32, float16 or bfloat16. Quantized ones are mapped as bytes, [rows, bytes of a row], under a
+parameter named after their packing (`weight` of type Q4_1 becomes `gguf_Q4_1`), which `unpack` recognises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensors import LazyTensor, Source, SourceFile
+from stages.read.mapped import MappedTensor
+
+MAGIC = b"GGUF"
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64)}
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def detect(location: Path) -> bool:
+    """Whether `location` is a GGUF file, or a directory of them without a config.json."""
+    if location.is_file():
+        with location.open("rb") as file:
+            return file.read(4) == MAGIC or location.suffix == ".gguf"
+    return location.is_dir() and any(location.glob("*.gguf"))
+
+
+def open_source(location: Path) -> Source:
+    """Open a file, or all parts of a model that was split into several. Raises BadInput with all problems found."""
+    problems: list[Problem] = []
+    tensors: dict[str, LazyTensor] = {}
+    types: Counter[str] = Counter()
+    files, metadata = [], {}
+    for path in _parts(location):
+        try:
+            reader = _open(path)
+        except BadInput as error:
+            problems += error.problems
+            continue
+        size = path.stat().st_size
+        metadata = metadata or _metadata(reader)
+        for tensor in reader.tensors:
+            kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape.tolist()))
+            module, _, parameter = tensor.name.rpartition(".")
+            name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
+            if name in tensors:
+                problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
+            if int(tensor.data_offset) + int(tensor.n_bytes) > size:
+                problems.append(_damaged(path, f"{tensor.name} up to byte {tensor.data_offset + tensor.n_bytes:,} of {size:,}"))
+            if kind not in PLAIN and parameter != "weight":
+                problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
+            if len(shape) > 1:
+                types[kind] += int(tensor.n_bytes)
+            dtype = PLAIN.get(kind, np.dtype(np.uint8))
+            stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
+            tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
+        files.append(_source_file(path, int(reader.data_offset)))
+    if problems:
+        raise BadInput(problems)
+    architecture = str(metadata.get("general.architecture", ""))
+    config = _config(metadata, architecture, tensors, location)
+    commonest = types.most_common(1)[0][0] if types else ""
+    return Source(
+        kind=f"GGUF ({commonest})",
+        location=location,
+        container="gguf",
+        architecture=architecture + ("+experts" if config.get("expert_count") else ""),
+        config=config,
+        config_name=str(location),
+        tensors=tensors,
+        files=tuple(files),
+        dtype=NAMES.get(commonest),
+    )
+
+
+def _parts(location: Path) -> list[Path]:
+    paths = [location] if location.is_file() else sorted(location.glob("*.gguf"))
+    split = _SPLIT.search(paths[0].name)
+    if split:
+        stem, count = paths[0].name[: split.start()], int(split[2])
+        paths = [paths[0].parent / f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+        missing = [Problem(str(path), "no such file", f"one of {count} parts") for path in paths if not path.is_file()]
+        if missing:
+            raise BadInput(missing)
+    elif len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise BadInput([Problem(str(location), names, "one GGUF model", "Name the file itself with --model_dir")])
+    return paths
+
+
+def _open(path: Path) -> Any:
+    import gguf
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """gguf's reader, less the contents of string arrays: vocabularies take it seconds and hundreds of megabytes."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+            if kind != gguf.GGUFValueType.STRING:
+                return super()._get_field_parts(orig_offs, raw_type)
+            offset = orig_offs + 12
+            for _ in range(count):
+                offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
+            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+            return offset - orig_offs, head, [1], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64]
+
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
+    try:
+        return Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError) as error:
+        raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
+
+
+def _metadata(reader: Any) -> dict[str, Any]:
+    values = {}
+    for name, field in reader.fields.items():
+        value = field.contents()
+        if field.types[-1].name == "FLOAT32" and isinstance(value, float):
+            value = float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+        values[name] = value
+    return values
+
+
+def _config(
+    metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path
+) -> dict[str, Any]:
+    """The architecture's own keys without their prefix, and what GGUF says elsewhere under the names that the tables use."""
+    prefix = f"{architecture}."
+    config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if "tokenizer.ggml.tokens" in metadata:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        config.setdefault("vocab_size", tokens[0] if isinstance(tokens, list) else int(tokens))
+    config["attention.bias"] = "blk.0.attn_q.bias" in tensors
+    scaling = _rope_scaling(config, tensors.get("rope_freqs.weight"), location)
+    if scaling:
+        config["rope_scaling"] = scaling
+    return config
+
+
+def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, location: Path) -> dict[str, Any] | None:
+    """GGUF's two ways to say how positions are scaled, as config.json would say it.
+
+    Llama 3.1's is a tensor of frequency factors. Its parameters are recovered and checked against every factor.
+    """
+    kind = config.get("rope.scaling.type", "none")
+    if factors is None:
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
+        raise BadInput([Problem(f"{location}: rope.scaling.type", kind, "none, linear, or Llama 3.1's factors")])
+    stored = np.asarray(factors.block(tuple((0, n) for n in factors.shape)), dtype=np.float64)
+    base = float(config.get("rope.freq_base", 10000.0))
+    scaling = {
+        "factor": float(round(float(stored.max()), 3)),
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    if not np.allclose(stored, llama3_factors(base, 2 * stored.size, scaling), rtol=1e-3):
+        expected = "the factors of a llama3 scaling with bands 1 to 4 of 8192 positions"
+        raise BadInput([Problem(f"{location}: rope_freqs.weight", f"factors {stored.min():g} to {stored.max():g}", expected)])
+    return scaling
+
+
+def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """By how much Llama 3.1 divides each of the head_size / 2 rotary frequencies, float64."""
+    wavelengths = 2 * np.pi * base ** (np.arange(0, head_size, 2) / head_size)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    return 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
+
+
+def _source_file(path: Path, header_bytes: int) -> SourceFile:
+    status = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(header_bytes))
+    return SourceFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+
+def _damaged(path: Path, found: str) -> Problem:
+    return Problem(str(path), found, "a whole GGUF file", "The file is damaged or cut short: fetch it again")

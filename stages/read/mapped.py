@@ -1,0 +1,79 @@
+"""A tensor that lies as one run of bytes in a local file, memory-mapped a piece at a time.
+
+A piece is mapped when it is asked for and unmapped when its array is dropped, so that no page of the file stays in the process.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.metering import meter
+from pipeline.placement import Region, extent, shift, slices, whole
+from pipeline.tensors import Block
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: fault a piece in with one call; not yet in Python's mmap
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """`shape` elements of `dtype` in C order, from byte `offset` of the file at `path`."""
+
+    path: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def block(self, region: Region) -> Block:
+        return MappedBlock(self, region)
+
+
+class MappedBlock(Block):
+    """A region of a MappedTensor; nothing is mapped until it is read."""
+
+    def __init__(self, tensor: MappedTensor, region: Region) -> None:
+        self.tensor, self.region = tensor, region
+        self.shape, self.dtype = extent(region), tensor.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """Map the bytes from the region's first row to its last. Raises OSError where the file has become shorter."""
+        tensor = self.tensor
+        region = shift(region, [start for start, _ in self.region])
+        if not tensor.shape:
+            return self._map(0, 1).reshape(())
+        row = math.prod(tensor.shape[1:])
+        first, last = region[0]
+        if last <= first or not row:
+            return np.empty(extent(region), dtype=tensor.dtype)
+        if len(tensor.shape) > 2 and last - first == 1:
+            # Inside one matrix of a stack the rows are contiguous too.
+            inner = math.prod(tensor.shape[2:])
+            top, bottom = region[1]
+            values = self._map(first * row + top * inner, (bottom - top) * inner)
+            values = values.reshape(1, bottom - top, *tensor.shape[2:])
+            return values[(slice(None), slice(None), *slices(region[2:]))]
+        values = self._map(first * row, (last - first) * row).reshape(last - first, *tensor.shape[1:])
+        return values if region[1:] == whole(tensor.shape[1:]) else values[(slice(None), *slices(region[1:]))]
+
+    def _map(self, first: int, count: int) -> np.ndarray:
+        tensor = self.tensor
+        start = tensor.offset + first * tensor.dtype.itemsize
+        nbytes = count * tensor.dtype.itemsize
+        aligned = start - start % mmap.ALLOCATIONGRANULARITY
+        with meter("read", nbytes):
+            descriptor = os.open(tensor.path, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size < start + nbytes:
+                    raise OSError(f"{tensor.path} has become shorter than its header says: it was changed while being read")
+                pages = mmap.mmap(descriptor, start - aligned + nbytes, access=mmap.ACCESS_READ, offset=aligned)
+            finally:
+                os.close(descriptor)
+            try:
+                pages.madvise(_POPULATE_READ)
+            except (OSError, AttributeError):
+                pass  # an older kernel faults the pages in one by one
+            return np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=start - aligned).view(tensor.dtype)

@@ -1,0 +1,112 @@
+"""The safetensors container: the header, checked as strictly as the format allows, and tensors as mapped byte ranges.
+
+A file is 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without gaps. Only the header is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.dtypes import BY_SAFETENSORS
+from pipeline.errors import BadInput, Problem
+from pipeline.tensors import SourceFile
+from stages.read.mapped import MappedTensor
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
+    """Read and check one file's header. Raises BadInput with every problem of the file, and OSError where it cannot be read."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8:
+            raise BadInput([_damaged(path, f"{status.st_size} bytes", "at least 8: the header's length")])
+        if length > min(status.st_size - 8, MAX_HEADER_BYTES):
+            found = f"a header of {length:,} bytes in a file of {status.st_size:,}"
+            raise BadInput([_damaged(path, found, "a header inside the file, of at most 100 MB")])
+        header = file.read(length)
+    tensors, problems = parse_header(header, status.st_size - 8 - length, path)
+    if problems:
+        raise BadInput(problems)
+    digest = hashlib.sha256(prefix + header).hexdigest()
+    return SourceFile(path, status.st_size, status.st_mtime_ns, digest), tensors
+
+
+def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, MappedTensor], list[Problem]]:
+    """Tensors by name, and what is wrong with the header of a file with `data_bytes` bytes behind it. Never raises."""
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        return {}, [_damaged(path, f"a header that is not JSON ({error})", "a JSON object")]
+    if not isinstance(entries, Mapping):
+        return {}, [_damaged(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")]
+    tensors, problems, ranges = {}, [], []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, start, stop = _entry(entry)
+        except ValueError as error:
+            problems.append(_damaged(path, str(error), "a dtype, a shape and data_offsets", name))
+            continue
+        row = BY_SAFETENSORS.get(dtype)
+        if row is None:
+            problems.append(_damaged(path, f"dtype {dtype!r}", f"one of {', '.join(BY_SAFETENSORS)}", name))
+        elif not 0 <= start <= stop <= data_bytes:
+            problems.append(
+                _damaged(path, f"data_offsets [{start}, {stop}]", f"offsets inside the file's {data_bytes:,} bytes of data", name)
+            )
+        elif stop - start != math.prod(shape) * row.numpy.itemsize:
+            expected = f"{math.prod(shape) * row.numpy.itemsize:,} for {dtype} {list(shape)}"
+            problems.append(_damaged(path, f"{stop - start:,} bytes", expected, name))
+        else:
+            ranges.append((start, stop, name))
+            tensors[name] = MappedTensor(str(path), 8 + len(header) + start, shape, row.numpy)
+    if not problems:
+        problems = _tiling(sorted(ranges), data_bytes, path)
+    return tensors, problems
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, Mapping) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"an entry {str(entry)[:80]}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for values, what in ((shape, "shape"), (offsets, "data_offsets")):
+        if not isinstance(values, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
+            raise ValueError(f"{what} {str(values)[:80]}")
+    if len(offsets) != 2 or any(n < 0 for n in shape):
+        raise ValueError(f"shape {shape}, data_offsets {offsets}")
+    return str(entry["dtype"]), tuple(shape), offsets[0], offsets[1]
+
+
+def _tiling(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> list[Problem]:
+    """The format has no gaps and no overlaps: either means that the file is cut short or the header is not its own."""
+    problems, end = [], 0
+    for start, stop, name in ranges:
+        if start != end:
+            what = "overlapping the tensor before it" if start < end else f"after {start - end:,} bytes of no tensor"
+            problems.append(_damaged(path, f"data_offsets [{start}, {stop}] {what}", f"data from byte {end}", name))
+        end = max(end, stop)
+    if end != data_bytes:
+        problems.append(_damaged(path, f"{data_bytes:,} bytes of data", f"{end:,}, where the last tensor ends"))
+    return problems
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key that stands twice")
+    return result
+
+
+def _damaged(path: Path, found: str, expected: str, tensor: str = "") -> Problem:
+    subject = f"{path}: {tensor}" if tensor else str(path)
+    return Problem(subject, found, expected, "The file is damaged or cut short: fetch it again")

@@ -1,0 +1,238 @@
+"""shard: gather(shard(x)) == x; placements of a rank tensor tile it exactly, with no gap and no overlap.
+
+Pure arithmetic on shapes. Each axis of a source is cut for a rank into one interval and where it goes; a placement is the product
+of its axes' cuts. Facts: TensorRT-LLM checkpoint format, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import Problem
+from pipeline.model_config import ModelConfig
+from pipeline.parallelism import Parallelism, Rank
+from pipeline.placement import Interval, Placement, RankTensor
+from pipeline.tables import Layout, Module, Part, Slot
+from pipeline.tensors import AXES
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """TensorRT-LLM's --use_parallel_embedding and --embedding_sharding_dim (0: vocabulary, 1: hidden)."""
+
+    parallel: bool = False
+    dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One axis of one rank: source interval -> target interval (None: nothing of it), and the axis's length on the rank."""
+
+    source: Interval
+    target: Interval
+    length: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is cut for one target: the sizes that the arithmetic needs, in one place."""
+
+    layout: Layout
+    model: ModelConfig
+    parallelism: Parallelism
+    embedding: Embedding
+
+    def shape(self, slot: Slot, parameter: str) -> tuple[int, ...]:
+        """The shape that the source of `slot` must have, by the model's configuration: [out, in] for a weight, [out] for a bias."""
+        sizes = {"out": slot.out, "in": slot.module.in_, "expert": "num_experts"}
+        return tuple(self.model.dimension(sizes[axis]) for axis in axes(slot, parameter))
+
+    def ranks(self, slot: Slot) -> Iterator[tuple[Rank, str]]:
+        """The ranks that hold a slot's module, and its name there: layers count from 0 on every pipeline stage."""
+        module, sizes = slot.module, self.parallelism
+        for rank in sizes.ranks():
+            if slot.layer is not None:
+                layers = sizes.layers(rank.pp, self.model.num_hidden_layers)
+                if slot.layer in layers:
+                    yield rank, module.name.replace("{layer}", str(slot.layer - layers.start))
+            elif module.ranks == "all" or rank.pp == (0 if module.ranks == "first" else sizes.pp_size - 1):
+                yield rank, module.name
+
+    def cut(self, axis: str, slot: Slot, rank: Rank, parameter: str) -> Cut | None:
+        """The cut of one axis of a source for one rank; None where the rank has nothing of it."""
+        module = slot.module
+        if axis == "expert":
+            return self._cut_experts(slot, rank)
+        name = slot.out if axis == "out" else module.in_
+        size = self.model.dimension(name)
+        split, pad = self._split(module)
+        if split != axis:
+            return Cut((0, size), (0, size), size)
+        count, index = self._group(module, rank)
+        part = slot.part
+        if part and part.heads:
+            return self._cut_heads(part, size, count, index)
+        length = -(-size // count) if pad else size // count
+        start, stop = min(index * length, size), min((index + 1) * length, size)
+        return Cut((start, stop), (0, stop - start), length)
+
+    def _split(self, module: Module) -> tuple[str, bool]:
+        """The axis that a module is split by ("" for none), and whether its last rank is padded."""
+        if module.split == "embedding":
+            if not self.embedding.parallel:
+                return "", False
+            return ("out", True) if self.embedding.dim == 0 else ("in", False)
+        return {"column": "out", "row": "in", "replicate": ""}[module.split], module.pad
+
+    def _group(self, module: Module, rank: Rank) -> tuple[int, int]:
+        sizes = self.parallelism
+        return (sizes.moe_tp_size, rank.moe_tp) if module.experts else (sizes.tp_size, rank.tp)
+
+    def _cut_heads(self, part: Part, size: int, count: int, index: int) -> Cut:
+        """Whole heads: an equal share, or one head held by `count / heads` ranks where there are fewer heads than ranks."""
+        heads = self.model.dimension(part.heads)
+        length = size // heads * max(heads // count, 1)
+        start = (index * heads // count) * (size // heads)
+        return Cut((start, start + length), (0, length), length)
+
+    def _cut_experts(self, slot: Slot, rank: Rank) -> Cut | None:
+        length = self.model.num_experts // self.parallelism.moe_ep_size
+        first = rank.moe_ep * length
+        if slot.expert is None:
+            return Cut((first, first + length), (0, length), length)
+        position = slot.expert - first
+        return Cut((0, 1), (position, position + 1), length) if 0 <= position < length else None
+
+
+def axes(slot: Slot, parameter: str) -> tuple[str, ...]:
+    """The named axes of a slot's source. A norm has no `in`; a stack of experts has `expert` in front."""
+    names = tuple(axis for axis in AXES[parameter] if axis == "out" or slot.module.in_)
+    stacked = slot.module.experts and slot.expert is None
+    return ("expert", *names) if stacked else names
+
+
+def shard(name: str, sharding: Sharding) -> tuple[Placement, ...]:
+    """The placements of one renamed tensor on all ranks of a target, in the order of the ranks.
+
+    Raises KeyError for a name that the layout does not have.
+    """
+    module_name, _, parameter = name.rpartition(".")
+    slot = sharding.layout.find(module_name)
+    if slot is None:
+        raise KeyError(name)
+    placements = []
+    for rank, target in sharding.ranks(slot):
+        names = axes(slot, parameter)
+        cuts = [sharding.cut(axis, slot, rank, parameter) for axis in names]
+        target_cuts = list(cuts)
+        if slot.expert is not None:
+            target_cuts.insert(0, sharding.cut("expert", slot, rank, parameter))
+        if None in target_cuts:
+            continue
+        offset = _part_offset(slot, rank, parameter, sharding)
+        placements += _place(rank, f"{target}.{parameter}", names, _whole(cuts), _whole(target_cuts), offset)
+    return tuple(placements)
+
+
+def rank_tensors(parameters: Mapping[str, set[str]], sharding: Sharding, dtype: str) -> tuple[RankTensor, ...]:
+    """Every tensor of every rank. `parameters` says which each module (by its pattern) has."""
+    result = []
+    for module in sharding.layout.modules.values():
+        for layer in range(sharding.model.num_hidden_layers) if module.in_layer else (None,):
+            for parameter in sorted(parameters.get(module.name, ())):
+                slot = Slot(module, module.parts[0] if module.parts else None, layer, None)
+                for rank, target in sharding.ranks(slot):
+                    shape = _rank_shape(slot, rank, parameter, sharding)
+                    result.append(RankTensor(rank.index, f"{target}.{parameter}", shape, module.dtype or dtype))
+    return tuple(result)
+
+
+def _rank_shape(slot: Slot, rank: Rank, parameter: str, sharding: Sharding) -> tuple[int, ...]:
+    lengths = []
+    for axis in axes(slot, parameter):
+        parts = slot.module.parts if axis == "out" and slot.module.parts else (slot.part,)
+        cuts = _whole(sharding.cut(axis, Slot(slot.module, part, slot.layer, None), rank, parameter) for part in parts)
+        lengths.append(sum(cut.length for cut in cuts))
+    return tuple(lengths)
+
+
+def _part_offset(slot: Slot, rank: Rank, parameter: str, sharding: Sharding) -> int:
+    """Where a part's rows begin in the fused tensor of a rank: behind the parts before it."""
+    offset = 0
+    for part in slot.module.parts:
+        if part == slot.part:
+            break
+        cut = sharding.cut("out", Slot(slot.module, part, slot.layer, slot.expert), rank, parameter)
+        offset += cut.length if cut else 0
+    return offset
+
+
+def _place(
+    rank: Rank, tensor: str, names: Sequence[str], cuts: Sequence[Cut], target_cuts: Sequence[Cut], offset: int
+) -> Iterator[Placement]:
+    out = len(target_cuts) - len(names) + names.index("out")
+    shift = [offset if axis == out else 0 for axis in range(len(target_cuts))]
+    target = tuple((cut.target[0] + by, cut.target[1] + by) for cut, by in zip(target_cuts, shift, strict=True))
+    if all(start < stop for start, stop in target):
+        yield Placement(rank.index, tensor, tuple(cut.source for cut in cuts), target)
+    cut = target_cuts[out]
+    if cut.target[1] < cut.length:
+        padding = (cut.target[1] + offset, cut.length + offset)
+        yield Placement(rank.index, tensor, None, (*target[:out], padding, *target[out + 1 :]))
+
+
+def _whole(cuts: Iterator[Cut | None] | Sequence[Cut | None]) -> list[Cut]:
+    return [cut for cut in cuts if cut is not None]
+
+
+def divisibility(sharding: Sharding) -> list[Problem]:
+    """What the parallel sizes do not divide, each with the sizes that would work (checkpoint-format, section 12)."""
+    model, sizes = sharding.model, sharding.parallelism
+    problems = []
+
+    def refuse(option: str, value: int, what: str, works: Sequence[int]) -> None:
+        choice = ", ".join(map(str, works)) or "none"
+        problems.append(Problem(f"--{option} {value}", what, f"one of: {choice}"))
+
+    if sizes.moe_tp_size * sizes.moe_ep_size != sizes.tp_size:
+        found = f"--moe_tp_size {sizes.moe_tp_size} x --moe_ep_size {sizes.moe_ep_size}"
+        problems.append(Problem(found, str(sizes.moe_tp_size * sizes.moe_ep_size), f"--tp_size {sizes.tp_size}"))
+    fitting = tp_sizes(model, sharding)
+    if sizes.tp_size not in fitting:
+        refuse("tp_size", sizes.tp_size, tp_obstacle(model, sharding, sizes.tp_size), fitting)
+    if sizes.pp_size > model.num_hidden_layers:
+        found = f"{model.num_hidden_layers} layers"
+        problems.append(Problem(f"--pp_size {sizes.pp_size}", found, f"at most {model.num_hidden_layers}"))
+    if model.num_experts:
+        experts = [n for n in range(1, model.num_experts + 1) if model.num_experts % n == 0]
+        if sizes.moe_ep_size not in experts:
+            refuse("moe_ep_size", sizes.moe_ep_size, f"{model.num_experts} experts", experts)
+        if model.intermediate_size % sizes.moe_tp_size:
+            works = [n for n in range(1, 65) if model.intermediate_size % n == 0]
+            refuse("moe_tp_size", sizes.moe_tp_size, f"intermediate_size {model.intermediate_size}", works)
+    elif sizes.moe_ep_size > 1:
+        problems.append(Problem(f"--moe_ep_size {sizes.moe_ep_size}", "a model without experts", "1"))
+    return problems
+
+
+def tp_sizes(model: ModelConfig, sharding: Sharding) -> tuple[int, ...]:
+    """The tensor-parallel sizes that a model can be cut to."""
+    return tuple(n for n in range(1, model.num_attention_heads + 1) if not tp_obstacle(model, sharding, n))
+
+
+def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:
+    """What `tp_size` does not divide, with its size; "" where it divides all that is split."""
+    kv_heads = model.num_key_value_heads
+    if model.num_attention_heads % tp_size:
+        return f"num_attention_heads {model.num_attention_heads}"
+    if (kv_heads % tp_size) if kv_heads >= tp_size else (tp_size % kv_heads):
+        return f"num_key_value_heads {kv_heads}"
+    for module in sharding.layout.modules.values():
+        axis, pad = sharding._split(module)
+        if not axis or pad or module.parts and module.parts[0].heads or module.experts:
+            continue
+        name = module.out if axis == "out" else module.in_
+        if model.dimension(name) % tp_size:
+            return f"{name} {model.dimension(name)}"
+    return ""
