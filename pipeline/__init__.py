@@ -1,9 +1,9 @@
 """headrace: stream LLaMA-family checkpoints into TensorRT-LLM ranks on a machine far smaller than the checkpoint.
 
-    from pipeline import convert, plan, Job
+from pipeline import convert, plan, Job
 
-    print(plan(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8).summary())
-    result = convert(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8)
+print(plan(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8).summary())
+result = convert(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8)
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tupl
 
 
 def check_tensors(tensors: TensorMap, origins: Mapping[str, str], sharding: Sharding, family: Family) -> list[Problem]:
-    """Missing tensors, shapes that contradict the configuration, parameters that it does not speak of, types that are no weights."""
+    """Missing tensors, contradicting shapes, parameters that the configuration does not speak of, types that are no weights."""
     problems = []
     wanted = {}
     for name, slot, parameter in expected(sharding, tensors):
@@ -59,9 +59,7 @@ def check_tensors(tensors: TensorMap, origins: Mapping[str, str], sharding: Shar
             remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
         elif array.shape != wanted[name]:
-            problems.append(
-                Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration")
-            )
+            problems.append(Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration"))
         elif of_numpy(array.dtype).safetensors not in WEIGHTS:
             found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(WEIGHTS))
             problems.append(Problem(source, f"values of type {found}", f"weights of type {types}"))

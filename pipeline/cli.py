@@ -1,4 +1,7 @@
-"""The command line: `headrace convert` and `headrace plan`. The flags are the fields of Job, by NVIDIA's names; `-` and `_` are alike."""
+"""The command line: `headrace convert` and `headrace plan`.
+
+The flags are the fields of Job, by NVIDIA's names; `-` and `_` are alike.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
 
-JobFile = Annotated[Path | None, typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)]
+JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)
 
 
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,7 +39,11 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 
     own = list(inspect.signature(command).parameters.values())[1:]
     hints = inspect.get_annotations(command, eval_str=True)
-    parameters = [inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=JobFile, default=None)]
+    parameters = [
+        inspect.Parameter(
+            "file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path | None, JOB_FILE], default=None
+        )
+    ]
     for name, field in Job.model_fields.items():
         annotation = Annotated[_flag_type(field), _option(name, field)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
@@ -72,7 +79,9 @@ def _shown(value: Any) -> str:
 def convert_command(
     job: Job,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
-    log_format: Annotated[Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")] = "text",
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")
+    ] = "text",
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
 

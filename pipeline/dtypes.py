@@ -59,5 +59,5 @@ def is_floating(dtype: np.dtype) -> bool:
 
 
 def auto_dtype(source: str | None) -> str:
-    """TensorRT-LLM's `--dtype auto`: the source's own type; float32 or none named becomes float16 (checkpoint-format, section 5)."""
+    """TensorRT-LLM's `--dtype auto`: the source's type; float32, or none named, becomes float16 (checkpoint-format, section 5)."""
     return "float16" if source in (None, "", "float32") else str(source)

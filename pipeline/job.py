@@ -62,7 +62,16 @@ class Job(BaseModel):
 
     def options(self) -> dict[str, Any]:
         """The fields that decide what is written, as plain values."""
-        ignored = {"model_dir", "output_dir", "workers", "memory_limit", "scheduler", "overwrite", "load_by_shard", "load_model_on_cpu"}
+        ignored = {
+            "model_dir",
+            "output_dir",
+            "workers",
+            "memory_limit",
+            "scheduler",
+            "overwrite",
+            "load_by_shard",
+            "load_model_on_cpu",
+        }
         return self.model_dump(mode="json", exclude=ignored)
 
 

@@ -1,7 +1,7 @@
 """Lowering: a plan's phases as Dask graphs of one fused task for each group of source blocks.
 
-Dask's schedulers take milliseconds a task, so that a task does all stages of its blocks: it reads each once and scatters it to every
-rank of every target. The stages' shares show under Fine Performance Metrics.
+Dask's schedulers take milliseconds a task, so that a task does all stages of its blocks: it reads each once and scatters it to
+every rank of every target. The stages' shares show under Fine Performance Metrics.
 """
 
 from __future__ import annotations

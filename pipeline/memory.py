@@ -16,8 +16,9 @@ BASE_BYTES = 160 * MIB
 # The plan and the scheduler's records of one task, its placements included: measured on a 70B model.
 TASK_BYTES = 64 << 10
 MAX_PIECE_BYTES = 8 * MIB
-MAX_BLOCK_BYTES = 256 * MIB
+BLOCK_BYTES = 256 * MIB
 MIN_BLOCK_BYTES = 8 * MIB
+MAX_BLOCK_BYTES = 1024 * MIB
 # Copies of a piece that a worker holds at once: the mapped one, its cast, a strided part gathered; unpackers' temporaries.
 DENSE_COPIES = 3
 PACKED_COPIES = 8
@@ -43,8 +44,14 @@ class Budget:
 
 
 def block_bytes(total_bytes: int, workers: int) -> int:
-    """The bytes of one task's work: small models are cut finer, so that every worker has work and the progress moves."""
-    return min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // (8 * workers)))
+    """The bytes of one task's work, 256 MiB for most models.
+
+    Small ones are cut finer, so that every worker has work and the progress moves; very large ones coarser, as a scheduler takes
+    milliseconds a task.
+    """
+    if total_bytes > 1024 * BLOCK_BYTES:
+        return min(total_bytes // 1024, MAX_BLOCK_BYTES)
+    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // (8 * workers)))
 
 
 def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int) -> Budget:

@@ -101,9 +101,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         hidden, heads = values["hidden_size"], values["num_attention_heads"]
         if hidden % heads:
             remedy = "Give head_dim, or mend one of them"
-            raise BadInput(
-                [Problem(f"{file}: hidden_size", str(hidden), f"a multiple of num_attention_heads = {heads}", remedy)]
-            )
+            raise BadInput([Problem(f"{file}: hidden_size", str(hidden), f"a multiple of num_attention_heads = {heads}", remedy)])
         values["head_size"] = hidden // heads
     return ModelConfig(**values)
 

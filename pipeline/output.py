@@ -39,6 +39,11 @@ class Output:
         """The size of the rank files."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that the directory will hold."""
+        return (*(file.path for file in self.files), self.directory / CONFIG, self.directory / PROVENANCE)
+
     def up_to_date(self, plan_id: str) -> bool:
         """Whether the directory already holds, whole, what the plan of this id would write."""
         try:
@@ -78,7 +83,7 @@ class Output:
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=4) + "\n"), (CONFIG, self.config)):
             partial = self.directory / f"{name}.partial"
             partial.write_text(text)
-            os.replace(partial, self.directory / name)
+            partial.replace(self.directory / name)
 
     def abandon(self, remove_directory: bool) -> None:
         """Remove what `begin` made, where it could not be whole."""

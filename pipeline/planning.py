@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pipeline.checks import check_quantization, check_tensors, check_ties, origin, parameters
 from pipeline.dtypes import auto_dtype
@@ -14,9 +14,10 @@ from pipeline.errors import BadInput, Problem
 from pipeline.job import Job
 from pipeline.memory import DENSE_COPIES, PACKED_COPIES, Need, block_bytes, budget
 from pipeline.model_config import ModelConfig, model_config
-from pipeline.output import Output, check_finished, check_output, check_space
+from pipeline.output import Output, check_output
 from pipeline.parallelism import Parallelism
-from pipeline.plans import Phase, Plan, Store, Target, plan_id
+from pipeline.placement import RankTensor
+from pipeline.plans import Phase, Plan, Store, Target
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.target_config import QUANTIZATION, target_config
 from pipeline.tensors import Source, TensorMap, tensor_bytes
@@ -26,9 +27,6 @@ from stages.rename import Matches, match, rename
 from stages.shard import Embedding, Sharding, divisibility, rank_tensors, shard
 from stages.unpack import unpack
 from stages.write import rank_file
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 ROW_MULTIPLE = 64
 
@@ -40,7 +38,8 @@ def make_plan(job: Job) -> Plan:
     family = _family(source, problems)
     declared = model_config(source.config, family, source.architecture, source.config_name)
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
-    model = replace(declared, **{row.flag: False for row in family.omit if row.flag not in kept})
+    dropped: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
+    model = replace(declared, **dropped)
     sharding = _sharding(job, family, model)
     matches = match(source.tensors, family, sharding.layout, declared, kept)
     problems += check_quantization(source) or matches.problems
@@ -64,9 +63,6 @@ def make_plan(job: Job) -> Plan:
     phase = Phase("write", stores)
     groups = phase.groups(size)
     limits = budget(job.memory_limit, job.threads, map(_need, stores), len(groups))
-    problems = check_finished([target.output], plan_id(job, source), job.overwrite) or check_space([target.output])
-    if problems:
-        raise BadInput(problems)
     return Plan(job, source, family, model, (target,), (phase,), groups, size, limits, matches.left_out)
 
 
@@ -100,9 +96,7 @@ def _refused(matches: Matches, job: Job) -> list[Problem]:
     return [Problem(name, "a bias of the MLP", "none, as --mlp_bias is refuse") for name in sorted(omitted)]
 
 
-def _stores(
-    tensors: TensorMap, whole: TensorMap, source: Source, matches: Matches, sharding: Sharding
-) -> tuple[Store, ...]:
+def _stores(tensors: TensorMap, whole: TensorMap, source: Source, matches: Matches, sharding: Sharding) -> tuple[Store, ...]:
     """One store for each array, in the order of the source's bytes; names that share an array (ties) share the store."""
     names: dict[str, list[str]] = {}
     for name, array in whole.items():
@@ -139,12 +133,10 @@ def _target(job: Job, source: Source, family: Family, sharding: Sharding, dtype:
     model, target_layout = sharding.model, sharding.layout
     wanted: Mapping[str, set[str]] = {name: set(parameters(row, model)) for name, row in target_layout.modules.items()}
     ranks = rank_tensors(wanted, sharding, dtype)
-    by_rank: dict[int, list] = {rank.index: [] for rank in sharding.parallelism.ranks()}
+    by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in ranks:
         by_rank[tensor.rank].append(tensor)
-    files = tuple(
-        rank_file(job.output_dir / f"rank{index}.safetensors", held) for index, held in sorted(by_rank.items())
-    )
+    files = tuple(rank_file(job.output_dir / f"rank{index}.safetensors", held) for index, held in sorted(by_rank.items()))
     values = {
         "dtype": dtype,
         "mapping": sharding.parallelism.mapping(),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import Problem
 from pipeline.job import Job
 from pipeline.memory import Budget
 from pipeline.model_config import ModelConfig
-from pipeline.output import Output
+from pipeline.output import Output, check_finished, check_space, free_bytes
 from pipeline.parallelism import Parallelism
 from pipeline.placement import Placement, Region, size
 from pipeline.tables import Family
@@ -56,7 +57,8 @@ class Store:
         """The bytes of the source that the block at a chunk index stands for."""
         array = self.arrays[0]
         elements = math.prod(axis[i] for axis, i in zip(array.chunks, index, strict=True))
-        return self.source_bytes * elements // max(array.size, 1)
+        total = int(array.size)
+        return int(self.source_bytes * elements // max(total, 1))
 
     def region(self, index: Sequence[int]) -> Region:
         """The region of the tensor that the block at a chunk index covers."""
@@ -108,7 +110,12 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """SHA-256 of the source's fingerprint, the options and the version: equal ids write equal bytes."""
-        return plan_id(self.job, self.source)
+        identity = {
+            "version": VERSION,
+            "options": self.job.options(),
+            "source": [file.fingerprint() for file in self.source.files],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def bytes_read(self) -> int:
@@ -137,10 +144,13 @@ class Plan:
         """Whether every output directory already holds what this plan would write."""
         return all(target.output.up_to_date(self.id) for target in self.targets)
 
+    def obstacles(self) -> list[Problem]:
+        """What would keep `convert` from starting now: a finished conversion in the way, or a disk without room."""
+        outputs = [target.output for target in self.targets]
+        return check_finished(outputs, self.id, self.job.overwrite) or check_space(outputs)
+
     def summary(self) -> dict[str, Any]:
         """What `headrace plan --json` prints."""
-        from pipeline.output import free_bytes
-
         source, model = self.source, self.model
         return {
             "source": {
@@ -178,6 +188,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "scheduler": self.job.scheduler,
+            "obstacles": [str(problem) for problem in self.obstacles()],
             "plan_id": self.id,
         }
 
@@ -195,13 +206,3 @@ class Plan:
             "left_out": dict(self.left_out),
             "timings": dict(timings),
         }
-
-
-def plan_id(job: Job, source: Source) -> str:
-    """The id of the plan of `job` for `source`."""
-    identity = {
-        "version": VERSION,
-        "options": job.options(),
-        "source": [file.fingerprint() for file in source.files],
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -74,9 +74,8 @@ class Lines:
         eta = (self.total - self.done) / max(rate, 1)
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
-        self._say(
-            "progress", text, bytes=self.done, total_bytes=self.total, bytes_per_second=round(rate), eta_seconds=round(eta, 1), layer=place
-        )
+        values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
+        self._say("progress", text, **values, layer=place)
 
     def finished(self) -> None:
         pass

@@ -23,19 +23,22 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     facts.add_row("source", source["path"])
-    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {human_bytes(source['bytes'])}, {source['dtype'] or 'packed'}")
+    size = human_bytes(source["bytes"])
+    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {source['dtype'] or 'packed'}")
     facts.add_row("family", f"{source['family']} ({source['architecture']})")
     for phase in summary["phases"]:
         facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {summary['tasks']} tasks")
-    facts.add_row(
-        "blocks", f"{human_bytes(summary['block_bytes'])} a task, {human_bytes(summary['piece_bytes'])} at a time, {summary['workers']} workers"
-    )
-    facts.add_row("memory", f"{human_bytes(summary['peak_memory_bytes'])} projected, {human_bytes(summary['memory_limit_bytes'])} allowed")
+    block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
+    facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
+    peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
+    facts.add_row("memory", f"{peak} projected, {limit} allowed")
     facts.add_row("reads", human_bytes(summary["bytes_read"]))
     facts.add_row("writes", human_bytes(summary["bytes_written"]))
     facts.add_row("scratch", "none: the source streams straight into the rank files")
     for reason, names in _by_reason(source["left_out"]).items():
         facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    for obstacle in summary["obstacles"]:
+        facts.add_row("[red]obstacle[/red]", f"{obstacle}")
     return Group(facts, "", *(_target_table(target) for target in summary["targets"]))
 
 
@@ -52,7 +55,8 @@ def result_table(plan: Plan, result: Result) -> RenderableType:
     stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
     places = "\n".join(str(target.output.directory) for target in plan.targets)
     line = f"{human_bytes(result.bytes_read)} read, {human_bytes(result.bytes_written)} written, {speed:.2f} GB/s"
-    return Group(table, f"{line}, peak memory {human_bytes(result.peak_memory_bytes)}", f"stages (summed over workers): {stages}", places)
+    line += f", peak memory {human_bytes(result.peak_memory_bytes)}"
+    return Group(table, line, f"stages (summed over workers): {stages}", places)
 
 
 def console(stderr: bool = False) -> Console:

@@ -27,9 +27,7 @@ class PatternTable(Generic[T]):
     """Rows by pattern, found by a concrete name in one dictionary look-up."""
 
     def __init__(self, rows: Iterable[tuple[str, T]]) -> None:
-        self._rows = {
-            _PLACEHOLDER.sub("{}", pattern): (tuple(_PLACEHOLDER.findall(pattern)), row) for pattern, row in rows
-        }
+        self._rows = {_PLACEHOLDER.sub("{}", pattern): (tuple(_PLACEHOLDER.findall(pattern)), row) for pattern, row in rows}
 
     def find(self, name: str) -> tuple[T, dict[str, int]] | None:
         """The row whose pattern `name` fits and the numbers at its placeholders, or None."""
@@ -97,8 +95,8 @@ class Module:
     """A target module. Sizes are names of ModelConfig's attributes.
 
     `split`: "column" (splits `out`), "row" (splits `in`), "replicate", or "embedding" (as the parallel-embedding options say).
-    `pad`: zero rows at the end of `out` until tp_size divides it. `ranks`: "first", "last" or "all" pipeline stages, for a
-    module outside the layers. `bias`: the ModelConfig flag under which the module has one. `experts`: a stack, one matrix an expert.
+    `pad`: zero rows at the end of `out` until tp_size divides it. `ranks`: "first", "last" or "all" stages, for a module
+    outside the layers. `bias`: the ModelConfig flag under which the module has one. `experts`: a stack, one matrix an expert.
     """
 
     name: str
@@ -133,7 +131,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """A target model class: its modules, and config.json's keys in order ("$name" stands for a value of the model or the target)."""
+    """A target model class: its modules, and config.json's keys in order ("$name": a value of the model or the target)."""
 
     name: str
     modules: Mapping[str, Module]
@@ -187,12 +185,8 @@ def find_family(container: str, architecture: str) -> Family | None:
 
 def _family(name: str) -> Family:
     data = _load("families", name)
-    rename = {
-        pattern: RenameRow(row) if isinstance(row, str) else RenameRow(**row) for pattern, row in data["rename"].items()
-    }
-    fields = {
-        key: (value,) if isinstance(value, str) else tuple(value) for key, value in data.get("model_config", {}).items()
-    }
+    rename = {pattern: RenameRow(row) if isinstance(row, str) else RenameRow(**row) for pattern, row in data["rename"].items()}
+    fields = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in data.get("model_config", {}).items()}
     return Family(
         name=name,
         container=data["container"],

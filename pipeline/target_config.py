@@ -22,7 +22,9 @@ QUANTIZATION: Mapping[str, Any] = {
 }
 
 
-def target_config(template: Mapping[str, Any], over: Mapping[str, Any], model: ModelConfig, target: Mapping[str, Any]) -> dict[str, Any]:
+def target_config(
+    template: Mapping[str, Any], over: Mapping[str, Any], model: ModelConfig, target: Mapping[str, Any]
+) -> dict[str, Any]:
     """Fill the layout's `template`, with the family's rows `over` it, from the target's values and the model's fields."""
 
     def fill(value: Any) -> Any:

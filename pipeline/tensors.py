@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -141,7 +141,8 @@ class SourceFile:
     header_sha256: str
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"name": self.path.name, "size_bytes": self.size_bytes, "mtime_ns": self.mtime_ns, "header_sha256": self.header_sha256}
+        """The file as plain values, by its name alone: a checkpoint may be moved."""
+        return {**asdict(self), "path": self.path.name}
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,4 @@ def map_blocks(
     chunks: Sequence[Any] = array.chunks if columns is None else (*array.chunks[:-1], (columns,))
     import dask.array as da
 
-    return da.map_blocks(
-        function, array, dtype=dtype, chunks=chunks, meta=np.empty((0,) * array.ndim, dtype=dtype), **arguments
-    )
+    return da.map_blocks(function, array, dtype=dtype, chunks=chunks, meta=np.empty((0,) * array.ndim, dtype=dtype), **arguments)

@@ -1,4 +1,7 @@
-"""rename: a bijection on names (less `ignore`, plus ties); arrays are the same but for a row's named operation, which has an inverse."""
+"""rename: a bijection on names (less `ignore`, plus ties).
+
+Arrays are the same objects but for a row's named operation, which has an inverse.
+"""
 
 from __future__ import annotations
 

@@ -59,14 +59,14 @@ class Sharding:
             elif module.ranks == "all" or rank.pp == (0 if module.ranks == "first" else sizes.pp_size - 1):
                 yield rank, module.name
 
-    def cut(self, axis: str, slot: Slot, rank: Rank, parameter: str) -> Cut | None:
+    def cut(self, axis: str, slot: Slot, rank: Rank) -> Cut | None:
         """The cut of one axis of a source for one rank; None where the rank has nothing of it."""
         module = slot.module
         if axis == "expert":
             return self._cut_experts(slot, rank)
         name = slot.out if axis == "out" else module.in_
         size = self.model.dimension(name)
-        split, pad = self._split(module)
+        split, pad = self.split_axis(module)
         if split != axis:
             return Cut((0, size), (0, size), size)
         count, index = self._group(module, rank)
@@ -77,7 +77,7 @@ class Sharding:
         start, stop = min(index * length, size), min((index + 1) * length, size)
         return Cut((start, stop), (0, stop - start), length)
 
-    def _split(self, module: Module) -> tuple[str, bool]:
+    def split_axis(self, module: Module) -> tuple[str, bool]:
         """The axis that a module is split by ("" for none), and whether its last rank is padded."""
         if module.split == "embedding":
             if not self.embedding.parallel:
@@ -121,16 +121,16 @@ def shard(name: str, sharding: Sharding) -> tuple[Placement, ...]:
     slot = sharding.layout.find(module_name)
     if slot is None:
         raise KeyError(name)
-    placements = []
+    placements: list[Placement] = []
     for rank, target in sharding.ranks(slot):
         names = axes(slot, parameter)
-        cuts = [sharding.cut(axis, slot, rank, parameter) for axis in names]
+        cuts = [sharding.cut(axis, slot, rank) for axis in names]
         target_cuts = list(cuts)
         if slot.expert is not None:
-            target_cuts.insert(0, sharding.cut("expert", slot, rank, parameter))
+            target_cuts.insert(0, sharding.cut("expert", slot, rank))
         if None in target_cuts:
             continue
-        offset = _part_offset(slot, rank, parameter, sharding)
+        offset = _part_offset(slot, rank, sharding)
         placements += _place(rank, f"{target}.{parameter}", names, _whole(cuts), _whole(target_cuts), offset)
     return tuple(placements)
 
@@ -152,18 +152,18 @@ def _rank_shape(slot: Slot, rank: Rank, parameter: str, sharding: Sharding) -> t
     lengths = []
     for axis in axes(slot, parameter):
         parts = slot.module.parts if axis == "out" and slot.module.parts else (slot.part,)
-        cuts = _whole(sharding.cut(axis, Slot(slot.module, part, slot.layer, None), rank, parameter) for part in parts)
+        cuts = _whole(sharding.cut(axis, Slot(slot.module, part, slot.layer, None), rank) for part in parts)
         lengths.append(sum(cut.length for cut in cuts))
     return tuple(lengths)
 
 
-def _part_offset(slot: Slot, rank: Rank, parameter: str, sharding: Sharding) -> int:
+def _part_offset(slot: Slot, rank: Rank, sharding: Sharding) -> int:
     """Where a part's rows begin in the fused tensor of a rank: behind the parts before it."""
     offset = 0
     for part in slot.module.parts:
         if part == slot.part:
             break
-        cut = sharding.cut("out", Slot(slot.module, part, slot.layer, slot.expert), rank, parameter)
+        cut = sharding.cut("out", Slot(slot.module, part, slot.layer, slot.expert), rank)
         offset += cut.length if cut else 0
     return offset
 
@@ -229,8 +229,8 @@ def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:
     if (kv_heads % tp_size) if kv_heads >= tp_size else (tp_size % kv_heads):
         return f"num_key_value_heads {kv_heads}"
     for module in sharding.layout.modules.values():
-        axis, pad = sharding._split(module)
-        if not axis or pad or module.parts and module.parts[0].heads or module.experts:
+        axis, pad = sharding.split_axis(module)
+        if not axis or pad or module.experts or (module.parts and module.parts[0].heads):
             continue
         name = module.out if axis == "out" else module.in_
         if model.dimension(name) % tp_size:

@@ -66,7 +66,7 @@ class RankFile:
 
     def finish(self) -> None:
         """Give the whole file its name."""
-        os.replace(self.partial, self.path)
+        self.partial.replace(self.path)
 
 
 def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
@@ -83,9 +83,7 @@ def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    located = {
-        tensor.name: FileTensor(len(header) + places[tensor.name], tensor.shape, tensor.dtype) for tensor in ordered
-    }
+    located = {tensor.name: FileTensor(len(header) + places[tensor.name], tensor.shape, tensor.dtype) for tensor in ordered}
     return RankFile(path, header, located, len(header) + offset)
 
 
@@ -166,9 +164,7 @@ def write_blocks(work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]]) 
         return Written(work[-1].name, len(work), read, written, dict(metrics))
 
 
-def _write_piece(
-    block: Block, piece: Region, targets: Sequence[Delivery], descriptors: dict[str, int], stack: ExitStack
-) -> int:
+def _write_piece(block: Block, piece: Region, targets: Sequence[Delivery], descriptors: dict[str, int], stack: ExitStack) -> int:
     written = 0
     values = None
     for delivery in targets:

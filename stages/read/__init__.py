@@ -60,9 +60,7 @@ def _array(name: str, tensor: LazyTensor, block_bytes: int, row_multiple: int) -
     key = f"read-{name}"
     graph = {}
     for index in np.ndindex(*map(len, chunks)):
-        region = tuple(
-            (sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True)
-        )
+        region = tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
         graph[(key, *index)] = Task((key, *index), open_block, tensor, region)
     return da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=tensor.dtype))
 

@@ -14,16 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from pipeline.dtypes import BY_SAFETENSORS
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
 
 MAGIC = b"GGUF"
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64)}
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -40,7 +39,8 @@ def open_source(location: Path) -> Source:
     problems: list[Problem] = []
     tensors: dict[str, LazyTensor] = {}
     types: Counter[str] = Counter()
-    files, metadata = [], {}
+    files: list[SourceFile] = []
+    metadata: dict[str, Any] = {}
     for path in _parts(location):
         try:
             reader = _open(path)
@@ -61,7 +61,7 @@ def open_source(location: Path) -> Source:
                 problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
             if len(shape) > 1:
                 types[kind] += int(tensor.n_bytes)
-            dtype = PLAIN.get(kind, np.dtype(np.uint8))
+            dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
             stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
             tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
         files.append(_source_file(path, int(reader.data_offset)))
@@ -79,7 +79,7 @@ def open_source(location: Path) -> Source:
         config_name=str(location),
         tensors=tensors,
         files=tuple(files),
-        dtype=NAMES.get(commonest),
+        dtype=(PLAIN[commonest].target or None) if commonest in PLAIN else None,
     )
 
 
@@ -135,9 +135,7 @@ def _metadata(reader: Any) -> dict[str, Any]:
     return values
 
 
-def _config(
-    metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path
-) -> dict[str, Any]:
+def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path) -> dict[str, Any]:
     """The architecture's own keys without their prefix, and what GGUF says elsewhere under the names that the tables use."""
     prefix = f"{architecture}."
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -183,7 +181,8 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
     wavelengths = 2 * np.pi * base ** (np.arange(0, head_size, 2) / head_size)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
-    return 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
+    factors: np.ndarray = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
+    return factors
 
 
 def _source_file(path: Path, header_bytes: int) -> SourceFile:

@@ -5,6 +5,7 @@ A piece is mapped when it is asked for and unmapped when its array is dropped, s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -72,8 +73,6 @@ class MappedBlock(Block):
                 pages = mmap.mmap(descriptor, start - aligned + nbytes, access=mmap.ACCESS_READ, offset=aligned)
             finally:
                 os.close(descriptor)
-            try:
+            with contextlib.suppress(OSError, AttributeError):  # an older kernel faults the pages in one by one
                 pages.madvise(_POPULATE_READ)
-            except (OSError, AttributeError):
-                pass  # an older kernel faults the pages in one by one
             return np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=start - aligned).view(tensor.dtype)

@@ -1,0 +1,109 @@
+"""Synthetic checkpoints of real shapes for the benchmarks: random bytes, or sparse files that take no disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+SHAPES = {
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 32,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 80,
+    },
+    "405B": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 126,
+    },
+}
+SHARD_BYTES = 4 << 30
+
+
+def tensors(config: dict) -> list[tuple[str, list[int]]]:
+    """Names and shapes of a Hugging Face Llama of this configuration, in file order."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    rows = [("model.embed_tokens.weight", [vocab, hidden])]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        rows += [
+            (prefix + "input_layernorm.weight", [hidden]),
+            (prefix + "mlp.down_proj.weight", [hidden, inner]),
+            (prefix + "mlp.gate_proj.weight", [inner, hidden]),
+            (prefix + "mlp.up_proj.weight", [inner, hidden]),
+            (prefix + "post_attention_layernorm.weight", [hidden]),
+            (prefix + "self_attn.k_proj.weight", [kv, hidden]),
+            (prefix + "self_attn.o_proj.weight", [hidden, hidden]),
+            (prefix + "self_attn.q_proj.weight", [hidden, hidden]),
+            (prefix + "self_attn.v_proj.weight", [kv, hidden]),
+        ]
+    return [*rows, ("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
+
+
+def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False) -> int:
+    """Write a sharded bf16 checkpoint; returns its bytes of tensors. Sparse files read as zeros and take no disk."""
+    config = dict(SHAPES[shape])
+    if layers:
+        config["num_hidden_layers"] = layers
+    directory.mkdir(parents=True, exist_ok=True)
+    groups: list[list[tuple[str, list[int]]]] = [[]]
+    filled = 0
+    for name, dims in tensors(config):
+        nbytes = 2 * _count(dims)
+        if groups[-1] and filled + nbytes > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, dims))
+        filled += nbytes
+    weight_map, total = {}, 0
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        total += _write(directory / file, group, sparse)
+        weight_map |= {name: file for name, _ in group}
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
+    extra = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "attention_bias": False,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config | extra))
+    return total
+
+
+def _count(dims: list[int]) -> int:
+    return dims[0] * (dims[1] if len(dims) > 1 else 1)
+
+
+def _write(path: Path, group: list[tuple[str, list[int]]], sparse: bool) -> int:
+    header, offset = {}, 0
+    for name, dims in group:
+        end = offset + 2 * _count(dims)
+        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        if sparse:
+            file.truncate(8 + len(text) + offset)
+            return offset
+        noise = os.urandom(64 << 20)
+        for start in range(0, offset, len(noise)):
+            file.write(noise[: min(len(noise), offset - start)])
+    return offset

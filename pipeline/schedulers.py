@@ -1,0 +1,151 @@
+"""The Dask schedulers that a plan runs on: threads, synchronous, an in-process cluster with its dashboard, a cluster elsewhere.
+
+Each is a function that runs a graph and yields the tasks' results as they end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import BadInput, Problem, WriteFailed
+from pipeline.lower import Graph
+
+if TYPE_CHECKING:
+    from stages.write import Written
+
+BATCH = 64  # tasks submitted at once
+IN_FLIGHT = 3  # batches that the scheduler knows of
+
+Run = Callable[[Graph], "Iterator[Written]"]
+
+
+@contextmanager
+def runner(scheduler: str, workers: int) -> Iterator[tuple[Run, str]]:
+    """What runs a graph on `scheduler`, and the address of its dashboard ("" for none).
+
+    Raises BadInput where a scheduler elsewhere does not answer.
+    """
+    if scheduler == "synchronous":
+        yield run_synchronous, ""
+    elif scheduler == "threads":
+        yield lambda graph: run_threads(graph, workers), ""
+    elif scheduler == "local":
+        with _local_cluster(workers) as client:
+            # Dask names the machine's address even where the dashboard listens on this machine alone.
+            port = client.scheduler_info()["services"].get("dashboard")
+            yield lambda graph: run_distributed(client, graph), f"http://127.0.0.1:{port}/status" if port else ""
+    else:
+        with _remote(scheduler) as client:
+            yield lambda graph: run_distributed(client, graph), client.dashboard_link
+
+
+def run_synchronous(graph: Graph) -> Iterator[Written]:
+    """One task after another in this thread: the debugger's scheduler."""
+    import dask
+
+    for key, task in graph.items():
+        yield dask.get({key: task}, key)
+
+
+def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
+    """Dask's threads take the tasks in their order; results come through a queue as tasks end."""
+    import dask.threaded
+    from dask.callbacks import Callback
+
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def before(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        try:
+            with Callback(pretask=before, posttask=lambda key, value, *_: results.put(value)):
+                dask.threaded.get(graph, list(graph), num_workers=workers)
+        except BaseException as error:
+            results.put(error)
+        else:
+            results.put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (value := results.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join()
+
+
+def run_distributed(client: Any, graph: Graph) -> Iterator[Written]:
+    """Submit a few batches ahead of the work, so that the scheduler's memory does not grow with the model."""
+    from distributed import CancelledError, KilledWorker, as_completed
+
+    keys = iter(graph)
+    waiting = as_completed(with_results=True, raise_errors=True)
+
+    def submit() -> None:
+        batch = list(itertools.islice(keys, BATCH))
+        if batch:
+            waiting.update(client.get({key: graph[key] for key in batch}, batch, sync=False))
+
+    for _ in range(IN_FLIGHT):
+        submit()
+    try:
+        for done, (future, value) in enumerate(waiting, 1):
+            future.release()
+            if done % BATCH == 0:
+                submit()
+            yield value
+    except (KilledWorker, CancelledError) as error:
+        raise WriteFailed(
+            f"the cluster lost a worker ({error}); the outputs are not complete: run the same command again"
+        ) from error
+    finally:
+        for future in list(waiting.futures):
+            future.cancel()
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[Any]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
+    settings = {"distributed.worker.memory.spill": False, "distributed.worker.memory.target": False}
+    with dask.config.set(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a dashboard port in use: another is taken
+        with (
+            LocalCluster(
+                n_workers=1,
+                threads_per_worker=workers,
+                processes=False,
+                memory_limit=None,
+                dashboard_address="127.0.0.1:8787",
+                silence_logs=logging.ERROR,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+
+
+@contextmanager
+def _remote(address: str) -> Iterator[Any]:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
+    with client:
+        yield client
