@@ -39,13 +39,10 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 
     own = list(inspect.signature(command).parameters.values())[1:]
     hints = inspect.get_annotations(command, eval_str=True)
-    parameters = [
-        inspect.Parameter(
-            "file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[Path | None, JOB_FILE], default=None
-        )
-    ]
+    file_type: Any = Annotated[Path | None, JOB_FILE]
+    parameters = [inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file_type, default=None)]
     for name, field in Job.model_fields.items():
-        annotation = Annotated[_flag_type(field), _option(name, field)]
+        annotation: Any = Annotated[_flag_type(field), _option(name, field)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
     parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]) for parameter in own]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -46,6 +46,7 @@ class Job(BaseModel):
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
         "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
     )
+    write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
     disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
@@ -53,7 +54,7 @@ class Job(BaseModel):
     workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
-    overwrite: bool = Field(False, description="Replace a finished or foreign conversion in the output directory.")
+    overwrite: bool = Field(False, description="Start afresh where the output directory holds a finished conversion.")
 
     @property
     def threads(self) -> int:

@@ -47,10 +47,13 @@ def slices(region: Region) -> tuple[slice, ...]:
 def pieces(region: Region, itemsize: int, limit_bytes: int, row_multiple: int = 1) -> Iterator[Region]:
     """Cut a region, in C order, into parts of at most `limit_bytes`, each contiguous where the region is.
 
-    Rows are cut at multiples of `row_multiple` from the region's start. The last axis is never cut, so that a part may be
+    Rows are cut at multiples of `row_multiple` from the region's start. A row of a matrix is never cut, so that a part may be
     larger than the limit where one row is.
     """
     shape = extent(region)
+    if len(shape) > 1 and shape[0] == 1:
+        yield from ((region[0], *rest) for rest in pieces(region[1:], itemsize, limit_bytes, row_multiple))
+        return
     if len(shape) <= 1 or math.prod(shape) * itemsize <= limit_bytes:
         if len(shape) == 1 and shape[0] * itemsize > limit_bytes:
             step = max(limit_bytes // itemsize // row_multiple, 1) * row_multiple

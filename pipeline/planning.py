@@ -20,7 +20,8 @@ from pipeline.placement import RankTensor
 from pipeline.plans import Phase, Plan, Store, Target
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.target_config import QUANTIZATION, target_config
-from pipeline.tensors import Source, TensorMap, tensor_bytes
+from pipeline.tensors import LazyTensor, Source, TensorMap, tensor_bytes
+from stages import rope
 from stages.cast import cast
 from stages.read import open_source, read
 from stages.rename import Matches, match, rename
@@ -49,7 +50,7 @@ def make_plan(job: Job) -> Plan:
         raise BadInput(problems)
 
     size = block_bytes(source.nbytes, job.threads)
-    tensors = read(source, size, math.lcm(ROW_MULTIPLE, model.head_size))
+    tensors = read(source.tensors, size, math.lcm(ROW_MULTIPLE, model.head_size))
     tensors = rename(tensors, matches, model)
     tensors = unpack(tensors)
     problems = check_tensors(tensors, matches.origins, sharding, family) + check_ties(source, matches.copies)
@@ -59,7 +60,9 @@ def make_plan(job: Job) -> Plan:
     dtype = auto_dtype(source.dtype) if job.dtype == "auto" else job.dtype
     whole = cast(tensors, sharding.layout, dtype)
     stores = _stores(tensors, whole, source, matches, sharding)
-    target = _target(job, source, family, sharding, dtype)
+    buffers = rope.rope_buffers(model) if job.write_rope_buffers else {}
+    stores += _computed(buffers, read(buffers, size, 1), sharding.parallelism)
+    target = _target(job, source, family, sharding, dtype, buffers)
     phase = Phase("write", stores)
     groups = phase.groups(size)
     limits = budget(job.memory_limit, job.threads, map(_need, stores), len(groups))
@@ -117,6 +120,14 @@ def _stores(tensors: TensorMap, whole: TensorMap, source: Source, matches: Match
     return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
 
 
+def _computed(buffers: Mapping[str, LazyTensor], arrays: TensorMap, parallelism: Parallelism) -> tuple[Store, ...]:
+    """Stores of tensors that no source holds: each whole on every rank."""
+    return tuple(
+        Store(name, (arrays[name],), (rope.placements(name, tensor, parallelism),), tensor.dtype.itemsize, 1, 0)
+        for name, tensor in buffers.items()
+    )
+
+
 def _row_multiple(source_name: str, matches: Matches, model: ModelConfig) -> int:
     row = matches.names[source_name][1]
     return model.dimension(row.period) if row.period else 1
@@ -124,15 +135,15 @@ def _row_multiple(source_name: str, matches: Matches, model: ModelConfig) -> int
 
 def _need(store: Store) -> Need:
     array = store.arrays[0]
-    packed = store.source_bytes != array.size * store.itemsize and store.itemsize * array.size > 2 * store.source_bytes
-    row = int(array.shape[-1]) if array.ndim > 1 else 1
+    packed = store.itemsize * array.size > 2 * store.source_bytes
+    row = int(array.shape[-1]) if math.prod(array.shape[:-1]) > 1 else 1
     return Need(store.name, row * store.itemsize * store.row_multiple, PACKED_COPIES if packed else DENSE_COPIES)
 
 
-def _target(job: Job, source: Source, family: Family, sharding: Sharding, dtype: str) -> Target:
+def _target(job: Job, source: Source, family: Family, sharding: Sharding, dtype: str, buffers: Mapping[str, LazyTensor]) -> Target:
     model, target_layout = sharding.model, sharding.layout
     wanted: Mapping[str, set[str]] = {name: set(parameters(row, model)) for name, row in target_layout.modules.items()}
-    ranks = rank_tensors(wanted, sharding, dtype)
+    ranks = rank_tensors(wanted, sharding, dtype) + rope.rank_tensors(buffers, sharding.parallelism)
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in ranks:
         by_rank[tensor.rank].append(tensor)

@@ -68,7 +68,7 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
 
     def work() -> None:
         try:
-            with Callback(pretask=before, posttask=lambda key, value, *_: results.put(value)):
+            with Callback(pretask=before, posttask=lambda *ended: results.put(ended[1])):
                 dask.threaded.get(graph, list(graph), num_workers=workers)
         except BaseException as error:
             results.put(error)

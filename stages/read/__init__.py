@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -42,9 +43,9 @@ def open_source(location: Path) -> Source:
     raise BadInput([Problem(str(location), names or "an empty directory", expected)])
 
 
-def read(source: Source, block_bytes: int, row_multiple: int) -> TensorMap:
-    """Every tensor of a source as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
-    return {name: _array(name, tensor, block_bytes, row_multiple) for name, tensor in source.tensors.items()}
+def read(tensors: Mapping[str, LazyTensor], block_bytes: int, row_multiple: int) -> TensorMap:
+    """Every tensor as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
+    return {name: _array(name, tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
 
 
 def open_block(tensor: LazyTensor, region: Region) -> Block:

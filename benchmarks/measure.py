@@ -1,0 +1,97 @@
+"""Timing whole commands in alternating pairs, and the memory of a process while it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished command: wall seconds, VmHWM and the peak of anonymous memory, in bytes."""
+
+    seconds: float
+    peak_bytes: int
+    anonymous_bytes: int
+
+
+def run(command: list[str], remove: Path | None = None) -> Run:
+    """Run a command after a sync, from an empty `remove`; raises where it fails."""
+    if remove:
+        shutil.rmtree(remove, ignore_errors=True)
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    watcher = threading.Thread(target=_watch, args=(process.pid, peaks))
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{errors.decode()}")
+    return Run(seconds, peaks["VmHWM"], peaks["RssAnon"])
+
+
+def _watch(pid: int, peaks: dict[str, int]) -> None:
+    while True:
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
+        if not found:
+            return
+        for key, value in found.items():
+            peaks[key] = max(peaks[key], value)
+        time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Runs of a command and of what it is compared with, taken in turns."""
+
+    ours: list[Run]
+    theirs: list[Run]
+
+    def row(self) -> str:
+        ratios = [a.seconds / b.seconds for a, b in zip(self.ours, self.theirs, strict=True)]
+        ours, theirs = [r.seconds for r in self.ours], [r.seconds for r in self.theirs]
+        return (
+            f"median {statistics.median(ratios):.2f} x cp (pairs {min(ratios):.2f} to {max(ratios):.2f});"
+            f" {statistics.median(ours):.1f} s [{min(ours):.1f}-{max(ours):.1f}] against"
+            f" {statistics.median(theirs):.1f} s [{min(theirs):.1f}-{max(theirs):.1f}];"
+            f" VmHWM {max(r.peak_bytes for r in self.ours) >> 20} MiB, anonymous {max(r.anonymous_bytes for r in self.ours) >> 20} MiB"
+        )
+
+
+def pairs(command: list[str], output: Path, reference: Path, count: int) -> Pairs:
+    """Time `command`, which writes `output`, against `cp -r` of `reference` (the same bytes), A B B A A B ..."""
+    copy = output.with_name("copy")
+    ours, theirs = [], []
+    for number in range(count):
+        order = ("ours", "theirs") if number % 2 else ("theirs", "ours")
+        for which in order:
+            if which == "ours":
+                ours.append(run(command, remove=output))
+                shutil.rmtree(output)
+            else:
+                theirs.append(run(["cp", "-r", str(reference), str(copy)], remove=copy))
+                shutil.rmtree(copy)
+    return Pairs(ours, theirs)
+
+
+def machine() -> str:
+    """The machine in a line."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
+    return f"{os.cpu_count()} cores ({model}), {memory} GiB, Linux {platform.release()}, Python {platform.python_version()}"

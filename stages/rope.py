@@ -1,0 +1,117 @@
+"""rope: the rotary position buffers, computed from the model's configuration; the same on every rank.
+
+TensorRT-LLM's loader computes them itself, so they are written only on request. Facts: TensorRT-LLM checkpoint format, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.metering import meter
+from pipeline.model_config import ModelConfig
+from pipeline.parallelism import Parallelism
+from pipeline.placement import Placement, RankTensor, Region, extent, slices, whole
+from pipeline.tensors import Block, LazyTensor
+
+FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class RopeBuffer:
+    """One of the three buffers, float32: rows are positions, so that a block computes its own alone.
+
+    `embed_positions` [1, positions, head_size]: a position's sines, then its cosines, for theta 10000 whatever the model's.
+    `embed_positions_for_gpt_attention` [1, positions * head_size]: (cosine, sine) of each frequency, position by position.
+    `rotary_inv_freq` [head_size / 2].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    frequencies: tuple[float, ...]
+    dtype: np.dtype = FLOAT32
+
+    def block(self, region: Region) -> Block:
+        return RopeBlock(self, region)
+
+
+class RopeBlock(Block):
+    """A region of a RopeBuffer, computed when it is read."""
+
+    def __init__(self, buffer: RopeBuffer, region: Region) -> None:
+        self.buffer, self.region = buffer, region
+        self.shape, self.dtype = extent(region), buffer.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        wanted = tuple((a + start, b + start) for (a, b), (start, _) in zip(region, self.region, strict=True))
+        frequencies = np.array(self.buffer.frequencies, dtype=FLOAT32)
+        with meter("rope", 4 * int(np.prod(extent(region)))):
+            if self.buffer.name == "rotary_inv_freq":
+                return frequencies[slices(wanted)]
+            width = 2 * frequencies.size
+            first, last = wanted[1]
+            if self.buffer.name == "embed_positions_for_gpt_attention":
+                first, last = first // width, -(-last // width)
+            angles = np.arange(first, last, dtype=FLOAT32)[:, None] * frequencies
+            if self.buffer.name == "embed_positions":
+                return np.concatenate((np.sin(angles), np.cos(angles)), axis=1)[None, :, slice(*wanted[2])]
+            pairs = np.stack((np.cos(angles), np.sin(angles)), axis=-1).reshape(1, -1)
+            return pairs[:, wanted[1][0] - first * width : wanted[1][1] - first * width]
+
+
+def rope_buffers(model: ModelConfig) -> dict[str, LazyTensor]:
+    """The three buffers of a model, by name."""
+    size, positions = model.rotary_embedding_dim, model.max_position_embeddings
+    plain = 1 / _powers(10000.0, size)
+    scaled = tuple(scaled_frequencies(model).tolist())
+    return {
+        "rotary_inv_freq": RopeBuffer("rotary_inv_freq", (size // 2,), scaled),
+        "embed_positions": RopeBuffer("embed_positions", (1, positions, size), tuple(plain.tolist())),
+        "embed_positions_for_gpt_attention": RopeBuffer("embed_positions_for_gpt_attention", (1, positions * size), scaled),
+    }
+
+
+def scaled_frequencies(model: ModelConfig) -> np.ndarray:
+    """`rotary_inv_freq`: the inverse frequencies as the model's `rotary_scaling` changes them, float32."""
+    powers = _powers(model.rotary_base, model.rotary_embedding_dim)
+    scaling = model.rotary_scaling or {}
+    kind = scaling.get("type", scaling.get("rope_type", "none"))
+    if kind == "llama3":
+        return _llama3((1 / powers).astype(FLOAT32), scaling)
+    factor = float(scaling.get("factor", 1.0))
+    # Types other than linear are multiplied by the factor: so the reference does.
+    scale = 1 / factor if kind == "linear" else factor
+    frequencies: np.ndarray = (FLOAT32.type(scale) / powers).astype(FLOAT32)
+    return frequencies
+
+
+def placements(name: str, tensor: LazyTensor, parallelism: Parallelism) -> tuple[Placement, ...]:
+    """The whole buffer on every rank."""
+    region = whole(tensor.shape)
+    return tuple(Placement(rank.index, name, region, region) for rank in parallelism.ranks())
+
+
+def rank_tensors(tensors: Mapping[str, LazyTensor], parallelism: Parallelism) -> tuple[RankTensor, ...]:
+    """The buffers as every rank has them."""
+    return tuple(
+        RankTensor(rank.index, name, tensor.shape, "float32") for rank in parallelism.ranks() for name, tensor in tensors.items()
+    )
+
+
+def _powers(theta: float, size: int) -> np.ndarray:
+    powers: np.ndarray = (theta ** (np.arange(0, size, 2) / size)).astype(FLOAT32)
+    return powers
+
+
+def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+    factor, low = scaling.get("factor", 8.0), scaling.get("low_freq_factor", 1.0)
+    high, original = scaling.get("high_freq_factor", 4.0), scaling.get("original_max_position_embeddings", 8192)
+    result = []
+    for frequency in frequencies.astype(np.float64).tolist():
+        wavelength = 2 * np.pi / frequency
+        smooth = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+        result.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(result, dtype=FLOAT32)
