@@ -8,8 +8,8 @@ TESTS ?= tests
 .PHONY: demo test check bench clean
 
 demo: $(VENV)/installed $(MODEL)
-	$(BIN)/headrace plan --model_dir $(MODEL) --output_dir .demo/smollm2-tp3 --tp_size 3
-	$(BIN)/headrace convert --model_dir $(MODEL) --output_dir .demo/smollm2-tp3 --tp_size 3 --overwrite
+	$(BIN)/headrace plan configs/jobs/smollm2.toml
+	$(BIN)/headrace convert configs/jobs/smollm2.toml --overwrite
 
 test: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m pytest -n 2 $(TESTS)

@@ -6,6 +6,7 @@ The flags are the fields of Job, by NVIDIA's names; `-` and `_` are alike.
 from __future__ import annotations
 
 import inspect
+import itertools
 import signal
 import sys
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     hints = inspect.get_annotations(command, eval_str=True)
     file_type: Any = Annotated[Path | None, JOB_FILE]
     parameters = [inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file_type, default=None)]
-    for name, field in Job.model_fields.items():
+    for name in sorted(set(Job.model_fields) - {"target"}, key=_order):
+        field = Job.model_fields[name]
         annotation: Any = Annotated[_flag_type(field), _option(name, field)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
     parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]) for parameter in own]
@@ -49,6 +51,11 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = command.__doc__
     return run
+
+
+def _order(name: str) -> tuple[bool, int]:
+    """Where a flag stands in the help: the two directories first."""
+    return name not in ("model_dir", "output_dir"), list(Job.model_fields).index(name)
 
 
 def _flag_type(field: FieldInfo) -> Any:
@@ -112,7 +119,7 @@ def convert_command(
     from pipeline.report import console, result_table
 
     if result.up_to_date:
-        console().print(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do")
+        print(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do")
     else:
         console().print(result_table(plan, result))
 
@@ -134,12 +141,68 @@ def plan_command(job: Job, json_: Annotated[bool, typer.Option("--json", help="P
     console().print(plan_table(plan))
 
 
+scratch_app = typer.Typer(no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
+app.add_typer(scratch_app, name="scratch")
+ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as given to --scratch.")]
+
+
+@scratch_app.command("ls")
+def scratch_ls(root: ScratchRoot, json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List the cuts in a scratch directory."""
+    from pipeline.scratch import list_scratch
+
+    found = list_scratch(root)
+    if json_:
+        import json
+
+        rows = [
+            {
+                "path": str(cut.directory),
+                "stage": cut.stage,
+                "source": cut.source,
+                "complete": cut.complete,
+                "bytes": cut.size_bytes,
+            }
+            for cut in found
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    from pipeline.report import console, scratch_table
+
+    console().print(scratch_table(found))
+
+
+@scratch_app.command("rm")
+def scratch_rm(
+    root: ScratchRoot, names: Annotated[list[str] | None, typer.Argument(help="Cuts to remove; all where none is named.")] = None
+) -> None:
+    """Remove cuts; one that a job is at work on is refused."""
+    from pipeline.scratch import remove_scratch
+
+    for cut in remove_scratch(root, names or []):
+        print(f"removed {cut.directory}")
+
+
+def _say(error: HeadraceError) -> None:
+    """An error on standard error, as JSON where the log is."""
+    words = [word.replace("-", "_") for word in sys.argv]
+    if "__log_format=json" not in words and ("__log_format", "json") not in itertools.pairwise(words):
+        print(f"headrace: {error}", file=sys.stderr)
+        return
+    import json
+    from dataclasses import asdict
+
+    problems = [asdict(problem) for problem in getattr(error, "problems", ())]
+    event = {"event": "error", "exit_code": error.exit_code, "message": str(error), "problems": problems}
+    print(json.dumps(event), file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; errors of ours become one report and their exit code, without a traceback."""
     try:
         app()
     except HeadraceError as error:
-        print(f"headrace: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("headrace: interrupted before anything was written", file=sys.stderr)

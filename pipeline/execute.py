@@ -1,27 +1,32 @@
-"""Run a plan: begin its outputs, compute its tasks, finish the outputs. The only module that computes."""
+"""Run a plan: begin its outputs or take them up again, compute its tasks, finish the outputs. The only module that computes."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import BadInput, Interrupted, WriteFailed
+from pipeline.journal import Committer, Journal
 from pipeline.lower import lower
-from pipeline.plans import Plan
-from pipeline.schedulers import runner
+from pipeline.plans import Phase, Plan, Sink
+from pipeline.schedulers import Run, runner
 
 if TYPE_CHECKING:
     from stages.write import Written
 
 
 class Listener(Protocol):
-    """What hears of a run: each method is called from the thread that called `execute`."""
+    """What hears of a run: each method is called from the thread that called `execute`.
 
-    def started(self, plan: Plan, dashboard: str) -> None: ...
+    `total_bytes` is what the run will write, `done_bytes` and `done_tasks` what an earlier run had written already.
+    """
+
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None: ...
     def advanced(self, written: Written) -> None: ...
     def finished(self) -> None: ...
 
@@ -29,7 +34,7 @@ class Listener(Protocol):
 class Silent:
     """A listener that says nothing."""
 
-    def started(self, plan: Plan, dashboard: str) -> None:
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         """Say nothing."""
 
     def advanced(self, written: Written) -> None:
@@ -41,7 +46,11 @@ class Silent:
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. `stages`: seconds and bytes by stage, summed over workers. Sizes in bytes, times in seconds."""
+    """What a conversion did. Sizes in bytes, times in seconds.
+
+    `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
+    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done.
+    """
 
     outputs: tuple[Path, ...]
     bytes_read: int
@@ -49,14 +58,16 @@ class Result:
     seconds: float
     peak_memory_bytes: int
     stages: Mapping[str, Mapping[str, float]] = field(repr=False)
+    phases: Mapping[str, float] = field(repr=False, default_factory=dict)
     up_to_date: bool = False
+    resumed_tasks: int = 0
 
 
 def execute(plan: Plan, listener: Listener | None = None, *, started: float | None = None) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
-    the disk or a worker fails; what was written by then is still named `*.partial`.
+    the disk or a worker fails; the same plan executed again goes on where this one ended.
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
@@ -66,36 +77,126 @@ def execute(plan: Plan, listener: Listener | None = None, *, started: float | No
     if obstacles:
         raise BadInput(obstacles)
     listener = listener or Silent()
-    totals: dict[str, dict[str, float]] = {}
-    bytes_read = 0
+    run = _Run(plan, listener, started)
     try:
-        with runner(plan.job.scheduler, plan.budget.workers) as (run, dashboard):
-            for target in plan.targets:
-                target.output.begin()
-            listener.started(plan, dashboard)
-            for written in run(lower(plan)):
-                bytes_read += written.bytes_read
-                for (stage, unit), value in written.metrics.items():
-                    stage_totals = totals.setdefault(stage, {})
-                    stage_totals[unit] = stage_totals.get(unit, 0.0) + value
-                listener.advanced(written)
-        for target in plan.targets:
-            seconds = round(time.perf_counter() - started, 3)
-            target.output.finish(plan.provenance({"seconds": seconds, "stages": totals}))
+        with runner(plan.job.scheduler, plan.budget.workers) as (compute, dashboard), ExitStack() as stack:
+            phases = [_begin(phase, plan, stack) for phase in plan.phases]
+            run.announce(phases, dashboard)
+            for phase in phases:
+                run.do(phase, compute)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {_places(plan)} is not complete: run the same command again") from None
+        raise Interrupted(f"interrupted; {_places(plan)} is not complete: run the same command again to go on") from None
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror or error}{place}; {_places(plan)} is not complete: mend this and run the same command again"
         raise WriteFailed(text) from error
     finally:
         listener.finished()
-    return Result(outputs, bytes_read, plan.bytes_written, time.perf_counter() - started, peak_memory_bytes(), totals)
+    for cut in plan.scratch:
+        cut.release()
+    seconds = time.perf_counter() - started
+    return Result(
+        outputs,
+        run.bytes_read,
+        plan.bytes_written,
+        seconds,
+        peak_memory_bytes(),
+        run.stages,
+        run.phases,
+        resumed_tasks=run.resumed_tasks,
+    )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A phase under way: the numbers of the sinks it writes to, their journals, and the tasks that are done."""
+
+    phase: Phase
+    sinks: tuple[int, ...]
+    journals: Mapping[int, Journal]
+    done: frozenset[int]
+
+    def done_bytes(self) -> int:
+        share = self.phase.written_bytes(self.sinks) * len(self.done)
+        return share // max(len(self.phase.groups), 1)
+
+
+def _begin(phase: Phase, plan: Plan, stack: ExitStack) -> _Begun:
+    """Begin a phase's sinks; what is begun is undone where a later one cannot be."""
+    is_scratch = phase is not plan.phases[-1]
+    sinks = tuple(range(len(phase.sinks))) if plan.job.overwrite and not is_scratch else phase.pending
+    # A cut is of use only to outputs that are not whole yet.
+    journals: dict[int, Journal] = {}
+    for number in sinks:
+        sink = phase.sinks[number]
+        created = next((path for path in (sink.directory, *sink.directory.parents)[::-1] if not path.exists()), None)
+        journal = sink.begin(len(phase.groups), fresh=plan.job.overwrite and not is_scratch)
+        journals[number] = journal
+        stack.callback(journal.close)
+        if not journal.entries:
+            stack.enter_context(_Undo(sink, journal, created))
+    done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in journals.values()]
+    return _Begun(phase, sinks, journals, frozenset.intersection(*done) if done else frozenset())
+
+
+class _Undo:
+    """Undoes the beginning of a sink where the run is refused before it starts: then nothing has been written."""
+
+    def __init__(self, sink: Sink, journal: Journal, created: Path | None) -> None:
+        self.sink, self.journal, self.created = sink, journal, created
+
+    def __enter__(self) -> None:
+        """Nothing to do yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, BadInput):
+            self.sink.abandon(self.journal, self.created)
+
+
+class _Run:
+    """The totals of a run as its phases are done."""
+
+    def __init__(self, plan: Plan, listener: Listener, started: float) -> None:
+        self.plan, self.listener, self.started = plan, listener, started
+        self.stages: dict[str, dict[str, float]] = {}
+        self.phases: dict[str, float] = {}
+        self.bytes_read = self.resumed_tasks = 0
+
+    def announce(self, phases: list[_Begun], dashboard: str) -> None:
+        total = sum(begun.phase.written_bytes(begun.sinks) for begun in phases)
+        self.resumed_tasks = sum(len(begun.done) for begun in phases)
+        self.listener.started(self.plan, dashboard, total, sum(begun.done_bytes() for begun in phases), self.resumed_tasks)
+
+    def do(self, begun: _Begun, compute: Run) -> None:
+        if not begun.sinks:
+            return
+        began = time.perf_counter()
+        elsewhere = self.plan.job.scheduler.startswith(("tcp://", "tls://"))
+        graph = lower(begun.phase, self.plan.budget.piece_bytes, begun.sinks, begun.done, synchronize=elsewhere)
+        with Committer(begun.journals) as committer:
+            for written in compute(graph):
+                committer.add(written)
+                self._count(written)
+                self.listener.advanced(written)
+        self.phases[begun.phase.name] = time.perf_counter() - began
+        timings = {"seconds": round(time.perf_counter() - self.started, 3), "stages": self.stages}
+        for number, journal in begun.journals.items():
+            begun.phase.sinks[number].finish(journal, journal.entries, timings)
+
+    def _count(self, written: Written) -> None:
+        self.bytes_read += written.bytes_read
+        for (stage, unit), value in written.metrics.items():
+            totals = self.stages.setdefault(stage, {})
+            totals[unit] = totals.get(unit, 0.0) + value
 
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held so far, mapped file pages included (VmHWM)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not on Linux; elsewhere a process inherits this figure from its parent
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _places(plan: Plan) -> str:

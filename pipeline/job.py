@@ -15,24 +15,41 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.types import ByteSize
 
 from pipeline.errors import BadInput, Problem
+from pipeline.parallelism import Parallelism
+
+SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
 
 def _absolute(value: Any) -> Any:
-    return Path(value).expanduser().absolute() if isinstance(value, str | Path) and str(value) else value
+    if not isinstance(value, str | Path):
+        return value
+    if not str(value):
+        raise ValueError("a path that is not empty")
+    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+
+
+def _root(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
+    return str(_absolute(value))
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+ScratchRoot = Annotated[str, BeforeValidator(_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
+CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
 
-class Job(BaseModel):
-    """One conversion. Every field but the two paths has the default of NVIDIA's converter or one that is safe."""
+class Shape(BaseModel):
+    """What a target looks like. The defaults are those of NVIDIA's converter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model_dir: AbsolutePath = Field(description="Hugging Face checkpoint directory, or GGUF file, to read.")
-    output_dir: AbsolutePath = Field(description="Directory for config.json and rank{N}.safetensors.")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="Type of the weights; auto: the source's (float32 becomes float16)."
     )
@@ -43,49 +60,116 @@ class Job(BaseModel):
     moe_ep_size: ExpertSize = Field(-1, description="Expert-parallel size; -1: 1.")
     use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
     embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
-    mlp_bias: Literal["omit", "keep", "refuse"] = Field(
-        "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
-    )
     write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
     disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
-    load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
-    load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return Parallelism.resolve(self.tp_size, self.pp_size, self.cp_size, self.moe_tp_size, self.moe_ep_size)
+
+
+class TargetOptions(Shape):
+    """One output directory and its shape: a `[[target]]` of a job file."""
+
+    output_dir: AbsolutePath
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what is written, as plain values."""
+        return self.model_dump(mode="json", exclude={"output_dir"})
+
+
+class Job(Shape):
+    """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`)."""
+
+    model_dir: AbsolutePath = Field(description="Hugging Face checkpoint directory, or GGUF file, to read.")
+    output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
+    target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
+    mlp_bias: Literal["omit", "keep", "refuse"] = Field(
+        "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
+    )
+    copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
-    overwrite: bool = Field(False, description="Start afresh where the output directory holds a finished conversion.")
+    scratch: ScratchRoot | None = Field(
+        None, description="Directory or URL for cuts; default: .headrace-scratch beside the output."
+    )
+    scratch_after: CutNames = Field(
+        ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
+    )
+    keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
+    overwrite: bool = Field(False, description="Start afresh where the output directory holds another conversion.")
+    load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
+    load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
 
     @property
     def threads(self) -> int:
         """The number of worker threads that the job runs on."""
         return self.workers or min(os.cpu_count() or 1, 8)
 
-    def options(self) -> dict[str, Any]:
-        """The fields that decide what is written, as plain values."""
-        ignored = {
-            "model_dir",
-            "output_dir",
-            "workers",
-            "memory_limit",
-            "scheduler",
-            "overwrite",
-            "load_by_shard",
-            "load_model_on_cpu",
-        }
-        return self.model_dump(mode="json", exclude=ignored)
+    @property
+    def targets(self) -> tuple[TargetOptions, ...]:
+        """What is to be written: each `[[target]]` with the job's own fields as defaults, or the job's one target."""
+        shape = self.model_dump(include=set(Shape.model_fields))
+        return tuple(TargetOptions(**{**shape, **table}) for table in self.target or ({"output_dir": self.output_dir},))
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The stages that the user named, in the order of their use; none for `auto` and `none`."""
+        return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
+
+    def source_identity(self) -> dict[str, Any]:
+        """The fields that decide what is read of the source."""
+        return {"mlp_bias": self.mlp_bias}
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None) -> Job:
     """A job from a TOML file, where given, with `options` laid over it. Raises BadInput naming each option that is wrong."""
     values = {**(_load(file) if file else {}), **options}
+    tables = values.get("target", ())
+    if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
+        # A flag is for every target; but they cannot share a directory.
+        if "output_dir" in options:
+            expected = "the directories of the [[target]] tables"
+            raise BadInput([Problem("--output_dir", f"one directory for {len(tables)} targets", expected)])
+        values["target"] = [{key: value for key, value in table.items() if key not in options} for table in tables]
     try:
         job = Job(**values)
     except ValidationError as error:
-        raise BadInput([_problem(dict(detail), file, options) for detail in error.errors()]) from None
-    if not job.scheduler.startswith(("tcp://", "tls://")) and job.scheduler not in ("local", "threads", "synchronous"):
-        raise BadInput([Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port")])
+        problems = [_problem(dict(detail), file, options) for detail in error.errors()]
+        if not values.get("target") and values.get("output_dir") is None:
+            problems.append(_no_output())
+        raise BadInput(problems) from None
+    problems = _contradictions(job, file)
+    if problems:
+        raise BadInput(problems)
     return job
+
+
+def _no_output() -> Problem:
+    return Problem("--output_dir", "nothing", f"a value: {Job.model_fields['output_dir'].description}")
+
+
+def _contradictions(job: Job, file: Path | None) -> list[Problem]:
+    problems = []
+    if not job.scheduler.startswith(("tcp://", "tls://")) and job.scheduler not in ("local", "threads", "synchronous"):
+        problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
+    if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
+        problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
+    if not job.target and job.output_dir is None:
+        problems.append(_no_output())
+        return problems
+    if job.target and job.output_dir is not None:
+        problems.append(Problem(f"{file or 'job'}: output_dir", "both a directory and [[target]] tables", "one or the other"))
+    try:
+        directories = [target.output_dir for target in job.targets]
+    except ValidationError as error:
+        details: list[Any] = list(error.errors())
+        return problems + [_problem({**detail, "loc": ("target", *detail["loc"])}, file, {}) for detail in details]
+    twice = {str(directory) for directory in directories if directories.count(directory) > 1}
+    problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
+    return problems
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -95,10 +179,23 @@ def _load(file: Path) -> dict[str, Any]:
         raise BadInput([Problem(str(file), error.strerror or "an error", "a job file")]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput([Problem(str(file), f"text that is not TOML ({error})", "a job file")]) from None
+    scratch = values.pop("scratch", None)
+    if isinstance(scratch, dict):
+        names = {"dir": "scratch", "after": "scratch_after", "keep": "keep_scratch"}
+        unknown = sorted(set(scratch) - set(names))
+        if unknown:
+            raise BadInput([Problem(f"{file}: scratch.{unknown[0]}", "an option that headrace does not have", ", ".join(names))])
+        values |= {names[key]: value for key, value in scratch.items()}
+    elif scratch is not None:
+        values["scratch"] = scratch
     # Paths in a job file are relative to the file, so that it means the same from everywhere.
-    for key in ("model_dir", "output_dir"):
-        if isinstance(values.get(key), str):
-            values[key] = file.absolute().parent / Path(values[key]).expanduser()
+    tables = (
+        [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
+    )
+    for table in [values, *tables]:
+        for key in ("model_dir", "output_dir", "scratch"):
+            if isinstance(table.get(key), str) and "://" not in table[key]:
+                table[key] = file.absolute().parent / Path(table[key]).expanduser()
     return values
 
 
@@ -106,7 +203,8 @@ def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str,
     name = ".".join(map(str, detail["loc"])) or "job"
     subject = f"--{name}" if name in options or file is None else f"{file}: {name}"
     if detail["type"] == "missing":
-        return Problem(f"--{name}", "nothing", f"a value: {Job.model_fields[name].description}")
+        field = Job.model_fields.get(name)
+        return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
     if detail["type"] == "extra_forbidden":
         return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
     return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())

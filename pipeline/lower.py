@@ -1,4 +1,4 @@
-"""Lowering: a plan's phases as Dask graphs of one fused task for each group of source blocks.
+"""Lowering: a phase as a Dask graph of one fused task for each group of source blocks.
 
 Dask's schedulers take milliseconds a task, so that a task does all stages of its blocks: it reads each once and scatters it to
 every rank of every target. The stages' shares show under Fine Performance Metrics.
@@ -6,10 +6,11 @@ every rank of every target. The stages' shares show under Fine Performance Metri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plans import Group, Plan
+from pipeline.output import Output
+from pipeline.plans import Group, Phase
 from stages.write import BlockWrite, deliveries, write_blocks
 
 if TYPE_CHECKING:
@@ -18,18 +19,37 @@ if TYPE_CHECKING:
 Graph = dict[tuple[str, str, int], Any]
 
 
-def lower(plan: Plan, run: Callable[..., Any] = write_blocks) -> Graph:
-    """The graph of a plan: {("write", tensor, number): task}. `run` is what each task calls."""
+def lower(
+    phase: Phase,
+    piece_bytes: int,
+    sinks: Sequence[int],
+    done: Collection[int] = (),
+    run: Callable[..., Any] = write_blocks,
+    **arguments: Any,
+) -> Graph:
+    """The tasks of a phase that are not `done`: {(prefix, tensor, number): task}, writing to the `sinks` of these numbers alone.
+
+    `run(number, work, blocks, **arguments)` is what each task calls.
+    """
     layers: dict[str, Mapping[Any, Any]] = {}
     graph = {}
-    for number, group in enumerate(plan.groups):
-        key = ("write", group[-1][0].name, number)
-        graph[key] = _task(key, plan, group, layers, run)
+    prefix = "write" if isinstance(phase.sinks[0], Output) else "scratch"
+    for number, group in enumerate(phase.groups):
+        if number not in done:
+            key = (prefix, group[-1][0].name, number)
+            graph[key] = _task(key, phase, group, sinks, piece_bytes, layers, run, arguments)
     return graph
 
 
 def _task(
-    key: tuple[str, str, int], plan: Plan, group: Group, layers: dict[str, Mapping[Any, Any]], run: Callable[..., Any]
+    key: tuple[str, str, int],
+    phase: Phase,
+    group: Group,
+    sinks: Sequence[int],
+    piece_bytes: int,
+    layers: dict[str, Mapping[Any, Any]],
+    run: Callable[..., Any],
+    arguments: Mapping[str, Any],
 ) -> Any:
     from dask._task_spec import List, Task, TaskRef
 
@@ -38,15 +58,15 @@ def _task(
     for store, index in group:
         region = store.region(index)
         bound = tuple(
-            deliveries(placements, region, target.output.files)
-            for placements, target in zip(store.placements, plan.targets, strict=True)
+            deliveries(store.placements[sink], region, phase.sinks[sink].locate, isinstance(phase.sinks[sink], Output))
+            for sink in sinks
         )
-        work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-        keys = [(array.name, *index) for array in store.arrays]
-        for block, array in zip(keys, store.arrays, strict=True):
-            _collect(block, array, layers, needed)
+        work.append(BlockWrite(store.name, bound, store.itemsize, piece_bytes, store.row_multiple))
+        keys = [(store.arrays[sink].name, *index) for sink in sinks]
+        for block, sink in zip(keys, sinks, strict=True):
+            _collect(block, store.arrays[sink], layers, needed)
         inputs.append(List(*map(TaskRef, keys)))
-    return Task.fuse(*needed.values(), Task(key, run, tuple(work), List(*inputs)), key=key)
+    return Task.fuse(*needed.values(), Task(key, run, key[-1], tuple(work), List(*inputs), **arguments), key=key)
 
 
 def _collect(key: Any, array: da.Array, layers: dict[str, Mapping[Any, Any]], needed: dict[Any, Any]) -> None:

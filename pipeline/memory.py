@@ -43,20 +43,22 @@ class Budget:
     limit_bytes: int
 
 
-def block_bytes(total_bytes: int, workers: int) -> int:
+def block_bytes(total_bytes: int) -> int:
     """The bytes of one task's work, 256 MiB for most models.
 
     Small ones are cut finer, so that every worker has work and the progress moves; very large ones coarser, as a scheduler takes
-    milliseconds a task.
+    milliseconds a task. It depends on the source alone: a run resumes with other workers and another memory limit.
     """
     if total_bytes > 1024 * BLOCK_BYTES:
         return min(total_bytes // 1024, MAX_BLOCK_BYTES)
-    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // (8 * workers)))
+    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 16))
 
 
 def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int) -> Budget:
     """Choose the piece size for a limit. Raises BadInput naming the tensor that needs most where nothing fits, and what would."""
+    needs = list(needs)
     worst = max(needs, key=lambda need: need.least_piece_bytes * need.copies)
+    copies = max(need.copies for need in needs)
     fixed = BASE_BYTES + tasks * TASK_BYTES
     least = worst.least_piece_bytes * worst.copies
     if limit_bytes < fixed + workers * least:
@@ -65,6 +67,6 @@ def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int) ->
         remedy = f"Give --memory_limit {wanted}MiB" + (f" or --workers {fewer}" if fewer > 0 else "")
         found = f"{limit_bytes // MIB} MiB for {workers} workers, each with a piece of {worst.name}"
         raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
-    piece = min((limit_bytes - fixed) // (workers * worst.copies), MAX_PIECE_BYTES)
-    piece = max(piece, worst.least_piece_bytes)
-    return Budget(piece, fixed + workers * worst.copies * piece, workers, limit_bytes)
+    piece = min((limit_bytes - fixed) // (workers * copies), MAX_PIECE_BYTES)
+    held = max(max(piece, need.least_piece_bytes) * need.copies for need in needs)
+    return Budget(piece, fixed + workers * held, workers, limit_bytes)

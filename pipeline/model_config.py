@@ -6,12 +6,13 @@ config.json is read in both styles: top-level `rope_theta` / `rope_scaling` / `t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tables import Family
+from pipeline.tables import Family, layout
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,19 @@ class ModelConfig:
         return int(getattr(self, name))
 
 
-_SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"}
+# The least and the greatest of each size: beyond, it is a mistake, and every layer and expert would be planned for nothing.
+_BOUNDS = {
+    "vocab_size": (1, 1 << 31),
+    "hidden_size": (1, 1 << 31),
+    "num_hidden_layers": (1, 4096),
+    "num_attention_heads": (1, 1 << 16),
+    "num_key_value_heads": (1, 1 << 16),
+    "intermediate_size": (1, 1 << 31),
+    "max_position_embeddings": (1, 1 << 31),
+    "head_size": (1, 1 << 20),
+    "num_experts": (0, 4096),
+    "experts_per_token": (0, 4096),
+}
 
 
 def model_config(config: Mapping[str, Any], family: Family, architecture: str, file: str) -> ModelConfig:
@@ -75,7 +88,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         kind = str(spec.type).split(" |")[0]
         try:
             value = _value(config, keys, kind)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(_wrong(file, keys, config, kind))
             continue
         if value is None:
@@ -89,12 +102,9 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
     try:
         values["rotary_scaling"] = rotary_scaling(config)
     except TypeError:
-        problems.append(Problem(f"{file}: rope_scaling", repr(config.get("rope_scaling")), "null or an object"))
-    problems += [
-        Problem(f"{file}: {' or '.join(family.fields.get(name, (name,)))}", str(values[name]), "1 or more")
-        for name in sorted(_SIZES & values.keys())
-        if values[name] < 1
-    ]
+        key = "rope_scaling" if config.get("rope_scaling") is not None else "rope_parameters"
+        problems.append(Problem(f"{file}: {key}", repr(config[key]), "null or an object"))
+    problems += _out_of_range(values, family, file)
     if problems:
         raise BadInput(problems)
     if not values.get("head_size"):
@@ -106,14 +116,39 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
     return ModelConfig(**values)
 
 
+def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[Problem]:
+    def subject(name: str) -> str:
+        return f"{file}: {' or '.join(family.fields.get(name, (name,)))}"
+
+    problems = [
+        Problem(subject(name), str(values[name]), f"{low} to {high}")
+        for name, (low, high) in _BOUNDS.items()
+        if name in values and not low <= values[name] <= high
+    ]
+    for name in ("norm_epsilon", "rotary_base"):
+        if name in values and not (math.isfinite(values[name]) and values[name] > 0):
+            problems.append(Problem(subject(name), str(values[name]), "a number greater than 0"))
+    if any(module.experts for module in layout(family.layout).modules.values()):
+        experts, chosen = values.get("num_experts", 0), values.get("experts_per_token", 0)
+        if experts < 1:
+            problems.append(Problem(subject("num_experts"), str(experts), "1 or more: the model has experts"))
+        elif not 1 <= chosen <= experts:
+            problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
+    return problems
+
+
 def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """`rope_scaling` as it is, or what transformers 5 keeps in `rope_parameters`; None where positions are not scaled."""
     scaling = config.get("rope_scaling")
     if scaling is not None:
+        if not isinstance(scaling, Mapping):
+            raise TypeError
         return dict(scaling)
     parameters = config.get("rope_parameters")
     if parameters is None:
         return None
+    if not isinstance(parameters, Mapping):
+        raise TypeError
     rest = {key: value for key, value in dict(parameters).items() if key != "rope_theta"}
     return None if rest.get("rope_type", "default") == "default" else rest
 

@@ -1,7 +1,7 @@
-"""An output directory: whose it is, how it begins, and how it becomes whole.
+"""An output directory: whose it is, how it begins or is taken up again, and how it becomes whole.
 
-A directory is complete when it has config.json, which is written last. Until then it holds `headrace.json.partial`, which says that
-it is ours, and rank files named `*.partial`.
+A directory is complete when it has config.json, which is written last. Until then it holds the journal, `headrace.json.partial`,
+which says what it will be and how far it is, and rank files named `*.partial`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,40 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from pipeline.errors import BadInput, Problem
+from pipeline.journal import Journal
+from pipeline.placement import Located, Region
 
 if TYPE_CHECKING:
-    from stages.write import RankFile
+    from stages.rank_file import FileTensor, RankFile
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
-MARKER = PROVENANCE + ".partial"
+JOURNAL = PROVENANCE + ".partial"
 _OURS = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial)?")
 
 
 @dataclass(frozen=True)
 class Output:
-    """One target's directory: its rank files and the text of its config.json."""
+    """One target's directory: its rank files, the text of its config.json, and the id of what is written there.
+
+    `copies`: files of the source that go beside them. Equal ids mean equal bytes.
+    """
 
     directory: Path
     files: tuple[RankFile, ...]
     config: str
+    id: str
+    copies: tuple[Path, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def size_bytes(self) -> int:
@@ -40,64 +51,134 @@ class Output:
         return sum(file.size_bytes for file in self.files)
 
     @property
+    def local_bytes(self) -> int:
+        """What it needs of a local disk."""
+        return self.size_bytes
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """Every file that the directory will hold."""
-        return (*(file.path for file in self.files), self.directory / CONFIG, self.directory / PROVENANCE)
+        names = (CONFIG, PROVENANCE, *(path.name for path in self.copies))
+        return (*(file.path for file in self.files), *(self.directory / name for name in names))
 
-    def up_to_date(self, plan_id: str) -> bool:
-        """Whether the directory already holds, whole, what the plan of this id would write."""
+    @property
+    def complete(self) -> bool:
+        """Whether the directory already holds, whole, what would be written."""
         try:
             provenance = json.loads((self.directory / PROVENANCE).read_text())
             sizes = [file.path.stat().st_size for file in self.files]
-            complete = (self.directory / CONFIG).read_text() == self.config
+            whole = (self.directory / CONFIG).read_text() == self.config and all(path.exists() for path in self.paths)
         except (OSError, ValueError):
             return False
-        return complete and provenance.get("plan_id") == plan_id and sizes == [file.size_bytes for file in self.files]
+        return whole and provenance.get("id") == self.id and sizes == [file.size_bytes for file in self.files]
 
-    def begin(self) -> None:
-        """Take the directory: clear what an earlier run of ours left, and reserve every rank file at its full size.
+    def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
+        """The bytes of a region of a rank's tensor."""
+        return self.files[rank].tensors[tensor].locate(region)
 
-        Raises BadInput where the directory cannot be written or has no room, leaving nothing behind.
+    def begin(self, tasks: int, fresh: bool) -> Journal:
+        """Take the directory: take up what an interrupted run left, or clear it and reserve every rank file at its full size.
+
+        Raises BadInput where another job holds the directory, it cannot be written, or there is no room; then it is left as it was.
         """
-        created = not self.directory.exists()
+        created = next((path for path in (self.directory, *self.directory.parents)[::-1] if not path.exists()), None)
+        owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": [path.name for path in self.copies]}
+        journal = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, PROVENANCE):
-                (self.directory / name).unlink(missing_ok=True)
-            (self.directory / MARKER).write_text("{}\n")
-            for path in self.directory.iterdir():
-                if _OURS.fullmatch(path.name) and path.name != MARKER:
-                    path.unlink()
+            journal = Journal(self.directory / JOURNAL)
+            if not fresh and journal.owner == owner and all(file.begun() for file in self.files):
+                return journal
+            self._clear()
+            journal.start(owner)
             for file in self.files:
                 file.create()
+            return journal
         except OSError as error:
-            self.abandon(created)
+            if journal:
+                self.abandon(journal, created)
             subject, remedy = str(error.filename or self.directory), "Free space, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy)]) from None
 
-    def finish(self, provenance: Mapping[str, Any]) -> None:
+    def finish(self, journal: Journal, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Give every file its name, config.json last: from then on the directory is complete."""
+        checksums = self._checksums(entries)
         for file in self.files:
             file.finish()
-        for name, text in ((PROVENANCE, json.dumps(provenance, indent=4) + "\n"), (CONFIG, self.config)):
-            partial = self.directory / f"{name}.partial"
-            partial.write_text(text)
-            partial.replace(self.directory / name)
+        for path in self.copies:
+            shutil.copyfile(path, self.directory / path.name)
+        copied = [path.name for path in self.copies]
+        provenance = {**self.provenance, "id": self.id, "copied": copied, "timings": dict(timings), "xxh3": checksums}
+        for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
+            _write_durably(self.directory / f"{name}.new", text, self.directory / name)
+        journal.remove()
 
-    def abandon(self, remove_directory: bool) -> None:
-        """Remove what `begin` made, where it could not be whole."""
-        for path in [self.directory / MARKER, *(file.partial for file in self.files)]:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError:
-                return
-        if remove_directory:
-            shutil.rmtree(self.directory, ignore_errors=True)
+    def abandon(self, journal: Journal, created: Path | None) -> None:
+        """Remove what `begin` made, where it could not be whole: `created` is the topmost directory that it made."""
+        for file in self.files:
+            file.partial.unlink(missing_ok=True)
+        journal.remove()
+        if created:
+            shutil.rmtree(created, ignore_errors=True)
+
+    def _clear(self) -> None:
+        # config.json first: what is half removed must not look whole.
+        (self.directory / CONFIG).unlink(missing_ok=True)
+        for path in self.directory.iterdir():
+            if path.name != JOURNAL:  # check_output has seen that all of it is ours
+                path.unlink()
+
+    def _checksums(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
+        """Per file and tensor: [bytes, xxh3] of its consecutive parts, from the journal's entries.
+
+        A tensor of one part has the plain xxh3 of its bytes. Raises RuntimeError where a part belongs to no tensor.
+        """
+        parts: dict[int, dict[int, tuple[int, str]]] = defaultdict(dict)
+        for entry in entries:
+            for rank, offset, nbytes, digest in entry["sums"]:
+                parts[rank][offset] = (nbytes, digest)
+        result = {}
+        for rank, file in enumerate(self.files):
+            sums = {name: _tensor_checksum(tensor, parts[rank]) for name, tensor in file.tensors.items()}
+            if parts[rank]:
+                raise RuntimeError(f"{file.path}: {len(parts[rank])} parts were written that belong to no tensor")
+            result[file.path.name] = sums
+        return result
+
+
+def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
+    """A tensor's parts in order, taken out of `parts`."""
+    result: list[list[Any]] = []
+    offset, end = tensor.offset, tensor.offset + tensor.nbytes
+    while offset < end and offset in parts:
+        nbytes, digest = parts.pop(offset)
+        result.append([nbytes, digest])
+        offset += nbytes
+    if offset < end:
+        # The rows of padding at the end are the file's own zeros.
+        padding = xxhash.xxh3_64()
+        for start in range(offset, end, 1 << 20):
+            padding.update(bytes(min(1 << 20, end - start)))
+        result.append([end - offset, padding.hexdigest()])
+    return result
+
+
+def _write_durably(partial: Path, text: str, path: Path) -> None:
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def check_output(directory: Path, overwrite: bool) -> list[Problem]:
-    """What keeps `directory` from being ours: it is a file, holds what headrace did not write, or a finished conversion."""
+    """What keeps `directory` from being ours: it is a file, or holds what headrace did not write."""
     if not directory.exists():
         return _writable(directory)
     if not directory.is_dir():
@@ -105,62 +186,93 @@ def check_output(directory: Path, overwrite: bool) -> list[Problem]:
     names = {path.name for path in directory.iterdir()}
     if not names:
         return _writable(directory)
-    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
+    ours = _copied(directory)
+    foreign = sorted(name for name in names if not _OURS.fullmatch(name) and name not in ours)
     if foreign:
         found = f"files that headrace did not write ({', '.join(foreign[:4])})"
         return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Choose another --output_dir")]
-    if names & {PROVENANCE, MARKER} or overwrite:
+    if names & {PROVENANCE, JOURNAL} or overwrite:
         return _writable(directory)
     found = "a checkpoint that headrace did not write"
     return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Give --overwrite to replace it")]
 
 
-def check_finished(outputs: Sequence[Output], plan_id: str, overwrite: bool) -> list[Problem]:
-    """A finished conversion of another source or other options is not replaced unless asked."""
-    return [
-        Problem(
-            f"--output_dir {output.directory}",
-            "a finished conversion of another source or with other options",
-            "a new directory, or the same request",
-            "Give --overwrite to replace it",
-        )
-        for output in outputs
-        if not overwrite and (output.directory / CONFIG).exists() and not output.up_to_date(plan_id)
-    ]
+def check_source(directory: Path, files: Iterable[Path]) -> list[Problem]:
+    """A directory that holds files of the source is not written to: they would be taken for ours."""
+    real = directory.resolve()
+    if any(path.resolve().parent == real or path.parent == directory for path in files):
+        expected = "another directory than the source's"
+        return [Problem(f"--output_dir {directory}", "files of the source", expected, "Choose another --output_dir")]
+    return []
+
+
+def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
+    """A conversion of another source or other options, finished or under way, is not replaced unless asked."""
+    problems = []
+    for output in outputs:
+        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
+        if overwrite or output.complete or not (finished.exists() or begun.exists()):
+            continue
+        if finished.exists() or _owner(begun).get("id", output.id) != output.id:
+            found = f"{'a finished' if finished.exists() else 'an unfinished'} conversion of another source or with other options"
+            remedy = "Give --overwrite to start afresh"
+            problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
+    return problems
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """The first line of a journal; nothing where it has none yet."""
+    try:
+        with path.open("rb") as file:
+            digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
+        return dict(json.loads(text)) if xxhash.xxh3_64_hexdigest(text).encode() == digest else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _copied(directory: Path) -> set[str]:
+    """The names of the files that a conversion, finished or under way, copies beside its ranks."""
+    try:
+        finished = json.loads((directory / PROVENANCE).read_text()).get("copied", [])
+    except (OSError, ValueError, AttributeError):
+        finished = []
+    return {*finished, *_owner(directory / JOURNAL).get("copied", [])}
+
+
+def check_space(needs: Mapping[Path, int]) -> list[Problem]:
+    """Whether each file system has room for what goes to the directories on it (bytes by directory)."""
+    needed: dict[int, int] = defaultdict(int)
+    names: dict[int, Path] = {}
+    for directory, nbytes in needs.items():
+        place = existing(directory)
+        device = place.stat().st_dev
+        # What an earlier run of ours reserved there will be used or replaced.
+        old = [path for path in directory.rglob("*") if path.is_file()] if directory.exists() else []
+        needed[device] += nbytes - sum(path.stat().st_blocks * 512 for path in old)
+        names[device] = directory
+    problems = []
+    for device, nbytes in needed.items():
+        free = free_bytes(names[device])
+        if nbytes > free:
+            found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
+            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy))
+    return problems
 
 
 def free_bytes(directory: Path) -> int:
     """Bytes free on the file system that `directory` is, or would be, on."""
-    return shutil.disk_usage(_existing(directory)).free
+    return shutil.disk_usage(existing(directory)).free
 
 
-def check_space(outputs: Sequence[Output]) -> list[Problem]:
-    """Whether each file system has room for what goes to it; files of ours that will be replaced count as free."""
-    needed: dict[int, int] = {}
-    free: dict[int, int] = {}
-    names: dict[int, Path] = {}
-    for output in outputs:
-        place = _existing(output.directory)
-        device = place.stat().st_dev
-        old = sum(path.stat().st_blocks * 512 for path in output.directory.glob("rank*")) if output.directory.exists() else 0
-        needed[device] = needed.get(device, 0) + output.size_bytes - old
-        free[device] = free_bytes(place)
-        names[device] = output.directory
-    return [
-        Problem(f"--output_dir {names[device]}", f"{free[device]:,} bytes free", f"{need:,}", "Free space, or choose another disk")
-        for device, need in needed.items()
-        if need > free[device]
-    ]
-
-
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The nearest directory above `path`, or itself, that is there."""
     while not path.exists():
         path = path.parent
     return path
 
 
 def _writable(directory: Path) -> list[Problem]:
-    place = _existing(directory)
+    place = existing(directory)
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         return []
     return [Problem(f"--output_dir {directory}", f"{place}, which cannot be written", "a directory that can be written")]

@@ -115,3 +115,19 @@ def runs(shape: Sequence[int], region: Region) -> Iterator[tuple[int, tuple[int,
             index.append(position)
         index.reverse()
         yield base + sum(i * s for i, s in zip(index, strides, strict=False)), tuple(index), length
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A contiguous part of a tensor on disk: `region` of the tensor is the bytes from `offset` of the file at `path`."""
+
+    path: str
+    offset: int
+    region: Region
+
+
+def contiguous(shape: Sequence[int], region: Region) -> Iterator[tuple[int, Region]]:
+    """The parts of `region` that are contiguous in a C-ordered tensor of `shape`: (their first element, the part)."""
+    for first, index, _ in runs(shape, region):
+        lead = tuple((region[axis][0] + i, region[axis][0] + i + 1) for axis, i in enumerate(index))
+        yield first, (*lead, *region[len(index) :])

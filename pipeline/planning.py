@@ -2,71 +2,78 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pipeline.checks import check_quantization, check_tensors, check_ties, origin, parameters
-from pipeline.dtypes import auto_dtype
+from pipeline.cuts import Cuts
+from pipeline.dtypes import BY_TARGET, auto_dtype
 from pipeline.errors import BadInput, Problem
-from pipeline.job import Job
-from pipeline.memory import DENSE_COPIES, PACKED_COPIES, Need, block_bytes, budget
+from pipeline.job import Job, TargetOptions
+from pipeline.memory import DENSE_COPIES, MAX_PIECE_BYTES, PACKED_COPIES, Need, block_bytes, budget
 from pipeline.model_config import ModelConfig, model_config
-from pipeline.output import Output, check_output
-from pipeline.parallelism import Parallelism
-from pipeline.placement import RankTensor
-from pipeline.plans import Phase, Plan, Store, Target
+from pipeline.output import Output, check_output, check_source
+from pipeline.placement import Placement, RankTensor
+from pipeline.plans import VERSION, Phase, Plan, Store, Target, group_blocks
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.target_config import QUANTIZATION, target_config
-from pipeline.tensors import LazyTensor, Source, TensorMap, tensor_bytes
+from pipeline.tensors import Source, TensorMap, tensor_bytes
 from stages import rope
 from stages.cast import cast
-from stages.read import open_source, read
+from stages.rank_file import rank_file
+from stages.read import open_source, read, read_scratch
 from stages.rename import Matches, match, rename
 from stages.shard import Embedding, Sharding, divisibility, rank_tensors, shard
 from stages.unpack import unpack
-from stages.write import rank_file
 
 ROW_MULTIPLE = 64
 
 
 def make_plan(job: Job) -> Plan:
-    """Plan a job. Raises BadInput with everything that is wrong with the request, the source or the output directory."""
-    problems = check_output(job.output_dir, job.overwrite)
+    """Plan a job. Raises BadInput with everything that is wrong with the request, the source or the output directories."""
+    problems = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite)]
     source = _open(job, problems)
+    if not problems:
+        problems += [p for target in job.targets for p in check_source(target.output_dir, [file.path for file in source.files])]
     family = _family(source, problems)
-    declared = model_config(source.config, family, source.architecture, source.config_name)
+    declared = _model(source, family, problems)
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
     dropped: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
     model = replace(declared, **dropped)
-    sharding = _sharding(job, family, model)
-    matches = match(source.tensors, family, sharding.layout, declared, kept)
-    problems += check_quantization(source) or matches.problems
-    problems += _refused(matches, job)
-    problems += divisibility(sharding)
+    matches = match(source.tensors, family, layout(family.layout), declared, kept)
+    shardings = [_sharding(options, family, model) for options in job.targets]
+    problems += _refused(matches, job) + _refused_options(job, source)
+    problems += dict.fromkeys(problem for sharding in shardings for problem in divisibility(sharding))
+    quantized = check_quantization(source)
+    problems += quantized or matches.problems
+
+    size = block_bytes(source.nbytes)
+    chunk = min(size, MAX_PIECE_BYTES) if "://" in (job.scratch or "") and job.cuts else size
+    identity = [VERSION, family.name, job.source_identity(), [file.fingerprint() for file in source.files]]
+    cuts = Cuts(job, source, identity, size, read_scratch, partial(origin, origins=matches.origins))
+    tensors = cuts.cut("read", read(source.tensors, chunk, math.lcm(ROW_MULTIPLE, model.head_size)))
+    tensors = cuts.cut("rename", rename(tensors, matches, model))
+    tensors = cuts.cut("unpack", unpack(tensors))
+    if not quantized:
+        problems += check_tensors(tensors, matches.origins, shardings[0], family) + check_ties(source, matches.copies)
     if problems:
         raise BadInput(problems)
 
-    size = block_bytes(source.nbytes, job.threads)
-    tensors = read(source.tensors, size, math.lcm(ROW_MULTIPLE, model.head_size))
-    tensors = rename(tensors, matches, model)
-    tensors = unpack(tensors)
-    problems = check_tensors(tensors, matches.origins, sharding, family) + check_ties(source, matches.copies)
-    if problems:
-        raise BadInput(problems)
-
-    dtype = auto_dtype(source.dtype) if job.dtype == "auto" else job.dtype
-    whole = cast(tensors, sharding.layout, dtype)
-    stores = _stores(tensors, whole, source, matches, sharding)
-    buffers = rope.rope_buffers(model) if job.write_rope_buffers else {}
-    stores += _computed(buffers, read(buffers, size, 1), sharding.parallelism)
-    target = _target(job, source, family, sharding, dtype, buffers)
-    phase = Phase("write", stores)
-    groups = phase.groups(size)
-    limits = budget(job.memory_limit, job.threads, map(_need, stores), len(groups))
-    return Plan(job, source, family, model, (target,), (phase,), groups, size, limits, matches.left_out)
+    pieces = [_compose(options, sharding, tensors, source, size) for options, sharding in zip(job.targets, shardings, strict=True)]
+    stores = _stores(tensors, pieces, source, matches, cuts)
+    stores = cuts.cut_ranks(stores, [piece.ranks for piece in pieces], {name: row.numpy for name, row in BY_TARGET.items()})
+    targets = tuple(_target(piece, identity, source, family, matches, job) for piece in pieces)
+    write = Phase("write", stores, tuple(target.output for target in targets), group_blocks(stores, size))
+    phases = (*cuts.phases, write)
+    needs = [_need(store, chunk < size) for phase in phases for store in phase.stores]
+    limits = budget(job.memory_limit, job.threads, needs, max(len(phase.groups) for phase in phases))
+    reasons = cuts.reasons()
+    return Plan(job, source, family, model, targets, phases, tuple(cuts.groups), reasons, size, limits, matches.left_out)
 
 
 def _open(job: Job, problems: list[Problem]) -> Source:
@@ -87,9 +94,16 @@ def _family(source: Source, problems: list[Problem]) -> Family:
     return family
 
 
-def _sharding(job: Job, family: Family, model: ModelConfig) -> Sharding:
-    parallelism = Parallelism.resolve(job.tp_size, job.pp_size, job.cp_size, job.moe_tp_size, job.moe_ep_size)
-    return Sharding(layout(family.layout), model, parallelism, Embedding(job.use_parallel_embedding, job.embedding_sharding_dim))
+def _model(source: Source, family: Family, problems: list[Problem]) -> ModelConfig:
+    try:
+        return model_config(source.config, family, source.architecture, source.config_name)
+    except BadInput as error:
+        raise BadInput([*error.problems, *problems]) from None
+
+
+def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sharding:
+    embedding = Embedding(options.use_parallel_embedding, options.embedding_sharding_dim)
+    return Sharding(layout(family.layout), model, options.parallelism, embedding)
 
 
 def _refused(matches: Matches, job: Job) -> list[Problem]:
@@ -99,74 +113,117 @@ def _refused(matches: Matches, job: Job) -> list[Problem]:
     return [Problem(name, "a bias of the MLP", "none, as --mlp_bias is refuse") for name in sorted(omitted)]
 
 
-def _stores(tensors: TensorMap, whole: TensorMap, source: Source, matches: Matches, sharding: Sharding) -> tuple[Store, ...]:
+def _refused_options(job: Job, source: Source) -> list[Problem]:
+    problems = []
+    if job.copy_tokenizer and not source.companions:
+        expected = "a Hugging Face directory with its tokenizer"
+        problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.location}", expected))
+    if "://" in (job.scratch or "") and "shard" in job.cuts:
+        remedy = "Cut after another stage, or give --scratch a directory"
+        problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))
+    return problems
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What the stages after the reading make of a source for one target."""
+
+    options: TargetOptions
+    sharding: Sharding
+    dtype: str
+    arrays: TensorMap
+    placements: Mapping[str, tuple[Placement, ...]]
+    ranks: tuple[RankTensor, ...]
+
+
+def _compose(options: TargetOptions, sharding: Sharding, tensors: TensorMap, source: Source, size: int) -> _Piece:
+    dtype = auto_dtype(source.dtype) if options.dtype == "auto" else options.dtype
+    arrays = dict(cast(tensors, sharding.layout, dtype))
+    placements = {name: shard(name, sharding) for name in arrays}
+    wanted = {name: set(parameters(row, sharding.model)) for name, row in sharding.layout.modules.items()}
+    ranks = rank_tensors(wanted, sharding, dtype)
+    if options.write_rope_buffers:
+        buffers = rope.rope_buffers(sharding.model)
+        arrays |= read(buffers, size, 1)
+        placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
+        ranks += rope.rank_tensors(buffers, sharding.parallelism)
+    return _Piece(options, sharding, dtype, arrays, placements, ranks)
+
+
+def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matches: Matches, cuts: Cuts) -> tuple[Store, ...]:
     """One store for each array, in the order of the source's bytes; names that share an array (ties) share the store."""
-    names: dict[str, list[str]] = {}
-    for name, array in whole.items():
-        names.setdefault(array.name, []).append(name)
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(name for piece in pieces for name in piece.arrays):
+        key = tuple(piece.arrays[name].name if name in piece.arrays else "" for piece in pieces)
+        names.setdefault(key, []).append(name)
     stores = []
     for shared in names.values():
         name = shared[0]
-        tensor = source.tensors[origin(name, matches.origins)]
-        store = Store(
-            name=name,
-            arrays=(whole[name],),
-            placements=(tuple(placement for each in shared for placement in shard(each, sharding)),),
-            itemsize=max(tensors[name].dtype.itemsize, whole[name].dtype.itemsize),
-            row_multiple=_row_multiple(origin(name, matches.origins), matches, sharding.model),
-            source_bytes=tensor_bytes(tensor),
-        )
-        stores.append(((str(getattr(tensor, "path", "")), getattr(tensor, "offset", 0)), store))
+        some = next(piece.arrays[name] for piece in pieces if name in piece.arrays)
+        arrays = tuple(piece.arrays.get(name, some) for piece in pieces)
+        placements = tuple(tuple(p for each in shared for p in piece.placements.get(each, ())) for piece in pieces)
+        before = tensors.get(name, some)
+        tensor = source.tensors.get(origin(name, matches.origins))
+        nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else tensor_bytes(tensor)
+        itemsize = max(array.dtype.itemsize for array in (before, *arrays))
+        order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
+        stores.append((order, Store(name, arrays, placements, itemsize, _row_multiple(name, matches, pieces[0].sharding), nbytes)))
     return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
 
 
-def _computed(buffers: Mapping[str, LazyTensor], arrays: TensorMap, parallelism: Parallelism) -> tuple[Store, ...]:
-    """Stores of tensors that no source holds: each whole on every rank."""
-    return tuple(
-        Store(name, (arrays[name],), (rope.placements(name, tensor, parallelism),), tensor.dtype.itemsize, 1, 0)
-        for name, tensor in buffers.items()
-    )
+def _row_multiple(name: str, matches: Matches, sharding: Sharding) -> int:
+    found = matches.names.get(origin(name, matches.origins))
+    return sharding.model.dimension(found[1].period) if found and found[1].period else 1
 
 
-def _row_multiple(source_name: str, matches: Matches, model: ModelConfig) -> int:
-    row = matches.names[source_name][1]
-    return model.dimension(row.period) if row.period else 1
-
-
-def _need(store: Store) -> Need:
+def _need(store: Store, whole_chunks: bool) -> Need:
     array = store.arrays[0]
+    if whole_chunks:
+        # On object storage a chunk is put and fetched whole.
+        return Need(store.name, math.prod(array.chunksize) * store.itemsize, PACKED_COPIES)
     packed = store.itemsize * array.size > 2 * store.source_bytes
     row = int(array.shape[-1]) if math.prod(array.shape[:-1]) > 1 else 1
     return Need(store.name, row * store.itemsize * store.row_multiple, PACKED_COPIES if packed else DENSE_COPIES)
 
 
-def _target(job: Job, source: Source, family: Family, sharding: Sharding, dtype: str, buffers: Mapping[str, LazyTensor]) -> Target:
-    model, target_layout = sharding.model, sharding.layout
-    wanted: Mapping[str, set[str]] = {name: set(parameters(row, model)) for name, row in target_layout.modules.items()}
-    ranks = rank_tensors(wanted, sharding, dtype) + rope.rank_tensors(buffers, sharding.parallelism)
+def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Family, matches: Matches, job: Job) -> Target:
+    options, sharding = piece.options, piece.sharding
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
-    for tensor in ranks:
+    for tensor in piece.ranks:
         by_rank[tensor.rank].append(tensor)
-    files = tuple(rank_file(job.output_dir / f"rank{index}.safetensors", held) for index, held in sorted(by_rank.items()))
+    directory = options.output_dir
+    files = tuple(rank_file(directory / f"rank{index}.safetensors", held) for index, held in sorted(by_rank.items()))
     values = {
-        "dtype": dtype,
+        "dtype": piece.dtype,
         "mapping": sharding.parallelism.mapping(),
         "quantization": dict(QUANTIZATION),
-        "use_parallel_embedding": job.use_parallel_embedding,
-        "embedding_sharding_dim": job.embedding_sharding_dim,
-        "disable_weight_only_quant_plugin": job.disable_weight_only_quant_plugin,
-        "remove_duplicated_kv_heads": job.remove_duplicated_kv_heads,
+        "use_parallel_embedding": options.use_parallel_embedding,
+        "embedding_sharding_dim": options.embedding_sharding_dim,
+        "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
+        "remove_duplicated_kv_heads": options.remove_duplicated_kv_heads,
         "logits_dtype": "float32",
-        "tie_word_embeddings": _tied(sharding, source, family),
+        "tie_word_embeddings": _tied(sharding.model, source, family),
     }
-    config = target_config(target_layout.config, family.config, model, values)
-    return Target(sharding.parallelism, dtype, Output(job.output_dir, files, json.dumps(config, indent=4)))
+    config = json.dumps(target_config(sharding.layout.config, family.config, sharding.model, values), indent=4)
+    copies = source.companions if job.copy_tokenizer else ()
+    provenance = {
+        "headrace": VERSION,
+        "source": {
+            "path": str(source.location),
+            "kind": source.kind,
+            "files": [file.fingerprint() for file in source.files],
+        },
+        "options": {**job.source_identity(), **options.identity()},
+        "left_out": dict(matches.left_out),
+    }
+    decides = [identity, options.identity(), [path.name for path in copies]]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return Target(options, piece.dtype, Output(directory, files, config, digest, copies, provenance))
 
 
-def _tied(sharding: Sharding, source: Source, family: Family) -> bool:
+def _tied(model: ModelConfig, source: Source, family: Family) -> bool:
     """What config.json says of ties: the source's word, or, where it has none, whether lm_head had to be tied."""
-    declared = sharding.model.tie_word_embeddings
-    if declared is not None:
-        return declared
+    if model.tie_word_embeddings is not None:
+        return model.tie_word_embeddings
     rows = {row.to: pattern for pattern, row in family.rename.items()}
     return not any(name.startswith(f"{rows[tied]}.") for tied in family.ties for name in source.tensors)

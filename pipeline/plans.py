@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.job import Job
+from pipeline.job import Job, TargetOptions
+from pipeline.journal import Journal
 from pipeline.memory import Budget
 from pipeline.model_config import ModelConfig
-from pipeline.output import Output, check_finished, check_space, free_bytes
-from pipeline.parallelism import Parallelism
-from pipeline.placement import Placement, Region, size
+from pipeline.output import Output, check_space, check_taken, free_bytes
+from pipeline.placement import Located, Placement, Region, size
+from pipeline.remote_scratch import RemoteGroup
+from pipeline.scratch import ScratchGroup
 from pipeline.tables import Family
 from pipeline.tensors import Source
 
@@ -29,20 +31,37 @@ if TYPE_CHECKING:
 VERSION = metadata.version("headrace")
 
 
+class Sink(Protocol):
+    """Where a phase's tensors go: an output directory or a scratch group."""
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def local_bytes(self) -> int: ...
+    def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
+    def begin(self, tasks: int, fresh: bool) -> Journal: ...
+    def finish(self, journal: Journal, entries: Any, timings: Mapping[str, Any]) -> None: ...
+    def abandon(self, journal: Journal, created: Path | None) -> None: ...
+
+
 @dataclass(frozen=True)
 class Target:
-    """One output of a plan: its parallel sizes, its dtype, and its directory."""
+    """One output of a plan: what was asked, the dtype that it came to, and its directory."""
 
-    parallelism: Parallelism
+    options: TargetOptions
     dtype: str
     output: Output
 
 
 @dataclass(frozen=True)
 class Store:
-    """One source tensor on its way.
+    """One tensor on its way through a phase.
 
-    `arrays[t]` is its Dask array as target t wants it, `placements[t]` where its regions go there (for tied embeddings, to two
+    `arrays[s]` is its Dask array as sink s wants it, `placements[s]` where its regions go there (for tied embeddings, to two
     tensors). `itemsize` is that of the widest form its values take on the way; rows are cut at multiples of `row_multiple`.
     """
 
@@ -57,13 +76,17 @@ class Store:
         """The bytes of the source that the block at a chunk index stands for."""
         array = self.arrays[0]
         elements = math.prod(axis[i] for axis, i in zip(array.chunks, index, strict=True))
-        total = int(array.size)
-        return int(self.source_bytes * elements // max(total, 1))
+        return int(self.source_bytes * elements // max(array.size, 1))
 
     def region(self, index: Sequence[int]) -> Region:
         """The region of the tensor that the block at a chunk index covers."""
         chunks = self.arrays[0].chunks
         return tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
+
+    def written_bytes(self, sink: int) -> int:
+        """The bytes that tasks write to a sink; padding is reserved, not written."""
+        itemsize = self.arrays[sink].dtype.itemsize
+        return sum(size(placement.target) * itemsize for placement in self.placements[sink] if placement.source is not None)
 
 
 Group = tuple[tuple[Store, tuple[int, ...]], ...]
@@ -71,25 +94,37 @@ Group = tuple[tuple[Store, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Phase:
-    """Stores that can run in any order. A phase begins when the one before it has ended."""
+    """Stores that can run in any order, and the tasks that do them. A phase begins when the one before it has ended."""
 
     name: str
     stores: tuple[Store, ...]
+    sinks: tuple[Sink, ...]
+    groups: tuple[Group, ...] = field(repr=False)
 
-    def groups(self, block_bytes: int) -> tuple[Group, ...]:
-        """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order."""
-        groups: list[Group] = []
-        group: list[tuple[Store, tuple[int, ...]]] = []
-        filled = 0
-        for store in self.stores:
-            for index in np.ndindex(*store.arrays[0].numblocks):
-                nbytes = store.block_bytes(index)
-                if group and filled + nbytes > block_bytes:
-                    groups.append(tuple(group))
-                    group, filled = [], 0
-                group.append((store, index))
-                filled += nbytes
-        return (*groups, tuple(group)) if group else tuple(groups)
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The numbers of the sinks that are not whole yet."""
+        return tuple(number for number, sink in enumerate(self.sinks) if not sink.complete)
+
+    def written_bytes(self, sinks: Sequence[int]) -> int:
+        """The bytes that tasks write to some of the sinks."""
+        return sum(store.written_bytes(sink) for store in self.stores for sink in sinks)
+
+
+def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]:
+    """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order."""
+    groups: list[Group] = []
+    group: list[tuple[Store, tuple[int, ...]]] = []
+    filled = 0
+    for store in stores:
+        for index in np.ndindex(*store.arrays[0].numblocks):
+            nbytes = store.block_bytes(index)
+            if group and filled + nbytes > block_bytes:
+                groups.append(tuple(group))
+                group, filled = [], 0
+            group.append((store, index))
+            filled += nbytes
+    return (*groups, tuple(group)) if group else tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -102,24 +137,19 @@ class Plan:
     model: ModelConfig
     targets: tuple[Target, ...]
     phases: tuple[Phase, ...]
-    groups: tuple[Group, ...] = field(repr=False)
+    scratch: tuple[ScratchGroup | RemoteGroup, ...]
+    scratch_reasons: Mapping[str, str]
     block_bytes: int
     budget: Budget
     left_out: Mapping[str, str] = field(repr=False)
 
-    @cached_property
-    def id(self) -> str:
-        """SHA-256 of the source's fingerprint, the options and the version: equal ids write equal bytes."""
-        identity = {
-            "version": VERSION,
-            "options": self.job.options(),
-            "source": [file.fingerprint() for file in self.source.files],
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    @property
+    def tasks(self) -> int:
+        return sum(len(phase.groups) for phase in self.phases)
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the source's tensors that are converted; each is read once."""
+        """Bytes read of the source and of scratch, each tensor once a phase."""
         return sum(store.source_bytes for phase in self.phases for store in phase.stores)
 
     @cached_property
@@ -128,26 +158,21 @@ class Plan:
         return sum(target.output.size_bytes for target in self.targets)
 
     @cached_property
-    def targets_bytes(self) -> int:
-        """Bytes of tensors that the tasks write: the rank files less headers and padding."""
-        return sum(
-            size(placement.target) * array.dtype.itemsize
-            for phase in self.phases
-            for store in phase.stores
-            for array, placements in zip(store.arrays, store.placements, strict=True)
-            for placement in placements
-            if placement.source is not None
-        )
+    def id(self) -> str:
+        """SHA-256 of the ids of all outputs: plans of equal ids write equal bytes."""
+        return hashlib.sha256("".join(target.output.id for target in self.targets).encode()).hexdigest()
 
     @property
     def up_to_date(self) -> bool:
         """Whether every output directory already holds what this plan would write."""
-        return all(target.output.up_to_date(self.id) for target in self.targets)
+        return all(target.output.complete for target in self.targets)
 
     def obstacles(self) -> list[Problem]:
-        """What would keep `convert` from starting now: a finished conversion in the way, or a disk without room."""
+        """What would keep `convert` from starting now: another conversion in the way, or a disk without room."""
         outputs = [target.output for target in self.targets]
-        return check_finished(outputs, self.id, self.job.overwrite) or check_space(outputs)
+        sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
+        needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
+        return check_taken(outputs, self.job.overwrite) or check_space(needs)
 
     def summary(self) -> dict[str, Any]:
         """What `headrace plan --json` prints."""
@@ -163,23 +188,13 @@ class Plan:
                 "bytes": source.nbytes,
                 "left_out": dict(self.left_out),
             },
-            "targets": [
-                {
-                    "path": str(target.output.directory),
-                    "dtype": target.dtype,
-                    "mapping": target.parallelism.mapping(),
-                    "ranks": [
-                        {"file": file.path.name, "bytes": file.size_bytes, "tensors": len(file.tensors)}
-                        for file in target.output.files
-                    ],
-                    "bytes": target.output.size_bytes,
-                    "free_bytes_there": free_bytes(target.output.directory),
-                    "up_to_date": target.output.up_to_date(self.id),
-                }
-                for target in self.targets
+            "targets": [_target_summary(target, self.job.overwrite) for target in self.targets],
+            "phases": [{"name": phase.name, "tensors": len(phase.stores), "tasks": len(phase.groups)} for phase in self.phases],
+            "scratch": [
+                {"stage": cut.stage, "path": cut.place, "bytes": cut.size_bytes, "reused": cut.complete} for cut in self.scratch
             ],
-            "phases": [{"name": phase.name, "tensors": len(phase.stores)} for phase in self.phases],
-            "tasks": len(self.groups),
+            "scratch_reasons": dict(self.scratch_reasons),
+            "tasks": self.tasks,
             "workers": self.budget.workers,
             "block_bytes": self.block_bytes,
             "piece_bytes": self.budget.piece_bytes,
@@ -188,21 +203,20 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "scheduler": self.job.scheduler,
-            "obstacles": [str(problem) for problem in self.obstacles()],
             "plan_id": self.id,
+            "obstacles": [str(problem) for problem in self.obstacles()],
         }
 
-    def provenance(self, timings: Mapping[str, Any]) -> dict[str, Any]:
-        """What headrace.json says: what was converted, from what, how, and how long it took."""
-        return {
-            "headrace": VERSION,
-            "plan_id": self.id,
-            "source": {
-                "path": str(self.source.location),
-                "kind": self.source.kind,
-                "files": [file.fingerprint() for file in self.source.files],
-            },
-            "options": self.job.options(),
-            "left_out": dict(self.left_out),
-            "timings": dict(timings),
-        }
+
+def _target_summary(target: Target, overwrite: bool) -> dict[str, Any]:
+    output = target.output
+    return {
+        "path": str(output.directory),
+        "id": output.id,
+        "dtype": target.dtype,
+        "mapping": target.options.parallelism.mapping(),
+        "ranks": [{"file": file.path.name, "bytes": file.size_bytes, "tensors": len(file.tensors)} for file in output.files],
+        "bytes": output.size_bytes,
+        "free_bytes_there": free_bytes(output.directory),
+        "up_to_date": output.complete and not overwrite,
+    }

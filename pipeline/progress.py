@@ -45,24 +45,36 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
+    """What is worth saying at the start of a run, beside how long it will take."""
+    result = [f"dashboard {dashboard}"] if dashboard else []
+    if done_tasks:
+        result.append(f"resuming: {done_tasks} of {plan.tasks} tasks were done before")
+    result += [f"scratch of {cut.stage} reused" for cut in plan.scratch if cut.complete]
+    if plan.left_out:
+        result.append(f"leaving out {len(plan.left_out)} tensors ({', '.join(sorted(set(plan.left_out.values())))})")
+    return result
+
+
 class Lines:
     """A line at the start, then one every few seconds; each whole in itself."""
 
     def __init__(self, stream: IO[str], as_json: bool) -> None:
         self.stream, self.as_json = stream, as_json
-        self.done = self.total = 0
+        self.done = self.total = self.resumed = 0
         self.begun = self.last = time.monotonic()
 
     def _say(self, event: str, text: str, **values: Any) -> None:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
         print(line, file=self.stream, flush=True)
 
-    def started(self, plan: Plan, dashboard: str) -> None:
-        self.total, self.begun = plan.targets_bytes, time.monotonic()
-        left_out = f"; leaving out {len(plan.left_out)} tensors (headrace plan lists them)" if plan.left_out else ""
-        watch = f"; dashboard {dashboard}" if dashboard else ""
-        text = f"converting {plan.source.location} in {len(plan.groups)} tasks{watch}{left_out}"
-        self._say("started", text, source=str(plan.source.location), tasks=len(plan.groups), bytes=self.total, dashboard=dashboard)
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
+        self.total, self.done, self.resumed, self.begun = total_bytes, done_bytes, done_bytes, time.monotonic()
+        text = f"converting {plan.source.location} in {plan.tasks} tasks"
+        for part in notes(plan, dashboard, done_tasks):
+            text += f"; {part}"
+        values = {"tasks": plan.tasks, "done_tasks": done_tasks, "bytes": total_bytes, "done_bytes": done_bytes}
+        self._say("started", text, source=str(plan.source.location), **values, dashboard=dashboard, left_out=len(plan.left_out))
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written
@@ -70,7 +82,7 @@ class Lines:
         if now - self.last < LINE_SECONDS and self.done < self.total:
             return
         self.last = now
-        rate = self.done / max(now - self.begun, 1e-9)
+        rate = (self.done - self.resumed) / max(now - self.begun, 1e-9)
         eta = (self.total - self.done) / max(rate, 1)
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
@@ -98,12 +110,10 @@ class Bar:
         )
         self.task: Any = None
 
-    def started(self, plan: Plan, dashboard: str) -> None:
-        if dashboard:
-            self.progress.console.print(f"Dask dashboard: [link={dashboard}]{dashboard}[/link]", highlight=False)
-        if plan.left_out:
-            self.progress.console.print(f"[yellow]Leaving out {len(plan.left_out)} tensors; headrace plan lists them.[/yellow]")
-        self.task = self.progress.add_task("converting", total=plan.targets_bytes)
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
+        for note in notes(plan, dashboard, done_tasks):
+            self.progress.console.print(note, highlight=False)
+        self.task = self.progress.add_task("converting", total=total_bytes, completed=done_bytes)
         self.progress.start()
 
     def advanced(self, written: Written) -> None:

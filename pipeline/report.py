@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -13,6 +14,7 @@ from pipeline.progress import human_bytes
 if TYPE_CHECKING:
     from pipeline.execute import Result
     from pipeline.plans import Plan
+    from pipeline.scratch import Found
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -27,14 +29,17 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {source['dtype'] or 'packed'}")
     facts.add_row("family", f"{source['family']} ({source['architecture']})")
     for phase in summary["phases"]:
-        facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {summary['tasks']} tasks")
+        facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")
     block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
     facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
     peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
     facts.add_row("memory", f"{peak} projected, {limit} allowed")
     facts.add_row("reads", human_bytes(summary["bytes_read"]))
     facts.add_row("writes", human_bytes(summary["bytes_written"]))
-    facts.add_row("scratch", "none: the source streams straight into the rank files")
+    for stage, reason in summary["scratch_reasons"].items():
+        facts.add_row("scratch", f"after {stage}: {reason}")
+    for cut in summary["scratch"]:
+        facts.add_row("", f"{cut['path']}, {human_bytes(cut['bytes'])}{', reused' if cut['reused'] else ''}")
     for reason, names in _by_reason(source["left_out"]).items():
         facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     for obstacle in summary["obstacles"]:
@@ -44,19 +49,33 @@ def plan_table(plan: Plan) -> RenderableType:
 
 def result_table(plan: Plan, result: Result) -> RenderableType:
     """What was written, and how long it took."""
-    table = Table(title=f"Written in {result.seconds:.1f} s", title_justify="left", title_style="bold")
-    for column in ("file", "tensors", "size"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+    parts: list[RenderableType] = [f"[bold]Done in {result.seconds:.1f} s[/bold]"]
     for target in plan.targets:
+        table = Table()
+        for column in ("file", "tensors", "size"):
+            table.add_column(column, justify="left" if column == "file" else "right")
         for file in target.output.files:
             table.add_row(str(file.path.name), str(len(file.tensors)), human_bytes(file.size_bytes))
         table.add_row("config.json", "", human_bytes(len(target.output.config)))
-    speed = result.bytes_written / result.seconds / 1e9
+        parts += [str(target.output.directory), table]
+    speed, peak = result.bytes_written / result.seconds / 1e9, human_bytes(result.peak_memory_bytes)
+    read, written = human_bytes(result.bytes_read), human_bytes(result.bytes_written)
+    parts.append(f"{read} read, {written} written, {speed:.2f} GB/s, peak memory {peak}")
     stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
-    places = "\n".join(str(target.output.directory) for target in plan.targets)
-    line = f"{human_bytes(result.bytes_read)} read, {human_bytes(result.bytes_written)} written, {speed:.2f} GB/s"
-    line += f", peak memory {human_bytes(result.peak_memory_bytes)}"
-    return Group(table, line, f"stages (summed over workers): {stages}", places)
+    parts.append(f"phases: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in result.phases.items())}")
+    parts.append(f"stages, summed over workers: {stages}")
+    return Group(*parts)
+
+
+def scratch_table(found: Sequence[Found]) -> RenderableType:
+    """The cuts of a scratch directory."""
+    table = Table()
+    for column in ("cut", "stage", "source", "size", "state"):
+        table.add_column(column, overflow="fold")
+    for cut in found:
+        state = "whole" if cut.complete else "unfinished"
+        table.add_row(cut.directory.name, cut.stage, cut.source, human_bytes(cut.size_bytes), state)
+    return table
 
 
 def console(stderr: bool = False) -> Console:
@@ -65,18 +84,17 @@ def console(stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
 
 
-def _target_table(target: dict) -> Table:
+def _target_table(target: dict[str, Any]) -> RenderableType:
     mapping = target["mapping"]
     sizes = ", ".join(f"{key} {mapping[key]}" for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
-    table = Table(title=f"{target['path']}: {target['dtype']}, {sizes}", title_justify="left", title_style="bold")
+    table = Table()
     for column in ("file", "tensors", "bytes", "size"):
         table.add_column(column, justify="left" if column == "file" else "right")
     for rank in target["ranks"]:
         table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
     state = "already written: nothing to do" if target["up_to_date"] else f"{human_bytes(target['free_bytes_there'])} free there"
-    table.caption = f"{human_bytes(target['bytes'])} needed, {state}"
-    table.caption_justify = "left"
-    return table
+    heading = f"[bold]{target['path']}[/bold]: {target['dtype']}, {sizes}"
+    return Group(heading, table, f"{human_bytes(target['bytes'])} needed, {state}")
 
 
 def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:

@@ -55,7 +55,7 @@ def run_synchronous(graph: Graph) -> Iterator[Written]:
 
 
 def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
-    """Dask's threads take the tasks in their order; results come through a queue as tasks end."""
+    """Dask's threads take the tasks in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
     from dask.callbacks import Callback
 
@@ -121,6 +121,8 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
+    # A task's failure is reported by the command, in its own words.
+    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
     # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
     settings = {"distributed.worker.memory.spill": False, "distributed.worker.memory.target": False}
     with dask.config.set(settings), warnings.catch_warnings():
@@ -145,7 +147,7 @@ def _remote(address: str) -> Iterator[Any]:
 
     try:
         client = Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError, ValueError, TypeError) as error:
         raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
     with client:
         yield client

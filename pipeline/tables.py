@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 T = TypeVar("T")
@@ -35,7 +35,11 @@ class PatternTable(Generic[T]):
         if found is None:
             return None
         names, row = found
-        return row, dict(zip(names, map(int, _NUMBER.findall(name)), strict=True))
+        numbers = _NUMBER.findall(name)
+        # A name may hold the braces themselves.
+        if len(names) != len(numbers) or max(map(len, numbers), default=0) > 9:
+            return None
+        return row, dict(zip(names, map(int, numbers), strict=True))
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Source:
     """An opened checkpoint: headers read, no tensor touched.
 
     `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
-    is the container's own metadata: config.json, or GGUF's key-value pairs.
+    is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
     """
 
     kind: str
@@ -162,6 +162,7 @@ class Source:
     tensors: Mapping[str, LazyTensor]
     files: tuple[SourceFile, ...]
     dtype: str | None
+    companions: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -199,17 +199,18 @@ def divisibility(sharding: Sharding) -> list[Problem]:
         found = f"--moe_tp_size {sizes.moe_tp_size} x --moe_ep_size {sizes.moe_ep_size}"
         problems.append(Problem(found, str(sizes.moe_tp_size * sizes.moe_ep_size), f"--tp_size {sizes.tp_size}"))
     fitting = tp_sizes(model, sharding)
-    if sizes.tp_size not in fitting:
+    if tp_obstacle(model, sharding, sizes.tp_size):
         refuse("tp_size", sizes.tp_size, tp_obstacle(model, sharding, sizes.tp_size), fitting)
     if sizes.pp_size > model.num_hidden_layers:
         found = f"{model.num_hidden_layers} layers"
         problems.append(Problem(f"--pp_size {sizes.pp_size}", found, f"at most {model.num_hidden_layers}"))
     if model.num_experts:
-        experts = [n for n in range(1, model.num_experts + 1) if model.num_experts % n == 0]
-        if sizes.moe_ep_size not in experts:
+        pairs = expert_sizes(model, sizes.tp_size)
+        experts = [ep for _, ep in pairs]
+        if model.num_experts % sizes.moe_ep_size:
             refuse("moe_ep_size", sizes.moe_ep_size, f"{model.num_experts} experts", experts)
         if model.intermediate_size % sizes.moe_tp_size:
-            works = [n for n in range(1, 65) if model.intermediate_size % n == 0]
+            works = [tp for tp, _ in pairs]
             refuse("moe_tp_size", sizes.moe_tp_size, f"intermediate_size {model.intermediate_size}", works)
     elif sizes.moe_ep_size > 1:
         problems.append(Problem(f"--moe_ep_size {sizes.moe_ep_size}", "a model without experts", "1"))
@@ -217,8 +218,17 @@ def divisibility(sharding: Sharding) -> list[Problem]:
 
 
 def tp_sizes(model: ModelConfig, sharding: Sharding) -> tuple[int, ...]:
-    """The tensor-parallel sizes that a model can be cut to."""
-    return tuple(n for n in range(1, model.num_attention_heads + 1) if not tp_obstacle(model, sharding, n))
+    """The tensor-parallel sizes that a model can be cut to, its experts as the other options say."""
+    ep = sharding.parallelism.moe_ep_size
+    ep = ep if not model.num_experts % ep else 1
+    fits = (n for n in range(1, model.num_attention_heads + 1) if not tp_obstacle(model, sharding, n))
+    return tuple(n for n in fits if not model.num_experts or (n % ep == 0 and (n // ep, ep) in expert_sizes(model, n)))
+
+
+def expert_sizes(model: ModelConfig, tp_size: int) -> list[tuple[int, int]]:
+    """The (moe_tp_size, moe_ep_size) that a mixture of experts can be cut to at `tp_size`."""
+    pairs = ((tp, tp_size // tp) for tp in range(1, tp_size + 1) if tp_size % tp == 0)
+    return [(tp, ep) for tp, ep in pairs if not model.intermediate_size % tp and not model.num_experts % ep]
 
 
 def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:

@@ -1,106 +1,45 @@
 """write: read(write(x)) == x, whatever the order of the blocks.
 
-A rank file is created at its full size with its header in place; blocks are then written at their offsets in any order. It is named
-`*.partial` until it is whole. Layout of the file: as the safetensors library writes it (checkpoint-format, section 1).
+What a task runs: it reads a source block a piece at a time and scatters it to the places that a plan bound it to.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import xxhash
 
-from pipeline.dtypes import BY_TARGET, FILE_ORDER
 from pipeline.metering import collect, meter
-from pipeline.placement import Placement, RankTensor, Region, extent, intersect, pieces, runs, shift, slices, whole
+from pipeline.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
 from pipeline.tensors import Block
 
 _local = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
-class FileTensor:
-    """Where a tensor lies in a rank file: byte offset from the file's start, shape and dtype (TensorRT-LLM's name)."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BY_TARGET[self.dtype].numpy.itemsize
-
-
-@dataclass(frozen=True)
-class RankFile:
-    """A rank's safetensors file: its header and the place of each tensor, known before a byte is written."""
-
-    path: Path
-    header: bytes
-    tensors: dict[str, FileTensor]
-    size_bytes: int
-
-    @property
-    def partial(self) -> Path:
-        """The name that the file has until it is whole."""
-        return self.path.with_name(self.path.name + ".partial")
-
-    def create(self) -> None:
-        """Reserve the file's size on disk and write its header. Raises OSError where the disk has no room."""
-        descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, self.size_bytes)
-            else:
-                os.ftruncate(descriptor, self.size_bytes)
-            _write_all(descriptor, memoryview(self.header), 0)
-        finally:
-            os.close(descriptor)
-
-    def finish(self) -> None:
-        """Give the whole file its name."""
-        self.partial.replace(self.path)
-
-
-def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
-    """Lay out a file: tensors sorted by type (widest first), then by name; the header padded with spaces to 8 bytes."""
-    rows = {tensor.name: BY_TARGET[tensor.dtype] for tensor in tensors}
-    ordered = sorted(tensors, key=lambda tensor: (FILE_ORDER.index(rows[tensor.name].safetensors), tensor.name))
-    entries, places, offset = {}, {}, 0
-    for tensor in ordered:
-        row = rows[tensor.name]
-        end = offset + math.prod(tensor.shape) * row.numpy.itemsize
-        entries[tensor.name] = {"dtype": row.safetensors, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        places[tensor.name] = offset
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    located = {tensor.name: FileTensor(len(header) + places[tensor.name], tensor.shape, tensor.dtype) for tensor in ordered}
-    return RankFile(path, header, located, len(header) + offset)
-
-
-@dataclass(frozen=True, slots=True)
 class Delivery:
-    """A placement of a block, bound to its file: `source` region of the block -> `target` region of the tensor at `offset`."""
+    """The values of the `source` region of a block, in C order, go to the bytes from `offset` of the file at `path`.
+
+    `rank` is the output rank that the file belongs to, or -1 for scratch, which is not checksummed. Where `offset` is -1, `path` is
+    the URL of a Zarr array, whose region is the block's moved by `origin`.
+    """
 
     path: str
     offset: int
-    shape: tuple[int, ...]
     source: Region
-    target: Region
+    rank: int
+    origin: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWrite:
-    """What a task does with one source block: one list of deliveries for each target, and how it is cut into pieces.
+    """What a task does with one source block: one list of deliveries for each sink, and how it is cut into pieces.
 
     `itemsize` is that of the widest form that a value takes on its way.
     """
@@ -113,86 +52,132 @@ class BlockWrite:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What a task did: bytes and seconds by stage, and the last module that it wrote."""
+class Checksum:
+    """xxh3 (64 bits) of `nbytes` bytes from `offset` of a rank's file."""
 
+    sink: int
+    rank: int
+    offset: int
+    nbytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a task did: its number in the plan, the last tensor that it wrote, bytes and seconds by stage, files, checksums."""
+
+    number: int
     name: str
-    blocks: int
     bytes_read: int
     bytes_written: int
     metrics: dict[tuple[str, str], float]
+    paths: tuple[str, ...]
+    checksums: tuple[Checksum, ...]
 
 
-def deliveries(
-    placements: Sequence[Placement], region: Region, files: Sequence[RankFile], partial: bool = True
-) -> tuple[Delivery, ...]:
-    """The deliveries of the block at `region` of a source. Padding needs none: the file's reserved bytes are zeros."""
+Locate = Callable[[int, str, Region], Iterable[Located]]
+
+
+def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, checksummed: bool) -> tuple[Delivery, ...]:
+    """The deliveries of the block at `region` of a source; `locate` finds the bytes of a region of a rank's tensor.
+
+    Padding needs none: reserved bytes are zeros.
+    """
     result = []
     for placement in placements:
-        if placement.source is None:
+        common = intersect(placement.source, region) if placement.source is not None else None
+        if common is None or placement.source is None:
             continue
-        common = intersect(placement.source, region)
-        if common is None:
-            continue
-        file = files[placement.rank]
-        place = file.tensors[placement.tensor]
-        origin = [start for start, _ in placement.source]
-        inner = shift(common, origin, -1)
-        lead = len(placement.target) - len(inner)
-        corner = [start for start, _ in placement.target]
-        target = (*placement.target[:lead], *shift(inner, corner[lead:]))
-        source = shift(common, [start for start, _ in region], -1)
-        path = file.partial if partial else file.path
-        result.append(Delivery(str(path), place.offset, place.shape, source, target))
+        lead = len(placement.target) - len(common)
+        move = [t[0] - s[0] for t, s in zip(placement.target[lead:], placement.source, strict=True)]
+        target = (*placement.target[:lead], *shift(common, move))
+        origin = [start for start, _ in region]
+        for place in locate(placement.rank, placement.tensor, target):
+            source = shift(shift(place.region[lead:], move, -1), origin, -1)
+            result.append(Delivery(place.path, place.offset, source, placement.rank if checksummed else -1, tuple(origin)))
     return tuple(result)
 
 
-def write_blocks(work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]]) -> Written:
-    """What a task runs: scatter source blocks to every rank of every target, a piece at a time.
+def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False) -> Written:
+    """Scatter source blocks to every rank of every target.
 
-    `blocks[i]` are the values of `work[i]` as each target wants them (the same source block, cast to each target's type).
-    Raises OSError where reading or writing fails.
+    `blocks[i]` are the values of `work[i]` as each sink wants them (the same source block, cast to each target's type).
+    `synchronize` has the bytes on disk before the task ends, where no other process can see to that. Raises OSError where reading
+    or writing fails.
     """
     written = 0
+    checksums: list[Checksum] = []
     with collect() as metrics, ExitStack() as stack:
-        descriptors: dict[str, int] = {}
+        files: dict[str, int] = {}
         for item, versions in zip(work, blocks, strict=True):
+            hashes = [[xxhash.xxh3_64() if delivery.rank >= 0 else None for delivery in sink] for sink in item.deliveries]
             for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
-                for block, targets in zip(versions, item.deliveries, strict=True):
-                    written += _write_piece(block, piece, targets, descriptors, stack)
+                for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
+                    written += _write_piece(block, piece, sink, digests, files, stack)
+            checksums += _checksums(item, versions, hashes)
+        if synchronize:
+            for descriptor in files.values():
+                os.fdatasync(descriptor)
         read = int(metrics.get(("read", "bytes"), 0))
-        return Written(work[-1].name, len(work), read, written, dict(metrics))
+        return Written(number, work[-1].name, read, written, dict(metrics), tuple(files), tuple(checksums))
 
 
-def _write_piece(block: Block, piece: Region, targets: Sequence[Delivery], descriptors: dict[str, int], stack: ExitStack) -> int:
+def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64 | None]]) -> list[Checksum]:
+    return [
+        Checksum(number, delivery.rank, delivery.offset, size(delivery.source) * block.dtype.itemsize, digest.hexdigest())
+        for number, (block, sink, digests) in enumerate(zip(versions, item.deliveries, hashes, strict=True))
+        for delivery, digest in zip(sink, digests, strict=True)
+        if digest is not None
+    ]
+
+
+def _write_piece(
+    block: Block,
+    piece: Region,
+    sink: Sequence[Delivery],
+    hashes: Sequence[xxhash.xxh3_64 | None],
+    files: dict[str, int],
+    stack: ExitStack,
+) -> int:
     written = 0
     values = None
-    for delivery in targets:
+    for delivery, digest in zip(sink, hashes, strict=True):
         common = intersect(delivery.source, piece)
         if common is None:
             continue
         if values is None:
             values = block.read(piece)
         part = values[slices(shift(common, [start for start, _ in piece], -1))]
-        inner = shift(common, [start for start, _ in delivery.source], -1)
-        lead = len(delivery.target) - len(inner)
-        corner = [start for start, _ in delivery.target]
-        target = (*delivery.target[:lead], *shift(inner, corner[lead:]))
-        if delivery.path not in descriptors:
-            descriptors[delivery.path] = os.open(delivery.path, os.O_WRONLY)
-            stack.callback(os.close, descriptors[delivery.path])
-        write_region(descriptors[delivery.path], delivery.offset, delivery.shape, target, part)
-        written += part.nbytes
+        if delivery.offset < 0:
+            _put(delivery, common, part)
+            written += part.nbytes
+            continue
+        data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
+        if delivery.path not in files:
+            files[delivery.path] = os.open(delivery.path, os.O_WRONLY)
+            stack.callback(os.close, files[delivery.path])
+        if digest is not None:
+            with meter("checksum", len(data)):
+                digest.update(data)
+        with meter("write", len(data)):
+            _write_all(files[delivery.path], data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
+        written += len(data)
     return written
 
 
-def write_region(descriptor: int, offset: int, shape: tuple[int, ...], target: Region, values: np.ndarray) -> None:
-    """Write `values` to the `target` region of the tensor of `shape` that begins at byte `offset`."""
-    itemsize = values.dtype.itemsize
-    values = values.reshape(extent(target)) if values.flags.c_contiguous else _gathered(values).reshape(extent(target))
+def _put(delivery: Delivery, common: Region, values: np.ndarray) -> None:
+    """Store a piece, which is a chunk, in the Zarr array that a delivery without an offset names."""
+    import zarr
+
+    array = zarr.open_array(delivery.path, mode="r+")
     with meter("write", values.nbytes):
-        for first, index, _ in runs(shape, target):
-            _write_all(descriptor, memoryview(values[index].reshape(-1).view(np.uint8)), offset + first * itemsize)
+        array[slices(shift(common, delivery.origin))] = np.ascontiguousarray(values).view(array.dtype)
+
+
+def _first(part: Region, region: Region) -> int:
+    """The position of a part's first element in the C order of the region that it is a part of."""
+    shape = extent(region)
+    return sum((a - b) * math.prod(shape[axis + 1 :]) for axis, ((a, _), (b, _)) in enumerate(zip(part, region, strict=True)))
 
 
 def _gathered(values: np.ndarray) -> np.ndarray:

@@ -58,7 +58,11 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         experts = config.get("num_local_experts", 0)
         for e in range(experts):
             expert = f"{layer}block_sparse_moe.experts.{e}."
-            result |= {f"{expert}w1.weight": (inner, hidden), f"{expert}w2.weight": (hidden, inner), f"{expert}w3.weight": (inner, hidden)}
+            result |= {
+                f"{expert}w1.weight": (inner, hidden),
+                f"{expert}w2.weight": (hidden, inner),
+                f"{expert}w3.weight": (inner, hidden),
+            }
         if experts:
             result[f"{layer}block_sparse_moe.gate.weight"] = (experts, hidden)
             continue

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from pipeline.cli import app
 from tests.conftest import DATA
-from typer.testing import CliRunner
 
 DENSE = DATA / "dense"
-CASES = {case["case"]: case for case in json.loads((DENSE / "cases.json").read_text()) if (DENSE / "expected" / case["case"]).exists()}
+CASES = {
+    case["case"]: case for case in json.loads((DENSE / "cases.json").read_text()) if (DENSE / "expected" / case["case"]).exists()
+}
 
-# The reference of 0.17 gave every pipeline stage `layers // stages` layers and lost the rest; its output for 3 layers on 2 stages lacks
-# the last layer, and TensorRT-LLM 1.2.1, which expects the first stages to have one more, does not load it.
+# The reference of 0.17 gave every pipeline stage `layers // stages` layers and lost the rest: of 3 layers on 2 stages, the last.
+# TensorRT-LLM 1.2.1 expects the first stages to have one more, and does not load that output.
 LOSES_A_LAYER = "mha_tp2pp2"
 
 
@@ -56,7 +58,10 @@ def test_uneven_pipeline_stages_keep_every_layer(tmp_path: Path) -> None:
                 assert ours.get_tensor(f"transformer.layers.{local}.{name}.weight").equal(wanted)
     # What the reference did write, the first stage's first layer and all outside the layers, is the same.
     for rank in range(4):
-        with safe_open(output / f"rank{rank}.safetensors", "pt") as ours, safe_open(expected / f"rank{rank}.safetensors", "pt") as theirs:
+        with (
+            safe_open(output / f"rank{rank}.safetensors", "pt") as ours,
+            safe_open(expected / f"rank{rank}.safetensors", "pt") as theirs,
+        ):
             for name in theirs.keys():  # noqa: SIM118
                 if "layers." not in name or rank < 2:
                     assert ours.get_tensor(name).equal(theirs.get_tensor(name)), name

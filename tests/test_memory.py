@@ -42,9 +42,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dense(big: Path, scheduler: str, dtype: str, tmp_path: Path) -> None:
     limit = 200 << 20
     out = str(tmp_path / "out")
-    measured = peak(
-        model_dir=str(big), output_dir=out, tp_size=2, dtype=dtype, scheduler=scheduler, workers=2, memory_limit=limit
-    )
+    measured = peak(model_dir=str(big), output_dir=out, tp_size=2, dtype=dtype, scheduler=scheduler, workers=2, memory_limit=limit)
     assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
 
 

@@ -7,6 +7,7 @@ parameter named after their packing (`weight` of type Q4_1 becomes `gguf_Q4_1`),
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import struct
 from collections import Counter
@@ -22,6 +23,7 @@ from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
 
 MAGIC = b"GGUF"
+SHORT_ARRAY = 1024  # values that are read; of a longer array, its length alone
 PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -39,6 +41,7 @@ def open_source(location: Path) -> Source:
     problems: list[Problem] = []
     tensors: dict[str, LazyTensor] = {}
     types: Counter[str] = Counter()
+    known: dict[str, bool] = {}
     files: list[SourceFile] = []
     metadata: dict[str, Any] = {}
     for path in _parts(location):
@@ -47,7 +50,6 @@ def open_source(location: Path) -> Source:
         except BadInput as error:
             problems += error.problems
             continue
-        size = path.stat().st_size
         metadata = metadata or _metadata(reader)
         for tensor in reader.tensors:
             kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape.tolist()))
@@ -55,10 +57,12 @@ def open_source(location: Path) -> Source:
             name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
             if name in tensors:
                 problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
-            if int(tensor.data_offset) + int(tensor.n_bytes) > size:
-                problems.append(_damaged(path, f"{tensor.name} up to byte {tensor.data_offset + tensor.n_bytes:,} of {size:,}"))
             if kind not in PLAIN and parameter != "weight":
                 problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
+            if kind not in PLAIN and kind not in known:
+                known[kind] = not _undecodable(kind)
+            if not known.get(kind, True):
+                problems.append(Problem(tensor.name, f"type {kind}", "a type of weights that the gguf package unpacks"))
             if len(shape) > 1:
                 types[kind] += int(tensor.n_bytes)
             dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
@@ -102,27 +106,60 @@ def _open(path: Path) -> Any:
     import gguf
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        """gguf's reader, less the contents of string arrays: vocabularies take it seconds and hundreds of megabytes."""
+        """gguf's reader, less the contents of long arrays: vocabularies take it seconds and hundreds of megabytes."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
             kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
-            if kind != gguf.GGUFValueType.STRING:
+            scalar = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind))
+            if count * (8 if scalar is None else np.dtype(scalar).itemsize) > self.data.size - orig_offs:
+                raise ValueError(f"an array of {count} values that reaches past the end")
+            if count <= SHORT_ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             offset = orig_offs + 12
-            for _ in range(count):
-                offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
+            if scalar is not None:
+                offset += count * np.dtype(scalar).itemsize
+            elif kind == gguf.GGUFValueType.STRING:
+                for _ in range(count):
+                    offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
+            else:
+                raise ValueError("an array of arrays")
             head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
             return offset - orig_offs, head, [1], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64]
+
+        def _build_tensors(self, start_offs: int, fields: Any) -> None:
+            for field in fields:
+                _, _, _, dims, raw_dtype, offset = field.parts
+                elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(raw_dtype[0])]
+                end = start_offs + int(offset[0]) + math.prod(map(int, dims)) // elements * size
+                if end > self.data.size:
+                    raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
+            super()._build_tensors(start_offs, fields)
 
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
-        return Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError) as error:
+        reader = Reader(path)
+        _metadata(reader)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
+    if reader.byte_order != "I":
+        raise BadInput([Problem(str(path), "a file of the other byte order", "a little-endian GGUF file")])
+    return reader
+
+
+def _undecodable(kind: str) -> bool:
+    """Whether the gguf package cannot turn a packed type into values."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), dtype=np.uint8), number)
+    except (NotImplementedError, ValueError, TypeError):
+        return True
+    return False
 
 
 def _metadata(reader: Any) -> dict[str, Any]:
@@ -141,7 +178,8 @@ def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if "tokenizer.ggml.tokens" in metadata:
         tokens = metadata["tokenizer.ggml.tokens"]
-        config.setdefault("vocab_size", tokens[0] if isinstance(tokens, list) else int(tokens))
+        # Of a long array the reader gives the length.
+        config.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else tokens)
     config["attention.bias"] = "blk.0.attn_q.bias" in tensors
     scaling = _rope_scaling(config, tensors.get("rope_freqs.weight"), location)
     if scaling:
@@ -158,10 +196,12 @@ def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, locatio
     if factors is None:
         if kind == "none":
             return None
-        if kind == "linear":
+        if kind == "linear" and "rope.scaling.factor" in config:
             return {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
-        raise BadInput([Problem(f"{location}: rope.scaling.type", kind, "none, linear, or Llama 3.1's factors")])
+        raise BadInput([Problem(f"{location}: rope.scaling.type", kind, "none, linear with a factor, or Llama 3.1's factors")])
     stored = np.asarray(factors.block(tuple((0, n) for n in factors.shape)), dtype=np.float64)
+    if not stored.size or not np.all(np.isfinite(stored)) or stored.min() < 1:
+        raise BadInput([Problem(f"{location}: rope_freqs.weight", f"{stored.size} factors", "factors of 1 or more")])
     base = float(config.get("rope.freq_base", 10000.0))
     scaling = {
         "factor": float(round(float(stored.max()), 3)),

@@ -19,6 +19,8 @@ from pipeline.tensors import SourceFile
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy can
+MAX_SIZE = 1 << 62  # of a number in a header, so that products can be said
 
 
 def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
@@ -43,7 +45,9 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
 def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, MappedTensor], list[Problem]]:
     """Tensors by name, and what is wrong with the header of a file with `data_bytes` bytes behind it. Never raises."""
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        text = header.decode("utf-8")
+        entries = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_number)
+        json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         return {}, [_damaged(path, f"a header that is not JSON ({error})", "a JSON object")]
     if not isinstance(entries, Mapping):
@@ -51,6 +55,8 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
     tensors, problems, ranges = {}, [], []
     for name, entry in entries.items():
         if name == "__metadata__":
+            if not isinstance(entry, Mapping) or not all(isinstance(value, str) for value in entry.values()):
+                problems.append(_damaged(path, f"{str(entry)[:80]}", "an object of strings", name))
             continue
         try:
             dtype, shape, start, stop = _entry(entry)
@@ -83,7 +89,9 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         if not isinstance(values, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
             raise ValueError(f"{what} {str(values)[:80]}")
     if len(offsets) != 2 or any(n < 0 for n in shape):
-        raise ValueError(f"shape {shape}, data_offsets {offsets}")
+        raise ValueError(f"shape {str(shape)[:80]}, data_offsets {str(offsets)[:80]}")
+    if len(shape) > MAX_AXES or math.prod(filter(None, shape)) > MAX_SIZE or max(offsets) > MAX_SIZE:
+        raise ValueError(f"a shape of {len(shape)} axes or of more elements than a file can hold")
     return str(entry["dtype"]), tuple(shape), offsets[0], offsets[1]
 
 
@@ -105,6 +113,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key that stands twice")
     return result
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text}, which JSON does not have")
+
+
+def _number(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0, which is no size")
+    return int(text)
 
 
 def _damaged(path: Path, found: str, expected: str, tensor: str = "") -> Problem:

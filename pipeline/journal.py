@@ -1,0 +1,146 @@
+"""The journal of a conversion under way: which tasks are on disk, so that a killed run loses seconds.
+
+A text file of one JSON object a line, each behind its checksum; a torn last line is dropped. The first line says whose journal it
+is. The file is locked while a job works on what it describes; the lock goes with the process that holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from pipeline.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from stages.write import Checksum, Written
+
+COMMIT_SECONDS = 2.0  # between two commits: what a power cut may cost
+
+
+class Journal:
+    """An open, locked journal: `owner` is its first line's object or None where it was empty, `entries` those that follow."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and lock the file, creating it where it is not there. Raises BadInput where another job holds it."""
+        self.path = path
+        while True:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._file)
+                remedy = "Wait for it, or choose another directory"
+                raise BadInput([Problem(str(path.parent), "another job at work on it", "one job at a time", remedy)]) from None
+            # The job that held it may have removed it in the meantime.
+            if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
+                break
+            os.close(self._file)
+        self.owner, self.entries = self._read()
+
+    def start(self, owner: Mapping[str, Any]) -> None:
+        """Forget everything and begin anew for `owner`."""
+        os.ftruncate(self._file, 0)
+        self.append(owner)
+        self.owner, self.entries = dict(owner), []
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line and have it on disk."""
+        text = json.dumps(entry, separators=(",", ":"))
+        os.lseek(self._file, 0, os.SEEK_END)
+        data = memoryview(f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode())
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fdatasync(self._file)
+        self.entries.append(dict(entry))
+
+    def close(self) -> None:
+        """Let go of the file; closing it twice does no harm."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def remove(self) -> None:
+        """Remove the file and let go of it."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        size = os.fstat(self._file).st_size
+        lines = os.pread(self._file, size, 0).split(b"\n")
+        entries, good = [], 0
+        for line in lines[:-1]:
+            digest, _, text = line.partition(b" ")
+            if xxhash.xxh3_64_hexdigest(text).encode() != digest:
+                break
+            entries.append(json.loads(text))
+            good += len(line) + 1
+        os.ftruncate(self._file, good)
+        return (entries[0], entries[1:]) if entries else (None, [])
+
+
+def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, Any]:
+    """A journal line: tasks that are on disk, and the checksums of what they wrote."""
+    return {"done": list(numbers), "sums": [[c.rank, c.offset, c.nbytes, c.xxh3] for c in checksums]}
+
+
+class Committer:
+    """Brings finished tasks to disk and into the journals, a group every few seconds, while others run."""
+
+    def __init__(self, journals: Mapping[int, Journal]) -> None:
+        """`journals`: by the number of their sink in the phase."""
+        self.journals = journals
+        self._waiting: list[Written] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="headrace-journal", daemon=True)
+
+    def __enter__(self) -> Committer:
+        self._thread.start()
+        return self
+
+    def add(self, written: Written) -> None:
+        """Take in a finished task. Raises what an earlier commit failed with."""
+        if self._error:
+            raise self._error
+        with self._lock:
+            self._waiting.append(written)
+
+    def __exit__(self, *_: object) -> None:
+        """Commit what is left, also after an error: the next run need not do it again."""
+        self._stop.set()
+        self._thread.join()
+        if self._error:
+            raise self._error
+        self.commit()
+
+    def commit(self) -> None:
+        """Have all finished tasks on disk, then say so in every journal."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for path in sorted({path for written in waiting for path in written.paths}):
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+        numbers = [written.number for written in waiting]
+        for sink, journal in self.journals.items():
+            journal.append(entry(numbers, [c for written in waiting for c in written.checksums if c.sink == sink]))
+
+    def _work(self) -> None:
+        while not self._stop.wait(COMMIT_SECONDS):
+            try:
+                self.commit()
+            except BaseException as error:
+                self._error = error
+                return

@@ -1,0 +1,39 @@
+"""A tensor in a Zarr array on object storage, fetched chunk by chunk through zarr."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.metering import meter
+from pipeline.placement import Region, extent, shift, size, slices
+from pipeline.tensors import Block
+
+
+@dataclass(frozen=True)
+class StoreTensor:
+    """The Zarr array at `url`, whose elements are the bit patterns of `dtype`."""
+
+    url: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def block(self, region: Region) -> Block:
+        return StoreBlock(self, region)
+
+
+class StoreBlock(Block):
+    """A region of a StoreTensor; nothing is fetched until it is read."""
+
+    def __init__(self, tensor: StoreTensor, region: Region) -> None:
+        self.tensor, self.region = tensor, region
+        self.shape, self.dtype = extent(region), tensor.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        import zarr
+
+        wanted = shift(region, [start for start, _ in self.region])
+        with meter("read", size(region) * self.dtype.itemsize):
+            bits = np.asarray(zarr.open_array(self.tensor.url, mode="r")[slices(wanted)])
+            return bits.view(self.dtype)

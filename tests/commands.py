@@ -1,0 +1,112 @@
+"""The real command line, run inside the test's process: arguments in; exit code, standard output and standard error out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from pipeline.cli import main
+
+REFUSED = "nothing was written:"
+# The same as a process of its own; -P, as a folder `pipeline` in the current directory must not stand in for ours.
+COMMAND = [sys.executable, "-P", "-m", "pipeline.cli"]
+
+LIMITED = """
+import resource, sys
+limit, value = getattr(resource, sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+sys.argv = ["headrace", *sys.argv[3:]]
+from pipeline.cli import main
+main()
+"""
+LOOP_SECONDS = 15  # of processor time: what runs into it loops
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+def headrace(*arguments: object) -> Ran:
+    """Run `headrace` with these arguments. A traceback of its own comes out here, so that it fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        _own_sigterm(),
+        mock.patch.object(sys, "argv", ["headrace", *map(str, arguments)]),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    assert isinstance(code, int), code
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def convert(model: object, output: object, *more: object) -> Ran:
+    return headrace("convert", "--model_dir", model, "--output_dir", output, "--scheduler", "threads", *more)
+
+
+def limited(limit: str, value: int, *arguments: object) -> Ran:
+    """The command in a process of its own under a limit of the system, such as RLIMIT_CPU; the code of a killed one is negative."""
+    # Without bytecode files, which a limit on files would cut short.
+    command = [sys.executable, "-P", "-B", "-c", LIMITED, limit, str(value), *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+def refused(model: Path, *more: object, output: Path | None = None) -> list[str]:
+    """Ask for a conversion that must be refused with nothing written or touched; returns the report, one problem an item."""
+    output = model.parent / "out" if output is None else output
+    before = tree(model.parent)
+    ran = convert(model, output, *more)
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    head, *problems = ran.err.splitlines()
+    assert head.startswith("headrace: "), ran.err
+    assert head.endswith(REFUSED), ran.err
+    assert problems
+    assert tree(model.parent) == before
+    listed = [line.removeprefix("  - ") for line in problems if line.startswith("  - ")]
+    assert all(": found " in line and "; expected " in line for line in listed), ran.err
+    return listed
+
+
+def one(problems: list[str]) -> str:
+    """The only problem of a report."""
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def tree(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every path under a directory with its modification time, size and, where it is small, bytes."""
+    return {str(path.relative_to(directory)): _state(path) for path in sorted([directory, *directory.rglob("*")])}
+
+
+def _state(path: Path) -> tuple[int, int, bytes]:
+    status = path.lstat()
+    small = path.is_file() and status.st_size < 1 << 20 and os.access(path, os.R_OK)
+    return status.st_mtime_ns, status.st_size, path.read_bytes() if small else b""
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """`headrace convert` takes SIGTERM for its process; give it back to pytest."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
