@@ -13,7 +13,7 @@ from pipeline.job import SCRATCH_STAGES, Job
 from pipeline.placement import Placement, RankTensor, whole
 from pipeline.plans import Phase, Store, group_blocks
 from pipeline.remote_scratch import RemoteArray, RemoteGroup
-from pipeline.scratch import ScratchArray, ScratchGroup, scratch_id
+from pipeline.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensors import Source, TensorMap, tensor_bytes
 
 Group = ScratchGroup | RemoteGroup
@@ -37,7 +37,7 @@ class Cuts:
         origin: Callable[[str], str],
     ) -> None:
         self.stages = job.cuts
-        self.root = job.scratch or str(job.targets[0].output_dir.parent / ".headrace-scratch")
+        self.root = job.scratch or str(job.targets[0].output_dir.parent / DEFAULT_ROOT)
         self.remote = "://" in self.root
         self.source, self.identity, self.block_bytes, self.read_back, self.origin = source, identity, block_bytes, read_back, origin
         self.keep = job.keep_scratch

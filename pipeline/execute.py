@@ -14,6 +14,7 @@ from pipeline.errors import BadInput, Interrupted, WriteFailed
 from pipeline.journal import Committer, Journal
 from pipeline.lower import lower
 from pipeline.plans import Phase, Plan, Sink
+from pipeline.reserve import missing
 from pipeline.schedulers import Run, runner
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _begin(phase: Phase, plan: Plan, stack: ExitStack) -> _Begun:
     journals: dict[int, Journal] = {}
     for number in sinks:
         sink = phase.sinks[number]
-        created = next((path for path in (sink.directory, *sink.directory.parents)[::-1] if not path.exists()), None)
+        created = missing(sink.directory)
         journal = sink.begin(len(phase.groups), fresh=plan.job.overwrite and not is_scratch)
         journals[number] = journal
         stack.callback(journal.close)

@@ -21,6 +21,7 @@ import xxhash
 from pipeline.errors import BadInput, Problem
 from pipeline.journal import Journal
 from pipeline.placement import Located, Region
+from pipeline.reserve import missing
 
 if TYPE_CHECKING:
     from stages.rank_file import FileTensor, RankFile
@@ -81,7 +82,7 @@ class Output:
 
         Raises BadInput where another job holds the directory, it cannot be written, or there is no room; then it is left as it was.
         """
-        created = next((path for path in (self.directory, *self.directory.parents)[::-1] if not path.exists()), None)
+        created = missing(self.directory)
         owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": [path.name for path in self.copies]}
         journal = None
         try:

@@ -1,4 +1,4 @@
-"""Files whose space is promised before they are written."""
+"""Taking room on a disk, so that it can be given back: files whose space is promised, and the directories above them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def reserve(path: Path, size_bytes: int) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
+
+
+def missing(directory: Path) -> Path | None:
+    """The topmost directory that would have to be made to have `directory`; None where it is there."""
+    return next((path for path in (directory, *directory.parents)[::-1] if not path.exists()), None)

@@ -7,6 +7,7 @@ tasks write the chunk files in place and map them to read them back: both the sl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,10 +23,11 @@ from pipeline.dtypes import of_numpy
 from pipeline.errors import BadInput, Problem
 from pipeline.journal import Journal
 from pipeline.placement import Located, Region, contiguous, intersect, shift
-from pipeline.reserve import reserve
+from pipeline.reserve import missing, reserve
 
 STAGES = ("read", "rename", "unpack", "shard")
 JOURNAL = "headrace.journal"
+DEFAULT_ROOT = ".headrace-scratch"  # beside the outputs
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class ScratchGroup:
 
         Raises BadInput where another job holds it, it cannot be written, or there is no room.
         """
+        created = missing(self.directory)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
         journal = None
         try:
@@ -124,8 +127,7 @@ class ScratchGroup:
             return journal
         except OSError as error:
             if journal:
-                journal.remove()
-                self.remove()
+                self.abandon(journal, created)
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             remedy = "Free space, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
@@ -138,19 +140,18 @@ class ScratchGroup:
         zarr.open_group(self.directory, mode="r+").attrs["complete"] = True
         journal.remove()
 
-    def abandon(self, journal: Journal, _created: Path | None = None) -> None:
-        """Remove what `begin` made."""
+    def abandon(self, journal: Journal, created: Path | None) -> None:
+        """Remove what `begin` made: `created` is the topmost directory that it made."""
         journal.remove()
-        self.remove()
+        shutil.rmtree(created or self.directory, ignore_errors=True)
 
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it keeps it."""
         if not (self.keep or _attributes(self.directory).get("keep")):
-            self.remove()
-
-    def remove(self) -> None:
-        """Remove the cut."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
+            if self.directory.parent.name == DEFAULT_ROOT:
+                with contextlib.suppress(OSError):  # other cuts are in it
+                    self.directory.parent.rmdir()
 
     def _create(self) -> None:
         import zarr
