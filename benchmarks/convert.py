@@ -54,11 +54,11 @@ def memory(work: Path) -> None:
             )
 
 
-def nothing(work: Sequence[BlockWrite], _blocks: Sequence[Sequence[Block]]) -> Written:
+def nothing(number: int, work: Sequence[BlockWrite], _blocks: Sequence[Sequence[Block]]) -> Written:
     """What a task runs when reading and writing cost nothing."""
     from stages.write import Written
 
-    return Written(work[-1].name, len(work), 0, 0, {})
+    return Written(number, work[-1].name, 0, 0, {}, (), ())
 
 
 def overhead(work: Path) -> None:
@@ -74,7 +74,7 @@ def overhead(work: Path) -> None:
             planned = plan(model_dir=source, output_dir=work / "none", **sizes)
             ready = time.perf_counter()
             with runner(scheduler, planned.budget.workers) as (execute, _):
-                tasks = sum(1 for _ in execute(lower(planned, nothing)))
+                tasks = sum(1 for _ in execute(lower(planned.phases[-1], planned.budget.piece_bytes, [0], run=nothing)))
             end = time.perf_counter()
             text = f"planned in {ready - start:.1f} s, {tasks} tasks scheduled in {end - ready:.1f} s (cluster started and stopped)"
             print(f"{shape} {sizes}, no-op I/O, {scheduler}: {text}", flush=True)

@@ -73,6 +73,8 @@ def execute(plan: Plan, listener: Listener | None = None, *, started: float | No
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
     if plan.up_to_date and not plan.job.overwrite:
+        for cut in plan.scratch:  # a run that was stopped between its last output and this
+            cut.release()
         return Result(outputs, 0, 0, time.perf_counter() - started, peak_memory_bytes(), {}, up_to_date=True)
     obstacles = plan.obstacles()
     if obstacles:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pipeline.errors import BadInput, Problem
-from pipeline.journal import Journal
+from pipeline.journal import Journal, sync_files
 from pipeline.placement import Located, Region
 from pipeline.reserve import missing
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
 JOURNAL = PROVENANCE + ".partial"
-_OURS = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial)?")
+_OURS = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
 
 
 @dataclass(frozen=True)
 class Output:
     """One target's directory: its rank files, the text of its config.json, and the id of what is written there.
 
-    `copies`: files of the source that go beside them. Equal ids mean equal bytes.
+    `copies`: files of the source that go beside them. `sync`: have all on disk before config.json is. Equal ids mean equal bytes.
     """
 
     directory: Path
@@ -44,6 +44,7 @@ class Output:
     config: str
     id: str
     copies: tuple[Path, ...] = ()
+    sync: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -105,6 +106,8 @@ class Output:
     def finish(self, journal: Journal, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Give every file its name, config.json last: from then on the directory is complete."""
         checksums = self._checksums(entries)
+        if self.sync:
+            sync_files(file.partial for file in self.files)
         for file in self.files:
             file.finish()
         for path in self.copies:
@@ -112,7 +115,7 @@ class Output:
         copied = [path.name for path in self.copies]
         provenance = {**self.provenance, "id": self.id, "copied": copied, "timings": dict(timings), "xxh3": checksums}
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
-            _write_durably(self.directory / f"{name}.new", text, self.directory / name)
+            _replace(self.directory / name, text, self.sync)
         journal.remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
@@ -165,17 +168,21 @@ def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> l
     return result
 
 
-def _write_durably(partial: Path, text: str, path: Path) -> None:
-    with partial.open("w") as file:
+def _replace(path: Path, text: str, sync: bool) -> None:
+    """Give a file its whole text at once; `sync`: have it, and its name, on disk."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        if sync:
+            os.fsync(file.fileno())
+    new.replace(path)
+    if sync:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def check_output(directory: Path, overwrite: bool) -> list[Problem]:

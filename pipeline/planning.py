@@ -218,7 +218,7 @@ def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Fami
     }
     decides = [identity, options.identity(), [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return Target(options, piece.dtype, Output(directory, files, config, digest, copies, provenance))
+    return Target(options, piece.dtype, Output(directory, files, config, digest, copies, job.sync, provenance))
 
 
 def _tied(model: ModelConfig, source: Source, family: Family) -> bool:

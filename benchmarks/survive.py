@@ -1,0 +1,136 @@
+"""What surviving costs: several targets from one read, cuts, resuming, the journal and checksums: `python -m benchmarks.survive`.
+
+4 GB of 8B-shaped bf16 on the threads scheduler. Every figure is a ratio between whole commands run in turns in one go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.measure import machine, run
+from benchmarks.models import make
+
+HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet", "--scheduler", "threads"]
+# Without a journal line and without hashing.
+BARE = """
+import sys, types
+import pipeline.journal
+pipeline.journal.Committer.commit = lambda self: None
+pipeline.journal.Committer.sync = lambda self: None
+import xxhash
+class Nothing:
+    def update(self, data): pass
+    def hexdigest(self): return ""
+import stages.write
+stages.write.xxhash = types.SimpleNamespace(xxh3_64=Nothing)
+from pipeline.cli import main
+main()
+"""
+
+
+def command(source: Path, output: Path, *more: str) -> list[str]:
+    return [*HEADRACE, "--model_dir", str(source), "--output_dir", str(output), *more]
+
+
+def ratios(name: str, ours: list[float], theirs: list[float], what: str) -> None:
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    text = f"median {statistics.median(each):.2f} x {what} ({min(each):.2f} to {max(each):.2f})"
+    print(f"{name}: {text}; {statistics.median(ours):.1f} s against {statistics.median(theirs):.1f} s", flush=True)
+
+
+def targets(source: Path, work: Path, count: int) -> None:
+    sizes = (1, 2, 4, 8)
+    tables = "".join(f'[[target]]\noutput_dir = "all/tp{n}"\ntp_size = {n}\n' for n in sizes)
+    (work / "job.toml").write_text(f'model_dir = "{source}"\n{tables}')
+    together, apart, copies = [], [], []
+    for _ in range(count):
+        together.append(run([*HEADRACE, str(work / "job.toml")], remove=work / "all").seconds)
+        copies.append(run(["cp", "-r", str(work / "all"), str(work / "copy")], remove=work / "copy").seconds)
+        shutil.rmtree(work / "all")
+        shutil.rmtree(work / "copy")
+        seconds = 0.0
+        for n in sizes:
+            seconds += run(command(source, work / "one", "--tp_size", str(n)), remove=work / "one").seconds
+            shutil.rmtree(work / "one")
+        apart.append(seconds)
+    ratios("TP 1 + 2 + 4 + 8 from one read", together, apart, "one after another")
+    ratios("TP 1 + 2 + 4 + 8 from one read", together, copies, "cp -r of the same bytes")
+
+
+def cuts(source: Path, work: Path, count: int) -> None:
+    for stage in ("read", "rename", "unpack", "shard"):
+        with_cut, without = [], []
+        for _ in range(count):
+            options = ["--tp_size", "2", "--scratch", str(work / "scratch")]
+            without.append(run(command(source, work / "one", *options), remove=work / "one").seconds)
+            with_cut.append(run(command(source, work / "one", *options, "--scratch_after", stage), remove=work / "one").seconds)
+            shutil.rmtree(work / "one")
+        ratios(f"a cut after {stage}", with_cut, without, "the same without")
+
+
+def resume(source: Path, work: Path, count: int) -> None:
+    whole, halves = [], []
+    for _ in range(count):
+        one = command(source, work / "one", "--tp_size", "2")
+        whole.append(run(one, remove=work / "one").seconds)
+        shutil.rmtree(work / "one")
+        start = time.perf_counter()
+        first = subprocess.Popen(one, stderr=subprocess.DEVNULL)
+        time.sleep(whole[-1] / 2)
+        first.send_signal(signal.SIGINT)
+        code = first.wait()
+        seconds = time.perf_counter() - start
+        if code != 3:
+            raise RuntimeError(f"the first half exited with {code}, not interrupted")
+        halves.append(seconds + run(one).seconds)
+        shutil.rmtree(work / "one")
+    ratios("stopped half-way and resumed, both runs", halves, whole, "one uninterrupted run")
+
+
+def price(source: Path, work: Path, count: int) -> None:
+    kept, bare = [], []
+    for number in range(count):
+        ours = command(source, work / "one", "--tp_size", "2")
+        plain = [sys.executable, "-c", BARE, *ours[3:]]
+        for which in ("kept", "bare") if number % 2 else ("bare", "kept"):
+            seconds = run(ours if which == "kept" else plain, remove=work / "one").seconds
+            (kept if which == "kept" else bare).append(seconds)
+            shutil.rmtree(work / "one")
+    ratios("journal and checksums", kept, bare, "neither")
+
+
+def durable(source: Path, work: Path, count: int) -> None:
+    synced, plain = [], []
+    for _ in range(count):
+        plain.append(run(command(source, work / "one", "--tp_size", "2"), remove=work / "one").seconds)
+        synced.append(run(command(source, work / "one", "--tp_size", "2", "--sync"), remove=work / "one").seconds)
+        shutil.rmtree(work / "one")
+    ratios("--sync: all bytes on disk before it ends", synced, plain, "without")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 60 GB free")
+    parser.add_argument("--only", choices=["targets", "cuts", "resume", "price", "durable"], help="one part")
+    arguments = parser.parse_args()
+    work = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    source = work / "8B"
+    print(f"source: {make(source, '8B', layers=5) / 1e9:.2f} GB of 8B-shaped bf16")
+    for part in (price, durable, resume, cuts, targets):
+        if arguments.only in (None, part.__name__):
+            part(source, work, arguments.runs)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
