@@ -5,7 +5,6 @@ A piece is mapped when it is asked for and unmapped when its array is dropped, s
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
@@ -16,8 +15,6 @@ import numpy as np
 from pipeline.metering import meter
 from pipeline.placement import Region, extent, shift, slices, whole
 from pipeline.tensors import Block
-
-_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: fault a piece in with one call; not yet in Python's mmap
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,4 @@ class MappedBlock(Block):
                 pages = mmap.mmap(descriptor, start - aligned + nbytes, access=mmap.ACCESS_READ, offset=aligned)
             finally:
                 os.close(descriptor)
-            with contextlib.suppress(OSError, AttributeError):  # an older kernel faults the pages in one by one
-                pages.madvise(_POPULATE_READ)
             return np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=start - aligned).view(tensor.dtype)
