@@ -29,8 +29,8 @@ def command(source: Path, output: Path, tp_size: int, scheduler: str) -> list[st
     return [*HEADRACE, "--model_dir", str(source), "--output_dir", str(output), "--tp_size", str(tp_size), "--scheduler", scheduler]
 
 
-def speed(source: Path, work: Path, count: int) -> None:
-    for tp_size in (2, 8):
+def speed(source: Path, work: Path, count: int, tp_sizes: list[int]) -> None:
+    for tp_size in tp_sizes:
         reference = work / "reference"
         run(command(source, reference, tp_size, "threads"), remove=reference)
         nbytes = sum(path.stat().st_size for path in reference.iterdir())
@@ -83,6 +83,7 @@ def overhead(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--tp_sizes", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 40 GB free")
     parser.add_argument("--only", choices=["speed", "memory", "overhead"], help="one part")
     arguments = parser.parse_args()
@@ -96,7 +97,7 @@ def main() -> None:
     if arguments.only in (None, "speed"):
         source = work / "8B"
         print(f"source: {make(source, '8B', layers=5) / 1e9:.2f} GB of 8B-shaped bf16")
-        speed(source, work, arguments.pairs)
+        speed(source, work, arguments.pairs, arguments.tp_sizes)
     shutil.rmtree(work)
 
 

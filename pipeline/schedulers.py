@@ -135,10 +135,30 @@ def _local_cluster(workers: int) -> Iterator[Any]:
                 memory_limit=None,
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.ERROR,
+                scheduler_kwargs={"dashboard": False},
             ) as cluster,
             Client(cluster) as client,
+            _dashboard(cluster),
         ):
             yield client
+
+
+@contextmanager
+def _dashboard(cluster: Any) -> Iterator[None]:
+    """Have the pages of the dashboard join the cluster's server while the work has begun: Bokeh takes half a second to import."""
+
+    def join() -> None:
+        import distributed.dashboard.scheduler as pages
+
+        scheduler = cluster.scheduler
+        cluster.loop.add_callback(pages.connect, scheduler.http_application, scheduler.http_server, scheduler)
+
+    thread = threading.Thread(target=join, name="headrace-dashboard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def test_the_dashboard_answers(tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
     with _local_cluster(1) as client:
         port = client.scheduler_info()["services"]["dashboard"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=30) as page:
-            assert page.status == 200
-            assert b"Dask" in page.read()
+        # The pages join the server while the work has begun.
+        for _ in range(100):
+            status, text = fetch(f"http://127.0.0.1:{port}/status")
+            if status == 200:
+                break
+            assert status == 404
+            time.sleep(0.1)
+        assert b"Dask" in text
+
+
+def fetch(address: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(address, timeout=30) as page:
+            return page.status, page.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
