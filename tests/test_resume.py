@@ -167,10 +167,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         reference, output = tmp_path / "reference", tmp_path / f"out{number}"
         shutil.rmtree(reference, ignore_errors=True)
         started = time.monotonic()
-        subprocess.run([*command, "--output_dir", str(reference), "--tp_size", str(number + 1), *options], check=True)
+        subprocess.run([*command, "--output_dir", str(reference), "--tp_size", str(2**number), *options], check=True)
         seconds = time.monotonic() - started
         for _ in range(8):
-            process = subprocess.Popen([*command, "--output_dir", str(output), "--tp_size", str(number + 1), *options])
+            process = subprocess.Popen([*command, "--output_dir", str(output), "--tp_size", str(2**number), *options])
             try:
                 process.wait(timeout=chance.uniform(0.3, 0.9) * seconds)
                 break
@@ -179,7 +179,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
                 process.wait()
                 killed += 1
                 assert not (output / "config.json").exists()
-        subprocess.run([*command, "--output_dir", str(output), "--tp_size", str(number + 1), *options], check=True)
+        subprocess.run([*command, "--output_dir", str(output), "--tp_size", str(2**number), *options], check=True)
         for path in reference.iterdir():
             if path.name != "headrace.json":
                 assert subprocess.run(["cmp", path, output / path.name], check=False).returncode == 0
