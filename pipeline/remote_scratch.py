@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dtypes import of_numpy
 from pipeline.errors import BadInput, Problem
 from pipeline.journal import Journal
 from pipeline.placement import Located, Region
+from pipeline.scratch import add_array
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,7 @@ class RemoteGroup:
                 self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
             )
             for (_, name), array in self.arrays.items():
-                row = of_numpy(array.dtype)
-                group.create_array(
-                    name,
-                    shape=array.shape,
-                    chunks=array.chunk_shape,
-                    dtype=row.zarr,
-                    compressors=None,
-                    fill_value=0,
-                    config={"write_empty_chunks": True},
-                    attributes={"dtype": row.safetensors, "source": array.source, "shape": list(array.shape)},
-                )
+                add_array(group, name, array)
         except (OSError, ValueError, ImportError) as error:
             journal.remove()
             raise BadInput([Problem(f"--scratch {self.url}", str(error), "a store that can be written")]) from None

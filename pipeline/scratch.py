@@ -160,21 +160,26 @@ class ScratchGroup:
         attributes |= {"complete": False, "keep": self.keep}
         group = zarr.create_group(self.directory, zarr_format=3, attributes=attributes)
         for array in self.arrays.values():
-            row = of_numpy(array.dtype)
-            group.create_array(
-                str(array.directory.relative_to(self.directory)),
-                shape=array.shape,
-                chunks=array.chunk_shape,
-                dtype=row.zarr,
-                compressors=None,
-                fill_value=0,
-                config={"write_empty_chunks": True},
-                attributes={"dtype": row.safetensors, "source": array.source, "shape": list(array.shape)},
-            )
+            add_array(group, str(array.directory.relative_to(self.directory)), array)
             for index in array.chunks():
                 path = array.path(index)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 reserve(path, array.chunk_bytes)
+
+
+def add_array(group: Any, name: str, array: Any) -> None:
+    """Add a tensor to a Zarr group: uncompressed, every chunk stored, its bit patterns as Zarr has them, its meaning in attributes."""
+    row = of_numpy(array.dtype)
+    group.create_array(
+        name,
+        shape=array.shape,
+        chunks=array.chunk_shape,
+        dtype=row.zarr,
+        compressors=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        attributes={"dtype": row.safetensors, "source": array.source, "shape": list(array.shape)},
+    )
 
 
 def scratch_id(*parts: Any) -> str:
