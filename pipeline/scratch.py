@@ -168,7 +168,7 @@ class ScratchGroup:
 
 
 def add_array(group: Any, name: str, array: Any) -> None:
-    """Add a tensor to a Zarr group: uncompressed, every chunk stored, its bit patterns as Zarr has them, its meaning in attributes."""
+    """Add a tensor to a Zarr group: uncompressed, every chunk stored, as bit patterns whose meaning the attributes say."""
     row = of_numpy(array.dtype)
     group.create_array(
         name,
