@@ -53,11 +53,6 @@ def of_numpy(dtype: np.dtype) -> DType:
     return _BY_NUMPY[np.dtype(dtype)]
 
 
-def is_floating(dtype: np.dtype) -> bool:
-    """Whether values of `dtype` are weights that a cast may change (not packed words or integers)."""
-    return of_numpy(dtype).safetensors[0] in "FB" and dtype != np.bool_
-
-
 def auto_dtype(source: str | None) -> str:
     """TensorRT-LLM's `--dtype auto`: the source's type; float32, or none named, becomes float16 (checkpoint-format, section 5)."""
     return "float16" if source in (None, "", "float32") else str(source)
