@@ -15,6 +15,7 @@ from pipeline.tables import Family, Module, Slot
 from pipeline.tensors import LazyTensor, Source, TensorMap
 
 if TYPE_CHECKING:
+    from stages.rename import Matches
     from stages.shard import Sharding
 
 WEIGHTS = {"F64", "F32", "F16", "BF16"}
@@ -22,6 +23,8 @@ WEIGHTS = {"F64", "F32", "F16", "BF16"}
 
 def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
     """The parameters that TensorRT-LLM's loader asks of a module, by config.json alone."""
+    if module.when and not getattr(model, module.when):
+        return ()
     return ("weight", "bias") if module.bias and getattr(model, module.bias) else ("weight",)
 
 
@@ -45,7 +48,7 @@ def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tupl
                         yield f"{base}.{expert}{suffix}.{parameter}", Slot(module, part, layer, expert), parameter
 
 
-def check_tensors(tensors: TensorMap, origins: Mapping[str, str], sharding: Sharding, family: Family) -> list[Problem]:
+def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, family: Family) -> list[Problem]:
     """Missing tensors, contradicting shapes, parameters that the configuration does not speak of, types that are no weights."""
     problems = []
     wanted = {}
@@ -55,7 +58,7 @@ def check_tensors(tensors: TensorMap, origins: Mapping[str, str], sharding: Shar
             remedy = "Fetch the missing shard, or mend the configuration"
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
     for name, array in tensors.items():
-        source = origin(name, origins)
+        source = matches.origin(name)
         if name not in wanted:
             remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
@@ -77,6 +80,17 @@ def check_quantization(source: Source) -> list[Problem]:
     return [Problem(subject, f"quant_method {method}", "a model that is not quantized", remedy)]
 
 
+def check_fused(source: Source, matches: Matches) -> list[Problem]:
+    """A fused source has just the rows of its parts: more would be lost."""
+    rows = {renamed.source: (renamed.axis, renamed.total) for renamed in matches.names.values() if renamed.rows}
+    problems = []
+    for name, (axis, total) in rows.items():
+        shape = source.tensors[name].shape
+        if len(shape) <= axis or shape[axis] != total:
+            problems.append(Problem(name, f"shape {list(shape)}", f"{total} rows by the model's configuration"))
+    return problems
+
+
 def check_ties(source: Source, copies: Mapping[str, str]) -> list[Problem]:
     """Tied embeddings that come with a second copy: it must be one. The only values that planning reads, a piece at a time."""
     problems = []
@@ -93,20 +107,10 @@ def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
         yield np.asarray(a.block(piece)).tobytes() == np.asarray(b.block(piece)).tobytes()
 
 
-def origin(name: str, origins: Mapping[str, str]) -> str:
-    """The source tensor that a renamed tensor comes from; for an unpacked one, a packed parameter of its module."""
-    if name in origins:
-        return origins[name]
-    module = name.rpartition(".")[0]
-    return next((source for new, source in origins.items() if new.rpartition(".")[0] == module), name)
-
-
 def source_name(name: str, family: Family) -> str:
     """What a family's checkpoints call a renamed tensor."""
-    from pipeline.tables import PatternTable
-
     module, _, parameter = name.rpartition(".")
-    found = PatternTable((row.to, pattern) for pattern, row in family.rename.items()).find(module)
+    found = family.sources().find(module)
     if found is None:
         return name
     pattern, numbers = found

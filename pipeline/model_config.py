@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
@@ -36,9 +36,20 @@ class ModelConfig:
     attn_bias: bool = False
     mlp_bias: bool = False
     residual_mlp: bool = False
+    norm_bias: bool = False
+    lm_head_bias: bool = False
+    qk_norm: bool = False
+    inter_layernorms: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     tie_word_embeddings: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def q_size(self) -> int:
@@ -51,13 +62,73 @@ class ModelConfig:
         return self.num_key_value_heads * self.head_size
 
     @property
+    def expert_intermediate_size(self) -> int:
+        """Rows of an expert's first projection: of its own size where the model has one."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
     def rotary_embedding_dim(self) -> int:
         return int(self.head_size * self.rotary_pct)
 
-    def dimension(self, name: str) -> int:
-        """A size by the name that layout tables use."""
-        return int(getattr(self, name))
+    @property
+    def rotary_type(self) -> str:
+        """How positions are scaled, as the configuration names it; "default" for not at all."""
+        scaling = self.rotary_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
 
+    @property
+    def long_rope(self) -> bool:
+        return self.rotary_type in LONG_ROPE
+
+    @property
+    def position_embedding_type(self) -> str:
+        return "long_rope" if self.long_rope else "rope_gpt_neox"
+
+    @property
+    def longrope_short_factors(self) -> Any:
+        return self._long_rope("short_factor")
+
+    @property
+    def longrope_long_factors(self) -> Any:
+        return self._long_rope("long_factor")
+
+    @property
+    def longrope_short_mscale(self) -> Any:
+        return self._long_rope("short_mscale")
+
+    @property
+    def longrope_long_mscale(self) -> Any:
+        return self._long_rope("long_mscale")
+
+    @property
+    def original_max_position_embeddings(self) -> Any:
+        """The positions that the model was trained on before its long rope, which some files keep outside `rope_scaling`."""
+        inside = self._long_rope("original_max_position_embeddings")
+        return inside or (self.settings.get("original_positions") if self.long_rope else None)
+
+    def _long_rope(self, key: str) -> Any:
+        return (self.rotary_scaling or {}).get(key) if self.long_rope else None
+
+    @property
+    def scaled_attention_multiplier(self) -> float:
+        """As TensorRT-LLM counts it: on top of its own 1 / sqrt(head_size) (checkpoint-format, section 5)."""
+        multiplier = self.attention_multiplier
+        return multiplier if multiplier == 1 else multiplier * math.sqrt(self.head_size)
+
+    @property
+    def output_multiplier_scale(self) -> float:
+        return 1 / self.logits_scaling
+
+    def dimension(self, name: str) -> int:
+        """A size by the name that layout tables use; a number stands for itself."""
+        return int(name) if name.isdigit() else int(getattr(self, name))
+
+    def value(self, name: str) -> Any:
+        """What config.json's template and the tables call `name`: one of the settings, or a field. None where there is neither."""
+        return self.settings[name] if name in self.settings else getattr(self, name, None)
+
+
+LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
 
 # The least and the greatest of each size: beyond, it is a mistake, and every layer and expert would be planned for nothing.
 _BOUNDS = {
@@ -71,7 +142,11 @@ _BOUNDS = {
     "head_size": (1, 1 << 20),
     "num_experts": (0, 4096),
     "experts_per_token": (0, 4096),
+    "moe_intermediate_size": (0, 1 << 31),
+    "shared_expert_intermediate_size": (0, 1 << 31),
 }
+_POSITIVE = ("norm_epsilon", "rotary_base", "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+_NOT_BY_KEY = ("architecture", "rotary_scaling", "settings")  # found in their own ways
 
 
 def model_config(config: Mapping[str, Any], family: Family, architecture: str, file: str) -> ModelConfig:
@@ -82,7 +157,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
     values: dict[str, Any] = {"architecture": family.architecture or architecture}
     problems = []
     for spec in fields(ModelConfig):
-        if spec.name in ("architecture", "rotary_scaling"):
+        if spec.name in _NOT_BY_KEY:
             continue
         keys = family.fields.get(spec.name, ())
         kind = str(spec.type).split(" |")[0]
@@ -113,7 +188,30 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             remedy = "Give head_dim, or mend one of them"
             raise BadInput([Problem(f"{file}: hidden_size", str(hidden), f"a multiple of num_attention_heads = {heads}", remedy)])
         values["head_size"] = hidden // heads
-    return ModelConfig(**values)
+    model = ModelConfig(**values, settings=_settings(config, family))
+    problems = [p for name, allowed in family.expect.items() for p in _unexpected(name, model, allowed, family, file)]
+    if problems:
+        raise BadInput(problems)
+    return model
+
+
+def _settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Each setting as the configuration has it, null too; where it has no such key, the family's default."""
+    result = {}
+    for name, keys in family.settings.items():
+        found = [value for key in keys if (value := lookup(config, key)) is not None]
+        absent = not found and not any(key in config for key in keys)
+        result[name] = found[0] if found else family.defaults.get(name) if absent else None
+    return result
+
+
+def _unexpected(name: str, model: ModelConfig, allowed: tuple[Any, ...], family: Family, file: str) -> list[Problem]:
+    value = model.value(name)
+    if value is None or value in allowed:
+        return []
+    keys = family.fields.get(name, family.settings.get(name, (name,)))
+    remedy = "TensorRT-LLM's model class has no other, so that the engine would compute something else"
+    return [Problem(f"{file}: {' or '.join(keys)}", repr(value), " or ".join(map(repr, allowed)) or "null", remedy)]
 
 
 def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[Problem]:
@@ -125,9 +223,13 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
         for name, (low, high) in _BOUNDS.items()
         if name in values and not low <= values[name] <= high
     ]
-    for name in ("norm_epsilon", "rotary_base"):
+    for name in _POSITIVE:
         if name in values and not (math.isfinite(values[name]) and values[name] > 0):
             problems.append(Problem(subject(name), str(values[name]), "a number greater than 0"))
+    kv_heads = values.get("num_key_value_heads", 1)
+    heads = values.get("num_attention_heads", kv_heads)
+    if not problems and heads % kv_heads:
+        problems.append(Problem(subject("num_key_value_heads"), str(kv_heads), f"a divisor of num_attention_heads = {heads}"))
     if any(module.experts for module in layout(family.layout).modules.values()):
         experts, chosen = values.get("num_experts", 0), values.get("experts_per_token", 0)
         if experts < 1:
@@ -149,7 +251,9 @@ def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(parameters, Mapping):
         raise TypeError
-    rest = {key: value for key, value in dict(parameters).items() if key != "rope_theta"}
+    # A model with two kinds of layers has parameters for each; the full ones are those that can be scaled.
+    parameters = parameters.get("full_attention", parameters)
+    rest = {key: value for key, value in dict(parameters).items() if key not in ("rope_theta", "partial_rotary_factor")}
     return None if rest.get("rope_type", "default") == "default" else rest
 
 

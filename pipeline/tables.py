@@ -44,11 +44,16 @@ class PatternTable(Generic[T]):
 
 @dataclass(frozen=True)
 class RenameRow:
-    """One source module's new name, and the operation of `pipeline/operations.py` that its rows go through ("" for none)."""
+    """One source module's new names, and the operation of `pipeline/operations.py` that its rows go through ("" for none).
 
-    to: str
+    Several names: a fused module, whose rows are those of each in turn; in `groups` repetitions (a ModelConfig size) where the
+    source interleaves them.
+    """
+
+    to: tuple[str, ...]
     operation: str = ""
     period: str = ""
+    groups: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,11 @@ class Omission:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: how its checkpoints name things, and where they keep their sizes."""
+    """A model family: how its checkpoints name things, and where they keep their sizes.
+
+    `settings`: values of the configuration that go to the target's as they are: name -> keys to look for, `defaults` otherwise.
+    `expect`: what a field of ModelConfig may be where TensorRT-LLM's model class has no choice.
+    """
 
     name: str
     container: str
@@ -75,7 +84,9 @@ class Family:
     omit: tuple[Omission, ...]
     ties: Mapping[str, str]
     fields: Mapping[str, tuple[str, ...]]
+    settings: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any]
+    expect: Mapping[str, tuple[Any, ...]]
     config: Mapping[str, Any]
 
     def rows(self) -> PatternTable[RenameRow]:
@@ -83,6 +94,11 @@ class Family:
 
     def ignored(self) -> PatternTable[None]:
         return PatternTable((pattern, None) for pattern in self.ignore)
+
+    def sources(self) -> PatternTable[str]:
+        """The way back: target modules to the patterns of the source modules that they come from."""
+        # Of two rows to one target the first counts, which is what checkpoints on disk have.
+        return PatternTable((to, pattern) for pattern, row in reversed(list(self.rename.items())) for to in row.to)
 
 
 @dataclass(frozen=True)
@@ -96,11 +112,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Module:
-    """A target module. Sizes are names of ModelConfig's attributes.
+    """A target module. Sizes are names of ModelConfig's attributes, or numbers.
 
     `split`: "column" (splits `out`), "row" (splits `in`), "replicate", or "embedding" (as the parallel-embedding options say).
     `pad`: zero rows at the end of `out` until tp_size divides it. `ranks`: "first", "last" or "all" stages, for a module
-    outside the layers. `bias`: the ModelConfig flag under which the module has one. `experts`: a stack, one matrix an expert.
+    outside the layers. `bias`: the ModelConfig flag under which the module has one; `when`: under which there is a module at all.
+    `experts`: a stack, one matrix an expert.
     """
 
     name: str
@@ -109,6 +126,7 @@ class Module:
     in_: str = ""
     parts: tuple[Part, ...] = ()
     bias: str = ""
+    when: str = ""
     dtype: str = ""
     ranks: str = "all"
     pad: bool = False
@@ -131,6 +149,11 @@ class Slot:
     @property
     def out(self) -> str:
         return self.part.out if self.part else self.module.out
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the source is one array of all experts."""
+        return self.module.experts and self.expert is None
 
 
 @dataclass(frozen=True)
@@ -189,22 +212,30 @@ def find_family(container: str, architecture: str) -> Family | None:
 
 def _family(name: str) -> Family:
     data = _load("families", name)
-    rename = {pattern: RenameRow(row) if isinstance(row, str) else RenameRow(**row) for pattern, row in data["rename"].items()}
-    fields = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in data.get("model_config", {}).items()}
     return Family(
         name=name,
         container=data["container"],
         architectures=tuple(data["architectures"]),
         architecture=data.get("architecture", ""),
         layout=data["layout"],
-        rename=rename,
+        rename={pattern: _rename_row(row) for pattern, row in data["rename"].items()},
         ignore=tuple(data.get("ignore", ())),
         omit=tuple(Omission(**{**row, "modules": tuple(row["modules"])}) for row in data.get("omit", ())),
         ties=data.get("ties", {}),
-        fields=fields,
+        fields={key: _names(value) for key, value in data.get("model_config", {}).items()},
+        settings={key: _names(value) for key, value in data.get("settings", {}).items()},
         defaults=data.get("defaults", {}),
+        expect={key: tuple(values) for key, values in data.get("expect", {}).items()},
         config=data.get("config", {}),
     )
+
+
+def _rename_row(row: str | Mapping[str, Any]) -> RenameRow:
+    return RenameRow((row,)) if isinstance(row, str) else RenameRow(**{**row, "to": _names(row["to"])})
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _load(folder: str, name: str) -> dict[str, Any]:
@@ -212,7 +243,10 @@ def _load(folder: str, name: str) -> dict[str, Any]:
     parent_name = data.pop("extends", None)
     if parent_name is None:
         return data
-    merged = merge(_load(folder, parent_name), data)
+    parent = _load(folder, parent_name)
+    if folder == "layouts" and "config" in data:
+        parent.pop("config")  # a layout's template is whole: the order of its keys is the reference's
+    merged = merge(parent, data)
     for pattern in merged.pop("remove", ()):
         merged["modules" if folder == "layouts" else "rename"].pop(pattern)
     return merged

@@ -108,8 +108,7 @@ class Sharding:
 def axes(slot: Slot, parameter: str) -> tuple[str, ...]:
     """The named axes of a slot's source. A norm has no `in`; a stack of experts has `expert` in front."""
     names = tuple(axis for axis in AXES[parameter] if axis == "out" or slot.module.in_)
-    stacked = slot.module.experts and slot.expert is None
-    return ("expert", *names) if stacked else names
+    return ("expert", *names) if slot.stacked else names
 
 
 def shard(name: str, sharding: Sharding) -> tuple[Placement, ...]:
@@ -209,12 +208,22 @@ def divisibility(sharding: Sharding) -> list[Problem]:
         experts = [ep for _, ep in pairs]
         if model.num_experts % sizes.moe_ep_size:
             refuse("moe_ep_size", sizes.moe_ep_size, f"{model.num_experts} experts", experts)
-        if model.intermediate_size % sizes.moe_tp_size:
+        if model.expert_intermediate_size % sizes.moe_tp_size:
             works = [tp for tp, _ in pairs]
-            refuse("moe_tp_size", sizes.moe_tp_size, f"intermediate_size {model.intermediate_size}", works)
+            name = "moe_intermediate_size" if model.moe_intermediate_size else "intermediate_size"
+            refuse("moe_tp_size", sizes.moe_tp_size, f"{name} {model.expert_intermediate_size}", works)
     elif sizes.moe_ep_size > 1:
         problems.append(Problem(f"--moe_ep_size {sizes.moe_ep_size}", "a model without experts", "1"))
     return problems
+
+
+def embedding_options(sharding: Sharding) -> list[Problem]:
+    """Options of the embedding that a model class does not have: one that always splits it, splits its vocabulary."""
+    module = next((module for module in sharding.layout.modules.values() if module.ranks == "first"), None)
+    if module is None or module.split == "embedding" or not sharding.embedding.dim:
+        return []
+    expected = "0: TensorRT-LLM's class splits the vocabulary of this model over tp_size"
+    return [Problem(f"--embedding_sharding_dim {sharding.embedding.dim}", "the hidden axis", expected)]
 
 
 def tp_sizes(model: ModelConfig, sharding: Sharding) -> tuple[int, ...]:
@@ -228,7 +237,7 @@ def tp_sizes(model: ModelConfig, sharding: Sharding) -> tuple[int, ...]:
 def expert_sizes(model: ModelConfig, tp_size: int) -> list[tuple[int, int]]:
     """The (moe_tp_size, moe_ep_size) that a mixture of experts can be cut to at `tp_size`."""
     pairs = ((tp, tp_size // tp) for tp in range(1, tp_size + 1) if tp_size % tp == 0)
-    return [(tp, ep) for tp, ep in pairs if not model.intermediate_size % tp and not model.num_experts % ep]
+    return [(tp, ep) for tp, ep in pairs if not model.expert_intermediate_size % tp and not model.num_experts % ep]
 
 
 def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:
@@ -242,7 +251,7 @@ def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:
         axis, pad = sharding.split_axis(module)
         if not axis or pad or module.experts or (module.parts and module.parts[0].heads):
             continue
-        name = module.out if axis == "out" else module.in_
+        name = module.in_ if axis == "in" else module.parts[0].out if module.parts else module.out
         if model.dimension(name) % tp_size:
             return f"{name} {model.dimension(name)}"
     return ""
