@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from pipeline.placement import Placement, RankTensor, whole
 from pipeline.plans import Phase, Store, group_blocks
 from pipeline.remote_scratch import RemoteArray, RemoteGroup
 from pipeline.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
-from pipeline.tensors import Source, TensorMap, tensor_bytes
+from pipeline.tensors import Source, TensorMap
+
+if TYPE_CHECKING:
+    from stages.rename import Matches
 
 Group = ScratchGroup | RemoteGroup
 ReadBack = Callable[[str, Mapping[str, Any]], TensorMap]
@@ -24,7 +27,7 @@ class Cuts:
     """The cuts of one plan as it is composed: each adds a phase that stores to Zarr, and gives back a map that reads it.
 
     `identity`: what the tensors' values depend on, beside the source. `read_back` makes Dask arrays of scratch arrays, one chunk a
-    chunk; `origin` gives the source tensor of a name.
+    chunk; `matches` knows the source tensor of a name.
     """
 
     def __init__(
@@ -34,12 +37,20 @@ class Cuts:
         identity: Sequence[Any],
         block_bytes: int,
         read_back: ReadBack,
-        origin: Callable[[str], str],
+        matches: Matches,
     ) -> None:
-        self.stages = job.cuts
+        # Workers elsewhere cannot read what is in the memory of this process: it goes to scratch first.
+        self.carried = source.in_memory and job.elsewhere
+        self.stages = ("read", *(stage for stage in job.cuts if stage != "read")) if self.carried else job.cuts
         self.root = job.scratch or str(job.targets[0].output_dir.parent / DEFAULT_ROOT)
         self.remote = "://" in self.root
-        self.source, self.identity, self.block_bytes, self.read_back, self.origin = source, identity, block_bytes, read_back, origin
+        self.source, self.identity, self.block_bytes, self.read_back, self.matches = (
+            source,
+            identity,
+            block_bytes,
+            read_back,
+            matches,
+        )
         self.keep = job.keep_scratch
         self.phases: list[Phase] = []
         self.groups: list[Group] = []
@@ -87,7 +98,11 @@ class Cuts:
         chosen = {phase.name.rpartition(" ")[2]: sum(sink.size_bytes for sink in phase.sinks) for phase in self.phases}
         result = {}
         for stage in SCRATCH_STAGES:
-            if stage in chosen:
+            if stage == "read" and self.carried:
+                result[stage] = (
+                    f"cut: {chosen[stage]:,} bytes written, as the model is in this process and the workers are elsewhere"
+                )
+            elif stage in chosen:
                 result[stage] = f"cut, as asked: {chosen[stage]:,} bytes written and read again (not needed: {_UNNEEDED[stage]})"
             else:
                 result[stage] = f"no cut: {_UNNEEDED[stage]}"
@@ -105,7 +120,9 @@ class Cuts:
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
-                (rank, tensor): RemoteArray(f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self.origin(tensor))
+                (rank, tensor): RemoteArray(
+                    f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(tensor)
+                )
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
             return RemoteGroup(url, stage, key, str(self.source.location), self.keep, remote)
@@ -113,19 +130,19 @@ class Cuts:
         arrays = {}
         for (rank, name), (shape, chunks, dtype) in shapes.items():
             folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
-            arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self.origin(name))
+            arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(name))
         return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays)
 
     def _store(self, name: str, tensors: TensorMap) -> Store:
         array = tensors[name]
-        origin = self.source.tensors.get(self.origin(name))
-        nbytes = int(array.nbytes) if self.phases or origin is None else tensor_bytes(origin)
+        nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.tensors)
         region = whole(array.shape)
         return Store(name, (array,), ((Placement(0, name, region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
 
     def _add(self, stage: str, stores: tuple[Store, ...], sinks: tuple[Group, ...]) -> None:
         self.groups += sinks
-        self.phases.append(Phase(f"scratch after {stage}", stores, sinks, group_blocks(stores, self.block_bytes)))
+        here = self.carried and stage == "read"
+        self.phases.append(Phase(f"scratch after {stage}", stores, sinks, group_blocks(stores, self.block_bytes), here))
 
 
 _UNNEEDED = {

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +16,7 @@ from pipeline.journal import Committer, Journal
 from pipeline.lower import lower
 from pipeline.plans import Phase, Plan, Sink
 from pipeline.reserve import missing
-from pipeline.schedulers import Run, runner
+from pipeline.schedulers import Run, run_threads, runner
 
 if TYPE_CHECKING:
     from stages.write import Written
@@ -174,8 +175,10 @@ class _Run:
         if not begun.sinks:
             return
         began = time.perf_counter()
-        elsewhere = self.plan.job.scheduler.startswith(("tcp://", "tls://"))
+        elsewhere = self.plan.job.elsewhere and not begun.phase.here
         graph = lower(begun.phase, self.plan.budget.piece_bytes, begun.sinks, begun.done, synchronize=elsewhere)
+        if begun.phase.here:
+            compute = partial(run_threads, workers=self.plan.budget.workers)
         with Committer(begun.journals) as committer:
             for written in compute(graph):
                 committer.add(written)

@@ -6,6 +6,7 @@ A field here is a keyword of `convert` and `plan`, a key of a job file, and a fl
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,13 @@ def _absolute(value: Any) -> Any:
     return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
 
 
+def model_name(value: Any) -> Any:
+    """An absolute path, or the id of a model on the Hugging Face Hub where there is no such path."""
+    if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists():
+        return value
+    return _absolute(value)
+
+
 def _root(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
         return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
@@ -38,7 +46,10 @@ def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+ModelName = Annotated[Path | str, BeforeValidator(model_name)]
 ScratchRoot = Annotated[str, BeforeValidator(_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
@@ -82,7 +93,14 @@ class TargetOptions(Shape):
 class Job(Shape):
     """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`)."""
 
-    model_dir: AbsolutePath = Field(description="Hugging Face checkpoint directory, or GGUF file, to read.")
+    model_dir: ModelName | None = Field(
+        None, description="Checkpoint to read: a Hugging Face or Meta directory, a GGUF file, or org/name on the Hub."
+    )
+    meta_ckpt_dir: AbsolutePath | None = Field(None, description="Meta checkpoint to read: params.json and consolidated.*.pth.")
+    quant_ckpt_path: AbsolutePath | None = Field(
+        None, description="Quantized checkpoint, file or directory, whose tensors stand in for those of model_dir."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
@@ -120,13 +138,21 @@ class Job(Shape):
         """The stages that the user named, in the order of their use; none for `auto` and `none`."""
         return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the workers are other processes, perhaps on other machines."""
+        return self.scheduler.startswith(("tcp://", "tls://"))
+
     def source_identity(self) -> dict[str, Any]:
         """The fields that decide what is read of the source."""
         return {"mlp_bias": self.mlp_bias}
 
 
-def make_job(options: Mapping[str, Any], file: Path | None = None) -> Job:
-    """A job from a TOML file, where given, with `options` laid over it. Raises BadInput naming each option that is wrong."""
+def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:
+    """A job from a TOML file, where given, with `options` laid over it. Raises BadInput naming each option that is wrong.
+
+    `live`: the source is a model in memory, so that the options name none.
+    """
     values = {**(_load(file) if file else {}), **options}
     tables = values.get("target", ())
     if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
@@ -142,10 +168,27 @@ def make_job(options: Mapping[str, Any], file: Path | None = None) -> Job:
         if not values.get("target") and values.get("output_dir") is None:
             problems.append(_no_output())
         raise BadInput(problems) from None
-    problems = _contradictions(job, file)
+    problems = _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
     return job
+
+
+def _sources(job: Job, live: bool) -> list[Problem]:
+    """What is wrong with the options that name the source: there must be one."""
+    named = {"a model in memory": live or None, "--model_dir": job.model_dir, "--meta_ckpt_dir": job.meta_ckpt_dir}
+    given = [name for name, value in named.items() if value is not None]
+    problems = []
+    if not given:
+        problems.append(Problem("--model_dir", "nothing", f"a value: {Job.model_fields['model_dir'].description}"))
+    elif len(given) > 1:
+        problems.append(Problem(given[1], f"a second source beside {given[0]}", "one source"))
+    if job.quant_ckpt_path and job.model_dir is None:
+        expected = "--model_dir with the model that it was quantized from"
+        problems.append(Problem("--quant_ckpt_path", f"{job.quant_ckpt_path} alone", expected))
+    if job.revision and not isinstance(job.model_dir, str):
+        problems.append(Problem(f"--revision {job.revision}", f"the local path {job.model_dir}", "a model on the Hub, org/name"))
+    return problems
 
 
 def _no_output() -> Problem:
@@ -154,7 +197,7 @@ def _no_output() -> Problem:
 
 def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
-    if not job.scheduler.startswith(("tcp://", "tls://")) and job.scheduler not in ("local", "threads", "synchronous"):
+    if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
@@ -194,9 +237,11 @@ def _load(file: Path) -> dict[str, Any]:
         [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
     )
     for table in [values, *tables]:
-        for key in ("model_dir", "output_dir", "scratch"):
+        for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch"):
             if isinstance(table.get(key), str) and "://" not in table[key]:
-                table[key] = file.absolute().parent / Path(table[key]).expanduser()
+                path = file.absolute().parent / Path(table[key]).expanduser()
+                if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(table[key]):
+                    table[key] = path
     return values
 
 

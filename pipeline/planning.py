@@ -7,10 +7,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from pipeline.checks import check_quantization, check_tensors, check_ties, origin, parameters
+from pipeline.checks import check_fused, check_quantization, check_tensors, check_ties, parameters
 from pipeline.cuts import Cuts
 from pipeline.dtypes import BY_TARGET, auto_dtype
 from pipeline.errors import BadInput, Problem
@@ -22,22 +21,26 @@ from pipeline.placement import Placement, RankTensor
 from pipeline.plans import VERSION, Phase, Plan, Store, Target, group_blocks
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.target_config import QUANTIZATION, target_config
-from pipeline.tensors import Source, TensorMap, tensor_bytes
+from pipeline.tensors import Source, TensorMap
 from stages import rope
 from stages.cast import cast
 from stages.rank_file import rank_file
-from stages.read import open_source, read, read_scratch
+from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
-from stages.shard import Embedding, Sharding, divisibility, rank_tensors, shard
+from stages.shard import Embedding, Sharding, divisibility, embedding_options, rank_tensors, shard
 from stages.unpack import unpack
 
 ROW_MULTIPLE = 64
 
 
-def make_plan(job: Job) -> Plan:
-    """Plan a job. Raises BadInput with everything that is wrong with the request, the source or the output directories."""
+def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
+    """Plan a job. Raises BadInput with everything that is wrong with the request, the source or the output directories.
+
+    `model`: a Hugging Face model in memory, in the place of a checkpoint. `download`: whether missing files of a model on the Hub
+    may be fetched.
+    """
     problems = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite)]
-    source = _open(job, problems)
+    source = _open(job, model, download, problems)
     if not problems:
         problems += [p for target in job.targets for p in check_source(target.output_dir, [file.path for file in source.files])]
     family = _family(source, problems)
@@ -48,19 +51,20 @@ def make_plan(job: Job) -> Plan:
     matches = match(source.tensors, family, layout(family.layout), declared, kept)
     shardings = [_sharding(options, family, model) for options in job.targets]
     problems += _refused(matches, job) + _refused_options(job, source)
-    problems += dict.fromkeys(problem for sharding in shardings for problem in divisibility(sharding))
+    problems += dict.fromkeys(p for sharding in shardings for p in (*divisibility(sharding), *embedding_options(sharding)))
     quantized = check_quantization(source)
     problems += quantized or matches.problems
 
     size = block_bytes(source.nbytes)
     chunk = min(size, MAX_PIECE_BYTES) if "://" in (job.scratch or "") and job.cuts else size
     identity = [VERSION, family.name, job.source_identity(), [file.fingerprint() for file in source.files]]
-    cuts = Cuts(job, source, identity, size, read_scratch, partial(origin, origins=matches.origins))
+    cuts = Cuts(job, source, identity, size, read_scratch, matches)
     tensors = cuts.cut("read", read(source.tensors, chunk, math.lcm(ROW_MULTIPLE, model.head_size)))
     tensors = cuts.cut("rename", rename(tensors, matches, model))
     tensors = cuts.cut("unpack", unpack(tensors))
     if not quantized:
-        problems += check_tensors(tensors, matches.origins, shardings[0], family) + check_ties(source, matches.copies)
+        problems += check_fused(source, matches) or check_tensors(tensors, matches, shardings[0], family)
+        problems += check_ties(source, matches.copies)
     if problems:
         raise BadInput(problems)
 
@@ -76,9 +80,11 @@ def make_plan(job: Job) -> Plan:
     return Plan(job, source, family, model, targets, phases, tuple(cuts.groups), reasons, size, limits, matches.left_out)
 
 
-def _open(job: Job, problems: list[Problem]) -> Source:
+def _open(job: Job, model: Any, download: bool, problems: list[Problem]) -> Source:
     try:
-        return open_source(job.model_dir)
+        if model is not None:
+            return open_model(model)
+        return find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
     except BadInput as error:
         raise BadInput([*error.problems, *problems]) from None
     except PermissionError as error:
@@ -163,8 +169,8 @@ def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matche
         arrays = tuple(piece.arrays.get(name, some) for piece in pieces)
         placements = tuple(tuple(p for each in shared for p in piece.placements.get(each, ())) for piece in pieces)
         before = tensors.get(name, some)
-        tensor = source.tensors.get(origin(name, matches.origins))
-        nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else tensor_bytes(tensor)
+        tensor = source.tensors.get(matches.origin(name))
+        nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else matches.source_bytes(name, source.tensors)
         itemsize = max(array.dtype.itemsize for array in (before, *arrays))
         order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
         stores.append((order, Store(name, arrays, placements, itemsize, _row_multiple(name, matches, pieces[0].sharding), nbytes)))
@@ -172,8 +178,8 @@ def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matche
 
 
 def _row_multiple(name: str, matches: Matches, sharding: Sharding) -> int:
-    found = matches.names.get(origin(name, matches.origins))
-    return sharding.model.dimension(found[1].period) if found and found[1].period else 1
+    found = matches.find(name)
+    return sharding.model.dimension(found.row.period) if found and found.row.period else 1
 
 
 def _need(store: Store, whole_chunks: bool) -> Need:
@@ -197,6 +203,8 @@ def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Fami
         "dtype": piece.dtype,
         "mapping": sharding.parallelism.mapping(),
         "quantization": dict(QUANTIZATION),
+        "quantization_set": {"quant_algo": None},
+        "tensor_parallel": options.tp_size > 1,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,
         "disable_weight_only_quant_plugin": options.disable_weight_only_quant_plugin,
@@ -225,5 +233,6 @@ def _tied(model: ModelConfig, source: Source, family: Family) -> bool:
     """What config.json says of ties: the source's word, or, where it has none, whether lm_head had to be tied."""
     if model.tie_word_embeddings is not None:
         return model.tie_word_embeddings
-    rows = {row.to: pattern for pattern, row in family.rename.items()}
-    return not any(name.startswith(f"{rows[tied]}.") for tied in family.ties for name in source.tensors)
+    rows = family.sources()
+    patterns = [found[0] for tied in family.ties if (found := rows.find(tied))]
+    return not any(name.startswith(f"{pattern}.") for pattern in patterns for name in source.tensors)

@@ -94,12 +94,16 @@ Group = tuple[tuple[Store, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Phase:
-    """Stores that can run in any order, and the tasks that do them. A phase begins when the one before it has ended."""
+    """Stores that can run in any order, and the tasks that do them. A phase begins when the one before it has ended.
+
+    `here`: its tasks run in this process, whatever the scheduler, as they read what is in its memory.
+    """
 
     name: str
     stores: tuple[Store, ...]
     sinks: tuple[Sink, ...]
     groups: tuple[Group, ...] = field(repr=False)
+    here: bool = False
 
     @property
     def pending(self) -> tuple[int, ...]:

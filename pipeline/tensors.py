@@ -151,6 +151,7 @@ class Source:
 
     `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
     is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
+    `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them.
     """
 
     kind: str
@@ -163,6 +164,7 @@ class Source:
     files: tuple[SourceFile, ...]
     dtype: str | None
     companions: tuple[Path, ...] = ()
+    in_memory: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -32,6 +32,39 @@ def sources() -> tuple[ModuleType, ...]:
     return tuple(sorted(modules, key=lambda module: module.__name__.rpartition(".")[2] != "huggingface"))
 
 
+def find_source(
+    model_dir: Path | str | None, meta_ckpt_dir: Path | None, quant_ckpt_path: Path | None, revision: str | None, download: bool
+) -> Source:
+    """Open what a job names: a path, a model on the Hub, or a Meta directory; and what stands in for its tensors.
+
+    Raises BadInput where it is not there, or is none of what headrace reads.
+    """
+    if meta_ckpt_dir:
+        from stages.read import meta
+
+        if not _exists(meta_ckpt_dir):
+            raise BadInput([Problem(str(meta_ckpt_dir), "no such directory", "a Meta checkpoint")])
+        return meta.open_source(meta_ckpt_dir)
+    if isinstance(model_dir, str):
+        from stages.read import hub
+
+        model_dir = hub.find(model_dir, revision, download)
+    assert model_dir is not None, "a job has a source"
+    source = open_source(model_dir)
+    if quant_ckpt_path:
+        from stages.read import beside
+
+        source = beside.open_beside(source, quant_ckpt_path)
+    return source
+
+
+def open_model(model: Any) -> Source:
+    """A Hugging Face model in memory. Raises BadInput where it is none, or some of its values are not in memory."""
+    from stages.read import live_model
+
+    return live_model.open_model(model)
+
+
 def open_source(location: Path) -> Source:
     """Open a checkpoint by what it is. Raises BadInput where nothing is there, or nothing that headrace reads."""
     if not _exists(location):
@@ -41,7 +74,7 @@ def open_source(location: Path) -> Source:
             source: Source = module.open_source(location)
             return source
     names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) if location.is_dir() else "another file"
-    expected = "a Hugging Face directory with safetensors, or a GGUF file"
+    expected = "a Hugging Face directory, a Meta directory, or a GGUF file"
     raise BadInput([Problem(str(location), names or "an empty directory", expected)])
 
 

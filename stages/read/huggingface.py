@@ -1,19 +1,45 @@
-"""Hugging Face checkpoint directories: config.json and safetensors shards, with or without an index."""
+"""Hugging Face checkpoint directories: config.json and weights, safetensors or PyTorch's, in one file or shards with an index."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.dtypes import BY_TARGET
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
-from stages.read import safetensors
+from stages.read import safetensors, torch_pickle
 
-INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class Format:
+    """One of the formats that weights come in: the names of its index, of its only file and of its shards, and what opens one."""
+
+    kind: str
+    index: str
+    single: str
+    shards: str
+    open_file: Callable[[Path], tuple[SourceFile, Mapping[str, LazyTensor]]]
+
+    def found(self, location: Path) -> bool:
+        return (location / self.index).exists() or any(location.glob(self.shards))
+
+
+# Where a directory has both, the first is read. Other .bin files, such as training_args.bin, hold no weights and are left alone.
+FORMATS = (
+    Format("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", safetensors.open_file),
+    Format(
+        "Hugging Face PyTorch .bin",
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+        "pytorch_model*.bin",
+        torch_pickle.open_file,
+    ),
+)
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -29,21 +55,43 @@ TOKENIZER = (
 
 
 def detect(location: Path) -> bool:
-    """Whether `location` is a directory that Hugging Face tools would load: it has a config.json or safetensors files."""
-    return location.is_dir() and ((location / "config.json").exists() or any(location.glob("*.safetensors")))
+    """Whether `location` is a directory that Hugging Face tools would load: it has a config.json or weights."""
+    return location.is_dir() and ((location / "config.json").exists() or any(known.found(location) for known in FORMATS))
 
 
 def open_source(location: Path) -> Source:
     """Open a directory: read config.json, the index, and every shard's header. Raises BadInput with all problems found."""
     config, config_file = _config(location / "config.json")
     problems: list[Problem] = []
-    shards, listed = _shards(location, problems)
+    tensors, files = open_tensors(location, problems)
+    architecture = _architecture(config, config_file.path, problems)
+    dtype = _dtype(config, config_file.path, problems)
+    if problems:
+        raise BadInput(problems)
+    return Source(
+        kind=_format(location).kind,
+        location=location,
+        container="huggingface",
+        architecture=architecture,
+        config=config,
+        config_name=str(config_file.path),
+        tensors=tensors,
+        files=(config_file, *files),
+        dtype=dtype,
+        companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
+    )
+
+
+def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, LazyTensor], tuple[SourceFile, ...]]:
+    """The weights of a directory, by name, and the files that they are in. Adds what is wrong with them to `problems`."""
+    weights = _format(location)
+    shards, listed = _shards(location, weights, problems)
     tensors: dict[str, LazyTensor] = {}
     homes: dict[str, Path] = {}
-    files = [config_file]
+    files: list[SourceFile] = []
     for path in shards:
         try:
-            file, found = safetensors.open_file(path)
+            file, found = weights.open_file(path)
         except BadInput as error:
             problems += error.problems
             continue
@@ -59,26 +107,15 @@ def open_source(location: Path) -> Source:
             tensors[name] = tensor
     opened = {str(file.path.relative_to(location)) for file in files}
     problems += [
-        Problem(name, f"no such tensor in {file}", f"the tensor there, as {INDEX} says", "Fetch both again")
+        Problem(name, f"no such tensor in {file}", f"the tensor there, as {weights.index} says", "Fetch both again")
         for name, file in listed.items()
         if file in opened and name not in homes
     ]
-    architecture = _architecture(config, config_file.path, problems)
-    dtype = _dtype(config, config_file.path, problems)
-    if problems:
-        raise BadInput(problems)
-    return Source(
-        kind="Hugging Face safetensors",
-        location=location,
-        container="huggingface",
-        architecture=architecture,
-        config=config,
-        config_name=str(config_file.path),
-        tensors=tensors,
-        files=tuple(files),
-        dtype=dtype,
-        companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
-    )
+    return tensors, tuple(files)
+
+
+def _format(location: Path) -> Format:
+    return next((known for known in FORMATS if known.found(location)), FORMATS[0])
 
 
 def _config(path: Path) -> tuple[dict[str, Any], SourceFile]:
@@ -108,15 +145,15 @@ def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> st
     return name
 
 
-def _shards(location: Path, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
+def _shards(location: Path, weights: Format, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
     """The shard files, and which file the index says each tensor is in (nothing where there is no index)."""
-    index = location / INDEX
+    index = location / weights.index
     if not index.exists():
-        single = location / "model.safetensors"
-        paths = [single] if single.exists() else sorted(location.glob("*.safetensors"))
+        single = location / weights.single
+        paths = [single] if single.exists() else sorted(location.glob(weights.shards))
         if not paths:
             names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) or "nothing"
-            problems.append(Problem(str(location), names, f"model.safetensors, or shards and {INDEX}"))
+            problems.append(Problem(str(location), names, f"{weights.single}, or shards and {weights.index}"))
         return paths, {}
     listed = _json_object(index)[0].get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
@@ -131,7 +168,7 @@ def _shards(location: Path, problems: list[Problem]) -> tuple[list[Path], dict[s
         elif not _is_file(location / file):
             count = sum(1 for home in listed.values() if home == file)
             problems.append(
-                Problem(str(location / file), "no such file", f"the {count} tensors that {INDEX} says it holds", "Fetch it")
+                Problem(str(location / file), "no such file", f"the {count} tensors that {weights.index} says it holds", "Fetch it")
             )
         else:
             paths.append(location / file)

@@ -1,0 +1,80 @@
+"""A quantized checkpoint beside the model that it was made from: its tensors stand in for the model's, module by module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensors import LazyTensor, Source, SourceFile
+from stages.read import safetensors, torch_pickle
+from stages.read.huggingface import open_tensors
+from stages.read.json_file import json_file
+
+_OPENERS: Mapping[str, Callable[[Path], tuple[SourceFile, Mapping[str, LazyTensor]]]] = {
+    ".safetensors": safetensors.open_file,
+    ".bin": torch_pickle.open_file,
+    ".pt": torch_pickle.open_file,
+}
+# Where quantizers say what they did, in the order that is believed: a section of config.json, or files of their own.
+_SETTINGS = "quantization_config"
+_SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
+def open_beside(base: Source, path: Path) -> Source:
+    """`base` with every module that the file or directory at `path` holds taken from there, and its quantization's settings.
+
+    NVIDIA's converter reads the configuration of the one and all tensors of the other; what the other does not have, such as
+    embeddings, comes from the model. Raises BadInput where there is nothing to read, or `base` is no Hugging Face model.
+    """
+    if base.container != "huggingface":
+        raise BadInput([Problem("--quant_ckpt_path", f"a {base.kind} as --model_dir", "a Hugging Face model")])
+    tensors, files = _open(path)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    kept = {name: tensor for name, tensor in base.tensors.items() if name.rpartition(".")[0] not in modules}
+    settings, described = _settings(path if path.is_dir() else path.parent)
+    config = {**base.config, _SETTINGS: settings} if settings else base.config
+    return dataclasses.replace(
+        base,
+        kind=f"{base.kind} with {path.name}",
+        config=config,
+        tensors={**kept, **tensors},
+        files=(*base.files, *files, *described),
+    )
+
+
+def _open(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]:
+    problems: list[Problem] = []
+    if path.is_dir():
+        tensors, files = open_tensors(path, problems)
+        if problems:
+            raise BadInput(problems)
+        return tensors, files
+    if not path.is_file():
+        raise BadInput([Problem(f"--quant_ckpt_path {path}", "no such file or directory", "a quantized checkpoint")])
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        raise BadInput(
+            [Problem(f"--quant_ckpt_path {path}", f"a {path.suffix or 'nameless'} file", f"one of {', '.join(_OPENERS)}")]
+        )
+    try:
+        file, held = opener(path)
+    except OSError as error:
+        raise BadInput([Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file")]) from None
+    return held, (file,)
+
+
+def _settings(directory: Path) -> tuple[dict[str, Any], tuple[SourceFile, ...]]:
+    """What the quantizer says of its work, and the file that says it."""
+    config = directory / "config.json"
+    if config.is_file():
+        values, file = json_file(config)
+        if isinstance(values.get(_SETTINGS), dict):
+            return values[_SETTINGS], (file,)
+    for name in _SETTINGS_FILES:
+        if (directory / name).is_file():
+            values, file = json_file(directory / name)
+            return values, (file,)
+    return {}, ()

@@ -1,0 +1,199 @@
+"""Models of the Hugging Face Hub: the directory of the local cache that holds one, which is filled where files are missing.
+
+Of a repository only what a conversion reads is fetched: the configuration, the weights in one format and what stands beside them.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shlex
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import BadInput, Problem
+
+# An index and the one file that stands in its place, best first. After these comes Meta's own format.
+FORMATS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+META = re.compile(r"(original/)?consolidated\.(\d\d)\.pth")
+KNOWN = "config.json and weights as safetensors or pytorch_model.bin, in one file or with an index; or Meta's own files"
+COMPANIONS = re.compile(
+    r"tokenizer[^/]*|chat_template\.[^/]*|merges\.txt|"
+    r"(special_tokens_map|added_tokens|vocab|generation_config|quantize_config|hf_quant_config)\.json"
+)
+USUAL = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "chat_template.*")  # where nothing is known of a repository
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is `org/name` by the Hub's rules. It may be a relative path as well: that is for the caller to look at."""
+    return bool(re.fullmatch(f"{PART}/{PART}", text)) and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+def find(repo_id: str, revision: str | None, download: bool) -> Path:
+    """The directory of a model's files at a branch, tag or commit (by default `main`): its snapshot in huggingface_hub's cache.
+
+    Where only Meta's files under `original/` are there, that directory. A cache that holds what is needed answers by itself: the
+    Hub is not asked whether a branch has moved. Otherwise what is missing is fetched with `download`. Raises BadInput where the
+    cache is not enough and the rest may not be fetched or cannot be: offline, no such model or revision, no permission, no weights.
+    """
+    from huggingface_hub import constants
+
+    revision = revision or constants.DEFAULT_REVISION
+    request = _Request(repo_id, revision, Path(constants.HF_HUB_CACHE).absolute(), f"{repo_id}, revision {revision}")
+    found, missing = request.cached()
+    if found and not missing:
+        return found
+    if not download or constants.HF_HUB_OFFLINE:
+        raise BadInput([request.incomplete("HF_HUB_OFFLINE set and " if download else "")])
+    request.fetch()
+    found, missing = request.cached()
+    if not found or missing:  # where the network fails half-way, huggingface_hub may return what the cache held before
+        raise BadInput([request.incomplete("an unfinished download and ", ())])
+    return found
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint's files in one format: those to read first, and its weights where it is not the index that names them."""
+
+    first: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    index: str | None = None
+    folder: str = ""
+
+    def named(self, snapshot: Path) -> tuple[str, ...]:
+        """The weights' files; none of an index that is not one, which its source will say."""
+        if self.index is None:
+            return self.files
+        try:
+            files = json.loads((snapshot / self.index).read_bytes())["weight_map"].values()
+            return tuple(sorted({file for file in files if isinstance(file, str)}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return ()
+
+
+@dataclass(frozen=True)
+class _Request:
+    repo_id: str
+    revision: str
+    cache: Path
+    subject: str
+
+    def snapshot(self) -> tuple[Path | None, set[str]]:
+        """The revision's directory in the cache, as its `refs` know it, and the files in it."""
+        home = self.cache / f"models--{self.repo_id.replace('/', '--')}"
+        with suppress(OSError, ValueError):
+            commit = self.revision if COMMIT.fullmatch(self.revision) else (home / "refs" / self.revision).read_text().strip()
+            if COMMIT.fullmatch(commit) and (snapshot := home / "snapshots" / commit).is_dir():
+                # A link whose blob is gone is no file.
+                return snapshot, {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+        return None, set()
+
+    def cached(self) -> tuple[Path | None, list[str]]:
+        """The directory to read and which of its files are not there; None where not even their names are known."""
+        snapshot, names = self.snapshot()
+        if snapshot is None:
+            return None, []
+        weights = _choose(names) or _choose(self._listed(snapshot))
+        if weights and any(map(META.fullmatch, weights.files)):  # nothing in Meta's files says how many they are
+            weights = _choose(filter(META.fullmatch, names | self._listed(snapshot)))
+        needed = (*weights.first, *weights.named(snapshot)) if weights else ()
+        return snapshot / weights.folder if weights else None, [name for name in needed if name not in names]
+
+    def _listed(self, snapshot: Path) -> set[str]:
+        """The repository's files, where huggingface_hub keeps their list: later versions do, from the start of a download."""
+        try:
+            from huggingface_hub import errors, get_cached_repo_tree
+        except ImportError:
+            return set()
+        with suppress(errors.CachedRepoTreeNotFoundError):
+            return {file.path for file in get_cached_repo_tree(self.repo_id, revision=snapshot.name, cache_dir=self.cache)}
+        return set()
+
+    def fetch(self) -> None:
+        """Fill the cache: the small files first, so that weights that are whole have the others beside them. Raises BadInput."""
+        from huggingface_hub import HfApi, constants, snapshot_download
+
+        def get(names: Iterable[str], revision: str) -> Path:
+            patterns = [glob.escape(name) for name in names]
+            return Path(snapshot_download(self.repo_id, revision=revision, cache_dir=self.cache, allow_patterns=patterns))
+
+        needed: tuple[str, ...] = ()
+        try:
+            info = HfApi().model_info(self.repo_id, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            names = {file.rfilename for file in info.siblings or ()}
+            weights = _choose(names)
+            if weights is None or not names.issuperset(weights.first):
+                remedy = f"Fetch another kind with `hf download {self.repo_id} FILE --local-dir DIRECTORY`, and name its path"
+                raise BadInput([Problem(self.subject, _some(sorted(names)) or "no files", KNOWN, remedy)])
+            beside = [name for name in names if COMPANIONS.fullmatch(name.removeprefix(weights.folder))]
+            snapshot = get([*weights.first, *beside], self.revision)
+            files = weights.named(snapshot)
+            needed = (*weights.first, *files)
+            if absent := sorted(set(files) - names):
+                found, remedy = f"no {_some(absent)} in the repository", "Try another --revision"
+                raise BadInput([Problem(self.subject, found, "every file of the checkpoint", remedy)])
+            if weights.index is None:  # the last of Meta's parts first: it says how many come before it
+                get(files[-1:], snapshot.name)
+            get(files, snapshot.name)
+        except Exception as error:  # of the library and of those below it, whose classes change with its version
+            problems = error.problems if isinstance(error, BadInput) else (self._failed(error, needed),)
+            raise BadInput(problems) from None
+
+    def incomplete(self, why: str, needed: Collection[str] | None = None) -> Problem:
+        """What the cache lacks, and the command that fetches it: by the commit of the rest, as its branch may have moved on.
+
+        `needed` is what a download that failed was of. Many shards are one pattern, as `hf` passes over those that are there.
+        """
+        snapshot, names = self.snapshot()
+        missing = self.cached()[1] or [name for name in needed or () if name not in names]
+        lacking = f"no {_some(missing)}" if missing else "no weights of it" if snapshot else "nothing of it"
+        revision = snapshot.name if snapshot and missing else self.revision
+        unnamed = [re.sub(r"(\.\w+)\.index\.json$", r"-*\1", name) for name in missing if name.endswith(".index.json")]
+        patterns = dict.fromkeys(re.sub(r"-\d+-of-", "-*-of-", name) for name in missing) if len(missing) > 4 else missing
+        includes = [word for pattern in [*patterns, *unnamed] or USUAL for word in ("--include", pattern)]
+        command = shlex.join(["hf", "download", self.repo_id, "--revision", revision, *includes])
+        other = "" if missing else " (or 'pytorch_model*.bin', of a model without safetensors)"
+        remedy = f"{'Fetch' if needed is None else 'Run this again, or fetch'} it into that directory with: {command}{other}"
+        return Problem(self.subject, f"{why}{lacking} in the cache {self.cache}", "every file of the checkpoint", remedy)
+
+    def _failed(self, error: BaseException, needed: Collection[str]) -> Problem:
+        from huggingface_hub import constants, errors
+
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+            error = error.__cause__
+        hub, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.RevisionNotFoundError):
+            return Problem(self.subject, f"no such revision on {hub}", "a branch, a tag or a commit", "Check --revision")
+        if isinstance(error, errors.GatedRepoError) or status == 403:
+            remedy = f"Ask for access or accept the licence at {hub}/{self.repo_id}, then log in with `hf auth login`"
+            return Problem(self.subject, f"a model that {hub} does not give to this account ({status})", "access to it", remedy)
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+            found = f"no such model on {hub}, or one that this account may not see ({status})"
+            remedy = "Check the name; log in with `hf auth login` if it is private or gated"
+            return Problem(self.subject, found, "a directory, a file, or a model of the Hub", remedy)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return self.incomplete(f"no download from {hub} ({reason}) and ", needed)
+
+
+def _choose(names: Iterable[str]) -> _Weights | None:
+    """The best format that there is anything of."""
+    names = set(names)
+    for index, file in FORMATS:
+        if index in names or file in names:
+            return _Weights(("config.json", index), index=index) if index in names else _Weights(("config.json",), (file,))
+    for folder in ("", "original/"):
+        parts = [int(match[2]) for match in map(META.fullmatch, names) if match and (match[1] or "") == folder]
+        if parts:
+            files = tuple(f"{folder}consolidated.{part:02}.pth" for part in range(max(parts) + 1))
+            return _Weights((f"{folder}params.json",), files, folder=folder)
+    return None
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,26 @@
+"""A checkpoint's JSON files: the object in one, and what tells a changed file from an unchanged one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensors import SourceFile
+
+
+def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
+    """The object in a JSON file, and the file. Raises BadInput where it cannot be read or holds something else."""
+    try:
+        text = path.read_bytes()
+        value = json.loads(text)
+        status = path.stat()
+    except OSError as error:
+        raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file")]) from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
+    if not isinstance(value, dict):
+        raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])
+    return value, SourceFile(path, status.st_size, status.st_mtime_ns, hashlib.sha256(text).hexdigest())

@@ -1,0 +1,219 @@
+"""A Hugging Face model in memory as a source: the tensors that `save_pretrained` would write, without a file in between.
+
+Dense models have the very names, bytes and configuration of the saved directory. Experts that transformers 5 keeps in one stack
+stay one: `save_pretrained` cuts the stack into a tensor an expert, under the names of the original checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import numpy as np
+import xxhash
+
+from pipeline.dtypes import BY_TARGET, TABLE
+from pipeline.errors import BadInput, Problem
+from pipeline.metering import meter
+from pipeline.placement import Region, pieces, size, slices, whole
+from pipeline.tensors import Block, Source, SourceFile, View, tensor_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+LOCATION = Path("model-in-memory")
+# Stands for the model in `Source.files`. Nothing can be written below a device, so that no output directory is its parent.
+_FILE = Path("/dev/null") / LOCATION
+_CONFIG_NAME = "the model's configuration"
+_HASHED_BYTES = 4 << 20  # hashed at a time
+_TYPES = {row.numpy.name: row.numpy for row in TABLE}  # torch calls each type as NumPy does
+_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # torch gives NumPy no array of these
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+class OpenedModel:
+    """The tensors of one opened model by name, on any device. Its LiveTensors keep it alive, the registry does not."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.values, self.token = values, uuid4().hex
+        _OPENED[self.token] = self
+
+
+# What a pickled LiveTensor is found by in this process.
+_OPENED: WeakValueDictionary[str, OpenedModel] = WeakValueDictionary()
+
+
+class LiveTensor(Block):
+    """A tensor of an opened model: `shape` elements of `dtype`, in the model's own memory.
+
+    Pickled, it is the opened model's token and a name: Dask pickles the tasks of workers in this process too, and no value may
+    be copied for that. Unpickling raises RuntimeError in another process, and once the source and all its tensors are gone.
+    """
+
+    def __init__(self, opened: OpenedModel, name: str) -> None:
+        self.opened, self.name = opened, name
+        values = opened.values[name]
+        self.shape, self.dtype = tuple(values.shape), _TYPES[_type_name(values)]
+
+    def block(self, region: Region) -> Block:
+        return View(self, region)
+
+    def read(self, region: Region) -> np.ndarray:
+        """The values of `region`, read-only: in place where the tensor is contiguous in main memory, else a copy of them alone."""
+        import torch
+
+        tensor, bits = self.opened.values[self.name], _BITS.get(self.dtype.name)
+        with meter("read", size(region) * self.dtype.itemsize):
+            part = tensor[slices(region)]
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                part = part.to("cpu").contiguous()
+            values: np.ndarray = (part.view(getattr(torch, bits)) if bits else part).numpy().view(self.dtype)
+        values.flags.writeable = False
+        return values
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _resolve, (os.getpid(), self.opened.token, self.name)
+
+
+def open_model(model: Any) -> Source:
+    """Open a transformers model that is in memory. Its values are read once, for the fingerprint, a few MiB at a time.
+
+    The source shares the model's memory and keeps it alive, not the model itself. Values that are changed in place between
+    opening and converting are converted as they are then. Raises BadInput naming the object's type where it is no such model,
+    and every tensor that cannot be read: on the meta device, sharded over processes, or of a type that no checkpoint holds.
+    """
+    model = _unwrapped(model)
+    if not (callable(getattr(model, "state_dict", None)) and callable(getattr(getattr(model, "config", None), "to_dict", None))):
+        found = f"an object of type {type(model).__module__}.{type(model).__qualname__}"
+        raise BadInput([Problem("model", found, "a transformers model, with config.to_dict() and state_dict()")])
+    config = _plain_config(model.config)
+    # Inside a wrapper of another library the class is not the model's.
+    named = [type(model).__name__.removeprefix("FSDP")] if hasattr(type(model), "config_class") else config.get("architectures")
+    problems: list[Problem] = []
+    values = _tensors(model, problems)
+    dtype = next((_type_name(value) for value in values.values() if value.is_floating_point()), None)
+    if dtype and dtype not in BY_TARGET:
+        problems.append(Problem(f"{_CONFIG_NAME}: dtype", repr(dtype), f"one of {', '.join(sorted(BY_TARGET))}"))
+    if problems:
+        raise BadInput(problems)
+    config |= {"architectures": named, "torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+    opened = OpenedModel(values)
+    tensors = {name: LiveTensor(opened, name) for name in values}
+    return Source(
+        kind="Hugging Face model in memory",
+        location=LOCATION,
+        container="huggingface",
+        architecture=str(named[0]) if named else "",
+        config=config,
+        config_name=_CONFIG_NAME,
+        tensors=tensors,
+        files=(_fingerprint(config, tensors),),
+        dtype=dtype,
+        in_memory=True,
+    )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside what torch.compile and data-parallel training put around it: these prefix every name."""
+    while type(model).__name__ in _WRAPPERS and hasattr(model, _WRAPPERS[type(model).__name__]):
+        model = getattr(model, _WRAPPERS[type(model).__name__])
+    return model
+
+
+def _tensors(model: Any, problems: list[Problem]) -> dict[str, torch.Tensor]:
+    """What of the state dict `save_pretrained` would write, under the source's names; tensors share the model's memory."""
+    state = dict(model.state_dict(keep_vars=False))
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    adapted = next((name for name in state if ".base_layer." in name), None)
+    if adapted:
+        remedy = "Call merge_and_unload() and convert the model that it returns"
+        problems.append(Problem(adapted, "a module with an adapter", "the adapter merged into the weights", remedy))
+        return {}
+    refused = [problem for name, value in state.items() if (problem := _refused(name, value))]
+    if refused:
+        problems += refused
+        return {}
+    # Names of transformers 4 are a list of patterns, those of 5 a table of patterns; the expanded names are of 5 alone.
+    tied = {*(getattr(model, "_tied_weights_keys", None) or ()), *(getattr(model, "all_tied_weights_keys", None) or ())}
+    copies = _copies(state, tied)
+    return {_parameter_name(name, value): value.detach() for name, value in state.items() if name not in copies}
+
+
+def _refused(name: str, value: Any) -> Problem | None:
+    import torch
+
+    remedy = "Gather or dequantize the model before it is converted"
+    if not isinstance(value, torch.Tensor):
+        return Problem(name, f"an object of type {type(value).__name__}", "a tensor", remedy)
+    if value.device.type == "meta":
+        remedy = "Load the model without offloading, or convert the directory that it comes from"
+        return Problem(name, "a parameter on the meta device", "values in memory", remedy)
+    # Such a tensor is made of others, shards or codes among them, and its dtype is not that of what is stored.
+    if hasattr(type(value), "__tensor_flatten__") or value.layout != torch.strided:
+        return Problem(name, f"a tensor of type {type(value).__name__} and layout {value.layout}", "a plain tensor", remedy)
+    if _type_name(value) not in _TYPES:
+        return Problem(name, f"values of type {_type_name(value)}", f"one of {', '.join(sorted(_TYPES))}", remedy)
+    return None
+
+
+def _copies(state: Mapping[str, torch.Tensor], tied: Iterable[str]) -> set[str]:
+    """The names that `save_pretrained` drops, as others have the very same memory: the tied ones, else all but the first."""
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name, value in state.items():
+        if value.numel():  # empty tensors may share an address
+            groups[value.device, value.data_ptr(), value.dtype, value.shape, value.stride()].append(name)
+    copies: set[str] = set()
+    for names in groups.values():
+        known = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in tied)][: len(names) - 1]
+        copies |= {*known, *[name for name in names if name not in known][1:]}
+    return copies
+
+
+def _parameter_name(name: str, value: torch.Tensor) -> str:
+    """Tables map modules: a stack of matrices that is a parameter without a module of its own is given one."""
+    return f"{name}.weight" if value.ndim == 3 and name.rpartition(".")[2] not in ("weight", "bias") else name
+
+
+def _type_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The configuration as config.json would hold it, read back: plain values, those that are the library's defaults left out."""
+    if hasattr(config, "to_json_string"):
+        text = config.to_json_string()
+    else:
+        text = json.dumps(config.to_dict(), default=lambda value: str(value).removeprefix("torch."))
+    return dict(json.loads(text))
+
+
+def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, LiveTensor]) -> SourceFile:
+    """What changes with the configuration, and with any tensor's name, type, shape or value; equal in every process."""
+    listed = []
+    for name, tensor in tensors.items():
+        digest = xxhash.xxh3_128()
+        for region in pieces(whole(tensor.shape), tensor.dtype.itemsize, _HASHED_BYTES):
+            digest.update(np.ascontiguousarray(tensor.read(region)).reshape(-1).view(np.uint8).data)
+        listed.append([name, tensor.dtype.name, tensor.shape, digest.hexdigest()])
+    text = json.dumps([dict(config), listed], sort_keys=True)
+    return SourceFile(_FILE, sum(map(tensor_bytes, tensors.values())), 0, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _resolve(process: int, token: str, name: str) -> LiveTensor:
+    """A LiveTensor from its pickled form. Raises RuntimeError where the opened model is not, or no longer, in this process."""
+    opened = _OPENED.get(token)
+    if opened is not None:
+        return LiveTensor(opened, name)
+    if process != os.getpid():
+        where = f"the model lives in another process ({process}, this is {os.getpid()})"
+        raise RuntimeError(f"{name}: {where}; a plan that other processes run must cut to scratch")
+    raise RuntimeError(f"{name}: the model in memory was let go: keep its source while the plan is in use")

@@ -1,0 +1,170 @@
+"""Pickles read as data: the opcodes that files of tensors are made of, interpreted without importing or calling anything.
+
+Python's own unpickler cannot be made safe by refusing names alone: nine bytes can make it fill memory (a memo of the size that an
+index names), and two hundred keep it busy for ever (hashing a tuple of tuples). Here a key is text, the memo a dictionary, and the
+work bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+MAX_BYTES = 256 << 20
+MAX_OPERATIONS = 5_000_000  # a tensor takes about 32
+MAX_LINE = 1024  # of a module's and of a global's name
+MAX_BITS = 127  # of an integer: torch's magic number has 77
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_INTEGERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4"}
+_VALUES = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+_PUT = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GET = {"BINGET", "LONG_BINGET"}
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """Stands for what is neither plain data nor known: a global outside the list, what it would make, a key that is no text."""
+
+    name: str
+
+
+class Pickles:
+    """The pickles that follow one another in a file, from its position on, in at most `limit` bytes.
+
+    `known` are the globals by `module.name`: values, or functions that take what the pickle passes them. All others are listed in
+    `refused` and become `Foreign`. `persistent` maps a persistent id to its value. `digest` is the SHA-256 of the bytes read.
+    """
+
+    def __init__(self, file: BinaryIO, limit: int, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> None:
+        self.known, self.persistent = known, persistent
+        self.refused: dict[str, None] = {}
+        self.digest = hashlib.sha256()
+        self._file, self._limit, self._left, self._operations = file, limit, limit, 0
+
+    def load(self) -> Any:
+        """The next pickle's value. Raises ValueError where it is none, or is larger than any checkpoint's."""
+        try:
+            return self._load()
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"a pickle whose opcodes do not fit together ({type(error).__name__})") from None
+
+    def read(self, count: int) -> bytes:
+        """Bytes of the file, counted and added to the digest."""
+        if not 0 <= count <= self._left:
+            raise ValueError(f"a pickle that goes beyond its {self._limit:,} bytes")
+        return self._took(self._file.read(count))
+
+    def readline(self) -> bytes:
+        return self._took(self._file.readline(min(self._left, MAX_LINE)))
+
+    def _took(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        self.digest.update(data)
+        return data
+
+    def _load(self) -> Any:
+        stack: list[Any] = []
+        outer: list[list[Any]] = []  # the stacks below each mark
+        memo: dict[int, Any] = {}
+        source: Any = self  # read and readline are all that genops needs
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(source):
+            name = opcode.name
+            self._operations += 1
+            if self._operations > MAX_OPERATIONS:
+                raise ValueError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
+            if name in _PUT:
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            elif name in _GET:
+                stack.append(memo[argument])
+            elif name in _INTEGERS:
+                if argument.bit_length() > MAX_BITS:
+                    raise ValueError(f"an integer of {argument.bit_length()} bits")
+                stack.append(argument)
+            elif name in _VALUES:
+                stack.append(argument)
+            elif name in ("BINSTRING", "SHORT_BINSTRING"):  # of Python 2, where text was bytes
+                stack.append(argument.encode("latin-1").decode())
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            elif name == "EMPTY_DICT":
+                stack.append({})
+            elif name == "EMPTY_LIST":
+                stack.append([])
+            elif name == "MARK":
+                outer.append(stack)
+                stack = []
+            elif name in _TUPLES:
+                count = _TUPLES[name]
+                stack[-count:] = [tuple(_last(stack, count))]
+            elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+                items, stack = stack, outer.pop()
+                if name == "TUPLE":
+                    stack.append(tuple(items))
+                elif name == "APPENDS":
+                    _append(stack[-1], items)
+                else:
+                    set_items(stack[-1], items)
+            elif name == "APPEND":
+                item = stack.pop()
+                _append(stack[-1], [item])
+            elif name == "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                set_items(stack[-1], [key, value])
+            elif name == "GLOBAL":
+                stack.append(self._global(argument.replace(" ", ".", 1)))
+            elif name == "STACK_GLOBAL":
+                last, module = stack.pop(), stack.pop()
+                stack.append(self._global(f"{module:s}.{last:s}"))
+            elif name in ("REDUCE", "NEWOBJ"):
+                arguments = stack.pop()
+                if not isinstance(stack[-1], Foreign):
+                    if name == "NEWOBJ" or not isinstance(arguments, tuple):
+                        raise ValueError("a pickle that makes an object of no known class")
+                    stack[-1] = stack[-1](*arguments)
+            elif name == "BUILD":
+                stack.pop()  # attributes, such as a state dict's _metadata: nothing here has any
+            elif name == "BINPERSID":
+                stack.append(self.persistent(stack.pop()))
+            elif name == "POP":
+                stack.pop()
+            elif name == "STOP":
+                return stack.pop()
+            elif name not in ("PROTO", "FRAME"):
+                raise ValueError(f"the pickle opcode {name}, which files of tensors do not have")
+        raise ValueError("a pickle without an end")
+
+    def _global(self, name: str) -> Any:
+        if name in self.known:
+            return self.known[name]
+        self.refused[name] = None
+        return Foreign(name)
+
+
+def _last(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise IndexError("the stack is too short")
+    return stack[-count:]
+
+
+def _append(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, Foreign):
+        if not isinstance(target, list):
+            raise TypeError("not a list")
+        target += items
+
+
+def set_items(target: Any, items: list[Any]) -> None:
+    """Put keys and values, which alternate in `items`, into a dictionary. A key that is no text becomes Foreign, by its type."""
+    if isinstance(target, Foreign):
+        return
+    if not isinstance(target, dict):
+        raise TypeError("not a dictionary")
+    # Only text is hashed: hashing numbers and tuples of an attacker's choice can take for ever.
+    keys = (key if isinstance(key, str) else Foreign(type(key).__name__) for key in items[::2])
+    target.update(zip(keys, items[1::2], strict=True))
