@@ -14,38 +14,54 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, HeadraceError, Interrupted, WriteFailed
 from pipeline.job import Job, make_job
+from pipeline.loaders import load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
 
 if TYPE_CHECKING:
     from pipeline.execute import Listener, Result
     from pipeline.plans import Plan
 
-__all__ = ["BadInput", "HeadraceError", "Interrupted", "Job", "WriteFailed", "convert", "plan"]
+__all__ = [
+    "BadInput",
+    "HeadraceError",
+    "Interrupted",
+    "Job",
+    "WriteFailed",
+    "convert",
+    "load_from_hf_checkpoint",
+    "load_from_hf_llama",
+    "load_from_meta_llama",
+    "plan",
+]
 
 
-def plan(job: Job | str | Path | None = None, /, **options: Any) -> Plan:
+def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Any) -> Plan:
     """Say what `convert` with the same arguments would do; opens headers only and writes nothing.
 
-    `job` is a Job, a TOML file of its fields, or nothing; `options` are a Job's fields and override it.
+    `job` is a Job, a TOML file of its fields, or nothing; `options` are a Job's fields and override it. `model` is a Hugging Face
+    model in memory (a PreTrainedModel of a known family), in the place of `model_dir`.
     Raises BadInput with every problem of the request, the source and the output directory.
     """
     from pipeline.planning import make_plan
 
-    return make_plan(_job(job, options))
+    return make_plan(_job(job, options, model is not None), model)
 
 
-def convert(job: Job | str | Path | None = None, /, *, listener: Listener | None = None, **options: Any) -> Result:
+def convert(
+    job: Job | str | Path | None = None, /, *, model: Any = None, listener: Listener | None = None, **options: Any
+) -> Result:
     """Convert a checkpoint; arguments as for `plan`. A finished, unchanged output is left as it is.
 
     Returns the outputs, bytes, seconds and peak memory. Raises BadInput before anything is written, Interrupted and
     WriteFailed after.
     """
     from pipeline.execute import execute
+    from pipeline.planning import make_plan
 
     started = time.perf_counter()
-    return execute(plan(job, **options), listener, started=started)
+    return execute(make_plan(_job(job, options, model is not None), model, download=True), listener, started=started)
 
 
-def _job(job: Job | str | Path | None, options: dict[str, Any]) -> Job:
+def _job(job: Job | str | Path | None, options: dict[str, Any], live: bool) -> Job:
     if isinstance(job, Job):
-        return make_job({**job.model_dump(), **options}) if options else job
-    return make_job(options, None if job is None else Path(job))
+        return make_job({**job.model_dump(), **options}, live=live)
+    return make_job(options, None if job is None else Path(job), live)

@@ -55,7 +55,9 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _order(name: str) -> tuple[bool, int]:
     """Where a flag stands in the help: the two directories first."""
-    return name not in ("model_dir", "output_dir"), list(Job.model_fields).index(name)
+    return name not in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "output_dir"), list(Job.model_fields).index(
+        name
+    )
 
 
 def _flag_type(field: FieldInfo) -> Any:
@@ -99,7 +101,7 @@ def convert_command(
     from pipeline.progress import listener
 
     started = time.perf_counter()
-    plan = make_plan(job)
+    plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = execute(plan, listener(quiet, log_format), started=started)
     if quiet:
@@ -141,13 +143,58 @@ def plan_command(job: Job, json_: Annotated[bool, typer.Option("--json", help="P
     console().print(plan_table(plan))
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+@app.command("inspect", no_args_is_help=True)
+def inspect_command(
+    model_dir: Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, or org/name on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what a checkpoint is: source, family, size, quantization, ties, shards, and the parallel sizes that it can be cut to."""
+    from pipeline.inspection import inspect_source
+    from pipeline.job import model_name
+
+    facts = inspect_source(model_name(model_dir), revision)
+    _show(facts, json_, "source_table")
+
+
+@app.command("families")
+def families_command(json_: Json = False) -> None:
+    """List the model families that headrace converts."""
+    from pipeline.inspection import list_families
+
+    _show(list_families(), json_, "families_table")
+
+
+@app.command("formats")
+def formats_command(json_: Json = False) -> None:
+    """List the kinds of checkpoint that headrace reads, and the quantized formats that it unpacks."""
+    from pipeline.inspection import list_formats
+
+    _show(list_formats(), json_, "formats_table")
+
+
+def _show(facts: Any, as_json: bool, table: str) -> None:
+    """Print facts as JSON, or as the table that pipeline.report makes of them."""
+    if as_json:
+        import json
+
+        print(json.dumps(facts, indent=2))
+        return
+    from pipeline import report
+
+    report.console().print(getattr(report, table)(facts))
+
+
 scratch_app = typer.Typer(no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
 app.add_typer(scratch_app, name="scratch")
 ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as given to --scratch.")]
 
 
 @scratch_app.command("ls")
-def scratch_ls(root: ScratchRoot, json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
     """List the cuts in a scratch directory."""
     from pipeline.scratch import list_scratch
 

@@ -69,6 +69,16 @@ def _task(
     return Task.fuse(*needed.values(), Task(key, run, key[-1], tuple(work), List(*inputs), **arguments), key=key)
 
 
+def read_block(array: da.Array, index: Sequence[int]) -> Any:
+    """The block of an array at a chunk index: still unread, as no stage reads before it is asked for values."""
+    from dask._task_spec import Task
+
+    needed: dict[Any, Any] = {}
+    key = (array.name, *index)
+    _collect(key, array, {}, needed)
+    return Task.fuse(*needed.values(), key=key)()
+
+
 def _collect(key: Any, array: da.Array, layers: dict[str, Mapping[Any, Any]], needed: dict[Any, Any]) -> None:
     """Add the tasks that make the block `key` to `needed`, sources first, following the array's layers."""
     if key in needed:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from pipeline.errors import BadInput
 from pipeline.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -75,6 +76,55 @@ def scratch_table(found: Sequence[Found]) -> RenderableType:
     for cut in found:
         state = "whole" if cut.complete else "unfinished"
         table.add_row(cut.directory.name, cut.stage, cut.source, human_bytes(cut.size_bytes), state)
+    return table
+
+
+def source_table(facts: Mapping[str, Any]) -> RenderableType:
+    """What `headrace inspect` says."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("path", facts["path"])
+    table.add_row(
+        "source", f"{facts['kind']}, {len(facts['files'])} files, {facts['tensors']} tensors, {human_bytes(facts['bytes'])}"
+    )
+    table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
+    shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
+    table.add_row("weights", f"{facts['parameters']:,} elements; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")
+    table.add_row("quantization", facts["quantization"] or "none")
+    if "model" in facts:
+        table.add_row("model", ", ".join(f"{name} {value}" for name, value in facts["model"].items()))
+        table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "not tied")
+        low, high = facts["pp_sizes"]
+        table.add_row("tp_size", ", ".join(map(str, facts["tp_sizes"])) or "none")
+        table.add_row("pp_size", f"{low} to {high}")
+    for size, pairs in facts.get("moe_sizes", {}).items():
+        table.add_row("", f"tp_size {size}: moe_tp_size x moe_ep_size " + ", ".join(f"{tp} x {ep}" for tp, ep in pairs))
+    for problem in facts["problems"][: BadInput.shown]:
+        table.add_row("[red]problem[/red]", problem)
+    if len(facts["problems"]) > BadInput.shown:
+        table.add_row("", f"... and {len(facts['problems']) - BadInput.shown} more")
+    return table
+
+
+def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What `headrace families` says."""
+    table = Table()
+    for column in ("family", "source", "architectures", "layout"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["family"], row["source"], ", ".join(row["architectures"]), row["layout"])
+    return table
+
+
+def formats_table(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> RenderableType:
+    """What `headrace formats` says."""
+    table = Table()
+    for column in ("kind", "name", "what it is"):
+        table.add_column(column, overflow="fold")
+    for kind, rows in facts.items():
+        for row in rows:
+            table.add_row(kind, row["name"], row["is"])
     return table
 
 

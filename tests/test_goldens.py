@@ -24,8 +24,8 @@ LOSES_A_LAYER = "mha_tp2pp2"
 
 
 def run(case: str, output: Path, *more: str) -> None:
-    arguments = shlex.split(CASES[case]["arguments"])
-    arguments[arguments.index("--model_dir") + 1] = str(DENSE / "models" / CASES[case]["model"])
+    flag, model, *arguments = shlex.split(CASES[case]["arguments"])
+    arguments = [flag, str(DENSE / model), *arguments]
     result = CliRunner().invoke(app, ["convert", *arguments, "--output_dir", str(output), "--quiet", *more], catch_exceptions=False)
     assert result.exit_code == 0, result.output
 

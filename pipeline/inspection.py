@@ -1,0 +1,112 @@
+"""What a checkpoint is, and what headrace knows: `headrace inspect`, `families` and `formats`. Opens headers only."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.dtypes import of_numpy
+from pipeline.errors import BadInput
+from pipeline.model_config import ModelConfig, model_config
+from pipeline.parallelism import Parallelism
+from pipeline.tables import Family, families, find_family, layout
+from pipeline.tensors import Source, tensor_bytes
+from stages.read import find_source, sources
+from stages.rename import match
+from stages.shard import Embedding, Sharding, expert_sizes, tp_sizes
+from stages.unpack import format_of, formats
+
+
+def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is, as plain values. Raises BadInput where it cannot be opened.
+
+    A family that headrace does not know, or tensors that do not fit it, are said among `problems`.
+    """
+    source = find_source(model_dir, None, None, revision, download=False)
+    result = _facts(source)
+    family = find_family(source.container, source.architecture)
+    if family is None:
+        return {**result, "family": None, "problems": [f"architecture {source.architecture or 'none'} is of no known family"]}
+    try:
+        model = model_config(source.config, family, source.architecture, source.config_name)
+    except BadInput as error:
+        return {**result, "family": family.name, "problems": [str(problem) for problem in error.problems]}
+    matches = match(source.tensors, family, layout(family.layout), model, frozenset())
+    return {
+        **result,
+        "family": family.name,
+        "model": _sizes(model),
+        "tied_embeddings": bool(matches.ties),
+        **_parallel(family, model),
+        "problems": [str(problem) for problem in matches.problems],
+    }
+
+
+def list_families() -> list[dict[str, Any]]:
+    """Every family of `configs/families`: its name, the kind of source, the architectures that it is for, and its layout."""
+    return [
+        {"family": family.name, "source": family.container, "architectures": list(family.architectures), "layout": family.layout}
+        for family in families()
+    ]
+
+
+def list_formats() -> dict[str, list[dict[str, str]]]:
+    """The sources that can be read and the quantized formats that can be unpacked, each with the first line of its module."""
+    return {
+        "sources": [_described(module) for module in sources()],
+        "quantized": [_described(module) for module in formats()],
+    }
+
+
+def _described(module: Any) -> dict[str, str]:
+    return {"name": module.__name__.rpartition(".")[2], "is": (module.__doc__ or "").strip().splitlines()[0].rstrip(".")}
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        dtypes[of_numpy(tensor.dtype).safetensors] += tensor_bytes(tensor)
+    return {
+        "path": str(source.location),
+        "kind": source.kind,
+        "architecture": source.architecture,
+        "dtype": source.dtype,
+        "tensors": len(source.tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        "bytes": source.nbytes,
+        "bytes_by_dtype": dict(dtypes.most_common()),
+        "files": [{"file": file.path.name, "bytes": file.size_bytes} for file in source.files],
+        "quantization": _quantization(source),
+    }
+
+
+def _quantization(source: Source) -> str | None:
+    """The method that the configuration names, or the format that the tensors show; None for a model that is not quantized."""
+    settings = source.config.get("quantization_config")
+    if settings:
+        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else str(settings)
+    modules: dict[str, set[str]] = {}
+    for name in source.tensors:
+        module, _, parameter = name.rpartition(".")
+        modules.setdefault(module, set()).add(parameter)
+    found = Counter(format_of(frozenset(parameters)) for parameters in modules.values())
+    packed = [module for module, _ in found.most_common() if module]
+    return packed[0].__name__.rpartition(".")[2] if packed else None
+
+
+def _sizes(model: ModelConfig) -> dict[str, Any]:
+    names = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_size"]
+    names += ["vocab_size", "max_position_embeddings"] + (["num_experts", "experts_per_token"] if model.num_experts else [])
+    return {name: getattr(model, name) for name in names}
+
+
+def _parallel(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
+    sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
+    sizes = tp_sizes(model, sharding)
+    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
+    if model.num_experts:
+        result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}
+    return result
