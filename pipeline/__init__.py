@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, HeadraceError, Interrupted, WriteFailed
 from pipeline.job import Job, make_job
-from pipeline.loaders import load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
+from pipeline.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
 
 if TYPE_CHECKING:
     from pipeline.execute import Listener, Result
@@ -27,6 +27,7 @@ __all__ = [
     "Job",
     "WriteFailed",
     "convert",
+    "load_from_gptq_llama",
     "load_from_hf_checkpoint",
     "load_from_hf_llama",
     "load_from_meta_llama",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +13,22 @@ from pipeline.errors import Problem
 from pipeline.model_config import ModelConfig
 from pipeline.placement import pieces, whole
 from pipeline.tables import Family, Module, Slot
-from pipeline.tensors import LazyTensor, Source, TensorMap
+from pipeline.tensors import LazyTensor, Parameter, Source, TensorMap, plain
 
 if TYPE_CHECKING:
+    import dask.array as da
+
     from stages.rename import Matches
     from stages.shard import Sharding
 
 WEIGHTS = {"F64", "F32", "F16", "BF16"}
+TYPES = {"codes4": {"U8"}, "codes8": {"U8"}, "offsets": {"I16"}, "fp8": {"F8_E4M3"}, "group_index": {"I32", "I64"}}
+# What a quantized module has beside its codes, and what it may have.
+SCHEMES = {
+    "codes4": (("scales", "offsets"), ("group_index", "prequant")),
+    "codes8": (("scales", "offsets"), ("group_index", "prequant")),
+    "fp8": ((), ("channel_scale", "tensor_scale", "input_scale", "kv_scale")),
+}
 
 
 def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
@@ -31,21 +41,30 @@ def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
 def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tuple[str, Slot, str]]:
     """Every tensor that a target needs after unpacking: (name, slot, parameter).
 
-    Experts are asked for one by one, unless their stack is there.
+    Experts are asked for one by one, unless their stack is there; a quantized module for its codes and scales.
     """
     model = sharding.model
+
+    def of_module(base: str, slot: Slot, parameter: str) -> Iterator[tuple[str, Slot, str]]:
+        codes = next((name for name in SCHEMES if f"{base}.{name}" in tensors), "") if parameter == "weight" else ""
+        if not codes:
+            yield f"{base}.{parameter}", slot, parameter
+            return
+        required, optional = SCHEMES[codes]
+        for name in (codes, *required, *(name for name in optional if f"{base}.{name}" in tensors)):
+            yield f"{base}.{name}", slot, name
+
     for module in sharding.layout.modules.values():
         for layer in range(model.num_hidden_layers) if module.in_layer else (None,):
             base = module.name.replace("{layer}", str(layer))
             for part in module.parts or (None,):
                 suffix = f".{part.name}" if part else ""
                 for parameter in parameters(module, model):
-                    stack = f"{base}{suffix}.{parameter}"
-                    if not module.experts or stack in tensors:
-                        yield stack, Slot(module, part, layer, None), parameter
+                    if not module.experts or f"{base}{suffix}.{parameter}" in tensors:
+                        yield from of_module(f"{base}{suffix}", Slot(module, part, layer, None), parameter)
                         continue
                     for expert in range(model.num_experts):
-                        yield f"{base}.{expert}{suffix}.{parameter}", Slot(module, part, layer, expert), parameter
+                        yield from of_module(f"{base}.{expert}{suffix}", Slot(module, part, layer, expert), parameter)
 
 
 def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, family: Family) -> list[Problem]:
@@ -53,7 +72,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     problems = []
     wanted = {}
     for name, slot, parameter in expected(sharding, tensors):
-        wanted[name] = sharding.shape(slot, parameter)
+        wanted[name] = sharding.shape(slot, _measured(slot, parameter, tensors.get(name), sharding))
         if name not in tensors:
             remedy = "Fetch the missing shard, or mend the configuration"
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
@@ -64,20 +83,30 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
         elif array.shape != wanted[name]:
             problems.append(Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration"))
-        elif of_numpy(array.dtype).safetensors not in WEIGHTS:
-            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(WEIGHTS))
+        elif of_numpy(array.dtype).safetensors not in TYPES.get(name.rpartition(".")[2], WEIGHTS):
+            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(TYPES.get(name.rpartition(".")[2], WEIGHTS)))
             problems.append(Problem(source, f"values of type {found}", f"weights of type {types}"))
     return problems
 
 
-def check_quantization(source: Source) -> list[Problem]:
-    """A quantized Hugging Face checkpoint is refused by name: its codes must not pass for weights."""
+def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Sharding) -> Parameter:
+    """A parameter with the group size that its array shows, where it has groups."""
+    known = plain(parameter, matrix=bool(slot.module.in_))
+    units = {"codes4": {"in": Fraction(1, 2)}}.get(parameter, {})
+    if parameter in ("scales", "offsets") and array is not None:
+        units = {"group": Fraction(array.shape[-2], sharding.model.dimension(slot.module.in_))}
+    return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))
+
+
+def check_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:
+    """A checkpoint that is quantized in a way that nothing unpacks is refused by name: its codes must not pass for weights."""
     settings = source.config.get("quantization_config")
-    if not settings:
+    if not settings or packed:
         return []
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
     subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"
-    return [Problem(subject, f"quant_method {method}", "a model that is not quantized", remedy)]
+    known = "GPTQ, AWQ, compressed-tensors, ModelOpt FP8 or INT4-AWQ, fbgemm FP8, or none"
+    return [Problem(subject, f"quant_method {method}, and no module packed in a known way", known, remedy)]
 
 
 def check_fused(source: Source, matches: Matches) -> list[Problem]:
@@ -86,7 +115,7 @@ def check_fused(source: Source, matches: Matches) -> list[Problem]:
     problems = []
     for name, (axis, total) in rows.items():
         shape = source.tensors[name].shape
-        if len(shape) <= axis or shape[axis] != total:
+        if name.rpartition(".")[2] in ("weight", "bias") and (len(shape) <= axis or shape[axis] != total):
             problems.append(Problem(name, f"shape {list(shape)}", f"{total} rows by the model's configuration"))
     return problems
 

@@ -81,7 +81,8 @@ class Cuts:
             return stores
         groups, again = [], []
         for number, tensors in enumerate(ranks):
-            shapes = {(tensor.rank, tensor.name): self._rank_shape(tensor, dtypes[tensor.dtype]) for tensor in tensors}
+            stored = {(tensor.rank, tensor.name): tensor.stored or (tensor.shape, tensor.dtype) for tensor in tensors}
+            shapes = {key: self._rank_shape(shape, dtypes[dtype]) for key, (shape, dtype) in stored.items()}
             group = self._group(f"shard{number}", shapes)
             groups.append(group)
             back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
@@ -108,10 +109,10 @@ class Cuts:
                 result[stage] = f"no cut: {_UNNEEDED[stage]}"
         return result
 
-    def _rank_shape(self, tensor: RankTensor, dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
-        row_bytes = max(math.prod(tensor.shape[1:]) * dtype.itemsize, 1)
-        rows = min(max(self.block_bytes // row_bytes, 1), max(tensor.shape[0], 1))
-        return tensor.shape, (rows, *tensor.shape[1:]), dtype
+    def _rank_shape(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
+        row_bytes = max(math.prod(shape[1:]) * dtype.itemsize, 1)
+        rows = min(max(self.block_bytes // row_bytes, 1), max(shape[0], 1))
+        return shape, (rows, *shape[1:]), dtype
 
     def _group(self, stage: str, shapes: Mapping[tuple[int, str], tuple[Any, Any, Any]]) -> Group:
         listed = sorted((rank, name, shape, chunks, str(dtype)) for (rank, name), (shape, chunks, dtype) in shapes.items())

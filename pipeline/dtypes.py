@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DType:
-    """One element type under all of its names. `target` is empty where TensorRT-LLM has no such model dtype."""
+    """One element type under all of its names. `target` is empty where no tensor of TensorRT-LLM has it."""
 
     safetensors: str
     numpy: np.dtype
@@ -27,22 +27,23 @@ TABLE: tuple[DType, ...] = (
     DType("F32", np.dtype(np.float32), "float32", "float32"),
     DType("F16", np.dtype(np.float16), "float16", "float16"),
     DType("BF16", np.dtype(ml_dtypes.bfloat16), "bfloat16", "uint16"),
-    DType("F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), "", "uint8"),
+    DType("F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), "fp8", "uint8"),
     DType("F8_E5M2", np.dtype(ml_dtypes.float8_e5m2), "", "uint8"),
     DType("I64", np.dtype(np.int64), "", "int64"),
     DType("I32", np.dtype(np.int32), "", "int32"),
     DType("I16", np.dtype(np.int16), "", "int16"),
-    DType("I8", np.dtype(np.int8), "", "int8"),
+    DType("I8", np.dtype(np.int8), "int8", "int8"),
     DType("U64", np.dtype(np.uint64), "", "uint64"),
     DType("U32", np.dtype(np.uint32), "", "uint32"),
     DType("U16", np.dtype(np.uint16), "", "uint16"),
-    DType("U8", np.dtype(np.uint8), "", "uint8"),
+    DType("U8", np.dtype(np.uint8), "uint8", "uint8"),
     DType("BOOL", np.dtype(np.bool_), "", "bool"),
 )
 
 BY_SAFETENSORS = {row.safetensors: row for row in TABLE}
 BY_TARGET = {row.target: row for row in TABLE if row.target}
 _BY_NUMPY = {row.numpy: row for row in TABLE}
+MODEL_DTYPES = ("bfloat16", "float16", "float32")  # what weights are computed in
 
 # The order in which the safetensors library lays out tensors of different types in one file: its type enumeration, backwards.
 FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")

@@ -47,6 +47,10 @@ class BadInput(HeadraceError):
         self.problems = tuple(problems)
         super().__init__(self.report())
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[tuple[Problem, ...]]]:
+        # Refusals that only values show come from workers.
+        return BadInput, (self.problems,)
+
     def report(self) -> str:
         """All problems, one a line; of very many, the first `shown` and a count."""
         count = len(self.problems)

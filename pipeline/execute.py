@@ -84,12 +84,17 @@ def execute(plan: Plan, listener: Listener | None = None, *, started: float | No
     run = _Run(plan, listener, started)
     try:
         with runner(plan.job.scheduler, plan.budget.workers) as (compute, dashboard), ExitStack() as stack:
-            phases = [_begin(phase, plan, stack) for phase in plan.phases]
+            phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
             run.announce(phases, dashboard)
             for phase in phases:
                 run.do(phase, compute)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {_places(plan)} is not complete: run the same command again to go on") from None
+    except BadInput:
+        # Values that no target can hold show when they are read: nothing of the outputs is left then.
+        for begun in run.begun:
+            begun.abandon()
+        raise
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror or error}{place}; {_places(plan)} is not complete: mend this and run the same command again"
@@ -119,6 +124,13 @@ class _Begun:
     sinks: tuple[int, ...]
     journals: Mapping[int, Journal]
     done: frozenset[int]
+    created: Mapping[int, Path | None]
+
+    def abandon(self) -> None:
+        """Remove what the phase has made of sinks that are not whole."""
+        for number, journal in self.journals.items():
+            if not self.phase.sinks[number].complete:
+                self.phase.sinks[number].abandon(journal, self.created[number])
 
     def done_bytes(self) -> int:
         share = self.phase.written_bytes(self.sinks) * len(self.done)
@@ -131,16 +143,17 @@ def _begin(phase: Phase, plan: Plan, stack: ExitStack) -> _Begun:
     sinks = tuple(range(len(phase.sinks))) if plan.job.overwrite and not is_scratch else phase.pending
     # A cut is of use only to outputs that are not whole yet.
     journals: dict[int, Journal] = {}
+    made: dict[int, Path | None] = {}
     for number in sinks:
         sink = phase.sinks[number]
-        created = missing(sink.directory)
+        created = made[number] = missing(sink.directory)
         journal = sink.begin(len(phase.groups), fresh=plan.job.overwrite and not is_scratch)
         journals[number] = journal
         stack.callback(journal.close)
         if not journal.entries:
             stack.enter_context(_Undo(sink, journal, created))
     done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in journals.values()]
-    return _Begun(phase, sinks, journals, frozenset.intersection(*done) if done else frozenset())
+    return _Begun(phase, sinks, journals, frozenset.intersection(*done) if done else frozenset(), made)
 
 
 class _Undo:
@@ -165,6 +178,7 @@ class _Run:
         self.stages: dict[str, dict[str, float]] = {}
         self.phases: dict[str, float] = {}
         self.bytes_read = self.resumed_tasks = 0
+        self.begun: list[_Begun] = []
 
     def announce(self, phases: list[_Begun], dashboard: str) -> None:
         total = sum(begun.phase.written_bytes(begun.sinks) for begun in phases)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline.algorithm import clean_settings
 from pipeline.dtypes import of_numpy
 from pipeline.errors import BadInput
 from pipeline.model_config import ModelConfig, model_config
@@ -16,7 +17,7 @@ from pipeline.tensors import Source, tensor_bytes
 from stages.read import find_source, sources
 from stages.rename import match
 from stages.shard import Embedding, Sharding, expert_sizes, tp_sizes
-from stages.unpack import format_of, formats
+from stages.unpack import by_module, format_of, formats
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -84,16 +85,12 @@ def _facts(source: Source) -> dict[str, Any]:
 
 def _quantization(source: Source) -> str | None:
     """The method that the configuration names, or the format that the tensors show; None for a model that is not quantized."""
-    settings = source.config.get("quantization_config")
-    if settings:
-        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else str(settings)
-    modules: dict[str, set[str]] = {}
-    for name in source.tensors:
-        module, _, parameter = name.rpartition(".")
-        modules.setdefault(module, set()).add(parameter)
-    found = Counter(format_of(frozenset(parameters)) for parameters in modules.values())
-    packed = [module for module, _ in found.most_common() if module]
-    return packed[0].__name__.rpartition(".")[2] if packed else None
+    found = Counter(packing.NAME for parameters in by_module(source.tensors).values() if (packing := format_of(parameters)))
+    method = clean_settings(source.config).get("quant_method")
+    if found:
+        packed = ", ".join(f"{name} ({count} modules)" for name, count in found.most_common())
+        return f"{packed}; quant_method {method}" if method else packed
+    return f"quant_method {method}, which nothing unpacks" if method else None
 
 
 def _sizes(model: ModelConfig) -> dict[str, Any]:

@@ -72,6 +72,18 @@ class Shape(BaseModel):
     use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
     embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
     write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
+    use_weight_only: bool = Field(False, description="Quantize weights, or take a source's codes, as weight_only_precision says.")
+    weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"] = Field(
+        "int8", description="int8 and int4 quantize; the others are for sources that are quantized so."
+    )
+    use_fp8: bool = Field(False, description="FP8 with a scale a matrix, for sources that are quantized so.")
+    use_fp8_rowwise: bool = Field(False, description="FP8 with a scale a row: quantizes, or takes a source's codes.")
+    use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
+    fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
+    group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
+    sm: Literal[80, 86, 89, 90, 100, 103, 120] = Field(80, description="GPU generation that integer weights are arranged for.")
+    dequantize: bool = Field(False, description="Turn a quantized source into numbers before anything else.")
+    requantize: bool = Field(False, description="Dequantize, and quantize again by round-to-nearest, where codes cannot be kept.")
     disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
 

@@ -58,10 +58,12 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         """The tensor, in host memory. Raises KeyError for a name that the rank does not have, OSError where reading fails."""
         tensor = self._tensors[name]
         # Padding is zeros.
-        result = np.zeros(tensor.shape, dtype=BY_TARGET[tensor.dtype].numpy)
+        shape, dtype = tensor.stored
+        result = np.zeros(shape, dtype=BY_TARGET[dtype].numpy)
         for part in self._parts[name]:
             part.copy_to(result)
-        return as_torch(result, tensor.dtype)
+        values = result.reshape(-1).view(BY_TARGET[tensor.dtype].numpy).reshape(tensor.shape)
+        return as_torch(values, tensor.dtype)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not made for it."""
@@ -100,6 +102,8 @@ def as_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
 
     if dtype == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    if dtype == "fp8":
+        return torch.from_numpy(values.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(values)
 
 
@@ -146,6 +150,24 @@ def load_from_meta_llama(
 ) -> RankWeights:
     """A rank of one of Meta's own checkpoints: params.json and consolidated.*.pth."""
     return _load({"meta_ckpt_dir": meta_ckpt_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+
+
+def load_from_gptq_llama(
+    quant_ckpt_path: str | Path,
+    *,
+    model_dir: str | Path | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    pp_size: int = 1,
+    pp_rank: int = 0,
+    dtype: str = "auto",
+    sm: int = 80,
+    **options: Any,
+) -> RankWeights:
+    """A rank of a GPTQ checkpoint, arranged for the GPU generation `sm`: a directory of its own, or a file or directory beside the
+    model (`model_dir`) that it was quantized from."""
+    sources = {"model_dir": quant_ckpt_path} if model_dir is None else {"model_dir": model_dir, "quant_ckpt_path": quant_ckpt_path}
+    return _load({**sources, "sm": sm, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
 def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:

@@ -87,12 +87,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class RankTensor:
-    """A tensor of an output rank: its name and shape there, and its dtype by TensorRT-LLM's name."""
+    """A tensor of an output rank: its name and shape there, and its dtype by TensorRT-LLM's name.
+
+    `stored`: the shape and dtype by which placements count, where the bytes pass for something else in the file.
+    """
 
     rank: int
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stored: tuple[tuple[int, ...], str] | None = None
 
 
 def runs(shape: Sequence[int], region: Region) -> Iterator[tuple[int, tuple[int, ...], int]]:

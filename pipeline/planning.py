@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.checks import check_fused, check_quantization, check_tensors, check_ties, parameters
+from pipeline.algorithm import Packing, choose, clean_settings
+from pipeline.checks import check_fused, check_quantization, check_tensors, check_ties
 from pipeline.cuts import Cuts
-from pipeline.dtypes import BY_TARGET, auto_dtype
+from pipeline.dtypes import BY_TARGET, auto_dtype, of_numpy
 from pipeline.errors import BadInput, Problem
 from pipeline.job import Job, TargetOptions
 from pipeline.memory import DENSE_COPIES, MAX_PIECE_BYTES, PACKED_COPIES, Need, block_bytes, budget
@@ -19,16 +20,18 @@ from pipeline.model_config import ModelConfig, model_config
 from pipeline.output import Output, check_output, check_source
 from pipeline.placement import Placement, RankTensor
 from pipeline.plans import VERSION, Phase, Plan, Store, Target, group_blocks
+from pipeline.quantization import Quantization
 from pipeline.tables import Family, families, find_family, layout
-from pipeline.target_config import QUANTIZATION, target_config
+from pipeline.target_config import target_config
 from pipeline.tensors import Source, TensorMap
 from stages import rope
 from stages.cast import cast
+from stages.quantize import Entry, alignment, quantize, sizes_agree
 from stages.rank_file import rank_file
 from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
-from stages.shard import Embedding, Sharding, divisibility, embedding_options, rank_tensors, shard
-from stages.unpack import unpack
+from stages.shard import Embedding, Sharding, divisibility, embedding_options, rank_tensors, shard, tp_sizes
+from stages.unpack import check, unpack, zero_biases
 
 ROW_MULTIPLE = 64
 
@@ -48,11 +51,14 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
     dropped: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
     model = replace(declared, **dropped)
-    matches = match(source.tensors, family, layout(family.layout), declared, kept)
+    packing, quantized = _packing(source)
+    zeros = zero_biases(source.tensors, packing.formats)
+    matches = match(source.tensors, family, layout(family.layout), declared, kept, zeros)
     shardings = [_sharding(options, family, model) for options in job.targets]
     problems += _refused(matches, job) + _refused_options(job, source)
     problems += dict.fromkeys(p for sharding in shardings for p in (*divisibility(sharding), *embedding_options(sharding)))
-    quantized = check_quantization(source)
+    chosen = [choose(options, packing, source.tensors) for options in job.targets]
+    quantized += dict.fromkeys(problem for _, found in chosen for problem in found)
     problems += quantized or matches.problems
 
     size = block_bytes(source.nbytes)
@@ -61,14 +67,21 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     cuts = Cuts(job, source, identity, size, read_scratch, matches)
     tensors = cuts.cut("read", read(source.tensors, chunk, math.lcm(ROW_MULTIPLE, model.head_size)))
     tensors = cuts.cut("rename", rename(tensors, matches, model))
-    tensors = cuts.cut("unpack", unpack(tensors))
-    if not quantized:
-        problems += check_fused(source, matches) or check_tensors(tensors, matches, shardings[0], family)
-        problems += check_ties(source, matches.copies)
+    if quantized:
+        raise BadInput(problems)
+    tensors = cuts.cut("unpack", unpack(tensors, packing.settings))
+    problems += check_fused(source, matches) or check_tensors(tensors, matches, shardings[0], family)
+    problems += check_ties(source, matches.copies)
+    for (quantization, _), sharding in zip(chosen, shardings, strict=True):
+        problems += [] if problems else alignment(sharding, quantization, tp_sizes(sharding.model, sharding))
     if problems:
         raise BadInput(problems)
 
-    pieces = [_compose(options, sharding, tensors, source, size) for options, sharding in zip(job.targets, shardings, strict=True)]
+    asked = zip(job.targets, shardings, (quantization for quantization, _ in chosen), strict=True)
+    pieces = [_compose(*each, tensors, source, matches, size) for each in asked]
+    uneven = [problem for piece in pieces for problem in sizes_agree(piece.entries)]
+    if uneven:
+        raise BadInput(uneven)
     stores = _stores(tensors, pieces, source, matches, cuts)
     stores = cuts.cut_ranks(stores, [piece.ranks for piece in pieces], {name: row.numpy for name, row in BY_TARGET.items()})
     targets = tuple(_target(piece, identity, source, family, matches, job) for piece in pieces)
@@ -130,30 +143,53 @@ def _refused_options(job: Job, source: Source) -> list[Problem]:
     return problems
 
 
+def _packing(source: Source) -> tuple[Packing, list[Problem]]:
+    """What the packed modules of a source are, and which cannot be unpacked."""
+    settings = clean_settings(source.config)
+    formats, ordered, problems = check(source.tensors, settings)
+    return Packing(formats, ordered, settings), problems + check_quantization(source, formats)
+
+
 @dataclass(frozen=True)
 class _Piece:
     """What the stages after the reading make of a source for one target."""
 
     options: TargetOptions
     sharding: Sharding
+    quantization: Quantization
     dtype: str
+    entries: Mapping[str, Entry]
     arrays: TensorMap
     placements: Mapping[str, tuple[Placement, ...]]
     ranks: tuple[RankTensor, ...]
 
 
-def _compose(options: TargetOptions, sharding: Sharding, tensors: TensorMap, source: Source, size: int) -> _Piece:
+def _compose(
+    options: TargetOptions,
+    sharding: Sharding,
+    quantization: Quantization,
+    tensors: TensorMap,
+    source: Source,
+    matches: Matches,
+    size: int,
+) -> _Piece:
     dtype = auto_dtype(source.dtype) if options.dtype == "auto" else options.dtype
-    arrays = dict(cast(tensors, sharding.layout, dtype))
-    placements = {name: shard(name, sharding) for name in arrays}
-    wanted = {name: set(parameters(row, sharding.model)) for name, row in sharding.layout.modules.items()}
-    ranks = rank_tensors(wanted, sharding, dtype)
+    entries = quantize(cast(tensors, sharding.layout, dtype), sharding, quantization, dtype, matches.origin)
+    arrays = {name: entry.array for name, entry in entries.items()}
+    placements = {name: shard(name, entry.slot, entry.parameter, sharding) for name, entry in entries.items()}
+    # One of a fused module's parts, or of a stack's experts, stands for the tensor that they share.
+    shared = {(entry.slot.module.name, entry.slot.layer, name.rpartition(".")[2]): name for name, entry in entries.items()}
+    ranks: tuple[RankTensor, ...] = tuple(
+        tensor
+        for name in shared.values()
+        for tensor in rank_tensors(name, entries[name].slot, entries[name].parameter, sharding, of_numpy(arrays[name].dtype).target)
+    )
     if options.write_rope_buffers:
         buffers = rope.rope_buffers(sharding.model)
         arrays |= read(buffers, size, 1)
         placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
         ranks += rope.rank_tensors(buffers, sharding.parallelism)
-    return _Piece(options, sharding, dtype, arrays, placements, ranks)
+    return _Piece(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
 
 
 def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matches: Matches, cuts: Cuts) -> tuple[Store, ...]:
@@ -165,15 +201,22 @@ def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matche
     stores = []
     for shared in names.values():
         name = shared[0]
-        some = next(piece.arrays[name] for piece in pieces if name in piece.arrays)
-        arrays = tuple(piece.arrays.get(name, some) for piece in pieces)
-        placements = tuple(tuple(p for each in shared for p in piece.placements.get(each, ())) for piece in pieces)
-        before = tensors.get(name, some)
         tensor = source.tensors.get(matches.origin(name))
-        nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else matches.source_bytes(name, source.tensors)
-        itemsize = max(array.dtype.itemsize for array in (before, *arrays))
         order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
-        stores.append((order, Store(name, arrays, placements, itemsize, _row_multiple(name, matches, pieces[0].sharding), nbytes)))
+        period = _row_multiple(name, matches, pieces[0].sharding)
+        # Targets of different algorithms make different arrays of one tensor; those of one shape share the work.
+        for some in {piece.arrays[name].chunks: piece.arrays[name] for piece in pieces if name in piece.arrays}.values():
+            alike = [name in piece.arrays and piece.arrays[name].chunks == some.chunks for piece in pieces]
+            arrays = tuple(piece.arrays[name] if fits else some for piece, fits in zip(pieces, alike, strict=True))
+            placements = tuple(
+                tuple(p for each in shared for p in piece.placements.get(each, ())) if fits else ()
+                for piece, fits in zip(pieces, alike, strict=True)
+            )
+            before = tensors.get(name, some)
+            nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else matches.source_bytes(name, source.tensors)
+            working = [piece.entries[name].parameter.working_bytes for piece in pieces if name in piece.entries]
+            itemsize = max(0, *working, *(array.dtype.itemsize for array in (before, *arrays)))
+            stores.append((order, Store(name, arrays, placements, itemsize, period, nbytes)))
     return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
 
 
@@ -202,8 +245,8 @@ def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Fami
     values = {
         "dtype": piece.dtype,
         "mapping": sharding.parallelism.mapping(),
-        "quantization": dict(QUANTIZATION),
-        "quantization_set": {"quant_algo": None},
+        "quantization": piece.quantization.config(),
+        "quantization_set": piece.quantization.config_set(),
         "tensor_parallel": options.tp_size > 1,
         "use_parallel_embedding": options.use_parallel_embedding,
         "embedding_sharding_dim": options.embedding_sharding_dim,

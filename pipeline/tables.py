@@ -176,6 +176,8 @@ class Layout:
 
 def slot_names(module: Module) -> Iterable[tuple[str, Part | None]]:
     """The names under which the sources of `module` are known after renaming: one a part, experts one by one or stacked."""
+    if module.parts:
+        yield module.name, None  # what all parts have in common, such as one scale
     for part in module.parts or (None,):
         suffix = f".{part.name}" if part else ""
         yield module.name + suffix, part

@@ -8,19 +8,6 @@ from typing import Any
 from pipeline.model_config import ModelConfig
 from pipeline.tables import merge
 
-# An unquantized target. Quantized ones replace what differs.
-QUANTIZATION: Mapping[str, Any] = {
-    "quant_algo": None,
-    "kv_cache_quant_algo": None,
-    "group_size": 128,
-    "smoothquant_val": 0.5,
-    "clamp_val": None,
-    "use_meta_recipe": False,
-    "has_zero_point": False,
-    "pre_quant_scale": False,
-    "exclude_modules": None,
-}
-
 
 def target_config(
     template: Mapping[str, Any], over: Mapping[str, Any], model: ModelConfig, target: Mapping[str, Any]

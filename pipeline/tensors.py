@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,12 +24,51 @@ if TYPE_CHECKING:
 
 TensorMap = Mapping[str, "da.Array"]
 
-# The axes of each canonical parameter of a linear module. Column-parallel splits `out`; row-parallel splits `in` and `group`.
-# A stack of experts has the axis `expert` in front.
+# The axes of each canonical parameter of a linear module. Column-parallel splits `out`; row-parallel splits `in`, and `group`
+# with it. A stack of experts has the axis `expert` in front. What every source format unpacks to:
+#   codes4         uint8 [out, in / 2]: unsigned, of even `in` in the low half of a byte; value = code - 8
+#   codes8         uint8 [out, in]: unsigned; value = code - 128
+#   scales         [group, out];  offsets int16 [group, out]: weight = (value + offset) * scale
+#   fp8            float8_e4m3fn [out, in], with tensor_scale float32 [1] or channel_scale float32 [out]
+#   input_scale    float32 [1], of activations; kv_scale float32 [1]; prequant [in], which activations are multiplied by;
+#   group_index    int32 [in], the group of each in-feature, where a source says it
 AXES: Mapping[str, tuple[str, ...]] = {
     "weight": ("out", "in"),
     "bias": ("out",),
+    "codes4": ("out", "in"),
+    "codes8": ("out", "in"),
+    "scales": ("group", "out"),
+    "offsets": ("group", "out"),
+    "group_index": ("in",),
+    "prequant": ("in",),
+    "fp8": ("out", "in"),
+    "channel_scale": ("out",),
+    "tensor_scale": ("one",),
+    "input_scale": ("one",),
+    "kv_scale": ("one",),
 }
+# Where packed parameters of sources have the axis `out`, when it is not the first.
+PACKED_OUT = {"qweight": 1, "qzeros": 1, "scales": 1}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How a parameter of a target lies along its module's axes.
+
+    `axes`: of the array, by name, and how many of its elements stand for one feature (a Fraction, as codes are packed).
+    `header`: the shape that the rank file's header says, in the same terms, where the bytes pass for something else; `dtype`: its
+    type there, by TensorRT-LLM's name. `working_bytes`: the bytes that an element takes on the way, where it is more than its own.
+    """
+
+    axes: tuple[tuple[str, Fraction], ...]
+    header: tuple[tuple[str, Fraction], ...] = ()
+    dtype: str = ""
+    working_bytes: int = 0
+
+
+def plain(parameter: str, matrix: bool = True) -> Parameter:
+    """A parameter as AXES has it. A norm's weight is no matrix: it has no `in`."""
+    return Parameter(tuple((axis, Fraction(1)) for axis in AXES[parameter] if matrix or axis == "out"))
 
 
 class Block(ABC):

@@ -21,6 +21,9 @@ def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:
     """Every tensor in the type that a target of `dtype` stores it in; arrays that have it already are the same objects."""
     result = {}
     for name, array in tensors.items():
+        if name.rpartition(".")[2] not in ("weight", "bias"):
+            result[name] = array  # codes and scales have types of their own
+            continue
         wanted = BY_TARGET[target_dtype(name, layout, dtype)].numpy
         result[name] = array if array.dtype == wanted else map_blocks(array, as_type, dtype=wanted, wanted=wanted)
     return result

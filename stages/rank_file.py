@@ -19,12 +19,16 @@ from pipeline.reserve import reserve
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """Where a tensor lies in a rank file: byte offset from the file's start, shape and dtype (TensorRT-LLM's name)."""
+    """Where a tensor lies in a rank file: byte offset from the file's start, shape and dtype (TensorRT-LLM's name).
+
+    `stored`: the shape and dtype by which placements count.
+    """
 
     path: str
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    stored: tuple[tuple[int, ...], str]
 
     @property
     def itemsize(self) -> int:
@@ -36,8 +40,10 @@ class FileTensor:
 
     def locate(self, region: Region) -> Iterator[Located]:
         """The contiguous runs of bytes that hold a region of the tensor."""
-        for first, part in contiguous(self.shape, region):
-            yield Located(self.path, self.offset + first * self.itemsize, part)
+        shape, dtype = self.stored
+        itemsize = BY_TARGET[dtype].numpy.itemsize
+        for first, part in contiguous(shape, region):
+            yield Located(self.path, self.offset + first * itemsize, part)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
     header = len(text).to_bytes(8, "little") + text
     partial = str(partial_name(path))
     located = {
-        tensor.name: FileTensor(partial, len(header) + start, tensor.shape, tensor.dtype)
+        tensor.name: FileTensor(
+            partial, len(header) + start, tensor.shape, tensor.dtype, tensor.stored or (tensor.shape, tensor.dtype)
+        )
         for tensor, start in zip(ordered, offsets, strict=True)
     }
     return RankFile(path, header, located, len(header) + offset)

@@ -6,7 +6,8 @@ an inverse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -20,10 +21,13 @@ from pipeline.model_config import ModelConfig
 from pipeline.operations import OPERATIONS
 from pipeline.placement import Interval
 from pipeline.tables import Family, Layout, RenameRow, Slot
-from pipeline.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
+from pipeline.tensors import PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
 if TYPE_CHECKING:
     import dask.array as da
+
+
+CODES = ("codes4", "codes8", "fp8")  # what stands in the place of a weight after unpacking
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,42 @@ class Matches:
         """The source tensor that a tensor comes from; for an unpacked one, a packed parameter of its module."""
         if name in self.origins:
             return self.origins[name]
-        module = name.rpartition(".")[0]
-        return next((source for new, source in self.origins.items() if new.rpartition(".")[0] == module), name)
+        renamed = self.find(name)
+        return renamed.source if renamed else name
 
     def source_bytes(self, name: str, sources: Mapping[str, LazyTensor]) -> int:
-        """The bytes that a tensor is made of in the source; 0 for a computed one."""
-        tensor, renamed = sources.get(self.origin(name)), self.find(name)
-        return int(tensor_bytes(tensor) * (renamed.share if renamed else 1)) if tensor else 0
+        """The bytes that a tensor is made of in the source: of an unpacked weight, all of its module's; 0 for a computed one."""
+        module, _, parameter = name.rpartition(".")
+        exact = self.names.get(name)
+        if exact is None and name in self.ties:
+            return tensor_bytes(sources[self.ties[name]])
+        held = [exact] if exact else self._modules.get(module, []) if parameter in ("weight", *CODES) else []
+        return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in held)
 
     def find(self, name: str) -> Renamed | None:
         """Where a tensor comes from; for an unpacked one, where the packed parameters of its module do. None for a tie."""
-        return self.names.get(name) or self._modules.get(name.rpartition(".")[0])
+        return self.names.get(name) or next(iter(self._modules.get(name.rpartition(".")[0], ())), None)
 
     @cached_property
-    def _modules(self) -> Mapping[str, Renamed]:
-        return {name.rpartition(".")[0]: renamed for name, renamed in self.names.items()}
+    def _modules(self) -> Mapping[str, list[Renamed]]:
+        modules: dict[str, list[Renamed]] = defaultdict(list)
+        for name, renamed in self.names.items():
+            modules[name.rpartition(".")[0]].append(renamed)
+        return modules
 
 
-def match(sources: Mapping[str, object], family: Family, layout: Layout, model: ModelConfig, keep: frozenset[str]) -> Matches:
+def match(
+    sources: Mapping[str, object],
+    family: Family,
+    layout: Layout,
+    model: ModelConfig,
+    keep: frozenset[str],
+    zeros: Collection[str] = (),
+) -> Matches:
     """Find every tensor's row. A tensor that no row consumes, or two of one name, is a problem.
 
-    `keep` holds the flags (such as "mlp_bias") whose omitted parameters are wanted all the same.
+    `keep` holds the flags (such as "mlp_bias") whose omitted parameters are wanted all the same. `zeros` are biases of nothing but
+    zeros, which go where the model has no such bias.
     """
     rows, ignored = family.rows(), family.ignored()
     names: dict[str, Renamed] = {}
@@ -109,10 +128,14 @@ def match(sources: Mapping[str, object], family: Family, layout: Layout, model: 
             problems.append(_unconsumed(source, f"{model.num_hidden_layers} layers in the model's configuration"))
             continue
         reason = _omitted(family, slots[0].module.name, parameter, model, keep)
+        flag = slots[0].module.bias
+        if parameter == "bias" and source in zeros and not (flag and getattr(model, flag)):
+            reason = "a bias of zeros, which the quantizer added"
         if reason:
             left_out[source] = reason
             continue
-        for target, renamed in zip(targets, _parts(source, row, slots, model), strict=True):
+        axis = PACKED_OUT.get(parameter, 0) + slots[0].stacked
+        for target, renamed in zip(targets, _parts(source, row, slots, axis, model), strict=True):
             name = f"{target}.{parameter}"
             if name in names:
                 problems.append(Problem(source, f"the same target as {names[name].source}: {name}", "one source for it"))
@@ -140,7 +163,7 @@ def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMa
     return result
 
 
-def _parts(source: str, row: RenameRow, slots: Sequence[Slot], model: ModelConfig) -> list[Renamed]:
+def _parts(source: str, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:
     """What each name of a row has of the source: all of it, or, of several names, each its own rows."""
     if len(slots) == 1:
         return [Renamed(source, row)]
@@ -150,15 +173,26 @@ def _parts(source: str, row: RenameRow, slots: Sequence[Slot], model: ModelConfi
     parts = []
     for start, size in zip(starts, sizes, strict=False):
         rows = tuple((n * group + start, n * group + start + size) for n in range(groups))
-        parts.append(Renamed(source, row, rows, int(slots[0].stacked), groups * group))
+        parts.append(Renamed(source, row, rows, axis, groups * group))
     return parts
 
 
 def _rows(array: da.Array, renamed: Renamed) -> da.Array:
-    """The rows of an array that are a part's own: slices of its blocks, one after the other."""
+    """The rows of an array that are a part's own: slices of its blocks, one after the other.
+
+    Packed rows are counted in words. What has no rows, as one scale or the groups of the in-features, is every part's.
+    """
+    if array.ndim <= renamed.axis or not _proportional(array.shape[renamed.axis], renamed.total):
+        return array
+    packed = Fraction(array.shape[renamed.axis], renamed.total)
     before = (slice(None),) * renamed.axis
-    parts = [array[(*before, slice(*rows))] for rows in renamed.rows]
+    parts = [array[(*before, slice(*(int(n * packed) for n in rows)))] for rows in renamed.rows]
     return parts[0] if len(parts) == 1 else _joined(parts, renamed.axis)
+
+
+def _proportional(length: int, total: int) -> bool:
+    """Whether an axis holds all rows, one or several a word."""
+    return length > 1 and length in (total, total / 2, total / 4, total / 8)
 
 
 def _joined(parts: Sequence[da.Array], axis: int) -> da.Array:

@@ -6,15 +6,18 @@ of its axes' cuts. Facts: TensorRT-LLM checkpoint format, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pipeline.errors import Problem
 from pipeline.model_config import ModelConfig
 from pipeline.parallelism import Parallelism, Rank
 from pipeline.placement import Interval, Placement, RankTensor
 from pipeline.tables import Layout, Module, Part, Slot
-from pipeline.tensors import AXES
+from pipeline.tensors import Parameter, plain
+
+ONE = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class Sharding:
     parallelism: Parallelism
     embedding: Embedding
 
-    def shape(self, slot: Slot, parameter: str) -> tuple[int, ...]:
+    def shape(self, slot: Slot, parameter: Parameter) -> tuple[int, ...]:
         """The shape that the source of `slot` must have, by the model's configuration: [out, in] for a weight, [out] for a bias."""
-        sizes = {"out": slot.out, "in": slot.module.in_, "expert": "num_experts"}
-        return tuple(self.model.dimension(sizes[axis]) for axis in axes(slot, parameter))
+        sizes = {"out": slot.out, "in": slot.module.in_, "group": slot.module.in_, "expert": "num_experts", "one": "1"}
+        return tuple(int(self.model.dimension(sizes[axis]) * unit) for axis, unit in axes(slot, parameter))
 
     def ranks(self, slot: Slot) -> Iterator[tuple[Rank, str]]:
         """The ranks that hold a slot's module, and its name there: layers count from 0 on every pipeline stage."""
@@ -59,11 +62,27 @@ class Sharding:
             elif module.ranks == "all" or rank.pp == (0 if module.ranks == "first" else sizes.pp_size - 1):
                 yield rank, module.name
 
-    def cut(self, axis: str, slot: Slot, rank: Rank) -> Cut | None:
-        """The cut of one axis of a source for one rank; None where the rank has nothing of it."""
+    def cut(self, axis: str, slot: Slot, rank: Rank, unit: Fraction = ONE) -> Cut | None:
+        """The cut of one axis of a source for one rank, `unit` elements a feature; None where the rank has nothing of it.
+
+        Raises ValueError where an element would have to be cut.
+        """
+        cut = self._cut(axis, slot, rank)
+        if cut is None or unit == 1:
+            return cut
+        scaled = [Fraction(n) * unit for n in (*cut.source, *cut.target, cut.length)]
+        if any(n.denominator > 1 for n in scaled):
+            raise ValueError(f"{slot.module.name}: {cut.source} of {axis} for rank {rank.index} is no whole number of units {unit}")
+        start, stop, first, last, length = map(int, scaled)
+        return Cut((start, stop), (first, last), length)
+
+    def _cut(self, axis: str, slot: Slot, rank: Rank) -> Cut | None:
         module = slot.module
         if axis == "expert":
             return self._cut_experts(slot, rank)
+        if axis == "one":
+            return Cut((0, 1), (0, 1), 1)
+        axis = "in" if axis == "group" else axis
         name = slot.out if axis == "out" else module.in_
         size = self.model.dimension(name)
         split, pad = self.split_axis(module)
@@ -105,60 +124,58 @@ class Sharding:
         return Cut((0, 1), (position, position + 1), length) if 0 <= position < length else None
 
 
-def axes(slot: Slot, parameter: str) -> tuple[str, ...]:
-    """The named axes of a slot's source. A norm has no `in`; a stack of experts has `expert` in front."""
-    names = tuple(axis for axis in AXES[parameter] if axis == "out" or slot.module.in_)
-    return ("expert", *names) if slot.stacked else names
+def axes(slot: Slot, parameter: Parameter) -> tuple[tuple[str, Fraction], ...]:
+    """The axes of a slot's source: a stack of experts has one more, in front."""
+    return (("expert", Fraction(1)), *parameter.axes) if slot.stacked else parameter.axes
 
 
-def shard(name: str, sharding: Sharding) -> tuple[Placement, ...]:
-    """The placements of one renamed tensor on all ranks of a target, in the order of the ranks.
+def dense(slot: Slot, parameter: str) -> Parameter:
+    """A parameter of a module that is not quantized."""
+    return plain(parameter, matrix=bool(slot.module.in_))
 
-    Raises KeyError for a name that the layout does not have.
-    """
-    module_name, _, parameter = name.rpartition(".")
-    slot = sharding.layout.find(module_name)
-    if slot is None:
-        raise KeyError(name)
+
+def shard(name: str, slot: Slot, parameter: Parameter, sharding: Sharding) -> tuple[Placement, ...]:
+    """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
     placements: list[Placement] = []
     for rank, target in sharding.ranks(slot):
         names = axes(slot, parameter)
-        cuts = [sharding.cut(axis, slot, rank) for axis in names]
+        cuts = [sharding.cut(axis, slot, rank, unit) for axis, unit in names]
         target_cuts = list(cuts)
         if slot.expert is not None:
             target_cuts.insert(0, sharding.cut("expert", slot, rank))
         if None in target_cuts:
             continue
-        offset = _part_offset(slot, rank, sharding)
-        placements += _place(rank, f"{target}.{parameter}", names, _whole(cuts), _whole(target_cuts), offset)
+        offset = _part_offset(slot, rank, sharding) * dict(names).get("out", Fraction(1))
+        tensor = f"{target}.{name.rpartition('.')[2]}"
+        placements += _place(rank, tensor, [axis for axis, _ in names], _whole(cuts), _whole(target_cuts), int(offset))
     return tuple(placements)
 
 
-def rank_tensors(parameters: Mapping[str, set[str]], sharding: Sharding, dtype: str) -> tuple[RankTensor, ...]:
-    """Every tensor of every rank. `parameters` says which each module (by its pattern) has."""
-    result = []
-    for module in sharding.layout.modules.values():
-        for layer in range(sharding.model.num_hidden_layers) if module.in_layer else (None,):
-            for parameter in sorted(parameters.get(module.name, ())):
-                slot = Slot(module, module.parts[0] if module.parts else None, layer, None)
-                for rank, target in sharding.ranks(slot):
-                    shape = _rank_shape(slot, rank, parameter, sharding)
-                    result.append(RankTensor(rank.index, f"{target}.{parameter}", shape, module.dtype or dtype))
-    return tuple(result)
+def rank_tensors(name: str, slot: Slot, parameter: Parameter, sharding: Sharding, dtype: str) -> Iterator[RankTensor]:
+    """A parameter of a slot's whole module, all its parts and experts, on every rank. `dtype`: that of the array."""
+    for rank, target in sharding.ranks(slot):
+        front = (("expert", Fraction(1)),) if slot.module.experts else ()
+        stored = _rank_shape(slot, rank, (*front, *parameter.axes), sharding)
+        shape = _rank_shape(slot, rank, (*front, *parameter.header), sharding) if parameter.header else stored
+        tensor = f"{target}.{name.rpartition('.')[2]}"
+        yield RankTensor(rank.index, tensor, shape, parameter.dtype or dtype, (stored, dtype))
 
 
-def _rank_shape(slot: Slot, rank: Rank, parameter: str, sharding: Sharding) -> tuple[int, ...]:
+def _rank_shape(slot: Slot, rank: Rank, names: Sequence[tuple[str, Fraction]], sharding: Sharding) -> tuple[int, ...]:
     lengths = []
-    for axis in axes(slot, parameter):
+    for axis, unit in names:
         parts = slot.module.parts if axis == "out" and slot.module.parts else (slot.part,)
+        # Of a stack every rank has its share, whichever experts these are.
         cuts = _whole(sharding.cut(axis, Slot(slot.module, part, slot.layer, None), rank) for part in parts)
-        lengths.append(sum(cut.length for cut in cuts))
+        lengths.append(int(sum(cut.length for cut in cuts) * unit))
     return tuple(lengths)
 
 
 def _part_offset(slot: Slot, rank: Rank, sharding: Sharding) -> int:
     """Where a part's rows begin in the fused tensor of a rank: behind the parts before it."""
     offset = 0
+    if slot.part is None:
+        return offset
     for part in slot.module.parts:
         if part == slot.part:
             break
@@ -170,11 +187,13 @@ def _part_offset(slot: Slot, rank: Rank, sharding: Sharding) -> int:
 def _place(
     rank: Rank, tensor: str, names: Sequence[str], cuts: Sequence[Cut], target_cuts: Sequence[Cut], offset: int
 ) -> Iterator[Placement]:
-    out = len(target_cuts) - len(names) + names.index("out")
+    out = len(target_cuts) - len(names) + names.index("out") if "out" in names else None
     shift = [offset if axis == out else 0 for axis in range(len(target_cuts))]
     target = tuple((cut.target[0] + by, cut.target[1] + by) for cut, by in zip(target_cuts, shift, strict=True))
     if all(start < stop for start, stop in target):
         yield Placement(rank.index, tensor, tuple(cut.source for cut in cuts), target)
+    if out is None:
+        return
     cut = target_cuts[out]
     if cut.target[1] < cut.length:
         padding = (cut.target[1] + offset, cut.length + offset)

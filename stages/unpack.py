@@ -1,7 +1,7 @@
 """unpack: the inverse of the format's packing; leaves dense modules alone.
 
 Works module by module on local parameter names, so that it knows no family. Each module of `stages/quantization` that has
-`accepts` and `unpack` is a format; adding a format is adding a file there.
+`accepts`, `check` and `unpack` is a format; adding a format is adding a file there.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
+
+import numpy as np
 
 import stages.quantization
-from pipeline.tensors import TensorMap
+from pipeline.errors import Problem
+from pipeline.placement import whole
+from pipeline.tensors import LazyTensor, TensorMap
 
-if TYPE_CHECKING:
-    import dask.array as da
+T = TypeVar("T")
 
 
 @cache
@@ -28,20 +32,50 @@ def formats() -> tuple[ModuleType, ...]:
     return tuple(module for module in found if hasattr(module, "accepts"))
 
 
-def format_of(parameters: frozenset[str]) -> ModuleType | None:
-    """The format whose parameters a module's are; None for a dense module."""
+def format_of(parameters: Mapping[str, Any]) -> ModuleType | None:
+    """The format whose parameters (by local name; anything with a shape and a dtype) a module's are; None for a dense module."""
     return next((module for module in formats() if module.accepts(parameters)), None)
 
 
-def unpack(tensors: TensorMap) -> TensorMap:
-    """Turn every packed module into canonical parameters (`weight`, `bias`)."""
-    modules: dict[str, dict[str, da.Array]] = defaultdict(dict)
-    for name, array in tensors.items():
+def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Tensors by module and local name."""
+    modules: dict[str, dict[str, T]] = defaultdict(dict)
+    for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        modules[module][parameter] = array
+        modules[module][parameter] = tensor
+    return modules
+
+
+def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
+    """Turn every packed module into canonical parameters (`AXES` in pipeline/tensors.py). `settings`: what its quantizer says."""
     result = {}
-    for module, parameters in modules.items():
-        packing = format_of(frozenset(parameters))
-        for parameter, array in (packing.unpack(parameters) if packing else parameters).items():
+    for module, parameters in by_module(tensors).items():
+        packing = format_of(parameters)
+        for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
             result[f"{module}.{parameter}"] = array
     return result
+
+
+def zero_biases(sources: Mapping[str, LazyTensor], formats_: Mapping[str, str]) -> list[str]:
+    """The biases of packed modules that hold nothing but zeros: some quantizers give one to every linear. Reads them."""
+    names = [f"{module}.bias" for module in formats_]
+    return [name for name in names if name in sources and not np.any(np.asarray(sources[name].block(whole(sources[name].shape))))]
+
+
+def check(sources: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
+    """What planning must know of the packed modules of a source, by their own names.
+
+    Gives each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and what
+    cannot be unpacked at all. Reads the small tensors that say so.
+    """
+    found, ordered, problems = {}, [], []
+    for module, parameters in by_module(sources).items():
+        packing = format_of(parameters)
+        if packing is None:
+            continue
+        found[module] = packing.NAME
+        wrong = packing.check(module, parameters, settings)
+        problems += wrong
+        if not wrong and hasattr(packing, "act_order") and packing.act_order(parameters):
+            ordered.append(module)
+    return found, ordered, problems

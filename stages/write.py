@@ -112,8 +112,10 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
         for item, versions in zip(work, blocks, strict=True):
             hashes = [[xxhash.xxh3_64() if delivery.rank >= 0 else None for delivery in sink] for sink in item.deliveries]
             for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
+                # Targets that want the same values share one reading of them.
+                values: dict[int, np.ndarray] = {}
                 for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
-                    written += _write_piece(block, piece, sink, digests, files, stack)
+                    written += _write_piece(block, piece, values, sink, digests, files, stack)
             checksums += _checksums(item, versions, hashes)
         if synchronize:
             for descriptor in files.values():
@@ -134,20 +136,20 @@ def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Seq
 def _write_piece(
     block: Block,
     piece: Region,
+    read: dict[int, np.ndarray],
     sink: Sequence[Delivery],
     hashes: Sequence[xxhash.xxh3_64 | None],
     files: dict[str, int],
     stack: ExitStack,
 ) -> int:
     written = 0
-    values = None
     for delivery, digest in zip(sink, hashes, strict=True):
         common = intersect(delivery.source, piece)
         if common is None:
             continue
-        if values is None:
-            values = block.read(piece)
-        part = values[slices(shift(common, [start for start, _ in piece], -1))]
+        if id(block) not in read:
+            read[id(block)] = block.read(piece)
+        part = read[id(block)][slices(shift(common, [start for start, _ in piece], -1))]
         if delivery.offset < 0:
             _put(delivery, common, part)
             written += part.nbytes

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.tensors import Applied, Block, map_blocks
+from pipeline.errors import Problem
+from pipeline.tensors import Applied, Block, LazyTensor, map_blocks
 
 if TYPE_CHECKING:
     import dask.array as da
 
+NAME = "gguf"
 PREFIX = "gguf_"
 
 
-def accepts(parameters: frozenset[str]) -> bool:
+def accepts(parameters: Mapping[str, Any]) -> bool:
     """Whether one of a module's parameters is a packed GGUF weight, `gguf_` and the name of its type."""
     return any(parameter.startswith(PREFIX) for parameter in parameters)
 
 
-def unpack(parameters: Mapping[str, da.Array]) -> dict[str, da.Array]:
+def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:  # noqa: ARG001
+    """Nothing: the reader has seen that the types can be unpacked."""
+    return []
+
+
+def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG001
     """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
     import gguf
 

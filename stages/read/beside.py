@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read import safetensors, torch_pickle
 from stages.read.huggingface import open_tensors
 from stages.read.json_file import json_file
+from stages.read.quantizer import KEY, quantizer_settings
 
 _OPENERS: Mapping[str, Callable[[Path], tuple[SourceFile, Mapping[str, LazyTensor]]]] = {
     ".safetensors": safetensors.open_file,
     ".bin": torch_pickle.open_file,
     ".pt": torch_pickle.open_file,
 }
-# Where quantizers say what they did, in the order that is believed: a section of config.json, or files of their own.
-_SETTINGS = "quantization_config"
-_SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def open_beside(base: Source, path: Path) -> Source:
@@ -34,14 +31,16 @@ def open_beside(base: Source, path: Path) -> Source:
     tensors, files = _open(path)
     modules = {name.rpartition(".")[0] for name in tensors}
     kept = {name: tensor for name, tensor in base.tensors.items() if name.rpartition(".")[0] not in modules}
-    settings, described = _settings(path if path.is_dir() else path.parent)
-    config = {**base.config, _SETTINGS: settings} if settings else base.config
+    directory = path if path.is_dir() else path.parent
+    own, described = json_file(directory / "config.json") if (directory / "config.json").is_file() else ({}, None)
+    settings, files_ = quantizer_settings(directory, own)
+    config = {**base.config, KEY: settings} if settings else base.config
     return dataclasses.replace(
         base,
         kind=f"{base.kind} with {path.name}",
         config=config,
         tensors={**kept, **tensors},
-        files=(*base.files, *files, *described),
+        files=(*base.files, *files, *files_, *((described,) if described else ())),
     )
 
 
@@ -64,17 +63,3 @@ def _open(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]
     except OSError as error:
         raise BadInput([Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file")]) from None
     return held, (file,)
-
-
-def _settings(directory: Path) -> tuple[dict[str, Any], tuple[SourceFile, ...]]:
-    """What the quantizer says of its work, and the file that says it."""
-    config = directory / "config.json"
-    if config.is_file():
-        values, file = json_file(config)
-        if isinstance(values.get(_SETTINGS), dict):
-            return values[_SETTINGS], (file,)
-    for name in _SETTINGS_FILES:
-        if (directory / name).is_file():
-            values, file = json_file(directory / name)
-            return values, (file,)
-    return {}, ()

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.dtypes import BY_TARGET
+from pipeline.dtypes import MODEL_DTYPES
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read import safetensors, torch_pickle
+from stages.read.quantizer import KEY, quantizer_settings
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def detect(location: Path) -> bool:
 def open_source(location: Path) -> Source:
     """Open a directory: read config.json, the index, and every shard's header. Raises BadInput with all problems found."""
     config, config_file = _config(location / "config.json")
+    settings, described = quantizer_settings(location, config)
+    config = {**config, KEY: settings} if settings else config
     problems: list[Problem] = []
     tensors, files = open_tensors(location, problems)
     architecture = _architecture(config, config_file.path, problems)
@@ -76,7 +79,7 @@ def open_source(location: Path) -> Source:
         config=config,
         config_name=str(config_file.path),
         tensors=tensors,
-        files=(config_file, *files),
+        files=(config_file, *described, *files),
         dtype=dtype,
         companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
     )
@@ -140,8 +143,8 @@ def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> st
     if key is None:
         return None
     name = str(config[key]).removeprefix("torch.")
-    if not isinstance(config[key], str) or name not in BY_TARGET:
-        problems.append(Problem(f"{path}: {key}", repr(config[key]), f"one of {', '.join(sorted(BY_TARGET))}"))
+    if not isinstance(config[key], str) or name not in MODEL_DTYPES:
+        problems.append(Problem(f"{path}: {key}", repr(config[key]), f"one of {', '.join(MODEL_DTYPES)}"))
     return name
 
 

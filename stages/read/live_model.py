@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import xxhash
 
-from pipeline.dtypes import BY_TARGET, TABLE
+from pipeline.dtypes import MODEL_DTYPES, TABLE
 from pipeline.errors import BadInput, Problem
 from pipeline.metering import meter
 from pipeline.placement import Region, pieces, size, slices, whole
@@ -100,8 +100,8 @@ def open_model(model: Any) -> Source:
     problems: list[Problem] = []
     values = _tensors(model, problems)
     dtype = next((_type_name(value) for value in values.values() if value.is_floating_point()), None)
-    if dtype and dtype not in BY_TARGET:
-        problems.append(Problem(f"{_CONFIG_NAME}: dtype", repr(dtype), f"one of {', '.join(sorted(BY_TARGET))}"))
+    if dtype and dtype not in MODEL_DTYPES:
+        problems.append(Problem(f"{_CONFIG_NAME}: dtype", repr(dtype), f"one of {', '.join(MODEL_DTYPES)}"))
     if problems:
         raise BadInput(problems)
     config |= {"architectures": named, "torch_dtype" if "torch_dtype" in config else "dtype": dtype}

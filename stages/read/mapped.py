@@ -16,6 +16,8 @@ from pipeline.metering import meter
 from pipeline.placement import Region, extent, shift, slices, whole
 from pipeline.tensors import Block
 
+WINDOW_BYTES = 8 << 20  # mapped at once where only some columns of it are wanted
+
 
 @dataclass(frozen=True)
 class MappedTensor:
@@ -54,8 +56,19 @@ class MappedBlock(Block):
             values = self._map(first * row + top * inner, (bottom - top) * inner)
             values = values.reshape(1, bottom - top, *tensor.shape[2:])
             return values[(slice(None), slice(None), *slices(region[2:]))]
-        values = self._map(first * row, (last - first) * row).reshape(last - first, *tensor.shape[1:])
-        return values if region[1:] == whole(tensor.shape[1:]) else values[(slice(None), *slices(region[1:]))]
+        if region[1:] == whole(tensor.shape[1:]):
+            return self._map(first * row, (last - first) * row).reshape(last - first, *tensor.shape[1:])
+        step = max(WINDOW_BYTES // (row * tensor.dtype.itemsize), 1)
+        if step >= last - first:
+            values = self._map(first * row, (last - first) * row).reshape(last - first, *tensor.shape[1:])
+            return values[(slice(None), *slices(region[1:]))]
+        # A few columns of many rows: in the process the pages of all of them would be held for a part.
+        result = np.empty(extent(region), dtype=tensor.dtype)
+        for start in range(first, last, step):
+            count = min(step, last - start)
+            values = self._map(start * row, count * row).reshape(count, *tensor.shape[1:])
+            result[start - first : start - first + count] = values[(slice(None), *slices(region[1:]))]
+        return result
 
     def _map(self, first: int, count: int) -> np.ndarray:
         tensor = self.tensor

@@ -1,0 +1,135 @@
+"""Arrays whose blocks are made of several other arrays: a quantized weight of its codes, scales and zero points.
+
+`Applied` (tensors.py) maps the rows of one array; here a block may need any part of any input, and says which when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.placement import Region, extent, intersect, shift, slices
+from pipeline.tensors import Block
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+# Makes the values of a region from whole inputs, which it reads as much of as it needs.
+Make = Callable[..., np.ndarray]
+
+
+class Derived(Block):
+    """A region of a derived array: `make(region, **inputs, **arguments)`, in the coordinates of the whole, gives its values."""
+
+    def __init__(
+        self, region: Region, dtype: np.dtype, make: Make, inputs: Mapping[str, Block], arguments: Mapping[str, Any]
+    ) -> None:
+        self.region, self.shape, self.dtype = region, extent(region), np.dtype(dtype)
+        self.make, self.inputs, self.arguments = make, inputs, arguments
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)
+
+
+class Mosaic(Block):
+    """A whole array that comes in several blocks, as one: `blocks[i]` lies at `regions[i]`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, regions: Sequence[Region], blocks: Sequence[Block]) -> None:
+        self.shape, self.dtype, self.regions, self.blocks = shape, np.dtype(dtype), regions, blocks
+
+    def read(self, region: Region) -> np.ndarray:
+        touched = [(intersect(region, place), place, block) for place, block in zip(self.regions, self.blocks, strict=True)]
+        found = [(common, place, block) for common, place, block in touched if common is not None]
+        if len(found) == 1:
+            common, place, block = found[0]
+            return block.read(shift(common, [start for start, _ in place], -1))
+        result = np.empty(extent(region), dtype=self.dtype)
+        for common, place, block in found:
+            part = block.read(shift(common, [start for start, _ in place], -1))
+            result[slices(shift(common, [start for start, _ in region], -1))] = part
+        return result
+
+
+def derive(
+    label: str,
+    make: Make,
+    inputs: Mapping[str, da.Array],
+    *,
+    shape: Sequence[int],
+    dtype: np.dtype,
+    rows: Sequence[int] | None = None,
+    **arguments: Any,
+) -> da.Array:
+    """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
+
+    The inputs are whole, unread blocks. `rows` are the chunks of the first axis (default: one chunk). `label`, with the first
+    input's name, names the array; `make` and the arguments must survive pickling.
+    """
+    import dask.array as da
+    from dask._task_spec import Dict, List, Task, TaskRef
+    from dask.highlevelgraph import HighLevelGraph
+
+    lengths = tuple(rows) if rows is not None else (shape[0],) if shape else ()
+    # Two arrays of one name are one to a scheduler, so that all that decides the values is in it.
+    decides = [tuple(shape), str(dtype), lengths, sorted(arguments.items()), [array.name for array in inputs.values()]]
+    digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+    name = f"{label}-{make.__name__}-{digest}-{next(iter(inputs.values())).name}"
+    whole = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
+    graph, start = {}, 0
+    for number, length in enumerate(lengths or (1,)):
+        key = (name, number, *(0 for _ in shape[1:])) if shape else (name,)
+        region = ((start, start + length), *((0, n) for n in shape[1:])) if shape else ()
+        parts = Dict({key: List(*map(TaskRef, keys)) for key, (_, _, keys, _) in whole.items()})
+        places = {key: (size, kind, regions) for key, (size, kind, _, regions) in whole.items()}
+        graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments)
+        start += length
+    chunks = (lengths, *((n,) for n in shape[1:])) if shape else ()
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=list(inputs.values()))
+    return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(shape), dtype=dtype))
+
+
+class Constant(Block):
+    """A few float32 values that are in no file."""
+
+    def __init__(self, values: tuple[float, ...]) -> None:
+        self.values, self.shape, self.dtype = values, (len(values),), np.dtype(np.float32)
+
+    def read(self, region: Region) -> np.ndarray:
+        return np.array(self.values, dtype=self.dtype)[slices(region)]
+
+
+def constant(name: str, values: tuple[float, ...]) -> da.Array:
+    """float32 [n]: an array of values that are in no file."""
+    import dask.array as da
+    from dask._task_spec import Task
+
+    key = (f"constant-{name}", 0)
+    return da.Array({key: Task(key, Constant, values)}, key[0], chunks=((len(values),),), meta=np.empty((0,), dtype=np.float32))
+
+
+def _grid(array: da.Array) -> tuple[list[tuple[Any, ...]], list[Region]]:
+    """The keys of an array's blocks, and the region of each."""
+    keys, regions = [], []
+    for index in np.ndindex(*array.numblocks):
+        keys.append((array.name, *index))
+        regions.append(tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(array.chunks, index, strict=True)))
+    return keys, regions
+
+
+def _open(
+    region: Region,
+    dtype: np.dtype,
+    make: Make,
+    parts: Mapping[str, Sequence[Block]],
+    places: Mapping[str, tuple[tuple[int, ...], np.dtype, Sequence[Region]]],
+    arguments: Mapping[str, Any],
+) -> Block:
+    """What a derived block's task runs: nothing is read yet."""
+    inputs = {
+        key: blocks[0] if len(blocks) == 1 else Mosaic(places[key][0], places[key][1], places[key][2], blocks)
+        for key, blocks in parts.items()
+    }
+    return Derived(region, dtype, make, inputs, arguments)

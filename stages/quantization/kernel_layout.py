@@ -1,0 +1,84 @@
+"""The order in which TensorRT-LLM's mixed-precision kernels read int8 and int4 weights, by GPU generation.
+
+A linear has K in-features and N out-features. Its codes come as one stream of bits a row, [N, K * bits / 8] bytes in the order of K
+(int4: even k in the low nibble), biased to unsigned (code + 2 ** (bits - 1)). They leave in the kernel's order, [N / C, C * K *
+bits / 8] bytes: rows of C out-features, so that any C rows are a contiguous range of the whole, and any tile of K a contiguous
+part of a row. Facts: quantized layouts, sections 2 and 3, for 16-bit activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+GENERATIONS = (80, 86, 89, 90, 100, 103, 120)
+ALIGNMENT = 64  # of K and of N: what every kernel asks for
+_TILE = 64  # in-features of a tile
+_LOW = np.uint32(0x0F0F0F0F)
+
+
+@dataclass(frozen=True)
+class KernelLayout:
+    """How codes of `bits` bits are arranged: in groups of `columns` out-features whose tiles alternate (1: no alternation)."""
+
+    bits: int
+    columns: int
+
+    @property
+    def tile_bytes(self) -> int:
+        """The bytes of one out-feature's share of a tile."""
+        return _TILE * self.bits // 8
+
+    def arrange(self, stream: np.ndarray) -> np.ndarray:
+        """Unsigned codes uint8 [n, K * bits / 8], n a multiple of `columns`, in the kernel's order: [n / columns, ...]."""
+        mixed = _mix_int8(stream) if self.bits == 8 else _mix_int4(stream)
+        if self.columns == 1:
+            return mixed
+        tiles = mixed.view(f"V{self.tile_bytes}")
+        groups = tiles.reshape(-1, self.columns, tiles.shape[1]).swapaxes(1, 2)
+        return np.ascontiguousarray(groups).view(np.uint8).reshape(len(groups), -1)
+
+
+def kernel_layout(bits: int, sm: int, stacked: bool) -> KernelLayout:
+    """The layout for a GPU generation. Hopper has its own, but for stacks of experts."""
+    return KernelLayout(bits, 1 if sm == 90 and not stacked else 16 // bits)
+
+
+def _mix_int8(stream: np.ndarray) -> np.ndarray:
+    """Rows of K bytes: in each 16, the pairs of one half alternate with those of the other, and in each word the middle bytes swap.
+
+    Together that is: the bytes of the two halves alternate.
+    """
+    halves = stream.reshape(*stream.shape[:-1], -1, 2, 8)
+    result = np.empty((*halves.shape[:-2], 8, 2), dtype=np.uint8)
+    result[..., 0] = halves[..., 0, :]
+    result[..., 1] = halves[..., 1, :]
+    return result.reshape(stream.shape)
+
+
+def _mix_int4(stream: np.ndarray) -> np.ndarray:
+    """Rows of K / 2 bytes: in each 32 codes, word j takes byte j of all four words; then each word its even nibbles before the odd.
+
+    Nibbles are paired on whole words, a quarter of them at a time, before any byte moves: masks and shifts are faster than moves.
+    """
+    words = stream.view(np.uint32).reshape(*stream.shape[:-1], -1, 4)
+    first, second, third, fourth = (np.ascontiguousarray(words[..., i]) for i in range(4))
+    even, odd = _pair_nibbles(first, second)
+    even2, odd2 = _pair_nibbles(third, fourth)
+    result = np.empty((*words.shape, 4), dtype=np.uint8)
+    for i, part in enumerate((even, even2, odd, odd2)):
+        result[..., i] = part.view(np.uint8).reshape(*part.shape, 4)
+    return result.reshape(stream.shape)
+
+
+def _pair_nibbles(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From two arrays of uint32, whose memory is used up: bytes of their low nibbles, and bytes of their high nibbles."""
+    low = np.bitwise_and(second, _LOW)
+    low <<= 4
+    low |= first & _LOW
+    first >>= 4
+    first &= _LOW
+    second &= ~_LOW
+    first |= second
+    return low, first

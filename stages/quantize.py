@@ -1,0 +1,245 @@
+"""quantize: dequantize(quantize(x)) is x within the format's error; commutes with the split into ranks, as it is computed by rank.
+
+Makes of each linear module's canonical parameters those of the target: codes are kept where the target's algorithm is the source's,
+otherwise weights are numbers, or made numbers, and quantized. Facts: quantized layouts, sections 4, 8 and 10.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.derived import constant, derive
+from pipeline.dtypes import BY_TARGET
+from pipeline.errors import Problem
+from pipeline.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.tables import Module, Slot
+from pipeline.tensors import Parameter, TensorMap, plain
+from stages.quantization import fp8, groupwise, numbers, weight_only
+from stages.quantization.kernel_layout import ALIGNMENT, kernel_layout
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from stages.shard import Sharding
+
+CODES = ("codes4", "codes8", "fp8")  # what a quantized module has in the place of its weight
+BLOCK_ROWS = 8192  # out-features of a block of packed work
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array on its way to the ranks: the slot that it belongs to and the parameter that it is there."""
+
+    array: da.Array
+    slot: Slot
+    parameter: Parameter
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What packing needs to know of a target."""
+
+    sharding: Sharding
+    quantization: Quantization
+    dtype: str
+    origin: Callable[[str], str]
+
+    @property
+    def numpy(self) -> np.dtype:
+        return BY_TARGET[self.dtype].numpy
+
+    def segments(self, module: Module) -> int:
+        """Into how many parts the ranks split a module's in-features."""
+        if module.split != "row":
+            return 1
+        sizes = self.sharding.parallelism
+        return sizes.moe_tp_size if module.experts else sizes.tp_size
+
+
+def linear(module: Module) -> bool:
+    """Whether quantization is for a module: one of a layer's split matrices; not a router, a norm or an embedding."""
+    return module.in_layer and bool(module.in_) and module.split in ("column", "row")
+
+
+def wanted(slot: Slot, quantization: Quantization, layers: int) -> bool:
+    """Whether a target quantizes a slot's module. Meta's recipe leaves attention and the first and last layers as they are."""
+    if quantization.algorithm is None or not linear(slot.module):
+        return False
+    return not quantization.meta_recipe or (".attention." not in slot.module.name and slot.layer not in (0, layers - 1))
+
+
+def quantize(
+    tensors: TensorMap, sharding: Sharding, quantization: Quantization, dtype: str, origin: Callable[[str], str] = str
+) -> dict[str, Entry]:
+    """Every array of a target by name: renamed module and the target's own parameter.
+
+    `dtype`: of what is not quantized. `origin` gives a tensor's name in the source, for what is wrong with its values.
+    """
+    target = _Target(sharding, quantization, dtype, origin)
+    modules: dict[str, dict[str, da.Array]] = defaultdict(dict)
+    for name, array in tensors.items():
+        module, _, parameter = name.rpartition(".")
+        modules[module][parameter] = array
+    entries: dict[str, Entry] = {}
+    fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
+    layers = sharding.model.num_hidden_layers
+    for name, parameters in modules.items():
+        slot = sharding.layout.find(name)
+        if slot is None:
+            raise KeyError(name)
+        if not wanted(slot, quantization, layers):
+            entries |= _entries(name, slot, _dense(slot, parameters, target))
+        elif quantization.algorithm == FP8:
+            # The parts of a fused module have one scale, so that they are packed together.
+            whole = name.removesuffix(f".{slot.part.name}") if slot.part else name
+            fused[whole][name] = (slot, parameters)
+        else:
+            entries |= _entries(name, slot, _packed(name, slot, parameters, target))
+    for whole, parts in fused.items():
+        entries |= _fused(whole, parts)
+    return entries | _constants(modules, target)
+
+
+def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[str, Entry]:
+    return {f"{name}.{key}": Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
+
+
+def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+    """A module as it is; a quantized one as numbers."""
+    kept = {name: array for name, array in parameters.items() if name in ("weight", "bias")}
+    if any(name in parameters for name in CODES):
+        kept = {"weight": _cast(numbers.dequantize(parameters), target.numpy), **kept}
+    return {name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in kept.items()}
+
+
+def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+    quantization, module = target.quantization, slot.module
+    bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
+    layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
+    if quantization.algorithm in GROUPWISE:
+        if quantization.from_numbers:
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size)
+        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
+    if quantization.algorithm == AWQ:
+        return groupwise.pack_awq(parameters, target.numpy) | bias
+    if quantization.algorithm == FP8_ROWWISE and not quantization.from_numbers:
+        return fp8.pack_channels(parameters) | bias
+    weight, segments = _cast(_weight(parameters), target.numpy), target.segments(module)
+    source = target.origin(f"{name}.weight")
+    if quantization.algorithm == FP8_ROWWISE:
+        return fp8.quantize_channels(source, weight, segments, quantization.clamp) | bias
+    return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
+
+
+def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[str, Entry]:
+    """FP8 with one scale for all parts of a module, in the order of its rows."""
+    slot = next(iter(parts.values()))[0]
+    order = [part.name for part in slot.module.parts] or [""]
+    named = sorted(parts, key=lambda name: order.index(name.rpartition(".")[2]) if slot.part else 0)
+    weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
+    entries: dict[str, Entry] = {}
+    for name, packed in zip(named, weights, strict=True):
+        own, parameters = parts[name]
+        entries |= _entries(name, own, packed)
+        if "bias" in parameters:
+            entries[f"{name}.bias"] = Entry(parameters["bias"], own, plain("bias"))
+    return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
+
+
+def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[str, Entry]:
+    """What is the same for all of a module's linears: FP8's bounds of activations by layer, and the scale of the cache."""
+    quantization, sharding = target.quantization, target.sharding
+    entries: dict[str, Entry] = {}
+    names: list[str] = []
+    if quantization.algorithm == FP8_ROWWISE:
+        names = ["mlp", "post_layernorm", *(() if quantization.meta_recipe else ("attention", "input_layernorm"))]
+    for layer in range(sharding.model.num_hidden_layers):
+        base = f"transformer.layers.{layer}"
+        if not (quantization.meta_recipe and layer in (0, sharding.model.num_hidden_layers - 1)):
+            bounds = (-quantization.clamp, quantization.clamp)
+            entries |= dict(
+                _constant(f"{base}.{name}.clamp_val", layer, constant(f"{base}.{name}.clamp_val", bounds)) for name in names
+            )
+        if quantization.fp8_kv_cache:
+            held = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
+            scales = [scale for scale in held if scale is not None]
+            name = f"{base}.attention.kv_cache_scaling_factor"
+            # Both or neither: of one alone the reference takes no notice.
+            array = fp8.largest(scales) if len(scales) == 2 else constant(name, (1.0,))
+            entries |= dict([_constant(name, layer, array)])
+    return entries
+
+
+def _constant(name: str, layer: int, array: da.Array) -> tuple[str, Entry]:
+    """A small array that every rank of the layer's stage holds whole, under a module that the layout does not list."""
+    owner = name.rpartition(".")[0].replace(f"layers.{layer}.", "layers.{layer}.")
+    size = Parameter(axes=(("one", plain("tensor_scale").axes[0][1] * array.size),))
+    return name, Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
+
+
+def _weight(parameters: Mapping[str, da.Array]) -> da.Array:
+    return parameters["weight"] if "weight" in parameters else numbers.dequantize(parameters)
+
+
+def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
+    if array.dtype == dtype:
+        return array
+    return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], wanted=dtype)
+
+
+def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[Problem]:
+    """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow (quantized layouts, section 10)."""
+    if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
+        return []
+    fitting = [size for size in tp_sizes if not list(_misaligned(sharding, quantization, size))]
+    choice = ", ".join(map(str, fitting)) or "none: quantize to FP8, or not at all"
+    return [
+        Problem(f"--tp_size {sharding.parallelism.tp_size}", f"{name} {size:g} a rank", f"a multiple of {of}", f"Works: {choice}")
+        for name, size, of in obstacles
+    ]
+
+
+def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
+    """The axes of quantized modules whose share of a rank is not whole tiles or groups: (axis, share, what it must divide by)."""
+    sizes, model = sharding.parallelism, sharding.model
+    seen = set()
+    grouped = quantization.algorithm in GROUPWISE or quantization.algorithm == AWQ
+    group = quantization.group_size if grouped else 1
+    for module in sharding.layout.modules.values():
+        if not linear(module) or (module.when and not getattr(model, module.when)):
+            continue
+        count = tp_size // sizes.moe_ep_size if module.experts else tp_size
+        out = sum(_share(sharding, part.out, part.heads, count if module.split == "column" else 1) for part in module.parts) or (
+            model.dimension(module.out) / (count if module.split == "column" else 1)
+        )
+        inside = model.dimension(module.in_) / (count if module.split == "row" else 1)
+        outs = " + ".join(dict.fromkeys(part.out for part in module.parts)) or module.out
+        for name, size, of in ((outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group)):
+            if size % of and (name, of) not in seen:
+                seen.add((name, of))
+                yield name, size, of
+
+
+def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
+    """Rows of a part that a rank holds: a whole head at least, where it is split by heads."""
+    rows = sharding.model.dimension(out)
+    return max(rows / count, rows / sharding.model.dimension(heads)) if heads else rows / count
+
+
+def sizes_agree(entries: Mapping[str, Entry]) -> list[Problem]:
+    """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
+    kinds: dict[tuple[str, int | None], dict[str, str]] = defaultdict(dict)
+    for name, entry in entries.items():
+        if name.endswith(".weight") and entry.slot.module.in_layer:
+            kinds[entry.slot.module.name, entry.slot.layer].setdefault(str((entry.parameter, entry.array.dtype)), name)
+    expected = "all parts of a fused module alike"
+    return [
+        Problem(names[1], f"quantized otherwise than {names[0]}", expected, "Give --dequantize")
+        for held in kinds.values()
+        if len(names := list(held.values())) > 1
+    ]
