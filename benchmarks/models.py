@@ -6,6 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+
 SHAPES = {
     "8B": {
         "hidden_size": 4096,
@@ -56,8 +59,11 @@ def tensors(config: dict) -> list[tuple[str, list[int]]]:
     return [*rows, ("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
 
 
-def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False) -> int:
-    """Write a sharded bf16 checkpoint; returns its bytes of tensors. Sparse files read as zeros and take no disk."""
+def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False, noise: bytes = b"") -> int:
+    """Write a sharded bf16 checkpoint; returns its bytes of tensors. Sparse files read as zeros and take no disk.
+
+    `noise` is what is repeated as the tensors' bytes; by default any bytes, which make numbers that are not finite too.
+    """
     config = dict(SHAPES[shape])
     if layers:
         config["num_hidden_layers"] = layers
@@ -74,7 +80,7 @@ def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = 
     weight_map, total = {}, 0
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        total += _write(directory / file, group, sparse)
+        total += _write(directory / file, group, sparse, noise)
         weight_map |= {name: file for name, _ in group}
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -91,7 +97,54 @@ def _count(dims: list[int]) -> int:
     return dims[0] * (dims[1] if len(dims) > 1 else 1)
 
 
-def _write(path: Path, group: list[tuple[str, list[int]]], sparse: bool) -> int:
+def weights(count: int = 16 << 20) -> bytes:
+    """Finite bf16 numbers as weights are: normal, of deviation 0.02."""
+    values = np.random.default_rng(0).standard_normal(count, dtype=np.float32) * 0.02
+    return values.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def make_packed(directory: Path, shape: str, layers: int, method: str, group: int = 128) -> int:
+    """Write a 4-bit GPTQ or AWQ checkpoint of random codes, a shard a layer; returns the bytes of its packed linears."""
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    config = {**SHAPES[shape], "num_hidden_layers": layers}
+    weight_map, packed = {}, 0
+
+    def words(*dims: int) -> np.ndarray:
+        return random.integers(-(1 << 31), 1 << 31, dims, dtype=np.int64).astype(np.int32)
+
+    def shard(file: str, arrays: dict[str, np.ndarray]) -> None:
+        save_file(arrays, directory / file)
+        weight_map.update(dict.fromkeys(arrays, file))
+
+    rows: dict[int, dict[str, np.ndarray]] = {}
+    for name, dims in tensors(config):
+        layer = int(name.split(".")[2]) if ".layers." in name else -1
+        held = rows.setdefault(layer, {})
+        if len(dims) == 1 or layer < 0:
+            held[name] = np.full(dims, 0.02, dtype=np.float16)
+            continue
+        (out, features), module = dims, name.removesuffix(".weight")
+        shape_of = (features // 8, out) if method == "gptq" else (features, out // 8)
+        held[f"{module}.qweight"] = words(*shape_of)
+        held[f"{module}.qzeros"] = np.full((features // group, out // 8), 0x77777777, dtype=np.int32)
+        held[f"{module}.scales"] = random.uniform(0.001, 0.01, (features // group, out)).astype(np.float16)
+        packed += sum(held[f"{module}.{part}"].nbytes for part in ("qweight", "qzeros", "scales"))
+    for layer, held in rows.items():
+        shard(f"model-{layer + 1:05}.safetensors", held)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    settings = {"quant_method": method, "bits": 4, "group_size": group, "sym": True, "desc_act": False, "version": "gemm"}
+    extra = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False, "torch_dtype": "float16", "quantization_config": settings,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config | extra))
+    return packed
+
+
+def _write(path: Path, group: list[tuple[str, list[int]]], sparse: bool, noise: bytes) -> int:
     header, offset = {}, 0
     for name, dims in group:
         end = offset + 2 * _count(dims)
@@ -103,7 +156,7 @@ def _write(path: Path, group: list[tuple[str, list[int]]], sparse: bool) -> int:
         if sparse:
             file.truncate(8 + len(text) + offset)
             return offset
-        noise = os.urandom(64 << 20)
+        noise = noise or os.urandom(64 << 20)
         for start in range(0, offset, len(noise)):
             file.write(noise[: min(len(noise), offset - start)])
     return offset

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The largest number below a half: added before truncation it rounds halves away from zero, as C's round(), and nothing else up.
 _HALF = np.float32(np.nextafter(np.float32(0.5), np.float32(0)))
+_HALF_EXPONENT = np.float32(2.0**112)  # between the biases of float16's and float32's exponents
+_CACHED = 1 << 17  # values on their way at once
 
 
 def pack(
@@ -67,8 +69,12 @@ def codes_of(region: Region, weight: Block, layout: KernelLayout, name: str, seg
     """uint8 [n / columns, columns * K * bits / 8]: the rows of the region quantized and arranged."""
     values, shape = _rows(region, weight, layout.columns)
     with meter("quantize", values.nbytes):
-        codes = quantize(values, layout.bits, segments, name)
-        result = layout.arrange(codes if layout.bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4))
+        result = np.empty((len(values) // layout.columns, layout.columns * values.shape[1] * layout.bits // 8), dtype=np.uint8)
+        # A few rows at a time: what they are on the way stays in the processor's cache.
+        rows = max(_CACHED // values.shape[1] // layout.columns, 1) * layout.columns
+        for start in range(0, len(values), rows):
+            codes = quantize(values[start : start + rows], layout.bits, segments, name)
+            result[start // layout.columns : (start + rows) // layout.columns] = layout.arrange_codes(codes)
         return result.reshape(*shape, -1)[..., slice(*region[-1])]
 
 
@@ -81,16 +87,33 @@ def scales_of(region: Region, weight: Block, bits: int, name: str, segments: int
 
 
 def quantize(values: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
-    """Unsigned codes uint8 [n, K] of 16-bit values: rounded to the nearest, halves away from zero, then clamped, in float32."""
+    """Unsigned codes uint16 [n, K] of 16-bit values: rounded to the nearest, halves away from zero, then clamped, in float32.
+
+    Magnitudes are rounded, which is the same for both signs, and the sign is put back on integers: these are the fast halves of
+    NumPy.
+    """
     scales = row_scales(values, bits, segments, name)
     scales[scales == 0] = 1  # rows of zeros
-    work = values.astype(np.float32).reshape(len(values), segments, -1)
+    work = _magnitudes(values).reshape(len(values), segments, -1)
     work /= scales[:, :, None]
-    work += np.copysign(_HALF, work)
-    top = 1 << (bits - 1)
-    np.minimum(work, np.float32(top - 1), out=work)
-    codes = work.astype(np.int8).reshape(values.shape).view(np.uint8)
-    return (codes ^ np.uint8(0x80)) if bits == 8 else ((codes + np.uint8(8)) & np.uint8(15))
+    work += _HALF
+    codes = work.astype(np.uint16).reshape(values.shape)
+    middle = np.uint16(1 << (bits - 1))
+    negative = values.view(np.uint16) >> 15
+    np.minimum(codes, middle - 1 + negative, out=codes)
+    codes ^= -negative
+    codes += middle + negative
+    return codes
+
+
+def _magnitudes(values: np.ndarray) -> np.ndarray:
+    """float32 of the magnitudes of finite 16-bit values: their bits moved into place, as casts of float16 are slow."""
+    bits = (values.view(np.uint16) & np.uint16(0x7FFF)).astype(np.uint32)
+    if values.dtype == np.float16:
+        bits <<= 13
+        return bits.view(np.float32) * _HALF_EXPONENT
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def row_scales(values: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
