@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.rotary import LONG_ROPE, rotary_scaling
 from pipeline.tables import Family, layout
 
 
@@ -77,43 +78,27 @@ class ModelConfig:
         return str(scaling.get("rope_type", scaling.get("type", "default")))
 
     @property
-    def long_rope(self) -> bool:
-        return self.rotary_type in LONG_ROPE
-
-    @property
     def position_embedding_type(self) -> str:
         return "long_rope" if self.long_rope else "rope_gpt_neox"
 
     @property
-    def longrope_short_factors(self) -> Any:
-        return self._long_rope("short_factor")
-
-    @property
-    def longrope_long_factors(self) -> Any:
-        return self._long_rope("long_factor")
-
-    @property
-    def longrope_short_mscale(self) -> Any:
-        return self._long_rope("short_mscale")
-
-    @property
-    def longrope_long_mscale(self) -> Any:
-        return self._long_rope("long_mscale")
-
-    @property
-    def original_max_position_embeddings(self) -> Any:
-        """The positions that the model was trained on before its long rope, which some files keep outside `rope_scaling`."""
-        inside = self._long_rope("original_max_position_embeddings")
-        return inside or (self.settings.get("original_positions") if self.long_rope else None)
-
-    def _long_rope(self, key: str) -> Any:
-        return (self.rotary_scaling or {}).get(key) if self.long_rope else None
+    def long_rope(self) -> Mapping[str, Any]:
+        """What a long rope says of itself (Phi-3's two lists of factors); nothing where positions are scaled otherwise."""
+        scaling = dict(self.rotary_scaling or {}) if self.rotary_type in LONG_ROPE else {}
+        if scaling and "original_positions" in self.settings:
+            # Some files keep beside `rope_scaling` how many positions the model was trained on before.
+            scaling.setdefault("original_max_position_embeddings", self.settings["original_positions"])
+        return scaling
 
     @property
     def scaled_attention_multiplier(self) -> float:
-        """As TensorRT-LLM counts it: on top of its own 1 / sqrt(head_size) (checkpoint-format, section 5)."""
-        multiplier = self.attention_multiplier
-        return multiplier if multiplier == 1 else multiplier * math.sqrt(self.head_size)
+        """As TensorRT-LLM counts it, on top of its own 1 / sqrt(head_size). The reference forgets that where the model says 1."""
+        return self.attention_multiplier * math.sqrt(self.head_size)
+
+    @property
+    def normalization_mode(self) -> int:
+        """Whether the weights of the chosen experts are brought to a sum of 1 (TensorRT-LLM's RENORMALIZE) or left (NONE)."""
+        return int(bool(self.settings.get("norm_topk_prob")))
 
     @property
     def output_multiplier_scale(self) -> float:
@@ -124,11 +109,14 @@ class ModelConfig:
         return int(name) if name.isdigit() else int(getattr(self, name))
 
     def value(self, name: str) -> Any:
-        """What config.json's template and the tables call `name`: one of the settings, or a field. None where there is neither."""
-        return self.settings[name] if name in self.settings else getattr(self, name, None)
+        """What config.json's template and the tables call `name`: one of the settings, or a field; `a.b` is `b` of the table `a`.
 
+        None where there is neither.
+        """
+        table, _, key = name.partition(".")
+        value = self.settings[table] if table in self.settings else getattr(self, table, None)
+        return value.get(key) if key and isinstance(value, Mapping) else value
 
-LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
 
 # The least and the greatest of each size: beyond, it is a mistake, and every layer and expert would be planned for nothing.
 _BOUNDS = {
@@ -190,6 +178,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         values["head_size"] = hidden // heads
     model = ModelConfig(**values, settings=_settings(config, family))
     problems = [p for name, allowed in family.expect.items() for p in _unexpected(name, model, allowed, family, file)]
+    problems += _layer_types(model, file)
     if problems:
         raise BadInput(problems)
     return model
@@ -203,6 +192,19 @@ def _settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         absent = not found and not any(key in config for key in keys)
         result[name] = found[0] if found else family.defaults.get(name) if absent else None
     return result
+
+
+def _layer_types(model: ModelConfig, file: str) -> list[Problem]:
+    """Local and full layers must alternate as the pattern says, which is all that TensorRT-LLM is told."""
+    types, pattern = model.settings.get("layer_types"), model.settings.get("sliding_window_pattern")
+    if not types or not pattern:
+        return []
+    expected = ["full_attention" if n % pattern == 0 else "sliding_attention" for n in range(1, model.num_hidden_layers + 1)]
+    if list(types) == expected:
+        return []
+    return [
+        Problem(f"{file}: layer_types", "another order of layers", f"every {pattern}. layer full, as sliding_window_pattern says")
+    ]
 
 
 def _unexpected(name: str, model: ModelConfig, allowed: tuple[Any, ...], family: Family, file: str) -> list[Problem]:
@@ -237,24 +239,6 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
         elif not 1 <= chosen <= experts:
             problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
     return problems
-
-
-def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_scaling` as it is, or what transformers 5 keeps in `rope_parameters`; None where positions are not scaled."""
-    scaling = config.get("rope_scaling")
-    if scaling is not None:
-        if not isinstance(scaling, Mapping):
-            raise TypeError
-        return dict(scaling)
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        return None
-    if not isinstance(parameters, Mapping):
-        raise TypeError
-    # A model with two kinds of layers has parameters for each; the full ones are those that can be scaled.
-    parameters = parameters.get("full_attention", parameters)
-    rest = {key: value for key, value in dict(parameters).items() if key not in ("rope_theta", "partial_rotary_factor")}
-    return None if rest.get("rope_type", "default") == "default" else rest
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:

@@ -38,7 +38,8 @@ def add_one(values: np.ndarray, period: int) -> np.ndarray:  # noqa: ARG001
 
     bfloat16 is added in float32, so that the sum is rounded once, by the cast; float16 is added, and rounded, in float16.
     """
-    result: np.ndarray = np.add(values, 1, dtype=wide(values.dtype))
+    with np.errstate(invalid="ignore"):
+        result: np.ndarray = np.add(values, 1, dtype=wide(values.dtype))
     return result
 
 

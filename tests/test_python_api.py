@@ -125,4 +125,6 @@ def test_a_finished_conversion_in_the_way_is_bad_input_of_convert_and_an_obstacl
 def test_the_tree_of_errors() -> None:
     assert [error.exit_code for error in (HeadraceError, BadInput, Interrupted, WriteFailed)] == [1, 2, 3, 3]
     assert all(issubclass(error, HeadraceError) for error in (BadInput, Interrupted, WriteFailed))
-    assert set(pipeline.__all__) == {"BadInput", "HeadraceError", "Interrupted", "Job", "WriteFailed", "convert", "plan"}
+    errors = {"BadInput", "HeadraceError", "Interrupted", "WriteFailed"}
+    loaders = {"load_from_hf_checkpoint", "load_from_hf_llama", "load_from_meta_llama"}
+    assert set(pipeline.__all__) == {"Job", "convert", "plan"} | errors | loaders

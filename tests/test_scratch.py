@@ -29,7 +29,8 @@ STAGES = ["read", "rename", "unpack", "shard"]
 @pytest.mark.parametrize("case", [case for case in CASES if case != LOSES_A_LAYER])
 def test_every_golden_with_each_cut(case: str, after: str, tmp_path: Path) -> None:
     options = dict(zip(*[iter(_pairs(CASES[case]["arguments"]))] * 2, strict=True))
-    options |= {"model_dir": DENSE / "models" / CASES[case]["model"], "output_dir": tmp_path / "out"}
+    source = next(iter(options))  # --model_dir or --meta_ckpt_dir
+    options |= {source: DENSE / options[source], "output_dir": tmp_path / "out"}
     convert(**options, scheduler="threads", scratch_after=after)
     for path in (DENSE / "expected" / case).glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

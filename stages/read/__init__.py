@@ -137,15 +137,13 @@ def _array(name: str, tensor: LazyTensor, block_bytes: int, row_multiple: int) -
 
 def chunk_sizes(shape: tuple[int, ...], itemsize: int, block_bytes: int, row_multiple: int) -> tuple[tuple[int, ...], ...]:
     """Chunk lengths by axis: rows in multiples of `row_multiple`; a stack is cut between its matrices, then inside them."""
-    if not shape:
-        return ()
+    if not shape or not math.prod(shape):  # nothing to cut, whatever lengths a header claims
+        return tuple((n,) for n in shape)
     row_bytes = max(math.prod(shape[1:]) * itemsize, 1)
     if len(shape) > 2 and row_bytes > block_bytes:
         inner = chunk_sizes(shape[1:], itemsize, block_bytes, row_multiple)
         return ((1,) * shape[0], *inner)
     multiple = row_multiple if len(shape) < 3 else 1
     rows = min(max(block_bytes // row_bytes // multiple, 1) * multiple, shape[0])
-    if not rows:
-        return tuple((n,) for n in shape)
     full, rest = divmod(shape[0], rows)
     return ((rows,) * full + ((rest,) if rest else ()), *((n,) for n in shape[1:]))

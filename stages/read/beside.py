@@ -46,18 +46,20 @@ def open_beside(base: Source, path: Path) -> Source:
 
 def _open(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]:
     problems: list[Problem] = []
+    try:
+        path.stat()
+    except OSError as error:  # a name too long for the file system among them
+        found = f"what cannot be opened ({error.strerror})"
+        raise BadInput([Problem(f"--quant_ckpt_path {path}", found, "a quantized checkpoint")]) from None
     if path.is_dir():
         tensors, files = open_tensors(path, problems)
         if problems:
             raise BadInput(problems)
         return tensors, files
-    if not path.is_file():
-        raise BadInput([Problem(f"--quant_ckpt_path {path}", "no such file or directory", "a quantized checkpoint")])
     opener = _OPENERS.get(path.suffix)
     if opener is None:
-        raise BadInput(
-            [Problem(f"--quant_ckpt_path {path}", f"a {path.suffix or 'nameless'} file", f"one of {', '.join(_OPENERS)}")]
-        )
+        found = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        raise BadInput([Problem(f"--quant_ckpt_path {path}", found, f"one of {', '.join(_OPENERS)}")])
     try:
         file, held = opener(path)
     except OSError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +11,7 @@ from pipeline.dtypes import MODEL_DTYPES
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read import safetensors, torch_pickle
+from stages.read.json_file import json_file
 from stages.read.quantizer import KEY, quantizer_settings
 
 
@@ -124,9 +123,7 @@ def _format(location: Path) -> Format:
 def _config(path: Path) -> tuple[dict[str, Any], SourceFile]:
     if not path.is_file():
         raise BadInput([Problem(str(path), "no such file", "the model's configuration", "Fetch it with the checkpoint")])
-    config, text = _json_object(path)
-    status = path.stat()
-    return config, SourceFile(path, status.st_size, status.st_mtime_ns, hashlib.sha256(text).hexdigest())
+    return json_file(path)
 
 
 def _architecture(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> str:
@@ -158,7 +155,7 @@ def _shards(location: Path, weights: Format, problems: list[Problem]) -> tuple[l
             names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) or "nothing"
             problems.append(Problem(str(location), names, f"{weights.single}, or shards and {weights.index}"))
         return paths, {}
-    listed = _json_object(index)[0].get("weight_map")
+    listed = json_file(index)[0].get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         problems.append(Problem(f"{index}: weight_map", str(listed)[:80], "tensor names and the file of each"))
         return [], {}
@@ -183,16 +180,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name too long for the file system
         return False
-
-
-def _json_object(path: Path) -> tuple[dict[str, Any], bytes]:
-    try:
-        text = path.read_bytes()
-        value = json.loads(text)
-    except OSError as error:
-        raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file")]) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
-    if not isinstance(value, dict):
-        raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])
-    return value, text

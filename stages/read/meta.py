@@ -6,31 +6,34 @@ Facts: TensorRT-LLM checkpoint format, section 3.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.placement import whole
+from pipeline.placement import pieces, whole
 from pipeline.tensors import LazyTensor, Source, SourceFile
 from stages.read import torch_pickle
 from stages.read.joined import JoinedTensor
 from stages.read.json_file import json_file
 
 PARAMS = "params.json"
-_PART = re.compile(r"consolidated\.(\d+)(\.pth)?")
-# The axis that a module's tensors are split on over the parts. What is not here each part holds whole; the embedding was split on
-# the hidden axis for Llama 1 and 2 and is on the vocabulary for Llama 3.
+# Up to 999: every missing part before the last is a problem of its own.
+_PART = re.compile(r"consolidated\.(\d{1,3})(\.pth)?")
+# The axis that a module's tensors are split on over the parts; norms each part holds whole. The embedding was split on the hidden
+# axis for Llama 1 and 2 and is on the vocabulary for Llama 3.
 _AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+_NORMS = ("attention_norm", "ffn_norm", "norm")
 _EMBEDDING = "tok_embeddings"
-_SIZES = ("dim", "n_layers", "n_heads")
+_MULTIPLE = 256  # what Meta's code makes hidden_dim a multiple of where params.json does not say
+_COMPARED_BYTES = 8 << 20  # at a time
 
 
 def detect(location: Path) -> bool:
-    """Whether `location` is a directory with params.json and parts."""
-    return location.is_dir() and (location / PARAMS).is_file() and bool(_numbered(location))
+    """Whether `location` is a directory with parts; params.json may be missing, which is then said."""
+    return location.is_dir() and bool(_numbered(location))
 
 
 def open_source(location: Path) -> Source:
@@ -40,19 +43,16 @@ def open_source(location: Path) -> Source:
     params, params_file = json_file(location / PARAMS)
     problems: list[Problem] = []
     parts, files = _open_parts(_parts(location), problems)
-    for key in _SIZES:
-        if not isinstance(params.get(key), int) or isinstance(params.get(key), bool) or params[key] < 1:
-            problems.append(Problem(f"{params_file.path}: {key}", repr(params.get(key)), "a whole number of 1 or more"))
     if problems:
         raise BadInput(problems)
-    tensors = {name: _join(name, parts, params["dim"], problems) for name in parts[0]}
+    tensors = {name: _join(name, parts, params.get("dim"), problems) for name in parts[0]}
     for number, part in enumerate(parts[1:], 1):
-        problems += [
-            Problem(name, f"no such tensor in part {number}", "a share in every part") for name in parts[0].keys() - part.keys()
-        ]
-        problems += [
-            Problem(name, f"the tensor in part {number} alone", "a share in every part") for name in part.keys() - parts[0].keys()
-        ]
+        for names, found in (
+            (parts[0].keys() - part.keys(), f"no such tensor in part {number}"),
+            (part.keys() - parts[0].keys(), f"a tensor of part {number} that part 0 does not have"),
+        ):
+            problems += [Problem(name, found, "a share in every part") for name in sorted(names)]
+    config = _config(params, tensors, params_file.path, problems)
     if problems:
         raise BadInput(problems)
     return Source(
@@ -60,7 +60,7 @@ def open_source(location: Path) -> Source:
         location=location,
         container="meta",
         architecture="LlamaForCausalLM",
-        config=_config(params, tensors),
+        config=config,
         config_name=str(params_file.path),
         tensors=tensors,
         files=(params_file, *files),
@@ -69,12 +69,13 @@ def open_source(location: Path) -> Source:
     )
 
 
-def _numbered(location: Path) -> dict[int, Path]:
-    found = {}
+def _numbered(location: Path) -> dict[int, list[Path]]:
+    """The paths of each part by its number: one of each, or something is wrong."""
+    found: dict[int, list[Path]] = {}
     for path in sorted(location.iterdir()):
         match = _PART.fullmatch(path.name)
         if match and (match[2] or path.is_dir()):
-            found[int(match[1])] = path
+            found.setdefault(int(match[1]), []).append(path)
     return found
 
 
@@ -85,13 +86,16 @@ def _parts(location: Path) -> list[list[Path]]:
         names = ", ".join(sorted(path.name for path in location.iterdir())[:8])
         raise BadInput([Problem(str(location), names, "consolidated.00.pth and its other parts")])
     count = max(numbered) + 1
-    missing = [Problem(str(location / f"consolidated.{n:02}.pth"), "no such file", f"one of {count} parts") for n in range(count)]
-    missing = [problem for n, problem in enumerate(missing) if n not in numbered]
-    parts = [[path] if path.is_file() else sorted(path.glob("consolidated-*.pth")) for _, path in sorted(numbered.items())]
-    empty = [path for (_, path), held in zip(sorted(numbered.items()), parts, strict=True) if not held]
-    missing += [Problem(str(path), "a directory without consolidated-*.pth", "the files of a part") for path in empty]
-    if missing:
-        raise BadInput(missing)
+    absent = [location / f"consolidated.{number:02}.pth" for number in range(count) if number not in numbered]
+    problems = [Problem(str(path), "no such file", f"one of {count} parts", "Fetch it") for path in absent]
+    parts = []
+    for number, (path, *others) in sorted(numbered.items()):
+        problems += [Problem(str(other), f"part {number} again, beside {path.name}", "each part once") for other in others]
+        parts.append(sorted(path.glob("consolidated-*.pth")) if path.is_dir() else [path])
+        if not parts[-1]:
+            problems.append(Problem(str(path), "a directory without consolidated-*.pth", "the files of a part"))
+    if problems:
+        raise BadInput(problems)
     return parts
 
 
@@ -108,53 +112,73 @@ def _open_parts(parts: Sequence[Sequence[Path]], problems: list[Problem]) -> tup
             except OSError as error:
                 problems.append(Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file"))
                 continue
-            problems += [
-                Problem(name, f"the tensor again in {path}", "one home in a part") for name in tensors.keys() & held.keys()
-            ]
+            twice = sorted(tensors.keys() & held.keys())
+            problems += [Problem(name, f"the tensor again in {path}", "one home in a part") for name in twice]
             held |= tensors
             files.append(file)
         opened.append(held)
     return opened, files
 
 
-def _join(name: str, parts: Sequence[Mapping[str, LazyTensor]], dim: int, problems: list[Problem]) -> LazyTensor:
+def _join(name: str, parts: Sequence[Mapping[str, LazyTensor]], dim: Any, problems: list[Problem]) -> LazyTensor:
     """A tensor of all its shares. Shares whose shapes or types do not fit one another are a problem."""
     shares = [part[name] for part in parts if name in part]
-    first = shares[0]
-    axis = _axis(name, first.shape, len(parts), dim)
+    first, module = shares[0], name.rpartition(".")[0].rpartition(".")[2]
+    if module not in (*_AXES, *_NORMS, _EMBEDDING):
+        return first  # how it is split nobody knows; where the family's table does not ignore it, it is refused by its name
+    axis = _axis(module, first.shape, len(parts), dim)
     for number, share in enumerate(shares[1:], 1):
-        other = [n for i, n in enumerate(share.shape) if i != axis]
-        if share.dtype != first.dtype or other != [n for i, n in enumerate(first.shape) if i != axis]:
+        if share.dtype != first.dtype or _less(share.shape, axis) != _less(first.shape, axis):
             found = f"{share.dtype} {list(share.shape)} in part {number}"
             problems.append(Problem(name, found, f"a share like part 0's, {first.dtype} {list(first.shape)}"))
             return first
-        if (
-            axis is None
-            and np.asarray(share.block(whole(share.shape))).tobytes() != np.asarray(first.block(whole(first.shape))).tobytes()
-        ):
+        if axis is None and not all(_equal_pieces(share, first)):
             problems.append(Problem(name, f"other values in part {number} than in part 0", "the same: every part holds it whole"))
             return first
     return first if axis is None or len(shares) == 1 else JoinedTensor(tuple(shares), axis)
 
 
-def _axis(name: str, shape: Sequence[int], parts: int, dim: int) -> int | None:
+def _axis(module: str, shape: Sequence[int], parts: int, dim: Any) -> int | None:
     """The axis that a tensor is split on; None where each part holds it whole."""
-    module = name.rpartition(".")[0].rpartition(".")[2]
     if module == _EMBEDDING and len(shape) == 2:
         return 1 if shape[1] * parts == dim else 0
     axis = _AXES.get(module)
     return axis if axis is not None and axis < len(shape) else None
 
 
-def _config(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """params.json, and what it leaves to be computed."""
+def _less(shape: Sequence[int], axis: int | None) -> list[int | None]:
+    """A shape without the length that parts may differ in."""
+    return [None if number == axis else length for number, length in enumerate(shape)]
+
+
+def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
+    for piece in pieces(whole(a.shape), a.dtype.itemsize, _COMPARED_BYTES):
+        yield np.asarray(a.block(piece)).tobytes() == np.asarray(b.block(piece)).tobytes()
+
+
+def _config(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor], file: Path, problems: list[Problem]) -> dict[str, Any]:
+    """params.json, and what it leaves to be computed. A size that cannot be is left out: reading the table then says so."""
     config = dict(params)
     embedding = tensors.get(f"{_EMBEDDING}.weight")
-    if config.get("vocab_size", -1) == -1:
-        config["vocab_size"] = embedding.shape[0] if embedding else 32000
+    if config.get("vocab_size") in (None, -1):
+        config["vocab_size"] = embedding.shape[0] if embedding is not None and embedding.shape else 32000
     if config.get("hidden_dim") is None:
-        multiple, factor = config.get("multiple_of", 1), config.get("ffn_dim_multiplier") or 1
-        config["hidden_dim"] = -(-int(int(8 * config["dim"] / 3) * factor) // multiple) * multiple
+        config["hidden_dim"] = _hidden_dim(params, file, problems)
     if config.get("use_scaled_rope"):
         config["rope_scaling"] = {"type": "llama3"}
     return config
+
+
+def _hidden_dim(params: Mapping[str, Any], file: Path, problems: list[Problem]) -> int | None:
+    """The rows of w1, as Meta's code computes them; None where it cannot, which is a problem unless `dim` is one already."""
+    given: dict[str, Any] = {key: params.get(key) for key in ("dim", "multiple_of", "ffn_dim_multiplier")}
+    dim, multiple, factor = given.values()
+    try:
+        multiple, factor = _MULTIPLE if multiple is None else multiple, 1 if factor is None else factor
+        rows: int = -(-int(int(8 * dim / 3) * factor) // multiple) * multiple
+        return rows
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        if isinstance(dim, int):
+            found = ", ".join(f"{key} {value!r}" for key, value in given.items())
+            problems.append(Problem(f"{file}: hidden_dim", f"none, and {found}", "the rows of w1, or numbers that give them"))
+    return None

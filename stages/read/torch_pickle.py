@@ -151,8 +151,9 @@ def _zip(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:
 
 def _legacy(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:
     """The same of a file from before torch 1.6."""
-    file.seek(257)
-    if file.read(5) == b"ustar":
+    file.seek(0)
+    head = file.read(262)
+    if head.endswith(b"ustar") and not head.startswith(b"\x80"):
         raise BadInput([Problem(str(path), "a tar archive, as torch made before 0.2", "a later file of torch.save", RESAVE)])
     file.seek(0)
     storages: dict[str, _Storage] = {}
@@ -189,12 +190,8 @@ def _storage(storages: dict[str, _Storage], identity: Any) -> _Storage | Foreign
         return identity[1]  # a module, or a storage of another class: refused by its name
     name, kind, key, _, count, *more = identity
     _, first, length = (more[0] if more else None) or (None, 0, count)
-    if (
-        _decoded(name) != "storage"
-        or not isinstance(kind, _Kind)
-        or not all(map(_is_size, (count, first, length)))
-        or first + length > count
-    ):
+    sound = _decoded(name) == "storage" and all(map(_is_size, (count, first, length)))
+    if not sound or not isinstance(kind, _Kind) or first + length > count:
         raise ValueError("a storage of no known class or size")
     storage = _Storage(kind, _decoded(key), *(n * kind.itemsize for n in (count, first, length)))
     storages.setdefault(storage.key, storage)
@@ -240,8 +237,10 @@ def _tensor(path: Path, name: Any, record: Any, homes: Homes) -> LazyTensor:
 
     if not isinstance(name, str) or not name.isprintable():
         raise wrong("a name that is no printable text", "the name of a tensor", RESAVE)
-    if not isinstance(record, _Record) or not isinstance(record.storage, _Storage):
+    if not isinstance(record, _Record):
         raise wrong(_described(record), "a tensor", RESAVE)
+    if not isinstance(record.storage, _Storage):
+        raise wrong("a tensor without a storage", "its values")
     storage, shape, strides = record.storage, record.shape, record.strides
     dtype = storage.kind.dtype if record.dtype is None else record.dtype
     if not isinstance(dtype, np.dtype):

@@ -14,7 +14,19 @@ import stages
 ROOTS = [Path(module.__file__ or "").parent for module in (pipeline, stages)]
 FILES = {str(path.relative_to(root.parent)): path for root in ROOTS for path in sorted(root.rglob("*.py"))}
 
-VALUES = {"tensors", "dtypes", "parallelism", "model_config", "operations", "placement", "tables", "errors", "metering", "reserve"}
+VALUES = {
+    "rotary",
+    "tensors",
+    "dtypes",
+    "parallelism",
+    "model_config",
+    "operations",
+    "placement",
+    "tables",
+    "errors",
+    "metering",
+    "reserve",
+}
 IMPORT_STAGES = {"pipeline/planning.py", "pipeline/lower.py", "pipeline/inspection.py"}
 COMPUTE = {"pipeline/execute.py", "pipeline/schedulers.py"}
 OPEN_FILES = (

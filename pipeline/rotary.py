@@ -1,0 +1,26 @@
+"""How a model's configuration says that rotary positions are scaled, in both styles of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
+
+
+def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`rope_scaling` as it is, or what transformers 5 keeps in `rope_parameters`; None where positions are not scaled."""
+    scaling = config.get("rope_scaling")
+    if scaling is not None:
+        if not isinstance(scaling, Mapping):
+            raise TypeError
+        return dict(scaling)
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return None
+    if not isinstance(parameters, Mapping):
+        raise TypeError
+    # A model with two kinds of layers has parameters for each; the full ones are those that can be scaled.
+    parameters = parameters.get("full_attention", parameters)
+    rest = {key: value for key, value in dict(parameters).items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return None if rest.get("rope_type", "default") == "default" else rest
