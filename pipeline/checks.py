@@ -121,7 +121,7 @@ def check_fused(source: Source, matches: Matches) -> list[Problem]:
 
 
 def check_ties(source: Source, copies: Mapping[str, str]) -> list[Problem]:
-    """Tied embeddings that come with a second copy: it must be one. The only values that planning reads, a piece at a time."""
+    """Tied embeddings that come with a second copy: it must be one. Read a piece at a time."""
     problems = []
     for copy, original in copies.items():
         a, b = source.tensors[copy], source.tensors[original]

@@ -154,10 +154,8 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint is: source, family, size, quantization, ties, shards, and the parallel sizes that it can be cut to."""
     from pipeline.inspection import inspect_source
-    from pipeline.job import model_name
 
-    facts = inspect_source(model_name(model_dir), revision)
-    _show(facts, json_, "source_table")
+    _show(inspect_source(model_dir, revision), json_, "source_table")
 
 
 @app.command("families")

@@ -117,7 +117,8 @@ class Cuts:
     def _group(self, stage: str, shapes: Mapping[tuple[int, str], tuple[Any, Any, Any]]) -> Group:
         listed = sorted((rank, name, shape, chunks, str(dtype)) for (rank, name), (shape, chunks, dtype) in shapes.items())
         key = scratch_id(stage, self.stages[: self.stages.index(stage.rstrip("0123456789"))], self.identity, listed)
-        name = f"{self.source.location.stem}-{stage}-{key}.zarr"
+        place = self.source.location
+        name = f"{place.name if place.is_dir() else place.stem}-{stage}-{key}.zarr"
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {

@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pipeline.algorithm import clean_settings
+from pipeline.checks import expected
 from pipeline.dtypes import of_numpy
 from pipeline.errors import BadInput
+from pipeline.job import Job, make_job
 from pipeline.model_config import ModelConfig, model_config
 from pipeline.parallelism import Parallelism
+from pipeline.planning import make_plan
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.tensors import Source, tensor_bytes
 from stages.read import find_source, sources
 from stages.rename import match
-from stages.shard import Embedding, Sharding, expert_sizes, tp_sizes
+from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
 from stages.unpack import by_module, format_of, formats
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
     """What a checkpoint is, as plain values. Raises BadInput where it cannot be opened.
 
-    A family that headrace does not know, or tensors that do not fit it, are said among `problems`.
+    What keeps it from being converted is said among `problems`: an unknown family, tensors that do not fit, and so on.
     """
-    source = find_source(model_dir, None, None, revision, download=False)
+    with tempfile.TemporaryDirectory() as place:
+        # Planning writes nothing: the directory is never made.
+        job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
+        source = find_source(job.model_dir, None, None, job.revision, download=False)
+        problems = _refusals(job)
     result = _facts(source)
     family = find_family(source.container, source.architecture)
-    if family is None:
-        return {**result, "family": None, "problems": [f"architecture {source.architecture or 'none'} is of no known family"]}
     try:
-        model = model_config(source.config, family, source.architecture, source.config_name)
-    except BadInput as error:
-        return {**result, "family": family.name, "problems": [str(problem) for problem in error.problems]}
+        model = model_config(source.config, family, source.architecture, source.config_name) if family else None
+    except BadInput:
+        model = None
+    if family is None or model is None:
+        return {**result, "family": family.name if family else None, "problems": problems}
     matches = match(source.tensors, family, layout(family.layout), model, frozenset())
+    sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
     return {
         **result,
         "family": family.name,
         "model": _sizes(model),
+        "parameters": _parameters(sharding, bool(matches.ties), family),
         "tied_embeddings": bool(matches.ties),
-        **_parallel(family, model),
-        "problems": [str(problem) for problem in matches.problems],
+        **_parallel(sharding),
+        "problems": problems,
     }
+
+
+def _refusals(job: Job) -> list[str]:
+    """What `convert` would refuse, with no options but the source."""
+    try:
+        make_plan(job)
+    except BadInput as error:
+        return [str(problem) for problem in error.problems]
+    return []
 
 
 def list_families() -> list[dict[str, Any]]:
@@ -99,10 +118,16 @@ def _sizes(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def _parallel(family: Family, model: ModelConfig) -> dict[str, Any]:
+def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
+    """The model's learned numbers, whatever they are packed in; tied embeddings count once."""
+    shapes = {name: sharding.shape(slot, dense(slot, parameter)) for name, slot, parameter in expected(sharding, {})}
+    shared = [f"{name}." for name in family.ties] if tied else []
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(tuple(shared)))
+
+
+def _parallel(sharding: Sharding) -> dict[str, Any]:
     """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
-    sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
-    sizes = tp_sizes(model, sharding)
+    model, sizes = sharding.model, tp_sizes(sharding.model, sharding)
     result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
     if model.num_experts:
         result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}

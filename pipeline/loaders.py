@@ -173,10 +173,6 @@ def load_from_gptq_llama(
 def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:
     from pipeline.planning import make_plan
 
-    sizes = (("tp", *tp), ("pp", *pp))
-    wrong = [Problem(f"{name}_rank", str(rank), f"0 to {size - 1}") for name, size, rank in sizes if not 0 <= rank < size]
-    if wrong:
-        raise BadInput(wrong)
     unknown = set(source) - set(Shape.model_fields) - {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "mlp_bias"}
     if unknown:
         raise BadInput(
@@ -185,5 +181,14 @@ def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[
     # Planning writes nothing: the directory is a name that the plan needs, and is never made.
     with tempfile.TemporaryDirectory() as place:
         target = {"output_dir": Path(place) / "never", "tp_size": tp[0], "pp_size": pp[0], "dtype": dtype, "scratch_after": "none"}
-        plan = make_plan(make_job({**source, **target}, live=model is not None), model, download=True)
-    return RankWeights(plan, pp[1] * tp[0] + tp[1])
+        job = make_job({**source, **target}, live=model is not None)
+        sizes = (("tp", job.tp_size, tp[1]), ("pp", job.pp_size, pp[1]))
+        wrong = [
+            Problem(f"{name}_rank", repr(rank), f"a whole number from 0 to {size - 1}")
+            for name, size, rank in sizes
+            if not isinstance(rank, int) or not 0 <= rank < size
+        ]
+        if wrong:
+            raise BadInput(wrong)
+        plan = make_plan(job, model, download=True)
+    return RankWeights(plan, pp[1] * job.tp_size + tp[1])

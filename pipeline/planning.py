@@ -62,7 +62,8 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     problems += quantized or matches.problems
 
     size = block_bytes(source.nbytes)
-    chunk = min(size, MAX_PIECE_BYTES) if "://" in (job.scratch or "") and job.cuts else size
+    carried = source.in_memory and job.elsewhere
+    chunk = min(size, MAX_PIECE_BYTES) if "://" in (job.scratch or "") and (job.cuts or carried) else size
     identity = [VERSION, family.name, job.source_identity(), [file.fingerprint() for file in source.files]]
     cuts = Cuts(job, source, identity, size, read_scratch, matches)
     tensors = cuts.cut("read", read(source.tensors, chunk, math.lcm(ROW_MULTIPLE, model.head_size)))
@@ -100,8 +101,6 @@ def _open(job: Job, model: Any, download: bool, problems: list[Problem]) -> Sour
         return find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
     except BadInput as error:
         raise BadInput([*error.problems, *problems]) from None
-    except PermissionError as error:
-        raise BadInput([Problem(str(error.filename), "no permission to read it", "a readable checkpoint"), *problems]) from None
 
 
 def _family(source: Source, problems: list[Problem]) -> Family:

@@ -86,11 +86,12 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     table.add_column(overflow="fold")
     table.add_row("path", facts["path"])
     table.add_row(
-        "source", f"{facts['kind']}, {len(facts['files'])} files, {facts['tensors']} tensors, {human_bytes(facts['bytes'])}"
+        "source",
+        f"{facts['kind']}, {_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}",
     )
     table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
     shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
-    table.add_row("weights", f"{facts['parameters']:,} elements; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")
+    table.add_row("weights", f"{facts['parameters']:,} parameters; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")
     table.add_row("quantization", facts["quantization"] or "none")
     if "model" in facts:
         table.add_row("model", ", ".join(f"{name} {value}" for name, value in facts["model"].items()))
@@ -105,6 +106,10 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     if len(facts["problems"]) > BadInput.shown:
         table.add_row("", f"... and {len(facts['problems']) - BadInput.shown} more")
     return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:

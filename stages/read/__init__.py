@@ -37,8 +37,17 @@ def find_source(
 ) -> Source:
     """Open what a job names: a path, a model on the Hub, or a Meta directory; and what stands in for its tensors.
 
-    Raises BadInput where it is not there, or is none of what headrace reads.
+    Raises BadInput where it is not there, cannot be read, or is none of what headrace reads.
     """
+    try:
+        return _find_source(model_dir, meta_ckpt_dir, quant_ckpt_path, revision, download)
+    except PermissionError as error:
+        raise BadInput([Problem(str(error.filename), "no permission to read it", "a readable checkpoint")]) from None
+
+
+def _find_source(
+    model_dir: Path | str | None, meta_ckpt_dir: Path | None, quant_ckpt_path: Path | None, revision: str | None, download: bool
+) -> Source:
     if meta_ckpt_dir:
         from stages.read import meta
 
