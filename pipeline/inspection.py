@@ -103,13 +103,10 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def _quantization(source: Source) -> str | None:
-    """The method that the configuration names, or the format that the tensors show; None for a model that is not quantized."""
+    """The format that most packed modules show, or the method that the configuration names; None for a model that has neither."""
     found = Counter(packing.NAME for parameters in by_module(source.tensors).values() if (packing := format_of(parameters)))
     method = clean_settings(source.config).get("quant_method")
-    if found:
-        packed = ", ".join(f"{name} ({count} modules)" for name, count in found.most_common())
-        return f"{packed}; quant_method {method}" if method else packed
-    return f"quant_method {method}, which nothing unpacks" if method else None
+    return found.most_common(1)[0][0] if found else str(method) if method else None
 
 
 def _sizes(model: ModelConfig) -> dict[str, Any]:

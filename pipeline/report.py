@@ -85,10 +85,8 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("path", facts["path"])
-    table.add_row(
-        "source",
-        f"{facts['kind']}, {_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}",
-    )
+    held = f"{_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
+    table.add_row("source", f"{facts['kind']}, {held}")
     table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
     shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
     table.add_row("weights", f"{facts['parameters']:,} parameters; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")

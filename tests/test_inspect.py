@@ -213,7 +213,7 @@ def test_the_table_says_what_the_json_says(tmp_path: Path) -> None:
     assert shown["path"][0].replace(" ", "") == str(tmp_path / "model").replace(" ", "")
     assert shown["source"] == ["Hugging Face safetensors, 2 files, 60 tensors, 818.4 KiB"]
     assert shown["family"] == ["mixtral (MixtralForCausalLM)"]
-    assert shown["weights"] == [f"{said['parameters']:,} elements; F16 818.4 KiB; --dtype auto: from float16"]
+    assert shown["weights"] == [f"{said['parameters']:,} parameters; F16 818.4 KiB; --dtype auto: from float16"]
     assert shown["quantization"] == ["none"]
     assert shown["model"] == [", ".join(f"{name} {value}" for name, value in said["model"].items())]
     assert shown["embeddings"] == ["not tied"]
@@ -289,7 +289,8 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert (said["family"], said["architecture"]) == (None, "GPT2LMHeadModel")
     assert {name: said[name] for name in facts(source)} == facts(source)
     assert "model" not in said
-    assert problems_of(tmp_path / "model") == ["architecture GPT2LMHeadModel is of no known family"]
+    (problem,) = problems_of(tmp_path / "model")
+    assert "architecture: found GPT2LMHeadModel; expected one of ExaoneForCausalLM, " in problem
     assert table(tmp_path / "model")["family"] == ["unknown (GPT2LMHeadModel)"]
 
 

@@ -402,9 +402,9 @@ def test_the_fingerprint_is_of_values_names_types_shapes_and_configuration(tmp_p
 def test_no_output_directory_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = open_model(stand_in({"a.weight": torch.zeros(2)}))
-    for directory in (tmp_path, Path(), Path("/"), tmp_path / "model in memory", source.location):
+    for directory in (tmp_path, Path(), Path("/"), tmp_path / "model-in-memory", source.location):
         assert check_source(directory, [file.path for file in source.files]) == []
-    assert source.files[0].fingerprint()["path"] == "model in memory"
+    assert source.files[0].fingerprint()["path"] == "model-in-memory"
     assert source.companions == ()
 
 
