@@ -154,3 +154,19 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     inner = settings.get("quantization")
     return {**settings, **inner} if isinstance(inner, Mapping) else dict(settings)
+
+
+def unused(packing: Packing, tensors: Mapping[str, LazyTensor], chosen: Sequence[Quantization]) -> dict[str, str]:
+    """What of a packed source no target has a place for, and why: scales that are not asked for, and orders that say nothing."""
+    cache = any(quantization.fp8_kv_cache for quantization in chosen)
+    static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
+    reasons = {
+        "g_idx": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
+        "k_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
+        "v_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
+        "input_scale": "" if static else "the activations are not FP8 with one scale",
+        "input_scale_ub": "the bound of activations is written from the settings",
+        "weight_shape": "the shape is that of the model's configuration",
+    }
+    names = ((f"{module}.{parameter}", reason) for module in packing.formats for parameter, reason in reasons.items() if reason)
+    return {name: reason for name, reason in names if name in tensors}

@@ -9,24 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.algorithm import Packing, choose, clean_settings
+from pipeline.algorithm import Packing, choose, clean_settings, unused
 from pipeline.checks import check_fused, check_quantization, check_tensors, check_ties
 from pipeline.cuts import Cuts
 from pipeline.dtypes import BY_TARGET, auto_dtype, of_numpy
 from pipeline.errors import BadInput, Problem
 from pipeline.job import Job, TargetOptions
-from pipeline.memory import DENSE_COPIES, MAX_PIECE_BYTES, PACKED_COPIES, Need, block_bytes, budget
+from pipeline.lower import read_block
+from pipeline.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.model_config import ModelConfig, model_config
 from pipeline.output import Output, check_output, check_source
 from pipeline.placement import Placement, RankTensor
-from pipeline.plans import VERSION, Phase, Plan, Store, Target, group_blocks
+from pipeline.plans import VERSION, Phase, Plan, Target, group_blocks
 from pipeline.quantization import Quantization
+from pipeline.stores import make_stores, need
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.target_config import target_config
 from pipeline.tensors import Source, TensorMap
 from stages import rope
 from stages.cast import cast
-from stages.quantize import Entry, alignment, quantize, sizes_agree
+from stages.quantization import numbers
+from stages.quantize import CODES, Entry, alignment, quantize, sizes_agree
 from stages.rank_file import rank_file
 from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
@@ -83,15 +86,17 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     uneven = [problem for piece in pieces for problem in sizes_agree(piece.entries)]
     if uneven:
         raise BadInput(uneven)
-    stores = _stores(tensors, pieces, source, matches, cuts)
+    stores = make_stores(tensors, pieces, source, matches, bool(cuts.phases))
     stores = cuts.cut_ranks(stores, [piece.ranks for piece in pieces], {name: row.numpy for name, row in BY_TARGET.items()})
-    targets = tuple(_target(piece, identity, source, family, matches, job) for piece in pieces)
+    left_out = {**matches.left_out, **unused(packing, source.tensors, [quantization for quantization, _ in chosen])}
+    notes = _notes(tensors, [quantization for quantization, _ in chosen], job)
+    targets = tuple(_target(piece, identity, source, family, left_out, notes, job) for piece in pieces)
     write = Phase("write", stores, tuple(target.output for target in targets), group_blocks(stores, size))
     phases = (*cuts.phases, write)
-    needs = [_need(store, chunk < size) for phase in phases for store in phase.stores]
+    needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
     limits = budget(job.memory_limit, job.threads, needs, max(len(phase.groups) for phase in phases))
     reasons = cuts.reasons()
-    return Plan(job, source, family, model, targets, phases, tuple(cuts.groups), reasons, size, limits, matches.left_out)
+    return Plan(job, source, family, model, targets, phases, tuple(cuts.groups), reasons, size, limits, left_out, notes)
 
 
 def _open(job: Job, model: Any, download: bool, problems: list[Problem]) -> Source:
@@ -150,7 +155,7 @@ def _packing(source: Source) -> tuple[Packing, list[Problem]]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """What the stages after the reading make of a source for one target."""
 
     options: TargetOptions
@@ -171,7 +176,7 @@ def _compose(
     source: Source,
     matches: Matches,
     size: int,
-) -> _Piece:
+) -> Piece:
     dtype = auto_dtype(source.dtype) if options.dtype == "auto" else options.dtype
     entries = quantize(cast(tensors, sharding.layout, dtype), sharding, quantization, dtype, matches.origin)
     arrays = {name: entry.array for name, entry in entries.items()}
@@ -188,53 +193,33 @@ def _compose(
         arrays |= read(buffers, size, 1)
         placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
         ranks += rope.rank_tensors(buffers, sharding.parallelism)
-    return _Piece(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
+    return Piece(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
 
 
-def _stores(tensors: TensorMap, pieces: Sequence[_Piece], source: Source, matches: Matches, cuts: Cuts) -> tuple[Store, ...]:
-    """One store for each array, in the order of the source's bytes; names that share an array (ties) share the store."""
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys(name for piece in pieces for name in piece.arrays):
-        key = tuple(piece.arrays[name].name if name in piece.arrays else "" for piece in pieces)
-        names.setdefault(key, []).append(name)
-    stores = []
-    for shared in names.values():
-        name = shared[0]
-        tensor = source.tensors.get(matches.origin(name))
-        order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
-        period = _row_multiple(name, matches, pieces[0].sharding)
-        # Targets of different algorithms make different arrays of one tensor; those of one shape share the work.
-        for some in {piece.arrays[name].chunks: piece.arrays[name] for piece in pieces if name in piece.arrays}.values():
-            alike = [name in piece.arrays and piece.arrays[name].chunks == some.chunks for piece in pieces]
-            arrays = tuple(piece.arrays[name] if fits else some for piece, fits in zip(pieces, alike, strict=True))
-            placements = tuple(
-                tuple(p for each in shared for p in piece.placements.get(each, ())) if fits else ()
-                for piece, fits in zip(pieces, alike, strict=True)
-            )
-            before = tensors.get(name, some)
-            nbytes = 0 if tensor is None else int(before.nbytes) if cuts.phases else matches.source_bytes(name, source.tensors)
-            working = [piece.entries[name].parameter.working_bytes for piece in pieces if name in piece.entries]
-            itemsize = max(0, *working, *(array.dtype.itemsize for array in (before, *arrays)))
-            stores.append((order, Store(name, arrays, placements, itemsize, period, nbytes)))
-    return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
+def _notes(tensors: TensorMap, chosen: Sequence[Quantization], job: Job) -> tuple[str, ...]:
+    """What to know of the numbers before they are written: the error that quantizing again adds, by one tensor's first rows."""
+    sizes = {each.group_size for each in chosen if each.algorithm == "W4A16_GPTQ" and each.from_numbers}
+    module = next((name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in CODES), None)
+    if not job.requantize or not sizes or module is None:
+        return ()
+    parameters = {name.rpartition(".")[2]: array for name, array in tensors.items() if name.rpartition(".")[0] == module}
+    weight = numbers.dequantize(parameters)
+    again = numbers.dequantize(numbers.requantize(weight, min(sizes)))
+    rows = ((0, min(64, weight.shape[0])), (0, weight.shape[1]))
+    before, after = (read_block(array, (0, 0)).read(rows) for array in (weight, again))
+    error = numbers.signal_to_noise(after, before)
+    return (f"quantized again: {error:.1f} dB of signal to noise against the source's own weights, in the first rows of {module}",)
 
 
-def _row_multiple(name: str, matches: Matches, sharding: Sharding) -> int:
-    found = matches.find(name)
-    return sharding.model.dimension(found.row.period) if found and found.row.period else 1
-
-
-def _need(store: Store, whole_chunks: bool) -> Need:
-    array = store.arrays[0]
-    if whole_chunks:
-        # On object storage a chunk is put and fetched whole.
-        return Need(store.name, math.prod(array.chunksize) * store.itemsize, PACKED_COPIES)
-    packed = store.itemsize * array.size > 2 * store.source_bytes
-    row = int(array.shape[-1]) if math.prod(array.shape[:-1]) > 1 else 1
-    return Need(store.name, row * store.itemsize * store.row_multiple, PACKED_COPIES if packed else DENSE_COPIES)
-
-
-def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Family, matches: Matches, job: Job) -> Target:
+def _target(
+    piece: Piece,
+    identity: Sequence[Any],
+    source: Source,
+    family: Family,
+    left_out: Mapping[str, str],
+    notes: Sequence[str],
+    job: Job,
+) -> Target:
     options, sharding = piece.options, piece.sharding
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in piece.ranks:
@@ -264,7 +249,8 @@ def _target(piece: _Piece, identity: Sequence[Any], source: Source, family: Fami
             "files": [file.fingerprint() for file in source.files],
         },
         "options": {**job.source_identity(), **options.identity()},
-        "left_out": dict(matches.left_out),
+        "left_out": dict(left_out),
+        "notes": list(notes),
     }
     decides = [identity, options.identity(), [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

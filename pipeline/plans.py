@@ -146,6 +146,7 @@ class Plan:
     block_bytes: int
     budget: Budget
     left_out: Mapping[str, str] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> int:
@@ -192,6 +193,7 @@ class Plan:
                 "bytes": source.nbytes,
                 "left_out": dict(self.left_out),
             },
+            "notes": list(self.notes),
             "targets": [_target_summary(target, self.job.overwrite) for target in self.targets],
             "phases": [{"name": phase.name, "tensors": len(phase.stores), "tasks": len(phase.groups)} for phase in self.phases],
             "scratch": [

@@ -51,6 +51,7 @@ def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     if done_tasks:
         result.append(f"resuming: {done_tasks} of {plan.tasks} tasks were done before")
     result += [f"scratch of {cut.stage} reused" for cut in plan.scratch if cut.complete]
+    result += plan.notes
     if plan.left_out:
         result.append(f"leaving out {len(plan.left_out)} tensors ({', '.join(sorted(set(plan.left_out.values())))})")
     return result

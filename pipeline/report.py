@@ -43,6 +43,8 @@ def plan_table(plan: Plan) -> RenderableType:
         facts.add_row("", f"{cut['path']}, {human_bytes(cut['bytes'])}{', reused' if cut['reused'] else ''}")
     for reason, names in _by_reason(source["left_out"]).items():
         facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    for note in summary["notes"]:
+        facts.add_row("note", note)
     for obstacle in summary["obstacles"]:
         facts.add_row("[red]obstacle[/red]", f"{obstacle}")
     return Group(facts, "", *(_target_table(target) for target in summary["targets"]))

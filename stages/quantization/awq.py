@@ -16,6 +16,7 @@ from pipeline.errors import Problem
 from pipeline.metering import meter
 from pipeline.placement import Region, whole
 from pipeline.tensors import Block, LazyTensor
+from stages.quantization.gptq import no_groups, no_words
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -28,20 +29,24 @@ _LOW = np.uint32(0x0F0F0F0F)
 
 def accepts(parameters: Mapping[str, Any]) -> bool:
     """Whether a module's parameters are AWQ's: eight columns of scales for one of words."""
-    return set(_PACKED) <= parameters.keys() and 8 * parameters["qweight"].shape[-1] == parameters["scales"].shape[-1]
+    shapes = [parameters[name].shape for name in _PACKED if name in parameters]
+    return [len(shape) for shape in shapes] == [2, 2, 2] and 8 * shapes[0][1] == shapes[2][1]
 
 
 def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
     """What of a module cannot be unpacked: another width or version of the format."""
-    problems = []
+    problems = no_words(module, tensors, ("qweight", "qzeros"))
     if settings.get("bits", settings.get("w_bit", 4)) != 4:
         problems.append(Problem(f"{module}.qweight", f"bits {settings.get('bits', settings.get('w_bit'))}", "4"))
     if str(settings.get("version", "gemm")).lower() != "gemm":
         problems.append(Problem(f"{module}.qweight", f"version {settings['version']}", "gemm", "Export the model as gemm"))
-    features, groups = tensors["qweight"].shape[-2], tensors["scales"].shape[-2]
-    size = settings.get("group_size", settings.get("q_group_size", -1))
-    if groups == 0 or features % groups or (size > 0 and size * groups != features):
-        problems.append(Problem(f"{module}.scales", f"{groups} groups of {features} in-features", f"groups of {size}"))
+    (features, words), groups = tensors["qweight"].shape, tensors["scales"].shape[0]
+    if features % 2:
+        problems.append(Problem(f"{module}.qweight", f"{features} in-features", "an even number of them"))
+    problems += no_groups(module, features, groups, settings.get("group_size", settings.get("q_group_size")))
+    if tensors["qzeros"].shape != (groups, words):
+        expected = f"[{groups}, {words}], as the scales have it"
+        problems.append(Problem(f"{module}.qzeros", f"shape {list(tensors['qzeros'].shape)}", expected))
     return problems
 
 

@@ -18,6 +18,7 @@ from pipeline.metering import meter
 from pipeline.placement import Region, whole
 from pipeline.quantization import packing_bits
 from pipeline.tensors import Block, LazyTensor
+from stages.quantization.gptq import no_words
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -35,26 +36,49 @@ def accepts(parameters: Mapping[str, Any]) -> bool:
 
 
 def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-    """What of a module cannot be unpacked: a width other than 4 or 8, groups that do not divide, an order of its own."""
-    if "weight_g_idx" in tensors:
-        index = np.asarray(tensors["weight_g_idx"].block(whole(tensors["weight_g_idx"].shape)))
-        if np.any(np.diff(index) < 0):
-            return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
-    if "weight_packed" not in tensors:
-        return []
-    shape = tensors.get("weight_shape")
-    rows, words = tensors["weight_packed"].shape
-    bits, groups = packing_bits(settings), tensors["weight_scale"].shape[-1]
-    features = int(np.asarray(shape.block(whole(shape.shape)))[1]) if shape else words * 32 // max(bits, 1)
-    if bits not in (4, 8) or words * 32 != features * bits:
-        return [
-            Problem(f"{module}.weight_packed", f"{words} words for {features} in-features, num_bits {bits}", "4 or 8 bits each")
-        ]
-    if features % groups or tensors["weight_scale"].shape[0] != rows:
-        return [
-            Problem(f"{module}.weight_scale", f"shape {list(tensors['weight_scale'].shape)}", f"[{rows}, groups of {features}]")
-        ]
+    """What of a module cannot be unpacked: a width other than 4 or 8, shapes that do not fit one another, an order of its own."""
+    scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
+    assert weight is not None, "accepted"
+    name = "weight_packed" if "weight_packed" in tensors else "weight"
+    if len(weight.shape) != 2:
+        return [Problem(f"{module}.{name}", f"shape {list(weight.shape)}", "a matrix")]
+    if name == "weight":
+        return _check_scale(module, scale, weight.shape[0], weight.shape[1]) + _check_zero(module, tensors.get("weight_zero_point"))
+    if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
+        return wrong
+    (rows, words), bits = weight.shape, packing_bits(settings)
+    said = _values(tensors["weight_shape"]).tolist() if "weight_shape" in tensors else [rows, words * 32 // max(bits, 1)]
+    if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
+        found = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
+        return [Problem(f"{module}.weight_packed", found, "4 or 8 bits each")]
+    if wrong := _check_scale(module, scale, rows, said[1]):
+        return wrong
+    groups = scale.shape[1]
+    zeros = tensors.get("weight_zero_point")
+    if zeros is not None and zeros.shape != (-(-rows * bits // 32), groups):
+        expected = f"[{-(-rows * bits // 32)}, {groups}], packed along the rows"
+        return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
+    # Groups of -1 mean none of its own.
+    index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else np.full(1, -1)
+    if not np.all(index == -1) and not np.array_equal(index, np.arange(said[1]) // (said[1] // groups)):
+        return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
     return []
+
+
+def _check_scale(module: str, scale: LazyTensor, rows: int, features: int) -> list[Problem]:
+    if len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not features % scale.shape[1]:
+        return []
+    return [Problem(f"{module}.weight_scale", f"shape {list(scale.shape)}", f"[{rows}, groups of {features}]")]
+
+
+def _check_zero(module: str, zeros: LazyTensor | None) -> list[Problem]:
+    if zeros is None or not np.any(_values(zeros)):
+        return []
+    return [Problem(f"{module}.weight_zero_point", "zero points of an int8 weight", "none, or zeros")]
+
+
+def _values(tensor: LazyTensor) -> np.ndarray:
+    return np.asarray(tensor.block(whole(tensor.shape)))
 
 
 def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:

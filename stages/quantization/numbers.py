@@ -109,3 +109,10 @@ def _scales(groups: np.ndarray) -> np.ndarray:
     """float32 [n, groups]: the step with which the range from -8 to 7 holds the largest magnitude, of whichever sign."""
     highest, lowest = groups.max(axis=2), groups.min(axis=2)
     return np.asarray(np.maximum(highest / np.float32(7), -lowest / np.float32(8)))
+
+
+def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:
+    """Decibels of a reference's power over that of what values differ from it by; infinite where they do not."""
+    wide = reference.astype(np.float64)
+    noise = float(np.mean((values - wide) ** 2))
+    return float("inf") if noise == 0 else 10 * float(np.log10(float(np.mean(wide**2)) / noise))
