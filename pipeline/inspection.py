@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline.algorithm import clean_settings
+from pipeline.algorithm import Packing, choose, clean_settings
 from pipeline.checks import expected
 from pipeline.dtypes import of_numpy
 from pipeline.errors import BadInput
@@ -16,12 +16,14 @@ from pipeline.job import Job, make_job
 from pipeline.model_config import ModelConfig, model_config
 from pipeline.parallelism import Parallelism
 from pipeline.planning import make_plan
+from pipeline.quantization import Quantization
 from pipeline.tables import Family, families, find_family, layout
 from pipeline.tensors import Source, tensor_bytes
+from stages.quantize import aligned
 from stages.read import find_source, sources
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import by_module, format_of, formats
+from stages.unpack import by_module, check, format_of, formats
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
         "model": _sizes(model),
         "parameters": _parameters(sharding, bool(matches.ties), family),
         "tied_embeddings": bool(matches.ties),
-        **_parallel(sharding),
+        **_parallel(sharding, _quantized(source, job)),
         "problems": problems,
     }
 
@@ -122,9 +124,17 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(tuple(shared)))
 
 
-def _parallel(sharding: Sharding) -> dict[str, Any]:
+def _quantized(source: Source, job: Job) -> Quantization:
+    """What a target would be quantized with if no option said otherwise."""
+    settings = clean_settings(source.config)
+    formats_, ordered, _ = check(source.tensors, settings)
+    return choose(job, Packing(formats_, ordered, settings), source.tensors)[0]
+
+
+def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:
     """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
-    model, sizes = sharding.model, tp_sizes(sharding.model, sharding)
+    model = sharding.model
+    sizes = aligned(sharding, quantization, tp_sizes(model, sharding))
     result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
     if model.num_experts:
         result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}

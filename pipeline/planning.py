@@ -29,7 +29,7 @@ from pipeline.tensors import Source, TensorMap
 from stages import rope
 from stages.cast import cast
 from stages.quantization import numbers
-from stages.quantize import CODES, Entry, alignment, quantize, sizes_agree
+from stages.quantize import CODES, Entry, alignment, quantize, signal_to_noise, sizes_agree
 from stages.rank_file import rank_file
 from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
@@ -207,7 +207,7 @@ def _notes(tensors: TensorMap, chosen: Sequence[Quantization], job: Job) -> tupl
     again = numbers.dequantize(numbers.requantize(weight, min(sizes)))
     rows = ((0, min(64, weight.shape[0])), (0, weight.shape[1]))
     before, after = (read_block(array, (0, 0)).read(rows) for array in (weight, again))
-    error = numbers.signal_to_noise(after, before)
+    error = signal_to_noise(after, before)
     return (f"quantized again: {error:.1f} dB of signal to noise against the source's own weights, in the first rows of {module}",)
 
 

@@ -196,12 +196,17 @@ def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence
     """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow (quantized layouts, section 10)."""
     if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
         return []
-    fitting = [size for size in tp_sizes if not list(_misaligned(sharding, quantization, size))]
+    fitting = aligned(sharding, quantization, tp_sizes)
     choice = ", ".join(map(str, fitting)) or "none: quantize to FP8, or not at all"
     return [
         Problem(f"--tp_size {sharding.parallelism.tp_size}", f"{name} {size:g} a rank", f"a multiple of {of}", f"Works: {choice}")
         for name, size, of in obstacles
     ]
+
+
+def aligned(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[int]:
+    """Those of `tp_sizes` at which every rank's share of every quantized module is whole tiles and groups."""
+    return [size for size in tp_sizes if not quantization.bits or not list(_misaligned(sharding, quantization, size))]
 
 
 def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
@@ -243,3 +248,10 @@ def sizes_agree(entries: Mapping[str, Entry]) -> list[Problem]:
         for held in kinds.values()
         if len(names := list(held.values())) > 1
     ]
+
+
+def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:
+    """Decibels of a reference's power over that of what values differ from it by; infinite where they do not."""
+    wide = reference.astype(np.float64)
+    noise = float(np.mean((values - wide) ** 2))
+    return float("inf") if noise == 0 else 10 * float(np.log10(float(np.mean(wide**2)) / noise))
