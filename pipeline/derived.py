@@ -61,32 +61,35 @@ def derive(
     shape: Sequence[int],
     dtype: np.dtype,
     rows: Sequence[int] | None = None,
+    columns: Sequence[int] | None = None,
     **arguments: Any,
 ) -> da.Array:
     """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
 
-    The inputs are whole, unread blocks. `rows` are the chunks of the first axis (default: one chunk). `label`, with the first
-    input's name, names the array; `make` and the arguments must survive pickling.
+    The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of a second (default: one
+    chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling.
     """
     import dask.array as da
     from dask._task_spec import Dict, List, Task, TaskRef
     from dask.highlevelgraph import HighLevelGraph
 
-    lengths = tuple(rows) if rows is not None else (shape[0],) if shape else ()
+    chunks: tuple[tuple[int, ...], ...] = tuple((n,) for n in shape)
+    if rows is not None:
+        chunks = (tuple(rows), *chunks[1:])
+    if columns is not None:
+        chunks = (chunks[0], tuple(columns), *chunks[2:])
     # Two arrays of one name are one to a scheduler, so that all that decides the values is in it.
-    decides = [tuple(shape), str(dtype), lengths, sorted(arguments.items()), [array.name for array in inputs.values()]]
+    decides = [tuple(shape), str(dtype), chunks, sorted(arguments.items()), [array.name for array in inputs.values()]]
     digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
     name = f"{label}-{make.__name__}-{digest}-{next(iter(inputs.values())).name}"
     whole = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
-    graph, start = {}, 0
-    for number, length in enumerate(lengths or (1,)):
-        key = (name, number, *(0 for _ in shape[1:])) if shape else (name,)
-        region = ((start, start + length), *((0, n) for n in shape[1:])) if shape else ()
-        parts = Dict({key: List(*map(TaskRef, keys)) for key, (_, _, keys, _) in whole.items()})
-        places = {key: (size, kind, regions) for key, (size, kind, _, regions) in whole.items()}
+    places = {key: (size, kind, regions) for key, (size, kind, _, regions) in whole.items()}
+    graph = {}
+    for index in np.ndindex(*map(len, chunks)):
+        key = (name, *index)
+        region = tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
+        parts = Dict({key_: List(*map(TaskRef, keys)) for key_, (_, _, keys, _) in whole.items()})
         graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments)
-        start += length
-    chunks = (lengths, *((n,) for n in shape[1:])) if shape else ()
     layers = HighLevelGraph.from_collections(name, graph, dependencies=list(inputs.values()))
     return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(shape), dtype=dtype))
 

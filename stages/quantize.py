@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,10 +111,13 @@ def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Paramet
 
 def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
     """A module as it is; a quantized one as numbers."""
-    kept = {name: array for name, array in parameters.items() if name in ("weight", "bias")}
+    kept = {
+        name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
+    }
     if any(name in parameters for name in CODES):
-        kept = {"weight": _cast(numbers.dequantize(parameters), target.numpy), **kept}
-    return {name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in kept.items()}
+        weight = _cast(numbers.dequantize(parameters), target.numpy)
+        kept["weight"] = (weight, replace(plain("weight"), working_bytes=12))
+    return kept
 
 
 def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
@@ -123,7 +126,8 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
     if quantization.algorithm in GROUPWISE:
         if quantization.from_numbers:
-            parameters = numbers.requantize(_weight(parameters), quantization.group_size)
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.origin(f"{name}.weight"))
+            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
         return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias

@@ -64,7 +64,10 @@ def quantize_channels(name: str, weight: da.Array, segments: int, clamp: float) 
     codes = derive("quantize", codes_of, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments)
     scales = derive("quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=FLOAT32, **arguments)
     by_row = Parameter(
-        axes=(("out", ONE), ("in", Fraction(segments, features))), header=(("out", ONE),), dtype="float32", working_bytes=8
+        axes=(("out", ONE), ("in", Fraction(segments, features))),
+        header=(("out", ONE),),
+        dtype="float32",
+        working_bytes=8 * features // segments,  # a scale takes all of its segment's weights
     )
     return {"weight": (codes, MATRIX), "per_channel_scale": (scales, by_row)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,9 +28,12 @@ INT8, UINT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.float3
 
 
 def pack_gptq(
-    parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, name: str, rows: int
+    parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, name: str, rows: int, working_bytes: int = 2
 ) -> dict[str, tuple[da.Array, Parameter]]:
-    """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type."""
+    """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
+
+    `working_bytes`: what a byte of codes takes on its way, more than the codes where they are computed.
+    """
     codes, scales, offsets = parameters[f"codes{layout.bits}"], parameters["scales"], parameters["offsets"]
     *front, out, width = codes.shape
     columns, per_feature = layout.columns, Fraction(layout.bits, 8)
@@ -39,13 +42,14 @@ def pack_gptq(
     weight = derive("quantize", arranged, {"codes": codes}, shape=shape, dtype=UINT8, rows=chunks, layout=layout)
     group = Fraction(scales.shape[-2], width) * per_feature
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
-    factors = derive("quantize", cast, {"values": scales}, shape=scales.shape, dtype=dtype, wanted=dtype)
-    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, shape=scales.shape, dtype=dtype, wanted=dtype)
+    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, "columns": scales.chunks[-1] if not front else None}
+    factors = derive("quantize", cast, {"values": scales}, **like, wanted=dtype)
+    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, wanted=dtype)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
         header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
         dtype=name,
-        working_bytes=2,
+        working_bytes=working_bytes,
     )
     return {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped), "zero": (zeros, grouped)}
 
@@ -77,9 +81,10 @@ def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
 
 
 def zero_of(region: Region, offsets: Block, scales: Block, wanted: np.dtype) -> np.ndarray:
-    """[groups, n]: offset * scale, both in the model's type, rounded once."""
-    factors = np.asarray(scales.read(region)).astype(wanted)
-    return np.asarray(np.asarray(offsets.read(region)).astype(wanted) * factors)
+    """[groups, n]: offset * scale, both in the model's type, rounded once; too large for float16 becomes infinity, as in torch."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        factors = np.asarray(scales.read(region)).astype(wanted)
+        return np.asarray(np.asarray(offsets.read(region)).astype(wanted) * factors)
 
 
 def cast(region: Region, values: Block, wanted: np.dtype) -> np.ndarray:

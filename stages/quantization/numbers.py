@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.derived import derive
+from pipeline.errors import BadInput
 from pipeline.metering import meter
 from pipeline.placement import Region, whole
 from pipeline.tensors import Block
 from stages.quantization.gptq import unpacked
+from stages.quantization.weight_only import not_finite
 
 if TYPE_CHECKING:
     import dask.array as da
 
 FLOAT32, INT16, UINT8 = np.dtype(np.float32), np.dtype(np.int16), np.dtype(np.uint8)
-BITS = 4  # of what is quantized again
+_SCALED_BYTES = 16 << 20  # of float32 weights whose scales are computed at once
 
 
 def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
@@ -36,16 +38,19 @@ def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
     return derive("dequantize", from_codes, inputs, shape=shape, dtype=FLOAT32, rows=codes.chunks[0], bits=bits)
 
 
-def requantize(weight: da.Array, group_size: int) -> dict[str, da.Array]:
+def requantize(weight: da.Array, group_size: int, name: str = "a dequantized weight") -> dict[str, da.Array]:
     """4-bit `codes`, `scales` and `offsets` of a float32 weight [out, in]: symmetric, rounded to the nearest, by consecutive
-    groups.
+    groups. `name`: its source's, for what is wrong with its values.
     """
     out, features = weight.shape
     shape, rows = (features // group_size, out), weight.chunks[0]
-    codes = derive(
-        "quantize", codes_by_group, {"weight": weight}, shape=(out, features // 2), dtype=UINT8, rows=rows, size=group_size
-    )
-    scales = derive("quantize", scales_by_group, {"weight": weight}, shape=shape, dtype=np.dtype(np.float16), size=group_size)
+    arguments: dict[str, Any] = {"size": group_size, "name": name}
+    codes = derive("quantize", codes_by_group, {"weight": weight}, shape=(out, features // 2), dtype=UINT8, rows=rows, **arguments)
+    # A scale takes all in-features of its group, so that these are cut by out-features, of which a block holds few.
+    count = max(_SCALED_BYTES // (4 * features), 1)
+    columns = [min(count, out - start) for start in range(0, out, count)]
+    kind = np.dtype(np.float16)
+    scales = derive("quantize", scales_by_group, {"weight": weight}, shape=shape, dtype=kind, columns=columns, **arguments)
     offsets = derive("quantize", zeros, {"weight": weight}, shape=shape, dtype=INT16)
     return {"codes4": codes, "scales": scales, "offsets": offsets}
 
@@ -81,23 +86,23 @@ def from_codes(
         return values[:, slice(*region[1])]
 
 
-def codes_by_group(region: Region, weight: Block, size: int) -> np.ndarray:
+def codes_by_group(region: Region, weight: Block, size: int, name: str) -> np.ndarray:
     """uint8 [n, K / 2] of the region: each value divided by its group's scale as stored, rounded to the nearest."""
     values = np.asarray(weight.read((region[0], (0, weight.shape[1]))))
     with meter("quantize", values.nbytes):
         groups = values.reshape(len(values), -1, size)
-        scales = _scales(groups).astype(np.float16).astype(np.float32)
+        scales = _scales(groups, name).astype(np.float32)
         scales[scales == 0] = 1
         signed = np.clip(np.rint(groups / scales[:, :, None]), -8, 7).astype(np.int8).reshape(len(values), -1)
         unsigned = (signed + np.int8(8)).view(np.uint8)
         return (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))[:, slice(*region[1])]
 
 
-def scales_by_group(region: Region, weight: Block, size: int) -> np.ndarray:
+def scales_by_group(region: Region, weight: Block, size: int, name: str) -> np.ndarray:
     """float16 [groups, n] of the region."""
     values = np.asarray(weight.read((region[1], (region[0][0] * size, region[0][1] * size))))
     with meter("quantize", values.nbytes):
-        return np.ascontiguousarray(_scales(values.reshape(len(values), -1, size)).T).astype(np.float16)
+        return np.ascontiguousarray(_scales(values.reshape(len(values), -1, size), name).T)
 
 
 def zeros(region: Region, weight: Block) -> np.ndarray:  # noqa: ARG001
@@ -105,10 +110,17 @@ def zeros(region: Region, weight: Block) -> np.ndarray:  # noqa: ARG001
     return np.zeros([stop - start for start, stop in region], dtype=np.int16)
 
 
-def _scales(groups: np.ndarray) -> np.ndarray:
-    """float32 [n, groups]: the step with which the range from -8 to 7 holds the largest magnitude, of whichever sign."""
+def _scales(groups: np.ndarray, name: str) -> np.ndarray:
+    """float16 [n, groups]: the step with which the range from -8 to 7 holds the largest magnitude, of whichever sign.
+
+    Raises BadInput naming the tensor where a value is not finite, or too large for a step that is.
+    """
     highest, lowest = groups.max(axis=2), groups.min(axis=2)
-    return np.asarray(np.maximum(highest / np.float32(7), -lowest / np.float32(8)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = np.maximum(highest / np.float32(7), -lowest / np.float32(8)).astype(np.float16)
+    if not np.all(np.isfinite(scales)):
+        raise BadInput([not_finite(name, int(np.argwhere(~np.isfinite(scales))[0][0]))])
+    return np.asarray(scales)
 
 
 def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:

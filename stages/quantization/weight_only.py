@@ -59,7 +59,10 @@ def pack(
         "per_channel_scale": (
             scales,
             Parameter(
-                axes=(("out", Fraction(1)), ("in", Fraction(segments, features))), header=(("out", Fraction(1)),), dtype=dtype
+                axes=(("out", Fraction(1)), ("in", Fraction(segments, features))),
+                header=(("out", Fraction(1)),),
+                dtype=dtype,
+                working_bytes=4 * features // segments,  # a scale takes all of its segment's weights
             ),
         ),
     }
