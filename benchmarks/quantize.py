@@ -119,6 +119,28 @@ def conversions(work: Path, count: int, layers: int) -> None:
         shutil.rmtree(source)
 
 
+def scratch(work: Path, layers: int) -> None:
+    """What a cut after `unpack` costs or saves where several targets take the same unpacked weights."""
+    source, job = work / "gptq", work / "job.toml"
+    make_packed(source, "8B", 2 * layers, "gptq")
+    for count in (1, 2, 4):
+        sizes = [1, 2, 4, 8][:count]
+        tables = "".join(f'[[target]]\noutput_dir = "{work}/out{size}"\ntp_size = {size}\n' for size in sizes)
+        job.write_text(f'model_dir = "{source}"\nscheduler = "threads"\nscratch = "{work}/scratch"\n{tables}')
+        seconds = {}
+        for after in ("none", "unpack"):
+            command = [sys.executable, "-m", "pipeline.cli", "convert", str(job), "--quiet", "--scratch_after", after]
+            times = []
+            for _ in range(3):
+                times.append(run(command).seconds)
+                for size in sizes:
+                    shutil.rmtree(work / f"out{size}")
+            seconds[after] = sorted(times)[1]
+        ratio = seconds["unpack"] / seconds["none"]
+        print(f"GPTQ, {count} targets: {seconds['none']:.1f} s without a cut, {ratio:.2f} x that with one after unpack", flush=True)
+    shutil.rmtree(source)
+
+
 def report(name: str, command: list[str], source: Path, output: Path, total: int, count: int) -> None:
     for scheduler in ("threads", "local"):
         run([*command, "--scheduler", scheduler], remove=output)
@@ -135,15 +157,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--layers", type=int, default=5, help="of the 8B-shaped bf16 model; twice as many of the packed ones")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
-    parser.add_argument("--only", choices=["kernels", "conversions"], help="one part")
+    parser.add_argument("--only", choices=["kernels", "conversions", "scratch"], help="one part")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     print(machine())
     if arguments.only in (None, "kernels"):
         kernels()
-    if arguments.only in (None, "conversions"):
+    if arguments.only != "kernels":
         work.mkdir(parents=True, exist_ok=True)
-        conversions(work, arguments.pairs, arguments.layers)
+        if arguments.only != "scratch":
+            conversions(work, arguments.pairs, arguments.layers)
+        if arguments.only != "conversions":
+            scratch(work, arguments.layers)
         shutil.rmtree(work)
 
 

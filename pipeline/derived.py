@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.placement import Region, extent, intersect, shift, slices
+from pipeline.placement import Region, extent, intersect, shift, slices, whole
 from pipeline.tensors import Block
 
 if TYPE_CHECKING:
@@ -22,15 +22,38 @@ Make = Callable[..., np.ndarray]
 
 
 class Derived(Block):
-    """A region of a derived array: `make(region, **inputs, **arguments)`, in the coordinates of the whole, gives its values."""
+    """A region of a derived array: `make(region, **inputs, **arguments)`, in the coordinates of the whole, gives its values.
+
+    `ahead`: rows that are made at once and kept for the next readings, where few rows cost as much as many: a source packed along
+    its columns gives up a page of memory for each of them.
+    """
 
     def __init__(
-        self, region: Region, dtype: np.dtype, make: Make, inputs: Mapping[str, Block], arguments: Mapping[str, Any]
+        self,
+        region: Region,
+        dtype: np.dtype,
+        make: Make,
+        inputs: Mapping[str, Block],
+        arguments: Mapping[str, Any],
+        ahead: int = 0,
     ) -> None:
         self.region, self.shape, self.dtype = region, extent(region), np.dtype(dtype)
         self.make, self.inputs, self.arguments = make, inputs, arguments
+        self.ahead, self._first, self._kept = ahead, 0, np.empty(0)
 
     def read(self, region: Region) -> np.ndarray:
+        first, last = region[0] if region else (0, 0)
+        if last - first >= self.ahead:
+            return self._make(region)
+        if not self._first <= first <= last <= self._first + len(self._kept):
+            self._first = first
+            self._kept = self._make(((first, min(first + self.ahead, self.shape[0])), *whole(self.shape[1:])))
+        part = self._kept[(slice(first - self._first, last - self._first), *slices(region[1:]))]
+        if last == self.shape[0]:  # read to the end, which comes last
+            self._kept = np.empty(0)
+        return part
+
+    def _make(self, region: Region) -> np.ndarray:
         return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)
 
 
@@ -62,12 +85,14 @@ def derive(
     dtype: np.dtype,
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
+    ahead: int = 0,
     **arguments: Any,
 ) -> da.Array:
     """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
 
     The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of a second (default: one
-    chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling.
+    chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
+    Derived.
     """
     import dask.array as da
     from dask._task_spec import Dict, List, Task, TaskRef
@@ -82,14 +107,14 @@ def derive(
     decides = [tuple(shape), str(dtype), chunks, sorted(arguments.items()), [array.name for array in inputs.values()]]
     digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
     name = f"{label}-{make.__name__}-{digest}-{next(iter(inputs.values())).name}"
-    whole = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
-    places = {key: (size, kind, regions) for key, (size, kind, _, regions) in whole.items()}
+    sources = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
+    places = {key: (size, kind, regions) for key, (size, kind, _, regions) in sources.items()}
     graph = {}
     for index in np.ndindex(*map(len, chunks)):
         key = (name, *index)
         region = tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
-        parts = Dict({key_: List(*map(TaskRef, keys)) for key_, (_, _, keys, _) in whole.items()})
-        graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments)
+        parts = Dict({key_: List(*map(TaskRef, keys)) for key_, (_, _, keys, _) in sources.items()})
+        graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments, ahead)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=list(inputs.values()))
     return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(shape), dtype=dtype))
 
@@ -129,10 +154,11 @@ def _open(
     parts: Mapping[str, Sequence[Block]],
     places: Mapping[str, tuple[tuple[int, ...], np.dtype, Sequence[Region]]],
     arguments: Mapping[str, Any],
+    ahead: int,
 ) -> Block:
     """What a derived block's task runs: nothing is read yet."""
     inputs = {
         key: blocks[0] if len(blocks) == 1 else Mosaic(places[key][0], places[key][1], places[key][2], blocks)
         for key, blocks in parts.items()
     }
-    return Derived(region, dtype, make, inputs, arguments)
+    return Derived(region, dtype, make, inputs, arguments, ahead)

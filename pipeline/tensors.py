@@ -51,6 +51,9 @@ AXES: Mapping[str, tuple[str, ...]] = {
 PACKED_OUT = {"qweight": 1, "qzeros": 1, "scales": 1}
 
 
+AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns
+
+
 @dataclass(frozen=True)
 class Parameter:
     """How a parameter of a target lies along its module's axes.

@@ -15,7 +15,7 @@ from pipeline.derived import derive
 from pipeline.errors import Problem
 from pipeline.metering import meter
 from pipeline.placement import Region, whole
-from pipeline.tensors import Block, LazyTensor
+from pipeline.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.gptq import no_groups, no_words
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> d
     """`codes4`, `scales` and `offsets`; the rest stays."""
     words, zeros, scales = (parameters[name] for name in _PACKED)
     shape = (scales.shape[1], words.shape[0] // 2)
-    codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=np.dtype(np.uint8))
+    ahead = AHEAD_BYTES // shape[1]
+    codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=np.dtype(np.uint8), ahead=ahead)
     offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=np.dtype(np.int16))
     rest = {name: array for name, array in parameters.items() if name not in _PACKED}
     return {"codes4": codes, "scales": scales, "offsets": offsets, **rest}

@@ -16,7 +16,7 @@ from pipeline.derived import derive
 from pipeline.errors import Problem
 from pipeline.metering import meter
 from pipeline.placement import Region, whole
-from pipeline.tensors import Block, LazyTensor
+from pipeline.tensors import AHEAD_BYTES, Block, LazyTensor
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -86,7 +86,8 @@ def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> d
     features = words.shape[0] * 32 // bits
     symmetric = bool(settings.get("sym", False))
     second = settings.get("checkpoint_format") == "gptq_v2"
-    codes = derive("unpack", read_codes, {"words": words}, shape=(words.shape[1], features * bits // 8), dtype=UINT8)
+    shape = (words.shape[1], features * bits // 8)
+    codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=UINT8, ahead=AHEAD_BYTES // shape[1])
     arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
     offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
     rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
