@@ -131,6 +131,7 @@ class Job(Shape):
     keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
     sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
     overwrite: bool = Field(False, description="Start afresh where the output directory holds another conversion.")
+    per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")
     load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
     load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
 
