@@ -47,7 +47,9 @@ def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str,
     if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
         return wrong
     (rows, words), bits = weight.shape, packing_bits(settings)
-    said = _values(tensors["weight_shape"]).tolist() if "weight_shape" in tensors else [rows, words * 32 // max(bits, 1)]
+    said = (
+        _values(tensors["weight_shape"]).reshape(-1).tolist() if "weight_shape" in tensors else [rows, words * 32 // max(bits, 1)]
+    )
     if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
         found = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
         return [Problem(f"{module}.weight_packed", found, "4 or 8 bits each")]
@@ -58,6 +60,8 @@ def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str,
     if zeros is not None and zeros.shape != (-(-rows * bits // 32), groups):
         expected = f"[{-(-rows * bits // 32)}, {groups}], packed along the rows"
         return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
+    if zeros is None and _asymmetric(settings):
+        return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
     # Groups of -1 mean none of its own.
     index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else np.full(1, -1)
     if not np.all(index == -1) and not np.array_equal(index, np.arange(said[1]) // (said[1] // groups)):
@@ -75,6 +79,15 @@ def _check_zero(module: str, zeros: LazyTensor | None) -> list[Problem]:
     if zeros is None or not np.any(_values(zeros)):
         return []
     return [Problem(f"{module}.weight_zero_point", "zero points of an int8 weight", "none, or zeros")]
+
+
+def _asymmetric(settings: Mapping[str, Any]) -> bool:
+    """Whether all that the settings say of weights is that they have zero points."""
+    groups = settings.get("config_groups")
+    schemes = (
+        [scheme.get("weights") for scheme in groups.values() if isinstance(scheme, Mapping)] if isinstance(groups, Mapping) else []
+    )
+    return bool(schemes) and all(isinstance(weights, Mapping) and weights.get("symmetric") is False for weights in schemes)
 
 
 def _values(tensor: LazyTensor) -> np.ndarray:

@@ -7,6 +7,7 @@ too. Facts: quantized layouts, sections 7 and 9b.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from pipeline.derived import derive
 from pipeline.errors import Problem
 from pipeline.placement import Region, whole
+from pipeline.quantization import CLAMP
 from pipeline.tensors import Block, LazyTensor
 
 if TYPE_CHECKING:
@@ -33,16 +35,23 @@ def accepts(parameters: Mapping[str, Any]) -> bool:
 
 def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
     """What of a module cannot be unpacked: scales by block, a bound of activations that the settings do not say."""
-    rows, scale = tensors["weight"].shape[-2], tensors["weight_scale"]
-    problems = []
+    shape, scale = tensors["weight"].shape, tensors["weight_scale"]
+    if len(shape) != 2:
+        return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix")]
+    rows, problems = shape[0], []
     if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
         found = f"shape {list(scale.shape)}"
         problems.append(Problem(f"{module}.weight_scale", found, f"one scale, or one for each of {rows} out-features"))
-    if "input_scale_ub" in tensors:
+    for name in ("input_scale", "k_scale", "v_scale", "input_scale_ub"):
+        if name in tensors and math.prod(tensors[name].shape) != 1:
+            problems.append(Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", "one scale"))
+    if "input_scale_ub" in tensors and not problems:
         bound = float(np.asarray(tensors["input_scale_ub"].block(whole(tensors["input_scale_ub"].shape))).reshape(-1)[0])
-        said = settings.get("activation_scale_ub", bound)
+        said = settings.get("activation_scale_ub")
+        said = float(said) if isinstance(said, int | float) else CLAMP
         if bound != said:
-            problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", f"{said:g}, as activation_scale_ub in the settings"))
+            expected = f"{said:g}, activation_scale_ub of the settings or its default"
+            problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", expected))
     return problems
 
 

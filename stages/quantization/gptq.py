@@ -48,6 +48,9 @@ def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str,
     if zeros.shape[0] != groups:
         expected = f"[{groups}, {zeros.shape[1]}], as the scales have it"
         return [Problem(f"{module}.qzeros", f"shape {list(zeros.shape)}", expected)]
+    if settings.get("desc_act") is True and "g_idx" not in tensors and groups > 1:
+        expected = "the group of each in-feature, as the settings say desc_act: true"
+        return [Problem(f"{module}.g_idx", "no such tensor", expected)]
     index = _index(tensors)
     outside = index[(index < 0) | (index >= groups)]
     if outside.size:
@@ -67,7 +70,7 @@ def no_words(module: str, tensors: Mapping[str, LazyTensor], names: Sequence[str
 def no_groups(module: str, features: int, groups: int, size: Any) -> list[Problem]:
     """What is wrong with a number of groups: they are of one size, the one that the settings say, where they say one."""
     said = size if isinstance(size, int) and size > 0 else 0
-    if groups and not features % groups and said * groups in (0, features):
+    if groups and features and not features % groups and said * groups in (0, features):
         return []
     expected = f"groups of {said}" if said else "groups of one size"
     return [Problem(f"{module}.scales", f"{groups} groups of {features} in-features", expected)]

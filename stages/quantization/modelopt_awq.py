@@ -32,8 +32,11 @@ def accepts(parameters: Mapping[str, Any]) -> bool:
 
 def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
     """What of a module cannot be unpacked: shapes that do not fit one another, or the settings."""
-    (half, features), scales = tensors["weight"].shape, tensors["weight_scale"].shape
-    size = settings.get("group_size", features // scales[-1] if scales and scales[-1] else 0)
+    shape, scales = tensors["weight"].shape, tensors["weight_scale"].shape
+    if len(shape) != 2 or shape[1] % 2:
+        return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]
+    half, features = shape
+    size = settings.get("group_size") or (features // scales[-1] if scales and scales[-1] else 0)
     if len(scales) != 2 or scales[0] != 2 * half or not size or scales[1] * size != features:
         return [Problem(f"{module}.weight_scale", f"shape {list(scales)}", f"[{2 * half}, {features} / {size or 'group size'}]")]
     return []

@@ -121,10 +121,3 @@ def _scales(groups: np.ndarray, name: str) -> np.ndarray:
     if not np.all(np.isfinite(scales)):
         raise BadInput([not_finite(name, int(np.argwhere(~np.isfinite(scales))[0][0]))])
     return np.asarray(scales)
-
-
-def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:
-    """Decibels of a reference's power over that of what values differ from it by; infinite where they do not."""
-    wide = reference.astype(np.float64)
-    noise = float(np.mean((values - wide) ** 2))
-    return float("inf") if noise == 0 else 10 * float(np.log10(float(np.mean(wide**2)) / noise))

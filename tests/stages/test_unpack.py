@@ -1,18 +1,24 @@
-"""unpack: any part of a packed tensor is that part of what the `gguf` package makes of the whole; dense modules are left alone."""
+"""unpack: any part of a packed tensor is that part of what the `gguf` package makes of the whole; dense modules are left alone.
+
+The formats of their own files have tests of their own, in the folder beside this.
+"""
 
 from __future__ import annotations
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.placement import slices
+from pipeline.tensors import AXES
 from stages.quantization.gguf import dequantize
 from stages.read import read
-from stages.unpack import format_of, unpack
+from stages.unpack import check, format_of, formats, unpack, zero_biases
 from tests.lazy import block, held, values
+from tests.stages.quantization.sources import awq, compressed, gptq, modelopt, random_codes, random_scales
 from tests.strategies import regions
 
 # Random bytes make scales that are no numbers; what becomes of those is compared all the same.
@@ -40,7 +46,7 @@ def unpacked(array: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 1), (6, 3), (2, 4, 2)])
 def test_the_whole_is_that_of_gguf(kind: str, shape: tuple[int, ...]) -> None:
     array = packed(kind, shape)
-    result = unpack(read(held({f"m.gguf_{kind}": array}), 1 << 20, 1))
+    result = unpack(read(held({f"m.gguf_{kind}": array}), 1 << 20, 1), {})
     expected = unpacked(array, kind)
     assert result.keys() == {"m.weight"}
     assert result["m.weight"].shape == expected.shape
@@ -61,24 +67,76 @@ def test_any_part_is_that_part_of_the_whole(data: st.DataObject, kind: str, shap
 @pytest.mark.parametrize("shape", [(40, 2), (3, 20, 2)])
 def test_chunks_of_any_size_give_the_same_values(block_bytes: int, shape: tuple[int, ...]) -> None:
     array = packed("Q4_1", shape)
-    result = unpack(read(held({"m.gguf_Q4_1": array}), block_bytes, 4))["m.weight"]
+    result = unpack(read(held({"m.gguf_Q4_1": array}), block_bytes, 4), {})["m.weight"]
     assert values(result).tobytes() == unpacked(array, "Q4_1").tobytes()
 
 
 def test_dense_modules_are_left_alone() -> None:
     tensors = read(held({"a.weight": np.ones((2, 2)), "a.bias": np.ones(2), "b.weight": np.ones(3)}), 1 << 20, 1)
-    result = unpack(tensors)
+    result = unpack(tensors, {})
     assert result.keys() == tensors.keys()
     assert all(result[name] is tensors[name] for name in tensors)
 
 
 def test_the_bias_of_a_packed_module_stays() -> None:
     tensors = read(held({"a.gguf_Q8_0": packed("Q8_0", (2, 1)), "a.bias": np.ones(2)}), 1 << 20, 1)
-    result = unpack(tensors)
+    result = unpack(tensors, {})
     assert result.keys() == {"a.weight", "a.bias"}
     assert result["a.bias"] is tensors["a.bias"]
 
 
 def test_a_format_is_known_by_its_parameters() -> None:
-    assert format_of(frozenset({"weight", "bias"})) is None
-    assert format_of(frozenset({"gguf_Q4_0", "bias"})) is not None
+    weight, bias = np.ones((2, 2), np.float16), np.ones(2, np.float16)
+    assert format_of(held({"weight": weight, "bias": bias})) is None
+    found = format_of(held({"gguf_Q4_0": packed("Q4_0", (2, 1)), "bias": bias}))
+    assert found is not None
+    assert found.NAME == "gguf"
+    assert [module.NAME for module in formats()] == ["awq", "compressed-tensors", "float8", "gguf", "gptq", "modelopt-awq"]
+
+
+SIZES = (16, 8, 2)  # out-features, in-features, groups
+CODES, STORED, SCALES = random_codes(SIZES[:2], 4, 0), random_codes((2, 16), 4, 1), random_scales((2, 16), 2)
+MODULES = {
+    "awq": awq(CODES, STORED, SCALES),
+    "compressed-tensors": compressed(CODES, STORED, SCALES, 4),
+    "float8": {"weight": CODES.astype(ml_dtypes.float8_e4m3fn), "weight_scale": np.ones((16, 1), np.float32)},
+    "gguf": {"gguf_Q8_0": packed("Q8_0", (2, 1))},
+    "gptq": gptq(CODES, STORED, SCALES, 4),
+    "modelopt-awq": modelopt(CODES, SCALES),
+}
+
+
+def all_modules() -> dict[str, np.ndarray]:
+    """A source with a module of each format, and a dense one."""
+    tensors = {f"m.{name}.{key}": array for name, module in MODULES.items() for key, array in module.items()}
+    return {**tensors, "m.dense.weight": np.ones((2, 2), np.float16)}
+
+
+def test_every_module_is_unpacked_by_its_own_format() -> None:
+    result = unpack(read(held(all_modules()), 1 << 20, 1), {})
+    grouped = [f"m.{name}.{key}" for name in MODULES if name not in ("float8", "gguf") for key in ("codes4", "scales", "offsets")]
+    assert result.keys() == {*grouped, "m.float8.fp8", "m.float8.channel_scale", "m.gguf.weight", "m.dense.weight"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_canonical_parameters_come_out_with_their_axes(name: str) -> None:
+    for key, array in unpack(read(held({f"m.{key}": value for key, value in MODULES[name].items()}), 1 << 20, 1), {}).items():
+        assert array.ndim == len(AXES[key.removeprefix("m.")])
+
+
+def test_planning_hears_of_the_format_the_order_and_what_is_wrong() -> None:
+    sources = all_modules()
+    sources["m.gptq.g_idx"] = np.array([0, 1] * 4, dtype=np.int32)
+    found, ordered, problems = check(held(sources), {})
+    assert found == {f"m.{name}": name for name in MODULES}
+    assert ordered == ["m.gptq"]
+    assert problems == []
+    found, ordered, problems = check(held(sources), {"group_size": 8})
+    assert found == {f"m.{name}": name for name in MODULES}
+    assert ordered == [], "what is wrong already is not asked further"
+    assert {problem.subject for problem in problems} == {"m.awq.scales", "m.gptq.scales", "m.modelopt-awq.weight_scale"}
+
+
+def test_biases_of_zeros_are_found() -> None:
+    sources = held({"a.bias": np.zeros(3), "b.bias": np.array([0.0, -0.0, 1e-7]), "c.bias": np.zeros(3), "d.weight": np.ones(2)})
+    assert zero_biases(sources, {"a": "gptq", "b": "gptq", "d": "gptq"}) == ["a.bias"]

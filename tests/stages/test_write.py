@@ -27,13 +27,22 @@ from tests.lazy import HeldBlock, block
 from tests.strategies import regions, shapes
 
 TYPES = sorted(BY_TARGET)
-TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+}
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 contents = st.dictionaries(names, st.tuples(st.sampled_from(TYPES), shapes(longest=5)), min_size=1, max_size=6)
 
 
 def values(shape: tuple[int, ...], kind: str, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(BY_TARGET[kind].numpy)
+    random = np.random.default_rng(seed)
+    numbers = random.integers(0, 128, shape) if "int" in kind else random.standard_normal(shape)
+    return numbers.astype(BY_TARGET[kind].numpy)
 
 
 def bound(files: Sequence[RankFile], placements: Sequence[Placement], region: Region) -> tuple[Delivery, ...]:
