@@ -54,8 +54,12 @@ def native(packing: Packing, tensors: Mapping[str, LazyTensor]) -> tuple[str | N
             return None, 0
         packed, scales = tensors[f"{module}.weight_packed"].shape, tensors[f"{module}.weight_scale"].shape
         bits = packing_bits(packing.settings)
+        if bits not in (4, 8):
+            return None, 0
         return f"W{bits}A16_GPTQ", packed[1] * 32 // bits // scales[1]
-    return (FP8 if f"{module}.input_scale" in tensors else FP8_ROWWISE), 0
+    # One scale of the activations in every module, or else none is of use.
+    static = all(f"{name}.input_scale" in tensors for name, kind in packing.formats.items() if kind == "float8")
+    return (FP8 if static else FP8_ROWWISE), 0
 
 
 def choose(options: Shape, packing: Packing, tensors: Mapping[str, LazyTensor]) -> tuple[Quantization, list[Problem]]:
@@ -92,9 +96,10 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[str, LazyTensor]) 
         problems.append(
             Problem("--dtype float32", f"with {algorithm}", "float16 or bfloat16: the kernels' activations have 16 bits")
         )
-    if (options.dequantize or options.requantize) and packing.format is None and not packing.formats:
+    if (options.dequantize or options.requantize) and packing.format is None:
         flag = "--dequantize" if options.dequantize else "--requantize"
-        problems.append(Problem(flag, found, "a quantized source"))
+        expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
+        problems.append(Problem(flag, found, expected))
     bound = packing.settings.get("activation_scale_ub")
     quantization = Quantization(
         algorithm=algorithm,

@@ -25,8 +25,8 @@ WEIGHTS = {"F64", "F32", "F16", "BF16"}
 TYPES = {"codes4": {"U8"}, "codes8": {"U8"}, "offsets": {"I16"}, "fp8": {"F8_E4M3"}, "group_index": {"I32", "I64"}}
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
-    "codes4": (("scales", "offsets"), ("group_index", "prequant")),
-    "codes8": (("scales", "offsets"), ("group_index", "prequant")),
+    "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
+    "codes8": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
     "fp8": ((), ("channel_scale", "tensor_scale", "input_scale", "kv_scale")),
 }
 
@@ -115,7 +115,8 @@ def check_fused(source: Source, matches: Matches) -> list[Problem]:
     problems = []
     for name, (axis, total) in rows.items():
         shape = source.tensors[name].shape
-        if name.rpartition(".")[2] in ("weight", "bias") and (len(shape) <= axis or shape[axis] != total):
+        rows_a_byte = 2 if source.tensors[name].dtype == np.uint8 else 1  # a weight of packed codes
+        if name.rpartition(".")[2] in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_a_byte != total):
             problems.append(Problem(name, f"shape {list(shape)}", f"{total} rows by the model's configuration"))
     return problems
 

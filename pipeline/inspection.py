@@ -127,8 +127,8 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
 def _quantized(source: Source, job: Job) -> Quantization:
     """What a target would be quantized with if no option said otherwise."""
     settings = clean_settings(source.config)
-    formats_, ordered, _ = check(source.tensors, settings)
-    return choose(job, Packing(formats_, ordered, settings), source.tensors)[0]
+    formats_, ordered, problems = check(source.tensors, settings)
+    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.tensors)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:

@@ -83,7 +83,9 @@ class Shape(BaseModel):
     group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
     sm: Literal[80, 86, 89, 90, 100, 103, 120] = Field(80, description="GPU generation that integer weights are arranged for.")
     dequantize: bool = Field(False, description="Turn a quantized source into numbers before anything else.")
-    requantize: bool = Field(False, description="Dequantize, and quantize again by round-to-nearest, where codes cannot be kept.")
+    requantize: bool = Field(
+        False, description="Dequantize, and quantize again by round-to-nearest, as for groups in another order."
+    )
     disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
 

@@ -68,8 +68,9 @@ class Quantization:
 
 
 def packing_bits(settings: Mapping[str, Any]) -> int:
-    """The width of compressed-tensors' weights, as its settings say."""
+    """The width of compressed-tensors' weights, as its settings say; 0 where that is no width."""
     groups = settings.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights = first.get("weights") if isinstance(first, Mapping) else None
-    return int(weights.get("num_bits", 4)) if isinstance(weights, Mapping) else 4
+    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
+    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0

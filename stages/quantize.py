@@ -131,7 +131,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
         return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias
-    if quantization.algorithm == FP8_ROWWISE and not quantization.from_numbers:
+    if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
         return fp8.pack_channels(parameters) | bias
     weight, segments = _cast(_weight(parameters), target.numpy), target.segments(module)
     source = target.origin(f"{name}.weight")
@@ -196,6 +196,49 @@ def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], wanted=dtype)
 
 
+def unfit(tensors: TensorMap, sharding: Sharding, quantization: Quantization, origin: Callable[[str], str]) -> list[Problem]:
+    """Modules whose codes are not of the kind that the target keeps, when it keeps the source's."""
+    if quantization.from_numbers or quantization.algorithm is None:
+        return []
+    modules: dict[str, dict[str, da.Array]] = defaultdict(dict)
+    for name, array in tensors.items():
+        module, _, parameter = name.rpartition(".")
+        modules[module][parameter] = array
+    problems = []
+    for name, parameters in modules.items():
+        slot = sharding.layout.find(name)
+        if slot and wanted(slot, quantization, sharding.model.num_hidden_layers):
+            found = _misfit(slot, parameters, quantization, sharding)
+            if found:
+                source, expected = (
+                    origin(f"{name}.{next(iter(parameters))}"),
+                    f"what {quantization.algorithm} keeps in every linear",
+                )
+                problems.append(Problem(source, found, expected, "Give --dequantize, and quantize again where wanted"))
+    return problems
+
+
+def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:
+    """What of a module is of another kind than the target's; "" for nothing."""
+    held = next((name for name in CODES if name in parameters), "")
+    if quantization.algorithm == FP8_ROWWISE and not held:
+        return ""  # its numbers can be quantized by row, as no activations need calibration
+    if not held:
+        return "weights that are not quantized"
+    if quantization.bits:
+        if held != f"codes{quantization.bits}":
+            return f"{'float8 weights' if held == 'fp8' else f'codes of {held[-1]} bits'}"
+        size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
+        return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
+    if held != "fp8":
+        return f"codes of {held[-1]} bits"
+    if quantization.algorithm == FP8 and slot.module.experts:
+        return "float8 experts with a scale a matrix, which a stack of experts has no place for"
+    if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
+        return "float8 weights with scales of another kind"
+    return ""
+
+
 def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[Problem]:
     """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow (quantized layouts, section 10)."""
     if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
@@ -242,10 +285,12 @@ def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
 
 def sizes_agree(entries: Mapping[str, Entry]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
-    kinds: dict[tuple[str, int | None], dict[str, str]] = defaultdict(dict)
+    kinds: dict[tuple[str, int | None, str], dict[str, str]] = defaultdict(dict)
     for name, entry in entries.items():
-        if name.endswith(".weight") and entry.slot.module.in_layer:
-            kinds[entry.slot.module.name, entry.slot.layer].setdefault(str((entry.parameter, entry.array.dtype)), name)
+        if entry.slot.module.in_layer:
+            known = entry.parameter
+            kind = str((known.axes, known.header, known.dtype, entry.array.dtype))
+            kinds[entry.slot.module.name, entry.slot.layer, name.rpartition(".")[2]].setdefault(kind, name)
     expected = "all parts of a fused module alike"
     return [
         Problem(names[1], f"quantized otherwise than {names[0]}", expected, "Give --dequantize")

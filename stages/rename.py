@@ -21,7 +21,7 @@ from pipeline.model_config import ModelConfig
 from pipeline.operations import OPERATIONS
 from pipeline.placement import Interval
 from pipeline.tables import Family, Layout, RenameRow, Slot
-from pipeline.tensors import PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
+from pipeline.tensors import NO_OUT, PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -135,7 +135,9 @@ def match(
             left_out[source] = reason
             continue
         axis = PACKED_OUT.get(parameter, 0) + slots[0].stacked
-        for target, renamed in zip(targets, _parts(source, row, slots, axis, model), strict=True):
+        whole = len(slots) == 1 or parameter in NO_OUT
+        parts = [Renamed(source, row)] * len(slots) if whole else _parts(source, row, slots, axis, model)
+        for target, renamed in zip(targets, parts, strict=True):
             name = f"{target}.{parameter}"
             if name in names:
                 problems.append(Problem(source, f"the same target as {names[name].source}: {name}", "one source for it"))
@@ -164,9 +166,7 @@ def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMa
 
 
 def _parts(source: str, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:
-    """What each name of a row has of the source: all of it, or, of several names, each its own rows."""
-    if len(slots) == 1:
-        return [Renamed(source, row)]
+    """What each of several names of a row has of the source: its own rows."""
     groups = model.dimension(row.groups) if row.groups else 1
     sizes = [model.dimension(slot.out) // groups for slot in slots]
     starts, group = [0, *accumulate(sizes)], sum(sizes)
@@ -180,7 +180,7 @@ def _parts(source: str, row: RenameRow, slots: Sequence[Slot], axis: int, model:
 def _rows(array: da.Array, renamed: Renamed) -> da.Array:
     """The rows of an array that are a part's own: slices of its blocks, one after the other.
 
-    Packed rows are counted in words. What has no rows, as one scale or the groups of the in-features, is every part's.
+    Packed rows are counted in words. A single scale is every part's.
     """
     if array.ndim <= renamed.axis or not _proportional(array.shape[renamed.axis], renamed.total):
         return array

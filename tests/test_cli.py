@@ -17,6 +17,7 @@ from tests.commands import COMMAND, convert, headrace, tree
 
 PLAN_KEYS = {
     "source",
+    "notes",
     "targets",
     "phases",
     "scratch",

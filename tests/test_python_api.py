@@ -126,5 +126,5 @@ def test_the_tree_of_errors() -> None:
     assert [error.exit_code for error in (HeadraceError, BadInput, Interrupted, WriteFailed)] == [1, 2, 3, 3]
     assert all(issubclass(error, HeadraceError) for error in (BadInput, Interrupted, WriteFailed))
     errors = {"BadInput", "HeadraceError", "Interrupted", "WriteFailed"}
-    loaders = {"load_from_hf_checkpoint", "load_from_hf_llama", "load_from_meta_llama"}
+    loaders = {"load_from_gptq_llama", "load_from_hf_checkpoint", "load_from_hf_llama", "load_from_meta_llama"}
     assert set(pipeline.__all__) == {"Job", "convert", "plan"} | errors | loaders

@@ -18,6 +18,7 @@ from pipeline.metering import meter
 from pipeline.placement import Region, whole
 from pipeline.quantization import packing_bits
 from pipeline.tensors import Block, LazyTensor
+from stages.quantization.float8 import flat
 from stages.quantization.gptq import no_words
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> d
     scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
                     dtype=parameters["weight_scale"].dtype)  # fmt: skip
     rest = {name: array for name, array in parameters.items() if name not in _OWN}
+    if "input_scale" in rest:
+        rest["input_scale"] = derive("unpack", flat, {"values": rest["input_scale"]}, shape=(1,), dtype=np.dtype(np.float32))
     if "weight_packed" not in parameters:
         weight = parameters["weight"]
         codes = derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=weight.chunks[0])

@@ -96,7 +96,7 @@ def channel_scales(values: np.ndarray, segments: int, clamp: float, name: str) -
     wide = values.astype(np.float32).reshape(len(values), segments, -1)
     largest = np.maximum(wide.max(axis=2), -wide.min(axis=2))
     if not np.all(np.isfinite(largest)):
-        raise BadInput([not_finite(name, int(np.argwhere(~np.isfinite(largest))[0][0]))])
+        raise BadInput([not_finite(name)])
     np.clip(wide, np.float32(-clamp), np.float32(clamp), out=wide)
     return wide, np.maximum(np.minimum(largest, np.float32(clamp)) / LARGEST, _LEAST_SCALE)
 

@@ -119,5 +119,5 @@ def _scales(groups: np.ndarray, name: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         scales = np.maximum(highest / np.float32(7), -lowest / np.float32(8)).astype(np.float16)
     if not np.all(np.isfinite(scales)):
-        raise BadInput([not_finite(name, int(np.argwhere(~np.isfinite(scales))[0][0]))])
+        raise BadInput([not_finite(name)])
     return np.asarray(scales)

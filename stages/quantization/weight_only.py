@@ -128,15 +128,14 @@ def row_scales(values: np.ndarray, bits: int, segments: int, name: str) -> np.nd
     bits16 = values.view(np.uint16).reshape(len(values), segments, -1) & np.uint16(0x7FFF)
     largest = bits16.max(axis=2).view(values.dtype).astype(np.float32)
     if not np.all(np.isfinite(largest)):
-        row = int(np.argwhere(~np.isfinite(largest))[0][0])
-        raise BadInput([not_finite(name, row)])
+        raise BadInput([not_finite(name)])
     return np.asarray(largest * np.float32(2.0 ** -(bits - 1)))
 
 
-def not_finite(name: str, row: int) -> Problem:
+def not_finite(name: str) -> Problem:
     """What is wrong with a weight that holds NaN or infinities: no scale fits it."""
     return Problem(
-        name, f"a value that is not finite (NaN or infinity) in a block's row {row}", "finite weights", "Mend the checkpoint"
+        name, "a value that is not finite (NaN or infinity)", "finite weights, as no scale fits it", "Mend the checkpoint"
     )
 
 

@@ -159,7 +159,9 @@ def test_an_unknown_architecture_lists_those_known(tmp_path: Path, name: str) ->
 )
 def test_a_quantized_checkpoint_is_refused_by_its_method(tmp_path: Path, settings: Any, method: str) -> None:
     model = model_of(tmp_path, LLAMA, quantization_config=settings)
-    assert one(refused(model)).startswith(f"{model / 'config.json'}: quantization_config: found quant_method {method}; expected")
+    problem = one(refused(model))
+    assert problem.startswith(f"{model / 'config.json'}: quantization_config: found quant_method {method}, and no module packed in")
+    assert all(known in problem for known in ("GPTQ", "AWQ", "compressed-tensors", "ModelOpt", "fbgemm"))
 
 
 def test_a_configuration_and_an_output_directory_come_in_one_report(tmp_path: Path) -> None:
