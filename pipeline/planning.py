@@ -92,7 +92,9 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     stores = make_stores(tensors, pieces, source, matches, bool(cuts.phases))
     stores = cuts.cut_ranks(stores, [piece.ranks for piece in pieces], {name: row.numpy for name, row in BY_TARGET.items()})
     left_out = {**matches.left_out, **unused(packing, source.tensors, [quantization for quantization, _ in chosen])}
-    notes = _notes(tensors, [quantization for quantization, _ in chosen], job)
+    # Scratch is still empty: what planning looks at comes from the source itself.
+    straight = unpack(rename(read(source.tensors, size, 1), matches, model), packing.settings) if job.requantize else {}
+    notes = _notes(straight, [quantization for quantization, _ in chosen])
     targets = tuple(_target(piece, identity, source, family, left_out, notes, job) for piece in pieces)
     write = Phase("write", stores, tuple(target.output for target in targets), group_blocks(stores, size))
     phases = (*cuts.phases, write)
@@ -199,11 +201,11 @@ def _compose(
     return Piece(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
 
 
-def _notes(tensors: TensorMap, chosen: Sequence[Quantization], job: Job) -> tuple[str, ...]:
+def _notes(tensors: TensorMap, chosen: Sequence[Quantization]) -> tuple[str, ...]:
     """What to know of the numbers before they are written: the error that quantizing again adds, by one tensor's first rows."""
     sizes = {each.group_size for each in chosen if each.algorithm == "W4A16_GPTQ" and each.from_numbers}
     module = next((name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in CODES), None)
-    if not job.requantize or not sizes or module is None:
+    if not sizes or module is None:
         return ()
     parameters = {name.rpartition(".")[2]: array for name, array in tensors.items() if name.rpartition(".")[0] == module}
     weight = numbers.dequantize(parameters)

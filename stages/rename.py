@@ -78,10 +78,11 @@ class Matches:
     def source_bytes(self, name: str, sources: Mapping[str, LazyTensor]) -> int:
         """The bytes that a tensor is made of in the source: of an unpacked weight, all of its module's; 0 for a computed one."""
         module, _, parameter = name.rpartition(".")
-        exact = self.names.get(name)
-        if exact is None and name in self.ties:
+        if name in self.ties:
             return tensor_bytes(sources[self.ties[name]])
-        held = [exact] if exact else self._modules.get(module, []) if parameter in ("weight", *CODES) else []
+        exact = [self.names[name]] if name in self.names else []
+        packed = [renamed for renamed in self._modules.get(module, []) if not renamed.source.endswith(".bias")]
+        held = packed if parameter in ("weight", *CODES) else exact
         return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in held)
 
     def find(self, name: str) -> Renamed | None:

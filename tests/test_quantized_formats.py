@@ -760,6 +760,35 @@ def test_a_module_that_is_not_quantized_joins_the_others(flags: dict[str, Any], 
             assert signal_to_noise(matrix(ours, target), wanted.astype(np.float32)) > 17
 
 
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
+def test_one_scale_is_one_of_each_row_among_others_that_have_these(module: str, tmp_path: Path) -> None:
+    weights = mixed(tmp_path / "model", FORMATS["compressed fp8"], module, source.compressed_float8(dynamic=True))
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2)
+    assert quantization(tmp_path / "out")["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+    for rank in range(2):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        for target, wanted in cut(weights, LLAMA, rank, 2).items():
+            np.testing.assert_array_equal(matrix(ours, target), wanted)
+
+
+def test_without_metas_recipe_all_of_its_checkpoint_is_float8(tmp_path: Path) -> None:
+    config, kind = of("fbgemm"), FORMATS["fbgemm"]
+    weights = source.write(tmp_path / "model", config, kind)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2)
+    assert quantization(tmp_path / "out") == {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    for rank in range(2):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        for layer in range(3):
+            assert all(f"transformer.layers.{layer}.{norm}.clamp_val" in ours for norm in ("input_layernorm", "post_layernorm"))
+        for target, wanted in cut(weights, config, rank, 2).items():
+            if wanted.dtype == np.float32:
+                np.testing.assert_array_equal(matrix(ours, target), wanted)
+                continue
+            codes, scales = by_row(wanted)
+            np.testing.assert_array_equal(ours[f"{target}.weight"].astype(np.float32), codes)
+            np.testing.assert_array_equal(ours[f"{target}.per_channel_scale"], scales)
+
+
 def test_qwen2_keeps_its_biases_and_drops_those_of_zeros(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     kind = source.gptq(bias=True, sym=False)

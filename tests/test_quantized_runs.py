@@ -366,6 +366,7 @@ MEMORY: dict[str, tuple[Format | None, int, dict[str, Any]]] = {
     "gptq": (source.gptq(index="none"), 2, {}),
     "awq": (source.awq(), 2, {}),
     "dequantized": (source.gptq(index="none"), 2, {"dequantize": True}),
+    "again": (source.gptq(), 2, {"requantize": True}),  # of zeros, g_idx too is an order of its own
     "int8": (None, 1, INT8),
     "int4": (None, 2, INT4),
     "rows": (None, 1, FLOAT8),
