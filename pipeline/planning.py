@@ -86,7 +86,7 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
 
     asked = zip(job.targets, shardings, (quantization for quantization, _ in chosen), strict=True)
     pieces = [_compose(*each, tensors, source, matches, size) for each in asked]
-    uneven = [problem for piece in pieces for problem in sizes_agree(piece.entries)]
+    uneven = [problem for piece in pieces for problem in sizes_agree(piece.entries, matches.origin)]
     if uneven:
         raise BadInput(uneven)
     stores = make_stores(tensors, pieces, source, matches, bool(cuts.phases))

@@ -283,7 +283,7 @@ def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
     return max(rows / count, rows / sharding.model.dimension(heads)) if heads else rows / count
 
 
-def sizes_agree(entries: Mapping[str, Entry]) -> list[Problem]:
+def sizes_agree(entries: Mapping[str, Entry], origin: Callable[[str], str]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
     kinds: dict[tuple[str, int | None, str], dict[str, str]] = defaultdict(dict)
     for name, entry in entries.items():
@@ -293,7 +293,7 @@ def sizes_agree(entries: Mapping[str, Entry]) -> list[Problem]:
             kinds[entry.slot.module.name, entry.slot.layer, name.rpartition(".")[2]].setdefault(kind, name)
     expected = "all parts of a fused module alike"
     return [
-        Problem(names[1], f"quantized otherwise than {names[0]}", expected, "Give --dequantize")
+        Problem(origin(names[1]), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
         for held in kinds.values()
         if len(names := list(held.values())) > 1
     ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 FLOAT32, INT16, UINT8 = np.dtype(np.float32), np.dtype(np.int16), np.dtype(np.uint8)
-_SCALED_BYTES = 16 << 20  # of float32 weights whose scales are computed at once
+_SCALED_BYTES = 4 << 20  # of float32 weights whose scales are computed at once
 
 
 def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
