@@ -1,0 +1,51 @@
+"""The command line, a module a group of commands.
+
+The flags of a conversion are the fields of Job, by NVIDIA's names; `-` and `_` are alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import typer
+
+from pipeline.cli import convert, facts, scratch
+from pipeline.errors import HeadraceError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
+)
+for commands in (convert, facts):
+    app.add_typer(commands.app)
+app.add_typer(scratch.app, name="scratch")
+
+
+def _say(error: HeadraceError) -> None:
+    """An error on standard error, as JSON where the log is."""
+    words = [word.replace("-", "_") for word in sys.argv]
+    if "__log_format=json" not in words and ("__log_format", "json") not in itertools.pairwise(words):
+        print(f"headrace: {error}", file=sys.stderr)
+        return
+    import json
+    from dataclasses import asdict
+
+    problems = [asdict(problem) for problem in getattr(error, "problems", ())]
+    event = {"event": "error", "exit_code": error.exit_code, "message": str(error), "problems": problems}
+    print(json.dumps(event), file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one report and their exit code, without a traceback."""
+    try:
+        app()
+    except HeadraceError as error:
+        _say(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("headrace: interrupted before anything was written", file=sys.stderr)
+        sys.exit(3)

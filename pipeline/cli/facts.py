@@ -1,0 +1,51 @@
+"""`headrace inspect`, `families` and `formats`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import Json
+
+app = typer.Typer()
+
+
+@app.command("inspect", no_args_is_help=True)
+def inspect_command(
+    model_dir: Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, or org/name on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what a checkpoint is: source, family, size, quantization, ties, shards, and the parallel sizes that it can be cut to."""
+    from pipeline.inspection import inspect_source
+
+    _show(inspect_source(model_dir, revision), json_, "source_table")
+
+
+@app.command("families")
+def families_command(json_: Json = False) -> None:
+    """List the model families that headrace converts."""
+    from pipeline.inspection import list_families
+
+    _show(list_families(), json_, "families_table")
+
+
+@app.command("formats")
+def formats_command(json_: Json = False) -> None:
+    """List the kinds of checkpoint that headrace reads, and the quantized formats that it unpacks."""
+    from pipeline.inspection import list_formats
+
+    _show(list_formats(), json_, "formats_table")
+
+
+def _show(facts: Any, as_json: bool, table: str) -> None:
+    """Print facts as JSON, or as the table that pipeline.report makes of them."""
+    if as_json:
+        import json
+
+        print(json.dumps(facts, indent=2))
+        return
+    from pipeline import report
+
+    report.console().print(getattr(report, table)(facts))

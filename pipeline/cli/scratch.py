@@ -1,0 +1,50 @@
+"""`headrace scratch ls` and `rm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import Json
+
+app = typer.Typer(no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
+ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as given to --scratch.")]
+
+
+@app.command("ls")
+def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
+    """List the cuts in a scratch directory."""
+    from pipeline.scratch import list_scratch
+
+    found = list_scratch(root)
+    if json_:
+        import json
+
+        rows = [
+            {
+                "path": str(cut.directory),
+                "stage": cut.stage,
+                "source": cut.source,
+                "complete": cut.complete,
+                "bytes": cut.size_bytes,
+            }
+            for cut in found
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    from pipeline.report import console, scratch_table
+
+    console().print(scratch_table(found))
+
+
+@app.command("rm")
+def scratch_rm(
+    root: ScratchRoot, names: Annotated[list[str] | None, typer.Argument(help="Cuts to remove; all where none is named.")] = None
+) -> None:
+    """Remove cuts; one that a job is at work on is refused."""
+    from pipeline.scratch import remove_scratch
+
+    for cut in remove_scratch(root, names or []):
+        print(f"removed {cut.directory}")
