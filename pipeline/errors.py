@@ -3,7 +3,8 @@
     HeadraceError            1  a bug, or something nobody foresaw
     |- BadInput              2  a bad request or a bad source; nothing was written
     |- Interrupted           3  stopped by the user; run the same command again
-    `- WriteFailed           3  the disk or the network failed; outputs are incomplete and say so
+    |- WriteFailed           3  the disk or the network failed; outputs are incomplete and say so
+    `- VerificationFailed    5  an output is not what it should be
 
 Every problem names the tensor, file or option it is about, what was found, what was expected, and what to do.
 """
@@ -71,3 +72,19 @@ class WriteFailed(HeadraceError):
     """Reading or writing failed while the plan ran; what was written is still named `*.partial`."""
 
     exit_code = 3
+
+
+class VerificationFailed(HeadraceError):
+    """An output is not what it should be. Carries every finding."""
+
+    exit_code = 5
+    shown = 40
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        lines = [f"verification failed, {count} finding{'s' if count > 1 else ''}:"]
+        lines += [f"  - {problem}" for problem in self.problems[: self.shown]]
+        if count > self.shown:
+            lines.append(f"  ... and {count - self.shown} more")
+        super().__init__("\n".join(lines))

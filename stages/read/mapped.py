@@ -31,6 +31,10 @@ class MappedTensor:
     def block(self, region: Region) -> Block:
         return MappedBlock(self, region)
 
+    def viewed(self, shape: tuple[int, ...], dtype: np.dtype) -> MappedTensor:
+        """The same bytes as an array of another shape and type."""
+        return MappedTensor(self.path, self.offset, shape, dtype)
+
 
 class MappedBlock(Block):
     """A region of a MappedTensor; nothing is mapped until it is read."""

@@ -1,0 +1,156 @@
+"""A linear module on one rank as numbers, whatever it is stored as; rows on demand.
+
+Facts: quantized layouts, sections 2 to 7, read backwards from the closed forms and by no code of stages/quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Checkpoint, FileTensor
+from stages.verify.values import read
+
+TILE = 64  # in-features that stay together in the kernels' order
+UINT8 = np.dtype(np.uint8)
+SHUFFLE = {8: (0, 2, 1, 3), 4: (0, 2, 4, 6, 1, 3, 5, 7)}  # place of a 32-bit word -> code of the stream
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Numbers [out, in] of one module, or of one expert, on one rank.
+
+    `kind`: "dense", "weight-only", "groupwise", "awq", "fp8" or "fp8 rowwise". `bits`: of an integer code. `tensors`: the
+    parameters that it is made of, by local name.
+    """
+
+    tensors: Mapping[str, FileTensor]
+    kind: str
+    shape: tuple[int, int]
+    bits: int
+    columns: int
+    expert: int | None
+
+    @property
+    def dtype(self) -> str:
+        """The type of what is stored, as NumPy calls it."""
+        return str(self.tensors["weight"].dtype.name)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, in]: what the weights stand for, scales and zero points applied; `prequant` is not."""
+        if self.kind == "dense":
+            return self._stored(start, stop).float()
+        if self.kind.startswith("fp8"):
+            return self._stored(start, stop).float() * self.scales(start, stop)
+        values = self.codes(start, stop).float() * self.scales(start, stop)
+        return values + self._grouped("zero", start, stop) if "zero" in self.tensors else values
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """int8 [stop - start, in]: the signed codes of an integer format."""
+        if self.kind == "awq":
+            return self._paired(start, stop)
+        first, last = start // self.columns, -(-stop // self.columns)
+        width = self.columns * self.shape[1] * self.bits // 8
+        stack = () if self.expert is None else (self.tensors["weight"].shape[0],)
+        whole = self.tensors["weight"].viewed((*stack, self.shape[0] // self.columns, width), UINT8)
+        data = read(whole, (*self._front(), (first, last), (0, width))).reshape(last - first, width)
+        codes = unarrange(data, self.shape[1], self.bits, self.columns)
+        return codes[start - first * self.columns : stop - first * self.columns]
+
+    def scales(self, start: int, stop: int) -> Tensor:
+        """float32, of a shape that rows [start, stop) can be multiplied by."""
+        if self.kind in ("weight-only", "fp8 rowwise"):
+            return read(self.tensors["per_channel_scale"], (*self._front(), (start, stop))).float().reshape(-1, 1)
+        if self.kind == "fp8":
+            return read(self.tensors["weights_scaling_factor"]).float().reshape(1, 1)
+        return self._grouped("weights_scaling_factor", start, stop)
+
+    @property
+    def prequant(self) -> Tensor | None:
+        """float32 [in]: what activations are multiplied by before the matrix; None for nothing."""
+        held = self.tensors.get("prequant_scaling_factor")
+        return None if held is None else read(held).float().reshape(-1)
+
+    def _front(self) -> tuple[tuple[int, int], ...]:
+        return () if self.expert is None else ((self.expert, self.expert + 1),)
+
+    def _stored(self, start: int, stop: int) -> Tensor:
+        return read(self.tensors["weight"], (*self._front(), (start, stop), (0, self.shape[1]))).reshape(-1, self.shape[1])
+
+    def _grouped(self, parameter: str, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, in] of a parameter by groups: [groups, out], or [out, groups] in ModelOpt's form."""
+        tensor = self.tensors[parameter]
+        groups = tensor.shape[-1] if self.kind == "awq" else tensor.shape[-2]
+        if self.kind == "awq":
+            values = read(tensor, ((start, stop), (0, groups)))
+        else:
+            values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1).T
+        return values.float().repeat_interleave(self.shape[1] // groups, 1)
+
+    def _paired(self, start: int, stop: int) -> Tensor:
+        """ModelOpt's int4: byte [i, k] holds row 2 i in its low half and row 2 i + 1 in its high one, two's complement."""
+        first, last = start // 2, -(-stop // 2)
+        data = read(self.tensors["weight"], ((first, last), (0, self.shape[1]))).view(torch.uint8)
+        both = torch.stack([data & 15, data >> 4], 1).reshape(-1, self.shape[1]).to(torch.int8)
+        return (((both ^ 8) - 8))[start - 2 * first : stop - 2 * first]
+
+
+def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = None) -> Matrix:
+    """One module of a rank; `expert` counts the rank's own from 0. Raises KeyError where the rank has no such module."""
+    prefix = f"{module}."
+    held = checkpoint.ranks[rank]
+    tensors = {
+        name: held[prefix + name]
+        for name in ("weight", "per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
+        if prefix + name in held
+    }
+    if "weight" not in tensors:
+        raise KeyError(f"{module}.weight")
+    weight, algorithm = tensors["weight"], str(checkpoint.config.get("quantization", {}).get("quant_algo"))
+    first, second = weight.shape[-2:]
+    bits = 4 if algorithm.startswith("W4") else 8
+    columns = 1 if checkpoint.sm == 90 and expert is None else 16 // bits
+    if len(tensors) == 1:
+        kind, shape = "dense", (first, second)
+    elif weight.dtype.name.startswith("float8"):
+        kind, shape = "fp8 rowwise" if "per_channel_scale" in tensors else "fp8", (first, second)
+    elif "per_channel_scale" in tensors:
+        kind, shape = "weight-only", (second * 8 // bits, first)
+    elif weight.dtype == np.int8:
+        kind, shape = "awq", (first * 2, second)
+    else:
+        kind, shape = "groupwise", (second * 8 * weight.dtype.itemsize // bits, first)
+    return Matrix(tensors, kind, shape, bits, columns, expert)
+
+
+def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:
+    """float32: a norm's weight, a bias or any other parameter of a rank that is not quantized."""
+    return read(checkpoint.ranks[rank][name]).float()
+
+
+def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
+    """int8 [n * columns, features]: signed codes of uint8 [n, columns * features * bits / 8] in the kernels' order."""
+    elements = data if bits == 8 else torch.stack([data & 15, data >> 4], -1)
+    tiles = elements.reshape(len(data), features // TILE, columns * TILE)
+    codes = tiles.index_select(2, _order(bits, columns)).reshape(len(data), features // TILE, columns, TILE)
+    codes = codes.transpose(1, 2).reshape(len(data) * columns, features)
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _order(bits: int, columns: int) -> Tensor:
+    """For each code (column, in-feature) of a tile, where in the tile's stream it lies: section 3's steps 1, 3 and 5."""
+    group, word = 128 // bits, len(SHUFFLE[bits])
+    halves, run, stride = group // 8, 2, 8
+    place = [0] * (columns * TILE)
+    shuffled = {code: at for at, code in enumerate(SHUFFLE[bits])}
+    for column in range(columns):
+        for d in range(TILE):
+            inner = d % group
+            source = d // group * group + (inner // run % halves) * stride + inner // run // halves * run + inner % run
+            at = column * TILE + d
+            place[column * TILE + source] = at // word * word + shuffled[at % word]
+    return torch.tensor(place)
