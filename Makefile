@@ -10,6 +10,8 @@ TESTS ?= tests
 demo: $(VENV)/installed $(MODEL)
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
 	$(BIN)/headrace convert configs/jobs/smollm2.toml --overwrite
+	$(BIN)/headrace verify .demo/smollm2-tp3 --source $(MODEL) --prompt "The capital of France is"
+	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
 
 test: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m pytest -n 2 $(TESTS)

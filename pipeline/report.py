@@ -155,3 +155,53 @@ def _target_table(target: dict[str, Any]) -> RenderableType:
 def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
     reasons = Counter(left_out.values())
     return {reason: sorted(name for name, why in left_out.items() if why == reason) for reason in reasons}
+
+
+def verification_table(summary: Mapping[str, Any]) -> RenderableType:
+    """What `headrace verify` looked at and found, from a Verification's summary."""
+    integrity = summary["integrity"]
+    parts: list[RenderableType] = [f"[bold]{summary['directory']}[/bold]"]
+    sums = f"{integrity['checksums']} checksums" if integrity["checksums"] else "no checksums"
+    parts.append(
+        f"integrity: {integrity['tensors']} tensors, {human_bytes(integrity['bytes'])}, {sums}, {integrity['seconds']:.1f} s"
+    )
+    if summary["round_trip"]:
+        parts.append(f"round trip with {summary['source']}: {summary['round_trip']['seconds']:.1f} s")
+        parts.append(_errors_table(summary["round_trip"]["tensors"]))
+    if summary["logits"]:
+        parts.append(f"logits of {summary['logits']['tokens']} tokens: {summary['logits']['seconds']:.1f} s")
+        parts.append(_logits_table(summary["logits"]["comparisons"]))
+    count = len(summary["findings"])
+    parts.append(
+        f"[bold red]{count} finding{'s' if count > 1 else ''}[/bold red]" if count else "[bold green]nothing wrong[/bold green]"
+    )
+    return Group(*parts)
+
+
+def _errors_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each kind of module: the worst of its layers."""
+    table = Table()
+    for column in ("module", "tensors", "stored as", "exact", "worst SNR", "worst cosine", "max error"):
+        table.add_column(column, justify="left" if column in ("module", "stored as") else "right")
+    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in tensors:
+        kinds.setdefault((row["kind"], row["storage"]), []).append(row)
+    for (kind, storage), rows in kinds.items():
+        exact = sum(row["exact"] for row in rows)
+        noises = [row["snr_db"] for row in rows if row["snr_db"] is not None]
+        worst = f"{min(noises):.1f} dB" if noises else "no error"
+        cosine, greatest = min(row["cosine"] for row in rows), max(row["max_abs"] for row in rows)
+        table.add_row(kind, str(len(rows)), storage, f"{exact} of {len(rows)}", worst, f"{cosine:.6f}", f"{greatest:.3g}")
+    return table
+
+
+def _logits_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table()
+    for column in ("transformers running", "same first token", "max difference", "KL mean", "KL max", "must be below"):
+        table.add_column(column, justify="left" if column.startswith("transformers") else "right")
+    for each in comparisons:
+        bound = f"{each['bound']:.0e}" if each["bound"] is not None else "-"
+        relative = f"{each['max_relative']:.1e} of the largest"
+        what = {"source": "the source", "joined ranks": "the ranks' own weights, joined"}[each["against"]]
+        table.add_row(what, f"{each['top1_agreement']:.1%}", relative, f"{each['kl_mean']:.2e}", f"{each['kl_max']:.2e}", bound)
+    return table

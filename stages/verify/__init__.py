@@ -1,1 +1,1 @@
-"""verify: what TensorRT-LLM would make of a checkpoint, computed from its files alone, independently of the stages that wrote it."""
+"""verify: what TensorRT-LLM would make of a checkpoint, from its files alone, independently of the stages that wrote it."""

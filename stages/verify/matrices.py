@@ -25,7 +25,7 @@ class Matrix:
     """Numbers [out, in] of one module, or of one expert, on one rank.
 
     `kind`: "dense", "weight-only", "groupwise", "awq", "fp8" or "fp8 rowwise". `bits`: of an integer code. `tensors`: the
-    parameters that it is made of, by local name.
+    parameters that it is made of, by local name. `fused`: its rows are those of several modules, which share a scale.
     """
 
     tensors: Mapping[str, FileTensor]
@@ -34,6 +34,7 @@ class Matrix:
     bits: int
     columns: int
     expert: int | None
+    fused: bool = False
 
     @property
     def dtype(self) -> str:
@@ -43,9 +44,9 @@ class Matrix:
     def rows(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, in]: what the weights stand for, scales and zero points applied; `prequant` is not."""
         if self.kind == "dense":
-            return self._stored(start, stop).float()
+            return self.stored(start, stop).float()
         if self.kind.startswith("fp8"):
-            return self._stored(start, stop).float() * self.scales(start, stop)
+            return self.stored(start, stop).float() * self.scales(start, stop)
         values = self.codes(start, stop).float() * self.scales(start, stop)
         return values + self._grouped("zero", start, stop) if "zero" in self.tensors else values
 
@@ -78,7 +79,8 @@ class Matrix:
     def _front(self) -> tuple[tuple[int, int], ...]:
         return () if self.expert is None else ((self.expert, self.expert + 1),)
 
-    def _stored(self, start: int, stop: int) -> Tensor:
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Rows of a matrix that is stored as numbers or as float8, in their own type."""
         return read(self.tensors["weight"], (*self._front(), (start, stop), (0, self.shape[1]))).reshape(-1, self.shape[1])
 
     def _grouped(self, parameter: str, start: int, stop: int) -> Tensor:
@@ -96,7 +98,7 @@ class Matrix:
         first, last = start // 2, -(-stop // 2)
         data = read(self.tensors["weight"], ((first, last), (0, self.shape[1]))).view(torch.uint8)
         both = torch.stack([data & 15, data >> 4], 1).reshape(-1, self.shape[1]).to(torch.int8)
-        return (((both ^ 8) - 8))[start - 2 * first : stop - 2 * first]
+        return ((both ^ 8) - 8)[start - 2 * first : stop - 2 * first]
 
 
 def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = None) -> Matrix:
@@ -124,7 +126,8 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
         kind, shape = "awq", (first * 2, second)
     else:
         kind, shape = "groupwise", (second * 8 * weight.dtype.itemsize // bits, first)
-    return Matrix(tensors, kind, shape, bits, columns, expert)
+    fused = module.endswith((".qkv", "shared_expert.fc")) or (module.endswith(".fc") and f"{module[:-3]}.gate.weight" not in held)
+    return Matrix(tensors, kind, shape, bits, columns, expert, fused)
 
 
 def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:

@@ -28,8 +28,9 @@ VALUES = {
     "errors",
     "metering",
     "reserve",
+    "checkpoint",
 }
-IMPORT_STAGES = {"pipeline/planning.py", "pipeline/lower.py", "pipeline/inspection.py"}
+IMPORT_STAGES = {"pipeline/planning.py", "pipeline/lower.py", "pipeline/inspection.py", "pipeline/verification.py"}
 COMPUTE = {"pipeline/execute.py", "pipeline/schedulers.py"}
 OPEN_FILES = (
     "stages/read/",
@@ -129,6 +130,7 @@ def test_only_read_and_write_open_files(name: str) -> None:
 
 @each_file
 def test_only_sources_know_their_libraries(name: str) -> None:
-    if not name.startswith(("stages/read/", "stages/quantization/")):
-        known = {"torch"} if name == "pipeline/loaders.py" else set()  # what it gives is torch's
+    if not name.startswith(("stages/read/", "stages/quantization/", "stages/verify/")):
+        # What loaders give is torch's, and so is what is verified with.
+        known = {"torch"} if name in ("pipeline/loaders.py", "pipeline/verification.py") else set()
         assert ({"safetensors", "gguf", "torch"} - known).isdisjoint(module.split(".")[0] for module in imports(tree(name)))

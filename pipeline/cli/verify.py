@@ -1,0 +1,106 @@
+"""`headrace verify` and `headrace generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import Json
+
+app = typer.Typer()
+
+Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
+
+
+@app.command("verify", no_args_is_help=True)
+def verify_command(
+    output: Output,
+    source: Annotated[str | None, typer.Option(help="What it was made of: compare every value with it.")] = None,
+    quant_ckpt_path: Annotated[Path | None, typer.Option("--quant_ckpt_path", help="As given to convert.")] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Compute logits from the ranks, and with transformers from the source.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    json_: Json = False,
+) -> None:
+    """Prove an output right without a GPU: headers and checksums, every value against the source, logits.
+
+    Exit codes: 0 nothing wrong, 2 nothing to look at, 5 something is wrong.
+    """
+    import json
+
+    from pipeline.verification import verify
+
+    with _progress(quiet or json_) as advance:
+        result = verify(
+            output,
+            source,
+            quant_ckpt_path=quant_ckpt_path,
+            logits=logits or prompt is not None,
+            prompt=prompt,
+            tokens=tokens,
+            workers=workers,
+            advance=advance,
+        )
+    if json_:
+        print(json.dumps(result.summary(), indent=2))
+    elif not quiet:
+        from pipeline.report import console, verification_table
+
+        console().print(verification_table(result.summary()))
+    result.check()
+
+
+@app.command("generate", no_args_is_help=True)
+def generate_command(
+    output: Output,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.", show_default=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Where the tokenizer is: a directory or a GGUF file. Default: the output, then its source.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 24,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
+) -> None:
+    """Continue a text with the converted ranks, on the CPU."""
+    from pipeline.verification import generate_text
+
+    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+class _progress:  # noqa: N801
+    """A bar on a terminal; nothing elsewhere, as the result says all."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[str, int, int], None] | None:
+        if self.quiet:
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.tasks: dict[str, Any] = {}
+        self.bar.start()
+        return self._advance
+
+    def _advance(self, level: str, done: int, total: int) -> None:
+        if level not in self.tasks:
+            self.tasks[level] = self.bar.add_task(level, total=total)
+        self.bar.update(self.tasks[level], completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if not self.quiet:
+            self.bar.stop()

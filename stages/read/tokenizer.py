@@ -1,0 +1,66 @@
+"""A checkpoint's tokenizer: the files beside a Hugging Face model or beside ranks, or the vocabulary inside a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.errors import BadInput, Problem
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+def open_tokenizer(location: Path) -> Tokenizer:
+    """The tokenizer of a directory or of a GGUF file; nothing is fetched, and no code of the checkpoint is run.
+
+    Raises BadInput where there is none, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        remedy = "pip install 'headrace[verify]'"
+        raise BadInput(
+            [Problem("transformers", f"not installed ({error.name})", "the package that has tokenizers", remedy)]
+        ) from None
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    directory = location
+    if location.is_file():
+        directory, arguments["gguf_file"] = location.parent, location.name
+    with _quiet():
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **arguments)
+        except Exception as error:
+            # transformers raises what its many readers raise: whatever it is, there is no tokenizer to be had.
+            found = f"no tokenizer that transformers can open ({str(error).splitlines()[0][:200]})"
+            raise BadInput([Problem(str(location), found, "tokenizer.json or its like", "Give --tokenizer DIR")]) from None
+    opened: Tokenizer = tokenizer
+    return opened
+
+
+class _quiet:  # noqa: N801
+    """No progress bars and no advice of transformers' on the terminal."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.level, self.bars = logging.get_verbosity(), os.environ.get("TQDM_DISABLE")
+        os.environ["TQDM_DISABLE"] = "1"
+        logging.set_verbosity(40)  # errors
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)
+        if self.bars is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = self.bars
