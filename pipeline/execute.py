@@ -199,7 +199,7 @@ class _Run:
                 self._count(written)
                 self.listener.advanced(written)
         self.phases[begun.phase.name] = time.perf_counter() - began
-        timings = {"seconds": round(time.perf_counter() - self.started, 3), "stages": self.stages}
+        timings = {"seconds": round(time.perf_counter() - self.started, 3), "stages": self.stages, "phases": self.phases}
         for number, journal in begun.journals.items():
             begun.phase.sinks[number].finish(journal, journal.entries, timings)
 

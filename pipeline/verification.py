@@ -105,8 +105,8 @@ def verify(
 ) -> Verification:
     """Look at a finished output; with `source`, compare it with what it was made of; with `logits`, run both.
 
-    `prompt` is what the logits are computed for; without it, `tokens` random ones. Findings are in the result: nothing is raised for
-    them. Raises BadInput where there is no checkpoint at `directory`, or no source where one is needed.
+    `prompt` is what the logits are computed for; without it, `tokens` random ones. Findings are in the result: nothing is raised
+    for them. Raises BadInput where there is no checkpoint at `directory`, or no source where one is needed.
     """
     started = time.perf_counter()
     workers = workers or min(os.cpu_count() or 1, 8)
@@ -138,6 +138,11 @@ def verify(
         more, computed = _logits(checkpoint, opened, original, matched, round_trip, prompt, tokens, advance)
         findings += more
     return Verification(directory, location, tuple(findings), integrity, round_trip, computed, time.perf_counter() - started)
+
+
+def open_output(directory: Path) -> Checkpoint:
+    """A finished output's headers. Raises BadInput where it is none, or cannot be read."""
+    return open_checkpoint(directory)
 
 
 def _silent(*_: Any) -> None:
