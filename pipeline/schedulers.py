@@ -40,7 +40,7 @@ def runner(scheduler: str, workers: int) -> Iterator[tuple[Run, str]]:
         with _local_cluster(workers) as client:
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"].get("dashboard")
-            yield lambda graph: run_distributed(client, graph), f"http://127.0.0.1:{port}/status" if port else ""
+            yield lambda graph: run_distributed(client, graph, here=True), f"http://127.0.0.1:{port}/status" if port else ""
     else:
         with _remote(scheduler) as client:
             yield lambda graph: run_distributed(client, graph), client.dashboard_link
@@ -87,17 +87,24 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
         thread.join()
 
 
-def run_distributed(client: Any, graph: Graph) -> Iterator[Written]:
-    """Submit a few batches ahead of the work, so that the scheduler's memory does not grow with the model."""
+def run_distributed(client: Any, graph: Graph, here: bool = False) -> Iterator[Written]:
+    """Submit a few batches ahead of the work, so that the scheduler's memory does not grow with the model.
+
+    `here`: the workers are in this process, so that tasks need not be copied to them.
+    """
     from distributed import CancelledError, KilledWorker, as_completed
 
-    keys = iter(graph)
+    tasks = iter(graph.items())
     waiting = as_completed(with_results=True, raise_errors=True)
+    submitted: list[int] = []
 
     def submit() -> None:
-        batch = list(itertools.islice(keys, BATCH))
+        batch = dict(itertools.islice(tasks, BATCH))
         if batch:
-            waiting.update(client.get({key: graph[key] for key in batch}, batch, sync=False))
+            # Keys are given and results are wanted once: hashing what each task is made of would take longer than scheduling it.
+            held = [(_Here if here else _Held)(task) for task in batch.values()]
+            submitted.extend(map(id, held))
+            waiting.update(client.map(_call, held, key=list(batch), pure=False))
 
     for _ in range(IN_FLIGHT):
         submit()
@@ -114,6 +121,37 @@ def run_distributed(client: Any, graph: Graph) -> Iterator[Written]:
     finally:
         for future in list(waiting.futures):
             future.cancel()
+        for number in submitted:
+            _HERE.pop(number, None)
+
+
+class _Held:
+    """A task as a plain value, which Dask does not look into."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+
+class _Here(_Held):
+    """The same for workers in this process, who find the task where it is: pickling one takes longer than scheduling it."""
+
+    def __reduce__(self) -> tuple[Callable[[int], _Here], tuple[int]]:
+        _HERE[id(self)] = self
+        return _find, (id(self),)
+
+
+_HERE: dict[int, _Here] = {}  # until they have run
+
+
+def _find(number: int) -> _Here:
+    return _HERE[number]
+
+
+def _call(held: _Held) -> Any:
+    try:
+        return held.task()
+    finally:
+        _HERE.pop(id(held), None)
 
 
 @contextmanager
