@@ -1,0 +1,248 @@
+"""reference: the source's own model, run by transformers layer by layer.
+
+Only one decoder layer's weights are in memory at a time, of the embedding the rows of the prompt's tokens, of lm_head a block of
+rows: a model runs that is far larger than the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.errors import BadInput, Problem, VerificationFailed
+
+BLOCK_BYTES = 32 << 20  # of float32, read at once
+# Not the model's: how its weights were stored, and how somebody ran it.
+DROPPED = ("quantization_config", "compression_config", "auto_map", "torch_dtype", "dtype", "transformers_version")
+# What transformers calls models that the Hub calls otherwise.
+CLASSES = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}
+# How transformers 5 holds the experts of a layer: [E, 2 I, H], the activated half first, and [E, H, I].
+STACKS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
+ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")  # block_sparse_moe.gate in files
+
+
+class Weights(Protocol):
+    """A model's weights by Hugging Face's parameter names, experts one by one; rows of them on demand."""
+
+    def names(self) -> Sequence[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight, and the part of a parameter that it fills: `place` as an index, of `shape`."""
+
+    name: str
+    place: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+
+class Reference:
+    """transformers' model of `config` with `weights`, on the CPU, in float32."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+        """Raises VerificationFailed naming every parameter without a weight, every weight without a parameter and every weight
+        of another shape; BadInput where transformers is not installed or does not know the model.
+        """
+        self._weights = weights
+        with _quiet():
+            self._model = _build(config)
+        self._embedding: nn.Module = self._model.get_input_embeddings()
+        self._head: nn.Module = self._model.get_output_embeddings()
+        self._parts = self._matched(bool(self._model.config.tie_word_embeddings))
+        layers: Sequence[nn.Module] = self._model.get_decoder().layers
+        names = {id(module): name for name, module in self._model.named_modules()}
+        inside = {f"{names[id(layer)]}.": layer for layer in layers}
+        outer = [name for name in self._parts if not name.startswith(tuple(inside))]
+        self._fill([name for name in outer if name not in (self._embedding_name, self._head_name)])
+        for front, layer in inside.items():
+            self._on_demand(layer, [name for name in self._parts if name.startswith(front)])
+        self._embedding.register_forward_pre_hook(self._embed)
+        self._head.forward = self._logits
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """float32 [n, vocabulary] of one sequence of tokens, int64 [n]. Raises IndexError for tokens beyond the embedding."""
+        rows = self._weights.shape(self._parts[self._embedding_name][0].name)[0]
+        if tokens.ndim != 1 or not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= rows:
+            raise IndexError(f"tokens of shape {list(tokens.shape)}; expected one sequence of tokens 0 to {rows - 1}")
+        with torch.no_grad(), _quiet():
+            result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
+        return result
+
+    def _matched(self, tied: bool) -> dict[str, list[Part]]:
+        """The parts of each parameter."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        names = {id(module): name for name, module in self._model.named_modules()}
+        self._embedding_name = f"{names[id(self._embedding)]}.weight"
+        self._head_name = f"{names[id(self._head)]}.weight"
+        given = set(self._weights.names())
+        result, problems = {}, []
+        for name, parameter in parameters.items():
+            stands_in = self._embedding_name if name == self._head_name and name not in given and tied else name
+            result[name] = _parts(stands_in, tuple(parameter.shape), given)
+            for part in result[name]:
+                found = self._weights.shape(part.name) if part.name in given else None
+                if found is None:
+                    problems.append(Problem(part.name, "no such weight", f"one of shape {list(part.shape)}, as the model has it"))
+                elif tuple(found) != part.shape:
+                    problems.append(Problem(part.name, f"shape {list(found)}", f"{list(part.shape)}, as the model has it"))
+        used = {part.name for parts in result.values() for part in parts}
+        extra = sorted(given - used)
+        problems += [Problem(name, "a weight that the model has no place for", "the model's parameters alone") for name in extra]
+        if problems:
+            raise VerificationFailed(problems)
+        return result
+
+    def _on_demand(self, layer: nn.Module, names: Sequence[str]) -> None:
+        """Have a layer's parameters in memory while it runs."""
+        empty = {name: self._model.get_parameter(name) for name in names}
+
+        def load(*_: Any) -> None:
+            self._fill(names)
+
+        def drop(*_: Any) -> None:
+            for name, parameter in empty.items():
+                self._set(name, parameter)
+
+        layer.register_forward_pre_hook(load)
+        layer.register_forward_hook(drop)
+
+    def _fill(self, names: Sequence[str]) -> None:
+        for name in names:
+            values = torch.empty(self._model.get_parameter(name).shape)
+            for part in self._parts[name]:
+                self._read(part.name, values[part.place])
+            self._set(name, nn.Parameter(values, requires_grad=False))
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        module, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(module), leaf, parameter)
+
+    def _read(self, name: str, into: Tensor) -> None:
+        for start, stop in _blocks(tuple(into.shape)):
+            into[start:stop] = self._weights.rows(name, start, stop)
+
+    def _embed(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give the embedding the rows of the prompt's tokens, and the tokens' places among them."""
+        used, places = torch.unique(arguments[0], return_inverse=True)
+        name = self._parts[self._embedding_name][0].name
+        rows = [self._weights.rows(name, token, token + 1).float() for token in used.tolist()]
+        module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
+        return (places, *arguments[1:])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """lm_head, some of its rows at a time."""
+        (part,) = self._parts[self._head_name]
+        result = torch.empty(*hidden.shape[:-1], part.shape[0])
+        for start, stop in _blocks(part.shape):
+            rows = self._weights.rows(part.name, start, stop).float()
+            result[..., start:stop] = functional.linear(hidden, rows)
+        bias = self._head.bias
+        return result + bias if isinstance(bias, Tensor) else result
+
+
+def _parts(name: str, shape: tuple[int, ...], given: set[str]) -> list[Part]:
+    """What fills a parameter: the weight of its name, or those that files have in its place."""
+    if name in given:
+        return [Part(name, (), shape)]
+    for router in ROUTERS:
+        found = name.replace(router, ".block_sparse_moe.gate.weight")
+        if name.endswith(router) and found in given:
+            return [Part(found, (), shape)]
+    front, _, leaf = name.rpartition(".")
+    if not front.endswith(".mlp.experts") or leaf not in STACKS or len(shape) != 3:
+        return [Part(name, (), shape)]
+    numbered = f"{front.removesuffix('.mlp.experts')}.block_sparse_moe.experts"
+    style = 0 if any(weight.startswith(f"{numbered}.") for weight in given) else 1
+    projections, rows = STACKS[leaf], shape[1] // len(STACKS[leaf])
+    return [
+        Part(
+            f"{front if style else numbered}.{expert}.{projection[style]}.weight",
+            (expert, slice(n * rows, (n + 1) * rows)),
+            (rows, shape[2]),
+        )
+        for expert in range(shape[0])
+        for n, projection in enumerate(projections)
+    ]
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of an array of float32, in blocks of at most BLOCK_BYTES, or of one row."""
+    row_bytes = 4 * torch.Size(shape[1:]).numel()
+    step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
+    yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _build(config: Mapping[str, Any]) -> Any:
+    """The model, its parameters on the meta device and its buffers computed."""
+    transformers = _transformers()
+    architecture = str((config.get("architectures") or [None])[0])
+    kind: Any = getattr(transformers, CLASSES.get(architecture, architecture), None)
+    if not hasattr(kind, "config_class"):
+        found = f"{architecture}, which transformers {transformers.__version__} has no class for"
+        raise BadInput([Problem("architectures", found, "a model that transformers runs")])
+    try:
+        settings = kind.config_class.from_dict(_plain(config))
+        settings._experts_implementation = "eager"
+        with torch.device("meta"):
+            model = kind._from_config(settings, dtype=torch.float32, attn_implementation="eager").eval()
+    except Exception as error:  # transformers' own checks of a configuration raise errors of many kinds
+        found = f"what transformers {transformers.__version__} refuses ({type(error).__name__}: {error})"
+        raise BadInput([Problem("the model's configuration", found, "a configuration of its architecture")]) from error
+    _compute_buffers(model)
+    model.get_input_embeddings().padding_idx = None  # it says nothing of a forward pass, and may lie beyond the rows in use
+    return model
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as transformers 5 takes it; a copy, as that writes in it."""
+    plain = copy.deepcopy({key: value for key, value in config.items() if key not in DROPPED})
+    scaling = plain.get("rope_scaling")
+    # Early Phi-3 models call it so; transformers forgets the trained length when it renames it itself.
+    if isinstance(scaling, dict) and scaling.get("type") == "su":
+        scaling["type"] = "longrope"
+    return plain
+
+
+def _compute_buffers(model: Any) -> None:
+    """Rotary frequencies and the like: made by the model's own initialization, as when it is loaded from files."""
+    for name, module in model.named_modules():
+        buffers = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for key in buffers:
+            # Whatever is not computed then shows.
+            module._buffers[key] = torch.full_like(module._buffers[key], float("nan"), device="cpu")
+        if buffers:
+            model._init_weights(module)
+        for key in buffers:
+            if bool(module._buffers[key].isnan().any()):
+                found = "a buffer that transformers leaves to be loaded"
+                raise BadInput([Problem(f"{name}.{key}", found, "a computed one", "Install transformers 5 or newer")])
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        remedy = "Install it with: pip install 'headrace[verify]'"
+        raise BadInput([Problem("transformers", f"not installed ({error})", "the library that runs the source", remedy)]) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks, of which a run over known models has nothing to learn."""
+    logging = _transformers().logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
