@@ -29,7 +29,7 @@ from pipeline.tensors import Source, TensorMap
 from stages import rope
 from stages.cast import cast
 from stages.quantization import numbers
-from stages.quantize import CODES, Entry, alignment, quantize, signal_to_noise, sizes_agree, unfit
+from stages.quantize import CODES, Entry, alignment, quantize, signal_to_noise, sizes_agree, unfit, without_kernel
 from stages.rank_file import rank_file
 from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
@@ -79,6 +79,7 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     problems += check_fused(source, matches) or check_tensors(tensors, matches, shardings[0], family)
     problems += check_ties(source, matches.copies)
     for (quantization, _), sharding in zip(chosen, shardings, strict=True):
+        problems += without_kernel(sharding, quantization)
         problems += [] if problems else unfit(tensors, sharding, quantization, matches.origin)
         problems += [] if problems else alignment(sharding, quantization, tp_sizes(sharding.model, sharding))
     if problems:

@@ -196,6 +196,20 @@ def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], wanted=dtype)
 
 
+def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Problem]:
+    """What TensorRT-LLM cannot load of experts.
+
+    Its class of them refuses to be built with float8 with a scale a row, and with groups of 8-bit codes; its loader brings AWQ's
+    factors of activations to one row, where each expert has its own.
+    """
+    if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ):
+        return []
+    found = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
+    expected = "a model without experts, as TensorRT-LLM 1.2.1 cannot load theirs"
+    remedy = "Give --use_weight_only (with --dequantize, where the source is quantized), or neither for 16 bits"
+    return [Problem("quantization", found, expected, remedy)]
+
+
 def unfit(tensors: TensorMap, sharding: Sharding, quantization: Quantization, origin: Callable[[str], str]) -> list[Problem]:
     """Modules whose codes are not of the kind that the target keeps, when it keeps the source's."""
     if quantization.from_numbers or quantization.algorithm is None:

@@ -913,21 +913,6 @@ def test_mixtral_dequantized(tmp_path: Path) -> None:
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
-def test_experts_in_float8_by_row(tmp_path: Path) -> None:
-    weights = source.values(MIXTRAL)
-    checkpoints.save(tmp_path / "model", MIXTRAL, weights)
-    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", use_fp8_rowwise=True, tp_size=2)
-    for rank in range(2):
-        ours = read(tmp_path / f"out/rank{rank}.safetensors")
-        for expert in range(4):
-            wanted = expert_matrices(weights, f"model.layers.1.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"), rank, 2)
-            for name, weight in zip(("fc", "proj"), wanted, strict=True):
-                codes, scales = by_row(weight)
-                module = f"transformer.layers.1.mlp.{name}"
-                np.testing.assert_array_equal(ours[f"{module}.weight"][expert].astype(np.float32), codes)
-                np.testing.assert_array_equal(ours[f"{module}.per_channel_scale"][expert], scales)
-
-
 QWEN_MOE = {
     **LLAMA,
     "architectures": ["Qwen2MoeForCausalLM"],

@@ -1,4 +1,4 @@
-"""A trained model, converted to three ranks: its values are the source's, its logits transformers', and it goes on with a sentence."""
+"""A trained model on three ranks: its values are the source's, its logits transformers', and it goes on with a sentence."""
 
 from __future__ import annotations
 

@@ -153,6 +153,20 @@ def test_flags_that_contradict_the_source(tmp_path: Path, case: str) -> None:
     assert "--dequantize" in problem
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("", ("--use_fp8_rowwise",)), ("compressed fp8 dynamic", ()), ("gptq 8 bits", ()), ("modelopt awq", ())],
+    ids=str,
+)
+def test_experts_in_what_tensorrt_llm_has_no_kernel_for(name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    if name:
+        source.write(tmp_path / "model", source.MIXTRAL, FORMATS[name])
+    else:
+        checkpoints.save(tmp_path / "model", source.MIXTRAL, source.values(source.MIXTRAL))
+    problem = one(refused(tmp_path / "model", *flags))
+    assert problem.startswith("quantization: found 4 experts a layer, as ")
+
+
 @pytest.mark.parametrize("flags", [("--use_fp8", "--use_fp8_rowwise"), (*REQUANTIZED, "int8", "--use_fp8_rowwise")], ids=str)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_two_algorithms(tmp_path: Path, flags: tuple[str, ...], quantized: bool) -> None:

@@ -1,4 +1,4 @@
-"""What each format allows, and what it does not: quantized by NVIDIA's formulas every value is inside its bound, moved it is not."""
+"""Figures add up over blocks, and a value rounded once is inside its bound where its neighbours are not."""
 
 from __future__ import annotations
 
