@@ -94,17 +94,17 @@ class Engines:
         Raises BadInput and EngineFailed.
         """
         problems: list[Problem] = []
-        nowhere = []
+        nowhere: dict[Probe, list[str]] = {}
         for request in self.requests:
             found = self._probe(request, session)
             place = self._place(request, found)
             problems += [*request.problems(_table(found)), *place.obstacles(self._replaces(request))]
             if found.trouble and not self.complete(request):
-                nowhere.append(_nowhere(request, found))
+                nowhere.setdefault(found, []).append(shlex.join(request.command()))
         if problems:
             raise BadInput(dict.fromkeys(problems))
         if nowhere:
-            raise EngineFailed("\n".join(nowhere))
+            raise EngineFailed("\n".join(_nowhere(found, commands) for found, commands in nowhere.items()))
 
     def complete(self, request: Request) -> bool:
         """Whether an engine that has been prepared is there already, and stays."""
@@ -269,11 +269,10 @@ def _files(words: Iterator[str]) -> dict[str, list[int]]:
     return {word: [Path(word).stat().st_size, Path(word).stat().st_mtime_ns] for word in words if Path(word).is_file()}
 
 
-def _nowhere(request: Request, found: Probe) -> str:
+def _nowhere(found: Probe, commands: Sequence[str]) -> str:
     ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
-    return (
-        f"no engine can be built here: {found.trouble}\nOn a machine with an NVIDIA GPU {ways}\n  {shlex.join(request.command())}"
-    )
+    lines = "".join(f"\n  {command}" for command in commands)
+    return f"no engine can be built on {found.host}: {found.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
 
 
 def _failure(engine: _Engine, failed: Sequence[Outcome], missing: Sequence[str]) -> str:
