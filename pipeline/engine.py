@@ -65,8 +65,8 @@ class Request:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, table: Table) -> Arguments:
-        """The builder's options as words; relative paths are as from the current directory."""
-        return arguments(self.own.passed, table, Path.cwd())
+        """The builder's options as words."""
+        return arguments(self.own.passed, table)
 
     def problems(self, table: Table) -> list[Problem]:
         """What the builder whose options these are would not take."""
@@ -88,36 +88,38 @@ class Request:
 
 
 def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
-    """The request of `headrace build`. Raises BadInput naming each option that is wrong."""
+    """The request of `headrace build`. Raises BadInput naming each option of headrace's own that is wrong."""
     try:
-        own = EngineOptions(**options)
+        own = EngineOptions(**anchored(options, Path.cwd()))
     except ValidationError as error:
         raise BadInput(_invalid(error, "--")) from None
     problems = [] if own.output_dir else [Problem("--output_dir", "nothing", "a directory for the engine")]
-    request = Request(Path(os.path.abspath(checkpoint.expanduser())), _absolute(own.output_dir or "engine"), own)  # noqa: PTH100
-    problems += request.problems(known_options()) + _places([request])
+    request = Request(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
+    problems += _places([request])
     if problems:
         raise BadInput(problems)
     return request
 
 
 def job_requests(job: Job) -> tuple[Request, ...]:
-    """The engines that a job asks for, one for each target that has a table. Raises BadInput naming each option that is wrong."""
-    requests, problems = [], []
+    """The engines that a job asks for, one for each target that has a table.
+
+    Raises BadInput naming each option of headrace's own that is wrong; of its own the builder has to be asked.
+    """
+    requests: list[Request] = []
+    problems: list[Problem] = []
     for target in job.targets:
         tables = [table for table in (job.engine, target.engine) if table is not None]
         if not tables:
             continue
         directory = target.output_dir
         try:
-            own = EngineOptions(**{key: value for table in tables for key, value in table.items()})
+            own = EngineOptions(**{key: value for table in tables for key, value in anchored(table, Path.cwd()).items()})
         except ValidationError as error:
             problems += _invalid(error, PREFIX)
             continue
         named = (own.output_dir or f"{directory}{SUFFIX}").replace("{target}", directory.name)
-        request = Request(directory, _absolute(named), own, PREFIX, target.parallelism.world_size)
-        problems += request.problems(known_options())
-        requests.append(request)
+        requests.append(Request(directory, Path(named), own, PREFIX, target.parallelism.world_size))
     problems = list(dict.fromkeys(problems)) or _places(requests)
     if problems:
         raise BadInput(problems)
@@ -139,21 +141,21 @@ def plan_requests(plan: Plan) -> tuple[Request, ...]:
 
 
 def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An engine table of a job file with its paths as from the file's folder."""
+    """An engine's options with their paths absolute, as from a folder: a job file's, or the current directory."""
     paths = {"output_dir", *(name for name, option in known_options().items() if option.type == "path")}
     if "/" in str(table.get("trtllm_build", "")):
         paths.add("trtllm_build")
 
     def place(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [place(each) for each in value]
-        return str(folder / Path(value).expanduser()) if isinstance(value, str) and value else value
+        return str(_absolute(value, folder)) if isinstance(value, str | Path) and str(value) else value
 
     return {name: place(value) if name in paths else value for name, value in table.items()}
 
 
-def _absolute(value: str) -> Path:
-    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+def _absolute(value: str | Path, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
 
 
 def _places(requests: list[Request]) -> list[Problem]:

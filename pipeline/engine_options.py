@@ -6,13 +6,11 @@ Which there are is what the builder's own --help says, where there is a builder;
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import Problem
@@ -75,10 +73,10 @@ def parse_help(text: str) -> Table:
     return found if len(found) >= LEAST else {}
 
 
-def arguments(values: Mapping[str, Any], table: Table, base: Path) -> Arguments:
+def arguments(values: Mapping[str, Any], table: Table) -> Arguments:
     """The words that say `values` (as a job file or a command line has them); false flags are left out.
 
-    Numbers become text, true and false `enable` and `disable` where the option takes these, and paths absolute, as from `base`.
+    Numbers become text, true and false `enable` and `disable` where the option takes these.
     """
     words = {}
     for name, value in values.items():
@@ -88,8 +86,7 @@ def arguments(values: Mapping[str, Any], table: Table, base: Path) -> Arguments:
         if value is False and option.values == "none":
             continue
         given = () if value is True else value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        path = option.type == "path"
-        words[name] = tuple(os.path.abspath(base / Path(str(word)).expanduser()) if path else str(word) for word in given)  # noqa: PTH100
+        words[name] = tuple(map(str, given))
     return words
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.engine import Request
 from pipeline.engine_check import check_checkpoint, checksums, identity, world_size
 from pipeline.engine_log import BuildLog
+from pipeline.engine_messages import no_builder, no_engine
 from pipeline.engine_options import Table, command_words, known_options, parse_help
 from pipeline.engine_output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pipeline.plans import Plan
 
 GPU: Mapping[str, float] = {"GPU": 1}  # what a task takes of a worker
-INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
 
 
 def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> Built:
@@ -55,8 +55,7 @@ def convert_and_build(
     """Convert, then build each target's engine, in one session of the scheduler. Raises what `execute` and `build_engine` do."""
     with runner(plan.job.scheduler, plan.budget.workers, _here()) as session:
         engines = Engines(requests, log, plan.job.scheduler, overwrite=plan.job.overwrite)
-        if not engines.elsewhere or session.offers(GPU):  # the conversion need not wait for a machine with a GPU
-            engines.prepare(session)
+        engines.prepare(session, wait=False)
         result = execute(plan, listener, started=started, session=session)
         return replace(result, engines=engines.build(session))
 
@@ -88,23 +87,24 @@ class Engines:
         self.elsewhere = "://" in scheduler
         self._probes: dict[Builder, Probe] = {}
 
-    def prepare(self, session: Session | None = None) -> None:
+    def prepare(self, session: Session | None = None, wait: bool = True) -> None:
         """Find the builder and refuse what it would. `session`: where workers are elsewhere, the cluster to look on.
 
-        Raises BadInput and EngineFailed.
+        `wait`: until one with a GPU is there; else, where none is, no more is asked of the builder now. Raises BadInput and
+        EngineFailed.
         """
         problems: list[Problem] = []
         nowhere: dict[Probe, list[str]] = {}
         for request in self.requests:
-            found = self._probe(request, session)
-            place = self._place(request, found)
-            problems += [*request.problems(_table(found)), *place.obstacles(self._replaces(request))]
+            found = self._probe(request, session, wait)
+            problems += request.problems(_table(found))
+            problems += self._place(request, found).obstacles(self._replaces(request))
             if found.trouble and not self.complete(request):
                 nowhere.setdefault(found, []).append(shlex.join(request.command()))
         if problems:
             raise BadInput(dict.fromkeys(problems))
         if nowhere:
-            raise EngineFailed("\n".join(_nowhere(found, commands) for found, commands in nowhere.items()))
+            raise EngineFailed("\n".join(no_builder(found, commands) for found, commands in nowhere.items()))
 
     def complete(self, request: Request) -> bool:
         """Whether an engine that has been prepared is there already, and stays."""
@@ -121,7 +121,8 @@ class Engines:
             done = [request for request in self.requests if self.complete(request)]
             results |= {request.engine: Built(request.engine, up_to_date=True) for request in done}
             missing = [request for request in self.requests if request not in done]
-            self._build([_Engine(each, self._place(each, self._probe(each, session))) for each in missing], session, results)
+            engines = [_Engine(each, self._place(each, self._probes[_builder(each)])) for each in missing]
+            self._build(engines, session, results)
         except KeyboardInterrupt:
             left = [str(request.engine) for request in self.requests if request.engine not in results]
             raise Interrupted(f"interrupted; nothing is left of {', '.join(left)}: run the same command again") from None
@@ -193,7 +194,9 @@ class Engines:
             self.log.again(place.directory, engine.attempts + 1, request.own.retries + 1)
             return False
         elif failed or missing:
-            failures.append(EngineFailed(_failure(engine, failed, missing)))
+            command = shlex.join(request.command())
+            text = no_engine(place, engine.command[0], engine.outcomes, missing, engine.attempts, command)
+            failures.append(EngineFailed(text))
         else:
             nbytes = place.finish(engine.token, self._facts(engine))
             self.log.built(place.directory, engine.seconds, nbytes)
@@ -216,10 +219,12 @@ class Engines:
         if not session.offers(GPU):
             self.log.waiting("GPU", self.scheduler)
 
-    def _probe(self, request: Request, session: Session | None) -> Probe:
-        """What the machine that builds has; a cluster is asked on a worker with a GPU, when there is one."""
+    def _probe(self, request: Request, session: Session | None, wait: bool) -> Probe:
+        """What the machine that builds has; a cluster is asked on a worker with a GPU."""
         builder = _builder(request)
         if builder not in self._probes and self.elsewhere and session:
+            if not wait and not session.offers(GPU):
+                return Probe()
             self._announce(session)
             (self._probes[builder],) = session.run_with(GPU, _graph("probe", probe, {uuid.uuid4().hex[:8]: builder}))
         elif builder not in self._probes:
@@ -267,29 +272,3 @@ def _is_path(name: str) -> bool:
 def _files(words: Iterator[str]) -> dict[str, list[int]]:
     """The state of each file that an option names: what it says decides the engine too."""
     return {word: [Path(word).stat().st_size, Path(word).stat().st_mtime_ns] for word in words if Path(word).is_file()}
-
-
-def _nowhere(found: Probe, commands: Sequence[str]) -> str:
-    ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
-    lines = "".join(f"\n  {command}" for command in commands)
-    return f"no engine can be built on {found.host}: {found.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
-
-
-def _failure(engine: _Engine, failed: Sequence[Outcome], missing: Sequence[str]) -> str:
-    """The builder's own words, and where there are more of them."""
-    place, times = engine.place, f", {engine.attempts} attempts" if engine.attempts > 1 else ""
-    program = engine.command[0]
-    stopped = not failed and any(outcome.stopped for outcome in engine.outcomes)
-    if failed:
-        worst = failed[0]
-        code = f"signal {-worst.code}" if worst.code < 0 else f"exit code {worst.code}"
-        head = f"{program} ended with {code} after {worst.seconds:.1f} s on {worst.host}{times}; its last lines of error:"
-    elif stopped:
-        head = f"{place.partial} was removed while {program} was at work"
-    else:
-        head = f"{program} ended without an error, but wrote no whole engine{times}; not there, or empty:"
-    lines = failed[0].lines if failed else () if stopped else missing
-    text = [f"{place.directory}: {head}", *(f"  {line}" for line in lines), f"Log: {place.directory}*.log"]
-    if failed and not failed[0].gpus:
-        text.append(f"{failed[0].host} shows no NVIDIA GPU. On a machine that has one:\n  {shlex.join(engine.request.command())}")
-    return "\n".join(text)

@@ -185,7 +185,7 @@ def _find(builder: Builder) -> tuple[tuple[str, ...], str, str]:
     if builder.kind != "python":
         found = shutil.which(builder.command)
         if found:
-            return (found,), "command", ""
+            return (str(Path(found).absolute()),), "command", ""
         missing.append(f"no {builder.command}{'' if '/' in builder.command else ' on PATH'}")
     if builder.kind != "command":
         if util.find_spec(PACKAGE):

@@ -61,6 +61,8 @@ def build_command(
     if print_command:
         import shlex
 
+        if problems := request.problems(known_options()):
+            raise BadInput(problems)
         print(shlex.join(request.command()))
         return
     from pipeline.engine_log import BuildLog
@@ -128,7 +130,7 @@ def _request(places: list[str], options: dict[str, Any]) -> Request:
     # What is wrong with the options may be why: an unknown one takes a word.
     problems = [Problem("headrace build", f"{len(places)} arguments ({', '.join(places)})", "one checkpoint")]
     try:
-        make_request(Path("checkpoint"), options)
+        problems += make_request(Path("checkpoint"), options).problems(known_options())
     except BadInput as error:
         problems += error.problems
     raise BadInput(problems)

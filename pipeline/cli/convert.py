@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.build import facts, sentence
 from pipeline.cli.options import Json, job_options
 from pipeline.engine import plan_requests
+from pipeline.engine_options import known_options
 from pipeline.job import Job
 
 app = typer.Typer()
@@ -81,7 +82,14 @@ def plan_command(job: Job, json_: Json = False) -> None:
     from pipeline.planning import make_plan
 
     plan = make_plan(job)
-    engines = [{"path": str(request.engine), "command": request.command()} for request in plan_requests(plan)]
+    engines = [
+        {
+            "path": str(request.engine),
+            "command": request.command(),
+            "obstacles": [str(problem) for problem in request.problems(known_options())],
+        }
+        for request in plan_requests(plan)
+    ]
     if json_:
         import json
 
@@ -93,4 +101,4 @@ def plan_command(job: Job, json_: Json = False) -> None:
 
     console().print(plan_table(plan))
     for engine in engines:
-        print(f"then {shlex.join(engine['command'])}")
+        print(f"then {shlex.join(engine['command'])}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")

@@ -29,7 +29,13 @@ VALUES = {
     "metering",
     "reserve",
 }
-IMPORT_STAGES = {"pipeline/planning.py", "pipeline/lower.py", "pipeline/inspection.py"}
+IMPORT_STAGES = {
+    "pipeline/planning.py",
+    "pipeline/lower.py",
+    "pipeline/inspection.py",
+    "pipeline/engine_check.py",
+    "pipeline/engine_run.py",
+}
 COMPUTE = {"pipeline/execute.py", "pipeline/schedulers.py"}
 OPEN_FILES = (
     "stages/read/",
@@ -38,9 +44,20 @@ OPEN_FILES = (
     "pipeline/reserve.py",
     "pipeline/journal.py",
     "pipeline/scratch.py",
+    # The builder's log, and the lock on it.
+    "stages/build.py",
+    "pipeline/engine_log.py",
+    "pipeline/engine_output.py",
 )
 # Small text files: the tables, a job file, and what stands beside the ranks.
-OPEN_TEXT = ("pipeline/tables.py", "pipeline/execute.py", "pipeline/job.py", "pipeline/output.py")
+OPEN_TEXT = (
+    "pipeline/tables.py",
+    "pipeline/execute.py",
+    "pipeline/job.py",
+    "pipeline/output.py",
+    "pipeline/engine_options.py",
+    "pipeline/engine_check.py",
+)
 TEXT_ONLY = ("pipeline/output.py",)  # headrace.json and config.json, and the directory itself, to have them on disk
 
 each_file = pytest.mark.parametrize("name", FILES)
