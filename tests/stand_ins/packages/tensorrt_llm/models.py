@@ -114,6 +114,8 @@ class PretrainedConfig:
         self.mapping = Mapping(values.get("mapping", {}))
         self.quantization = Strict("QuantConfig", QUANTIZATION_KEYS, values.get("quantization", {}), {"group_size": 128})
         self.moe = Strict("MoeConfig", MOE_KEYS, values.get("moe") or {}, {"num_experts": 0})
+        if (self.moe.num_experts == 0) != (not self.moe.top_k):
+            raise ValueError("Both or neither MoeConfig's num_experts and top_k must be set to 0")
         if self.architecture not in MODEL_MAP:
             raise AssertionError(f"Unsupported model architecture: {self.architecture}")
 
