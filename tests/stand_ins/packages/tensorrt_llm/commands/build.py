@@ -124,7 +124,7 @@ def main() -> None:
     plugins.validate()
     config = PretrainedConfig.from_json_file(str(Path(args.checkpoint_dir, "config.json")))
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-    values |= {"plugin_config": plugins, "strongly_typed": True}
+    values |= {"plugin_config": plugins, "speculative_decoding_mode": SpeculativeDecodingMode.from_arguments(args)}
     build_config = BuildConfig(**values)
     names = ("logits_dtype", "use_fused_mlp", "lora_dir", "lora_ckpt_source", "max_lora_rank", "lora_target_modules", "strip_plan")
     more = {"model_config": config, "model_cls": None, "refit": False, **{name: getattr(args, name) for name in names}}
