@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -128,8 +128,6 @@ def job_requests(job: Job) -> tuple[Request, ...]:
 
 def plan_requests(plan: Plan) -> tuple[Request, ...]:
     """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
-    from dataclasses import replace
-
     from pipeline.engine_check import identity_of
 
     outputs = {target.output.directory: target.output for target in plan.targets}
@@ -167,8 +165,8 @@ def _places(requests: list[Request]) -> list[Problem]:
         if engines.count(request.engine) > 1:
             remedy = "Put {target}, the name of the target's directory, into it"
             problems.append(Problem(subject, "two engines", "a directory for each", remedy))
-        if request.checkpoint == request.engine or request.checkpoint in request.engine.parents:
-            problems.append(Problem(subject, f"the checkpoint {request.checkpoint}", "a directory outside of it"))
+        around = {request.engine, *request.engine.parents} & {each.checkpoint for each in requests}
+        problems += [Problem(subject, f"the checkpoint {place}", "a directory outside of it") for place in sorted(around)]
     return list(dict.fromkeys(problems))
 
 

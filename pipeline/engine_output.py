@@ -30,7 +30,8 @@ PROVENANCE = "headrace.json"
 JOURNAL = PROVENANCE + ".partial"
 STOP_SECONDS = 30.0  # that a stopped builder may take to end
 
-_OURS = re.compile(r"rank\d+(\.engine|_managed_weights\.safetensors)|config\.json|headrace\.json|quant_cfg\.json|model\.cache|lora")
+_BUILT = r"rank\d+\.engine|rank\d+_managed_weights\.safetensors|config\.json|quant_cfg\.json|model\.cache|lora"
+_OURS = re.compile(rf"{_BUILT}|headrace\.json(\.partial)?|\.token-\w+")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class EngineDirectory:
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.journal)
+        taken = self.partial.stat().st_ino
         token = self.partial / f".token-{uuid.uuid4().hex}"
         try:
             self.clear(journal.path)  # without its token an orphan on another machine stops
@@ -120,13 +122,18 @@ class EngineDirectory:
             for log in self.logs:
                 log.unlink(missing_ok=True)
             token.touch()
-            yield token
+            try:
+                yield token
+            finally:
+                token.unlink(missing_ok=True)
+                with contextlib.suppress(TimeoutError):
+                    self.await_builders()
         finally:
-            token.unlink(missing_ok=True)
-            with contextlib.suppress(TimeoutError):
-                self.await_builders()
-            journal.remove()
-            shutil.rmtree(self.partial, ignore_errors=True)
+            # Once it has its name, what is at its old place is another run's.
+            if self.partial.exists() and self.partial.stat().st_ino == taken:
+                journal.remove()
+                shutil.rmtree(self.partial, ignore_errors=True)
+            journal.close()
 
     def clear(self, *kept: Path) -> None:
         """Empty the directory under construction, but for some files."""
@@ -169,12 +176,12 @@ class EngineDirectory:
         digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
         provenance = {"headrace": "engine", "id": digest, "inputs": dict(self.inputs), **facts, "files": files}
         (self.partial / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
-        token.unlink()
-        self.journal.unlink()
         shutil.rmtree(self.replaced, ignore_errors=True)
         if self.directory.exists():
             self.directory.rename(self.replaced)
         self.partial.rename(self.directory)
+        for name in (token.name, JOURNAL):
+            (self.directory / name).unlink(missing_ok=True)
         shutil.rmtree(self.replaced, ignore_errors=True)
         return sum(files.values())
 

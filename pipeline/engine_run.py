@@ -53,8 +53,13 @@ def convert_and_build(
     plan: Plan, requests: Sequence[Request], listener: Listener | None, log: BuildLog, started: float | None = None
 ) -> Result:
     """Convert, then build each target's engine, in one session of the scheduler. Raises what `execute` and `build_engine` do."""
+    engines = Engines(requests, log, plan.job.scheduler, overwrite=plan.job.overwrite)
+    if not engines.elsewhere:
+        engines.prepare()
+        if plan.up_to_date and all(map(engines.complete, requests)):
+            done = tuple(Built(request.engine, up_to_date=True) for request in requests)
+            return replace(execute(plan, listener, started=started), engines=done)
     with runner(plan.job.scheduler, plan.budget.workers, _here()) as session:
-        engines = Engines(requests, log, plan.job.scheduler, overwrite=plan.job.overwrite)
         engines.prepare(session, wait=False)
         result = execute(plan, listener, started=started, session=session)
         return replace(result, engines=engines.build(session))
