@@ -73,7 +73,7 @@ def overhead(work: Path) -> None:
             start = time.perf_counter()
             planned = plan(model_dir=source, output_dir=work / "none", **sizes)
             ready = time.perf_counter()
-            with runner(scheduler, planned.budget.workers) as (execute, _):
+            with runner(scheduler, planned.budget.workers) as (execute, *_):
                 tasks = sum(1 for _ in execute(lower(planned.phases[-1], planned.budget.piece_bytes, [0], run=nothing)))
             end = time.perf_counter()
             text = f"planned in {ready - start:.1f} s, {tasks} tasks scheduled in {end - ready:.1f} s (cluster started and stopped)"

@@ -12,20 +12,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import BadInput, HeadraceError, Interrupted, WriteFailed
+from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, WriteFailed
 from pipeline.job import Job, make_job
 from pipeline.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
 
 if TYPE_CHECKING:
-    from pipeline.execute import Listener, Result
+    from pipeline.engine.log import BuildLog
+    from pipeline.execute import Built, Listener, Result
     from pipeline.plans import Plan
 
 __all__ = [
     "BadInput",
+    "EngineFailed",
     "HeadraceError",
     "Interrupted",
     "Job",
     "WriteFailed",
+    "build",
     "convert",
     "load_from_gptq_llama",
     "load_from_hf_checkpoint",
@@ -52,14 +55,35 @@ def convert(
 ) -> Result:
     """Convert a checkpoint; arguments as for `plan`. A finished, unchanged output is left as it is.
 
-    Returns the outputs, bytes, seconds and peak memory. Raises BadInput before anything is written, Interrupted and
-    WriteFailed after.
+    With `engine` (a dict, or a job file's [engine] table) each target's engine is built, too. Returns the outputs, bytes, seconds,
+    peak memory and engines. Raises BadInput before anything is written, Interrupted and WriteFailed after, and EngineFailed.
     """
+    from pipeline.engine import plan_requests
     from pipeline.execute import execute
     from pipeline.planning import make_plan
 
     started = time.perf_counter()
-    return execute(make_plan(_job(job, options, model is not None), model, download=True), listener, started=started)
+    made = make_plan(_job(job, options, model is not None), model, download=True)
+    engines = plan_requests(made)
+    if not engines:
+        return execute(made, listener, started=started)
+    from pipeline.engine.log import BuildLog
+    from pipeline.engine.run import convert_and_build
+
+    return convert_and_build(made, engines, listener, BuildLog(quiet=True), started)
+
+
+def build(checkpoint: str | Path, /, *, log: BuildLog | None = None, scheduler: str = "local", **options: Any) -> Built:
+    """Build the engine of a finished checkpoint with TensorRT-LLM's builder.
+
+    `options`: `output_dir` and the other fields of `pipeline.engine.EngineOptions`, and trtllm-build's own. `log`: what hears of
+    it; nothing by default. Raises BadInput before anything is written, EngineFailed and Interrupted; then there is no engine.
+    """
+    from pipeline.engine import make_request
+    from pipeline.engine.log import BuildLog
+    from pipeline.engine.run import build_engine
+
+    return build_engine(make_request(Path(checkpoint), options), log or BuildLog(quiet=True), scheduler)
 
 
 def _job(job: Job | str | Path | None, options: dict[str, Any], live: bool) -> Job:

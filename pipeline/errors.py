@@ -4,6 +4,7 @@
     |- BadInput              2  a bad request or a bad source; nothing was written
     |- Interrupted           3  stopped by the user; run the same command again
     |- WriteFailed           3  the disk or the network failed; outputs are incomplete and say so
+    |- EngineFailed          4  no engine: the builder failed, or there is none here; the checkpoint is as it was
     `- VerificationFailed    5  an output is not what it should be
 
 Every problem names the tensor, file or option it is about, what was found, what was expected, and what to do.
@@ -72,6 +73,12 @@ class WriteFailed(HeadraceError):
     """Reading or writing failed while the plan ran; what was written is still named `*.partial`."""
 
     exit_code = 3
+
+
+class EngineFailed(HeadraceError):
+    """TensorRT-LLM's builder failed, or is not here; nothing is left of the engine but its log."""
+
+    exit_code = 4
 
 
 class VerificationFailed(HeadraceError):

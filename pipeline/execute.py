@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.journal import Committer, Journal
 from pipeline.lower import lower
 from pipeline.plans import Phase, Plan, Sink
 from pipeline.reserve import missing
-from pipeline.schedulers import Run, run_threads, runner
+from pipeline.schedulers import Run, Session, run_threads, runner
 
 if TYPE_CHECKING:
     from stages.write import Written
@@ -47,11 +47,22 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class Built:
+    """An engine that is there. `seconds`: of its builders, summed; 0 where nothing was to do."""
+
+    directory: Path
+    seconds: float = 0.0
+    nbytes: int = 0
+    attempts: int = 0
+    up_to_date: bool = False
+
+
+@dataclass(frozen=True)
 class Result:
     """What a conversion did. Sizes in bytes, times in seconds.
 
     `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
-    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done.
+    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built after it.
     """
 
     outputs: tuple[Path, ...]
@@ -63,10 +74,15 @@ class Result:
     phases: Mapping[str, float] = field(repr=False, default_factory=dict)
     up_to_date: bool = False
     resumed_tasks: int = 0
+    engines: tuple[Built, ...] = ()
 
 
-def execute(plan: Plan, listener: Listener | None = None, *, started: float | None = None) -> Result:
+def execute(
+    plan: Plan, listener: Listener | None = None, *, started: float | None = None, session: Session | None = None
+) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
+
+    `session`: the scheduler, where one is at hand; else the job's is opened.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
     the disk or a worker fails; the same plan executed again goes on where this one ended.
@@ -83,7 +99,8 @@ def execute(plan: Plan, listener: Listener | None = None, *, started: float | No
     listener = listener or Silent()
     run = _Run(plan, listener, started)
     try:
-        with runner(plan.job.scheduler, plan.budget.workers) as (compute, dashboard), ExitStack() as stack:
+        opened = nullcontext(session) if session else runner(plan.job.scheduler, plan.budget.workers)
+        with opened as (compute, dashboard, _), ExitStack() as stack:
             phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
             run.announce(phases, dashboard)
             for phase in phases:

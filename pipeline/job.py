@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.types import ByteSize
 
+from pipeline.engine import anchored, job_requests
 from pipeline.errors import BadInput, Problem
 from pipeline.parallelism import Parallelism
 
@@ -98,10 +99,11 @@ class TargetOptions(Shape):
     """One output directory and its shape: a `[[target]]` of a job file."""
 
     output_dir: AbsolutePath
+    engine: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide what is written, as plain values."""
-        return self.model_dump(mode="json", exclude={"output_dir"})
+        return self.model_dump(mode="json", exclude={"output_dir", "engine"})
 
 
 class Job(Shape):
@@ -117,6 +119,7 @@ class Job(Shape):
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
+    engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
         "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
     )
@@ -186,6 +189,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     problems = _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
+    job_requests(job)
     return job
 
 
@@ -252,6 +256,8 @@ def _load(file: Path) -> dict[str, Any]:
         [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
     )
     for table in [values, *tables]:
+        if isinstance(table.get("engine"), dict):
+            table["engine"] = anchored(table["engine"], file.absolute().parent)
         for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch"):
             if isinstance(table.get(key), str) and "://" not in table[key]:
                 path = file.absolute().parent / Path(table[key]).expanduser()

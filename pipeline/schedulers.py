@@ -10,9 +10,9 @@ import logging
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.lower import Graph
@@ -26,24 +26,46 @@ IN_FLIGHT = 3  # batches that the scheduler knows of
 Run = Callable[[Graph], "Iterator[Written]"]
 
 
+class Session(NamedTuple):
+    """A scheduler at hand. `run` runs a graph; `dashboard` is its address, "" for none; `client`, where it has one, is Dask's."""
+
+    run: Run
+    dashboard: str = ""
+    client: Any = None
+
+    def offers(self, resources: Mapping[str, float]) -> bool:
+        """Whether a worker is there that has these resources; a scheduler without workers of its own has all."""
+        if self.client is None:
+            return True
+        offered = [worker["resources"] for worker in self.client.scheduler_info()["workers"].values()]
+        return any(all(has.get(name, 0) >= amount for name, amount in resources.items()) for has in offered)
+
+    def run_with(self, resources: Mapping[str, float], graph: Graph) -> Iterator[Any]:
+        """Run tasks that each take these resources of a worker, and wait for such a worker; without workers, one at a time."""
+        if self.client is None:
+            return run_synchronous(graph)
+        return run_distributed(self.client, graph, resources)
+
+
 @contextmanager
-def runner(scheduler: str, workers: int) -> Iterator[tuple[Run, str]]:
-    """What runs a graph on `scheduler`, and the address of its dashboard ("" for none).
+def runner(scheduler: str, workers: int, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
+    """Open a session with `scheduler`; `resources` are those of the in-process cluster's worker.
 
     Raises BadInput where a scheduler elsewhere does not answer.
     """
     if scheduler == "synchronous":
-        yield run_synchronous, ""
+        yield Session(run_synchronous)
     elif scheduler == "threads":
-        yield lambda graph: run_threads(graph, workers), ""
+        yield Session(lambda graph: run_threads(graph, workers))
     elif scheduler == "local":
-        with _local_cluster(workers) as client:
+        with _local_cluster(workers, resources) as client:
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"].get("dashboard")
-            yield lambda graph: run_distributed(client, graph, here=True), f"http://127.0.0.1:{port}/status" if port else ""
+            dashboard = f"http://127.0.0.1:{port}/status" if port else ""
+            yield Session(lambda graph: run_distributed(client, graph, here=True), dashboard, client)
     else:
         with _remote(scheduler) as client:
-            yield lambda graph: run_distributed(client, graph), client.dashboard_link
+            yield Session(lambda graph: run_distributed(client, graph), client.dashboard_link, client)
 
 
 def run_synchronous(graph: Graph) -> Iterator[Written]:
@@ -87,10 +109,13 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
         thread.join()
 
 
-def run_distributed(client: Any, graph: Graph, here: bool = False) -> Iterator[Written]:
+def run_distributed(
+    client: Any, graph: Graph, resources: Mapping[str, float] | None = None, here: bool = False
+) -> Iterator[Written]:
     """Submit a few batches ahead of the work, so that the scheduler's memory does not grow with the model.
 
-    `here`: the workers are in this process, so that tasks need not be copied to them.
+    `resources`: of a worker, that a task takes while it runs. `here`: the workers are in this process, so that tasks need not be
+    copied to them.
     """
     from distributed import CancelledError, KilledWorker, as_completed
 
@@ -104,12 +129,14 @@ def run_distributed(client: Any, graph: Graph, here: bool = False) -> Iterator[W
             # Keys are given and results are wanted once: hashing what each task is made of would take longer than scheduling it.
             held = [(_Here if here else _Held)(task) for task in batch.values()]
             submitted.extend(map(id, held))
-            waiting.update(client.map(_call, held, key=list(batch), pure=False))
+            waiting.update(client.map(_call, held, key=list(batch), pure=False, resources=resources))
 
     for _ in range(IN_FLIGHT):
         submit()
     try:
         for done, (future, value) in enumerate(waiting, 1):
+            if isinstance(value, CancelledError):  # the scheduler is gone, or forgot the task
+                raise value
             future.release()
             if done % BATCH == 0:
                 submit()
@@ -155,7 +182,7 @@ def _call(held: _Held) -> Any:
 
 
 @contextmanager
-def _local_cluster(workers: int) -> Iterator[Any]:
+def _local_cluster(workers: int, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
@@ -171,6 +198,7 @@ def _local_cluster(workers: int) -> Iterator[Any]:
                 threads_per_worker=workers,
                 processes=False,
                 memory_limit=None,
+                resources=resources,
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.ERROR,
                 scheduler_kwargs={"dashboard": False},

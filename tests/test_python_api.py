@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import pipeline
-from pipeline import BadInput, HeadraceError, Interrupted, Job, WriteFailed, convert, plan
+from pipeline import BadInput, EngineFailed, HeadraceError, Interrupted, Job, WriteFailed, convert, plan
 from tests import checkpoints
 from tests.commands import tree
 
@@ -123,8 +123,8 @@ def test_a_finished_conversion_in_the_way_is_bad_input_of_convert_and_an_obstacl
 
 
 def test_the_tree_of_errors() -> None:
-    assert [error.exit_code for error in (HeadraceError, BadInput, Interrupted, WriteFailed)] == [1, 2, 3, 3]
-    assert all(issubclass(error, HeadraceError) for error in (BadInput, Interrupted, WriteFailed))
-    errors = {"BadInput", "HeadraceError", "Interrupted", "WriteFailed"}
+    assert [error.exit_code for error in (HeadraceError, BadInput, Interrupted, WriteFailed, EngineFailed)] == [1, 2, 3, 3, 4]
+    assert all(issubclass(error, HeadraceError) for error in (BadInput, Interrupted, WriteFailed, EngineFailed))
+    errors = {"BadInput", "EngineFailed", "HeadraceError", "Interrupted", "WriteFailed"}
     loaders = {"load_from_gptq_llama", "load_from_hf_checkpoint", "load_from_hf_llama", "load_from_meta_llama"}
-    assert set(pipeline.__all__) == {"Job", "convert", "plan"} | errors | loaders
+    assert set(pipeline.__all__) == {"Job", "build", "convert", "plan"} | errors | loaders

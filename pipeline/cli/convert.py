@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.cli.build import facts, sentence
 from pipeline.cli.options import Json, job_options
+from pipeline.engine import plan_requests
+from pipeline.engine.options import known_options
 from pipeline.job import Job
 
 app = typer.Typer()
@@ -25,7 +28,9 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
 
-    Exit codes: 0 done or already up to date, 2 bad request or bad source (nothing written), 3 interrupted, 1 a bug.
+    A job file's [engine] table has each target's engine built, too (see headrace build).
+
+    Exit codes: 0 done or already up to date, 2 bad request or bad source (nothing written), 3 interrupted, 4 no engine, 1 a bug.
     """
     import json
     import time
@@ -37,7 +42,14 @@ def convert_command(
     started = time.perf_counter()
     plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = execute(plan, listener(quiet, log_format), started=started)
+    engines = plan_requests(plan)
+    if engines:
+        from pipeline.engine.log import BuildLog
+        from pipeline.engine.run import convert_and_build
+
+        result = convert_and_build(plan, engines, listener(quiet, log_format), BuildLog(quiet, log_format), started)
+    else:
+        result = execute(plan, listener(quiet, log_format), started=started)
     if quiet:
         return
     if log_format == "json":
@@ -49,6 +61,7 @@ def convert_command(
             "seconds": round(result.seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,
             "up_to_date": result.up_to_date,
+            **({"engines": [facts(built) for built in result.engines]} if engines else {}),
         }
         print(json.dumps(finished), file=sys.stderr)
         return
@@ -58,6 +71,8 @@ def convert_command(
         print(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do")
     else:
         console().print(result_table(plan, result))
+    for built in result.engines:
+        print(sentence(built))
 
 
 @app.command("plan", no_args_is_help=True)
@@ -67,11 +82,23 @@ def plan_command(job: Job, json_: Json = False) -> None:
     from pipeline.planning import make_plan
 
     plan = make_plan(job)
+    engines = [
+        {
+            "path": str(request.engine),
+            "command": request.command(),
+            "obstacles": [str(problem) for problem in request.problems(known_options())],
+        }
+        for request in plan_requests(plan)
+    ]
     if json_:
         import json
 
-        print(json.dumps(plan.summary(), indent=2))
+        print(json.dumps({**plan.summary(), **({"engines": engines} if engines else {})}, indent=2))
         return
+    import shlex
+
     from pipeline.report import console, plan_table
 
     console().print(plan_table(plan))
+    for engine in engines:
+        print(f"then {shlex.join(engine['command'])}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")

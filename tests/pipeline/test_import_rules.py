@@ -30,7 +30,14 @@ VALUES = {
     "reserve",
     "checkpoint",
 }
-IMPORT_STAGES = {"pipeline/planning.py", "pipeline/lower.py", "pipeline/inspection.py", "pipeline/verification.py"}
+IMPORT_STAGES = {
+    "pipeline/planning.py",
+    "pipeline/lower.py",
+    "pipeline/inspection.py",
+    "pipeline/verification.py",
+    "pipeline/engine/check.py",
+    "pipeline/engine/run.py",
+}
 COMPUTE = {"pipeline/execute.py", "pipeline/schedulers.py"}
 OPEN_FILES = (
     "stages/read/",
@@ -39,9 +46,21 @@ OPEN_FILES = (
     "pipeline/reserve.py",
     "pipeline/journal.py",
     "pipeline/scratch.py",
+    # The builder's log, and the lock on it.
+    "stages/build.py",
+    "pipeline/engine/log.py",
+    "pipeline/engine/output.py",
 )
 # Small text files: the tables, a job file, and what stands beside the ranks.
-OPEN_TEXT = ("pipeline/tables.py", "pipeline/execute.py", "pipeline/job.py", "pipeline/output.py", "pipeline/page/")
+OPEN_TEXT = (
+    "pipeline/tables.py",
+    "pipeline/execute.py",
+    "pipeline/job.py",
+    "pipeline/output.py",
+    "pipeline/page/",
+    "pipeline/engine/options.py",
+    "pipeline/engine/check.py",
+)
 TEXT_ONLY = ("pipeline/output.py",)  # headrace.json and config.json, and the directory itself, to have them on disk
 
 each_file = pytest.mark.parametrize("name", FILES)

@@ -1,0 +1,136 @@
+"""`headrace build`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.engine import EngineOptions, Request, make_request
+from pipeline.engine.options import Table, known_options
+from pipeline.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from pipeline.execute import Built
+
+app = typer.Typer()
+
+_FIELDS = {name: field.description or "" for name, field in EngineOptions.model_fields.items()}
+
+
+@app.command(
+    "build",
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [TRTLLM-BUILD OPTIONS]",
+)
+def build_command(
+    words: Annotated[list[str], typer.Argument(metavar="CHECKPOINT", help="A TensorRT-LLM checkpoint, as convert writes it.")],
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help=_FIELDS["output_dir"])] = None,
+    builder: Annotated[Literal["auto", "command", "python"] | None, typer.Option(help=_FIELDS["builder"])] = None,
+    trtllm_build: Annotated[str | None, typer.Option("--trtllm_build", help=_FIELDS["trtllm_build"])] = None,
+    container: Annotated[str | None, typer.Option(help=_FIELDS["container"])] = None,
+    retries: Annotated[int | None, typer.Option(help=_FIELDS["retries"])] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_FIELDS["overwrite"])] = False,
+    scheduler: Annotated[str, typer.Option(help="local (with dashboard), threads, synchronous, or tcp://host:port.")] = "local",
+    print_command: Annotated[
+        bool, typer.Option("--print_command", help="Print trtllm-build's command line, to run elsewhere, and do nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option("--log_format", help="What the builder says as text or as JSON lines.")
+    ] = "text",
+) -> None:
+    """Build the engines of a checkpoint with TensorRT-LLM's trtllm-build, whose own options go beside these.
+
+    Exit codes: 0 done or already up to date, 2 bad request or bad checkpoint (nothing written), 3 interrupted,
+    4 the builder failed or is not here, 1 a bug.
+    """
+    places, given = split_words(words, known_options())
+    own = {
+        "output_dir": output_dir,
+        "builder": builder,
+        "trtllm_build": trtllm_build,
+        "container": container,
+        "retries": retries,
+        "overwrite": overwrite,
+    }
+    request = _request(places, {**given, **{name: value for name, value in own.items() if value is not None}})
+    if print_command:
+        import shlex
+
+        if problems := request.problems(known_options()):
+            raise BadInput(problems)
+        print(shlex.join(request.command()))
+        return
+    from pipeline.engine.log import BuildLog
+    from pipeline.engine.run import build_engine
+
+    if "://" not in scheduler and scheduler not in ("local", "threads", "synchronous"):
+        raise BadInput([Problem("--scheduler", scheduler, "local, threads, synchronous or tcp://host:port")])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    log = BuildLog(quiet, log_format)
+    built = build_engine(request, log, scheduler)
+    if log_format == "json":
+        log.say("finished", "", engines=[facts(built)])
+    elif not quiet:
+        print(sentence(built))
+
+
+def split_words(words: list[str], table: Table) -> tuple[list[str], dict[str, Any]]:
+    """The words that are no options, and the builder's options with their values, as a job file would have them.
+
+    An option takes the words up to the next one, but for flags, and for those of one value, which `table` knows.
+    """
+    places: list[str] = []
+    given: dict[str, Any] = {}
+    taking: list[str] = places
+    room = 0
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            values = table[name].values if name in table else "one"
+            taking = given[name] = [value] if equals else []
+            room = 0 if equals or values == "none" else 1 if values == "one" else len(words)
+        elif room:
+            taking.append(word)
+            room -= 1
+        else:
+            places.append(word)
+    flags = {name for name in given if not given[name] and (name not in table or table[name].values == "none")}
+    return places, {name: True if name in flags else value for name, value in given.items()}
+
+
+def facts(built: Built) -> dict[str, Any]:
+    """An engine as the JSON log has it."""
+    return {
+        "path": str(built.directory),
+        "seconds": round(built.seconds, 3),
+        "bytes": built.nbytes,
+        "attempts": built.attempts,
+        "up_to_date": built.up_to_date,
+    }
+
+
+def sentence(built: Built) -> str:
+    """An engine as standard output has it."""
+    from pipeline.progress import human_bytes
+
+    if built.up_to_date:
+        return f"{built.directory} is up to date: nothing to do"
+    return f"{built.directory}: {human_bytes(built.nbytes)} of engines, built in {built.seconds:.1f} s"
+
+
+def _request(places: list[str], options: dict[str, Any]) -> Request:
+    if len(places) == 1:
+        return make_request(Path(places[0]), options)
+    # What is wrong with the options may be why: an unknown one takes a word.
+    problems = [Problem("headrace build", f"{len(places)} arguments ({', '.join(places)})", "one checkpoint")]
+    try:
+        problems += make_request(Path("checkpoint"), options).problems(known_options())
+    except BadInput as error:
+        problems += error.problems
+    raise BadInput(problems)

@@ -1,0 +1,65 @@
+"""What an engine is built from: whether a checkpoint can be given to the builder, and what tells it from others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput, Problem
+from stages.read.ranks import open_checkpoint
+from stages.verify.integrity import headers
+
+CONFIG = "config.json"
+PROVENANCE = "headrace.json"
+
+
+def check_checkpoint(directory: Path) -> list[Problem]:
+    """What keeps a checkpoint from being built: the first level of `headrace verify`, without checksums. Opens headers only."""
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "no such directory"
+        return [Problem(str(directory), found, "a TensorRT-LLM checkpoint: config.json and rank{N}.safetensors")]
+    try:
+        return list(headers(open_checkpoint(directory)))
+    except BadInput as error:
+        return list(error.problems)
+
+
+def world_size(directory: Path) -> int:
+    """The number of engines that a checkpoint makes (context-parallel ranks included), of a checkpoint that has been checked."""
+    return int(json.loads((directory / CONFIG).read_text())["mapping"]["world_size"])
+
+
+def identity(directory: Path) -> dict[str, Any]:
+    """What tells a checkpoint from others: its config.json, and headrace's id of it or, where there is none, its files' states."""
+    config = (directory / CONFIG).read_text()
+    own = _provenance(directory).get("id")
+    if isinstance(own, str):
+        return identity_of(own, config)
+    states = {path.name: path.stat() for path in sorted(directory.glob("rank*.safetensors"))}
+    return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}, "config": _digest(config)}
+
+
+def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
+    """The same of a checkpoint that headrace is about to write."""
+    return {"id": checkpoint_id, "config": _digest(config)}
+
+
+def checksums(directory: Path) -> str:
+    """SHA-256 of headrace.json's table of tensors' checksums, or "" where there is none."""
+    table = _provenance(directory).get("xxh3")
+    return _digest(json.dumps(table, sort_keys=True)) if table else ""
+
+
+def _provenance(directory: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads((directory / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

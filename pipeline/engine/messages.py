@@ -1,0 +1,42 @@
+"""What is said where there is no engine: the builder's own words, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.engine.output import EngineDirectory
+
+if TYPE_CHECKING:
+    from stages.build import Outcome, Probe
+
+INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
+
+
+def no_builder(found: Probe, commands: Sequence[str]) -> str:
+    """Why nothing can be built on a machine, how that can be mended, and the command lines to run where there is a builder."""
+    ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
+    lines = "".join(f"\n  {command}" for command in commands)
+    return f"no engine can be built on {found.host}: {found.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
+
+
+def no_engine(
+    place: EngineDirectory, program: str, outcomes: Sequence[Outcome], missing: Sequence[str], attempts: int, command: str
+) -> str:
+    """How the calls of a builder ended that left no engine. `missing`: files; `command`: the line to run where there is a GPU."""
+    times = f", {attempts} attempts" if attempts > 1 else ""
+    failed = [outcome for outcome in outcomes if outcome.code and not outcome.stopped]
+    stopped = not failed and any(outcome.stopped for outcome in outcomes)
+    if failed:
+        code = f"signal {-failed[0].code}" if failed[0].code < 0 else f"exit code {failed[0].code}"
+        head = f"{program} ended with {code} after {failed[0].seconds:.1f} s on {failed[0].host}{times}; its last lines of error:"
+    elif stopped:
+        head = f"{place.partial} was removed while {program} was at work"
+    else:
+        head = f"{program} ended without an error, but wrote no whole engine{times}; not there, or empty:"
+    lines = failed[0].lines if failed else () if stopped else missing
+    logs = ", ".join(str(log) for log in place.logs if log.exists())
+    text = [f"{place.directory}: {head}", *(f"  {line}" for line in lines), f"Log: {logs}"]
+    if failed and not failed[0].gpus:
+        text.append(f"{failed[0].host} shows no NVIDIA GPU. On a machine that has one:\n  {command}")
+    return "\n".join(text)
