@@ -1,0 +1,205 @@
+"""The README's table in one go: `make bench`, or `python -m benchmarks.table`.
+
+Whole commands, start-up included, in alternating pairs with `cp -r` of the bytes that they write, after a sync each; then peak memory,
+scheduling alone, several targets from one read, cuts, and proving an output right against `cat` of what is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks import convert
+from benchmarks.measure import Run, machine, run
+from benchmarks.models import make, make_packed, weights
+
+CONVERT = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
+VERIFY = [sys.executable, "-m", "pipeline.cli", "verify", "--quiet"]
+
+
+def forget(directory: Path) -> None:
+    """Have a directory's files on the disk alone, not in the page cache."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def row(name: str, against: str, ours: Iterable[Run], theirs: Iterable[Run], nbytes: int) -> None:
+    """Print one row: the median ratio of pairs, their range, and the rates."""
+    ours, theirs = list(ours), list(theirs)
+    ratios = [a.seconds / b.seconds for a, b in zip(ours, theirs, strict=True)]
+    seconds = [statistics.median(each.seconds for each in runs) for runs in (ours, theirs)]
+    peak = max(each.peak_bytes for each in ours) >> 20
+    print(
+        f"| {name} | {against} | {statistics.median(ratios):.2f} x | {min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs "
+        f"| {seconds[0]:.1f} s against {seconds[1]:.1f} s, {nbytes / seconds[0] / 1e9:.2f} GB/s, {peak} MiB |",
+        flush=True,
+    )
+
+
+def pairs(command: list[str], output: Path, reference: Path, count: int, cold: Path | None = None) -> tuple[list[Run], list[Run]]:
+    """Runs of a command that writes `output` and of `cp -r` of `reference`, in turns. `cold`: what is read comes from the disk."""
+    copy = output.with_name("copy")
+    ours, theirs = [], []
+
+    def one() -> None:
+        if cold:
+            forget(cold)
+        ours.append(run(command, remove=output))
+        shutil.rmtree(output)
+
+    def other() -> None:
+        if cold:
+            forget(reference)
+        theirs.append(run(["cp", "-r", str(reference), str(copy)], remove=copy))
+        shutil.rmtree(copy)
+
+    for number in range(count):
+        for each in (one, other) if number % 2 else (other, one):
+            each()
+    return ours, theirs
+
+
+def measured(
+    name: str, source: Path, work: Path, count: int, flags: list[str], schedulers: Iterable[str], cold: bool = False
+) -> None:
+    """Rows of one conversion on some schedulers."""
+    reference, output = work / "reference", work / "output"
+    command = [*CONVERT, "--model_dir", str(source), *flags]
+    run([*command, "--output_dir", str(reference), "--scheduler", "threads"], remove=reference)
+    nbytes = sum(path.stat().st_size for path in reference.iterdir())
+    for scheduler in schedulers:
+        full = [*command, "--output_dir", str(output), "--scheduler", scheduler]
+        ours, theirs = pairs(full, output, reference, count, source if cold else None)
+        label = {"local": "default scheduler", "threads": "`--scheduler threads`"}[scheduler]
+        row(f"{name}, {label}", "`cp -r` of the output", ours, theirs, nbytes)
+    shutil.rmtree(reference)
+
+
+def dense(source: Path, work: Path, count: int) -> None:
+    both = ("threads", "local")
+    measured("dense, TP 2", source, work, count, ["--tp_size", "2"], both)
+    measured("dense, TP 2, cold cache", source, work, max(count // 3, 1), ["--tp_size", "2"], both, cold=True)
+    measured("dense, TP 8", source, work, max(count // 3, 1), ["--tp_size", "8", "--use_parallel_embedding"], both)
+
+
+def quantized(source: Path, work: Path, count: int) -> None:
+    few = max(count // 3, 1)
+    for name, flags in (
+        ("int8 from bf16", ["--use_weight_only"]),
+        ("int4 from bf16", ["--use_weight_only", "--weight_only_precision", "int4"]),
+        ("FP8 by row from bf16", ["--use_fp8_rowwise"]),
+    ):
+        measured(f"{name}, TP 2", source, work, few, ["--tp_size", "2", *flags], ("threads",))
+    shutil.rmtree(source)
+    for method in ("gptq", "awq"):
+        packed = work / method
+        make_packed(packed, "8B", 10, method)
+        measured(f"{method.upper()} repacked, TP 2", packed, work, few, ["--tp_size", "2"], ("threads",))
+        shutil.rmtree(packed)
+
+
+def targets(work: Path, count: int) -> None:
+    """TP 1, 2, 4 and 8 from one read, against one after another, and against copying each."""
+    source, sizes = work / "small", (1, 2, 4, 8)
+    make(source, "8B", layers=2, noise=weights())
+    tables = "".join(f'[[target]]\noutput_dir = "all/tp{n}"\ntp_size = {n}\nuse_parallel_embedding = true\n' for n in sizes)
+    (work / "job.toml").write_text(f'model_dir = "{source}"\n{tables}')
+    together, apart, copies = [], [], []
+    for _ in range(max(count // 3, 1)):
+        shutil.rmtree(work / "all", ignore_errors=True)
+        together.append(run([*CONVERT, str(work / "job.toml"), "--scheduler", "threads"]))
+        total = sum(path.stat().st_size for path in (work / "all").rglob("*"))
+        copies.append(_sum(lambda n: run(["cp", "-r", str(work / f"all/tp{n}"), str(work / "copy")], remove=work / "copy"), sizes))
+        shutil.rmtree(work / "all")
+        shutil.rmtree(work / "copy")
+        flags = [
+            "--model_dir",
+            str(source),
+            "--output_dir",
+            str(work / "one"),
+            "--use_parallel_embedding",
+            "--scheduler",
+            "threads",
+        ]
+        apart.append(_sum(lambda n, flags=flags: run([*CONVERT, *flags, "--tp_size", str(n)], remove=work / "one"), sizes))
+        shutil.rmtree(work / "one")
+    row("TP 1, 2, 4 and 8 from one read", "one after another", together, apart, total)
+    row("TP 1, 2, 4 and 8 from one read", "`cp -r` of the outputs", together, copies, total)
+    shutil.rmtree(source)
+
+
+def _sum(one: Callable[[int], Run], sizes: Iterable[int]) -> Run:
+    runs = [one(size) for size in sizes]
+    return Run(
+        sum(each.seconds for each in runs), max(each.peak_bytes for each in runs), max(each.anonymous_bytes for each in runs)
+    )
+
+
+def scratch(source: Path, work: Path, count: int) -> None:
+    for stage in ("unpack", "shard"):
+        cut, without = [], []
+        for _ in range(max(count // 3, 1)):
+            flags = ["--model_dir", str(source), "--output_dir", str(work / "one"), "--tp_size", "2", "--scheduler", "threads"]
+            without.append(run([*CONVERT, *flags], remove=work / "one"))
+            nbytes = sum(path.stat().st_size for path in (work / "one").iterdir())
+            shutil.rmtree(work / "one")
+            cut.append(run([*CONVERT, *flags, "--scratch", str(work / "scratch"), "--scratch_after", stage], remove=work / "one"))
+            shutil.rmtree(work / "one")
+        row(f"dense, TP 2, a cut after `{stage}`", "the same without", cut, without, nbytes)
+
+
+def proved(source: Path, work: Path, count: int) -> None:
+    """Every byte hashed and every value compared, against reading both trees."""
+    output = work / "ranks"
+    for name, flags in (("dense", []), ("int8", ["--use_weight_only"])):
+        given = ["--model_dir", str(source), "--output_dir", str(output), "--tp_size", "2", "--scheduler", "threads"]
+        run([*CONVERT, *given, *flags], remove=output)
+        nbytes = sum(path.stat().st_size for place in (source, output) for path in place.iterdir())
+        ours, theirs = [], []
+        for _ in range(max(count // 3, 1)):
+            ours.append(run([*VERIFY, str(output), "--source", str(source)]))
+            theirs.append(run(["sh", "-c", f"cat {source}/* {output}/* > /dev/null"]))
+        row(f"`headrace verify --source`, {name}, TP 2", "`cat` of source and output", ours, theirs, nbytes)
+        shutil.rmtree(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=9, help="of the dense rows; a third of it for the others")
+    parser.add_argument("--layers", type=int, default=5, help="of the 8B-shaped model: 5 make 4.3 GB")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
+    parts = ("overhead", "memory", "dense", "scratch", "proved", "quantized", "targets")
+    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts))
+    arguments = parser.parse_args()
+    work, count = arguments.work.absolute(), arguments.pairs
+    work.mkdir(parents=True, exist_ok=True)
+    print(machine())
+    for name, part in (("overhead", convert.overhead), ("memory", convert.memory)):
+        if name in arguments.only:
+            part(work)
+    source = work / "8B"
+    nbytes = make(source, "8B", layers=arguments.layers, noise=weights())
+    print(
+        f"\n{nbytes / 1e9:.1f} GB of 8B-shaped bf16\n\n| | against | median | range | |\n| --- | --- | --- | --- | --- |",
+        flush=True,
+    )
+    for name, measure in (("dense", dense), ("scratch", scratch), ("proved", proved), ("quantized", quantized)):
+        if name in arguments.only:
+            measure(source, work, count)
+    shutil.rmtree(source, ignore_errors=True)
+    if "targets" in arguments.only:
+        targets(work, count)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

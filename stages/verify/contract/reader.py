@@ -1,0 +1,93 @@
+"""Values of a JSON object, each of the kind that the loader takes; what is not becomes a Problem, whatever it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pipeline.errors import Problem
+
+LARGEST = 1 << 31  # of a size: beyond, it is a mistake
+
+
+def shown(value: Any) -> str:
+    """A value as it may stand in a report."""
+    try:
+        text = "null" if value is None else repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, lists thousands deep
+        text = f"a {type(value).__name__} that cannot be written out"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Reader:
+    """The keys of one object of config.json.
+
+    `place`: what stands before a key in a report. `problems`: what was wrong so far. `usable`: whether no value that shapes hang on
+    was among it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], place: str = "") -> None:
+        self.values, self.place = values, place
+        self.problems: list[Problem] = []
+        self.usable = True
+
+    def has(self, key: str) -> bool:
+        """Whether a key has a value that is not null."""
+        return self.values.get(key) is not None
+
+    def wrong(self, key: str, expected: str, remedy: str = "", *, found: str = "", fatal: bool = False) -> None:
+        """Record what is wrong with a key; `fatal`: no shape can be told without it."""
+        if not found:
+            found = shown(self.values[key]) if key in self.values else "no such key"
+        self.problems.append(Problem(f"config.json: {self.place}{key}", found, expected, remedy))
+        self.usable = self.usable and not fatal
+
+    def size(self, key: str, *, least: int = 1, most: int = LARGEST, default: int | None = None) -> int:
+        """A whole number; `least` where there is none that will do. `default`: where there is no such key, or null."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+            return value
+        self.wrong(key, f"a whole number from {least} to {most}", fatal=True)
+        return max(least, 1)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.wrong(key, "true or false", fatal=True)
+        return value is True
+
+    def text(self, key: str, known: Collection[str] = (), default: str | None = None) -> str:
+        """One of `known`, or any text; "" where there is none."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, str) and value and (not known or value in known):
+            return value
+        self.wrong(key, " or ".join(known) if known else "a name", fatal=True)
+        return ""
+
+    def positive(self, key: str) -> None:
+        """Check a number that no shape hangs on."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.wrong(key, "a number greater than 0")
+
+    def table(self, key: str) -> Mapping[str, Any] | None:
+        """An object, or None."""
+        value = self.values.get(key)
+        if isinstance(value, Mapping):
+            return value
+        self.wrong(key, "an object", fatal=True)
+        return None
+
+    def keys(self, known: Collection[str]) -> None:
+        """Record keys that the loader does not know: it passes all of them to a constructor, which raises."""
+        for key in self.values:
+            if key not in known:
+                self.wrong(key, "no such key: TensorRT-LLM's loader raises on it", "Remove it")
