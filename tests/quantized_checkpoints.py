@@ -22,8 +22,8 @@ BF16, FP8, FP16 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn
 # Every axis of every rank is a multiple of 64 at tp_size 1, 2 and 4; at 4 two ranks share a kv head.
 LLAMA: dict[str, Any] = {
     **checkpoints.LLAMA,
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

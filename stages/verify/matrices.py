@@ -139,7 +139,9 @@ def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
     """int8 [n * columns, features]: signed codes of uint8 [n, columns * features * bits / 8] in the kernels' order."""
     elements = data if bits == 8 else torch.stack([data & 15, data >> 4], -1)
     tiles = elements.reshape(len(data), features // TILE, columns * TILE)
-    codes = tiles.index_select(2, _order(bits, columns)).reshape(len(data), features // TILE, columns, TILE)
+    # NumPy's take is tens of times faster here than torch's index_select.
+    codes = torch.from_numpy(tiles.numpy().take(_order(bits, columns).numpy(), axis=2))
+    codes = codes.reshape(len(data), features // TILE, columns, TILE)
     codes = codes.transpose(1, 2).reshape(len(data) * columns, features)
     return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 

@@ -15,11 +15,14 @@ from safetensors.numpy import save_file
 from tests import checkpoints
 from tests import quantized_checkpoints as source
 from tests.commands import convert, headrace, one, refused
-from tests.quantized_checkpoints import LLAMA, MIXTRAL, Arrays, Format
+from tests.quantized_checkpoints import MIXTRAL, Arrays, Format
 
 FORMATS = source.formats()
 Q, K, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"))
 REQUANTIZED = ("--use_weight_only", "--weight_only_precision")
+
+
+LLAMA = {**source.LLAMA, "hidden_size": 128, "intermediate_size": 256}
 
 
 def model_of(tmp_path: Path, kind: Format | str, config: dict[str, Any] = LLAMA, **changed: Any) -> Path:
@@ -279,7 +282,8 @@ def test_sizes_that_are_no_whole_tiles(tmp_path: Path, flags: tuple[str, ...]) -
 
 @pytest.mark.parametrize("tp", [4, 8])
 def test_the_sizes_that_would_work_do(tmp_path: Path, tp: int) -> None:
-    config = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "intermediate_size": 512}
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    config = {**LLAMA, **sizes, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
     model = dense_model(tmp_path, config)
     flags = (*REQUANTIZED, "int8")
     if tp == 4:
@@ -289,6 +293,7 @@ def test_the_sizes_that_would_work_do(tmp_path: Path, tp: int) -> None:
     assert {problem.partition(";")[0] for problem in report} == {
         "--tp_size 8: found q_size + kv_size 96 a rank",
         "--tp_size 8: found q_size 32 a rank",
+        "--tp_size 8: found hidden_size 32 a rank",
     }
     assert all("Works: 1, 2, 4" in problem for problem in report)
     for size in (1, 2, 4):
@@ -300,11 +305,13 @@ def plans(model: Path, *flags: object) -> bool:
 
 
 def test_groups_that_the_ranks_would_cut(tmp_path: Path) -> None:
-    model = model_of(tmp_path, "gptq groups of 128")
+    """TensorRT-LLM pads both axes, as if each rank had a share of either."""
+    model = model_of(tmp_path, "gptq groups of 128", source.LLAMA)
     report = refused(model, "--tp_size", 4)
     assert {problem.partition(". ")[0] for problem in report} == {
+        "--tp_size 4: found q_size + kv_size 192 a rank; expected a multiple of 128",
         "--tp_size 4: found q_size 64 a rank; expected a multiple of 128",
-        "--tp_size 4: found intermediate_size 64 a rank; expected a multiple of 128",
+        "--tp_size 4: found hidden_size 64 a rank; expected a multiple of 128",
     }
     assert all("Works: 1, 2" in problem for problem in report)
     assert plans(model, "--tp_size", 2)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import EngineFailed
-from pipeline.engine import output as engine_output
 from pipeline import build as build_in_python
+from pipeline.engine import output as engine_output
 from tests import stand_ins
 from tests.builds import alive, build, names, provenance
 from tests.commands import COMMAND

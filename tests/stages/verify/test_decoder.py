@@ -203,3 +203,16 @@ def test_every_key_that_is_missing_is_named(ranks: Ranks) -> None:
     with pytest.raises(BadInput) as raised:
         Decoder(replace(checkpoint, config=config))
     assert [problem.subject for problem in raised.value.problems] == ["config.json: vocab_size", "config.json: hidden_act"]
+
+
+def test_sizes_that_the_mapping_leaves_open(ranks: Ranks) -> None:
+    """TensorRT-LLM writes -1 for those that follow from the others."""
+    for name, target in (("llama", "tp4pp2"), ("mixtral", "ep2")):
+        checkpoint = ranks(name, target)
+        mapping = {**checkpoint.config["mapping"], "moe_tp_size": -1}
+        if target != "ep2":
+            mapping["moe_ep_size"] = -1
+        other = replace(checkpoint, config={**checkpoint.config, "mapping": mapping})
+        assert Decoder(other).logits(TOKENS).equal(Decoder(checkpoint).logits(TOKENS))
+    with pytest.raises(BadInput, match=r"mapping\.tp_size: found 2; expected moe_tp_size 2 \* moe_ep_size 2"):
+        Decoder(replace(checkpoint, config={**checkpoint.config, "mapping": {**mapping, "moe_tp_size": 2}}))
