@@ -273,8 +273,8 @@ def aligned(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[i
 def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
     """The axes of quantized modules whose share of a rank is not whole tiles or groups: (axis, share, what it must divide by).
 
-    The loader pads both axes of a linear to whole tiles or groups for each of tp_size ranks, whichever is split, and asks for tensors
-    of the padded shape (section 8). Its class of experts pads none.
+    The loader pads both axes of a linear to whole tiles or groups for each of tp_size ranks, whichever is split, and asks for
+    tensors of the padded shape (section 8). Its class of experts pads none.
     """
     sizes, model = sharding.parallelism, sharding.model
     seen = set()
@@ -291,10 +291,10 @@ def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) ->
         inside = model.dimension(module.in_) / (count if module.split == "row" else 1)
         outs = " + ".join(dict.fromkeys(part.out for part in module.parts)) or module.out
         if module.experts:
-            asked = ((outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group))
+            asked = [(outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group)]
         else:
             whole_in, whole_out = model.dimension(module.in_) / tp_size, model.dimension(module.out or "0") / tp_size
-            asked = ((outs, out if module.split == "column" else whole_out, tile), (module.in_, whole_in, tile))
+            asked = [(outs, out if module.split == "column" else whole_out, tile), (module.in_, whole_in, tile)]
         for name, size, of in asked:
             if size % of and (name, of) not in seen:
                 seen.add((name, of))
