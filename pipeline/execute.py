@@ -193,7 +193,7 @@ class _Run:
         graph = lower(begun.phase, self.plan.budget.piece_bytes, begun.sinks, begun.done, synchronize=elsewhere)
         if begun.phase.here:
             compute = partial(run_threads, workers=self.plan.budget.workers)
-        with Committer(begun.journals) as committer:
+        with Committer(dict(enumerate(begun.journals.values()))) as committer:
             for written in compute(graph):
                 committer.add(written)
                 self._count(written)

@@ -120,7 +120,7 @@ class Committer:
     """Writes finished tasks into the journals, a group every second, and brings all to disk now and then, while others run."""
 
     def __init__(self, journals: Mapping[int, Journal]) -> None:
-        """`journals`: by the number of their sink in the phase."""
+        """`journals`: by the place of their sink among those that are written, as checksums name it."""
         self.journals = journals
         self._waiting: list[Written] = []
         self._unsynced: set[str] = set()
