@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.types import ByteSize
 
 from pipeline.errors import BadInput, Problem
 from pipeline.parallelism import Parallelism
+from pipeline.watching.listen import listen_text
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -53,6 +54,7 @@ ModelName = Annotated[Path | str, BeforeValidator(model_name)]
 ScratchRoot = Annotated[str, BeforeValidator(_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
+ListenAddress = Annotated[str, AfterValidator(listen_text)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
 
@@ -124,6 +126,10 @@ class Job(Shape):
     workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
+    listen: ListenAddress | None = Field(
+        None, description="HOST:PORT of the dashboard and headrace's page; default: 127.0.0.1:8787, only where there is a cluster."
+    )
+    performance_report: AbsolutePath | None = Field(None, description="File for Dask's own report of the run, as HTML.")
     scratch: ScratchRoot | None = Field(
         None, description="Directory or URL for cuts; default: .headrace-scratch beside the output."
     )
@@ -214,6 +220,7 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
+    problems += _report(job)
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -226,9 +233,26 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     except ValidationError as error:
         details: list[Any] = list(error.errors())
         return problems + [_problem({**detail, "loc": ("target", *detail["loc"])}, file, {}) for detail in details]
+    if job.performance_report and job.performance_report.parent in directories:
+        found = "a place among the rank files"
+        problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
     twice = {str(directory) for directory in directories if directories.count(directory) > 1}
     problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
     return problems
+
+
+def _report(job: Job) -> list[Problem]:
+    """What is wrong with the place of a performance report, or with a scheduler that has nothing to report."""
+    path = job.performance_report
+    if path is None:
+        return []
+    subject = f"--performance_report {path}"
+    if job.scheduler in ("threads", "synchronous"):
+        remedy = "Leave out --scheduler, or the report"
+        return [Problem(subject, f"--scheduler {job.scheduler}, which keeps no record of its tasks", "a cluster", remedy)]
+    if path.is_dir() or not path.parent.is_dir():
+        return [Problem(subject, "a directory" if path.is_dir() else "no such directory", "a file in a directory that is there")]
+    return []
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -252,7 +276,7 @@ def _load(file: Path) -> dict[str, Any]:
         [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
     )
     for table in [values, *tables]:
-        for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch"):
+        for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"):
             if isinstance(table.get(key), str) and "://" not in table[key]:
                 path = file.absolute().parent / Path(table[key]).expanduser()
                 if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(table[key]):

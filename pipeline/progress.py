@@ -9,8 +9,10 @@ import time
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pipeline.execute import Listener, Silent
+from pipeline.watching.listen import PAGE, parse_listen
 
 if TYPE_CHECKING:
+    from pipeline.job import Job
     from pipeline.plans import Plan
     from stages.write import Written
 
@@ -48,6 +50,8 @@ def human_bytes(count: float) -> str:
 def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     """What is worth saying at the start of a run, beside how long it will take."""
     result = [f"dashboard {dashboard}"] if dashboard else []
+    page = page_address(plan.job, dashboard)
+    result += [f"page {page}"] if page not in ("", dashboard) else []
     if done_tasks:
         result.append(f"resuming: {done_tasks} of {plan.tasks} tasks were done before")
     result += [f"scratch of {cut.stage} reused" for cut in plan.scratch if cut.complete]
@@ -55,6 +59,13 @@ def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     if plan.left_out:
         result.append(f"leaving out {len(plan.left_out)} tensors ({', '.join(sorted(set(plan.left_out.values())))})")
     return result
+
+
+def page_address(job: Job, dashboard: str) -> str:
+    """Where headrace's own page is: beside the dashboard of a cluster in this process, or where `listen` says; "" for nowhere."""
+    if job.scheduler == "local":
+        return dashboard.removesuffix("/status") + PAGE
+    return parse_listen(job.listen).url + PAGE if job.listen else ""
 
 
 class Lines:
@@ -75,7 +86,8 @@ class Lines:
         for part in notes(plan, dashboard, done_tasks):
             text += f"; {part}"
         values = {"tasks": plan.tasks, "done_tasks": done_tasks, "bytes": total_bytes, "done_bytes": done_bytes}
-        self._say("started", text, source=str(plan.source.location), **values, dashboard=dashboard, left_out=len(plan.left_out))
+        places = {"dashboard": dashboard, "page": page_address(plan.job, dashboard)}
+        self._say("started", text, source=str(plan.source.location), **values, **places, left_out=len(plan.left_out))
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written

@@ -223,6 +223,7 @@ def test_json_lines(model: Path, output: Path) -> None:
     events = [json.loads(line) for line in ran.stderr.splitlines()]
     assert [event["event"] for event in (events[0], events[-2], events[-1])] == ["started", "progress", "finished"]
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status", events[0]["dashboard"])
+    assert events[0]["page"] == events[0]["dashboard"].replace("/status", "/headrace")
     assert events[-2]["bytes"] == events[-2]["total_bytes"] == events[0]["bytes"]
     assert events[-1]["bytes_written"] == sum(path.stat().st_size for path in output.glob("rank*"))
     assert events[-1]["outputs"] == [
@@ -238,7 +239,7 @@ def test_plain_lines_and_the_dashboard_where_there_is_no_terminal(model: Path, o
     assert ran.returncode == 0
     assert "\x1b" not in ran.stdout + ran.stderr
     first, *_, last = ran.stderr.splitlines()
-    assert re.fullmatch(rf"converting {model} in \d+ tasks; dashboard http://127\.0\.0\.1:\d+/status", first)
+    assert re.fullmatch(rf"converting {model} in \d+ tasks; dashboard (http://127\.0\.0\.1:\d+)/status; page \1/headrace", first)
     assert re.search(r"^276\.9 KiB of 276\.9 KiB, [\d.]+ GB/s, 0 s left, \w+", last)
     assert "rank0.safetensors" in ran.stdout
     assert str(output) in ran.stdout
