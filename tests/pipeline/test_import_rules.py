@@ -40,7 +40,13 @@ OPEN_FILES = (
     "pipeline/scratch.py",
 )
 # Small text files: the tables, a job file, and what stands beside the ranks.
-OPEN_TEXT = ("pipeline/tables.py", "pipeline/watching/process.py", "pipeline/job.py", "pipeline/output.py")
+OPEN_TEXT = (
+    "pipeline/tables.py",
+    "pipeline/watching/process.py",
+    "pipeline/jobs/secret.py",
+    "pipeline/job.py",
+    "pipeline/output.py",
+)
 TEXT_ONLY = ("pipeline/output.py",)  # headrace.json and config.json, and the directory itself, to have them on disk
 
 each_file = pytest.mark.parametrize("name", FILES)
