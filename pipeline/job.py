@@ -19,6 +19,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.parallelism import Parallelism
 from pipeline.watching.listen import listen_text
 
+PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
 
@@ -271,17 +272,20 @@ def _load(file: Path) -> dict[str, Any]:
         values |= {names[key]: value for key, value in scratch.items()}
     elif scratch is not None:
         values["scratch"] = scratch
-    # Paths in a job file are relative to the file, so that it means the same from everywhere.
-    tables = (
-        [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
-    )
-    for table in [values, *tables]:
-        for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"):
-            if isinstance(table.get(key), str) and "://" not in table[key]:
-                path = file.absolute().parent / Path(table[key]).expanduser()
-                if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(table[key]):
-                    table[key] = path
-    return values
+    return anchored(values, file.absolute().parent)
+
+
+def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Options with absolute paths. `folder`: that of the file which they are of, so that it means the same from everywhere."""
+    result = dict(values)
+    if isinstance(values.get("target"), list):
+        result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
+    for key in PATHS & set(values):
+        if isinstance(values[key], str) and "://" not in values[key]:
+            path = folder / Path(values[key]).expanduser()
+            if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(values[key]):
+                result[key] = path
+    return result
 
 
 def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:

@@ -44,7 +44,8 @@ class Journal:
             except BlockingIOError:
                 os.close(self._file)
                 remedy = "Wait for it, or choose another directory"
-                raise BadInput([Problem(str(path.parent), "another job at work on it", "one job at a time", remedy)]) from None
+                found, expected = "another job at work on it", "one job at a time"
+                raise BadInput([Problem(str(path.parent), found, expected, remedy, passing=True)]) from None
             # The job that held it may have removed it in the meantime.
             if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
                 break

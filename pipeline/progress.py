@@ -74,6 +74,7 @@ class Lines:
     def __init__(self, stream: IO[str], as_json: bool) -> None:
         self.stream, self.as_json = stream, as_json
         self.done = self.total = self.resumed = 0
+        self.stages: dict[str, dict[str, float]] = {}
         self.begun = self.last = time.monotonic()
 
     def _say(self, event: str, text: str, **values: Any) -> None:
@@ -91,6 +92,9 @@ class Lines:
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written
+        for (stage, unit), value in written.metrics.items():
+            totals = self.stages.setdefault(stage, {})
+            totals[unit] = round(totals.get(unit, 0.0) + value, 6)
         now = time.monotonic()
         if now - self.last < LINE_SECONDS and self.done < self.total:
             return
@@ -100,7 +104,7 @@ class Lines:
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
-        self._say("progress", text, **values, layer=place)
+        self._say("progress", text, **values, layer=place, stages=self.stages)
 
     def finished(self) -> None:
         pass

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import Json, job_options
+from pipeline.cli.options import Json, LogFormat, job_options
 from pipeline.job import Job
 
 app = typer.Typer()
@@ -19,9 +19,7 @@ app = typer.Typer()
 def convert_command(
     job: Job,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")
-    ] = "text",
+    log_format: LogFormat = "text",
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
 
@@ -49,6 +47,7 @@ def convert_command(
             "seconds": round(result.seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,
             "up_to_date": result.up_to_date,
+            "stages": result.stages,
         }
         print(json.dumps(finished), file=sys.stderr)
         return

@@ -14,6 +14,7 @@ from pydantic.types import ByteSize
 from pipeline.job import Job, make_job
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+LogFormat = Annotated[Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")]
 JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)
 
 

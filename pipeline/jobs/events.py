@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Outcome = Literal["done", "up_to_date", "refused", "failed", "crashed", "cancelled", "interrupted"]
+Outcome = Literal["done", "up_to_date", "refused", "failed", "crashed", "cancelled", "interrupted", "split"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class JobFinished(Event):
     """An attempt ended.
 
     `outcome` is done or up_to_date where all is well; refused (bad input, exit code 2), failed (exit code 3, or a signal), crashed
-    (a bug, exit code 1), cancelled, or interrupted by the end of the daemon. `error` is the report of what was wrong, "" for none.
+    (a bug, exit code 1), cancelled, interrupted by the end of the daemon, or split: a conversion of several jobs was refused, and
+    each of them is queued as one of its own. `error` is the report of what was wrong, "" for none.
     `retry_seconds`: after how long it will be tried again, None for never: then the outcome is the run's.
     `seconds`: of this attempt. `bytes` were written, `bytes_read` read, with `peak_memory_bytes` as the process itself measured.
     """
@@ -97,7 +98,7 @@ Listener = Callable[[Event], None]
 class Hub:
     """Tells every subscriber of every event, in the order of publishing, in the publisher's thread.
 
-    A subscriber that fails is logged and harms neither the others nor the work; one that is slow should hand over to its own thread.
+    A subscriber that fails is logged and harms neither the others nor the work; a slow one should hand over to a thread of its own.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,40 @@
+"""`python -m pipeline.jobs.child convert JOBFILE --log_format json`: the command line, in a process that never outlives its parent.
+
+It begins when the parent says so, once the store knows its pid: a parent that was killed before leaves nothing that works. Its
+standard input ends with the parent, and so does it: at once, as after `kill -9`, from which a conversion goes on where it was. On
+Linux the kernel sees to that too, for a process that is stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+GO = b"go\n"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Wait for the parent's word, then be the command line."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # A parent that was gone before that call has closed its end too.
+    if os.read(0, len(GO)) != GO:
+        sys.exit(3)
+    threading.Thread(target=_follow, name="headrace-parent", daemon=True).start()
+    from pipeline.cli import main as command_line
+
+    command_line()
+
+
+def _follow() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
