@@ -67,8 +67,10 @@ class Result:
     resumed_tasks: int = 0
 
 
-def execute(plan: Plan, listener: Listener | None = None, *, started: float | None = None) -> Result:
+def execute(plan: Plan, listener: Listener | None = None, *, started: float | None = None, watch: Watch | None = None) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
+
+    `watch` is what can be looked at meanwhile, as headrace's page does; it hears of each task before the listener.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
     the disk or a worker fails; the same plan executed again goes on where this one ended.
@@ -83,7 +85,7 @@ def execute(plan: Plan, listener: Listener | None = None, *, started: float | No
     if obstacles:
         raise BadInput(obstacles)
     listener = listener or Silent()
-    run = _Run(plan, listener, started)
+    run = _Run(plan, listener, started, watch or Watch())
     try:
         with _runner(plan, run.watch) as (compute, dashboard), ExitStack() as stack:
             phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
@@ -185,9 +187,8 @@ class _Undo:
 class _Run:
     """The totals of a run as its phases are done."""
 
-    def __init__(self, plan: Plan, listener: Listener, started: float) -> None:
-        self.plan, self.listener, self.started = plan, listener, started
-        self.watch = Watch()
+    def __init__(self, plan: Plan, listener: Listener, started: float, watch: Watch) -> None:
+        self.plan, self.listener, self.started, self.watch = plan, listener, started, watch
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
         self.begun: list[_Begun] = []

@@ -14,6 +14,7 @@ from pipeline.watching.listen import PAGE, parse_listen
 if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.plans import Plan
+    from pipeline.watching.state import Watch
     from stages.write import Written
 
 LogFormat = Literal["text", "json"]
@@ -22,14 +23,14 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal
 _LAYER = re.compile(r"(?:transformer\.)?(layers\.\d+|[\w.]+?)(?:\.|$)")
 
 
-def listener(quiet: bool, log_format: LogFormat, stream: IO[str] | None = None) -> Listener:
-    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not."""
+def listener(quiet: bool, log_format: LogFormat, watch: Watch, stream: IO[str] | None = None) -> Listener:
+    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not; JSON from a watch."""
     stream = stream or sys.stderr
     if quiet:
         return Silent()
     if log_format == "json":
-        return Lines(stream, as_json=True)
-    return Bar(stream) if stream.isatty() else Lines(stream, as_json=False)
+        return Lines(stream, watch)
+    return Bar(stream) if stream.isatty() else Lines(stream)
 
 
 def layer(name: str) -> str:
@@ -69,16 +70,15 @@ def page_address(job: Job, dashboard: str) -> str:
 
 
 class Lines:
-    """A line at the start, then one every few seconds; each whole in itself."""
+    """A line at the start, then one every few seconds; each whole in itself. Where there is a watch, JSON with what it sees."""
 
-    def __init__(self, stream: IO[str], as_json: bool) -> None:
-        self.stream, self.as_json = stream, as_json
+    def __init__(self, stream: IO[str], watch: Watch | None = None) -> None:
+        self.stream, self.watch = stream, watch
         self.done = self.total = self.resumed = 0
-        self.stages: dict[str, dict[str, float]] = {}
         self.begun = self.last = time.monotonic()
 
     def _say(self, event: str, text: str, **values: Any) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.watch else text
         print(line, file=self.stream, flush=True)
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
@@ -92,9 +92,6 @@ class Lines:
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written
-        for (stage, unit), value in written.metrics.items():
-            totals = self.stages.setdefault(stage, {})
-            totals[unit] = round(totals.get(unit, 0.0) + value, 6)
         now = time.monotonic()
         if now - self.last < LINE_SECONDS and self.done < self.total:
             return
@@ -104,10 +101,23 @@ class Lines:
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
-        self._say("progress", text, **values, layer=place, stages=self.stages)
+        self._say("progress", text, **values, layer=place, **(_seen(self.watch) if self.watch else {}))
 
     def finished(self) -> None:
         pass
+
+
+def _seen(watch: Watch) -> dict[str, Any]:
+    """What a line of JSON says beside bytes and time: `ranks` are [target, rank, bytes written, bytes in all]."""
+    now = watch.snapshot()
+    return {
+        "tasks": now.tasks,
+        "done_tasks": now.done_tasks,
+        "memory_bytes": now.memory_bytes,
+        "memory_limit_bytes": now.memory_limit_bytes,
+        "stages": {stage: {unit: round(value, 6) for unit, value in totals.items()} for stage, totals in now.stages.items()},
+        "ranks": [[share.target, share.rank, share.done_bytes, share.total_bytes] for share in now.ranks],
+    }
 
 
 class Bar:

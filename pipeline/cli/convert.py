@@ -31,11 +31,12 @@ def convert_command(
     from pipeline.execute import execute
     from pipeline.planning import make_plan
     from pipeline.progress import listener
+    from pipeline.watching.state import Watch
 
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), Watch()
     plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    result = execute(plan, listener(quiet, log_format), started=started)
+    result = execute(plan, listener(quiet, log_format, watch), started=started, watch=watch)
     if quiet:
         return
     if log_format == "json":

@@ -47,6 +47,8 @@ class Progress(Event):
     """How far a conversion is. `bytes` of `total_bytes` are written, those of earlier attempts included.
 
     `by_stage`: seconds and bytes of read, unpack, write and the others so far, summed over workers: {"read": {"seconds": 1.2}}.
+    `ranks`: (target, rank, bytes written, bytes in all) of each rank file, none before the last phase. `memory_bytes` are held by its
+    process, -1 where the system does not say.
     """
 
     attempt: int
@@ -56,6 +58,11 @@ class Progress(Event):
     eta_seconds: float
     layer: str
     by_stage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tasks: int = 0
+    done_tasks: int = 0
+    memory_bytes: int = -1
+    memory_limit_bytes: int = 0
+    ranks: tuple[tuple[str, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

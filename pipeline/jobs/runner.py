@@ -26,6 +26,8 @@ from pipeline.jobs.store import SERVE, Store
 BUSY_SECONDS, IDLE_SECONDS = 0.2, 1.0  # between two steps
 STALL_SECONDS = 600.0
 STOP_SECONDS = 60.0
+_SIZES = ("bytes", "total_bytes", "memory_bytes", "memory_limit_bytes", "tasks", "done_tasks")
+_FIGURES = (*_SIZES, "bytes_per_second", "eta_seconds", "layer")
 
 
 @dataclass
@@ -220,9 +222,9 @@ class Runner:
 
     def _heard(self, run: RunRow, attempt: AttemptRow, event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
-            names = ("bytes", "total_bytes", "bytes_per_second", "eta_seconds", "layer")
-            values = {name: event[name] for name in names}
-            self.hub.publish(Progress(*self._of(run), attempt=attempt.number, **values, by_stage=event["stages"]))
+            values = {name: event[name] for name in _FIGURES}
+            ranks = tuple((str(target), *sizes) for target, *sizes in event["ranks"])
+            self.hub.publish(Progress(*self._of(run), attempt=attempt.number, **values, by_stage=event["stages"], ranks=ranks))
 
     def _ended(self, each: _Running, code: int) -> None:
         """Take in that a process has ended by itself, or as it was asked to."""

@@ -59,8 +59,6 @@ class Reading:
     """
 
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    read_bytes: float = 0.0
-    written_bytes: float = 0.0
     states: Mapping[str, int] = field(default_factory=dict)
     queue_length: int = 0
     stalls: int = 0
@@ -99,8 +97,6 @@ def _rank(field: str) -> Callable[[Reading], Values]:
 METRICS = (
     Row("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
     Row("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
-    Row("headrace_read_bytes", "counter", "Bytes read of sources and scratch.", (), lambda r: [((), r.read_bytes)]),
-    Row("headrace_written_bytes", "counter", "Bytes written to ranks and scratch.", (), lambda r: [((), r.written_bytes)]),
     Row("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
     Row("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
     Row("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
@@ -157,8 +153,6 @@ def of_conversion(now: Snapshot) -> Reading:
     states = {"running": int(now.state != "ended"), "done": int(now.state == "ended" and now.done_bytes >= now.total_bytes)}
     return Reading(
         stages=now.stages,
-        read_bytes=now.bytes_read,
-        written_bytes=now.done_bytes - now.resumed_bytes,
         states=states,
         running=() if now.state != "running" else (_running(now),),
     )

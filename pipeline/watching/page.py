@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ STYLE = """
 :host { font-family: system-ui, sans-serif; color: #0f172a; }
 .bk-clearfix { width: 100%; }
 h1 { font-size: 20px; margin: 0 0 2px; font-weight: 600; }
+h2 { font-size: 15px; margin: 14px 0 4px; font-weight: 600; }
 .sub { color: #64748b; margin: 0 0 10px; overflow-wrap: anywhere; }
 .bar { height: 14px; border-radius: 7px; background: #e2e8f0; overflow: hidden; margin: 6px 0 12px; }
 .bar > div { height: 100%; background: #2563eb; }
@@ -58,25 +59,25 @@ def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str
             throughput.update(rates(now.samples))
             points = [(sample.seconds, float(sample.memory_bytes)) for sample in now.samples if sample.memory_bytes >= 0]
             memory.update(points, now.memory_limit_bytes)
-            stages.update(stage_rows(now))
+            stages.update(stage_rows(now.stages))
             ranks.update(rank_rows(now))
 
-        update()
-        document.title = "headrace"
-        document.add_root(
-            column(
-                head,
-                row(throughput.figure, memory.figure, sizing_mode="stretch_width"),
-                row(stages.figure, ranks.figure, sizing_mode="stretch_width"),
-                foot,
-                sizing_mode="stretch_width",
-                margin=16,
-            )
-        )
-        document.js_on_event(ConnectionLost, lost(head))
-        document.add_periodic_callback(update, MILLISECONDS)
+        figures = [
+            row(throughput.figure, memory.figure, sizing_mode="stretch_width"),
+            row(stages.figure, ranks.figure, sizing_mode="stretch_width"),
+        ]
+        document_of(document, update, head, [*figures, foot])
 
     return fill
+
+
+def document_of(document: Any, update: Callable[[], None], head: Div, parts: Sequence[Any]) -> None:
+    """Fill a document with a heading and parts below it, and have `update` called now and once a second."""
+    update()
+    document.title = "headrace"
+    document.add_root(column(head, *parts, sizing_mode="stretch_width", margin=16))
+    document.js_on_event(ConnectionLost, lost(head))
+    document.add_periodic_callback(update, MILLISECONDS)
 
 
 def header(now: Snapshot) -> str:
@@ -118,11 +119,11 @@ def rates(samples: Sequence[Sample]) -> list[tuple[float, float]]:
     ]
 
 
-def stage_rows(now: Snapshot) -> list[tuple[str | tuple[str, str], float, str]]:
+def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tuple[str, str], float, str]]:
     """(stage, bytes, text), in the order of the work."""
     return [
         (stage, totals.get("bytes", 0.0), f"{human_bytes(totals.get('bytes', 0.0))}, {totals.get('seconds', 0.0):.1f} s")
-        for stage, totals in sorted(now.stages.items(), key=lambda item: stage_order(item[0]))
+        for stage, totals in sorted(stages.items(), key=lambda item: stage_order(item[0]))
     ]
 
 

@@ -95,24 +95,23 @@ class Looking(Silent):
             raise KeyboardInterrupt
 
 
-def run(monkeypatch: pytest.MonkeyPatch, stop_after: int = -1, **options: object) -> Looking:
-    """Convert while looking at the Watch that `execute` makes."""
+def run(stop_after: int = -1, **options: object) -> Looking:
+    """Convert while looking at it."""
     looking = Looking(Watch(), stop_after)
-    monkeypatch.setattr("pipeline.execute.Watch", lambda: looking.watch)
     if stop_after < 0:
-        execute(plan(**options), looking)
+        execute(plan(**options), looking, watch=looking.watch)
     else:
         with pytest.raises(Interrupted):
-            execute(plan(**options), looking)
+            execute(plan(**options), looking, watch=looking.watch)
     return looking
 
 
-def test_ranks_fill_up_to_their_files_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_fill_up_to_their_files_bytes(source: Path, tmp_path: Path) -> None:
     targets = [
         {"output_dir": tmp_path / "two", "tp_size": 2},
         {"output_dir": tmp_path / "stages", "pp_size": 3, "dtype": "float32"},
     ]
-    looking = run(monkeypatch, model_dir=source, target=targets, scheduler="threads", scratch_after="rename")
+    looking = run(model_dir=source, target=targets, scheduler="threads", scratch_after="rename")
     assert looking.seen[0].phase == "scratch after rename"
     assert looking.seen[0].ranks == ()
     last = looking.watch.snapshot()
@@ -127,10 +126,10 @@ def test_ranks_fill_up_to_their_files_bytes(source: Path, tmp_path: Path, monkey
     assert 0 < sum(share.done_bytes for share in halfway.ranks) < sum(share.total_bytes for share in halfway.ranks)
 
 
-def test_a_resumed_run_counts_what_was_done(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_counts_what_was_done(source: Path, tmp_path: Path) -> None:
     options = {"model_dir": source, "output_dir": tmp_path / "out", "tp_size": 2, "scheduler": "synchronous"}
-    before = run(monkeypatch, 3, **options).seen[-1]
-    looking = run(monkeypatch, **options)
+    before = run(3, **options).seen[-1]
+    looking = run(**options)
     first, last = looking.seen[0], looking.watch.snapshot()
     assert first.done_tasks == 4
     assert first.resumed_bytes > 0
@@ -138,17 +137,17 @@ def test_a_resumed_run_counts_what_was_done(source: Path, tmp_path: Path, monkey
     assert all(share.done_bytes == share.total_bytes for share in last.ranks)
 
 
-def test_a_target_that_is_whole_is_not_watched(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_is_whole_is_not_watched(source: Path, tmp_path: Path) -> None:
     targets = [{"output_dir": tmp_path / "a", "tp_size": 2}, {"output_dir": tmp_path / "b", "tp_size": 4}]
     convert(model_dir=source, scheduler="threads", **targets[0])
-    last = run(monkeypatch, model_dir=source, target=targets, scheduler="threads").watch.snapshot()
+    last = run(model_dir=source, target=targets, scheduler="threads").watch.snapshot()
     assert [(share.target, share.rank) for share in last.ranks] == [("b", n) for n in range(4)]
     assert all(share.done_bytes == share.total_bytes > 0 for share in last.ranks)
 
 
-def test_directories_of_one_name_are_told_apart(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_of_one_name_are_told_apart(source: Path, tmp_path: Path) -> None:
     targets = [{"output_dir": tmp_path / "a/ranks"}, {"output_dir": tmp_path / "b/ranks", "tp_size": 2}]
-    last = run(monkeypatch, model_dir=source, target=targets, scheduler="threads").watch.snapshot()
+    last = run(model_dir=source, target=targets, scheduler="threads").watch.snapshot()
     assert {share.target for share in last.ranks} == {str(tmp_path / "a/ranks"), str(tmp_path / "b/ranks")}
 
 
