@@ -12,8 +12,9 @@ from pipeline.jobs.events import Event, JobFinished, JobStarted, Progress, Stall
 from pipeline.jobs.reading import Reader
 from pipeline.jobs.rows import RunRow
 from pipeline.watching.metrics import Durations, Reading, Running
-from pipeline.watching.state import MAX_SAMPLES, SAMPLE_SECONDS, Sample, Share
+from pipeline.watching.state import MAX_SAMPLES, Sample, Share
 
+SAMPLE_SECONDS = 5.0  # between two samples: conversions tell of themselves every few seconds
 SHOWN = 50  # jobs, and failures, on a page
 FORGET_SECONDS = 60.0  # after which a conversion that the store knows nothing of is none
 
@@ -32,7 +33,7 @@ class Live:
 class Overview:
     """Everything that a page shows. `samples`: bytes written by all jobs since the daemon began, and the memory that they held.
 
-    `active`: runs that wait or work; `failures`: those that ended badly last. Both newest first, and not all of very many.
+    `active`: runs that work, then those that wait; `failures`: those that ended badly last. Each newest first, and not all of many.
     """
 
     reading: Reading
@@ -87,12 +88,12 @@ class Overseer:
     def look(self) -> Overview:
         """Everything, as it is now."""
         counts = self._store.counts_by_state()
-        active = self._store.runs(states=("running", "waiting", "queued"), limit=SHOWN)
+        running = self._store.runs(states=("running",), limit=None)
+        active = [*running, *self._store.runs(states=("waiting", "queued"), limit=SHOWN)]
         failures = self._store.recent_failures(SHOWN)
-        running = {run.id for run in self._store.runs(states=("running",), limit=None)}
         with self._lock:
             now = self._clock()
-            self._forget(running, now)
+            self._forget({run.id for run in running}, now)
             self._sample()
             reading = Reading(
                 stages=self._stages(),

@@ -99,7 +99,7 @@ def failures_table(failures: tuple[RunRow, ...]) -> str:
     if not failures:
         return "<h2>Recent failures</h2><p class=sub>none</p>"
     rows = "".join(
-        f"<tr><td class=number>{_moment(run.ended)}</td><td>{run.job}</td><td>{escape(run.name)}</td>"
+        f"<tr><td>{_moment(run.ended)}</td><td>{run.job}</td><td>{escape(run.name)}</td>"
         f"<td><span class='pill failed'>{run.state}</span></td><td><pre>{escape(_cut(run.error))}</pre></td></tr>"
         for run in failures[:FAILURES]
     )
@@ -115,7 +115,7 @@ def rank_rows(now: Overview) -> list[tuple[str | tuple[str, str], float, str]]:
         for share in shares:
             name = f"{share.target} rank {share.rank}" if several else f"rank {share.rank}"
             part = share.done_bytes / max(share.total_bytes, 1)
-            rows.append(((f"{live.job} {live.name}", name), part, human_bytes(share.done_bytes)))
+            rows.append(((f"{live.name} ({live.job})", name), part, human_bytes(share.done_bytes)))
     return rows[:RANKS]
 
 

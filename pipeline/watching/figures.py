@@ -16,6 +16,7 @@ from pipeline.progress import human_bytes
 BLUE, TEAL, RED, GREY = "#2563eb", "#0d9488", "#dc2626", "#64748b"
 FONT = "system-ui, sans-serif"
 ROW_PIXELS = 22  # of a bar
+LONGEST_NAME = 26  # characters of a group that are shown: the last ones tell more
 
 _BYTES_JS = """
 const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -66,6 +67,8 @@ class Bars:
         self._share = share
         self.figure = _figure(title, height=230, y_range=self._factors)
         self.figure.ygrid.grid_line_color = None
+        self.figure.yaxis.group_label_orientation = "horizontal"
+        self.figure.yaxis.group_text_font = FONT
         self.figure.x_range = self._range = Range1d(0, 1)
         if share:
             self.figure.xaxis.formatter, self.figure.xaxis.ticker = NumeralTickFormatter(format="0%"), [0, 0.25, 0.5, 0.75, 1]
@@ -85,7 +88,7 @@ class Bars:
 
     def update(self, rows: Sequence[tuple[str | tuple[str, str], float, str]]) -> None:
         """Show these (name, value, text), the first at the top."""
-        names = [name for name, _, _ in rows]
+        names = [name if isinstance(name, str) else (_shortened(name[0]), name[1]) for name, _, _ in rows]
         factors = list(reversed(names))
         if self._factors.factors != factors:
             self._factors.factors = factors
@@ -94,6 +97,10 @@ class Bars:
         # Room for the text behind the longest bar.
         self._range.end = 1.3 if self._share else max(most, 1.0) * 1.7
         self._source.data = {"y": names, "x": [value for _, value, _ in rows], "text": [text for _, _, text in rows]}
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _figure(title: str, height: int, **more: object) -> figure:

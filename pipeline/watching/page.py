@@ -33,10 +33,9 @@ h2 { font-size: 15px; margin: 14px 0 4px; font-weight: 600; }
 .pill.ended, .pill.done { background: #dcfce7; color: #166534; }
 .pill.lost, .pill.failed { background: #fee2e2; color: #991b1b; }
 a { color: #2563eb; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; margin-bottom: 14px; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
 th { color: #64748b; font-weight: 500; font-size: 12px; }
-td.number { text-align: right; white-space: nowrap; }
 pre { white-space: pre-wrap; margin: 0; font-size: 12px; }
 """
 LINKS = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"), ("metrics", "metrics"), ("health", "health"))

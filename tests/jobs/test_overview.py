@@ -143,7 +143,7 @@ def test_samples_are_few(told: Told, overseer: Overseer, clock: Clock) -> None:
     run = told.queue("llama")
     told.start(run)
     for done in range(3 * overview.MAX_SAMPLES):
-        clock.now += 1
+        clock.now += overview.SAMPLE_SECONDS
         told.progress(run, done, total=10**6, memory_bytes=5)
     now = overseer.look()
     assert overview.MAX_SAMPLES / 2 <= len(now.samples) <= overview.MAX_SAMPLES
@@ -185,8 +185,8 @@ def test_the_page_says_it_in_words_and_escapes_them(told: Told, overseer: Overse
     assert "<b>bad" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert [(name, part) for name, part, _ in rank_rows(now)] == [
-        ((f"{run.job} llama", "x rank 0"), 0.25),
-        ((f"{run.job} llama", "y rank 0"), 0.5),
+        ((f"llama ({run.job})", "x rank 0"), 0.25),
+        ((f"llama ({run.job})", "y rank 0"), 0.5),
     ]
 
 
