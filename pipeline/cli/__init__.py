@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipeline.cli import convert, facts, jobs, scratch
+from pipeline.cli import convert, facts, jobs, scratch, serve
 from pipeline.errors import HeadraceError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, facts, jobs):
+for commands in (convert, facts, jobs, serve):
     app.add_typer(commands.app)
 app.add_typer(scratch.app, name="scratch")
 app.add_typer(jobs.jobs_app, name="jobs")

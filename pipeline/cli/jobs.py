@@ -24,10 +24,10 @@ app = typer.Typer()
 jobs_app = typer.Typer(help="List the jobs of a store, look at one, cancel or retry one.")
 
 StorePath = Annotated[
-    Path | None, typer.Option("--store", help="The jobs' database [default: $XDG_STATE_HOME/headrace/jobs.db].", show_default=False)
+    Path | None, typer.Option("--store", help="The jobs' database; default: $XDG_STATE_HOME/headrace/jobs.db.", show_default=False)
 ]
 JobNumber = Annotated[int, typer.Argument(help="The number of a job, as `headrace jobs` lists it.")]
-Listed = Annotated[str | None, typer.Option(help="Values of that option in the matrix, with commas between.", show_default=False)]
+LISTED = "Values of that option in the matrix, with commas between."
 
 
 @contextmanager
@@ -67,17 +67,25 @@ def batch_command(
     names: Annotated[
         list[str] | None, typer.Argument(help="Batch files, job files, directories of them, patterns.", show_default=False)
     ] = None,
-    model_dir: Annotated[list[str] | None, typer.Option(help="A matrix of jobs: its checkpoints; may be given often.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Its directories, such as 'ranks/{model}-tp{tp_size}-{dtype}'.")] = None,
-    tp_size: Listed = None,
-    pp_size: Listed = None,
-    dtype: Listed = None,
-    quantization: Listed = None,
-    max_jobs: Annotated[int | None, typer.Option(min=1, help="Conversions at a time [default: one for eight cores].")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Memory of all together, as 8GiB [default: 4/5 of the machine's].")] = None,
+    model_dir: Annotated[
+        list[str] | None, typer.Option("--model_dir", help="A matrix of jobs: its checkpoints; may be given often.")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Its directories, such as 'ranks/{model}-tp{tp_size}-{dtype}'.")
+    ] = None,
+    tp_size: Annotated[str | None, typer.Option("--tp_size", help=LISTED)] = None,
+    pp_size: Annotated[str | None, typer.Option("--pp_size", help=LISTED)] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help=LISTED)] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", help=LISTED)] = None,
+    max_jobs: Annotated[
+        int | None, typer.Option("--max_jobs", min=1, help="Conversions at a time; default: one for eight cores.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max_memory", help="Memory of all together, as 8GiB; default: 4/5 of the machine's.")
+    ] = None,
     scratch: Annotated[str | None, typer.Option(help="Directory or URL for the cuts of jobs that name none.")] = None,
     keep_scratch: Annotated[bool, typer.Option("--keep_scratch", help="Keep cuts after success.")] = False,
-    attempts: Annotated[int | None, typer.Option(min=1, help="How often to try what may pass [default: 4].")] = None,
+    attempts: Annotated[int | None, typer.Option(min=1, help="How often to try what may pass; default: 4.")] = None,
     summary: Annotated[Path | None, typer.Option(help="File for the summary, as JSON.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be done, in which order; do nothing.")] = False,
     store: StorePath = None,
@@ -122,8 +130,10 @@ def batch_command(
 
 @app.command("gc")
 def gc_command(
-    failed_scratch_days: Annotated[float, typer.Option(min=0, help="How long scratch of failed runs is kept.")] = 7.0,
-    record_days: Annotated[float, typer.Option(min=0, help="How long ended runs are remembered.")] = 90.0,
+    failed_scratch_days: Annotated[
+        float, typer.Option("--failed_scratch_days", min=0, help="How long scratch of failed runs is kept.")
+    ] = 7.0,
+    record_days: Annotated[float, typer.Option("--record_days", min=0, help="How long ended runs are remembered.")] = 90.0,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be removed; remove nothing.")] = False,
     store: StorePath = None,
     json_: Json = False,

@@ -57,8 +57,9 @@ def _flag_type(field: FieldInfo) -> Any:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    choices = f" [{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
-    default = "" if field.is_required() or field.annotation is bool else f" [default: {_shown(field.default)}]"
+    # A bracket that is not escaped would be taken for markup, and left out.
+    choices = f" \\[{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
+    default = "" if field.is_required() or field.annotation is bool else f" \\[default: {_shown(field.default)}]"
     flags = f"--{name}/--no_{name}" if field.annotation is bool else f"--{name}"
     return typer.Option(flags, help=f"{field.description}{choices}{default}", show_default=False)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from pipeline.jobs.events import Hub
 from pipeline.jobs.limits import Limits
-from pipeline.jobs.retention import remove_cut
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import GOOD, RunRow, Unit
 from pipeline.jobs.runner import Runner
@@ -72,19 +71,10 @@ class Batch:
         try:
             runs = submit(self.store, self.hub, self.units, self.queue, "batch")
             self.runner.work(stop or threading.Event(), until_idle=True)
-            _clear(self.store, self.units, runs)
         finally:
             self.store.interrupt(self.queue, "the batch was stopped before it began")
             self.store.end_worker(self.queue)
         return _summary(self.store, self.queue, self.units, runs, time.monotonic() - started)
-
-
-def _clear(store: Store, units: Sequence[Unit], runs: Sequence[RunRow]) -> None:
-    """Remove the cuts that conversions shared, where all of them are done: a failed one may yet be tried again."""
-    for place in dict.fromkeys(unit.shared for unit in units if unit.shared):
-        users = [run for unit, run in zip(units, runs, strict=True) if unit.shared == place]
-        if all(store.run(run.id).state in GOOD for run in users) and remove_cut(place):
-            store.drop_scratch(place)
 
 
 def _summary(store: Store, queue: str, units: Sequence[Unit], runs: Sequence[RunRow], seconds: float) -> Summary:

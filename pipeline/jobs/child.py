@@ -19,8 +19,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> None:
     """Wait for the parent's word, then be the command line."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     # A parent that was gone before that call has closed its end too.
     if os.read(0, len(GO)) != GO:
         sys.exit(3)
@@ -28,6 +27,12 @@ def main() -> None:
     from pipeline.cli import main as command_line
 
     command_line()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that made it ends; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _follow() -> None:

@@ -18,32 +18,22 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, Field
 from tornado.web import RequestHandler
 
 from pipeline.errors import BadInput
 from pipeline.jobs import report
 from pipeline.jobs.events import Hub
-from pipeline.jobs.files import Table
+from pipeline.jobs.listening import Http
 from pipeline.jobs.overview import Overseer
 from pipeline.jobs.overview_page import overview_page
-from pipeline.jobs.secret import SecretPlace
 from pipeline.jobs.store import Store
 from pipeline.watching import server
-from pipeline.watching.listen import PAGE, listen_text, parse_listen
+from pipeline.watching.listen import PAGE, parse_listen
 from pipeline.watching.metrics import Metrics
 
 LEAST_TOKEN = 16  # characters
-DEFAULT = "127.0.0.1:8788"
-
-
-class Http(Table):
-    """`[http]`: where the daemon's page is, and the token for what changes anything."""
-
-    listen: Annotated[str, AfterValidator(listen_text)] = Field(DEFAULT, description="HOST:PORT.")
-    token: SecretPlace | None = Field(None, description="16 characters or more; without it nothing can be changed over HTTP.")
 
 
 @contextmanager

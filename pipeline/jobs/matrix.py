@@ -36,12 +36,13 @@ SOURCES = ("model_dir", "meta_ckpt_dir")
 _LISTS = {"scratch_after"}
 
 
-def expand(table: Mapping[str, Any], folder: Path, where: str) -> list[dict[str, Any]]:
+def expand(table: Mapping[str, Any], folder: Path, where: str, patterns: bool = True) -> list[dict[str, Any]]:
     """The options of each combination, in the order of the table's keys, the last one running fastest; paths are absolute.
 
-    `folder`: what relative paths are relative to; `where`: the table's place, for the report. Raises BadInput.
+    `folder`: what relative paths are relative to; `where`: the table's place, for the report; `patterns`: whether sources are
+    looked up as such. Raises BadInput.
     """
-    axes, problems = _axes(table, folder, where)
+    axes, problems = _axes(table, folder if patterns else None, where)
     excluded = table.get("exclude", [])
     if not isinstance(excluded, list) or not all(isinstance(each, Mapping) for each in excluded):
         problems.append(Problem(f"{where}.exclude", repr(excluded), "a list of tables"))
@@ -87,7 +88,7 @@ def filled(template: str, values: Mapping[str, Any], where: str) -> str:
         raise BadInput([Problem(where, f"{template!r} ({error})", "a text with names in braces")]) from None
 
 
-def _axes(table: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str, Sequence[Any]], list[Problem]]:
+def _axes(table: Mapping[str, Any], folder: Path | None, where: str) -> tuple[dict[str, Sequence[Any]], list[Problem]]:
     """Every option with its choices."""
     known = [*Job.model_fields, "quantization", "exclude"]
     axes: dict[str, Sequence[Any]] = {}
@@ -102,7 +103,7 @@ def _axes(table: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str,
             problems.append(Problem(f"{where}.{key}", "an empty list", "a value, or a list of values"))
         elif key == "quantization" and (unknown := [each for each in choices if each not in QUANTIZATIONS]):
             problems.append(Problem(f"{where}.{key}", repr(unknown[0]), f"of {', '.join(QUANTIZATIONS)}"))
-        elif key in SOURCES:
+        elif key in SOURCES and folder:
             axes[key], missing = _found(choices, folder, f"{where}.{key}")
             problems += missing
         else:

@@ -38,7 +38,8 @@ def message(event: Event) -> Message | None:
     if event.outcome == "done":
         lines = [f"{human_bytes(event.bytes)} written in {event.seconds:.0f} s", *event.outputs]
         return _message("success", event, "done", lines)
-    lines = [f"attempt {event.attempt}, exit code {event.exit_code}", event.error[:LONGEST_ERROR], *event.outputs]
+    attempt = f"attempt {event.attempt}, " if event.attempt else ""
+    lines = [f"{attempt}exit code {event.exit_code}", event.error[:LONGEST_ERROR], *event.outputs]
     return _message("failure", event, event.outcome, lines)
 
 

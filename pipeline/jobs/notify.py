@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pipeline.jobs.apprise_channels import apprise_channels
 from pipeline.jobs.channels import Channel, Outbox
 from pipeline.jobs.events import Event, Hub
+from pipeline.jobs.files import Table
 from pipeline.jobs.messages import Kind, message
 from pipeline.jobs.secret import SecretPlace
 from pipeline.jobs.webhook import Webhook
@@ -38,10 +39,8 @@ def _address(url: str) -> str:
     return url
 
 
-class WebhookOptions(BaseModel):
+class WebhookOptions(Table):
     """`[notify.webhook]`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: Annotated[str, AfterValidator(_address), BeforeValidator(_masked)] = Field(description="Where JSON is POSTed.")
     secret: SecretPlace = Field(description="What signs it: 16 characters or more.")
@@ -49,10 +48,8 @@ class WebhookOptions(BaseModel):
     attempts: int = Field(5, ge=1, le=20, description="At each message, with pauses of 1, 2, 4, ... seconds, at most 60.")
 
 
-class Notify(BaseModel):
+class Notify(Table):
     """`[notify]`: of what is told, and to whom."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     on: tuple[Kind, ...] = Field(("failure", "stall"), description="success, failure, stall.")
     webhook: WebhookOptions | None = None

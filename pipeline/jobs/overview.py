@@ -81,8 +81,9 @@ class Overseer:
             elif isinstance(event, JobFinished):
                 self._live.pop(event.run, None)
                 _add(self._counters.stages, event.by_stage)
-                took = self._counters.durations.get(event.outcome, Durations())
-                self._counters.durations[event.outcome] = took.plus(event.seconds)
+                if event.attempt:  # 0: refused or up to date before any was made
+                    took = self._counters.durations.get(event.outcome, Durations())
+                    self._counters.durations[event.outcome] = took.plus(event.seconds)
             self._sample()
 
     def look(self) -> Overview:

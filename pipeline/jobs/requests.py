@@ -93,9 +93,9 @@ def gather(names: Sequence[str], folder: Path, above: frozenset[Path] = frozense
     return Asked(tuple(requests), settings)
 
 
-def of_matrix(table: Mapping[str, Any], folder: Path, where: str) -> list[Request]:
-    """The jobs of a matrix. Raises BadInput."""
-    return [_request(options, where) for options in expand(table, folder, where)]
+def of_matrix(table: Mapping[str, Any], folder: Path, where: str, patterns: bool = True) -> list[Request]:
+    """The jobs of a matrix. `patterns`: whether a source may be one. Raises BadInput."""
+    return [_request(options, where) for options in expand(table, folder, where, patterns)]
 
 
 def of_options(options: Mapping[str, Any], folder: Path, where: str) -> Request:

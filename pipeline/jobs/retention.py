@@ -11,6 +11,7 @@ from pydantic import Field
 
 from pipeline.errors import BadInput
 from pipeline.jobs.files import Table
+from pipeline.jobs.rows import GOOD, RunRow
 from pipeline.jobs.store import Store
 from pipeline.scratch import DEFAULT_ROOT, remove_scratch
 
@@ -33,9 +34,10 @@ class Collected:
 
 
 def collect(store: Store, retention: Retention, dry_run: bool = False) -> Collected:
-    """Remove the scratch that runs left long ago and that no other may still use; forget runs that ended long ago.
+    """Remove the scratch that runs left long ago and no other may still use; forget runs that ended long ago.
 
-    What a run that failed leaves is for the next attempt. A run is not forgotten while its scratch is there. Output directories, whole or not, are never touched.
+    What a run that failed leaves is for its next attempt. A run is not forgotten while its scratch is there. Output directories,
+    whole or not, are never touched.
     """
     now = store.clock()
     runs = store.runs(limit=None)
@@ -49,6 +51,14 @@ def collect(store: Store, retention: Retention, dry_run: bool = False) -> Collec
     for place in removed:
         store.drop_scratch(place)
     return Collected(tuple(removed), store.forget(old))
+
+
+def release(store: Store, run: RunRow) -> None:
+    """After a run that ended well: remove the cuts that it shared with others, where all of these have ended well too."""
+    latest = {each.job: each for each in reversed(store.runs(limit=None)) if run.scratch}
+    for place in run.scratch:
+        if all(each.state in GOOD for each in latest.values() if place in each.scratch) and remove_cut(place):
+            store.drop_scratch(place)
 
 
 def remove_cut(place: str) -> bool:

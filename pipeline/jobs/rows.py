@@ -76,8 +76,7 @@ class Conversion:
 class Unit:
     """A conversion to be done for the jobs named in `members`, or why it will not be: an `error`, or it is `up_to_date`.
 
-    `parts`: the conversions of the members one by one, where there are several. `shared`: the cut that others read too, to be
-    removed after the last, "" for none.
+    `parts`: the conversions of the members one by one, where there are several. `shared`: the cut that others read too, or "".
     """
 
     conversion: Conversion

@@ -19,8 +19,9 @@ from pipeline.jobs.events import Hub, JobFinished, JobQueued, JobStarted, Outcom
 from pipeline.jobs.files import job_file
 from pipeline.jobs.leases import HEARTBEAT_SECONDS
 from pipeline.jobs.limits import Limits
+from pipeline.jobs.retention import release
 from pipeline.jobs.retry import Retry
-from pipeline.jobs.rows import AttemptRow, RunRow, State
+from pipeline.jobs.rows import GOOD, AttemptRow, RunRow, State
 from pipeline.jobs.store import SERVE, Store
 
 BUSY_SECONDS, IDLE_SECONDS = 0.2, 1.0  # between two steps
@@ -184,11 +185,12 @@ class Runner:
                 self.hub.publish(Stalled(*self._of(each.run), each.attempt.number, seconds, done, total))
 
     def _begin(self) -> None:
-        now = self.store.clock()
-        for run in self.store.queue(self.queue):
+        now, waiting = self.store.clock(), self.store.queue(self.queue)
+        for run in waiting:
             if run.id not in self._announced:
                 self._announced.add(run.id)
                 self.hub.publish(JobQueued(*self._of(run), run.outputs, run.cause))
+        for run in waiting:
             if run.not_before > now:
                 continue
             if not self.limits.allow(run, [each.run for each in self._running.values()]):
@@ -265,6 +267,8 @@ class Runner:
         found = {"outcome": outcome, "exit_code": ended.code, "error": ended.error, **ended.figures}
         if self.store.finish(attempt.id, state, ended.progress, not_before=when, failures=failures, **found):
             self._say_finished(run, attempt, ended, outcome, delay)
+            if state in GOOD:
+                release(self.store, self.store.run(run.id))
 
     def _say_finished(self, run: RunRow, attempt: AttemptRow, ended: Ended, outcome: Outcome, delay: float | None) -> None:
         found = ended.figures

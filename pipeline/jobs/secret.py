@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import BadInput, Problem
 from pipeline.job import AbsolutePath
+from pipeline.jobs.files import Table
 
 
-class Secret(BaseModel):
+class Secret(Table):
     """`{ env = "NAME" }` or `{ file = "/run/secrets/name" }`. The secret itself is no part of this value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     env: str | None = Field(None, min_length=1, description="Environment variable that holds it.")
     file: AbsolutePath | None = Field(None, description="File that holds it; white space around it does not count.")
@@ -50,3 +50,12 @@ def _no_text(value: Any) -> Any:
 
 
 SecretPlace = Annotated[Secret, BeforeValidator(_no_text)]
+
+
+def anchored_secrets(values: Any, folder: Path) -> Any:
+    """A table, and those in it, with the files of secrets as absolute paths: they are relative to `folder`, as in all files."""
+    if not isinstance(values, dict):
+        return values
+    if set(values) == {"file"} and isinstance(values["file"], str):
+        return {"file": folder / Path(values["file"]).expanduser()}
+    return {key: anchored_secrets(value, folder) for key, value in values.items()}

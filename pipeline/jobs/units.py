@@ -134,7 +134,8 @@ def _merge(alike: Sequence[_Planned]) -> list[_Planned]:
 def _share(alike: Sequence[_Planned]) -> dict[int, tuple[_Planned, str, bool]]:
     """Conversions of one packed source with a cut after unpack that is the same for all, by the id of what each was before.
 
-    With each goes the cut's place, and whether a job asks for it to be kept. Nothing where there is but one, where a job says itself what to do with scratch, or where they would not share it.
+    With each goes the cut's place, and whether a job asks for it to be kept. Nothing where there is but one, where a job says
+    itself what to do with scratch, or where they would not share it.
     """
     jobs = [each.job for each in alike if each.job]
     chosen = any("scratch_after" in job.model_fields_set for job in jobs)
@@ -176,7 +177,7 @@ def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
         scratch=tuple(cut.place for cut in cuts),
         parts=tuple((part.members[0], len(part.conversion.outputs)) for part in parts),
     )
-    return Unit(conversion, planned.names, planned.up_to_date, error, parts, "" if keep else shared)
+    return Unit(conversion, planned.names, planned.up_to_date, error, parts, shared)
 
 
 def _room(plan: Plan) -> dict[str, int]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BadInput
-from pipeline.jobs.http import Http, serving
+from pipeline.jobs.http import serving
+from pipeline.jobs.listening import Http
 from tests.jobs.told import Told
 from tests.watching.web import fetch, free_port
 
