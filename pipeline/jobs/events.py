@@ -47,8 +47,8 @@ class Progress(Event):
     """How far a conversion is. `bytes` of `total_bytes` are written, those of earlier attempts included.
 
     `by_stage`: seconds and bytes of read, unpack, write and the others so far, summed over workers: {"read": {"seconds": 1.2}}.
-    `ranks`: (target, rank, bytes written, bytes in all) of each rank file, none before the last phase. `memory_bytes` are held by its
-    process, -1 where the system does not say.
+    `ranks`: (target, rank, bytes written, bytes in all) of each rank file, none before the last phase. `memory_bytes` are held by
+    its process, -1 where the system does not say.
     """
 
     attempt: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from pipeline.jobs.files import Table
 from pipeline.jobs.secret import SecretPlace
@@ -14,7 +14,7 @@ DEFAULT = "127.0.0.1:8788"
 
 
 class Http(Table):
-    """Where the daemon's page is, and the token for what changes anything."""
+    """Where the daemon's page is, and the token, of 16 characters or more, without which nothing can be changed there."""
 
-    listen: Annotated[str, AfterValidator(listen_text)] = Field(DEFAULT, description="HOST:PORT.")
-    token: SecretPlace | None = Field(None, description="16 characters or more; without it nothing can be changed over HTTP.")
+    listen: Annotated[str, AfterValidator(listen_text)] = DEFAULT
+    token: SecretPlace | None = None

@@ -40,20 +40,23 @@ def _address(url: str) -> str:
 
 
 class WebhookOptions(Table):
-    """`[notify.webhook]`."""
+    """`[notify.webhook]`: JSON is POSTed to `url`, signed with a secret of 16 characters or more.
 
-    url: Annotated[str, AfterValidator(_address), BeforeValidator(_masked)] = Field(description="Where JSON is POSTed.")
-    secret: SecretPlace = Field(description="What signs it: 16 characters or more.")
-    timeout_seconds: float = Field(10.0, gt=0, le=300, description="For one attempt.")
-    attempts: int = Field(5, ge=1, le=20, description="At each message, with pauses of 1, 2, 4, ... seconds, at most 60.")
+    `timeout_seconds` is for one attempt; between those at one message it pauses for 1, 2, 4, ... seconds, at most 60.
+    """
+
+    url: Annotated[str, AfterValidator(_address), BeforeValidator(_masked)]
+    secret: SecretPlace
+    timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 10.0
+    attempts: Annotated[int, Field(ge=1, le=20)] = 5
 
 
 class Notify(Table):
-    """`[notify]`: of what is told, and to whom."""
+    """`[notify]`: of what is told, and to whom. `apprise`: where Apprise's URLs are, apart by white space; they hold secrets."""
 
-    on: tuple[Kind, ...] = Field(("failure", "stall"), description="success, failure, stall.")
+    on: tuple[Kind, ...] = ("failure", "stall")
     webhook: WebhookOptions | None = None
-    apprise: SecretPlace | None = Field(None, description="Apprise's URLs, apart by white space, as they hold secrets.")
+    apprise: SecretPlace | None = None
 
     def channels(self) -> list[tuple[Channel, int]]:
         """Each channel, and how many attempts it gets. Raises BadInput where a secret is not there or a URL is none."""

@@ -14,10 +14,13 @@ from pipeline.jobs.files import Table
 
 
 class Secret(Table):
-    """`{ env = "NAME" }` or `{ file = "/run/secrets/name" }`. The secret itself is no part of this value."""
+    """`{ env = "NAME" }` or `{ file = "/run/secrets/name" }`: the secret itself is no part of this value.
 
-    env: str | None = Field(None, min_length=1, description="Environment variable that holds it.")
-    file: AbsolutePath | None = Field(None, description="File that holds it; white space around it does not count.")
+    White space around it does not count.
+    """
+
+    env: Annotated[str | None, Field(min_length=1)] = None
+    file: AbsolutePath | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Secret:
