@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.watching import server
 from pipeline.watching.listen import PAGE, Listen
-from pipeline.watching.page import LINKS, conversion_page
 from pipeline.watching.state import Watch
+
+# (path, text) of the pages beside ours: headrace's own, and those of Dask's dashboard.
+OWN = (("metrics", "metrics"), ("health", "health"))
+DASK = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"))
 
 
 def join(application: Any, watch: Watch, listen: Listen) -> None:
     """Add them to a Dask server's application; to be called in its event loop."""
-    server.join(application, {PAGE: conversion_page(watch.snapshot)}, _routes(watch), listen)
+    server.join(application, {PAGE: _page(watch, (*DASK, *OWN))}, _routes(watch), listen)
 
 
 @contextmanager
 def serving(watch: Watch, listen: Listen) -> Iterator[str]:
     """Serve them where there is no dashboard; yields the page's address. Raises BadInput where `listen` cannot be had."""
-    links = [link for link in LINKS if link[0] in ("metrics", "health")]
-    with server.serving(listen, {PAGE: conversion_page(watch.snapshot, links)}, _routes(watch)) as url:
+    with server.serving(listen, {PAGE: _page(watch, OWN)}, _routes(watch)) as url:
         yield url + PAGE
 
 
@@ -40,6 +42,17 @@ def health(watch: Watch) -> dict[str, Any]:
         "eta_seconds": None if now.eta_seconds is None else round(now.eta_seconds, 1),
         "memory_bytes": now.memory_bytes,
     }
+
+
+def _page(watch: Watch, links: Sequence[tuple[str, str]]) -> server.Page:
+    """The page; what it is made of is imported when somebody opens it."""
+
+    def fill(document: Any) -> None:
+        from pipeline.watching.page import conversion_page
+
+        conversion_page(watch.snapshot, links)(document)
+
+    return fill
 
 
 def _routes(watch: Watch) -> list[server.Route]:

@@ -38,10 +38,9 @@ th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e2
 th { color: #64748b; font-weight: 500; font-size: 12px; }
 pre { white-space: pre-wrap; margin: 0; font-size: 12px; }
 """
-LINKS = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"), ("metrics", "metrics"), ("health", "health"))
 
 
-def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str]] = LINKS) -> Callable[[Any], None]:
+def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str]]) -> Callable[[Any], None]:
     """What fills a Bokeh document with the run that `look` sees; `links` are (path, text) of pages beside it."""
 
     def fill(document: Any) -> None:
