@@ -62,18 +62,23 @@ def _keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
 
 def job_file(options: Mapping[str, Any]) -> str:
-    """The text of a job file with these options, plain values of a Job's fields. Raises ValueError for what TOML cannot hold."""
+    """The text of a job file with these options, plain values of a Job's fields. Raises ValueError for a name that is not UTF-8."""
     lines = [f"{key} = {_value(value)}" for key, value in options.items() if key != "target"]
     for table in options.get("target", ()):
         lines += ["", "[[target]]", *(f"{key} = {_value(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 
+def printable(text: str) -> str:
+    """A name of a file as text: bytes of it that are no UTF-8 as backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, str):
-        value.encode()  # a name of a file that is no UTF-8 stands in surrogates, which TOML does not know
+        value.encode()  # what is no UTF-8 stands in surrogates, which TOML does not know, nor the store
     # What JSON escapes, TOML's basic strings escape alike; DEL they escape too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 

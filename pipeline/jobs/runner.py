@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ STALL_SECONDS = 600.0
 STOP_SECONDS = 60.0
 _SIZES = ("bytes", "total_bytes", "memory_bytes", "memory_limit_bytes", "tasks", "done_tasks")
 _FIGURES = (*_SIZES, "bytes_per_second", "eta_seconds", "layer")
+
+Start = Callable[[Path, Callable[[Mapping[str, Any]], None]], Process]
 
 
 @dataclass
@@ -90,10 +92,12 @@ class Runner:
         retry: Retry | None = None,
         stall_seconds: float = STALL_SECONDS,
         stop_seconds: float = STOP_SECONDS,
+        start: Start = Process,
     ) -> None:
         self.store, self.hub, self.worker, self.queue, self.limits = store, hub, worker, queue, limits
         self.retry = retry or Retry()
         self.stall_seconds, self.stop_seconds = stall_seconds, stop_seconds
+        self.start = start
         self.wake = threading.Event()
         self._running: dict[int, _Running] = {}
         self._announced: set[int] = set()
@@ -208,12 +212,9 @@ class Runner:
             text = job_file(self.store.job(run.job).options)
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
-            made = Process(file, lambda event: self._heard(run, attempt, event))
+            made = self.start(file, lambda event: self._heard(run, attempt, event))
         except OSError as error:  # a full disk here, or no room for one more process
             self._end(run, attempt, Ended("failed", 3, str(error)))
-            return
-        except ValueError as error:
-            self._end(run, attempt, Ended("refused", 2, f"a name that is not UTF-8: {error}"))
             return
         if not self.store.began(attempt.id, made.pid):
             made.kill()

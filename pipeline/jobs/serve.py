@@ -21,6 +21,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import HeadraceError, Interrupted
 from pipeline.jobs.aside import Aside
 from pipeline.jobs.events import Hub
+from pipeline.jobs.files import printable
 from pipeline.jobs.limits import Limits
 from pipeline.jobs.lock import only_one
 from pipeline.jobs.log import Log
@@ -106,7 +107,7 @@ class Daemon:
             job = {**watch.job, "output_dir": watch.job["output_dir"].replace("{fingerprint}", arrival.fingerprint)}
             where = f"watch.{watch.name}.job"
             self._queue(watch, {"matrix": {"model_dir": [source], **job}, "where": where}, arrival.place)
-            self.store.set_arrival(watch.name, arrival.place, arrival.fingerprint)
+            self.store.set_arrival(watch.name, printable(arrival.place), arrival.fingerprint)
 
     def _fetched(self, watch: Watch, arrival: Arrival) -> str:
         """Where the checkpoint is on this machine."""
@@ -131,7 +132,7 @@ class Daemon:
         self.runner.wake.set()
 
     def _known(self, watch: Watch) -> Callable[[str], str | None]:
-        return lambda place: self.store.arrival(watch.name, place)
+        return lambda place: self.store.arrival(watch.name, printable(place))
 
     def _say(self, event: str, text: str) -> None:
         if self.log:

@@ -7,6 +7,7 @@ up to date, and of one that was under way the process is gone too.
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,20 @@ def open_database(path: Path) -> sa.Engine:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or "an error", "a directory that can be written")]) from None
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MILLISECONDS / 1000})
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_MILLISECONDS / 1000})
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
     try:
         with engine.begin() as connection:
             _check_version(connection, path)
-    except sa.exc.DatabaseError as error:
+        # Outside of a transaction, and only now that the file is known to be ours.
+        raw = engine.raw_connection()
+        raw.cursor().execute("PRAGMA journal_mode=WAL")
+        raw.close()
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
         engine.dispose()
-        raise BadInput(
-            [Problem(f"--store {path}", f"a file that cannot be used ({error.orig})", "a store of headrace's")]
-        ) from None
+        found = f"a file that cannot be used ({getattr(error, 'orig', error)})"
+        raise BadInput([Problem(f"--store {path}", found, "a store of headrace's")]) from None
     except BadInput:
         engine.dispose()
         raise
@@ -153,7 +157,7 @@ def open_database(path: Path) -> sa.Engine:
 def _configure(connection: Any, _record: Any) -> None:
     # The driver's own transactions begin late and without the write lock: SQLAlchemy's hook below begins them.
     connection.isolation_level = None
-    for setting in ("foreign_keys=ON", f"busy_timeout={BUSY_MILLISECONDS}", "journal_mode=WAL", "synchronous=NORMAL"):
+    for setting in ("foreign_keys=ON", f"busy_timeout={BUSY_MILLISECONDS}", "synchronous=NORMAL"):
         connection.execute(f"PRAGMA {setting}")
 
 

@@ -12,9 +12,11 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.job import Job, Shape, make_job
+from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.requests import Request
 from pipeline.jobs.rows import Conversion, Unit
 from pipeline.output import check_taken
@@ -84,6 +86,11 @@ def _plan(request: Request, max_memory: int | None) -> _Planned:
         return _Planned(names, request.where, None, problems=request.problems)
     if max_memory is not None and job.memory_limit > max_memory:
         job = make_job({**job.model_dump(exclude_unset=True), "memory_limit": max_memory})
+    try:
+        job_file(_options(job))
+    except ValueError:
+        found = printable(str([job.model_dir, *(target.output_dir for target in job.targets)]))
+        return _Planned(names, request.where, None, problems=(Problem(request.where, found, "names in UTF-8"),))
     try:
         plan = make_plan(job)
     except BadInput as error:
@@ -160,8 +167,8 @@ def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
     job, plan = planned.job, planned.plan
     error = str(BadInput(planned.problems)) if planned.problems else ""
     if job is None:
-        nothing = Conversion(planned.names[0], planned.where, (), {"request": planned.where}, (), {}, 0)
-        return Unit(nothing, planned.names, error=error)
+        name, where = printable(planned.names[0]), printable(planned.where)
+        return Unit(Conversion(name, where, (), {"request": where, "name": name}, (), {}, 0), (name,), error=printable(error))
     parts = tuple(_unit(part) for part in planned.parts)
     source = str(job.meta_ckpt_dir or job.model_dir)
     kept = keep if shared else job.keep_scratch
@@ -170,7 +177,7 @@ def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
         name=planned.names[0] if not parts else f"{Path(source).name} ({len(parts)} jobs)",
         source=source,
         outputs=tuple(str(target.output_dir) for target in job.targets),
-        options=job.model_dump(mode="json", exclude_defaults=True),
+        options=_options(job),
         resources=(*(str(target.output_dir.resolve()) for target in job.targets), *filter(None, [shared])),
         room=_room(plan) if plan else {},
         peak_memory_bytes=plan.budget.peak_bytes if plan else int(job.memory_limit),
@@ -178,6 +185,11 @@ def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
         parts=tuple((part.members[0], len(part.conversion.outputs)) for part in parts),
     )
     return Unit(conversion, planned.names, planned.up_to_date, error, parts, shared)
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """A job's options as plain values, without those that are the defaults: what names it in the store, and its job file."""
+    return job.model_dump(mode="json", exclude_defaults=True)
 
 
 def _room(plan: Plan) -> dict[str, int]:
