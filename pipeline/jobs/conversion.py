@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.jobs.child import GO
+from pipeline.jobs.child import word
 
 TAIL_LINES = 40  # of what a process that failed said last
 ROOT = Path(pipeline.__file__).parents[1]
@@ -73,7 +73,7 @@ class Process:
         """Let it begin."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it is gone already, as its exit code will say
-            self._process.stdin.write(GO)
+            self._process.stdin.write(word(os.getpid()))
             self._process.stdin.flush()
 
     def poll(self) -> int | None:

@@ -56,7 +56,7 @@ _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 def _zone(value: Any) -> Any:
     try:
         return ZoneInfo(value).key
-    except (ValueError, OSError, TypeError):
+    except (KeyError, ValueError, OSError, TypeError):
         raise ValueError("a time zone such as Europe/Berlin or UTC") from None
 
 
@@ -220,6 +220,7 @@ def first_time(each: Cron | Interval, trigger: Any, fired: float | None, now: da
 
     However many it has missed, it fires once for all of them.
     """
+    now = now.astimezone(UTC)  # two times of one zone compare by their clocks, which an hour in autumn shows twice
     if fired is None:
         return now if isinstance(each, Interval) else _after(trigger, now)
     last = min(datetime.fromtimestamp(fired, UTC), now)

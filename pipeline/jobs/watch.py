@@ -89,7 +89,8 @@ class Watcher:
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
-            if entry["type"] == "directory" or (entry["type"] == "link" and self._files.isdir(entry["name"])):
+            # A link is of another type, or of what it leads to.
+            if entry["type"] == "directory" or (entry["type"] != "file" and self._files.isdir(entry["name"])):
                 yield entry["name"].rstrip("/")
 
     def _listing(self, place: str) -> Listing:
