@@ -225,8 +225,8 @@ class Runner:
 
     def _heard(self, run: RunRow, attempt: AttemptRow, event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
-            values = {name: event[name] for name in _FIGURES}
-            ranks = tuple((str(target), *sizes) for target, *sizes in event["ranks"])
+            values = {name: event[name] for name in _FIGURES if name in event}
+            ranks = tuple((str(target), *sizes) for target, *sizes in event.get("ranks", ()))
             self.hub.publish(Progress(*self._of(run), attempt=attempt.number, **values, by_stage=event["stages"], ranks=ranks))
 
     def _ended(self, each: _Running, code: int) -> None:
