@@ -129,6 +129,11 @@ def _local_cluster(workers: int, watch: Watch | None = None, listen: Listen | No
     import dask
     from distributed import Client, LocalCluster
 
+    if listen:
+        from pipeline.watching.server import bound
+
+        for sock in bound(listen):  # Dask would take another port without a word
+            sock.close()
     # A task's failure is reported by the command, in its own words.
     logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
     # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
@@ -154,9 +159,6 @@ def _local_cluster(workers: int, watch: Watch | None = None, listen: Listen | No
 @contextmanager
 def _dashboard(cluster: Any, watch: Watch | None, listen: Listen | None) -> Iterator[None]:
     """Have the pages of the dashboard join the cluster's server while the work has begun: Bokeh takes half a second to import."""
-    server = cluster.scheduler.http_server
-    if listen and server.port != listen.port:
-        raise BadInput([Problem(f"--listen {listen.address}", "another server at work there", "a port that is free")])
 
     def join() -> None:
         import distributed.dashboard.scheduler as pages
@@ -165,7 +167,9 @@ def _dashboard(cluster: Any, watch: Watch | None, listen: Listen | None) -> Iter
         if watch is not None:
             from pipeline.watching import conversion
 
-            cluster.loop.add_callback(conversion.join, scheduler.http_application, watch, listen or Listen(port=server.port))
+            cluster.loop.add_callback(
+                conversion.join, scheduler.http_application, watch, listen or Listen(port=scheduler.http_server.port)
+            )
         cluster.loop.add_callback(pages.connect, scheduler.http_application, scheduler.http_server, scheduler)
 
     thread = threading.Thread(target=join, name="headrace-dashboard", daemon=True)

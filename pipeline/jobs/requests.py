@@ -149,18 +149,23 @@ def _job_file(path: Path) -> Request:
         job = make_job({}, path)
     except BadInput as error:
         return Request(path.stem, str(path), None, error.problems)
-    return Request(path.stem, str(path), job).given({"scheduler": SCHEDULER}, path.parent)
+    return Request(path.stem, str(path), job).given(_scheduler(bool(job.performance_report)), path.parent)
 
 
 def _request(options: Mapping[str, Any], where: str) -> Request:
     name = str(options.get("output_dir") or next(iter(_targets(options)), "") or options.get("model_dir") or where)
     name = Path(name).name
     try:
-        job = make_job({"scheduler": SCHEDULER, **options})
+        job = make_job({**_scheduler("performance_report" in options), **options})
     except BadInput as error:
         named = (replace(each, subject=f"{where}.{each.subject.removeprefix('--')}") for each in error.problems)
         return Request(name, where, None, tuple(named))
     return Request(name, where, job)
+
+
+def _scheduler(reported: bool) -> dict[str, Any]:
+    """The scheduler of a job that names none; one that is to be reported on needs a cluster."""
+    return {} if reported else {"scheduler": SCHEDULER}
 
 
 def _targets(options: Mapping[str, Any]) -> Iterable[Any]:

@@ -6,6 +6,7 @@ Everything here answers GET alone and changes nothing.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
-from tornado.web import Application, RequestHandler
+from tornado.netutil import bind_sockets
+from tornado.web import RequestHandler
 
 from pipeline.errors import BadInput, Problem
 from pipeline.watching.listen import PAGE, Listen
@@ -94,13 +96,9 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], roo
 
     `/` leads to `root`. Raises BadInput where the address cannot be listened on.
     """
-    from tornado.netutil import bind_sockets
     from tornado.web import RedirectHandler
 
-    try:
-        sockets = bind_sockets(listen.port, address=listen.host)
-    except OSError as error:
-        raise BadInput([cannot_listen(listen, error.strerror or str(error))]) from None
+    sockets = bound(listen)
     actual = Listen(listen.host, sockets[0].getsockname()[1])
     redirect = (r"/", RedirectHandler, {"url": root, "permanent": False})
     loops: list[asyncio.AbstractEventLoop] = []
@@ -131,9 +129,10 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], roo
         thread.join()
 
 
-def cannot_listen(listen: Listen, why: str) -> Problem:
-    """What to say of an address that is taken or is not this machine's."""
-    return Problem(f"--listen {listen.address}", why, "an address of this machine whose port is free")
-
-
-__all__ = ["Application", "HealthHandler", "MetricsHandler", "cannot_listen", "join", "pages_application", "routes", "serving"]
+def bound(listen: Listen) -> list[socket.socket]:
+    """Sockets that listen. Raises BadInput where the address is taken or is not this machine's."""
+    try:
+        return bind_sockets(listen.port, address=listen.host)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise BadInput([Problem(f"--listen {listen.address}", found, "an address of this machine whose port is free")]) from None

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import BadInput, convert, plan
+from pipeline.progress import page_address
 from pipeline.watching.listen import Listen, parse_listen
 from pipeline.watching.page import duration, header, rates, stage_order
 from pipeline.watching.state import Sample, Snapshot
@@ -201,3 +202,28 @@ def test_metrics_say_what_is_not_installed(source: Path, tmp_path: Path, monkeyp
         status, text = fetch(run.dashboard.replace("/headrace", "/metrics"))
         assert (status, text) == (501, "# prometheus_client is not installed: pip install headrace[jobs]\n")
         assert fetch(run.dashboard)[0] == fetch(run.dashboard.replace("/headrace", "/health"))[0] == 200
+
+
+@pytest.mark.parametrize("scheduler", ["local", "threads"])
+def test_an_address_that_is_not_this_machines(source: Path, tmp_path: Path, scheduler: str) -> None:
+    with pytest.raises(BadInput, match=r"--listen 198\.51\.100\.1:8787: found"):
+        convert(model_dir=source, output_dir=tmp_path / "out", scheduler=scheduler, listen="198.51.100.1:8787")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_elsewhere_and_the_page_here(source: Path, tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    listen = f"127.0.0.1:{free_port()}"
+    report = tmp_path / "report.html"
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None) as cluster,
+        held(
+            source, output_dir=tmp_path / "out", scheduler=cluster.scheduler_address, listen=listen, performance_report=report
+        ) as run,
+    ):
+        assert run.plan is not None
+        assert page_address(run.plan.job, run.dashboard) == f"http://{listen}/headrace"
+        assert "<title>headrace</title>" in fetch(f"http://{listen}/headrace")[1]
+        assert values(fetch(f"http://{listen}/metrics")[1])["headrace_job_done_tasks", (("job", "out"),)] == len(run.written)
+    assert "Dask Performance Report" in report.read_text()

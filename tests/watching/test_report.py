@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,15 @@ def test_a_job_files_report_is_relative_to_the_file(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(elsewhere)
     assert headrace("convert", tmp_path / "job.toml", "--quiet").code == 0
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.usefixtures("model")
+def test_a_job_of_a_batch_that_wants_a_report_gets_a_cluster(tmp_path: Path) -> None:
+    for name, report in (("with", 'performance_report = "report.html"\n'), ("without", "")):
+        (tmp_path / f"{name}.toml").write_text(f'model_dir = "model"\noutput_dir = "ranks/{name}"\n{report}')
+    names = [tmp_path / "with.toml", tmp_path / "without.toml"]
+    ran = headrace("batch", *names, "--dry_run", "--json", "--store", tmp_path / "jobs.db")
+    assert ran.code == 0, ran
+    options = {each["name"]: each["options"] for each in json.loads(ran.out)}
+    assert "scheduler" not in options["with"]  # the default one
+    assert options["without"]["scheduler"] == "threads"
