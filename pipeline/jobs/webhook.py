@@ -38,7 +38,7 @@ class Webhook:
 
     def __init__(self, url: str, secret: str, timeout_seconds: float, now: Callable[[], float] = time.time) -> None:
         self._url, self._secret, self._timeout, self._now = url, secret.encode(), timeout_seconds, now
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._post = urllib.request.build_opener(_NoRedirects).open
 
     def prepare(self, message: Message) -> Any:
         """The delivery's number and body."""
@@ -57,7 +57,7 @@ class Webhook:
         }
         request = urllib.request.Request(self._url, data=body, headers=dict(headers), method="POST")
         try:
-            with self._opener.open(request, timeout=self._timeout):
+            with self._post(request, timeout=self._timeout):
                 return
         except urllib.error.HTTPError as error:
             error.close()
