@@ -63,7 +63,7 @@ class Bars:
     def __init__(self, title: str, *, share: bool, colour: str) -> None:
         """`share`: values are parts of 1, shown on an axis of percents; else bytes."""
         self._source = ColumnDataSource({"y": [], "x": [], "text": []})
-        self._factors = FactorRange(range_padding=0.1)
+        self._factors = FactorRange(range_padding=0.3, range_padding_units="absolute")
         self._share = share
         self.figure = _figure(title, height=230, y_range=self._factors)
         self.figure.ygrid.grid_line_color = None
