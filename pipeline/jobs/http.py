@@ -25,7 +25,7 @@ from tornado.web import RequestHandler
 from pipeline.errors import BadInput
 from pipeline.jobs import report
 from pipeline.jobs.events import Hub
-from pipeline.jobs.listening import Http
+from pipeline.jobs.listening import DEFAULT, Http
 from pipeline.jobs.overview import Overseer
 from pipeline.jobs.overview_page import overview_page
 from pipeline.jobs.store import Store
@@ -55,8 +55,10 @@ def serving(
         (r"/api/jobs/(\d{1,18})", JobHandler, arguments),
         (r"/api/jobs/(\d{1,18})/(cancel|retry)", ChangeHandler, arguments),
     ]
+    pages = {PAGE: overview_page(overseer.look, memory_limit)}
+    listen = parse_listen(options.listen) if options.listen else DEFAULT
     try:
-        with server.serving(parse_listen(options.listen), {PAGE: overview_page(overseer.look, memory_limit)}, routes) as url:
+        with server.serving(listen, pages, routes, or_any_port=options.listen is None) as url:
             yield url + PAGE
     finally:
         unsubscribe()

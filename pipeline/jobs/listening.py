@@ -8,13 +8,16 @@ from pydantic import AfterValidator
 
 from pipeline.jobs.files import Table
 from pipeline.jobs.secret import SecretPlace
-from pipeline.watching.listen import listen_text
+from pipeline.watching.listen import Listen, listen_text
 
-DEFAULT = "127.0.0.1:8788"
+DEFAULT = Listen(port=8788)
 
 
 class Http(Table):
-    """Where the daemon's page is, and the token, of 16 characters or more, without which nothing can be changed there."""
+    """Where the daemon's page is, and the token, of 16 characters or more, without which nothing can be changed there.
 
-    listen: Annotated[str, AfterValidator(listen_text)] = DEFAULT
+    Without `listen` it is at DEFAULT, or on any free port of this machine where that is taken.
+    """
+
+    listen: Annotated[str, AfterValidator(listen_text)] | None = None
     token: SecretPlace | None = None

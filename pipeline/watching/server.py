@@ -6,6 +6,7 @@ Everything here answers GET alone and changes nothing.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,16 +92,16 @@ def join(application: Any, pages: Mapping[str, Page], extra: Sequence[Route], li
 
 
 @contextmanager
-def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], root: str = PAGE) -> Iterator[str]:
-    """Serve pages and routes from a thread while the context lasts; yields the server's address.
+def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, or_any_port: bool = False) -> Iterator[str]:
+    """Serve pages and routes from a thread while the context lasts; yields the server's address. `/` leads to the page.
 
-    `/` leads to `root`. Raises BadInput where the address cannot be listened on.
+    `or_any_port`: another port will do where that one is taken. Raises BadInput where the address cannot be listened on.
     """
     from tornado.web import RedirectHandler
 
-    sockets = bound(listen)
+    sockets = bound(listen, or_any_port)
     actual = Listen(listen.host, sockets[0].getsockname()[1])
-    redirect = (r"/", RedirectHandler, {"url": root, "permanent": False})
+    redirect = (r"/", RedirectHandler, {"url": PAGE, "permanent": False})
     loops: list[asyncio.AbstractEventLoop] = []
     stop: list[asyncio.Event] = []
     ready = threading.Event()
@@ -129,10 +130,12 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], roo
         thread.join()
 
 
-def bound(listen: Listen) -> list[socket.socket]:
+def bound(listen: Listen, or_any_port: bool = False) -> list[socket.socket]:
     """Sockets that listen. Raises BadInput where the address is taken or is not this machine's."""
     try:
         return bind_sockets(listen.port, address=listen.host)
     except OSError as error:
+        if or_any_port and error.errno == errno.EADDRINUSE:
+            return bind_sockets(0, address=listen.host)
         found = error.strerror or str(error)
         raise BadInput([Problem(f"--listen {listen.address}", found, "an address of this machine whose port is free")]) from None

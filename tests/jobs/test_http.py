@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import BadInput
 from pipeline.jobs.http import serving
-from pipeline.jobs.listening import Http
+from pipeline.jobs.listening import DEFAULT, Http
 from tests.jobs.told import Told
 from tests.watching.web import fetch, free_port
 
@@ -154,8 +154,16 @@ def test_everybody_may_read(served: Served, told: Told) -> None:
 
 
 def test_it_listens_on_this_machine_alone_unless_told_otherwise() -> None:
-    assert Http().listen == "127.0.0.1:8788"
+    assert DEFAULT.address == "127.0.0.1:8788"
     assert Http().token is None
+
+
+def test_another_port_where_the_usual_one_is_taken_and_none_was_asked_for(told: Told) -> None:
+    with serving(Http(), told.hub, told.store) as first, serving(Http(), told.hub, told.store) as second:
+        assert first != second
+        for page in (first, second):
+            assert page.startswith("http://127.0.0.1:")
+            assert fetch(page)[0] == 200
 
 
 def test_an_address_that_is_taken(told: Told) -> None:

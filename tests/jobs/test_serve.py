@@ -103,7 +103,7 @@ def test_a_trigger_fires_and_sigterm_ends_in_order(tmp_path: Path, store: Store,
         _, errors = started.communicate()
         assert started.returncode == 0
     said = [json.loads(line)["event"] for line in errors.splitlines()]
-    assert said == ["serving", "queued", "started", "progress", "finished", "stopped"]
+    assert said == ["page", "serving", "queued", "started", "progress", "finished", "stopped"]
     convert(model_dir=model, output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert [worker.ended is None for worker in store.workers()] == [False, False]
