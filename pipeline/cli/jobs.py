@@ -31,8 +31,13 @@ LISTED = "Values of that option in the matrix, with commas between."
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[Store]:
-    """The store at a path, closed at the end. What the database fails with later is a failure of the disk, exit code 3."""
+def opened(path: Path | None, create: bool = True) -> Iterator[Store]:
+    """The store at a path, closed at the end. What the database fails with later is a failure of the disk, exit code 3.
+
+    Without `create` one that is named must be there.
+    """
+    if path and not create and not path.exists():
+        raise BadInput([Problem(f"--store {path}", "no such file", "a store that `headrace batch` or `headrace serve` has made")])
     try:
         import sqlalchemy as sa
 
@@ -139,7 +144,7 @@ def gc_command(
     json_: Json = False,
 ) -> None:
     """Remove scratch that runs left long ago, and what the store says of runs that ended long ago; never an output."""
-    with opened(store) as there:
+    with opened(store, create=False) as there:
         from pipeline.jobs.retention import Retention, collect
 
         retention = Retention(failed_scratch_days=failed_scratch_days, record_days=record_days)
@@ -159,7 +164,7 @@ def jobs_command(
     context.obj = store
     if context.invoked_subcommand is not None:
         return
-    with opened(store) as there:
+    with opened(store, create=False) as there:
         from dataclasses import asdict
 
         from pipeline.jobs.rows import STATES
@@ -174,14 +179,14 @@ def jobs_command(
 @jobs_app.command("show")
 def show_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Show a job: its options, its runs and their attempts."""
-    with opened(store or context.obj) as there:
+    with opened(store or context.obj, create=False) as there:
         _show_job(there, number, json_)
 
 
 @jobs_app.command("cancel")
 def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
-    with opened(store or context.obj) as there:
+    with opened(store or context.obj, create=False) as there:
         there.cancel(number)
         _show_job(there, number, json_)
 
@@ -189,7 +194,7 @@ def cancel_command(context: typer.Context, number: JobNumber, store: StorePath =
 @jobs_app.command("retry")
 def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Have `headrace serve` on this store do a job again; it waits where none is at work."""
-    with opened(store or context.obj) as there:
+    with opened(store or context.obj, create=False) as there:
         there.retry(number)
         _show_job(there, number, json_)
 

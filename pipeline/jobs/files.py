@@ -69,6 +69,12 @@ def job_file(options: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_job(file: Path, options: Mapping[str, Any]) -> None:
+    """Write a job file, with its directory. Raises OSError, and ValueError as `job_file`."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(job_file(options))
+
+
 def printable(text: str) -> str:
     """A name of a file as text: bytes of it that are no UTF-8 as backslash escapes."""
     return text.encode(errors="backslashreplace").decode()

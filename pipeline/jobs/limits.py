@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.jobs.process import machine_memory
 from pipeline.jobs.rows import RunRow
 from pipeline.output import check_space
 
@@ -35,13 +36,3 @@ class Limits:
         if sum(each.peak_memory_bytes for each in (run, *running)) > self.max_memory:
             return False
         return not check_space({Path(place): nbytes for each in (*running, run) for place, nbytes in each.room.items()})
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's where that is less."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        limit = "max"
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(total, int(limit)) if limit.isdigit() else total

@@ -1,4 +1,4 @@
-"""Processes by name: a pid alone may stand for another process a moment later, so its birth goes with it."""
+"""What the system says: of processes, whose births go with their pids, as a pid may stand for another a moment later; of memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def alive(pid: int, born: str) -> bool:
 
 
 def kill(pid: int | None, born: str) -> bool:
-    """Kill a process, if it is still that one, and its group; returns whether it is gone."""
+    """Kill a process, if it is still that one; returns whether it is gone."""
     end = time.monotonic() + KILL_SECONDS
     while pid is not None and born and alive(pid, born):
         with contextlib.suppress(ProcessLookupError):
@@ -47,3 +47,13 @@ def kill(pid: int | None, born: str) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's where that is less."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(total, int(limit)) if limit.isdigit() else total

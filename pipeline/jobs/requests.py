@@ -1,6 +1,6 @@
 """What a batch asks for: job files, directories of them, patterns, and batch files, as single jobs in the order of their naming.
 
-A batch file is TOML (configs/batches/):
+A batch file is TOML (configs/batches/), whose jobs come in this order:
 
     max_jobs = 2                            # and the other fields of BatchFile
     files = ["../jobs/*.toml"]              # job files, directories, patterns
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Asked:
-    """Everything that was asked for; `settings` are the batch file's, where there is one."""
+    """Everything that was asked for; `settings` are those of the last batch file that has any."""
 
     requests: tuple[Request, ...]
     settings: BatchFile = field(default_factory=BatchFile)

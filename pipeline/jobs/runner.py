@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.jobs import process
 from pipeline.jobs.conversion import Process
 from pipeline.jobs.events import Hub, JobFinished, JobQueued, JobStarted, Outcome, Progress, Stalled
-from pipeline.jobs.files import job_file
+from pipeline.jobs.files import write_job
 from pipeline.jobs.leases import HEARTBEAT_SECONDS
 from pipeline.jobs.limits import Limits
 from pipeline.jobs.retention import release
@@ -137,10 +137,11 @@ class Runner:
         self._stopping = True
         for each in self._running.values():
             each.process.stop()
-        end = time.monotonic() + self.stop_seconds
+        began = time.monotonic()
         while self._running:
+            late = time.monotonic() - began >= self.stop_seconds
             for each in list(self._running.values()):
-                code = each.process.poll() if time.monotonic() < end else each.process.kill()
+                code = each.process.kill() if late else each.process.poll()
                 if code is not None:
                     self._ended(each, code)
             self._heartbeat()
@@ -209,9 +210,7 @@ class Runner:
         file = self.store.path.with_name(f"{self.store.path.name}.d") / f"run-{run.id}.toml"
         started = self.store.clock()
         try:
-            text = job_file(self.store.job(run.job).options)
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(text)
+            write_job(file, self.store.job(run.job).options)
             made = self.start(file, lambda event: self._heard(run, attempt, event))
         except OSError as error:  # a full disk here, or no room for one more process
             self._end(run, attempt, Ended("failed", 3, str(error)))

@@ -223,3 +223,10 @@ def test_a_batch_in_a_thread_is_stopped_by_its_event(models: Path, tmp_path: Pat
     assert [(entry.outcome, entry.exit_code) for entry in result.jobs] == [("interrupted", 3)]
     assert result.exit_code == 3
     assert store.workers()[0].ended
+
+
+def test_a_store_that_is_not_there_is_not_made_to_be_looked_at(tmp_path: Path) -> None:
+    for words in (("jobs",), ("jobs", "show", 1), ("gc",)):
+        ran = headrace(*words, "--store", tmp_path / "gone.db")
+        assert (ran.code, "no such file" in ran.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []

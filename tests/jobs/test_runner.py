@@ -304,3 +304,14 @@ def test_a_listener_that_fails_harms_nobody(store: Store, stage: Stage, caplog: 
     stage.made[0].code = 0
     stage.step()
     assert not caplog.records
+
+
+def test_a_second_word_ends_it_at_once(store: Store) -> None:
+    stage = Stage(store)
+    stage.runner.stop_seconds = 3600.0
+    queued(store)
+    stage.step()
+    stage.made[0].on_stop = None
+    threading.Timer(0.2, lambda: setattr(stage.runner, "stop_seconds", 0.0)).start()
+    stage.runner.halt()
+    assert stage.made[0].told == ["go", "stop", "kill"]

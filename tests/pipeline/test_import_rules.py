@@ -42,12 +42,18 @@ OPEN_FILES = (
 # Small text files: the tables, a job file, and what stands beside the ranks.
 OPEN_TEXT = (
     "pipeline/tables.py",
-    "pipeline/watching/process.py",
-    "pipeline/jobs/secret.py",
     "pipeline/job.py",
     "pipeline/output.py",
+    "pipeline/watching/process.py",
+    "pipeline/jobs/files.py",
+    "pipeline/jobs/secret.py",
+    "pipeline/jobs/process.py",
+    "pipeline/jobs/lock.py",
 )
-TEXT_ONLY = ("pipeline/output.py",)  # headrace.json and config.json, and the directory itself, to have them on disk
+TEXT_ONLY = (
+    "pipeline/output.py",  # headrace.json and config.json, and the directory itself, to have them on disk
+    "pipeline/jobs/lock.py",  # the pid of who holds it
+)
 
 each_file = pytest.mark.parametrize("name", FILES)
 
