@@ -11,7 +11,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,16 +44,16 @@ class Store(Reader):
 
     def register(self, kind: Literal["batch", "serve"]) -> WorkerRow:
         """Make this process known as a worker."""
-        now, pid = self.clock(), os.getpid()
-        made = WorkerRow(uuid.uuid4().hex, kind, pid, process.birth(pid), now, now, None)
-        with self.engine.begin() as connection:
+        pid = os.getpid()
+        with self._writing() as (connection, now):
+            made = WorkerRow(uuid.uuid4().hex, kind, pid, process.birth(pid), now, now, None)
             connection.execute(workers.insert().values(vars(made)))
         return made
 
     def end_worker(self, worker: str) -> None:
         """Say that a worker has ended in order."""
-        with self.engine.begin() as connection:
-            connection.execute(workers.update().where(workers.c.id == worker).values(ended=self.clock()))
+        with self._writing() as (connection, now):
+            connection.execute(workers.update().where(workers.c.id == worker).values(ended=now))
 
     def enqueue(
         self, wanted: Conversion, queue: str, cause: str, state: State = "queued", exit_code: int | None = None, error: str = ""
@@ -61,8 +62,7 @@ class Store(Reader):
 
         `state`: another than queued for what ended before it began, as a refused request, with its `exit_code` and `error`.
         """
-        now = self.clock()
-        with self.engine.begin() as connection:
+        with self._writing() as (connection, now):
             job = _job(connection, wanted, now)
             active = sa.select(runs.c.id).where(runs.c.job == job, runs.c.queue == queue, runs.c.state.in_(ACTIVE))
             found = connection.execute(active).scalar_one_or_none() if state == "queued" else None
@@ -99,8 +99,8 @@ class Store(Reader):
     def cancel(self, job: int) -> RunRow:
         """Cancel what waits at once, and have what runs stopped by its worker. Raises BadInput where nothing does."""
         latest = self._latest(job)
-        with self.engine.begin() as connection:
-            if not _move(connection, latest.id, "cancelled", ("queued", "waiting"), ended=self.clock(), error="cancelled"):
+        with self._writing() as (connection, now):
+            if not _move(connection, latest.id, "cancelled", ("queued", "waiting"), ended=now, error="cancelled"):
                 running = (runs.c.id == latest.id) & (runs.c.state == "running")
                 asked = connection.execute(runs.update().where(running).values(cancel_requested=True)).rowcount
                 if not asked:
@@ -112,8 +112,7 @@ class Store(Reader):
 
         Returns the attempt; or, where others hold what it writes, their attempts; none where the run is no longer to be done.
         """
-        now = self.clock()
-        with self.engine.begin() as connection:
+        with self._writing() as (connection, now):
             ready = (runs.c.id == run) & runs.c.state.in_(BEFORE["running"]) & (runs.c.not_before <= now)
             row = connection.execute(sa.select(runs.c.resources, runs.c.attempts).where(ready)).one_or_none()
             if row is None:
@@ -138,8 +137,7 @@ class Store(Reader):
 
         Returns those that have been lost: their processes must be stopped.
         """
-        now = self.clock()
-        with self.engine.begin() as connection:
+        with self._writing() as (connection, now):
             connection.execute(workers.update().where(workers.c.id == worker).values(heartbeat=now))
             still = sa.select(attempts.c.id, attempts.c.run).where(attempts.c.id.in_(progress), attempts.c.outcome.is_(None))
             kept = {found.id: found.run for found in connection.execute(still)}
@@ -172,8 +170,7 @@ class Store(Reader):
         the others). `not_before`: when a run that waits may be tried again. `failures`: how many more count against it. Returns
         False where the attempt had been lost.
         """
-        now = self.clock()
-        with self.engine.begin() as connection:
+        with self._writing() as (connection, now):
             if not _change(connection, attempt, ended=now, **found):
                 return False
             query = sa.select(runs).join(attempts, attempts.c.run == runs.c.id).where(attempts.c.id == attempt)
@@ -206,8 +203,8 @@ class Store(Reader):
 
         The daemon's runs wait again; those of a batch that is gone are interrupted. Returns False where it need not be, any more.
         """
-        now, error = self.clock(), "the process that was in charge of it is gone"
-        with self.engine.begin() as connection:
+        error = "the process that was in charge of it is gone"
+        with self._writing() as (connection, now):
             # The worker may have come back to life, and renewed, since somebody thought so.
             row = connection.execute(sa.select(attempts.c.run, workers).join(workers).where(attempts.c.id == attempt)).one()
             late = attempt in leases.expired(connection, now) or row.ended is not None or not is_alive(row.pid, row.birth)
@@ -223,8 +220,8 @@ class Store(Reader):
     def bury(self, is_alive: Callable[[int, str], bool] = IS_ALIVE) -> list[WorkerRow]:
         """Say of workers that are gone that they have ended; what waited in a batch's queue is interrupted. Returns them."""
         gone = [row for row in self.workers() if row.ended is None and not is_alive(row.pid, row.birth)]
-        now, error = self.clock(), "the batch that it belonged to is gone"
-        with self.engine.begin() as connection:
+        error = "the batch that it belonged to is gone"
+        with self._writing() as (connection, now):
             for row in gone:
                 connection.execute(workers.update().where(workers.c.id == row.id).values(ended=now))
             waiting = sa.select(runs.c.id).where(
@@ -236,9 +233,9 @@ class Store(Reader):
 
     def interrupt(self, queue: str, error: str) -> None:
         """End what waits in a queue, as the batch that it is of was stopped."""
-        with self.engine.begin() as connection:
+        with self._writing() as (connection, now):
             waiting = (runs.c.queue == queue) & runs.c.state.in_(("queued", "waiting"))
-            values = {"state": "interrupted", "ended": self.clock(), "error": error, "exit_code": 3}
+            values = {"state": "interrupted", "ended": now, "error": error, "exit_code": 3}
             connection.execute(runs.update().where(waiting).values(values))
 
     def fired(self, trigger: str) -> float | None:
@@ -277,6 +274,12 @@ class Store(Reader):
                 if place in row.scratch:
                     left = [each for each in row.scratch if each != place]
                     connection.execute(runs.update().where(runs.c.id == row.id).values(scratch=left))
+
+    @contextmanager
+    def _writing(self) -> Iterator[tuple[sa.Connection, float]]:
+        """A transaction, and the time: as it is once the lock is there, so that what comes later also has a later time."""
+        with self.engine.begin() as connection:
+            yield connection, self.clock()
 
     def _latest(self, job: int) -> RunRow:
         return self.run(self.job(job).run)

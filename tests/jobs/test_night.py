@@ -40,7 +40,18 @@ if "pipeline.jobs.child" in sys.orig_argv:
         except BlockingIOError:
             os.write(log, f"overlap {os.getpid()} {output}\\n".encode())
     os.write(log, f"start {os.getpid()} {job.get('output_dir', 'merged')}\\n".encode())
-    time.sleep(3 if "victim" in str(job) else 0.3)
+
+    class Slow:
+        # Once it has been told to go, and is about to work. Some work long, the first time.
+        def find_spec(self, name, path=None, target=None):
+            if name == "pipeline.planning":
+                once = f"{folder}/{next((word for word in ('victim', 'b-2GiB') if word in str(job)), '')}.begun"
+                seconds = 0.3 if os.path.exists(once) or once.endswith("/.begun") else 20
+                open(once, "w").close()
+                os.write(log, f"work {os.getpid()} {job.get('output_dir', 'merged')}\\n".encode())
+                time.sleep(seconds)
+
+    sys.meta_path.insert(0, Slow())
 """
 BATCH = """
 [defaults]
@@ -118,6 +129,10 @@ class Night:
             assert time.monotonic() < self.end, (self.log(), [(run.name, run.state, run.error) for run in self.store.runs()])
             time.sleep(0.05)
 
+    def working(self, name: str) -> list[int]:
+        """The processes that have begun to work on a directory."""
+        return [int(pid) for event, pid, output in self.log() if event == "work" and Path(output).name == name]
+
     def run(self, name: str) -> RunRow:
         """The run that writes a directory."""
         (run,) = (run for run in self.store.runs() if any(Path(output).name == name for output in run.outputs))
@@ -129,13 +144,12 @@ def test_a_night(tmp_path: Path) -> None:
     night = Night(tmp_path)
     store = night.store
     first = night.daemon()
-    # One conversion is killed.
-    night.wait(lambda: any(word == ["start", word[1], f"{tmp_path}/out/victim"] for word in night.log()))
-    victim = next(int(word[1]) for word in night.log() if word[2].endswith("victim"))
-    night.wait(lambda: any(each.pid == victim for each in store.attempts(night.run("victim").id)))
+    # One conversion is killed in the middle.
+    night.wait(lambda: night.working("victim"))
+    (victim,) = night.working("victim")
     os.kill(victim, signal.SIGKILL)
-    # So is the daemon, in the middle of others, and another one starts at once.
-    night.wait(lambda: store.counts_by_state()["done"] >= 3 and store.runs(states=("running",)))
+    # So is the daemon, in the middle of another that would work for long, and another daemon starts at once.
+    night.wait(lambda: store.counts_by_state()["done"] >= 3 and night.working("b-2GiB"))
     first.kill()
     first.wait()
     second = night.daemon()
@@ -164,13 +178,14 @@ def test_a_night(tmp_path: Path) -> None:
     # Nothing ran twice at the same time: by the processes' own word, and by the store's.
     log = night.log()
     assert [word for word in log if word[0] == "overlap"] == []
+    assert len(night.working("victim")) == len(night.working("b-2GiB")) == 2
     held = [(run.outputs, each) for run in runs for each in attempts[run.id]]
     for output in {output for outputs, _ in held for output in outputs}:
         spans = sorted((each.started, each.ended) for outputs, each in held if output in outputs)
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), output
 
     # The store tells the truth: of every process that began, how each ended, and what is left.
-    started = {int(word[1]) for word in log}
+    started = {int(word[1]) for word in log if word[0] == "start"}
     known = {each.pid for each in itertools.chain.from_iterable(attempts.values())}
     assert started <= known
     assert not any(process.birth(pid) for pid in started)
