@@ -26,13 +26,15 @@ class HeadraceError(Exception):
 class Problem:
     """One thing that is wrong with a request or a source.
 
-    `subject` is the tensor, file or option; `remedy` may be empty where the expectation says enough.
+    `subject` is the tensor, file or option; `remedy` may be empty where the expectation says enough. `passing`: time alone may mend
+    it, as it does a disk without room or another job at work in the same place.
     """
 
     subject: str
     found: str
     expected: str
     remedy: str = ""
+    passing: bool = False
 
     def __str__(self) -> str:
         text = f"{self.subject}: found {self.found}; expected {self.expected}"

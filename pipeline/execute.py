@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,9 @@ from pipeline.lower import lower
 from pipeline.plans import Phase, Plan, Sink
 from pipeline.reserve import missing
 from pipeline.schedulers import Run, Session, run_threads, runner
+from pipeline.watching.listen import parse_listen
+from pipeline.watching.process import peak_memory_bytes
+from pipeline.watching.state import Watch
 
 if TYPE_CHECKING:
     from stages.write import Written
@@ -78,11 +80,17 @@ class Result:
 
 
 def execute(
-    plan: Plan, listener: Listener | None = None, *, started: float | None = None, session: Session | None = None
+    plan: Plan,
+    listener: Listener | None = None,
+    *,
+    started: float | None = None,
+    session: Session | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
 
-    `session`: the scheduler, where one is at hand; else the job's is opened.
+    `session`: the scheduler, where one is at hand; else the job's is opened. `watch` is what can be looked at meanwhile, as
+    headrace's page does; it hears of each task before the listener.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
     the disk or a worker fails; the same plan executed again goes on where this one ended.
@@ -97,10 +105,9 @@ def execute(
     if obstacles:
         raise BadInput(obstacles)
     listener = listener or Silent()
-    run = _Run(plan, listener, started)
+    run = _Run(plan, listener, started, watch or Watch())
     try:
-        opened = nullcontext(session) if session else runner(plan.job.scheduler, plan.budget.workers)
-        with opened as (compute, dashboard, _), ExitStack() as stack:
+        with nullcontext(session) if session else open_session(plan, run.watch) as (compute, dashboard, _), ExitStack() as stack:
             phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
             run.announce(phases, dashboard)
             for phase in phases:
@@ -117,17 +124,18 @@ def execute(
         text = f"{error.strerror or error}{place}; {_places(plan)} is not complete: mend this and run the same command again"
         raise WriteFailed(text) from error
     finally:
+        run.watch.finished()
         listener.finished()
     for cut in plan.scratch:
         cut.release()
     seconds = time.perf_counter() - started
     return Result(
         outputs,
-        run.bytes_read,
+        run.watch.bytes_read,
         plan.bytes_written,
         seconds,
         peak_memory_bytes(),
-        run.stages,
+        run.watch.stages,
         run.phases,
         resumed_tasks=run.resumed_tasks,
     )
@@ -148,6 +156,15 @@ class _Begun:
         for number, journal in self.journals.items():
             if not self.phase.sinks[number].complete:
                 self.phase.sinks[number].abandon(journal, self.created[number])
+
+    def written(self) -> dict[tuple[int, int], int]:
+        """The bytes of ranks that an earlier run has written: {(place of the sink among `sinks`, rank): bytes}."""
+        totals: dict[tuple[int, int], int] = {}
+        for place, journal in enumerate(self.journals.values()):
+            for entry in journal.entries:
+                for rank, _, nbytes, _ in entry["sums"]:
+                    totals[place, rank] = totals.get((place, rank), 0) + nbytes
+        return totals
 
     def done_bytes(self) -> int:
         share = self.phase.written_bytes(self.sinks) * len(self.done)
@@ -190,50 +207,48 @@ class _Undo:
 class _Run:
     """The totals of a run as its phases are done."""
 
-    def __init__(self, plan: Plan, listener: Listener, started: float) -> None:
-        self.plan, self.listener, self.started = plan, listener, started
-        self.stages: dict[str, dict[str, float]] = {}
+    def __init__(self, plan: Plan, listener: Listener, started: float, watch: Watch) -> None:
+        self.plan, self.listener, self.started, self.watch = plan, listener, started, watch
         self.phases: dict[str, float] = {}
-        self.bytes_read = self.resumed_tasks = 0
+        self.resumed_tasks = 0
         self.begun: list[_Begun] = []
 
     def announce(self, phases: list[_Begun], dashboard: str) -> None:
         total = sum(begun.phase.written_bytes(begun.sinks) for begun in phases)
         self.resumed_tasks = sum(len(begun.done) for begun in phases)
-        self.listener.started(self.plan, dashboard, total, sum(begun.done_bytes() for begun in phases), self.resumed_tasks)
+        done = sum(begun.done_bytes() for begun in phases)
+        for listener in (self.watch, self.listener):
+            listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
 
     def do(self, begun: _Begun, compute: Run) -> None:
         if not begun.sinks:
             return
         began = time.perf_counter()
+        self.watch.entered(begun.phase, begun.sinks, begun.written())
         elsewhere = self.plan.job.elsewhere and not begun.phase.here
         graph = lower(begun.phase, self.plan.budget.piece_bytes, begun.sinks, begun.done, synchronize=elsewhere)
         if begun.phase.here:
             compute = partial(run_threads, workers=self.plan.budget.workers)
-        with Committer(begun.journals) as committer:
+        with Committer(dict(enumerate(begun.journals.values()))) as committer:
             for written in compute(graph):
                 committer.add(written)
-                self._count(written)
+                self.watch.advanced(written)
                 self.listener.advanced(written)
         self.phases[begun.phase.name] = time.perf_counter() - began
-        timings = {"seconds": round(time.perf_counter() - self.started, 3), "stages": self.stages, "phases": self.phases}
+        timings = {
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "stages": self.watch.stages,
+            "phases": self.phases,
+        }
         for number, journal in begun.journals.items():
             begun.phase.sinks[number].finish(journal, journal.entries, timings)
 
-    def _count(self, written: Written) -> None:
-        self.bytes_read += written.bytes_read
-        for (stage, unit), value in written.metrics.items():
-            totals = self.stages.setdefault(stage, {})
-            totals[unit] = totals.get(unit, 0.0) + value
 
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far, mapped file pages included (VmHWM)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # not on Linux; elsewhere a process inherits this figure from its parent
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def open_session(plan: Plan, watch: Watch, resources: Mapping[str, float] | None = None) -> AbstractContextManager[Session]:
+    """The scheduler of a plan's job, with what shows `watch`. `resources` are those of the in-process cluster's worker."""
+    job = plan.job
+    listen = parse_listen(job.listen) if job.listen else None
+    return runner(job.scheduler, plan.budget.workers, resources, watch, listen, job.performance_report)
 
 
 def _places(plan: Plan) -> str:

@@ -12,13 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.types import ByteSize
 
-from pipeline.engine import anchored, job_requests
+from pipeline.engine import anchored as anchored_engine
+from pipeline.engine import job_requests
 from pipeline.errors import BadInput, Problem
 from pipeline.parallelism import Parallelism
+from pipeline.watching.listen import listen_text
 
+PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
 
@@ -54,6 +57,7 @@ ModelName = Annotated[Path | str, BeforeValidator(model_name)]
 ScratchRoot = Annotated[str, BeforeValidator(_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
+ListenAddress = Annotated[str, AfterValidator(listen_text)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
 
@@ -127,6 +131,10 @@ class Job(Shape):
     workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
+    listen: ListenAddress | None = Field(
+        None, description="HOST:PORT of the dashboard and headrace's page; default: 127.0.0.1:8787, only where there is a cluster."
+    )
+    performance_report: AbsolutePath | None = Field(None, description="File for Dask's own report of the run, as HTML.")
     scratch: ScratchRoot | None = Field(
         None, description="Directory or URL for cuts; default: .headrace-scratch beside the output."
     )
@@ -218,6 +226,7 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
+    problems += _report(job)
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -230,9 +239,26 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     except ValidationError as error:
         details: list[Any] = list(error.errors())
         return problems + [_problem({**detail, "loc": ("target", *detail["loc"])}, file, {}) for detail in details]
+    if job.performance_report and job.performance_report.parent in directories:
+        found = "a place among the rank files"
+        problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
     twice = {str(directory) for directory in directories if directories.count(directory) > 1}
     problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
     return problems
+
+
+def _report(job: Job) -> list[Problem]:
+    """What is wrong with the place of a performance report, or with a scheduler that has nothing to report."""
+    path = job.performance_report
+    if path is None:
+        return []
+    subject = f"--performance_report {path}"
+    if job.scheduler in ("threads", "synchronous"):
+        remedy = "Leave out --scheduler, or the report"
+        return [Problem(subject, f"--scheduler {job.scheduler}, which keeps no record of its tasks", "a cluster", remedy)]
+    if path.is_dir() or not path.parent.is_dir():
+        return [Problem(subject, "a directory" if path.is_dir() else "no such directory", "a file in a directory that is there")]
+    return []
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -251,19 +277,22 @@ def _load(file: Path) -> dict[str, Any]:
         values |= {names[key]: value for key, value in scratch.items()}
     elif scratch is not None:
         values["scratch"] = scratch
-    # Paths in a job file are relative to the file, so that it means the same from everywhere.
-    tables = (
-        [table for table in values.get("target", ()) if isinstance(table, dict)] if isinstance(values.get("target"), list) else []
-    )
-    for table in [values, *tables]:
-        if isinstance(table.get("engine"), dict):
-            table["engine"] = anchored(table["engine"], file.absolute().parent)
-        for key in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch"):
-            if isinstance(table.get(key), str) and "://" not in table[key]:
-                path = file.absolute().parent / Path(table[key]).expanduser()
-                if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(table[key]):
-                    table[key] = path
-    return values
+    return anchored(values, file.absolute().parent)
+
+
+def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Options with absolute paths. `folder`: that of the file which they are of, so that it means the same from everywhere."""
+    result = dict(values)
+    if isinstance(values.get("target"), list):
+        result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
+    if isinstance(values.get("engine"), dict):
+        result["engine"] = anchored_engine(values["engine"], folder)
+    for key in PATHS & set(values):
+        if isinstance(values[key], str) and "://" not in values[key]:
+            path = folder / Path(values[key]).expanduser()
+            if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(values[key]):
+                result[key] = path
+    return result
 
 
 def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:

@@ -44,7 +44,8 @@ class Journal:
             except BlockingIOError:
                 os.close(self._file)
                 remedy = "Wait for it, or choose another directory"
-                raise BadInput([Problem(str(path.parent), "another job at work on it", "one job at a time", remedy)]) from None
+                found, expected = "another job at work on it", "one job at a time"
+                raise BadInput([Problem(str(path.parent), found, expected, remedy, passing=True)]) from None
             # The job that held it may have removed it in the meantime.
             if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
                 break
@@ -120,7 +121,7 @@ class Committer:
     """Writes finished tasks into the journals, a group every second, and brings all to disk now and then, while others run."""
 
     def __init__(self, journals: Mapping[int, Journal]) -> None:
-        """`journals`: by the number of their sink in the phase."""
+        """`journals`: by the place of their sink among those that are written, as checksums name it."""
         self.journals = journals
         self._waiting: list[Written] = []
         self._unsynced: set[str] = set()

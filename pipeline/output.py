@@ -6,6 +6,7 @@ which says what it will be and how far it is, and rank files named `*.partial`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -101,7 +102,8 @@ class Output:
                 self.abandon(journal, created)
             subject, remedy = str(error.filename or self.directory), "Free space, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
-            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy)]) from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=full)]) from None
 
     def finish(self, journal: Journal, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Give every file its name, config.json last: from then on the directory is complete."""
@@ -263,7 +265,7 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
         free = free_bytes(names[device])
         if nbytes > free:
             found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
-            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy))
+            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy, passing=True))
     return problems
 
 

@@ -102,7 +102,8 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
     limits = budget(job.memory_limit, job.threads, needs, max(len(phase.groups) for phase in phases))
     reasons = cuts.reasons()
-    return Plan(job, source, family, model, targets, phases, tuple(cuts.groups), reasons, size, limits, left_out, notes)
+    cut = tuple(cuts.groups)
+    return Plan(job, source, family, model, targets, phases, cut, reasons, size, limits, left_out, notes, bool(packing.formats))
 
 
 def _open(job: Job, model: Any, download: bool, problems: list[Problem]) -> Source:

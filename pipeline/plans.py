@@ -133,7 +133,10 @@ def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `convert` will do. Made by `pipeline.planning.make_plan`; nothing in it changes."""
+    """Everything that `convert` will do. Made by `pipeline.planning.make_plan`; nothing in it changes.
+
+    `packed`: some of the source's modules are unpacked.
+    """
 
     job: Job
     source: Source
@@ -147,6 +150,7 @@ class Plan:
     budget: Budget
     left_out: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
+    packed: bool = False
 
     @property
     def tasks(self) -> int:

@@ -9,9 +9,12 @@ import time
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pipeline.execute import Listener, Silent
+from pipeline.watching.listen import PAGE, parse_listen
 
 if TYPE_CHECKING:
+    from pipeline.job import Job
     from pipeline.plans import Plan
+    from pipeline.watching.state import Watch
     from stages.write import Written
 
 LogFormat = Literal["text", "json"]
@@ -20,14 +23,14 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal
 _LAYER = re.compile(r"(?:transformer\.)?(layers\.\d+|[\w.]+?)(?:\.|$)")
 
 
-def listener(quiet: bool, log_format: LogFormat, stream: IO[str] | None = None) -> Listener:
-    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not."""
+def listener(quiet: bool, log_format: LogFormat, watch: Watch, stream: IO[str] | None = None) -> Listener:
+    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not; JSON from a watch."""
     stream = stream or sys.stderr
     if quiet:
         return Silent()
     if log_format == "json":
-        return Lines(stream, as_json=True)
-    return Bar(stream) if stream.isatty() else Lines(stream, as_json=False)
+        return Lines(stream, watch)
+    return Bar(stream) if stream.isatty() else Lines(stream)
 
 
 def layer(name: str) -> str:
@@ -48,6 +51,8 @@ def human_bytes(count: float) -> str:
 def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     """What is worth saying at the start of a run, beside how long it will take."""
     result = [f"dashboard {dashboard}"] if dashboard else []
+    page = page_address(plan.job, dashboard)
+    result += [f"page {page}"] if page not in ("", dashboard) else []
     if done_tasks:
         result.append(f"resuming: {done_tasks} of {plan.tasks} tasks were done before")
     result += [f"scratch of {cut.stage} reused" for cut in plan.scratch if cut.complete]
@@ -57,16 +62,23 @@ def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     return result
 
 
-class Lines:
-    """A line at the start, then one every few seconds; each whole in itself."""
+def page_address(job: Job, dashboard: str) -> str:
+    """Where headrace's own page is: beside the dashboard of a cluster in this process, or where `listen` says; "" for nowhere."""
+    if job.scheduler == "local":
+        return dashboard.removesuffix("/status") + PAGE
+    return parse_listen(job.listen).url + PAGE if job.listen else ""
 
-    def __init__(self, stream: IO[str], as_json: bool) -> None:
-        self.stream, self.as_json = stream, as_json
+
+class Lines:
+    """A line at the start, then one every few seconds; each whole in itself. Where there is a watch, JSON with what it sees."""
+
+    def __init__(self, stream: IO[str], watch: Watch | None = None) -> None:
+        self.stream, self.watch = stream, watch
         self.done = self.total = self.resumed = 0
         self.begun = self.last = time.monotonic()
 
     def _say(self, event: str, text: str, **values: Any) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.watch else text
         print(line, file=self.stream, flush=True)
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
@@ -75,7 +87,8 @@ class Lines:
         for part in notes(plan, dashboard, done_tasks):
             text += f"; {part}"
         values = {"tasks": plan.tasks, "done_tasks": done_tasks, "bytes": total_bytes, "done_bytes": done_bytes}
-        self._say("started", text, source=str(plan.source.location), **values, dashboard=dashboard, left_out=len(plan.left_out))
+        places = {"dashboard": dashboard, "page": page_address(plan.job, dashboard)}
+        self._say("started", text, source=str(plan.source.location), **values, **places, left_out=len(plan.left_out))
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written
@@ -88,10 +101,23 @@ class Lines:
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
-        self._say("progress", text, **values, layer=place)
+        self._say("progress", text, **values, layer=place, **(_seen(self.watch) if self.watch else {}))
 
     def finished(self) -> None:
         pass
+
+
+def _seen(watch: Watch) -> dict[str, Any]:
+    """What a line of JSON says beside bytes and time: `ranks` are [target, rank, bytes written, bytes in all]."""
+    now = watch.snapshot()
+    return {
+        "tasks": now.tasks,
+        "done_tasks": now.done_tasks,
+        "memory_bytes": now.memory_bytes,
+        "memory_limit_bytes": now.memory_limit_bytes,
+        "stages": {stage: {unit: round(value, 6) for unit, value in totals.items()} for stage, totals in now.stages.items()},
+        "ranks": [[share.target, share.rank, share.done_bytes, share.total_bytes] for share in now.ranks],
+    }
 
 
 class Bar:

@@ -11,13 +11,16 @@ import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.lower import Graph
+from pipeline.watching.listen import Listen
 
 if TYPE_CHECKING:
+    from pipeline.watching.state import Watch
     from stages.write import Written
 
 BATCH = 64  # tasks submitted at once
@@ -48,23 +51,32 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def runner(scheduler: str, workers: int, resources: Mapping[str, float] | None = None) -> Iterator[Session]:
+def runner(
+    scheduler: str,
+    workers: int,
+    resources: Mapping[str, float] | None = None,
+    watch: Watch | None = None,
+    listen: Listen | None = None,
+    report: Path | None = None,
+) -> Iterator[Session]:
     """Open a session with `scheduler`; `resources` are those of the in-process cluster's worker.
 
-    Raises BadInput where a scheduler elsewhere does not answer.
+    `watch` is what headrace's page shows: beside the dashboard of a cluster of our own, or at `listen`. `report`: a file for Dask's
+    performance report. Raises BadInput where a scheduler elsewhere does not answer, or `listen` is taken.
     """
-    if scheduler == "synchronous":
-        yield Session(run_synchronous)
-    elif scheduler == "threads":
-        yield Session(lambda graph: run_threads(graph, workers))
-    elif scheduler == "local":
-        with _local_cluster(workers, resources) as client:
+    if scheduler == "local":
+        with _local_cluster(workers, resources, watch, listen) as client, _report(report):
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"].get("dashboard")
-            dashboard = f"http://127.0.0.1:{port}/status" if port else ""
+            url = Listen((listen or Listen()).host, port).url
+            dashboard = f"{url}/status" if port else ""
             yield Session(lambda graph: run_distributed(client, graph, here=True), dashboard, client)
+    elif scheduler in ("threads", "synchronous"):
+        run = run_synchronous if scheduler == "synchronous" else lambda graph: run_threads(graph, workers)
+        with _page(watch, listen) as page:
+            yield Session(run, page)
     else:
-        with _remote(scheduler) as client:
+        with _page(watch, listen), _remote(scheduler) as client, _report(report):
             yield Session(lambda graph: run_distributed(client, graph), client.dashboard_link, client)
 
 
@@ -182,10 +194,18 @@ def _call(held: _Held) -> Any:
 
 
 @contextmanager
-def _local_cluster(workers: int, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
+def _local_cluster(
+    workers: int, resources: Mapping[str, float] | None = None, watch: Watch | None = None, listen: Listen | None = None
+) -> Iterator[Any]:
+    """A client of a cluster in this process. Raises BadInput where `listen` is given and cannot be had."""
     import dask
     from distributed import Client, LocalCluster
 
+    if listen:
+        from pipeline.watching.server import bound
+
+        for sock in bound(listen):  # Dask would take another port without a word
+            sock.close()
     # A task's failure is reported by the command, in its own words.
     logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
     # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
@@ -199,24 +219,30 @@ def _local_cluster(workers: int, resources: Mapping[str, float] | None = None) -
                 processes=False,
                 memory_limit=None,
                 resources=resources,
-                dashboard_address="127.0.0.1:8787",
+                dashboard_address=(listen or Listen()).address,
                 silence_logs=logging.ERROR,
                 scheduler_kwargs={"dashboard": False},
             ) as cluster,
             Client(cluster) as client,
-            _dashboard(cluster),
+            _dashboard(cluster, watch, listen),
         ):
             yield client
 
 
 @contextmanager
-def _dashboard(cluster: Any) -> Iterator[None]:
+def _dashboard(cluster: Any, watch: Watch | None, listen: Listen | None) -> Iterator[None]:
     """Have the pages of the dashboard join the cluster's server while the work has begun: Bokeh takes half a second to import."""
 
     def join() -> None:
         import distributed.dashboard.scheduler as pages
 
         scheduler = cluster.scheduler
+        if watch is not None:
+            from pipeline.watching import conversion
+
+            cluster.loop.add_callback(
+                conversion.join, scheduler.http_application, watch, listen or Listen(port=scheduler.http_server.port)
+            )
         cluster.loop.add_callback(pages.connect, scheduler.http_application, scheduler.http_server, scheduler)
 
     thread = threading.Thread(target=join, name="headrace-dashboard", daemon=True)
@@ -225,6 +251,25 @@ def _dashboard(cluster: Any) -> Iterator[None]:
         yield
     finally:
         thread.join()
+
+
+def _page(watch: Watch | None, listen: Listen | None) -> AbstractContextManager[str]:
+    """The address of headrace's page on a server of its own; "" where no `listen` asks for one."""
+    if watch is None or listen is None:
+        return nullcontext("")
+    from pipeline.watching import conversion
+
+    return conversion.serving(watch, listen)
+
+
+def _report(path: Path | None) -> AbstractContextManager[None]:
+    """Dask's performance report of what the current client runs, whole in one file, so that it can be read without a network."""
+    if path is None:
+        return nullcontext()
+    from distributed import performance_report
+
+    report: AbstractContextManager[None] = performance_report(filename=str(path), mode="inline")
+    return report
 
 
 @contextmanager

@@ -8,6 +8,7 @@ tasks write the chunk files in place and map them to read them back: both the sl
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -131,7 +132,8 @@ class ScratchGroup:
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             remedy = "Free space, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
-            raise BadInput([Problem(subject, found, expected, remedy)]) from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise BadInput([Problem(subject, found, expected, remedy, passing=full)]) from None
 
     def finish(self, journal: Journal, *_: object) -> None:
         """Say that the cut is whole, and reusable."""

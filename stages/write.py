@@ -53,7 +53,7 @@ class BlockWrite:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """xxh3 (64 bits) of `nbytes` bytes from `offset` of a rank's file."""
+    """xxh3 (64 bits) of `nbytes` bytes from `offset` of a rank's file; `sink` is its place among those that are written."""
 
     sink: int
     rank: int

@@ -223,7 +223,12 @@ def test_json_lines(model: Path, output: Path) -> None:
     events = [json.loads(line) for line in ran.stderr.splitlines()]
     assert [event["event"] for event in (events[0], events[-2], events[-1])] == ["started", "progress", "finished"]
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status", events[0]["dashboard"])
+    assert events[0]["page"] == events[0]["dashboard"].replace("/status", "/headrace")
     assert events[-2]["bytes"] == events[-2]["total_bytes"] == events[0]["bytes"]
+    assert [(target, rank) for target, rank, *_ in events[-2]["ranks"]] == [(output.name, 0), (output.name, 1)]
+    assert all(done == total > 0 for _, _, done, total in events[-2]["ranks"])
+    assert events[-2]["done_tasks"] == events[-2]["tasks"] == events[0]["tasks"]
+    assert 0 < events[-2]["memory_bytes"] < events[-2]["memory_limit_bytes"] == 2 << 30
     assert events[-1]["bytes_written"] == sum(path.stat().st_size for path in output.glob("rank*"))
     assert events[-1]["outputs"] == [
         str(output / name) for name in ("rank0.safetensors", "rank1.safetensors", "config.json", "headrace.json")
@@ -238,7 +243,7 @@ def test_plain_lines_and_the_dashboard_where_there_is_no_terminal(model: Path, o
     assert ran.returncode == 0
     assert "\x1b" not in ran.stdout + ran.stderr
     first, *_, last = ran.stderr.splitlines()
-    assert re.fullmatch(rf"converting {model} in \d+ tasks; dashboard http://127\.0\.0\.1:\d+/status", first)
+    assert re.fullmatch(rf"converting {model} in \d+ tasks; dashboard (http://127\.0\.0\.1:\d+)/status; page \1/headrace", first)
     assert re.search(r"^276\.9 KiB of 276\.9 KiB, [\d.]+ GB/s, 0 s left, \w+", last)
     assert "rank0.safetensors" in ran.stdout
     assert str(output) in ran.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_a_finished_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "all/tp1").iterdir()}
     convert(model_dir=source, output_dir=tmp_path / "tp4", scheduler="threads", **SHAPES["tp4"])
     assert contents(tmp_path / "all/tp4") == contents(tmp_path / "tp4")
+    alone, beside = (json.loads((tmp_path / at / "headrace.json").read_text())["xxh3"] for at in ("tp4", "all/tp4"))
+    assert alone == beside
 
 
 def test_a_job_file_lists_targets_and_flags_override_them(source: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipeline.cli import build, convert, facts, report, scratch, verify
+from pipeline.cli import build, convert, facts, jobs, report, scratch, serve, verify
 from pipeline.errors import HeadraceError
 
 app = typer.Typer(
@@ -20,9 +20,10 @@ app = typer.Typer(
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, build, facts, verify, report):
+for commands in (convert, build, facts, verify, report, jobs, serve):
     app.add_typer(commands.app)
 app.add_typer(scratch.app, name="scratch")
+app.add_typer(jobs.jobs_app, name="jobs")
 
 
 def _say(error: HeadraceError) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from pipeline.cli.build import facts, sentence
-from pipeline.cli.options import Json, job_options
+from pipeline.cli.options import Json, LogFormat, job_options
 from pipeline.engine import plan_requests
 from pipeline.engine.options import known_options
 from pipeline.job import Job
@@ -22,9 +22,7 @@ app = typer.Typer()
 def convert_command(
     job: Job,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")
-    ] = "text",
+    log_format: LogFormat = "text",
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
 
@@ -38,18 +36,20 @@ def convert_command(
     from pipeline.execute import execute
     from pipeline.planning import make_plan
     from pipeline.progress import listener
+    from pipeline.watching.state import Watch
 
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), Watch()
     plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listens = listener(quiet, log_format, watch)
     engines = plan_requests(plan)
     if engines:
         from pipeline.engine.log import BuildLog
         from pipeline.engine.run import convert_and_build
 
-        result = convert_and_build(plan, engines, listener(quiet, log_format), BuildLog(quiet, log_format), started)
+        result = convert_and_build(plan, engines, listens, BuildLog(quiet, log_format), started, watch)
     else:
-        result = execute(plan, listener(quiet, log_format), started=started)
+        result = execute(plan, listens, started=started, watch=watch)
     if quiet:
         return
     if log_format == "json":
@@ -61,6 +61,7 @@ def convert_command(
             "seconds": round(result.seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,
             "up_to_date": result.up_to_date,
+            "stages": result.stages,
             **({"engines": [facts(built) for built in result.engines]} if engines else {}),
         }
         print(json.dumps(finished), file=sys.stderr)

@@ -14,6 +14,7 @@ from pydantic.types import ByteSize
 from pipeline.job import Job, make_job
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+LogFormat = Annotated[Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")]
 JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)
 
 
@@ -56,8 +57,9 @@ def _flag_type(field: FieldInfo) -> Any:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    choices = f" [{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
-    default = "" if field.is_required() or field.annotation is bool else f" [default: {_shown(field.default)}]"
+    # A bracket that is not escaped would be taken for markup, and left out.
+    choices = f" \\[{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
+    default = "" if field.is_required() or field.annotation is bool else f" \\[default: {_shown(field.default)}]"
     flags = f"--{name}/--no_{name}" if field.annotation is bool else f"--{name}"
     return typer.Option(flags, help=f"{field.description}{choices}{default}", show_default=False)
 

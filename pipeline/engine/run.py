@@ -21,8 +21,9 @@ from pipeline.engine.messages import no_builder, no_engine
 from pipeline.engine.options import Table, command_words, known_options, parse_help
 from pipeline.engine.output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
-from pipeline.execute import Built, Listener, Result, execute
+from pipeline.execute import Built, Listener, Result, execute, open_session
 from pipeline.schedulers import Session, runner
+from pipeline.watching.state import Watch
 from stages.build import Builder, Call, Outcome, Probe, gpus, probe, run
 
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> B
 
 
 def convert_and_build(
-    plan: Plan, requests: Sequence[Request], listener: Listener | None, log: BuildLog, started: float | None = None
+    plan: Plan,
+    requests: Sequence[Request],
+    listener: Listener | None,
+    log: BuildLog,
+    started: float | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Convert, then build each target's engine, in one session of the scheduler. Raises what `execute` and `build_engine` do."""
     engines = Engines(requests, log, plan.job.scheduler, overwrite=plan.job.overwrite)
@@ -59,9 +65,10 @@ def convert_and_build(
         if plan.up_to_date and all(map(engines.complete, requests)):
             done = tuple(Built(request.engine, up_to_date=True) for request in requests)
             return replace(execute(plan, listener, started=started), engines=done)
-    with runner(plan.job.scheduler, plan.budget.workers, _here()) as session:
+    watch = watch or Watch()
+    with open_session(plan, watch, _here()) as session:
         engines.prepare(session, wait=False)
-        result = execute(plan, listener, started=started, session=session)
+        result = execute(plan, listener, started=started, session=session, watch=watch)
         return replace(result, engines=engines.build(session))
 
 

@@ -60,8 +60,16 @@ OPEN_TEXT = (
     "pipeline/page/",
     "pipeline/engine/options.py",
     "pipeline/engine/check.py",
+    "pipeline/watching/process.py",
+    "pipeline/jobs/files.py",
+    "pipeline/jobs/secret.py",
+    "pipeline/jobs/process.py",
+    "pipeline/jobs/lock.py",
 )
-TEXT_ONLY = ("pipeline/output.py",)  # headrace.json and config.json, and the directory itself, to have them on disk
+TEXT_ONLY = (
+    "pipeline/output.py",  # headrace.json and config.json, and the directory itself, to have them on disk
+    "pipeline/jobs/lock.py",  # the pid of who holds it
+)
 
 each_file = pytest.mark.parametrize("name", FILES)
 

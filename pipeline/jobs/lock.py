@@ -1,0 +1,29 @@
+"""One daemon a store: a lock that goes with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import BadInput, Problem
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold the lock, a file that stays. Raises BadInput, with the pid of the process that holds it, where one does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "another"
+            remedy = "Stop it first, or give each daemon a --store of its own"
+            raise BadInput([Problem(str(path), f"process {holder}, a daemon on this store", "none", remedy)]) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

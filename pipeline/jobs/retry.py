@@ -1,0 +1,32 @@
+"""When a conversion that ended badly is tried again: what may pass, after longer and longer waits; never bad input, never a bug."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.jobs.events import Outcome
+from pipeline.jobs.files import Table
+
+
+class Retry(Table):
+    """How often, and after how long: first_seconds, and factor times longer each time, at most longest_seconds."""
+
+    attempts: Annotated[int, Field(ge=1, description="Attempts in all; 1: none is repeated.")] = 4
+    first_seconds: Annotated[float, Field(ge=0)] = 10.0
+    factor: Annotated[float, Field(ge=1)] = 3.0
+    longest_seconds: Annotated[float, Field(ge=0)] = 600.0
+
+    def delay(self, outcome: Outcome, failures: int, passing: bool) -> float | None:
+        """Seconds to wait after the failure of that number, from 1; None where it is not tried again.
+
+        Tried again is what failed (the disk or the network, or a signal from somewhere) and what was refused for a reason that may
+        pass: another job at work in the same place, or a disk without room.
+        """
+        if failures >= self.attempts or not (outcome == "failed" or (outcome == "refused" and passing)):
+            return None
+        wait = self.first_seconds
+        for _ in range(failures - 1):
+            wait = min(self.longest_seconds, wait * self.factor)
+        return min(self.longest_seconds, wait)

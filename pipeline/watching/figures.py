@@ -1,0 +1,127 @@
+"""The figures that pages are made of: lines over time, bars by name. Each has an `update` with new values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bokeh.core.properties import value
+from bokeh.models import AdaptiveTicker, ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d, Span
+from bokeh.models.formatters import CustomJSTickFormatter
+from bokeh.plotting import figure
+
+from pipeline.progress import human_bytes
+
+BLUE, TEAL, RED, GREY = "#2563eb", "#0d9488", "#dc2626", "#64748b"
+FONT = "system-ui, sans-serif"
+ROW_PIXELS = 22  # of a bar
+LONGEST_NAME = 26  # characters of a group that are shown: the last ones tell more
+
+_BYTES_JS = """
+const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+let n = 0, value = tick;
+while (Math.abs(value) >= 1024 && n < units.length - 1) { value /= 1024; n += 1; }
+return +value.toFixed(value < 10 ? 1 : 0) + " " + units[n] + suffix;
+"""
+_SECONDS_JS = """
+const s = Math.round(tick), pad = (n) => String(n).padStart(2, "0");
+const hours = Math.floor(s / 3600), minutes = Math.floor(s / 60) % 60;
+return (hours ? hours + ":" + pad(minutes) : minutes) + ":" + pad(s % 60);
+"""
+
+
+class Timeline:
+    """Bytes, or bytes a second, over the seconds of a run, with a limit where there is one."""
+
+    def __init__(self, title: str, *, rate: bool, colour: str) -> None:
+        self._source = ColumnDataSource({"x": [], "y": [], "text": []})
+        self.figure = _figure(title, height=230)
+        self.figure.xaxis.formatter = CustomJSTickFormatter(code=_SECONDS_JS)
+        _bytes_axis(self.figure.yaxis, "/s" if rate else "")
+        self.figure.varea(x="x", y1=0, y2="y", source=self._source, fill_color=colour, fill_alpha=0.15)
+        line = self.figure.line("x", "y", source=self._source, line_color=colour, line_width=2)
+        self.figure.add_tools(HoverTool(tooltips="@text", renderers=[line], mode="vline"))
+        self.figure.x_range, self.figure.y_range = self._seconds, self._range = Range1d(0, 1), Range1d(0, 1)
+        self._limit = Span(location=0, dimension="width", line_color=RED, line_dash="dashed", line_width=2, visible=False)
+        self.figure.add_layout(self._limit)
+        self._suffix = "/s" if rate else ""
+
+    def update(self, points: Sequence[tuple[float, float]], limit: float | None = None) -> None:
+        """Show these (seconds, bytes)."""
+        text = [human_bytes(y) + self._suffix for _, y in points]
+        self._source.data = {"x": [x for x, _ in points], "y": [y for _, y in points], "text": text}
+        self._seconds.end = max([1.0, *(x for x, _ in points)])
+        self._range.end = _binary_ceiling(max([1.0, limit or 0.0, *(y for _, y in points)]) * 1.1)
+        if limit:
+            self._limit.update(location=limit, visible=True)
+
+
+class Bars:
+    """A bar a name, with a text behind it. Names may be (group, name)."""
+
+    def __init__(self, title: str, *, share: bool, colour: str) -> None:
+        """`share`: values are parts of 1, shown on an axis of percents; else bytes."""
+        self._source = ColumnDataSource({"y": [], "x": [], "text": []})
+        self._factors = FactorRange(range_padding=0.3, range_padding_units="absolute")
+        self._share = share
+        self.figure = _figure(title, height=230, y_range=self._factors)
+        self.figure.ygrid.grid_line_color = None
+        self.figure.yaxis.group_label_orientation = "horizontal"
+        self.figure.yaxis.group_text_font = FONT
+        self.figure.x_range = self._range = Range1d(0, 1)
+        if share:
+            self.figure.xaxis.formatter, self.figure.xaxis.ticker = NumeralTickFormatter(format="0%"), [0, 0.25, 0.5, 0.75, 1]
+        else:
+            _bytes_axis(self.figure.xaxis, "")
+        self.figure.hbar(y="y", left=0, right="x", height=0.7, source=self._source, fill_color=colour, line_color=None)
+        self.figure.text(
+            x="x",
+            y="y",
+            text="text",
+            source=self._source,
+            x_offset=6,
+            text_baseline="middle",
+            text_font_size="12px",
+            text_font=value(FONT),
+        )
+
+    def update(self, rows: Sequence[tuple[str | tuple[str, str], float, str]]) -> None:
+        """Show these (name, value, text), the first at the top."""
+        names = [name if isinstance(name, str) else (_shortened(name[0]), name[1]) for name, _, _ in rows]
+        factors = list(reversed(names))
+        if self._factors.factors != factors:
+            self._factors.factors = factors
+            self.figure.height = max(230, 90 + ROW_PIXELS * len(rows))
+        most = max([0.0, *(value for _, value, _ in rows)])
+        # Room for the text behind the longest bar.
+        self._range.end = 1.3 if self._share else max(most, 1.0) * 1.7
+        self._source.data = {"y": names, "x": [value for _, value, _ in rows], "text": [text for _, _, text in rows]}
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
+def _figure(title: str, height: int, **more: object) -> figure:
+    made = figure(
+        title=title, height=height, sizing_mode="stretch_width", toolbar_location=None, tools="", output_backend="svg", **more
+    )
+    made.title.text_font = made.axis.major_label_text_font = FONT
+    made.title.text_font_size, made.axis.major_label_text_font_size = "14px", "12px"
+    made.axis.axis_line_color = made.axis.major_tick_line_color = made.axis.minor_tick_line_color = made.outline_line_color = None
+    made.grid.grid_line_color = "#e2e8f0"
+    made.min_border_right = 20
+    return made
+
+
+def _bytes_axis(axis: Any, suffix: str) -> None:
+    """Have an axis count in KiB, MiB and so on, at powers of two of them."""
+    axis.formatter = CustomJSTickFormatter(code=f"const suffix = '{suffix}';\n{_BYTES_JS}")
+    axis.ticker = AdaptiveTicker(base=1024, mantissas=[2.0**n for n in range(10)], desired_num_ticks=5, num_minor_ticks=0)
+
+
+def _binary_ceiling(value: float) -> float:
+    """The next round number of bytes: an eighth of a power of two."""
+    step = 2.0 ** (math.floor(math.log2(value)) - 2)
+    return math.ceil(value / step) * step

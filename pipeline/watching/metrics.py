@@ -1,0 +1,174 @@
+"""What Prometheus is told, in a registry of our own: the same names for one conversion and for `headrace serve`.
+
+Every metric that headrace exports is a row of METRICS, or the histogram DURATIONS. A Reading holds their values at one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pipeline.watching.state import Share, Snapshot
+
+# Seconds: from a small model to one of hundreds of gigabytes.
+BUCKETS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A conversion at work; bytes and seconds, None for what is not known."""
+
+    name: str
+    done_bytes: int
+    total_bytes: int
+    idle_seconds: float
+    bytes_per_second: float | None = None
+    eta_seconds: float | None = None
+    memory_bytes: int | None = None
+    memory_limit_bytes: int | None = None
+    tasks: int | None = None
+    done_tasks: int | None = None
+    ranks: tuple[Share, ...] = ()
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How long attempts took: how many at most as long as each of BUCKETS, how many at all, and their seconds together."""
+
+    counts: tuple[int, ...] = (0,) * len(BUCKETS)
+    total: int = 0
+    seconds: float = 0.0
+
+    def plus(self, seconds: float) -> Durations:
+        """The same with one more."""
+        counts = tuple(count + (seconds <= bound) for count, bound in zip(self.counts, BUCKETS, strict=True))
+        return Durations(counts, self.total + 1, self.seconds + seconds)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything that is exported, at one moment. What counts up does so from the start of the process.
+
+    `stages`: {stage: {"bytes" | "seconds": total}}; `states`: jobs by state; `durations`: of ended attempts, by outcome.
+    """
+
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    states: Mapping[str, int] = field(default_factory=dict)
+    queue_length: int = 0
+    stalls: int = 0
+    durations: Mapping[str, Durations] = field(default_factory=dict)
+    running: Sequence[Running] = ()
+
+
+Values = Iterable[tuple[tuple[str, ...], float | None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric: its name (Prometheus adds `_total` to counters), what it says, its labels, and how a Reading gives its values."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...]
+    values: Callable[[Reading], Values]
+
+
+def _stage(unit: str) -> Callable[[Reading], Values]:
+    return lambda reading: [((stage,), totals.get(unit, 0.0)) for stage, totals in sorted(reading.stages.items())]
+
+
+def _job(field: str) -> Callable[[Reading], Values]:
+    return lambda reading: [((job.name,), getattr(job, field)) for job in reading.running]
+
+
+def _rank(field: str) -> Callable[[Reading], Values]:
+    return lambda reading: [
+        ((job.name, share.target, str(share.rank)), getattr(share, field)) for job in reading.running for share in job.ranks
+    ]
+
+
+METRICS = (
+    Row("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
+    Row("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
+    Row("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
+    Row("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
+    Row("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
+    Row("headrace_job_bytes", "gauge", "Bytes written of a running job, earlier attempts' included.", ("job",), _job("done_bytes")),
+    Row("headrace_job_size_bytes", "gauge", "Bytes that a running job writes in all.", ("job",), _job("total_bytes")),
+    Row("headrace_job_bytes_per_second", "gauge", "How fast a running job writes.", ("job",), _job("bytes_per_second")),
+    Row("headrace_job_eta_seconds", "gauge", "Seconds that a running job has left.", ("job",), _job("eta_seconds")),
+    Row("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
+    Row("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
+    Row("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
+    Row("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
+    Row("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
+    Row("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
+    Row("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
+    Row("headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]),
+)
+DURATIONS = "headrace_job_duration_seconds"
+
+
+class Metrics(Collector):
+    """The metrics of `look()`, collected whenever Prometheus asks."""
+
+    def __init__(self, look: Callable[[], Reading]) -> None:
+        self._look = look
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus's families, each with the values that are known."""
+        reading = self._look()
+        for row in METRICS:
+            made = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(row.name, row.help, labels=row.labels)
+            for labels, value in row.values(reading):
+                if value is not None:
+                    made.add_metric(labels, value)
+            yield made
+        histogram = HistogramMetricFamily(DURATIONS, "Seconds that attempts took.", labels=("outcome",))
+        for outcome, took in sorted(reading.durations.items()):
+            buckets = [(str(bound), count) for bound, count in zip(BUCKETS, took.counts, strict=True)]
+            histogram.add_metric((outcome,), [*buckets, ("+Inf", took.total)], took.seconds)
+        yield histogram
+
+    def describe(self) -> list[Metric]:
+        """Nothing: names are known to be one's own."""
+        return []
+
+    def text(self) -> bytes:
+        """Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+def of_conversion(now: Snapshot) -> Reading:
+    """The reading of a process that does one conversion."""
+    states = {"running": int(now.state != "ended"), "done": int(now.state == "ended" and now.done_bytes >= now.total_bytes)}
+    return Reading(
+        stages=now.stages,
+        states=states,
+        running=() if now.state != "running" else (_running(now),),
+    )
+
+
+def _running(now: Snapshot) -> Running:
+    return Running(
+        name=now.name,
+        done_bytes=now.done_bytes,
+        total_bytes=now.total_bytes,
+        idle_seconds=now.idle_seconds,
+        bytes_per_second=now.bytes_per_second,
+        eta_seconds=now.eta_seconds,
+        memory_bytes=now.memory_bytes if now.memory_bytes >= 0 else None,
+        memory_limit_bytes=now.memory_limit_bytes,
+        tasks=now.tasks,
+        done_tasks=now.done_tasks,
+        ranks=now.ranks,
+    )

@@ -1,0 +1,141 @@
+"""Serving pages, metrics and health: beside the Dask dashboard, or on a server of their own.
+
+Everything here answers GET alone and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+from tornado.ioloop import IOLoop
+from tornado.netutil import bind_sockets
+from tornado.web import RequestHandler
+
+from pipeline.errors import BadInput, Problem
+from pipeline.watching.listen import PAGE, Listen
+
+Page = Callable[[Any], None]
+Route = tuple[str, type[RequestHandler], dict[str, Any]]
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NO_METRICS = "# prometheus_client is not installed: pip install headrace[jobs]\n"
+
+
+class MetricsHandler(RequestHandler):
+    """`GET /metrics`: the text of Prometheus."""
+
+    def initialize(self, metrics: Callable[[], bytes] | None) -> None:
+        self.metrics = metrics
+
+    def get(self) -> None:
+        self.set_header("Content-Type", METRICS_TYPE)
+        if self.metrics is None:
+            self.set_status(501)
+            self.write(NO_METRICS)
+        else:
+            self.write(self.metrics())
+
+
+class HealthHandler(RequestHandler):
+    """`GET /health`: a JSON object; 503 where its `status` is not "ok"."""
+
+    def initialize(self, health: Callable[[], Mapping[str, Any]]) -> None:
+        self.health = health
+
+    def get(self) -> None:
+        answer = dict(self.health())
+        self.set_status(200 if answer["status"] == "ok" else 503)
+        self.write(answer)
+
+
+def routes(metrics: Callable[[], bytes] | None, health: Callable[[], Mapping[str, Any]]) -> list[Route]:
+    """`/metrics` and `/health`; without `metrics` the first says what is not installed."""
+    return [(r"/metrics", MetricsHandler, {"metrics": metrics}), (r"/health", HealthHandler, {"health": health})]
+
+
+def pages_application(pages: Mapping[str, Page], listen: Listen, more: Sequence[Any] = ()) -> Any:
+    """A Bokeh application for Tornado: each page is a function that fills a Bokeh document; not yet started."""
+    from bokeh.application import Application as BokehApplication
+    from bokeh.application.handlers.function import FunctionHandler
+    from bokeh.server.tornado import BokehTornado
+
+    made = {path: BokehApplication(FunctionHandler(fill)) for path, fill in pages.items()}
+    return BokehTornado(
+        made,
+        extra_patterns=[*more],
+        extra_websocket_origins=listen.origins,
+        absolute_url="",
+        use_index=False,
+        check_unused_sessions_milliseconds=5000,
+        unused_session_lifetime_milliseconds=10000,
+        stats_log_frequency_milliseconds=3_600_000,
+    )
+
+
+def join(application: Any, pages: Mapping[str, Page], extra: Sequence[Route], listen: Listen) -> None:
+    """Add pages and routes to a Dask server's routing application. To be called in its event loop.
+
+    The routes stand before those that Dask has of the same paths. The server stops the pages when it stops itself.
+    """
+    application.add_handlers(".*", list(extra))
+    made = pages_application(pages, listen)
+    application.add_application(made)
+    made.initialize(IOLoop.current())
+    made.start()
+
+
+@contextmanager
+def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, or_any_port: bool = False) -> Iterator[str]:
+    """Serve pages and routes from a thread while the context lasts; yields the server's address. `/` leads to the page.
+
+    `or_any_port`: another port will do where that one is taken. Raises BadInput where the address cannot be listened on.
+    """
+    from tornado.web import RedirectHandler
+
+    sockets = bound(listen, or_any_port)
+    actual = Listen(listen.host, sockets[0].getsockname()[1])
+    redirect = (r"/", RedirectHandler, {"url": PAGE, "permanent": False})
+    loops: list[asyncio.AbstractEventLoop] = []
+    stop: list[asyncio.Event] = []
+    ready = threading.Event()
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        stop.append(asyncio.Event())
+        made = pages_application(pages, actual, [redirect, *extra])
+        made.initialize(IOLoop.current())
+        made.start()
+        server = HTTPServer(made)
+        server.add_sockets(sockets)
+        ready.set()
+        await stop[0].wait()
+        server.stop()
+        made.stop()
+        await server.close_all_connections()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="headrace-pages", daemon=True)
+    thread.start()
+    ready.wait()
+    try:
+        yield actual.url
+    finally:
+        loops[0].call_soon_threadsafe(stop[0].set)
+        thread.join()
+
+
+def bound(listen: Listen, or_any_port: bool = False) -> list[socket.socket]:
+    """Sockets that listen. Raises BadInput where the address is taken or is not this machine's."""
+    try:
+        return bind_sockets(listen.port, address=listen.host)
+    except OSError as error:
+        if or_any_port and error.errno == errno.EADDRINUSE:
+            return bind_sockets(0, address=listen.host)
+        found = error.strerror or str(error)
+        raise BadInput([Problem(f"--listen {listen.address}", found, "an address of this machine whose port is free")]) from None
