@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.jobs import process
 from pipeline.jobs.conversion import Process
 from pipeline.jobs.events import Hub, JobFinished, JobQueued, JobStarted, Outcome, Progress, Stalled
 from pipeline.jobs.files import write_job
 from pipeline.jobs.leases import HEARTBEAT_SECONDS
 from pipeline.jobs.limits import Limits
+from pipeline.jobs.recovery import recover, take_over
 from pipeline.jobs.retention import release
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import GOOD, AttemptRow, RunRow, State
@@ -145,20 +145,6 @@ class Runner:
             self._heartbeat()
             time.sleep(0.02)
 
-    def recover(self) -> None:
-        """Take from workers that are gone what they held, and see to it that nothing of theirs runs any more."""
-        self._take_over(())
-        self.store.bury()
-
-    def _take_over(self, wanted: frozenset[int] | tuple[()]) -> bool:
-        """Whether attempts of others have been ended, so that what they held is free."""
-        freed = False
-        for attempt in self.store.stale(wanted):
-            # First the process, then the lease: in the other order both could write for a moment.
-            if attempt.id not in self._running and process.kill(attempt.pid, attempt.birth):
-                freed |= self.store.lose(attempt.id)
-        return freed
-
     def _heartbeat(self) -> None:
         now = time.monotonic()
         if now - self._beat < HEARTBEAT_SECONDS:
@@ -170,7 +156,7 @@ class Runner:
             each.process.kill()
             ended = Ended("interrupted", 3, "another process took it over, as this one had not been heard of", each.process)
             self._say_finished(each.run, each.attempt, ended, ended.outcome, None)
-        self.recover()
+        recover(self.store)
 
     def _cancel(self) -> None:
         for number in self.store.cancellations(self.worker) if self._running else ():
@@ -201,7 +187,7 @@ class Runner:
             claimed = self.store.claim(run.id, self.worker)
             if isinstance(claimed, AttemptRow):
                 self._start(run, claimed)
-            elif claimed - set(self._running) and self._take_over(claimed - set(self._running)):
+            elif take_over(self.store, claimed, self._running):
                 self.wake.set()
 
     def _start(self, run: RunRow, attempt: AttemptRow) -> None:
