@@ -22,5 +22,5 @@ def take_over(store: Store, wanted: Collection[int] = (), mine: Collection[int] 
     freed = False
     for attempt in store.stale(wanted):
         if attempt.id not in mine and process.kill(attempt.pid, attempt.birth):
-            freed |= store.lose(attempt.id)
+            freed |= store.lose(attempt)
     return freed

@@ -38,7 +38,6 @@ class _Running:
     run: RunRow
     attempt: AttemptRow
     process: Process
-    started: float
     file: Path
     cancelled: bool = False
     stalled: float = field(default=0.0)  # the moment of its last progress, where that was said to be too long ago
@@ -69,12 +68,8 @@ class Ended:
         said = self.process.finished if self.process else {}
         names = ("bytes_read", "bytes_written", "peak_memory_bytes")
         found: dict[str, Any] = {name: said.get(name, 0) for name in names}
-        return {**found, "seconds": self.process.seconds if self.process else 0.0, "by_stage": self.stages}
-
-    @property
-    def stages(self) -> dict[str, Any]:
-        """Seconds and bytes by stage."""
-        return dict(self.process.stages) if self.process else {}
+        seconds, stages = (self.process.seconds, dict(self.process.stages)) if self.process else (0.0, {})
+        return {**found, "seconds": seconds, "by_stage": stages}
 
 
 class Runner:
@@ -192,7 +187,6 @@ class Runner:
 
     def _start(self, run: RunRow, attempt: AttemptRow) -> None:
         file = self.store.path.with_name(f"{self.store.path.name}.d") / f"run-{run.id}.toml"
-        started = self.store.clock()
         try:
             write_job(file, self.store.job(run.job).options)
             made = self.start(file, lambda event: self._heard(run, attempt, event))
@@ -201,8 +195,9 @@ class Runner:
             return
         if not self.store.began(attempt.id, made.pid):
             made.kill()
+            file.unlink(missing_ok=True)
             return
-        self._running[attempt.id] = _Running(run, attempt, made, started, file)
+        self._running[attempt.id] = _Running(run, attempt, made, file)
         self.hub.publish(JobStarted(*self._of(run), run.outputs, attempt.number, made.pid))
         made.go()
 
