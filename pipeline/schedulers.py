@@ -201,6 +201,8 @@ def _local_cluster(
     import dask
     from distributed import Client, LocalCluster
 
+    from pipeline.watching.dashboard import attend
+
     if listen:
         from pipeline.watching.server import bound
 
@@ -224,33 +226,9 @@ def _local_cluster(
                 scheduler_kwargs={"dashboard": False},
             ) as cluster,
             Client(cluster) as client,
-            _dashboard(cluster, watch, listen),
         ):
+            attend(cluster, watch, listen)
             yield client
-
-
-@contextmanager
-def _dashboard(cluster: Any, watch: Watch | None, listen: Listen | None) -> Iterator[None]:
-    """Have the pages of the dashboard join the cluster's server while the work has begun: Bokeh takes half a second to import."""
-
-    def join() -> None:
-        import distributed.dashboard.scheduler as pages
-
-        scheduler = cluster.scheduler
-        if watch is not None:
-            from pipeline.watching import conversion
-
-            cluster.loop.add_callback(
-                conversion.join, scheduler.http_application, watch, listen or Listen(port=scheduler.http_server.port)
-            )
-        cluster.loop.add_callback(pages.connect, scheduler.http_application, scheduler.http_server, scheduler)
-
-    thread = threading.Thread(target=join, name="headrace-dashboard", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 def _page(watch: Watch | None, listen: Listen | None) -> AbstractContextManager[str]:
