@@ -34,19 +34,22 @@ LISTED = "Values of that option in the matrix, with commas between."
 def opened(path: Path | None, create: bool = True) -> Iterator[Store]:
     """The store at a path, closed at the end. What the database fails with later is a failure of the disk, exit code 3.
 
-    Without `create` one that is named must be there.
+    Without `create` one that is named must be there; what it says of processes that are gone is mended.
     """
     if path and not create and not path.exists():
         raise BadInput([Problem(f"--store {path}", "no such file", "a store that `headrace batch` or `headrace serve` has made")])
     try:
         import sqlalchemy as sa
 
+        from pipeline.jobs.recovery import recover
         from pipeline.jobs.store import open_store
     except ModuleNotFoundError as error:
         problem = Problem("headrace[jobs]", f"no package {error.name}", "it installed", "Run pip install 'headrace[jobs]'")
         raise BadInput([problem]) from None
     store = open_store(path)
     try:
+        if not create:
+            recover(store)
         yield store
     except sa.exc.DatabaseError as error:
         raise WriteFailed(f"{store.path}: {error.orig}") from error

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.jobs import process
 from pipeline.jobs.conversion import Process
 from pipeline.jobs.events import Hub, JobFinished, JobQueued, JobStarted, Outcome, Progress, Stalled
 from pipeline.jobs.files import write_job
 from pipeline.jobs.leases import HEARTBEAT_SECONDS
 from pipeline.jobs.limits import Limits
+from pipeline.jobs.recovery import recover, take_over
 from pipeline.jobs.retention import release
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import GOOD, AttemptRow, RunRow, State
@@ -40,7 +40,6 @@ class _Running:
     run: RunRow
     attempt: AttemptRow
     process: Process
-    started: float
     file: Path
     cancelled: bool = False
     stalled: float = field(default=0.0)  # the moment of its last progress, where that was said to be too long ago
@@ -71,12 +70,8 @@ class Ended:
         said = self.process.finished if self.process else {}
         names = ("bytes_read", "bytes_written", "peak_memory_bytes")
         found: dict[str, Any] = {name: said.get(name, 0) for name in names}
-        return {**found, "seconds": self.process.seconds if self.process else 0.0, "by_stage": self.stages}
-
-    @property
-    def stages(self) -> dict[str, Any]:
-        """Seconds and bytes by stage."""
-        return dict(self.process.stages) if self.process else {}
+        seconds, stages = (self.process.seconds, dict(self.process.stages)) if self.process else (0.0, {})
+        return {**found, "seconds": seconds, "by_stage": stages}
 
 
 class Runner:
@@ -147,20 +142,6 @@ class Runner:
             self._heartbeat()
             time.sleep(0.02)
 
-    def recover(self) -> None:
-        """Take from workers that are gone what they held, and see to it that nothing of theirs runs any more."""
-        self._take_over(())
-        self.store.bury()
-
-    def _take_over(self, wanted: frozenset[int] | tuple[()]) -> bool:
-        """Whether attempts of others have been ended, so that what they held is free."""
-        freed = False
-        for attempt in self.store.stale(wanted):
-            # First the process, then the lease: in the other order both could write for a moment.
-            if attempt.id not in self._running and process.kill(attempt.pid, attempt.birth):
-                freed |= self.store.lose(attempt.id)
-        return freed
-
     def _heartbeat(self) -> None:
         now = time.monotonic()
         if now - self._beat < HEARTBEAT_SECONDS:
@@ -172,7 +153,7 @@ class Runner:
             each.process.kill()
             ended = Ended("interrupted", 3, "another process took it over, as this one had not been heard of", each.process)
             self._say_finished(each.run, each.attempt, ended, ended.outcome, None)
-        self.recover()
+        recover(self.store)
 
     def _cancel(self) -> None:
         for number in self.store.cancellations(self.worker) if self._running else ():
@@ -203,12 +184,11 @@ class Runner:
             claimed = self.store.claim(run.id, self.worker)
             if isinstance(claimed, AttemptRow):
                 self._start(run, claimed)
-            elif claimed - set(self._running) and self._take_over(claimed - set(self._running)):
+            elif take_over(self.store, claimed, self._running):
                 self.wake.set()
 
     def _start(self, run: RunRow, attempt: AttemptRow) -> None:
         file = self.store.path.with_name(f"{self.store.path.name}.d") / f"run-{run.id}.toml"
-        started = self.store.clock()
         try:
             write_job(file, self.store.job(run.job).options)
             made = self.start(file, lambda event: self._heard(run, attempt, event))
@@ -217,8 +197,9 @@ class Runner:
             return
         if not self.store.began(attempt.id, made.pid):
             made.kill()
+            file.unlink(missing_ok=True)
             return
-        self._running[attempt.id] = _Running(run, attempt, made, started, file)
+        self._running[attempt.id] = _Running(run, attempt, made, file)
         self.hub.publish(JobStarted(*self._of(run), run.outputs, attempt.number, made.pid))
         made.go()
 

@@ -25,6 +25,7 @@ from pipeline.jobs.files import printable
 from pipeline.jobs.limits import Limits
 from pipeline.jobs.lock import only_one
 from pipeline.jobs.log import Log
+from pipeline.jobs.recovery import recover
 from pipeline.jobs.retention import DAY, collect
 from pipeline.jobs.rows import Conversion, Unit
 from pipeline.jobs.runner import Runner
@@ -57,7 +58,7 @@ class Daemon:
         with ExitStack() as stack:
             stack.callback(self.store.end_worker, self.runner.worker)
             stack.enter_context(only_one(lock))
-            self.runner.recover()
+            recover(self.store)
             for service in self.services:
                 stack.enter_context(service(self))
             scheduler = self._scheduler()

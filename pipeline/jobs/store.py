@@ -128,8 +128,9 @@ class Store(Reader):
         return next(each for each in self.attempts(run) if each.id == attempt)
 
     def began(self, attempt: int, pid: int) -> bool:
-        """Record an attempt's process; False where the attempt has been lost: then the process must not go on."""
-        with self.engine.begin() as connection:
+        """Record an attempt's process, and renew its leases; False where it has been lost: then the process must not go on."""
+        with self._writing() as (connection, now):
+            leases.renew(connection, [attempt], now)
             return _change(connection, attempt, pid=pid, birth=process.birth(pid))
 
     def heartbeat(self, worker: str, progress: Mapping[int, tuple[int, int]]) -> frozenset[int]:
@@ -198,23 +199,26 @@ class Store(Reader):
         gone = {row.id for row in found if row.id in late or row.ended is not None or not is_alive(row.pid, row.birth)}
         return self._all(AttemptRow, sa.select(attempts).where(attempts.c.id.in_(gone)).order_by(attempts.c.id))
 
-    def lose(self, attempt: int, is_alive: Callable[[int, str], bool] = IS_ALIVE) -> bool:
+    def lose(self, attempt: AttemptRow, is_alive: Callable[[int, str], bool] = IS_ALIVE) -> bool:
         """End an attempt whose worker is gone or late, once its process is known to be gone: its run can be done again.
 
-        The daemon's runs wait again; those of a batch that is gone are interrupted. Returns False where it need not be, any more.
+        The daemon's runs wait again; those of a batch that is gone are interrupted. Returns False where it is not to be ended, any
+        more: the worker has come back, or it has another process by now than `attempt` says.
         """
         error = "the process that was in charge of it is gone"
         with self._writing() as (connection, now):
-            # The worker may have come back to life, and renewed, since somebody thought so.
-            row = connection.execute(sa.select(attempts.c.run, workers).join(workers).where(attempts.c.id == attempt)).one()
-            late = attempt in leases.expired(connection, now) or row.ended is not None or not is_alive(row.pid, row.birth)
-            if not late or not _change(connection, attempt, ended=now, outcome="lost", error=error):
+            query = sa.select(attempts.c.pid.label("child"), workers).join(workers).where(attempts.c.id == attempt.id)
+            row = connection.execute(query).one()
+            late = attempt.id in leases.expired(connection, now) or row.ended is not None or not is_alive(row.pid, row.birth)
+            if not late or row.child != attempt.pid:
                 return False
-            run = connection.execute(sa.select(runs.c.queue, runs.c.cancel_requested).where(runs.c.id == row.run)).one()
+            if not _change(connection, attempt.id, ended=now, outcome="lost", error=error):
+                return False
+            run = connection.execute(sa.select(runs.c.queue, runs.c.cancel_requested).where(runs.c.id == attempt.run)).one()
             state: State = "cancelled" if run.cancel_requested else "queued" if run.queue == SERVE else "interrupted"
             values = {} if state == "queued" else {"ended": now, "error": error, "exit_code": 3}
-            _move(connection, row.run, state, BEFORE[state], **values)
-            leases.release(connection, attempt)
+            _move(connection, attempt.run, state, BEFORE[state], **values)
+            leases.release(connection, attempt.id)
         return True
 
     def bury(self, is_alive: Callable[[int, str], bool] = IS_ALIVE) -> list[WorkerRow]:

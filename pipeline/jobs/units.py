@@ -180,7 +180,7 @@ def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
         options=_options(job),
         resources=(*(str(target.output_dir.resolve()) for target in job.targets), *filter(None, [shared])),
         room=_room(plan) if plan else {},
-        peak_memory_bytes=plan.budget.peak_bytes if plan else int(job.memory_limit),
+        peak_memory_bytes=plan.budget.peak_bytes if plan else 0 if error else int(job.memory_limit),
         scratch=tuple(cut.place for cut in cuts),
         parts=tuple((part.members[0], len(part.conversion.outputs)) for part in parts),
     )

@@ -230,3 +230,16 @@ def test_a_store_that_is_not_there_is_not_made_to_be_looked_at(tmp_path: Path) -
         ran = headrace(*words, "--store", tmp_path / "gone.db")
         assert (ran.code, "no such file" in ran.err) == (2, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_batch_was_at_is_not_said_to_run(models: Path, tmp_path: Path) -> None:
+    arguments = [*map(str, matrix(models, tmp_path)), "--store", str(tmp_path / "jobs.db")]
+    with subprocess.Popen([*COMMAND, "batch", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr
+        next(line for line in running.stderr if "started" in line)
+        running.kill()
+    rows = json.loads(headrace("jobs", "--store", tmp_path / "jobs.db", "--json").out)
+    assert {row["name"]: row["state"] for row in rows if row["state"] != "refused"} == {
+        "a (2 jobs)": "interrupted",
+        "b (2 jobs)": "interrupted",
+    }

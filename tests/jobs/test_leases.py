@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ class Machine(RuleBasedStateMachine):
             stale = {each.id for each in self.store.stale({attempt.id} if wanted else (), self.is_alive)}
             gone = {each.id for each in self.open() if each.worker in self.dead}
             assert gone <= stale <= gone | {attempt.id}
-            assert self.store.lose(attempt.id, self.is_alive) or attempt.id not in stale
+            assert self.store.lose(attempt, self.is_alive) or attempt.id not in stale
 
     @rule()
     def bury(self) -> None:
@@ -217,11 +218,29 @@ def test_a_lease_is_not_taken_from_one_who_is_late_but_alive_unless_it_is_wanted
     assert store.stale({attempt.id}) == [attempt]
     # It came back before anyone took it.
     assert store.heartbeat(attempt.worker, {attempt.id: (0, 0)}) == frozenset()
-    assert not store.lose(attempt.id)
+    assert not store.lose(attempt)
     clock.now += LEASE_SECONDS + 1
-    assert store.lose(attempt.id)
+    assert store.lose(attempt)
     assert store.heartbeat(attempt.worker, {attempt.id: (0, 0)}) == {attempt.id}
     assert store.run(run.id).state == "queued"
+
+
+def test_a_process_that_began_in_the_meantime_is_not_taken_for_gone(tmp_path: Path) -> None:
+    clock = Clock()
+    store = fresh(tmp_path, clock)
+    run, _ = store.enqueue(conversion(), SERVE, "test")
+    before = store.claim(run.id, store.register("serve").id)
+    assert isinstance(before, AttemptRow)
+    clock.now += LEASE_SECONDS + 1
+    # Somebody looks, sees no process, and is about to take it; now it begins, which renews the lease.
+    assert store.stale({before.id}) == [before]
+    assert store.began(before.id, os.getpid())
+    assert not store.lose(before)
+    clock.now += LEASE_SECONDS + 1
+    assert not store.lose(before), "what was known to be gone is not what runs"
+    (now,) = store.stale({before.id})
+    assert now.pid == os.getpid()
+    assert store.lose(now)
 
 
 def test_what_a_dead_batch_was_at_is_interrupted_and_what_a_dead_daemon_was_at_waits_again(tmp_path: Path) -> None:
@@ -234,7 +253,7 @@ def test_what_a_dead_batch_was_at_is_interrupted_and_what_a_dead_daemon_was_at_w
         waits, _ = store.enqueue(conversion(f"{kind} waits"), queue, "test")
         attempt = store.claim(begun.id, worker)
         assert isinstance(attempt, AttemptRow)
-        assert store.lose(attempt.id, lambda *_: False)
+        assert store.lose(attempt, lambda *_: False)
         assert [row.id for row in store.bury(lambda *_: False)] == [worker]
         states[kind] = store.run(begun.id).state, store.run(waits.id).state
         assert store.attempts(begun.id)[0].outcome == "lost"
@@ -261,7 +280,7 @@ while done < 12:
     if not isinstance(got, AttemptRow):
         for attempt in store.stale(got):
             if process.kill(attempt.pid, attempt.birth):
-                store.lose(attempt.id)
+                store.lose(attempt)
         continue
     if not store.began(got.id, os.getpid()):
         continue

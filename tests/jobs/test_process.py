@@ -63,6 +63,18 @@ def test_kill_ends_a_process_even_where_it_is_stopped_but_no_other_with_its_pid(
         assert process.kill(None, "")
 
 
+def test_what_another_container_numbers_is_neither_called_gone_nor_killed() -> None:
+    with sleeper() as started:
+        boot, namespace, start = process.birth(started.pid).split(" ")
+        assert process.alive(started.pid, f"{boot} pid:[1] {start}")
+        assert process.kill(started.pid, f"{boot} pid:[1] {start}")
+        assert process.birth(started.pid)
+        # What was before the machine started again is gone, whoever numbered it.
+        assert not process.alive(started.pid, f"before {namespace} {start}")
+        assert not process.alive(started.pid, f"before pid:[1] {start}")
+        assert process.alive(started.pid, ""), "where the system does not say"
+
+
 def test_a_conversion_waits_until_it_is_told_to_go_and_says_what_it_does(job: Path, tmp_path: Path) -> None:
     heard: list[Mapping[str, Any]] = []
     made = Process(job, heard.append)

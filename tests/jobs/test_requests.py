@@ -231,3 +231,12 @@ def test_every_example_loads(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_keys_of_every_table_are_known_in_reports() -> None:
     with pytest.raises(BadInput, match=r"x: retry.y: .* expected attempts, factor, first_seconds, longest_seconds"):
         validate(BatchFile, {"retry": {"y": 1}}, "x")
+
+
+def test_the_example_of_the_documents_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CONFIGS.parent / "docs/batches.md").read_text()
+    file = write(tmp_path / "batch.toml", text.split("```toml\n")[1].split("```")[0])
+    monkeypatch.setattr("pipeline.jobs.matrix.glob.glob", lambda pattern: [pattern.replace("*", "a")])
+    asked = gather([str(file)], tmp_path)
+    assert names(asked.requests) == ["llama-small-int8", "a-tp1", "a-tp2", "a-tp3"]
+    assert all(request.job for request in asked.requests)

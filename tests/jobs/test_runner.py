@@ -244,7 +244,7 @@ def test_what_was_lost_is_stopped_and_its_end_not_recorded(store: Store, stage: 
     stage.step()
     clock.now += LEASE_SECONDS + 1
     (attempt,) = store.attempts(run)
-    assert store.lose(attempt.id)
+    assert store.lose(attempt)
     taken = store.claim(run, store.register("serve").id)
     assert isinstance(taken, AttemptRow)
     stage.runner._beat -= HEARTBEAT_SECONDS
@@ -261,7 +261,7 @@ def test_a_process_is_not_let_go_where_its_attempt_was_lost_before(store: Store,
 
     def slow(*arguments: object) -> object:
         clock.now += LEASE_SECONDS + 1
-        assert store.lose(store.attempts(run)[0].id)
+        assert store.lose(store.attempts(run)[0])
         return start(*arguments)  # type: ignore[arg-type]
 
     stage.runner.start = slow  # type: ignore[assignment]
