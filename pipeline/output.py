@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,11 +255,9 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
     needed: dict[int, int] = defaultdict(int)
     names: dict[int, Path] = {}
     for directory, nbytes in needs.items():
-        place = existing(directory)
-        device = place.stat().st_dev
+        device = _nearest(directory, lambda place: place.stat().st_dev)
         # What an earlier run of ours reserved there will be used or replaced.
-        old = [path for path in directory.rglob("*") if path.is_file()] if directory.exists() else []
-        needed[device] += nbytes - sum(path.stat().st_blocks * 512 for path in old)
+        needed[device] += nbytes - _held_bytes(directory)
         names[device] = directory
     problems = []
     for device, nbytes in needed.items():
@@ -271,7 +270,24 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
 
 def free_bytes(directory: Path) -> int:
     """Bytes free on the file system that `directory` is, or would be, on."""
-    return shutil.disk_usage(existing(directory)).free
+    return _nearest(directory, lambda place: shutil.disk_usage(place).free)
+
+
+def _held_bytes(directory: Path) -> int:
+    """What a directory's files take on the disk. A conversion at work there may remove some meanwhile: those take nothing."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(folder) / name).lstat().st_blocks * 512
+    return total
+
+
+def _nearest(path: Path, ask: Callable[[Path], int]) -> int:
+    """What `ask` says of the nearest directory above `path`, or itself, that is there; it may go while it is asked."""
+    while True:
+        with suppress(FileNotFoundError):
+            return ask(existing(path))
 
 
 def existing(path: Path) -> Path:

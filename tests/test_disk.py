@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.output import check_space
 from tests import checkpoints
 from tests.commands import headrace
 
@@ -60,3 +61,19 @@ def test_a_directory_that_cannot_be_written_is_refused(model: Path) -> None:
     ran = headrace("convert", "--model_dir", model, "--output_dir", "/proc/out", "--scheduler", "threads")
     assert ran.code == 2
     assert "/proc" in ran.err
+
+
+def test_what_goes_while_room_is_counted_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another conversion removes its journal and its scratch in the moment between a look at a directory and at what is in it.
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "rank0.safetensors.partial").write_bytes(bytes(1 << 20))
+    held = (output / "rank0.safetensors.partial").stat().st_blocks * 512
+    listed = [(str(output), [], ["headrace.json.partial", "rank0.safetensors.partial"])]
+    places = iter([tmp_path / "gone", output])
+    monkeypatch.setattr("pipeline.output.os.walk", lambda _: listed)
+    monkeypatch.setattr("pipeline.output.existing", lambda _: next(places, output))
+    monkeypatch.setattr("pipeline.output.free_bytes", lambda _: 100)
+    assert check_space({output: held + 100}) == []
+    (problem,) = check_space({output: held + 101})
+    assert problem.found == "100 bytes free"
