@@ -44,7 +44,7 @@ def headrace(*arguments: object) -> Ran:
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        _own_sigterm(),
+        _own_signals(),
         mock.patch.object(sys, "argv", ["headrace", *map(str, arguments)]),
     ):
         try:
@@ -103,10 +103,11 @@ def _state(path: Path) -> tuple[int, int, bytes]:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """`headrace convert` takes SIGTERM for its process; give it back to pytest."""
-    handler = signal.getsignal(signal.SIGTERM)
+def _own_signals() -> Iterator[None]:
+    """Commands take signals for their process; give them back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

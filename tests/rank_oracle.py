@@ -54,7 +54,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def aligned_cases(draw: st.DrawFn, small: bool = False) -> Case:
-    """Models whose matrices are whole tiles of 64 on every rank, as quantized ones must be; fewer kv heads than ranks."""
+    """Models whose matrices are whole tiles of 64 for each rank, on both axes, as quantized ones must be; few kv heads."""
     moe_tp, moe_ep = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]))
     tp, most = moe_tp * moe_ep, 1 if small else 2
     kv_heads = draw(st.sampled_from([1, tp, 2 * tp][: most + 1]))
@@ -64,7 +64,7 @@ def aligned_cases(draw: st.DrawFn, small: bool = False) -> Case:
     # Of heads of 32, a rank has two at least.
     heads, head_size = (2 * tp, 32) if draw(st.booleans()) else (tp, 64)
     heads = math.lcm(heads, kv_heads) * draw(st.integers(1, most))
-    model = model_of(heads, kv_heads, head_size, 64 * draw(st.integers(1, 2)), inner, draw(st.integers(1, 30)), layers)
+    model = model_of(heads, kv_heads, head_size, 64 * tp * draw(st.integers(1, most)), inner, draw(st.integers(1, 30)), layers)
     model = replace(model, attn_bias=draw(st.booleans()), mlp_bias=not experts and draw(st.booleans()), num_experts=experts)
     parallelism = Parallelism(tp, draw(st.integers(1, layers)), 1, moe_tp, moe_ep)
     return Case(sharding_of(model, parallelism, Embedding(draw(st.booleans()))), draw(st.booleans()))

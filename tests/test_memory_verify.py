@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,13 @@ print(json.dumps({"ok": list(logits.shape) == [3, 128256], "peak": peak_memory_b
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """2.5 GB of 8B-shaped bf16 (its source takes no disk), at TP 2."""
     place = tmp_path_factory.mktemp("big")
     make(place / "model", "8B", layers=1, sparse=True)
     convert(model_dir=place / "model", output_dir=place / "ranks", tp_size=2, scheduler="threads")
-    return place / "model", place / "ranks"
+    yield place / "model", place / "ranks"
+    shutil.rmtree(place)
 
 
 def measured(script: str, *arguments: Path) -> dict[str, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +28,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@contextlib.contextmanager
-def own_handlers() -> Iterator[None]:
-    """The command takes signals for its process; give them back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def batch(tmp_path: Path, *arguments: object) -> tuple[Ran, dict[str, Any]]:
-    with own_handlers():
-        ran = headrace("batch", *arguments, "--store", tmp_path / "jobs.db", "--json")
+    ran = headrace("batch", *arguments, "--store", tmp_path / "jobs.db", "--json")
     return ran, json.loads(ran.out) if ran.out else {}
 
 
