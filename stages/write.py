@@ -21,6 +21,9 @@ from pipeline.tensors import Block
 
 _local = threading.local()
 
+# At once. Greater writes take the page cache's memory in great runs, which a virtual machine may first have to fetch from its host.
+WRITE_BYTES = 256 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -195,5 +198,5 @@ def _gathered(values: np.ndarray) -> np.ndarray:
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        count = os.pwrite(descriptor, data, offset)
+        count = os.pwrite(descriptor, data[:WRITE_BYTES], offset)
         data, offset = data[count:], offset + count
