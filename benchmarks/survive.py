@@ -1,4 +1,4 @@
-"""What surviving costs: several targets from one read, cuts, resuming, the journal and checksums: `python -m benchmarks.survive`.
+"""What surviving costs: resuming, the journal and checksums, having all on disk: `python -m benchmarks.survive`.
 
 4 GB of 8B-shaped bf16 on the threads scheduler. Every figure is a ratio between whole commands run in turns in one go.
 """
@@ -45,36 +45,6 @@ def ratios(name: str, ours: list[float], theirs: list[float], what: str) -> None
     print(f"{name}: {text}; {statistics.median(ours):.1f} s against {statistics.median(theirs):.1f} s", flush=True)
 
 
-def targets(source: Path, work: Path, count: int) -> None:
-    sizes = (1, 2, 4, 8)
-    tables = "".join(f'[[target]]\noutput_dir = "all/tp{n}"\ntp_size = {n}\n' for n in sizes)
-    (work / "job.toml").write_text(f'model_dir = "{source}"\n{tables}')
-    together, apart, copies = [], [], []
-    for _ in range(count):
-        together.append(run([*HEADRACE, str(work / "job.toml")], remove=work / "all").seconds)
-        copies.append(run(["cp", "-r", str(work / "all"), str(work / "copy")], remove=work / "copy").seconds)
-        shutil.rmtree(work / "all")
-        shutil.rmtree(work / "copy")
-        seconds = 0.0
-        for n in sizes:
-            seconds += run(command(source, work / "one", "--tp_size", str(n)), remove=work / "one").seconds
-            shutil.rmtree(work / "one")
-        apart.append(seconds)
-    ratios("TP 1 + 2 + 4 + 8 from one read", together, apart, "one after another")
-    ratios("TP 1 + 2 + 4 + 8 from one read", together, copies, "cp -r of the same bytes")
-
-
-def cuts(source: Path, work: Path, count: int) -> None:
-    for stage in ("read", "rename", "unpack", "shard"):
-        with_cut, without = [], []
-        for _ in range(count):
-            options = ["--tp_size", "2", "--scratch", str(work / "scratch")]
-            without.append(run(command(source, work / "one", *options), remove=work / "one").seconds)
-            with_cut.append(run(command(source, work / "one", *options, "--scratch_after", stage), remove=work / "one").seconds)
-            shutil.rmtree(work / "one")
-        ratios(f"a cut after {stage}", with_cut, without, "the same without")
-
-
 def resume(source: Path, work: Path, count: int) -> None:
     whole, halves = [], []
     for _ in range(count):
@@ -118,15 +88,15 @@ def durable(source: Path, work: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 60 GB free")
-    parser.add_argument("--only", choices=["targets", "cuts", "resume", "price", "durable"], help="one part")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
+    parser.add_argument("--only", choices=["resume", "price", "durable"], help="one part")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     print(machine())
     source = work / "8B"
     print(f"source: {make(source, '8B', layers=5) / 1e9:.2f} GB of 8B-shaped bf16")
-    for part in (price, durable, resume, cuts, targets):
+    for part in (price, durable, resume):
         if arguments.only in (None, part.__name__):
             part(source, work, arguments.runs)
     shutil.rmtree(work)

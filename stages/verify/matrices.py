@@ -36,11 +36,6 @@ class Matrix:
     expert: int | None
     fused: bool = False
 
-    @property
-    def dtype(self) -> str:
-        """The type of what is stored, as NumPy calls it."""
-        return str(self.tensors["weight"].dtype.name)
-
     def rows(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, in]: what the weights stand for, scales and zero points applied; `prequant` is not."""
         if self.kind == "dense":
@@ -74,7 +69,10 @@ class Matrix:
     def prequant(self) -> Tensor | None:
         """float32 [in]: what activations are multiplied by before the matrix; None for nothing."""
         held = self.tensors.get("prequant_scaling_factor")
-        return None if held is None else read(held).float().reshape(-1)
+        if held is None:
+            return None
+        own = self._front() if len(held.shape) > 1 and held.shape[0] > 1 else tuple((0, n) for n in held.shape[:-1])
+        return read(held, (*own, (0, held.shape[-1]))).float().reshape(-1)
 
     def _front(self) -> tuple[tuple[int, int], ...]:
         return () if self.expert is None else ((self.expert, self.expert + 1),)
@@ -88,7 +86,7 @@ class Matrix:
         tensor = self.tensors[parameter]
         groups = tensor.shape[-1] if self.kind == "awq" else tensor.shape[-2]
         if self.kind == "awq":
-            values = read(tensor, ((start, stop), (0, groups)))
+            values = read(tensor, (*self._front(), (start, stop), (0, groups))).reshape(-1, groups)
         else:
             values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1).T
         return values.float().repeat_interleave(self.shape[1] // groups, 1)
@@ -96,7 +94,8 @@ class Matrix:
     def _paired(self, start: int, stop: int) -> Tensor:
         """ModelOpt's int4: byte [i, k] holds row 2 i in its low half and row 2 i + 1 in its high one, two's complement."""
         first, last = start // 2, -(-stop // 2)
-        data = read(self.tensors["weight"], ((first, last), (0, self.shape[1]))).view(torch.uint8)
+        data = read(self.tensors["weight"], (*self._front(), (first, last), (0, self.shape[1])))
+        data = data.reshape(-1, self.shape[1]).view(torch.uint8)
         both = torch.stack([data & 15, data >> 4], 1).reshape(-1, self.shape[1]).to(torch.int8)
         return ((both ^ 8) - 8)[start - 2 * first : stop - 2 * first]
 

@@ -81,6 +81,19 @@ def test_modelopts_pairs_are_signed_and_scaled_by_group(tmp_path: Path) -> None:
     assert held.prequant.tolist() == [1, 2, 3, 4]
 
 
+def test_modelopts_pairs_of_one_expert(tmp_path: Path) -> None:
+    packed = torch.arange(2 * 2 * 4, dtype=torch.int8).reshape(2, 2, 4)
+    scales, smooth = torch.arange(1.0, 17.0).reshape(2, 4, 2), torch.arange(8.0).reshape(2, 4)
+    stack = {"weight": packed, "weights_scaling_factor": scales, "prequant_scaling_factor": smooth}
+    alone = {name: values[1].contiguous() for name, values in stack.items()}
+    (tmp_path / "alone").mkdir()
+    one = made(tmp_path / "alone", {f"m.{name}": value for name, value in alone.items()}, "W4A16_AWQ")
+    held = made(tmp_path, {f"m.{name}": value for name, value in stack.items()}, "W4A16_AWQ", expert=1)
+    assert held.rows(0, 4).equal(one.rows(0, 4))
+    assert held.prequant is not None
+    assert held.prequant.tolist() == [4, 5, 6, 7]
+
+
 def test_a_stack_gives_one_experts_matrix(tmp_path: Path) -> None:
     weight = torch.arange(24.0).reshape(2, 3, 4).bfloat16()
     held = made(tmp_path, {"m.weight": weight}, None, expert=1)
