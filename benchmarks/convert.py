@@ -1,7 +1,6 @@
-"""How fast a dense conversion is, and how much memory it takes: `python -m benchmarks.convert`.
+"""How much memory a dense conversion takes, and what scheduling alone costs: `python -m benchmarks.convert`.
 
-8B-shaped bf16 to TP 2 and TP 8 against `cp -r` of the output's bytes, in alternating pairs with a sync before each; peak memory at
-4 GB and at 16 GB; and what scheduling a 70B model costs when reading and writing do nothing.
+Peak memory at 4 GB and at 16 GB of 8B-shaped bf16, and plans of 70B and 405B models run with reading and writing that do nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import machine, pairs, run
+from benchmarks.measure import machine, run
 from benchmarks.models import make
 
 if TYPE_CHECKING:
@@ -27,18 +26,6 @@ HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
 
 def command(source: Path, output: Path, tp_size: int, scheduler: str) -> list[str]:
     return [*HEADRACE, "--model_dir", str(source), "--output_dir", str(output), "--tp_size", str(tp_size), "--scheduler", scheduler]
-
-
-def speed(source: Path, work: Path, count: int, tp_sizes: list[int]) -> None:
-    for tp_size in tp_sizes:
-        reference = work / "reference"
-        run(command(source, reference, tp_size, "threads"), remove=reference)
-        nbytes = sum(path.stat().st_size for path in reference.iterdir())
-        for scheduler in ("threads", "local"):
-            output = work / "output"
-            measured = pairs(command(source, output, tp_size, scheduler), output, reference, count)
-            print(f"TP {tp_size}, {nbytes / 1e9:.1f} GB written, {scheduler}: {measured.row()}", flush=True)
-        shutil.rmtree(reference)
 
 
 def memory(work: Path) -> None:
@@ -82,10 +69,8 @@ def overhead(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--tp_sizes", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 40 GB free")
-    parser.add_argument("--only", choices=["speed", "memory", "overhead"], help="one part")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
+    parser.add_argument("--only", choices=["memory", "overhead"], help="one part")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -94,10 +79,6 @@ def main() -> None:
         overhead(work)
     if arguments.only in (None, "memory"):
         memory(work)
-    if arguments.only in (None, "speed"):
-        source = work / "8B"
-        print(f"source: {make(source, '8B', layers=5) / 1e9:.2f} GB of 8B-shaped bf16")
-        speed(source, work, arguments.pairs, arguments.tp_sizes)
     shutil.rmtree(work)
 
 
