@@ -8,17 +8,18 @@ result = convert(model_dir="Llama-3.1-70B", output_dir="ranks", tp_size=8)
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, WriteFailed
-from pipeline.job import Job, make_job
-from pipeline.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
 
 if TYPE_CHECKING:
     from pipeline.engine.log import BuildLog
     from pipeline.execute import Built, Listener, Result
+    from pipeline.job import Job
+    from pipeline.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
     from pipeline.plans import Plan
 
 __all__ = [
@@ -36,6 +37,13 @@ __all__ = [
     "load_from_meta_llama",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Job and the loaders, imported when one is asked for: the command line's help needs neither numpy nor all of Job."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("pipeline.job" if name == "Job" else "pipeline.loaders"), name)
 
 
 def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Any) -> Plan:
@@ -87,6 +95,8 @@ def build(checkpoint: str | Path, /, *, log: BuildLog | None = None, scheduler: 
 
 
 def _job(job: Job | str | Path | None, options: dict[str, Any], live: bool) -> Job:
+    from pipeline.job import Job, make_job
+
     if isinstance(job, Job):
         return make_job({**job.model_dump(), **options}, live=live)
     return make_job(options, None if job is None else Path(job), live)

@@ -64,7 +64,7 @@ CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", 
 class Shape(BaseModel):
     """What a target looks like. The defaults are those of NVIDIA's converter."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="Type of the weights; auto: the source's (float32 becomes float16)."

@@ -1,7 +1,7 @@
 """Seconds and bytes of each stage, measured inside a fused task.
 
-A task does the work of several stages. What each took is added up for the run's own summary and, on a Dask worker, handed to
-Dask's context meter, which shows it on the dashboard under Fine Performance Metrics.
+A task does the work of several stages. What each took is added up for the run's own summary and, where the task ends on a Dask
+worker, handed to Dask's context meter, which shows it on the dashboard under Fine Performance Metrics.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ def collect() -> Iterator[dict[tuple[str, str], float]]:
         yield totals
     finally:
         _local.totals = previous
+        # Only on a Dask worker is the module loaded; importing it for other schedulers would cost start-up time.
+        dask_metrics = sys.modules.get("distributed.metrics")
+        if dask_metrics is not None:
+            for (stage, unit), total in totals.items():  # once a task: a piece takes less time than its record would
+                dask_metrics.context_meter.digest_metric(stage, total, unit)
 
 
 @contextmanager
@@ -38,8 +43,3 @@ def meter(stage: str, nbytes: int) -> Iterator[None]:
         if totals is not None:
             totals[stage, "seconds"] = totals.get((stage, "seconds"), 0.0) + seconds
             totals[stage, "bytes"] = totals.get((stage, "bytes"), 0.0) + nbytes
-        # Only on a Dask worker is the module loaded; importing it for other schedulers would cost start-up time.
-        dask_metrics = sys.modules.get("distributed.metrics")
-        if dask_metrics is not None:
-            dask_metrics.context_meter.digest_metric(stage, seconds, "seconds")
-            dask_metrics.context_meter.digest_metric(stage, nbytes, "bytes")

@@ -210,8 +210,15 @@ def _local_cluster(
             sock.close()
     # A task's failure is reported by the command, in its own words.
     logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
-    # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
-    settings = {"distributed.worker.memory.spill": False, "distributed.worker.memory.target": False}
+    settings = {
+        # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.target": False,
+        # The scheduler's thread takes Python's lock from the tasks each time that it looks at them; there is nobody to steal from.
+        "distributed.worker.profile.interval": "100ms",
+        "distributed.admin.tick.interval": "200ms",
+        "distributed.scheduler.work-stealing": False,
+    }
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dashboard port in use: another is taken
         with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -33,6 +34,7 @@ def convert_command(
     import json
     import time
 
+    _import_numpy()
     from pipeline.execute import execute
     from pipeline.planning import make_plan
     from pipeline.progress import listener
@@ -80,6 +82,7 @@ def convert_command(
 @job_options
 def plan_command(job: Job, json_: Json = False) -> None:
     """Say what convert would do with the same arguments; writes nothing."""
+    _import_numpy()
     from pipeline.planning import make_plan
 
     plan = make_plan(job)
@@ -103,3 +106,14 @@ def plan_command(job: Job, json_: Json = False) -> None:
     console().print(plan_table(plan))
     for engine in engines:
         print(f"then {shlex.join(engine['command'])}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")
+
+
+def _import_numpy() -> None:
+    """Without the threads of its linear algebra, which nothing here uses: while they start they take a processor from the work."""
+    name = "OPENBLAS_NUM_THREADS"
+    given = name in os.environ
+    os.environ.setdefault(name, "1")
+    import numpy  # noqa: F401
+
+    if not given:  # a builder of engines that runs after this has its own way
+        del os.environ[name]

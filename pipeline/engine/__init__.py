@@ -29,7 +29,7 @@ def _words(value: Any) -> Any:
 class EngineOptions(BaseModel):
     """The options of an engine that are headrace's own; every other key is one of trtllm-build's."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), defer_build=True)
 
     output_dir: str | None = Field(None, description="Directory for rank{N}.engine and config.json.", min_length=1)
     builder: Literal["auto", "command", "python"] = Field(
@@ -128,10 +128,12 @@ def job_requests(job: Job) -> tuple[Request, ...]:
 
 def plan_requests(plan: Plan) -> tuple[Request, ...]:
     """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
+    requests = job_requests(plan.job)
+    if not requests:
+        return ()
     from pipeline.engine.check import identity_of
 
     outputs = {target.output.directory: target.output for target in plan.targets}
-    requests = job_requests(plan.job)
     return tuple(
         replace(request, identity=identity_of(outputs[request.checkpoint].id, outputs[request.checkpoint].config))
         for request in requests

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     import dask.array as da
 
 
-def sources() -> tuple[ModuleType, ...]:
-    """The source modules of this package. Where several accept a directory, Hugging Face's own format comes first."""
-    found = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    modules = [module for module in found if hasattr(module, "detect")]
-    return tuple(sorted(modules, key=lambda module: module.__name__.rpartition(".")[2] != "huggingface"))
+def sources() -> Iterator[ModuleType]:
+    """The source modules of this package, each imported when it is asked for.
+
+    Where several accept a directory, Hugging Face's own format comes first.
+    """
+    for name in sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name != "huggingface"):
+        module = importlib.import_module(f"{__name__}.{name}")
+        if hasattr(module, "detect"):
+            yield module
 
 
 def find_source(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,35 +11,34 @@ from typing import Any
 from pipeline.dtypes import MODEL_DTYPES
 from pipeline.errors import BadInput, Problem
 from pipeline.tensors import LazyTensor, Source, SourceFile
-from stages.read import safetensors, torch_pickle
 from stages.read.json_file import json_file
 from stages.read.quantizer import KEY, quantizer_settings
 
 
 @dataclass(frozen=True)
 class Format:
-    """One of the formats that weights come in: the names of its index, of its only file and of its shards, and what opens one."""
+    """One of the formats that weights come in: the names of its index, of its only file, of its shards, and of its reader."""
 
     kind: str
     index: str
     single: str
     shards: str
-    open_file: Callable[[Path], tuple[SourceFile, Mapping[str, LazyTensor]]]
+    reader: str
 
     def found(self, location: Path) -> bool:
         return (location / self.index).exists() or any(location.glob(self.shards))
 
+    def open_file(self, path: Path) -> tuple[SourceFile, Mapping[str, LazyTensor]]:
+        """What a file of the format is, and its tensors. Raises BadInput with every problem of it."""
+        module = importlib.import_module(f"stages.read.{self.reader}")
+        opened: tuple[SourceFile, Mapping[str, LazyTensor]] = module.open_file(path)
+        return opened
+
 
 # Where a directory has both, the first is read. Other .bin files, such as training_args.bin, hold no weights and are left alone.
 FORMATS = (
-    Format("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", safetensors.open_file),
-    Format(
-        "Hugging Face PyTorch .bin",
-        "pytorch_model.bin.index.json",
-        "pytorch_model.bin",
-        "pytorch_model*.bin",
-        torch_pickle.open_file,
-    ),
+    Format("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", "safetensors"),
+    Format("Hugging Face PyTorch .bin", "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin", "torch_pickle"),
 )
 TOKENIZER = (
     "tokenizer.json",
