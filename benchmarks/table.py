@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import convert
@@ -113,35 +114,25 @@ def targets(work: Path, count: int) -> None:
     make(source, "8B", layers=2, noise=weights())
     tables = "".join(f'[[target]]\noutput_dir = "all/tp{n}"\ntp_size = {n}\nuse_parallel_embedding = true\n' for n in sizes)
     (work / "job.toml").write_text(f'model_dir = "{source}"\n{tables}')
-    together, apart, copies = [], [], []
-    for _ in range(max(count // 3, 1)):
-        shutil.rmtree(work / "all", ignore_errors=True)
-        together.append(run([*CONVERT, str(work / "job.toml"), "--scheduler", "threads"]))
-        total = sum(path.stat().st_size for path in (work / "all").rglob("*"))
-        copies.append(_sum(lambda n: run(["cp", "-r", str(work / f"all/tp{n}"), str(work / "copy")], remove=work / "copy"), sizes))
-        shutil.rmtree(work / "all")
-        shutil.rmtree(work / "copy")
-        flags = [
-            "--model_dir",
-            str(source),
-            "--output_dir",
-            str(work / "one"),
-            "--use_parallel_embedding",
-            "--scheduler",
-            "threads",
-        ]
-        apart.append(_sum(lambda n, flags=flags: run([*CONVERT, *flags, "--tp_size", str(n)], remove=work / "one"), sizes))
-        shutil.rmtree(work / "one")
-    row("TP 1, 2, 4 and 8 from one read", "one after another", together, apart, total)
-    row("TP 1, 2, 4 and 8 from one read", "`cp -r` of the outputs", together, copies, total)
+    flags = [*CONVERT, "--model_dir", str(source), "--use_parallel_embedding", "--scheduler", "threads"]
+    one_by_one = " && ".join(shlex.join([*flags, "--tp_size", str(n), "--output_dir", str(work / f"apart/tp{n}")]) for n in sizes)
+    commands = {
+        "all": [*CONVERT, str(work / "job.toml"), "--scheduler", "threads"],
+        "apart": ["sh", "-c", one_by_one],
+        "copy": ["cp", "-r", str(work / "reference"), str(work / "copy")],
+    }
+    run(commands["all"])
+    (work / "all").replace(work / "reference")
+    total = sum(path.stat().st_size for path in (work / "reference").rglob("*"))
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for number in range(max(count // 3, 1)):
+        for name in list(commands)[:: 1 if number % 2 else -1]:
+            runs[name].append(run(commands[name], remove=work / name))
+            shutil.rmtree(work / name)
+    row("TP 1, 2, 4 and 8 from one read", "one after another", runs["all"], runs["apart"], total)
+    row("TP 1, 2, 4 and 8 from one read", "`cp -r` of the outputs", runs["all"], runs["copy"], total)
+    shutil.rmtree(work / "reference")
     shutil.rmtree(source)
-
-
-def _sum(one: Callable[[int], Run], sizes: Iterable[int]) -> Run:
-    runs = [one(size) for size in sizes]
-    return Run(
-        sum(each.seconds for each in runs), max(each.peak_bytes for each in runs), max(each.anonymous_bytes for each in runs)
-    )
 
 
 def scratch(source: Path, work: Path, count: int) -> None:
