@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -35,6 +36,8 @@ RANK_SCRIPT = Path(__file__).with_name("build_rank.py")
 
 _VERSION = re.compile(r"TensorRT[- ]LLM version:\s*(\S+)")
 _TELLING = re.compile(r"\[(E|F)\]|error|exception|assert|killed|out of memory|not supported", re.IGNORECASE)
+# Its standard input ends when the process that runs the builder has gone.
+_GUARD = "read -r _; kill -TERM -{group}; sleep {grace}; kill -KILL -{group}"
 _REFUSED = re.compile(r"^\S*: error: (.+)$")  # argparse's last line
 
 
@@ -129,6 +132,8 @@ def probe(builder: Builder) -> Probe:
 def run(call: Call) -> Outcome:
     """Run a builder to its end, or until its token is removed; its process group is gone when this returns.
 
+    Where this process is killed, the group is ended, too.
+
     The log is locked (shared) by the builder itself for as long as any of its processes has it open.
     """
     began, here = time.perf_counter(), (socket.gethostname(), gpus())
@@ -153,7 +158,8 @@ def run(call: Call) -> Outcome:
             why = (f"{call.words[0]}: {error.strerror or error}",)
             return Outcome(call.name, 127, time.perf_counter() - began, *here, why)
         try:
-            stopped = _wait(process, call, log.fileno())
+            with _guarded(process):
+                stopped = _wait(process, call, log.fileno())
         finally:
             _end(process)
     said = _tail(call.log, start)
@@ -214,6 +220,17 @@ def _wait(process: subprocess.Popen[bytes], call: Call, log: int) -> bool:
         if call.sync and time.monotonic() - synced > SYNC_SECONDS:
             os.fdatasync(log)
             synced = time.monotonic()
+
+
+@contextlib.contextmanager
+def _guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Have somebody look after a builder's process group, who ends it where this process cannot: it was killed."""
+    script = _GUARD.format(group=process.pid, grace=GRACE_SECONDS)
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from pipeline import EngineFailed
 from pipeline import build as build_in_python
 from pipeline.engine import output as engine_output
+from pipeline.engine.output import JOURNAL
 from tests import stand_ins
 from tests.builds import alive, build, names, provenance
 from tests.commands import COMMAND
@@ -192,19 +194,28 @@ def test_a_run_that_is_stopped_ends_its_builder(
     assert build(checkpoint, engine).code == 0
 
 
-def test_after_a_kill_the_builder_that_is_left_is_waited_for(
-    checkpoint: Path, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running, pids = hanging(checkpoint, engine, tmp_path / "state", "threads")
+@pytest.mark.parametrize("scheduler", ["threads", "local"])
+def test_a_run_that_is_killed_takes_its_builder_with_it(checkpoint: Path, engine: Path, tmp_path: Path, scheduler: str) -> None:
+    running, pids = hanging(checkpoint, engine, tmp_path / "state", scheduler)
     running.kill()
     running.communicate()
-    monkeypatch.setattr(engine_output, "STOP_SECONDS", 0.1)
-    ran = build(checkpoint, engine)
-    assert ran.code == 4
-    assert f"a builder of an earlier run is still at work and has {engine}.log open" in ran.err
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    monkeypatch.setattr(engine_output, "STOP_SECONDS", 30)  # now it ends by itself
+    while any(map(alive, pids)):
+        time.sleep(0.02)
+    assert build(checkpoint, engine).code == 0
+
+
+def test_a_builder_that_an_earlier_run_has_left_is_waited_for(
+    checkpoint: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.with_name("engine.partial").mkdir()
+    engine.with_name("engine.partial").joinpath(JOURNAL).touch()
+    with engine.with_name("engine.log").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_SH)
+        monkeypatch.setattr(engine_output, "STOP_SECONDS", 0.1)
+        ran = build(checkpoint, engine)
+        assert ran.code == 4
+        assert f"a builder of an earlier run is still at work and has {engine}.log open" in ran.err
+    monkeypatch.setattr(engine_output, "STOP_SECONDS", 30)  # now it has ended
     assert build(checkpoint, engine).code == 0
 
 
