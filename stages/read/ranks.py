@@ -13,13 +13,19 @@ from stages.read.safetensors import open_file
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint's headers. Raises BadInput naming what is missing or cannot be read; what it says is not checked."""
+    """Read a checkpoint's headers. Raises BadInput naming what is missing or cannot be read; what it says is not checked.
+
+    Context-parallel ranks share files, as in the loader of TensorRT-LLM (PretrainedModel.from_checkpoint).
+    """
     config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
     provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
-    mapping = config.get("mapping")
-    count = mapping.get("world_size") if isinstance(mapping, Mapping) else None
+    mapping = config["mapping"] if isinstance(config.get("mapping"), Mapping) else {}
+    count = mapping.get("world_size")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1 << 16:
         raise BadInput([Problem(f"{directory / 'config.json'}: mapping.world_size", repr(count), "the number of ranks")])
+    sharing = mapping.get("cp_size", 1)
+    if isinstance(sharing, int) and sharing > 1 and count % sharing == 0:  # else it is for the verifier to say
+        count //= sharing
     problems, ranks = [], []
     for number in range(count):
         path = directory / f"rank{number}.safetensors"

@@ -43,6 +43,17 @@ def test_an_engine_is_built(checkpoint: Path, engine: Path, scheduler: str) -> N
     assert facts["seconds"] > 0
 
 
+def test_context_parallel_ranks_are_engines_of_shared_files(engine: Path, tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    sizes = ("--tp_size", 2, "--pp_size", 2, "--cp_size", 2)
+    assert convert(tmp_path / "model", tmp_path / "ranks", *sizes).code == 0
+    assert len(list((tmp_path / "ranks").glob("rank*"))) == 4
+    verified = headrace("verify", tmp_path / "ranks", "--source", tmp_path / "model")
+    assert (verified.code, "nothing wrong" in verified.out) == (0, True), verified
+    assert build(tmp_path / "ranks", engine).code == 0
+    assert {f"rank{rank}.engine" for rank in range(8)} < names(engine)
+
+
 def test_the_builder_s_lines_are_shown_and_kept(checkpoint: Path, engine: Path) -> None:
     ran = build(checkpoint, engine)
     lines = ran.err.splitlines()
