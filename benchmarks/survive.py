@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
     parser.add_argument("--only", choices=["resume", "price", "durable"], help="one part")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, also by what is started there
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     print(machine())
