@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,31 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def mapping(output: Path) -> dict[str, int]:
     return json.loads((output / "config.json").read_text())["mapping"]
+
+
+LOADED = """
+import atexit, sys
+heavy = {"numpy", "dask", "distributed", "bokeh", "zarr", "torch", "transformers", "sqlalchemy", "apscheduler", "gguf"}
+atexit.register(lambda: print("loaded", *sorted(heavy & sys.modules.keys())))
+from pipeline.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "loaded"),
+    [
+        ("--help", []),
+        ("plan", ["dask", "numpy"]),
+        ("convert --scheduler threads", ["dask", "numpy"]),
+        ("convert --scheduler local", ["dask", "distributed", "numpy"]),
+    ],
+)
+def test_a_command_loads_what_it_needs(model: Path, output: Path, command: str, loaded: list[str]) -> None:
+    words = command.split() if command == "--help" else [*command.split(), "--model_dir", str(model), "--output_dir", str(output)]
+    ran = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1].split() == ["loaded", *loaded]
 
 
 @pytest.mark.parametrize("dashed", [False, True])
