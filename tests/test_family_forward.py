@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ from pipeline import convert
 from stages.read.ranks import open_checkpoint
 from stages.verify.decoder import Decoder
 from tests.directories import contents
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Arrays = dict[str, np.ndarray]
 
@@ -179,15 +181,6 @@ WANTED = {
     "gemma3": ["tp1", "tp4", "pp2"],
     "gemma3_one_kv": ["tp4pp2"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that share the work on matrices as small as these only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(case: Case) -> PreTrainedModel:

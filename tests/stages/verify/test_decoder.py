@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,17 +24,11 @@ from stages.verify.decoder import Decoder
 from stages.verify.matrices import Matrix
 from tests.test_family_forward import CASES, SIZES, TOLERANCE, WANTED, build, difference, ranks_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Ranks = Callable[[str, str], Checkpoint]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(4))
 HIDDEN = SIZES["hidden_size"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from stages.read.ranks import open_checkpoint
 from stages.verify.decoder import Decoder
 from tests.lazy import Held
 from tests.test_family_forward import CASES, SIZES, TOLERANCE, build, difference, ranks_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Arrays = dict[str, np.ndarray]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(5))
@@ -50,14 +52,6 @@ class Built:
         if values is not None:
             ranks[rank][name] = InMemory(values)
         return Decoder(Checkpoint(self.checkpoint.directory, self.checkpoint.config, tuple(ranks)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ The files of tests/data were written by no code of headrace's, so that the decod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,8 @@ from stages.verify.decoder import Decoder
 from tests.conftest import DATA
 from tests.test_family_forward import TOLERANCE, difference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One rounding of the source's numbers to 16 bits; of Gemma's norms, whose 1 has been added.
 ROUNDED = {"mha_tp1": 2e-3, "gemma_": 2e-3, "gemma2_tp": 1e-2, "gemma3_": 2e-2}
 # Biases of the MLP are lost; the shares of Qwen3's experts do not sum to one.
@@ -34,14 +35,6 @@ CASES = {
     for case in json.loads((DATA / group / "cases.json").read_text())
 }
 KNOWN = [name for name in CASES if not name.startswith(NOT_IN_TRANSFORMERS) and name != LOST_LAYER]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(vocabulary: int) -> Tensor:

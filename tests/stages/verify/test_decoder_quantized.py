@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from tests import checkpoints
 from tests import quantized_checkpoints as source
 from tests.quantized_checkpoints import FP8, FP16, LLAMA, MIXTRAL
 from tests.test_family_forward import TOLERANCE, difference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Arrays = dict[str, np.ndarray]
 TOKENS = torch.randint(LLAMA["vocab_size"], (20,), generator=torch.Generator().manual_seed(8))
@@ -62,14 +64,6 @@ TARGETS: dict[str, dict[str, Any]] = {
     "hopper": {"tp_size": 2, "sm": 90},
     "ep2": {"tp_size": 2, "moe_tp_size": 1, "moe_ep_size": 2},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def transformers_logits(directory: Path, config: dict[str, Any], weights: Arrays) -> Tensor:

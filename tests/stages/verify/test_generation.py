@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,10 @@ from stages.verify.decoder import Decoder
 from stages.verify.generation import generate
 from tests.test_family_forward import CASES, SIZES, build, ranks_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = torch.randint(SIZES["vocab_size"], (9,), generator=torch.Generator().manual_seed(7))
 COUNT = 14  # past the trained length of long rope, and past a window
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def made(name: str, target: str, directory: Path, cache_bytes: int = 0) -> tuple[PreTrainedModel, Decoder]:

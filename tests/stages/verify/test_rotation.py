@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from stages.verify.decoder import Decoder
 from stages.verify.rotation import Rotation
 from stages.verify.settings import Settings
 from tests.test_family_forward import SIZES, TOLERANCE, Case, build, difference, old_style, ranks_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE, POSITIONS, BASE = 32, 4096, 50_000.0
 CONFIG: dict[str, Any] = {
@@ -40,14 +41,6 @@ LONG = {
     "longrope_scaling_short_factors": [1.0 + n / 20 for n in range(SIZE // 2)],
     "longrope_scaling_long_factors": [1.0 + n for n in range(SIZE // 2)],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rotation(scaling: dict[str, Any] | None = None, **more: Any) -> Rotation:
