@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from stages.read.ranks import open_checkpoint
-from stages.verify.integrity import headers
+from stages.verify.contract.integrity import headers
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
