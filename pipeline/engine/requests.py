@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.check import identity_of
 from pipeline.planning.engine_options import Request, job_requests
-from pipeline.planning.plans import Plan
+
+if TYPE_CHECKING:
+    from pipeline.planning.plans import Plan
 
 
 def plan_requests(plan: Plan) -> tuple[Request, ...]:
@@ -19,3 +22,13 @@ def plan_requests(plan: Plan) -> tuple[Request, ...]:
         replace(request, identity=identity_of(outputs[request.checkpoint].id, outputs[request.checkpoint].config))
         for request in requests
     )
+
+
+def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
+    """What tells a checkpoint that headrace writes from others: its id, and a digest of its config.json."""
+    return {"id": checkpoint_id, "config": digest(config)}
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -53,7 +53,7 @@ class Request:
     """One engine: of which checkpoint, where, and how.
 
     `prefix`: what stands before an option's name in messages. `ranks` and `identity`: those of a checkpoint that is yet to be
-    written (`check.identity_of`).
+    written (`pipeline.engine.requests.identity_of`).
     """
 
     checkpoint: Path

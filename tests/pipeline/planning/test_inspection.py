@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import stages.quantization
+import stages.quantization.sources
 import stages.read
 from pipeline import BadInput, plan
 from pipeline.model.tables import CONFIGS
@@ -413,7 +413,7 @@ def test_formats_lists_every_module() -> None:
     names = {kind: [row["name"] for row in rows] for kind, rows in said.items()}
     assert set(names["sources"]) == modules(stages.read, "detect")
     assert {"huggingface", "gguf", "meta"} <= set(names["sources"])
-    assert set(names["quantized"]) == modules(stages.quantization, "accepts")
+    assert set(names["quantized"]) == modules(stages.quantization.sources, "accepts")
     assert all(len(rows) == len(set(rows)) for rows in names.values())
     assert all(row["is"] and not row["is"].endswith(".") for rows in said.values() for row in rows)
 
