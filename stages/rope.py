@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism
 from pipeline.tensor.metering import meter
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
 from pipeline.tensor.tensors import Block, LazyTensor
 
@@ -62,16 +63,17 @@ class RopeBlock(Block):
             return pairs[:, wanted[1][0] - first * width : wanted[1][1] - first * width]
 
 
-def rope_buffers(model: ModelConfig) -> dict[str, LazyTensor]:
+def rope_buffers(model: ModelConfig) -> dict[TensorName, LazyTensor]:
     """The three buffers of a model, by name."""
     size, positions = model.rotary_embedding_dim, model.max_position_embeddings
     plain = 1 / _powers(10000.0, size)
     scaled = tuple(scaled_frequencies(model).tolist())
-    return {
-        "rotary_inv_freq": RopeBuffer("rotary_inv_freq", (size // 2,), scaled),
-        "embed_positions": RopeBuffer("embed_positions", (1, positions, size), tuple(plain.tolist())),
-        "embed_positions_for_gpt_attention": RopeBuffer("embed_positions_for_gpt_attention", (1, positions * size), scaled),
-    }
+    buffers = (
+        RopeBuffer("rotary_inv_freq", (size // 2,), scaled),
+        RopeBuffer("embed_positions", (1, positions, size), tuple(plain.tolist())),
+        RopeBuffer("embed_positions_for_gpt_attention", (1, positions * size), scaled),
+    )
+    return {TensorName("", buffer.name): buffer for buffer in buffers}
 
 
 def scaled_frequencies(model: ModelConfig) -> np.ndarray:
@@ -88,16 +90,18 @@ def scaled_frequencies(model: ModelConfig) -> np.ndarray:
     return frequencies
 
 
-def placements(name: str, tensor: LazyTensor, parallelism: Parallelism) -> tuple[Placement, ...]:
+def placements(name: TensorName, tensor: LazyTensor, parallelism: Parallelism) -> tuple[Placement, ...]:
     """The whole buffer on every rank."""
     region = whole(tensor.shape)
-    return tuple(Placement(rank.index, name, region, region) for rank in parallelism.ranks())
+    return tuple(Placement(rank.index, str(name), region, region) for rank in parallelism.ranks())
 
 
-def rank_tensors(tensors: Mapping[str, LazyTensor], parallelism: Parallelism) -> tuple[RankTensor, ...]:
+def rank_tensors(tensors: Mapping[TensorName, LazyTensor], parallelism: Parallelism) -> tuple[RankTensor, ...]:
     """The buffers as every rank has them."""
     return tuple(
-        RankTensor(rank.index, name, tensor.shape, "float32") for rank in parallelism.ranks() for name, tensor in tensors.items()
+        RankTensor(rank.index, str(name), tensor.shape, "float32")
+        for rank in parallelism.ranks()
+        for name, tensor in tensors.items()
     )
 
 

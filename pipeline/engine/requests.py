@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def plan_requests(plan: Plan) -> tuple[Request, ...]:
     """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
-    requests = job_requests(plan.job)
+    requests = job_requests(plan.job.targets, plan.job.engine)
     if not requests:
         return ()
     outputs = {target.output.directory: target.output for target in plan.targets}

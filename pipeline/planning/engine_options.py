@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -15,7 +15,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import Arguments, Table, arguments, check_options, command_words, known_options
 
 if TYPE_CHECKING:
-    from pipeline.planning.job import Job
+    from pipeline.model.parallelism import Parallelism
 
 SUFFIX = "-engine"  # a target's engine, where no directory is named
 PREFIX = "engine."  # options in a job file
@@ -86,6 +86,17 @@ class Request:
         return words
 
 
+class EngineTarget(Protocol):
+    """What an engine's request needs to know of a target of a job."""
+
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def engine(self) -> Mapping[str, Any] | None: ...
+    @property
+    def parallelism(self) -> Parallelism: ...
+
+
 def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
     """The request of `headrace build`. Raises BadInput naming each option of headrace's own that is wrong."""
     try:
@@ -100,15 +111,15 @@ def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
     return request
 
 
-def job_requests(job: Job) -> tuple[Request, ...]:
-    """The engines that a job asks for, one for each target that has a table.
+def job_requests(targets: Sequence[EngineTarget], shared: Mapping[str, Any] | None) -> tuple[Request, ...]:
+    """The engines that a job asks for, one for each target that has a table. `shared`: the table of all targets.
 
     Raises BadInput naming each option of headrace's own that is wrong; of its own the builder has to be asked.
     """
     requests: list[Request] = []
     problems: list[Problem] = []
-    for target in job.targets:
-        tables = [table for table in (job.engine, target.engine) if table is not None]
+    for target in targets:
+        tables = [table for table in (shared, target.engine) if table is not None]
         if not tables:
             continue
         directory = target.output_dir

@@ -197,7 +197,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     problems = _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
-    job_requests(job)
+    job_requests(job.targets, job.engine)
     return job
 
 

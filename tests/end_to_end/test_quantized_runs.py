@@ -19,7 +19,8 @@ from distributed import LocalCluster
 import stages.quantize
 import stages.write
 from pipeline import BadInput, WriteFailed, convert, plan
-from pipeline.planning.make_plan import make_plan as planning
+from pipeline.planning import compose
+from pipeline.planning import make_plan as planning
 from pipeline.planning.memory import budget
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
@@ -249,7 +250,7 @@ def test_blocks_and_pieces_of_any_size(name: str, models: dict[str, Path], tmp_p
         def chosen(*arguments: Any, piece_bytes: int = piece_bytes) -> Any:
             return replace(budget(*arguments), piece_bytes=piece_bytes)
 
-        monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
+        monkeypatch.setattr(compose, "ROW_MULTIPLE", 1)
         monkeypatch.setattr(stages.quantize, "BLOCK_ROWS", 8 + 28 * number)
         monkeypatch.setattr(planning, "block_bytes", lambda *_, size=block_bytes: size)
         monkeypatch.setattr(planning, "budget", chosen)

@@ -124,7 +124,7 @@ def edges() -> dict[str, frozenset[str]]:
 
 def test_every_module_has_a_floor_and_there_is_something_to_check() -> None:
     assert all(floor(module, FLOORS) is not None for module in modules())
-    assert "stages.shard" in imports("pipeline.planning.make_plan")
+    assert "stages.shard" in imports("pipeline.planning.compose")
     assert ".open" in calls("stages.write")
     assert len(modules()) > 150
 

@@ -15,7 +15,7 @@ from tests.support import checkpoints
 from tests.support.commands import headrace
 
 # What the disk says at the last moment, where the check before it was wrong.
-LYING = "import pipeline.sinks.output\npipeline.output.free_bytes = lambda _: 1 << 60\n"
+LYING = "import pipeline.sinks.output\npipeline.sinks.output.free_bytes = lambda _: 1 << 60\n"
 
 
 def on_small_disk(size: str, mount: Path, arguments: list[str], prelude: str = "") -> subprocess.CompletedProcess[str]:
