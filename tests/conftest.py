@@ -12,8 +12,11 @@ from hypothesis import settings
 
 from tests.support.places import DATA
 
-settings.register_profile("headrace", deadline=None, derandomize=True)
-settings.load_profile("headrace")
+# A change is judged by the same examples each time, people by new ones, and a night looks for those that are rare.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -203,7 +203,7 @@ class Machine(RuleBasedStateMachine):
 
 TestLaws = Machine.TestCase
 # What fails is not made smaller: that would take minutes.
-TestLaws.settings = settings(max_examples=25, stateful_step_count=30, phases=(Phase.explicit, Phase.generate))
+TestLaws.settings = examples(10, stateful_step_count=30, phases=(Phase.explicit, Phase.generate))
 
 
 def test_a_lease_is_not_taken_from_one_who_is_late_but_alive_unless_it_is_wanted(tmp_path: Path) -> None:
