@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,15 +27,11 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
     """Threads that share the work on matrices as small as those of tests only wait for one another."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import sqlalchemy as sa
-from hypothesis import Phase, settings
+from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -22,6 +22,7 @@ from pipeline.jobs.leases import LEASE_SECONDS
 from pipeline.jobs.rows import ACTIVE, BAD, BEFORE, GOOD, AttemptRow, RunRow, State
 from pipeline.jobs.store import SERVE, Store
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
+from tests.support.examples import examples
 
 # Each job with the resources that it writes: most share some.
 JOBS = (("a",), ("b",), ("a", "b"), ("b", "c"), ("a", "c"), ("d",))

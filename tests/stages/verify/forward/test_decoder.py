@@ -25,8 +25,6 @@ from stages.verify.matrices import Matrix
 from tests.end_to_end.test_family_forward import CASES, SIZES, TOLERANCE, WANTED, build, difference, ranks_of
 from tests.support.examples import examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Ranks = Callable[[str, str], Checkpoint]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(4))
 HIDDEN = SIZES["hidden_size"]
