@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.model.dtypes import BY_TARGET, of_numpy
@@ -24,6 +24,7 @@ from pipeline.tensor.placement import Placement, RankTensor, slices
 from pipeline.tensor.tensors import Parameter, plain
 from stages.quantize import alignment, linear, quantize
 from stages.shard import rank_tensors, shard
+from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, arrange
 from tests.support.lazy import texts, values
 from tests.support.packed_tensors import opened
@@ -68,7 +69,7 @@ def place(ranks: list[Arrays], given: Tensors, placements: Mapping[TensorName, t
             target[...] = 0 if placement.source is None else array[slices(placement.source)].reshape(target.shape)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(cases())
 def test_every_rank_is_what_the_format_says(case: Case) -> None:
     given = split_names(sources(case))
@@ -92,14 +93,14 @@ def tile_exactly(tensors: set[RankTensor], placements: Mapping[TensorName, tuple
         assert (counted == 1).all(), key
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(cases())
 def test_placements_tile_every_tensor_exactly(case: Case) -> None:
     given = split_names(sources(case))
     tile_exactly(tensors_of(case, given), placements_of(case, given))
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(cases())
 def test_what_is_gathered_is_what_was_sharded(case: Case) -> None:
     given = split_names(sources(case))
@@ -117,7 +118,7 @@ def test_what_is_gathered_is_what_was_sharded(case: Case) -> None:
         assert np.array_equal(gathered, array), name
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(cases())
 def test_shard_commutes_with_casting(case: Case) -> None:
     given = {name: np.sin(array.astype(np.float32)) for name, array in split_names(sources(case)).items()}
@@ -158,7 +159,7 @@ def entries_of(case: Case, given: Tensors, quantization: Quantization) -> dict[T
     return quantize(opened(given, 1 << 16), case.sharding, quantization, "float16")
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(aligned_cases(), st.sampled_from([*ALGORITHMS, "W4A16_GPTQ"]), st.sampled_from([80, 90]))
 def test_placements_tile_every_packed_tensor_exactly(case: Case, algorithm: str, sm: int) -> None:
     if algorithm == "W4A16_GPTQ" and case.stacked:
@@ -182,7 +183,7 @@ def test_placements_tile_every_packed_tensor_exactly(case: Case, algorithm: str,
         assert sizes[0] == sizes[1], tensor.name
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(aligned_cases(small=True), st.sampled_from(list(ALGORITHMS)), st.sampled_from([80, 90]), st.integers(0, 9))
 def test_each_rank_has_what_is_made_of_its_own_share(case: Case, algorithm: str, sm: int, seed: int) -> None:
     """Quantizing, then splitting, is splitting, then quantizing: codes, their order, and scales, byte for byte."""

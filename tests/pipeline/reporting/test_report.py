@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import convert
@@ -21,6 +21,7 @@ from pipeline.reporting.verification import verify
 from pipeline.tensor.checkpoint import Checkpoint
 from tests.support import checkpoints, quantized_checkpoints, report_pages
 from tests.support.commands import headrace, tree
+from tests.support.examples import examples
 from tests.support.places import DATA
 
 HOSTILE = "</style></code>\"'><script>alert(1)</script><img src=x onerror=alert(2)>&lt;{{ 7 * 7 }}{% endif %}\u202e\x00\ud800"
@@ -294,7 +295,7 @@ def test_text_of_files_is_text_of_the_page() -> None:
     assert "49" not in {part.strip() for part in attack.parts} - {part.strip() for part in PLAIN.parts}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.text(alphabet=st.sampled_from("<>&\"'/={}%;:-_!x \n\u2028\ud800\x00\u202e"), min_size=1, max_size=12))
 def test_no_text_changes_a_tag(text: str) -> None:
     made = Page(render(*attacked(text)))

@@ -12,8 +12,6 @@ from tests.support.places import SMOLLM2 as MODEL
 
 PROMPT = "The capital of France is"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -106,7 +106,7 @@ def test_an_output_inside_the_source_directory_is_fine(model: Path) -> None:
 def with_files_of(limit_bytes: int, model: Path, output: Path) -> Ran:
     """Convert where no file may become larger than so many bytes: as on a full disk, the reserving of a file's space fails."""
     arguments = ("convert", "--model_dir", model, "--output_dir", output, "--scheduler", "threads")
-    return limited("RLIMIT_FSIZE", limit_bytes, *arguments)
+    return limited({"RLIMIT_FSIZE": limit_bytes}, *arguments)
 
 
 def test_no_room_for_the_files_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,8 +23,7 @@ from stages.verify.forward.attention import Cache
 from stages.verify.forward.decoder import Decoder
 from stages.verify.matrices import Matrix
 from tests.end_to_end.test_family_forward import CASES, SIZES, TOLERANCE, WANTED, build, difference, ranks_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.support.examples import examples
 
 Ranks = Callable[[str, str], Checkpoint]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(4))
@@ -93,7 +92,7 @@ def test_step_by_step_is_all_at_once(name: str, ranks: Ranks) -> None:
     assert done == len(TOKENS)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(cuts=st.sets(st.integers(1, len(TOKENS) - 1), max_size=6), block=st.integers(2_000, 50_000))
 def test_wherever_a_sequence_is_cut(cuts: set[int], block: int, ranks: Ranks) -> None:
     checkpoint = ranks("qwen3", "tp4")

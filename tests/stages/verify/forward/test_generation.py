@@ -15,8 +15,6 @@ from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.generation import generate
 from tests.end_to_end.test_family_forward import CASES, SIZES, build, ranks_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPT = torch.randint(SIZES["vocab_size"], (9,), generator=torch.Generator().manual_seed(7))
 COUNT = 14  # past the trained length of long rope, and past a window
 

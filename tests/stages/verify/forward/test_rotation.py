@@ -21,8 +21,6 @@ from stages.verify.forward.rotation import Rotation
 from stages.verify.forward.settings import Settings
 from tests.end_to_end.test_family_forward import SIZES, TOLERANCE, Case, build, difference, old_style, ranks_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZE, POSITIONS, BASE = 32, 4096, 50_000.0
 CONFIG: dict[str, Any] = {
     "architecture": "LlamaForCausalLM",

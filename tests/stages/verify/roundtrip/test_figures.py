@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.verify.roundtrip.figures import Figures, Where, rounding
+from tests.support.examples import examples
 
 
 def test_figures_are_those_of_the_definitions() -> None:
@@ -48,7 +49,7 @@ def test_what_is_not_finite_is_wrong(value: float) -> None:
     assert figures.worst > 1
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.floats(-6e4, 6e4, width=32), min_size=1), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_a_value_rounded_once_is_inside_and_the_next_one_is_not(values: list[float], kind: torch.dtype) -> None:
     wanted = torch.tensor(np.array(values, np.float32))

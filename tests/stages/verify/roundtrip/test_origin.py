@@ -6,10 +6,11 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 
 from stages.verify.roundtrip.matching import uncovered
 from stages.verify.roundtrip.origin import Piece, cut_of, origins, split
+from tests.support.examples import examples
 from tests.support.rank_oracle import Arrays, Case, cases, oracle, sources
 
 LOCAL = {
@@ -72,7 +73,7 @@ def filled(piece: Piece, source: Arrays, into: np.ndarray) -> None:
     rows[slice(*piece.rows)] = values if piece.columns is None else values[:, slice(*piece.columns)]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(cases().filter(lambda case: not case.stacked))
 def test_the_pieces_make_every_tensor_of_every_rank(case: Case) -> None:
     renamed = sources(case)

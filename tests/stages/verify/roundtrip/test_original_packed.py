@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
@@ -221,7 +221,6 @@ MODULES: dict[str, dict[str, np.ndarray]] = {
 
 
 @given(name=st.sampled_from(sorted(MODULES)), data=st.data())
-@settings(deadline=None)
 def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None:
     weight = module(MODULES[name], {"sym": False})
     assert weight.shape == (48, 64)
