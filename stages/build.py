@@ -51,7 +51,7 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Probe:
+class BuilderProbe:
     """The builder of a machine. `words`: what its command line begins with, nothing where there is no builder.
 
     `help`: its --help ("" for a container, which is not started for it). `trouble`: why there is none, or why it does not run.
@@ -67,7 +67,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Call:
+class BuilderCall:
     """One run of a builder: its command line, the directory it writes to and runs in, its log, and the token that it runs by.
 
     `name` tells it from others. `sync`: bring the log to where other machines see it.
@@ -82,7 +82,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BuilderOutcome:
     """How a call ended: the exit code (minus the signal that ended it), the lines that say why, seconds, and on which machine.
 
     `gpus`: how many the machine shows. `stopped`: by the removal of its token. `refused`: what the builder said of an option that
@@ -99,15 +99,15 @@ class Outcome:
     refused: str = ""
 
 
-def probe(builder: Builder) -> Probe:
+def probe(builder: Builder) -> BuilderProbe:
     """Find the builder of this machine and ask it for its version and its options."""
     if builder.container:
         if shutil.which(builder.container[0]) is None:
-            return Probe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
-        return Probe((*builder.container, builder.command), "command")
+            return BuilderProbe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
+        return BuilderProbe((*builder.container, builder.command), "command")
     words, kind, trouble = _find(builder)
     if not words:
-        return Probe(trouble=trouble)
+        return BuilderProbe(trouble=trouble)
     environment = {**os.environ, "COLUMNS": "200"}
     try:
         ran = subprocess.run(
@@ -121,15 +121,15 @@ def probe(builder: Builder) -> Probe:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Probe(words, kind, trouble=f"{words[0]} --help: {error}")
+        return BuilderProbe(words, kind, trouble=f"{words[0]} --help: {error}")
     if ran.returncode:
         last = "\n  ".join(telling_lines((ran.stdout + ran.stderr).splitlines()))
-        return Probe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
+        return BuilderProbe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
     version = _VERSION.search(ran.stdout + ran.stderr)
-    return Probe(words, kind, version[1] if version else _package_version(), ran.stdout)
+    return BuilderProbe(words, kind, version[1] if version else _package_version(), ran.stdout)
 
 
-def run(call: Call) -> Outcome:
+def run(call: BuilderCall) -> BuilderOutcome:
     """Run a builder to its end, or until its token is removed; its process group is gone when this returns.
 
     Where this process is killed, the group is ended, too.
@@ -139,7 +139,7 @@ def run(call: Call) -> Outcome:
     began, here = time.perf_counter(), (socket.gethostname(), gpus())
     with call.log.open("ab") as log:
         if not call.token.exists():
-            return Outcome(call.name, 0, 0.0, *here, stopped=True)
+            return BuilderOutcome(call.name, 0, 0.0, *here, stopped=True)
         fcntl.flock(log, fcntl.LOCK_SH)
         log.write(f"$ {' '.join(call.words)}\n".encode())
         log.flush()
@@ -156,7 +156,7 @@ def run(call: Call) -> Outcome:
             )
         except OSError as error:
             why = (f"{call.words[0]}: {error.strerror or error}",)
-            return Outcome(call.name, 127, time.perf_counter() - began, *here, why)
+            return BuilderOutcome(call.name, 127, time.perf_counter() - began, *here, why)
         try:
             with _guarded(process):
                 stopped = _wait(process, call, log.fileno())
@@ -166,7 +166,7 @@ def run(call: Call) -> Outcome:
     refused = _REFUSED.match(said[-1]) if process.returncode == 2 else None
     lines = telling_lines(said) if process.returncode else ()
     seconds = time.perf_counter() - began
-    return Outcome(call.name, process.returncode, seconds, *here, lines, stopped, refused[1] if refused else "")
+    return BuilderOutcome(call.name, process.returncode, seconds, *here, lines, stopped, refused[1] if refused else "")
 
 
 def gpus() -> int:
@@ -207,7 +207,7 @@ def _package_version() -> str:
         return ""
 
 
-def _wait(process: subprocess.Popen[bytes], call: Call, log: int) -> bool:
+def _wait(process: subprocess.Popen[bytes], call: BuilderCall, log: int) -> bool:
     """Wait for the builder to end, or for its token to be removed; whether it was the latter."""
     synced = time.monotonic()
     while True:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from pipeline.engine.output import EngineDirectory
 
 if TYPE_CHECKING:
-    from stages.build import Outcome, Probe
+    from stages.build import BuilderOutcome, BuilderProbe
 
 INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
 
 
-def no_builder(found: Probe, commands: Sequence[str]) -> str:
+def no_builder(found: BuilderProbe, commands: Sequence[str]) -> str:
     """Why nothing can be built on a machine, how that can be mended, and the command lines to run where there is a builder."""
     ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
     lines = "".join(f"\n  {command}" for command in commands)
@@ -21,7 +21,7 @@ def no_builder(found: Probe, commands: Sequence[str]) -> str:
 
 
 def no_engine(
-    place: EngineDirectory, program: str, outcomes: Sequence[Outcome], missing: Sequence[str], attempts: int, command: str
+    place: EngineDirectory, program: str, outcomes: Sequence[BuilderOutcome], missing: Sequence[str], attempts: int, command: str
 ) -> str:
     """How the calls of a builder ended that left no engine. `missing`: files; `command`: the line to run where there is a GPU."""
     times = f", {attempts} attempts" if attempts > 1 else ""

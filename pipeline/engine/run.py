@@ -25,7 +25,7 @@ from pipeline.run.execute import Built, Result, execute, open_session
 from pipeline.run.schedulers import Session, runner
 from pipeline.watching.listener import Listener
 from pipeline.watching.state import Watch
-from stages.build import Builder, Call, Outcome, Probe, gpus, probe, run
+from stages.build import Builder, BuilderCall, BuilderOutcome, BuilderProbe, gpus, probe, run
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
@@ -86,8 +86,8 @@ class _Engine:
     place: EngineDirectory
     token: Path = Path()
     command: tuple[str, ...] = ()
-    calls: dict[str, Call] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
+    calls: dict[str, BuilderCall] = field(default_factory=dict)
+    outcomes: list[BuilderOutcome] = field(default_factory=list)
     seconds: float = 0.0
     attempts: int = 0
 
@@ -98,7 +98,7 @@ class Engines:
     def __init__(self, requests: Sequence[Request], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
         self.requests, self.log, self.scheduler, self.overwrite = requests, log, scheduler, overwrite
         self.elsewhere = "://" in scheduler
-        self._probes: dict[Builder, Probe] = {}
+        self._probes: dict[Builder, BuilderProbe] = {}
 
     def prepare(self, session: Session | None = None, wait: bool = True) -> None:
         """Find the builder and refuse what it would. `session`: where workers are elsewhere, the cluster to look on.
@@ -107,7 +107,7 @@ class Engines:
         EngineFailed.
         """
         problems: list[Problem] = []
-        nowhere: dict[Probe, list[str]] = {}
+        nowhere: dict[BuilderProbe, list[str]] = {}
         for request in self.requests:
             found = self._probe(request, session, wait)
             problems += request.problems(_table(found))
@@ -192,7 +192,7 @@ class Engines:
             # A cluster may still know the tasks of an earlier run: names are never used twice.
             name = f"{place.directory.name}{'' if rank is None else f' rank {rank}'} {uuid.uuid4().hex[:8]}"
             own = () if rank is None else ("--rank", str(rank))
-            engine.calls[name] = Call(name, (*words, *own), place.partial, place.log(rank), engine.token, self.elsewhere)
+            engine.calls[name] = BuilderCall(name, (*words, *own), place.partial, place.log(rank), engine.token, self.elsewhere)
 
     def _ended(self, engine: _Engine, results: dict[Path, Built], failures: list[HeadraceError]) -> bool:
         """Take in an engine whose calls have ended; whether that was its last attempt."""
@@ -232,19 +232,19 @@ class Engines:
         if not session.offers(GPU):
             self.log.waiting("GPU", self.scheduler)
 
-    def _probe(self, request: Request, session: Session | None, wait: bool) -> Probe:
+    def _probe(self, request: Request, session: Session | None, wait: bool) -> BuilderProbe:
         """What the machine that builds has; a cluster is asked on a worker with a GPU."""
         builder = _builder(request)
         if builder not in self._probes and self.elsewhere and session:
             if not wait and not session.offers(GPU):
-                return Probe()
+                return BuilderProbe()
             self._announce(session)
             (self._probes[builder],) = session.run_with(GPU, _graph("probe", probe, {uuid.uuid4().hex[:8]: builder}))
         elif builder not in self._probes:
             self._probes[builder] = probe(builder)
         return self._probes[builder]
 
-    def _place(self, request: Request, found: Probe) -> EngineDirectory:
+    def _place(self, request: Request, found: BuilderProbe) -> EngineDirectory:
         table = known_options()
         given = request.arguments(table)
         # Of an option that this version does not know nobody can say that it changes nothing.
@@ -270,7 +270,7 @@ def _graph(prefix: str, function: Any, arguments: Mapping[str, Any]) -> Any:
     return {keys[name]: Task(keys[name], function, argument) for name, argument in arguments.items()}
 
 
-def _table(found: Probe) -> Table:
+def _table(found: BuilderProbe) -> Table:
     return parse_help(found.help) or known_options()
 
 

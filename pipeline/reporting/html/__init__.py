@@ -22,7 +22,7 @@ from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import mapping_words, model_facts, number_format, options, read_provenance
 from pipeline.reporting.html.sizes import sizes
-from pipeline.reporting.html.summary import Summary, parse_summary
+from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
 
@@ -30,12 +30,14 @@ SHOWN_FINDINGS = 100
 SUFFIXES = (".html", ".htm")
 
 
-def render(checkpoint: Checkpoint, summary: Summary | Mapping[str, Any] | None = None, made: datetime | None = None) -> str:
+def render_report(
+    checkpoint: Checkpoint, summary: VerificationSummary | Mapping[str, Any] | None = None, made: datetime | None = None
+) -> str:
     """The page as text. `summary`: what a verification found, None where there was none; `made`: the time it says, now by default.
 
     Raises BadInput where the summary is not of the shape that pipeline/reporting/html/summary.py says.
     """
-    found = summary if isinstance(summary, Summary) or summary is None else parse_summary(summary)
+    found = summary if isinstance(summary, VerificationSummary) or summary is None else parse_summary(summary)
     provenance, wrong = read_provenance(checkpoint)
     boxes = steps(checkpoint, provenance) if provenance else []
     directory = checkpoint.directory
@@ -67,7 +69,7 @@ def render(checkpoint: Checkpoint, summary: Summary | Mapping[str, Any] | None =
     )
 
 
-def described(directory: Path) -> Checkpoint:
+def describe_directory(directory: Path) -> Checkpoint:
     """A directory by its JSON files alone, as far as they are some: its ranks are not looked at."""
     found = []
     for name in ("config.json", "headrace.json"):
@@ -79,12 +81,12 @@ def described(directory: Path) -> Checkpoint:
     return Checkpoint(directory, found[0], (), found[1])
 
 
-def default_output(directory: Path) -> Path:
+def default_report_path(directory: Path) -> Path:
     """Where the page of a directory goes: beside it."""
     return directory.with_name(f"{directory.name}.report.html")
 
 
-def check_page(output: Path, directory: Path) -> None:
+def check_report_path(output: Path, directory: Path) -> None:
     """Raise BadInput where no page can go to `output`: another kind of file, no directory, or a place inside `directory`."""
     subject = f"--output {output}"
     if output.suffix.lower() not in SUFFIXES or output.is_dir():
@@ -96,7 +98,7 @@ def check_page(output: Path, directory: Path) -> None:
         raise BadInput([Problem(subject, f"a file in {directory}", "a file elsewhere", remedy)])
 
 
-def write_page(output: Path, text: str) -> None:
+def write_report(output: Path, text: str) -> None:
     """Give the file its whole text at once. Raises WriteFailed where it cannot be written."""
     new = output.with_name(output.name + ".new")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting.html.order import in_order
-from pipeline.reporting.html.scale import Scale, scale
+from pipeline.reporting.html.scale import ColourScale, colour_scale
 from pipeline.reporting.html.summary import RoundTrip, TensorError
 from pipeline.reporting.html.words import count, decibels, figure, runs, together
 
@@ -19,7 +19,7 @@ ROWS = 10  # a block has no fewer, unless there are no more
 
 
 @dataclass(frozen=True)
-class Cell:
+class MapCell:
     """A square of the map: its text, its colour's class, and what it says when pointed at. Empty where there is no tensor."""
 
     text: str = ""
@@ -28,14 +28,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """A tensor of a list."""
 
     name: str
     storage: str
     ranks: str
     sources: str
-    snr: Cell
+    snr: MapCell
     max_abs: str
     relative_rms: str
     cosine: str
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Kind:
+class KindRow:
     """All tensors of a kind: how many, how many of them bit-identical, and the worst of each figure."""
 
     name: str
@@ -52,7 +52,7 @@ class Kind:
     storage: str
     tensors: int
     identical: int
-    snr: Cell
+    snr: MapCell
     relative_rms: str
     max_abs: str
     bound: str
@@ -64,11 +64,11 @@ class ErrorMap:
     """`blocks` of the map stand side by side where there is room: each is rows of (layer, a cell a kind)."""
 
     columns: tuple[str, ...]
-    blocks: tuple[tuple[tuple[int, tuple[Cell, ...]], ...], ...]
-    scale: Scale
-    kinds: tuple[Kind, ...]
-    worst: tuple[Row, ...]
-    listed: tuple[Row, ...]
+    blocks: tuple[tuple[tuple[int, tuple[MapCell, ...]], ...], ...]
+    scale: ColourScale
+    kinds: tuple[KindRow, ...]
+    worst: tuple[TensorRow, ...]
+    listed: tuple[TensorRow, ...]
     tensors: int
     identical: int
     rounded: int
@@ -93,7 +93,9 @@ def error_map(found: RoundTrip) -> ErrorMap:
     # What is broken is at its dark end, and must not stretch it.
     sound = [tensor for tensor in in_layers if not tensor.over]
     quantized = [tensor for tensor in sound if tensor.storage not in ("", "dense")]
-    colours = scale([tensor.snr_db for tensor in quantized or sound or tensors if tensor.snr_db is not None and not tensor.exact])
+    colours = colour_scale(
+        [tensor.snr_db for tensor in quantized or sound or tensors if tensor.snr_db is not None and not tensor.exact]
+    )
     columns = tuple(dict.fromkeys(tensor.kind for tensor in in_layers))
     order = sorted(tensors, key=_badness)
     rows = tuple(_row(tensor, colours) for tensor in order[:LISTED])
@@ -120,8 +122,8 @@ def _badness(tensor: TensorError) -> tuple[bool, bool, float, float]:
 
 
 def _blocks(
-    tensors: Sequence[TensorError], columns: Sequence[str], colours: Scale
-) -> tuple[tuple[tuple[int, tuple[Cell, ...]], ...], ...]:
+    tensors: Sequence[TensorError], columns: Sequence[str], colours: ColourScale
+) -> tuple[tuple[tuple[int, tuple[MapCell, ...]], ...], ...]:
     held: dict[tuple[int, str], list[TensorError]] = {}
     for tensor in tensors:
         if tensor.layer is not None:
@@ -134,16 +136,16 @@ def _blocks(
     return tuple(tuple(rows[start : start + height]) for start in range(0, len(rows), max(height, 1)))
 
 
-def _cell(tensors: Sequence[TensorError], colours: Scale) -> Cell:
+def _cell(tensors: Sequence[TensorError], colours: ColourScale) -> MapCell:
     """The worst of some tensors."""
     if not tensors:
-        return Cell()
+        return MapCell()
     worst = min(tensors, key=_badness)
     text, css = colours.mark(worst.snr_db, worst.exact)
     lines = [worst.name, ", ".join(filter(None, (worst.storage, _ranks(worst)))), _said(worst)]
     if len(tensors) > 1:
         lines.append(f"the worst of {count(len(tensors), 'tensor')}")
-    return Cell(f"{text}!" if worst.over else text, f"{css} over" if worst.over else css, "\n".join(filter(None, lines)))
+    return MapCell(f"{text}!" if worst.over else text, f"{css} over" if worst.over else css, "\n".join(filter(None, lines)))
 
 
 def _said(tensor: TensorError) -> str:
@@ -160,14 +162,14 @@ def _ranks(tensor: TensorError) -> str:
     return f"{'rank' if len(set(tensor.ranks)) == 1 else 'ranks'} {runs(tensor.ranks)}" if tensor.ranks else ""
 
 
-def _row(tensor: TensorError, colours: Scale) -> Row:
+def _row(tensor: TensorError, colours: ColourScale) -> TensorRow:
     text, css = colours.mark(tensor.snr_db, tensor.exact, digits=1)
-    return Row(
+    return TensorRow(
         name=tensor.name,
         storage=tensor.storage,
         ranks=runs(tensor.ranks),
         sources=together(tensor.sources),
-        snr=Cell("bit-identical" if tensor.identical else text, css),
+        snr=MapCell("bit-identical" if tensor.identical else text, css),
         max_abs=figure(tensor.max_abs),
         relative_rms=figure(tensor.relative_rms),
         cosine=f"{tensor.cosine:.6g}",
@@ -176,11 +178,11 @@ def _row(tensor: TensorError, colours: Scale) -> Row:
     )
 
 
-def _kinds(tensors: Sequence[TensorError], colours: Scale) -> Iterable[Kind]:
+def _kinds(tensors: Sequence[TensorError], colours: ColourScale) -> Iterable[KindRow]:
     for name in dict.fromkeys(tensor.kind for tensor in tensors):
         held = [tensor for tensor in tensors if tensor.kind == name]
         worst = _row(min(held, key=_badness), colours)
-        yield Kind(
+        yield KindRow(
             name=name,
             in_layers=any(tensor.layer is not None for tensor in held),
             storage=", ".join(dict.fromkeys(tensor.storage for tensor in held if tensor.storage)),

@@ -17,7 +17,7 @@ WIDE, NARROW = 10, 6  # boxes in a row of the picture, at most
 
 
 @dataclass(frozen=True)
-class Step:
+class FlowStep:
     """A box of the picture, or a bar of the timings. `share` of all stages' seconds, of 1; `idle`: no byte had work there.
 
     `cut`: it is not a stage but a cut through Zarr scratch.
@@ -42,13 +42,13 @@ class Step:
         return f"{max(self.share * 100, 0.5 if self.share else 0):.2f}%"
 
 
-def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[Step]:
+def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[FlowStep]:
     """The boxes in order. Stages that headrace.json has no seconds for are idle."""
     stages, phases = provenance.timings.stages, provenance.timings.phases
     total = sum(metered.seconds for metered in stages.values())
     does = _what_they_do(checkpoint, provenance)
     named = [name for name in ORDER if name in stages or name in MAIN]
-    made: list[Step] = []
+    made: list[FlowStep] = []
     for name in named + sorted(stages.keys() - set(ORDER)):
         made.append(_step(name, does.get(name, ""), stages.get(name), total))
         if CUT + name in phases:
@@ -56,27 +56,27 @@ def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[Step]:
     return made
 
 
-def columns(boxes: Sequence[Step], most: int) -> int:
+def columns(boxes: Sequence[FlowStep], most: int) -> int:
     """Boxes in a row of the picture, the source's and the output's too: all in one, or in rows of about one length."""
     held = len(boxes) + 2
     return -(-held // -(-held // most))
 
 
-def timed(boxes: Sequence[Step]) -> list[Step]:
+def timed(boxes: Sequence[FlowStep]) -> list[FlowStep]:
     """The stages that took time, the longest first."""
     return sorted((step for step in boxes if not step.idle and not step.cut), key=lambda step: -step.share)
 
 
-def _step(name: str, does: str, metered: Metered | None, total: float) -> Step:
+def _step(name: str, does: str, metered: Metered | None, total: float) -> FlowStep:
     if metered is None:
-        return Step(name, does, "", "", "", 0.0, idle=True)
+        return FlowStep(name, does, "", "", "", 0.0, idle=True)
     share = metered.seconds / total if total > 0 else 0.0
     speed = rate(metered.bytes, metered.seconds)
-    return Step(name, does, duration(metered.seconds), size(metered.bytes), speed, share)
+    return FlowStep(name, does, duration(metered.seconds), size(metered.bytes), speed, share)
 
 
-def _cut(seconds: float) -> Step:
-    return Step("scratch", "a cut: written to Zarr and read back", duration(seconds), "", "", 0.0, cut=True)
+def _cut(seconds: float) -> FlowStep:
+    return FlowStep("scratch", "a cut: written to Zarr and read back", duration(seconds), "", "", 0.0, cut=True)
 
 
 def _what_they_do(checkpoint: Checkpoint, provenance: Provenance) -> Mapping[str, str]:

@@ -33,11 +33,11 @@ _MODEL = (
 )
 
 
-class _Part(BaseModel):
+class _ProvenancePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class SourceFile(_Part):
+class RecordedFile(_ProvenancePart):
     """A file that was read, as it was then."""
 
     path: str = ""
@@ -58,12 +58,12 @@ class SourceFile(_Part):
             return ""
 
 
-class Source(_Part):
+class RecordedSource(_ProvenancePart):
     """What was read."""
 
     path: str = ""
     kind: str = ""
-    files: tuple[SourceFile, ...] = ()
+    files: tuple[RecordedFile, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -74,14 +74,14 @@ class Source(_Part):
         return f"{count(len(self.files), 'file')}, {size(self.size_bytes)}" if self.files else ""
 
 
-class Metered(_Part):
+class Metered(_ProvenancePart):
     """What a stage took, summed over workers, and the bytes that went through it."""
 
     seconds: float = 0.0
     bytes: float = 0.0
 
 
-class Timings(_Part):
+class Timings(_ProvenancePart):
     """The run's own seconds, those of its stages and, where they are recorded, of its phases (a scratch cut is one)."""
 
     seconds: float | None = None
@@ -89,12 +89,12 @@ class Timings(_Part):
     phases: Mapping[str, float] = {}
 
 
-class Provenance(_Part):
+class Provenance(_ProvenancePart):
     """headrace.json, without the checksums."""
 
     headrace: str = ""
     id: str = ""
-    source: Source = Source()
+    source: RecordedSource = RecordedSource()
     options: Mapping[str, Any] = {}
     left_out: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class Provenance(_Part):
 
 
 @dataclass(frozen=True)
-class Option:
+class RecordedOption:
     """An option as it was: `given` where it is not the default."""
 
     name: str
@@ -154,10 +154,10 @@ def recorded_source(checkpoint: Checkpoint) -> str | None:
     return str(path) if there else None
 
 
-def options(provenance: Provenance) -> list[Option]:
+def options(provenance: Provenance) -> list[RecordedOption]:
     """The options that decided what was written, those that are not the defaults first."""
     defaults = {name: field.default for name, field in Job.model_fields.items()}
-    made = [Option(name, shown(value), value != defaults.get(name)) for name, value in provenance.options.items()]
+    made = [RecordedOption(name, shown(value), value != defaults.get(name)) for name, value in provenance.options.items()]
     return sorted(made, key=lambda option: not option.given)
 
 

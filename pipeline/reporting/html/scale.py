@@ -12,7 +12,7 @@ EXACT, ONCE = "exact", "once"
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """Step 0 is the best: `top` dB or more; each next one `width` dB less. `count` steps; none where there is no figure."""
 
     top: int
@@ -37,16 +37,16 @@ class Scale:
         return [("s0", str(self.top), f"{self.top} dB or more"), *rest[1:]] if edges else []
 
 
-def scale(values: Sequence[float]) -> Scale:
+def colour_scale(values: Sequence[float]) -> ColourScale:
     """The narrowest steps of 1, 2, 5, 10, ... dB of which `STEPS` span the finite values."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return Scale(0, 1, 0)
+        return ColourScale(0, 1, 0)
     for width in _widths():
         top = math.floor(max(finite) / width) * width
         count = 1 + _steps_below(top, min(finite), width)
         if count <= STEPS:
-            return Scale(top, width, count)
+            return ColourScale(top, width, count)
     raise AssertionError
 
 

@@ -30,7 +30,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Bar:
+class RankBar:
     """One rank, or several equal ones."""
 
     label: str
@@ -45,7 +45,7 @@ class Bar:
 class Sizes:
     """All ranks. `parts`: name, bytes in all, share of all; in the order of the segments."""
 
-    bars: tuple[Bar, ...]
+    bars: tuple[RankBar, ...]
     parts: tuple[tuple[str, str, str], ...]
     tensors: int
     total_bytes: int
@@ -114,14 +114,14 @@ def _alike(checkpoint: Checkpoint, held: list[dict[str, int]]) -> list[list[int]
     return rows
 
 
-def _bar(numbers: list[int], held: dict[str, int], tensors: int, longest: int, checkpoint: Checkpoint) -> Bar:
+def _bar(numbers: list[int], held: dict[str, int], tensors: int, longest: int, checkpoint: Checkpoint) -> RankBar:
     segments = tuple(
         Segment(name, place, size(nbytes), f"{nbytes / longest * 100:.3f}%")
         for place, (name, nbytes) in enumerate(held.items())
         if nbytes
     )
     total = sum(held.values())
-    return Bar(_label(numbers, checkpoint), len(numbers) > 1, tensors, size(total), total, segments)
+    return RankBar(_label(numbers, checkpoint), len(numbers) > 1, tensors, size(total), total, segments)
 
 
 def _label(numbers: list[int], checkpoint: Checkpoint) -> str:

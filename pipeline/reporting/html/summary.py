@@ -14,12 +14,12 @@ from pipeline.errors import BadInput, Problem
 REMEDY = "Give what `headrace verify --json` printed"
 
 
-class _Part(BaseModel):
+class _SummaryPart(BaseModel):
     # Later versions may say more.
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class Finding(_Part):
+class ReportedFinding(_SummaryPart):
     """One thing that is wrong with an output. `level`: "integrity", "round trip" or "logits"."""
 
     level: str
@@ -33,7 +33,7 @@ class Finding(_Part):
         return Problem(self.subject, self.found, self.expected, self.remedy)
 
 
-class Integrity(_Part):
+class Integrity(_SummaryPart):
     """How much of the files was checked: tensors, bytes, and tensors with a checksum to compare; seconds that it took."""
 
     tensors: int
@@ -42,7 +42,7 @@ class Integrity(_Part):
     seconds: float
 
 
-class TensorError(_Part):
+class TensorError(_SummaryPart):
     """A target tensor beside its source. `kind`: its module without the layer; `bound`: the greatest error over the allowed one.
 
     `exact`: every value is the source's, rounded once to the type that it is stored in. `snr_db` is None where there is no error.
@@ -78,7 +78,7 @@ class TensorError(_Part):
         return not self.bound <= 1
 
 
-class RoundTrip(_Part):
+class RoundTrip(_SummaryPart):
     """Every tensor that was compared with its source; bytes read, seconds taken."""
 
     seconds: float
@@ -86,7 +86,7 @@ class RoundTrip(_Part):
     tensors: tuple[TensorError, ...]
 
 
-class Comparison(_Part):
+class LogitsComparison(_SummaryPart):
     """Logits beside those of `against`: shares of 1, absolute and relative differences, Kullback-Leibler divergences in nats."""
 
     against: str
@@ -98,15 +98,15 @@ class Comparison(_Part):
     bound: float | None = None
 
 
-class Logits(_Part):
+class Logits(_SummaryPart):
     """The model run on `tokens` tokens, once for each comparison."""
 
     tokens: int
     seconds: float
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[LogitsComparison, ...]
 
 
-class Summary(_Part):
+class VerificationSummary(_SummaryPart):
     """A whole verification; a level that was not run is None."""
 
     directory: str
@@ -114,7 +114,7 @@ class Summary(_Part):
     version: str = ""
     ok: bool
     seconds: float = 0.0
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ReportedFinding, ...] = ()
     integrity: Integrity | None = None
     round_trip: RoundTrip | None = None
     logits: Logits | None = None
@@ -126,17 +126,17 @@ class Summary(_Part):
         return found or [Problem(self.directory, "a verification that failed without a finding", "one that passed")]
 
 
-def parse_summary(value: object, subject: str = "verification") -> Summary:
+def parse_summary(value: object, subject: str = "verification") -> VerificationSummary:
     """Check a summary's shape. Raises BadInput naming every field that is not what it should be."""
     if not isinstance(value, Mapping):
         raise BadInput([Problem(subject, f"a {type(value).__name__}", "a verification's summary", REMEDY)])
     try:
-        return Summary.model_validate(dict(value))
+        return VerificationSummary.model_validate(dict(value))
     except ValidationError as error:
         raise BadInput([_problem(detail, subject) for detail in error.errors()]) from None
 
 
-def load_summary(path: Path) -> Summary:
+def load_summary(path: Path) -> VerificationSummary:
     """Read a summary from a JSON file. Raises BadInput where it cannot be read or is none."""
     try:
         return parse_summary(json.loads(path.read_text()), str(path))

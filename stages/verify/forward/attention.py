@@ -9,11 +9,11 @@ from torch import Tensor
 
 from stages.verify.forward.norms import rms_norm
 from stages.verify.forward.rotation import Rotation
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
-class Cache:
+class KeyValueCache:
     """A sequence so far: its tokens, int [tokens], and keys and values, [kv heads, tokens, head_size], by layer and rank."""
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class Cache:
 class Attention:
     """The attention of every layer. `block_bytes`: of scores that are in memory at once."""
 
-    def __init__(self, settings: Settings, block_bytes: int) -> None:
+    def __init__(self, settings: DecoderSettings, block_bytes: int) -> None:
         self.settings, self.block_bytes = settings, block_bytes
         self.rotation = Rotation(settings)
 
-    def __call__(self, stage: Stage, module: str, layer: int, x: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, stage: PipelineStage, module: str, layer: int, x: Tensor, cache: KeyValueCache) -> Tensor:
         """[tokens, hidden] of the last of the cache's tokens, whose keys and values are added to it."""
         settings = self.settings
         sizes = [count * settings.head_size for count in (settings.heads, settings.kv_heads, settings.kv_heads)]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.tensor.checkpoint import Checkpoint
-from stages.verify.forward.attention import Attention, Cache
+from stages.verify.forward.attention import Attention, KeyValueCache
 from stages.verify.forward.experts import FeedForward
 from stages.verify.forward.norms import norm
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage, Weights
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import CheckpointWeights, PipelineStage
 
 BLOCK_BYTES = 64 << 20
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head"
@@ -35,19 +35,19 @@ class Decoder:
     """
 
     def __init__(self, checkpoint: Checkpoint, block_bytes: int = BLOCK_BYTES, cache_bytes: int = 0) -> None:
-        self.settings = settings = Settings(checkpoint.config)
+        self.settings = settings = DecoderSettings(checkpoint.config)
         if len(checkpoint.ranks) != settings.tp * settings.pp:
             expected = f"{settings.tp * settings.pp}: tp_size {settings.tp} * pp_size {settings.pp}"
             raise VerificationFailed([Problem("config.json: mapping", f"{len(checkpoint.ranks)} rank files", expected)])
-        self._weights = Weights(checkpoint, block_bytes, cache_bytes)
-        self._stages = [Stage(self._weights, range(n * settings.tp, (n + 1) * settings.tp)) for n in range(settings.pp)]
+        self._weights = CheckpointWeights(checkpoint, block_bytes, cache_bytes)
+        self._stages = [PipelineStage(self._weights, range(n * settings.tp, (n + 1) * settings.tp)) for n in range(settings.pp)]
         self._attention, self._mlp = Attention(settings, block_bytes), FeedForward(settings)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """float32 [tokens, vocab_size] of one sequence, int [tokens]: row n is what token n is followed by."""
-        return self.step(tokens, Cache())
+        return self.step(tokens, KeyValueCache())
 
-    def step(self, tokens: Tensor, cache: Cache, last: int | None = None) -> Tensor:
+    def step(self, tokens: Tensor, cache: KeyValueCache, last: int | None = None) -> Tensor:
         """float32 [last, vocab_size]: logits of the last of new tokens (default: of all), int [tokens], behind those of the cache.
 
         The same as the last rows of `logits` of all tokens. The cache then has the new tokens too; a fresh `Cache()` has none.
@@ -79,7 +79,7 @@ class Decoder:
         """
         return self._weights.unused()
 
-    def _layer(self, stage: Stage, module: str, layer: int, x: Tensor, cache: Cache) -> Tensor:
+    def _layer(self, stage: PipelineStage, module: str, layer: int, x: Tensor, cache: KeyValueCache) -> Tensor:
         settings = self.settings
         between = settings.norms_between
         inner = self._attention(stage, f"{module}.attention", layer, norm(stage, f"{module}.input_layernorm", settings, x), cache)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import Problem, VerificationFailed
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ def halves(x: Tensor) -> Tensor:
 class FeedForward:
     """The MLP of every layer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
 
-    def __call__(self, stage: Stage, module: str, x: Tensor) -> Tensor:
+    def __call__(self, stage: PipelineStage, module: str, x: Tensor) -> Tensor:
         """[tokens, hidden] of tokens [tokens, hidden]."""
         settings = self.settings
         if settings.experts:
@@ -53,12 +53,12 @@ class FeedForward:
 
         return stage.total(part, f"{module}.proj", settings.hidden, bias=settings.mlp_bias)
 
-    def _fused(self, stage: Stage, module: str, x: Tensor, inner: int) -> Tensor:
+    def _fused(self, stage: PipelineStage, module: str, x: Tensor, inner: int) -> Tensor:
         return stage.total(
             lambda rank: halves(stage.part(rank, x, f"{module}.fc", 2 * inner)), f"{module}.proj", self.settings.hidden
         )
 
-    def _mixture(self, stage: Stage, module: str, x: Tensor) -> Tensor:
+    def _mixture(self, stage: PipelineStage, module: str, x: Tensor) -> Tensor:
         shares = route(stage.copied(x, f"{module}.router", self.settings.experts), self.settings)
         result, inner = torch.zeros_like(x), self.settings.expert_inner
         count = self.settings.experts // self.settings.ep
@@ -77,7 +77,7 @@ class FeedForward:
             result += self._fused(stage, f"{module}.shared_expert", x, self.settings.shared_inner) * gate
         return result
 
-    def _check_stacks(self, stage: Stage, rank: int, module: str, count: int) -> None:
+    def _check_stacks(self, stage: PipelineStage, rank: int, module: str, count: int) -> None:
         for name in ("fc", "proj"):
             shape = stage.weights.tensor(rank, f"{module}.{name}.weight").shape
             # No token may go to an expert, so that nothing else asks for it.
@@ -88,7 +88,7 @@ class FeedForward:
                 raise VerificationFailed([Problem(subject, f"shape {list(shape)}", expected)])
 
 
-def route(scores: Tensor, settings: Settings) -> Tensor:
+def route(scores: Tensor, settings: DecoderSettings) -> Tensor:
     """How much of each expert's output each token takes: [tokens, experts] of router's scores, 0 where it does not go there."""
     count = int(settings.moe["top_k"])
     if settings.routing == 2:

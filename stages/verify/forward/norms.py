@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -15,7 +15,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def norm(stage: Stage, module: str, settings: Settings, x: Tensor) -> Tensor:
+def norm(stage: PipelineStage, module: str, settings: DecoderSettings, x: Tensor) -> Tensor:
     """[tokens, hidden] by a norm of which every rank has a copy."""
     weight = stage.vector(f"{module}.weight", settings.hidden)
     if not settings.layer_norm:

@@ -11,13 +11,14 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from stages.verify.named_weights import NamedWeights
 
 BLOCK_BYTES = 32 << 20  # of float32, read at once
 # Not the model's: how its weights were stored, and how somebody ran it.
@@ -29,16 +30,8 @@ STACKS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj":
 ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")  # block_sparse_moe.gate in files
 
 
-class Weights(Protocol):
-    """A model's weights by Hugging Face's parameter names, experts one by one; rows of them on demand."""
-
-    def names(self) -> Sequence[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
-
-
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """A weight, and the part of a parameter that it fills: `place` as an index, of `shape`."""
 
     name: str
@@ -49,7 +42,7 @@ class Part:
 class Reference:
     """transformers' model of `config` with `weights`, on the CPU, in float32."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: NamedWeights) -> None:
         """Raises VerificationFailed naming every parameter without a weight, every weight without a parameter and every weight
         of another shape; BadInput where transformers is not installed or does not know the model.
         """
@@ -78,7 +71,7 @@ class Reference:
             result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
         return result
 
-    def _matched(self, tied: bool) -> dict[str, list[Part]]:
+    def _matched(self, tied: bool) -> dict[str, list[ParameterPart]]:
         """The parts of each parameter."""
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         names = {id(module): name for name, module in self._model.named_modules()}
@@ -150,22 +143,22 @@ class Reference:
         return result + bias if isinstance(bias, Tensor) else result
 
 
-def _parts(name: str, shape: tuple[int, ...], given: set[str]) -> list[Part]:
+def _parts(name: str, shape: tuple[int, ...], given: set[str]) -> list[ParameterPart]:
     """What fills a parameter: the weight of its name, or those that files have in its place."""
     if name in given:
-        return [Part(name, (), shape)]
+        return [ParameterPart(name, (), shape)]
     for router in ROUTERS:
         found = name.replace(router, ".block_sparse_moe.gate.weight")
         if name.endswith(router) and found in given:
-            return [Part(found, (), shape)]
+            return [ParameterPart(found, (), shape)]
     front, _, leaf = name.rpartition(".")
     if not front.endswith(".mlp.experts") or leaf not in STACKS or len(shape) != 3:
-        return [Part(name, (), shape)]
+        return [ParameterPart(name, (), shape)]
     numbered = f"{front.removesuffix('.mlp.experts')}.block_sparse_moe.experts"
     style = 0 if any(weight.startswith(f"{numbered}.") for weight in given) else 1
     projections, rows = STACKS[leaf], shape[1] // len(STACKS[leaf])
     return [
-        Part(
+        ParameterPart(
             f"{front if style else numbered}.{expert}.{projection[style]}.weight",
             (expert, slice(n * rows, (n + 1) * rows)),
             (rows, shape[2]),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import BadInput, Problem
-from stages.verify.forward.settings import Settings
+from stages.verify.forward.settings import DecoderSettings
 
 FLOAT32 = np.dtype(np.float32)
 SCALINGS = ("linear", "llama3", "dynamic", "yarn")
@@ -24,7 +24,7 @@ SCALINGS = ("linear", "llama3", "dynamic", "yarn")
 class Rotation:
     """Turns heads by their positions. Raises BadInput naming a kind of positions that is not computed here."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
         self.scaling: Mapping[str, Any] = settings.config.get("rotary_scaling") or {}
         self.kind = self.scaling.get("type", self.scaling.get("rope_type"))

@@ -30,7 +30,7 @@ WITHOUT = "a model that is computed without it"
 
 
 @dataclass(frozen=True)
-class Settings:
+class DecoderSettings:
     """config.json as the model's classes read it. Raises BadInput naming keys that are missing or ask for what is not known here.
 
     `config`: the whole of it.

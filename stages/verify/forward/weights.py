@@ -32,7 +32,7 @@ BUFFERS = tuple(
 )
 
 
-class Weights:
+class CheckpointWeights:
     """The tensors of a checkpoint as they are asked for. Raises VerificationFailed naming those that are missing or wrong.
 
     `block_bytes`: of a weight that is in memory at once, as float32. `cache_bytes`: of blocks that are kept for the next use, the
@@ -143,10 +143,10 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """The ranks of one pipeline stage."""
 
-    weights: Weights
+    weights: CheckpointWeights
     ranks: range
 
     def part(self, rank: int, x: Tensor, module: str, out: int, *, bias: bool = False) -> Tensor:

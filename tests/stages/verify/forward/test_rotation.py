@@ -18,7 +18,7 @@ from pipeline.errors import BadInput
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.rotation import Rotation
-from stages.verify.forward.settings import Settings
+from stages.verify.forward.settings import DecoderSettings
 from tests.end_to_end.test_family_forward import SIZES, TOLERANCE, Case, build, difference, old_style, ranks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ LONG = {
 
 
 def rotation(scaling: dict[str, Any] | None = None, **more: Any) -> Rotation:
-    return Rotation(Settings({**CONFIG, "rotary_scaling": scaling, **more}))
+    return Rotation(DecoderSettings({**CONFIG, "rotary_scaling": scaling, **more}))
 
 
 def agrees(scaling: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def test_what_is_not_the_same_in_both_is_refused_by_name(subject: str) -> None:
     if config["architecture"] != CONFIG["architecture"]:
         config["hidden_act"] = "gelu"
     with pytest.raises(BadInput, match=f"config.json: {subject}"):
-        Rotation(Settings(config))
+        Rotation(DecoderSettings(config))
 
 
 def test_an_attention_factor_that_yarn_has_in_any_case() -> None:
