@@ -11,12 +11,12 @@ from stages.verify.forward.weights import PipelineStage
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[..., features] of the same shape, weight [features]."""
+    """The RMS norm of `x`, [..., features], with a weight [features]."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
 
 
 def norm(stage: PipelineStage, module: str, settings: DecoderSettings, x: Tensor) -> Tensor:
-    """[tokens, hidden] by a norm of which every rank has a copy."""
+    """Apply the norm `module`, of which every rank has a copy, to [tokens, hidden]."""
     weight = stage.vector(f"{module}.weight", settings.hidden)
     if not settings.layer_norm:
         return rms_norm(x, weight, settings.epsilon)
