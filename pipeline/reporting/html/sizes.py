@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.reporting.html.provenance import look_up
 from pipeline.reporting.html.words import percent, runs, size
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from pipeline.tensor.tensors import tensor_bytes
 
 SHOWN_PARTS = 5  # parts with a colour of their own; the others are one more
 SPECK = 0.005  # of all bytes: a smaller part has no colour of its own
@@ -54,11 +54,6 @@ class Sizes:
     def total(self) -> str:
         """The bytes of all tensors in words."""
         return size(self.total_bytes)
-
-
-def tensor_bytes(tensor: FileTensor) -> int:
-    """The bytes of a tensor in its file."""
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def part(name: str) -> str:

@@ -13,9 +13,10 @@ from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import Provenance
 from pipeline.reporting.html.scale import STEPS, colour_scale
-from pipeline.reporting.html.sizes import part, sizes, tensor_bytes
+from pipeline.reporting.html.sizes import part, sizes
 from pipeline.reporting.html.summary import TensorError, VerificationSummary, parse_summary
 from pipeline.reporting.html.words import duration, percent, runs, together, visible
+from pipeline.tensor.tensors import tensor_bytes
 from tests.support import report_pages
 
 decibels = st.floats(-300, 300, allow_nan=False)

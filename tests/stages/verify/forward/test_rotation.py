@@ -145,10 +145,10 @@ def test_scores_depend_on_distances(more: dict[str, Any]) -> None:
         rest = 8 if more else SIZE
         assert ours.rotate(q, 11, 14)[..., rest:].equal(q[..., rest:])
         assert not torch.isclose(ours.rotate(q, 11, 14)[..., :rest], q[..., :rest]).any()
-    scores = [(ours.rotate(q, at + 3, 14) * ours.turn(k, at, 14)).sum(-1) for at in (0, 5, 10)]
+    scores = [(ours.rotate(q, at + 3, 14) * ours.rotate(k, at, 14)).sum(-1) for at in (0, 5, 10)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores[2], scores[0], rtol=1e-4, atol=1e-5)
-    assert not torch.isclose((ours.rotate(q, 4, 14) * ours.turn(k, 0, 14)).sum(-1), scores[0]).any()
+    assert not torch.isclose((ours.rotate(q, 4, 14) * ours.rotate(k, 0, 14)).sum(-1), scores[0]).any()
 
 
 def test_long_rope_is_another_behind_the_trained_length() -> None:
