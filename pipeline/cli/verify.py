@@ -70,7 +70,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
 ) -> None:
     """Continue a text with the converted ranks, on the CPU."""
-    from pipeline.reporting.verification import generate_text
+    from pipeline.reporting.generation import generate_text
 
     for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
         sys.stdout.write(text)

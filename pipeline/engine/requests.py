@@ -1,4 +1,4 @@
-"""The engines of a plan: each request knows what checkpoint it will be built from."""
+"""The requests for the engines of a plan, with the identity of the checkpoint that each will be built from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan_requests(plan: Plan) -> tuple[Request, ...]:
-    """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
+    """The requests for the engines that a plan's job asks for, with the identities of the planned checkpoints."""
     requests = job_requests(plan.job.targets, plan.job.engine)
     if not requests:
         return ()
@@ -25,7 +25,7 @@ def plan_requests(plan: Plan) -> tuple[Request, ...]:
 
 
 def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
-    """What tells a checkpoint that headrace writes from others: its id, and a digest of its config.json."""
+    """Identify a checkpoint that headrace writes by its id and a digest of its config.json."""
     return {"id": checkpoint_id, "config": digest(config)}
 
 

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.verify.roundtrip.figures import Figures, Where, rounding
+from stages.verify.roundtrip.figures import BlockPlace, Figures, rounding
 from tests.support.examples import examples
 
 
 def test_figures_are_those_of_the_definitions() -> None:
     wanted, got = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, -2.5, 3.0])
     figures = Figures()
-    figures.compare(got, wanted, 0.4, Where(10))
+    figures.compare(got, wanted, 0.4, BlockPlace(10))
     summary = figures.summary()
     assert summary["elements"] == 3
     assert summary["max_abs"] == 0.5
