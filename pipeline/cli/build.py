@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.errors import BadInput, Problem
-from pipeline.planning.builder_options import Table, known_options
-from pipeline.planning.engine_options import EngineOptions, Request, make_request
+from pipeline.planning.builder_options import OptionTable, known_options
+from pipeline.planning.engine_options import EngineOptions, EngineRequest, make_request
 
 if TYPE_CHECKING:
     from pipeline.run.execute import Built
@@ -79,7 +79,7 @@ def build_command(
         print(sentence(built))
 
 
-def split_words(words: list[str], table: Table) -> tuple[list[str], dict[str, Any]]:
+def split_words(words: list[str], table: OptionTable) -> tuple[list[str], dict[str, Any]]:
     """The words that are no options, and the builder's options with their values, as a job file would have them.
 
     An option takes the words up to the next one, but for flags, and for those of one value, which `table` knows.
@@ -124,7 +124,7 @@ def sentence(built: Built) -> str:
     return f"{built.directory}: {human_bytes(built.nbytes)} of engines, built in {built.seconds:.1f} s"
 
 
-def _request(places: list[str], options: dict[str, Any]) -> Request:
+def _request(places: list[str], options: dict[str, Any]) -> EngineRequest:
     if len(places) == 1:
         return make_request(Path(places[0]), options)
     # What is wrong with the options may be why: an unknown one takes a word.

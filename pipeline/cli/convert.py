@@ -38,9 +38,9 @@ def convert_command(
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
     from pipeline.watching.progress import listener
-    from pipeline.watching.state import Watch
+    from pipeline.watching.state import RunWatch
 
-    started, watch = time.perf_counter(), Watch()
+    started, watch = time.perf_counter(), RunWatch()
     plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     listens = listener(quiet, log_format, watch)

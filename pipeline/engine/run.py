@@ -19,12 +19,12 @@ from pipeline.engine.log import BuildLog
 from pipeline.engine.messages import no_builder, no_engine
 from pipeline.engine.output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
-from pipeline.planning.builder_options import Table, command_words, known_options, parse_help
-from pipeline.planning.engine_options import Request
+from pipeline.planning.builder_options import OptionTable, command_words, known_options, parse_help
+from pipeline.planning.engine_options import EngineRequest
 from pipeline.run.execute import Built, Result, execute, open_session
 from pipeline.run.schedulers import Session, runner
 from pipeline.watching.listener import Listener
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 from stages.build import Builder, Call, Outcome, Probe, gpus, probe, run
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 GPU: Mapping[str, float] = {"GPU": 1}  # what a task takes of a worker
 
 
-def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> Built:
+def build_engine(request: EngineRequest, log: BuildLog, scheduler: str = "local") -> Built:
     """Build the engine of a finished checkpoint.
 
     Raises BadInput where the checkpoint, an option or the engine's directory is wrong, EngineFailed where the builder fails or is
@@ -53,11 +53,11 @@ def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> B
 
 def convert_and_build(
     plan: Plan,
-    requests: Sequence[Request],
+    requests: Sequence[EngineRequest],
     listener: Listener | None,
     log: BuildLog,
     started: float | None = None,
-    watch: Watch | None = None,
+    watch: RunWatch | None = None,
 ) -> Result:
     """Convert, then build each target's engine, in one session of the scheduler. Raises what `execute` and `build_engine` do."""
     engines = Engines(requests, log, plan.job.scheduler, overwrite=plan.job.overwrite)
@@ -66,7 +66,7 @@ def convert_and_build(
         if plan.up_to_date and all(map(engines.complete, requests)):
             done = tuple(Built(request.engine, up_to_date=True) for request in requests)
             return replace(execute(plan, listener, started=started), engines=done)
-    watch = watch or Watch()
+    watch = watch or RunWatch()
     with open_session(plan, watch, _here()) as session:
         engines.prepare(session, wait=False)
         result = execute(plan, listener, started=started, session=session, watch=watch)
@@ -82,7 +82,7 @@ def _here() -> Mapping[str, float]:
 class _Engine:
     """One engine on its way: its calls by name, and how they ended."""
 
-    request: Request
+    request: EngineRequest
     place: EngineDirectory
     token: Path = Path()
     command: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class _Engine:
 class Engines:
     """The engines of a job: looked at before anything is written, built once their checkpoints are whole."""
 
-    def __init__(self, requests: Sequence[Request], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
+    def __init__(self, requests: Sequence[EngineRequest], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
         self.requests, self.log, self.scheduler, self.overwrite = requests, log, scheduler, overwrite
         self.elsewhere = "://" in scheduler
         self._probes: dict[Builder, Probe] = {}
@@ -119,7 +119,7 @@ class Engines:
         if nowhere:
             raise EngineFailed("\n".join(no_builder(found, commands) for found, commands in nowhere.items()))
 
-    def complete(self, request: Request) -> bool:
+    def complete(self, request: EngineRequest) -> bool:
         """Whether an engine that has been prepared is there already, and stays."""
         return not self._replaces(request) and self._place(request, self._probes[_builder(request)]).complete
 
@@ -232,7 +232,7 @@ class Engines:
         if not session.offers(GPU):
             self.log.waiting("GPU", self.scheduler)
 
-    def _probe(self, request: Request, session: Session | None, wait: bool) -> Probe:
+    def _probe(self, request: EngineRequest, session: Session | None, wait: bool) -> Probe:
         """What the machine that builds has; a cluster is asked on a worker with a GPU."""
         builder = _builder(request)
         if builder not in self._probes and self.elsewhere and session:
@@ -244,7 +244,7 @@ class Engines:
             self._probes[builder] = probe(builder)
         return self._probes[builder]
 
-    def _place(self, request: Request, found: Probe) -> EngineDirectory:
+    def _place(self, request: EngineRequest, found: Probe) -> EngineDirectory:
         table = known_options()
         given = request.arguments(table)
         # Of an option that this version does not know nobody can say that it changes nothing.
@@ -258,7 +258,7 @@ class Engines:
         }
         return EngineDirectory(request.engine, request.ranks or world_size(request.checkpoint), inputs)
 
-    def _replaces(self, request: Request) -> bool:
+    def _replaces(self, request: EngineRequest) -> bool:
         return self.overwrite or request.own.overwrite
 
 
@@ -270,11 +270,11 @@ def _graph(prefix: str, function: Any, arguments: Mapping[str, Any]) -> Any:
     return {keys[name]: Task(keys[name], function, argument) for name, argument in arguments.items()}
 
 
-def _table(found: Probe) -> Table:
+def _table(found: Probe) -> OptionTable:
     return parse_help(found.help) or known_options()
 
 
-def _builder(request: Request) -> Builder:
+def _builder(request: EngineRequest) -> Builder:
     return Builder(request.own.builder, request.own.trtllm_build, request.own.container)
 
 

@@ -102,7 +102,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Part:
+class FusedPart:
     """One of the sources that a fused module is made of, in the order of its rows. `heads` names the unit it is split by."""
 
     name: str
@@ -124,7 +124,7 @@ class Module:
     split: str
     out: str = ""
     in_: str = ""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[FusedPart, ...] = ()
     bias: str = ""
     when: str = ""
     dtype: str = ""
@@ -142,7 +142,7 @@ class Slot:
     """Where a renamed module belongs: the target module, which part of it, which layer and expert (None: all in one stack)."""
 
     module: Module
-    part: Part | None
+    part: FusedPart | None
     layer: int | None
     expert: int | None
 
@@ -163,7 +163,7 @@ class Layout:
     name: str
     modules: Mapping[str, Module]
     config: Mapping[str, Any]
-    _slots: PatternTable[tuple[Module, Part | None]] = field(repr=False, compare=False)
+    _slots: PatternTable[tuple[Module, FusedPart | None]] = field(repr=False, compare=False)
 
     def find(self, name: str) -> Slot | None:
         """The slot of a renamed module, e.g. `transformer.layers.3.attention.qkv.q`; None where the layout has no such module."""
@@ -174,7 +174,7 @@ class Layout:
         return Slot(module, part, numbers.get("layer"), numbers.get("expert"))
 
 
-def slot_names(module: Module) -> Iterable[tuple[str, Part | None]]:
+def slot_names(module: Module) -> Iterable[tuple[str, FusedPart | None]]:
     """The names under which the sources of `module` are known after renaming: one a part, experts one by one or stacked."""
     if module.parts:
         yield module.name, None  # what all parts have in common, such as one scale
@@ -191,7 +191,7 @@ def layout(name: str) -> Layout:
     data = _load("layouts", name)
     modules = {}
     for module_name, row in data["modules"].items():
-        parts = tuple(Part(**part) for part in row.get("parts", ()))
+        parts = tuple(FusedPart(**part) for part in row.get("parts", ()))
         rest = {("in_" if key == "in" else key): value for key, value in row.items() if key != "parts"}
         modules[module_name] = Module(module_name, parts=parts, **rest)
     slots = PatternTable((slot, (module, part)) for module in modules.values() for slot, part in slot_names(module))

@@ -26,7 +26,7 @@ _CHOICES = re.compile(r"\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
-class Option:
+class BuilderOption:
     """One option of the builder.
 
     `values`: how many it takes. `choices`: all that it takes, where there is a list. `refused`: why headrace does not pass it on.
@@ -40,23 +40,23 @@ class Option:
     inert: bool = False
 
 
-Table = Mapping[str, Option]
+OptionTable = Mapping[str, BuilderOption]
 Arguments = Mapping[str, tuple[str, ...]]  # the words that follow each option
 
 
 @cache
-def known_options() -> Table:
+def known_options() -> OptionTable:
     """The options of trtllm-build 1.2.1, by name without dashes."""
     data = tomllib.loads((CONFIGS / "engine" / f"trtllm-build-{VERSION}.toml").read_text())
-    return {name: Option(**{**row, "choices": tuple(row.get("choices", ()))}) for name, row in data.items()}
+    return {name: BuilderOption(**{**row, "choices": tuple(row.get("choices", ()))}) for name, row in data.items()}
 
 
-def parse_help(text: str) -> Table:
+def parse_help(text: str) -> OptionTable:
     """The options that an argparse --help lists; none where the text is something else.
 
     What a help does not say (that a value is a number or a path, what headrace refuses) is taken from `known_options`.
     """
-    found: dict[str, Option] = {}
+    found: dict[str, BuilderOption] = {}
     for line in text.splitlines():
         if not _LISTED.match(line):
             continue
@@ -68,19 +68,19 @@ def parse_help(text: str) -> Table:
         choices = tuple(dict.fromkeys(listed[1].split(","))) if listed else ()
         values: Literal["none", "one", "many"] = "none" if not rest else "many" if "..." in rest else "one"
         for name in names:
-            known = known_options().get(name, Option())
+            known = known_options().get(name, BuilderOption())
             found[name] = replace(known, values=values, choices=choices)
     return found if len(found) >= LEAST else {}
 
 
-def arguments(values: Mapping[str, Any], table: Table) -> Arguments:
+def arguments(values: Mapping[str, Any], table: OptionTable) -> Arguments:
     """The words that say `values` (as a job file or a command line has them); false flags are left out.
 
     Numbers become text, true and false `enable` and `disable` where the option takes these.
     """
     words = {}
     for name, value in values.items():
-        option = table.get(name, Option("none" if isinstance(value, bool) else "one"))
+        option = table.get(name, BuilderOption("none" if isinstance(value, bool) else "one"))
         if isinstance(value, bool) and set(option.choices) >= SWITCH:
             value = "enable" if value else "disable"
         if value is False and option.values == "none":
@@ -95,7 +95,7 @@ def command_words(given: Arguments) -> list[str]:
     return [word for name, values in given.items() for word in (f"--{name}", *values)]
 
 
-def check_options(given: Arguments, table: Table, prefix: str = "--") -> list[Problem]:
+def check_options(given: Arguments, table: OptionTable, prefix: str = "--") -> list[Problem]:
     """What the builder would not take: unknown names, with the nearest known ones, and values."""
     problems = []
     for name, values in given.items():
@@ -111,7 +111,7 @@ def check_options(given: Arguments, table: Table, prefix: str = "--") -> list[Pr
     return problems
 
 
-def _values(values: tuple[str, ...], option: Option) -> list[tuple[str, str]]:
+def _values(values: tuple[str, ...], option: BuilderOption) -> list[tuple[str, str]]:
     """What was found, and what was expected, of each value that is wrong."""
     counts = {"none": (0, "no value"), "one": (1, "one value")}
     if option.values in counts:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pipeline.errors import BadInput, Problem
-from pipeline.planning.builder_options import Arguments, Table, arguments, check_options, command_words, known_options
+from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
 
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
@@ -49,7 +49,7 @@ class EngineOptions(BaseModel):
 
 
 @dataclass(frozen=True)
-class Request:
+class EngineRequest:
     """One engine: of which checkpoint, where, and how.
 
     `prefix`: what stands before an option's name in messages. `ranks` and `identity`: those of a checkpoint that is yet to be
@@ -63,11 +63,11 @@ class Request:
     ranks: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def arguments(self, table: Table) -> Arguments:
+    def arguments(self, table: OptionTable) -> Arguments:
         """The builder's options as words."""
         return arguments(self.own.passed, table)
 
-    def problems(self, table: Table) -> list[Problem]:
+    def problems(self, table: OptionTable) -> list[Problem]:
         """What the builder whose options these are would not take."""
         return check_options(self.arguments(table), table, self.prefix)
 
@@ -86,26 +86,26 @@ class Request:
         return words
 
 
-def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
+def make_request(checkpoint: Path, options: Mapping[str, Any]) -> EngineRequest:
     """The request of `headrace build`. Raises BadInput naming each option of headrace's own that is wrong."""
     try:
         own = EngineOptions(**anchored(options, Path.cwd()))
     except ValidationError as error:
         raise BadInput(_invalid(error, "--")) from None
     problems = [] if own.output_dir else [Problem("--output_dir", "nothing", "a directory for the engine")]
-    request = Request(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
+    request = EngineRequest(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
     problems += _places([request])
     if problems:
         raise BadInput(problems)
     return request
 
 
-def job_requests(job: Job) -> tuple[Request, ...]:
+def job_requests(job: Job) -> tuple[EngineRequest, ...]:
     """The engines that a job asks for, one for each target that has a table.
 
     Raises BadInput naming each option of headrace's own that is wrong; of its own the builder has to be asked.
     """
-    requests: list[Request] = []
+    requests: list[EngineRequest] = []
     problems: list[Problem] = []
     for target in job.targets:
         tables = [table for table in (job.engine, target.engine) if table is not None]
@@ -118,7 +118,7 @@ def job_requests(job: Job) -> tuple[Request, ...]:
             problems += _invalid(error, PREFIX)
             continue
         named = (own.output_dir or f"{directory}{SUFFIX}").replace("{target}", directory.name)
-        requests.append(Request(directory, Path(named), own, PREFIX, target.parallelism.world_size))
+        requests.append(EngineRequest(directory, Path(named), own, PREFIX, target.parallelism.world_size))
     problems = list(dict.fromkeys(problems)) or _places(requests)
     if problems:
         raise BadInput(problems)
@@ -143,7 +143,7 @@ def _absolute(value: str | Path, folder: Path) -> Path:
     return Path(os.path.abspath(folder / Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
 
 
-def _places(requests: list[Request]) -> list[Problem]:
+def _places(requests: list[EngineRequest]) -> list[Problem]:
     """Engines that would lie in one another's or in a checkpoint's directory."""
     problems = []
     engines = [request.engine for request in requests]

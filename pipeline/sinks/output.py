@@ -26,7 +26,7 @@ from pipeline.sinks.reserve import missing
 from pipeline.tensor.placement import Located, Region
 
 if TYPE_CHECKING:
-    from pipeline.sinks.rank_file import FileTensor, RankFile
+    from pipeline.sinks.rank_file import RankFile, RankFileTensor
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
@@ -154,7 +154,7 @@ class Output:
         return result
 
 
-def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
+def _tensor_checksum(tensor: RankFileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
     """A tensor's parts in order, taken out of `parts`."""
     result: list[list[Any]] = []
     offset, end = tensor.offset, tensor.offset + tensor.nbytes

@@ -18,7 +18,7 @@ from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
 
 
 @dataclass(frozen=True, slots=True)
-class FileTensor:
+class RankFileTensor:
     """Where a tensor lies in a rank file: byte offset from the file's start, shape and dtype (TensorRT-LLM's name).
 
     `stored`: the shape and dtype by which placements count.
@@ -52,7 +52,7 @@ class RankFile:
 
     path: Path
     header: bytes
-    tensors: dict[str, FileTensor]
+    tensors: dict[str, RankFileTensor]
     size_bytes: int
 
     @property
@@ -102,7 +102,7 @@ def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
     header = len(text).to_bytes(8, "little") + text
     partial = str(partial_name(path))
     located = {
-        tensor.name: FileTensor(
+        tensor.name: RankFileTensor(
             partial, len(header) + start, tensor.shape, tensor.dtype, tensor.stored or (tensor.shape, tensor.dtype)
         )
         for tensor, start in zip(ordered, offsets, strict=True)

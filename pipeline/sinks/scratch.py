@@ -190,7 +190,7 @@ def scratch_id(*parts: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScratchCut:
     """A cut on disk, as `headrace scratch ls` shows it."""
 
     directory: Path
@@ -200,18 +200,18 @@ class Found:
     size_bytes: int
 
 
-def list_scratch(root: Path) -> list[Found]:
+def list_scratch(root: Path) -> list[ScratchCut]:
     """The cuts in a scratch directory."""
     found = []
     for directory in sorted(root.glob("*.zarr")):
         attributes = _attributes(directory)
         if attributes.get("headrace") == "scratch":
             nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-            found.append(Found(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
+            found.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
     return found
 
 
-def remove_scratch(root: Path, names: list[str]) -> list[Found]:
+def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
     """Remove cuts by the names of their directories, or all; one that a job is at work on is refused with BadInput."""
     found = [cut for cut in list_scratch(root) if not names or cut.directory.name in names]
     missing = sorted(set(names) - {cut.directory.name for cut in found})

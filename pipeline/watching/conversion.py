@@ -8,26 +8,26 @@ from typing import Any
 
 from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching import server
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 
 # (path, text) of the pages beside ours: headrace's own, and those of Dask's dashboard.
 OWN = (("metrics", "metrics"), ("health", "health"))
 DASK = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"))
 
 
-def join(application: Any, watch: Watch, listen: Listen) -> None:
+def join(application: Any, watch: RunWatch, listen: Listen) -> None:
     """Add them to a Dask server's application; to be called in its event loop."""
     server.join(application, {PAGE: _page(watch, (*DASK, *OWN))}, _routes(watch), listen)
 
 
 @contextmanager
-def serving(watch: Watch, listen: Listen) -> Iterator[str]:
+def serving(watch: RunWatch, listen: Listen) -> Iterator[str]:
     """Serve them where there is no dashboard; yields the page's address. Raises BadInput where `listen` cannot be had."""
     with server.serving(listen, {PAGE: _page(watch, OWN)}, _routes(watch)) as url:
         yield url + PAGE
 
 
-def health(watch: Watch) -> dict[str, Any]:
+def health(watch: RunWatch) -> dict[str, Any]:
     """What `/health` says of a conversion: sizes in bytes, times in seconds."""
     now = watch.snapshot()
     return {
@@ -44,7 +44,7 @@ def health(watch: Watch) -> dict[str, Any]:
     }
 
 
-def _page(watch: Watch, links: Sequence[tuple[str, str]]) -> server.Page:
+def _page(watch: RunWatch, links: Sequence[tuple[str, str]]) -> server.Page:
     """The page; what it is made of is imported when somebody opens it."""
 
     def fill(document: Any) -> None:
@@ -55,11 +55,11 @@ def _page(watch: Watch, links: Sequence[tuple[str, str]]) -> server.Page:
     return fill
 
 
-def _routes(watch: Watch) -> list[server.Route]:
+def _routes(watch: RunWatch) -> list[server.Route]:
     return server.routes(_metrics(watch), lambda: health(watch))
 
 
-def _metrics(watch: Watch) -> Callable[[], bytes] | None:
+def _metrics(watch: RunWatch) -> Callable[[], bytes] | None:
     try:
         from pipeline.watching.metrics import Metrics, of_conversion
     except ModuleNotFoundError:  # it comes with the extra `jobs`

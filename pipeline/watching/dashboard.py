@@ -8,7 +8,7 @@ from typing import Any
 from tornado import web
 
 from pipeline.planning.listen import Listen
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 
 
 class OnDemand(web.Application):
@@ -26,7 +26,7 @@ class OnDemand(web.Application):
         return None
 
 
-def attend(cluster: Any, watch: Watch | None, listen: Listen | None) -> None:
+def attend(cluster: Any, watch: RunWatch | None, listen: Listen | None) -> None:
     """Have a cluster's server answer for the dashboard's pages, and for `watch`."""
     scheduler = cluster.scheduler
 

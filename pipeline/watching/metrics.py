@@ -70,7 +70,7 @@ Values = Iterable[tuple[tuple[str, ...], float | None]]
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A metric: its name (Prometheus adds `_total` to counters), what it says, its labels, and how a Reading gives its values."""
 
     name: str
@@ -95,23 +95,27 @@ def _rank(field: str) -> Callable[[Reading], Values]:
 
 
 METRICS = (
-    Row("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
-    Row("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
-    Row("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
-    Row("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
-    Row("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
-    Row("headrace_job_bytes", "gauge", "Bytes written of a running job, earlier attempts' included.", ("job",), _job("done_bytes")),
-    Row("headrace_job_size_bytes", "gauge", "Bytes that a running job writes in all.", ("job",), _job("total_bytes")),
-    Row("headrace_job_bytes_per_second", "gauge", "How fast a running job writes.", ("job",), _job("bytes_per_second")),
-    Row("headrace_job_eta_seconds", "gauge", "Seconds that a running job has left.", ("job",), _job("eta_seconds")),
-    Row("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
-    Row("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
-    Row("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
-    Row("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
-    Row("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
-    Row("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
-    Row("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
-    Row("headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]),
+    MetricRow("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
+    MetricRow("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
+    MetricRow("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
+    MetricRow("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
+    MetricRow("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
+    MetricRow(
+        "headrace_job_bytes", "gauge", "Bytes written of a running job, earlier attempts' included.", ("job",), _job("done_bytes")
+    ),
+    MetricRow("headrace_job_size_bytes", "gauge", "Bytes that a running job writes in all.", ("job",), _job("total_bytes")),
+    MetricRow("headrace_job_bytes_per_second", "gauge", "How fast a running job writes.", ("job",), _job("bytes_per_second")),
+    MetricRow("headrace_job_eta_seconds", "gauge", "Seconds that a running job has left.", ("job",), _job("eta_seconds")),
+    MetricRow("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
+    MetricRow("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
+    MetricRow("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
+    MetricRow("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
+    MetricRow("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
+    MetricRow("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
+    MetricRow("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
+    MetricRow(
+        "headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]
+    ),
 )
 DURATIONS = "headrace_job_duration_seconds"
 

@@ -1,4 +1,4 @@
-"""The page of one conversion: a Bokeh document that looks at a Watch once a second."""
+"""The page of one conversion: a Bokeh document that looks at a RunWatch once a second."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pipeline.watching.units import human_bytes
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
     from pipeline.planning.plans import Plan
-    from pipeline.watching.state import Watch
+    from pipeline.watching.state import RunWatch
     from stages.write import Written
 
 LogFormat = Literal["text", "json"]
@@ -24,14 +24,14 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal
 _LAYER = re.compile(r"(?:transformer\.)?(layers\.\d+|[\w.]+?)(?:\.|$)")
 
 
-def listener(quiet: bool, log_format: LogFormat, watch: Watch, stream: IO[str] | None = None) -> Listener:
+def listener(quiet: bool, log_format: LogFormat, watch: RunWatch, stream: IO[str] | None = None) -> Listener:
     """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not; JSON from a watch."""
     stream = stream or sys.stderr
     if quiet:
         return Silent()
     if log_format == "json":
-        return Lines(stream, watch)
-    return Bar(stream) if stream.isatty() else Lines(stream)
+        return ProgressLines(stream, watch)
+    return ProgressBar(stream) if stream.isatty() else ProgressLines(stream)
 
 
 def layer(name: str) -> str:
@@ -61,10 +61,10 @@ def page_address(job: Job, dashboard: str) -> str:
     return parse_listen(job.listen).url + PAGE if job.listen else ""
 
 
-class Lines:
+class ProgressLines:
     """A line at the start, then one every few seconds; each whole in itself. Where there is a watch, JSON with what it sees."""
 
-    def __init__(self, stream: IO[str], watch: Watch | None = None) -> None:
+    def __init__(self, stream: IO[str], watch: RunWatch | None = None) -> None:
         self.stream, self.watch = stream, watch
         self.done = self.total = self.resumed = 0
         self.begun = self.last = time.monotonic()
@@ -99,7 +99,7 @@ class Lines:
         pass
 
 
-def _seen(watch: Watch) -> dict[str, Any]:
+def _seen(watch: RunWatch) -> dict[str, Any]:
     """What a line of JSON says beside bytes and time: `ranks` are [target, rank, bytes written, bytes in all]."""
     now = watch.snapshot()
     return {
@@ -112,7 +112,7 @@ def _seen(watch: Watch) -> dict[str, Any]:
     }
 
 
-class Bar:
+class ProgressBar:
     """rich's progress bar: bytes, GB/s, time left, and the layer that the last task ended in."""
 
     def __init__(self, stream: IO[str]) -> None:

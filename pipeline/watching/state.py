@@ -1,7 +1,7 @@
-"""What a run has done so far, kept for whoever watches it: a page, Prometheus, a store of jobs.
+"""The state of a run so far, kept for those that watch it: a page, Prometheus, a store of jobs.
 
-A Watch hears of each finished task, which stands for megabytes to hundreds of them, and adds up what it says; nothing is done for
-a piece. What costs more (the shares of ranks, throughput, memory) is worked out when somebody looks.
+A RunWatch is told of each finished task (one to several hundred megabytes) and adds up its figures; it does no work for the pieces
+inside a task. The figures that cost more (progress by rank, throughput, memory) are worked out when somebody asks for a snapshot.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Snapshot:
         return asdict(self)
 
 
-class Watch:
+class RunWatch:
     """A listener of a run (see `pipeline.run.execute.Listener`) that can be looked at from any thread.
 
     `stages`: seconds and bytes by stage, summed over workers; `bytes_read`: of the source and of scratch.

@@ -105,7 +105,7 @@ def _parts(location: Path) -> list[Path]:
 def _open(path: Path) -> Any:
     import gguf
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class _HeaderReader(gguf.GGUFReader):  # type: ignore[misc]
         """gguf's reader, less the contents of long arrays: vocabularies take it seconds and hundreds of megabytes."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -141,7 +141,7 @@ def _open(path: Path) -> Any:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
-        reader = Reader(path)
+        reader = _HeaderReader(path)
         _metadata(reader)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None

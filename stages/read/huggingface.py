@@ -16,7 +16,7 @@ from stages.read.quantizer import KEY, quantizer_settings
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightsFormat:
     """One of the formats that weights come in: the names of its index, of its only file, of its shards, and of its reader."""
 
     kind: str
@@ -37,8 +37,10 @@ class Format:
 
 # Where a directory has both, the first is read. Other .bin files, such as training_args.bin, hold no weights and are left alone.
 FORMATS = (
-    Format("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", "safetensors"),
-    Format("Hugging Face PyTorch .bin", "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin", "torch_pickle"),
+    WeightsFormat("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", "safetensors"),
+    WeightsFormat(
+        "Hugging Face PyTorch .bin", "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin", "torch_pickle"
+    ),
 )
 TOKENIZER = (
     "tokenizer.json",
@@ -116,7 +118,7 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
     return tensors, tuple(files)
 
 
-def _format(location: Path) -> Format:
+def _format(location: Path) -> WeightsFormat:
     return next((known for known in FORMATS if known.found(location)), FORMATS[0])
 
 
@@ -145,7 +147,7 @@ def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> st
     return name
 
 
-def _shards(location: Path, weights: Format, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
+def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
     """The shard files, and which file the index says each tensor is in (nothing where there is no index)."""
     index = location / weights.index
     if not index.exists():
