@@ -1,4 +1,4 @@
-"""The page, metrics and health of the one conversion that this process does."""
+"""Serve the page, metrics and health of the one conversion that this process runs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching import server
 from pipeline.watching.state import RunWatch
 
-# (path, text) of the pages beside ours: headrace's own, and those of Dask's dashboard.
+# (path, link text) of the pages that the conversion's page links to: headrace's own, and those of Dask's dashboard.
 OWN = (("metrics", "metrics"), ("health", "health"))
 DASK = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"))
 
 
 def join(application: Any, watch: RunWatch, listen: Listen) -> None:
-    """Add them to a Dask server's application; to be called in its event loop."""
+    """Add the page, `/metrics` and `/health` to a Dask server's application. Call it in that server's event loop."""
     server.join(application, {PAGE: _page(watch, (*DASK, *OWN))}, _routes(watch), listen)
 
 
 @contextmanager
 def serving(watch: RunWatch, listen: Listen) -> Iterator[str]:
-    """Serve them where there is no dashboard; yields the page's address. Raises BadInput where `listen` cannot be had."""
+    """Serve the page, `/metrics` and `/health` without a dashboard, and yield the page's URL.
+
+    Raises BadInput where the address of `listen` is taken or is not this machine's.
+    """
     with server.serving(listen, {PAGE: _page(watch, OWN)}, _routes(watch)) as url:
         yield url + PAGE
 
 
 def health(watch: RunWatch) -> dict[str, Any]:
-    """What `/health` says of a conversion: sizes in bytes, times in seconds."""
+    """Return the JSON object of `/health`: sizes in bytes, times in seconds."""
     now = watch.snapshot()
     return {
         "status": "ok",
@@ -45,9 +48,10 @@ def health(watch: RunWatch) -> dict[str, Any]:
 
 
 def _page(watch: RunWatch, links: Sequence[tuple[str, str]]) -> server.Page:
-    """The page; what it is made of is imported when somebody opens it."""
+    """Return the function that fills the page's document."""
 
     def fill(document: Any) -> None:
+        # Bokeh takes half a second to import, so this waits until somebody opens the page.
         from pipeline.watching.page import conversion_page
 
         conversion_page(watch.snapshot, links)(document)
@@ -62,6 +66,6 @@ def _routes(watch: RunWatch) -> list[server.Route]:
 def _metrics(watch: RunWatch) -> Callable[[], bytes] | None:
     try:
         from pipeline.watching.metrics import Metrics, of_conversion
-    except ModuleNotFoundError:  # it comes with the extra `jobs`
+    except ModuleNotFoundError:  # prometheus_client is installed with the extra `jobs`
         return None
     return Metrics(lambda: of_conversion(watch.snapshot())).text

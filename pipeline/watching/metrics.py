@@ -1,4 +1,4 @@
-"""What Prometheus is told, in a registry of our own: the same names for one conversion and for `headrace serve`.
+"""The metrics for Prometheus, in a registry of headrace's own: the same names for one conversion and for `headrace serve`.
 
 Every metric that headrace exports is a row of METRICS, or the histogram DURATIONS. A Reading holds their values at one moment.
 """
@@ -16,13 +16,13 @@ from prometheus_client.registry import Collector
 
 from pipeline.watching.state import Share, Snapshot
 
-# Seconds: from a small model to one of hundreds of gigabytes.
+# Upper bounds of the histogram in seconds: from a small model to one of hundreds of gigabytes.
 BUCKETS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0)
 
 
 @dataclass(frozen=True)
 class Running:
-    """A conversion at work; bytes and seconds, None for what is not known."""
+    """A conversion that is running: sizes in bytes, times in seconds, None for a value that is not known."""
 
     name: str
     done_bytes: int
@@ -39,21 +39,25 @@ class Running:
 
 @dataclass(frozen=True)
 class Durations:
-    """How long attempts took: how many at most as long as each of BUCKETS, how many at all, and their seconds together."""
+    """A histogram of how long attempts took.
+
+    `counts[i]` is the number of attempts that took at most `BUCKETS[i]` seconds, `total` the number of all attempts, and `seconds`
+    their sum.
+    """
 
     counts: tuple[int, ...] = (0,) * len(BUCKETS)
     total: int = 0
     seconds: float = 0.0
 
     def plus(self, seconds: float) -> Durations:
-        """The same with one more."""
+        """Return the histogram with one more attempt of this many seconds."""
         counts = tuple(count + (seconds <= bound) for count, bound in zip(self.counts, BUCKETS, strict=True))
         return Durations(counts, self.total + 1, self.seconds + seconds)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything that is exported, at one moment. What counts up does so from the start of the process.
+    """The values of all metrics at one moment. Counters count from the start of the process.
 
     `stages`: {stage: {"bytes" | "seconds": total}}; `states`: jobs by state; `durations`: of ended attempts, by outcome.
     """
@@ -71,7 +75,10 @@ Values = Iterable[tuple[tuple[str, ...], float | None]]
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric: its name (Prometheus adds `_total` to counters), what it says, its labels, and how a Reading gives its values."""
+    """A metric: its name (Prometheus adds `_total` to counters), help text and labels, and the function that reads its values.
+
+    `values` returns (label values, number) pairs; a pair whose number is None is not exported.
+    """
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -121,7 +128,7 @@ DURATIONS = "headrace_job_duration_seconds"
 
 
 class Metrics(Collector):
-    """The metrics of `look()`, collected whenever Prometheus asks."""
+    """A Prometheus collector: it calls `look()` for a Reading whenever it is scraped."""
 
     def __init__(self, look: Callable[[], Reading]) -> None:
         self._look = look
@@ -129,31 +136,31 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Prometheus's families, each with the values that are known."""
+        """Yield Prometheus's metric families, each with the values that are known."""
         reading = self._look()
         for row in METRICS:
-            made = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(row.name, row.help, labels=row.labels)
+            family = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(row.name, row.help, labels=row.labels)
             for labels, value in row.values(reading):
                 if value is not None:
-                    made.add_metric(labels, value)
-            yield made
+                    family.add_metric(labels, value)
+            yield family
         histogram = HistogramMetricFamily(DURATIONS, "Seconds that attempts took.", labels=("outcome",))
-        for outcome, took in sorted(reading.durations.items()):
-            buckets = [(str(bound), count) for bound, count in zip(BUCKETS, took.counts, strict=True)]
-            histogram.add_metric((outcome,), [*buckets, ("+Inf", took.total)], took.seconds)
+        for outcome, durations in sorted(reading.durations.items()):
+            buckets = [(str(bound), count) for bound, count in zip(BUCKETS, durations.counts, strict=True)]
+            histogram.add_metric((outcome,), [*buckets, ("+Inf", durations.total)], durations.seconds)
         yield histogram
 
     def describe(self) -> list[Metric]:
-        """Nothing: names are known to be one's own."""
+        """Return nothing, so that registering does not collect: no other collector is in this registry, so no name can clash."""
         return []
 
     def text(self) -> bytes:
-        """Prometheus's text format."""
+        """Return all metrics in Prometheus's text format, as bytes."""
         return generate_latest(self.registry)
 
 
 def of_conversion(now: Snapshot) -> Reading:
-    """The reading of a process that does one conversion."""
+    """Return the Reading of a process that runs one conversion."""
     states = {"running": int(now.state != "ended"), "done": int(now.state == "ended" and now.done_bytes >= now.total_bytes)}
     return Reading(
         stages=now.stages,
