@@ -43,7 +43,7 @@ OPEN_FILES = (
 )
 # Small text files: the tables, a job file, and what stands beside the ranks.
 OPEN_TEXT = (
-    "pipeline/model/tables.py",
+    "pipeline/model/table_files.py",
     "pipeline/planning/job.py",
     "pipeline/planning/builder_options.py",
     "pipeline/reporting/html/",
