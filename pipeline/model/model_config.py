@@ -117,7 +117,7 @@ class ModelConfig:
         return int(name) if name.isdigit() else int(getattr(self, name))
 
     def value(self, name: str) -> Any:
-        """Return the setting or else the field called `name`, None where there is neither; `a.b` is the entry `b` of a table `a`."""
+        """Return the setting or else the field called `name`, None where there is neither; `a.b` is entry `b` of the table `a`."""
         table, _, key = name.partition(".")
         value = self.settings[table] if table in self.settings else getattr(self, table, None)
         return value.get(key) if key and isinstance(value, Mapping) else value

@@ -22,7 +22,8 @@ from pipeline.planning.job import Job, TargetOptions
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.plans import VERSION, Phase, Plan, Target, group_blocks
 from pipeline.planning.stores import make_stores, need
-from pipeline.sinks.output import Output, check_output, check_source
+from pipeline.sinks.output import Output
+from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.sinks.rank_file import rank_file
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.placement import Placement, RankTensor
