@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import OptionTable, known_options
 from pipeline.planning.engine_options import EngineOptions, EngineRequest, make_request
@@ -65,7 +66,6 @@ def build_command(
             raise BadInput(problems)
         print(shlex.join(request.command()))
         return
-    from pipeline.engine.log import BuildLog
     from pipeline.engine.run import build_engine
 
     if "://" not in scheduler and scheduler not in ("local", "threads", "synchronous"):

@@ -14,10 +14,12 @@ import typer
 
 from pipeline.cli.build import facts, sentence
 from pipeline.cli.options import Json, LogFormat, job_options
+from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
 from pipeline.planning.builder_options import known_options
 from pipeline.planning.job import Job
 from pipeline.watching.progress import listener
+from pipeline.watching.state import RunWatch
 
 app = typer.Typer()
 
@@ -38,7 +40,6 @@ def convert_command(
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
-    from pipeline.watching.state import RunWatch
 
     started, watch = time.perf_counter(), RunWatch()
     plan = make_plan(job, download=True)
@@ -46,7 +47,6 @@ def convert_command(
     progress = listener(quiet, log_format, watch)
     engines = plan_requests(plan)
     if engines:
-        from pipeline.engine.log import BuildLog
         from pipeline.engine.run import convert_and_build
 
         result = convert_and_build(plan, engines, progress, BuildLog(quiet, log_format), started, watch)

@@ -17,6 +17,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.cli.options import Json, LogFormat
 from pipeline.errors import BadInput, Problem, WriteFailed
+from pipeline.jobs.events import Hub
+from pipeline.jobs.log import Log
+from pipeline.jobs.rows import STATES
 
 if TYPE_CHECKING:
     from pipeline.jobs.requests import Asked
@@ -122,9 +125,7 @@ def batch_command(
         return
     with opened(store) as jobs_store:
         from pipeline.jobs.batch import Batch
-        from pipeline.jobs.events import Hub
         from pipeline.jobs.limits import Limits
-        from pipeline.jobs.log import Log
 
         hub, stop = Hub(), threading.Event()
         hub.subscribe(Log(sys.stderr, log_format))
@@ -172,8 +173,6 @@ def jobs_command(
     if context.invoked_subcommand is not None:
         return
     with opened(store, create=False) as jobs_store:
-        from pipeline.jobs.rows import STATES
-
         known = next((each for each in STATES if each == state), None)
         if state and known is None:
             raise BadInput([Problem("--state", state, f"one of {', '.join(STATES)}")])

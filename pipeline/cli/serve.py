@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli.jobs import StorePath, opened, stop_in_order
 from pipeline.cli.options import LogFormat
+from pipeline.jobs.log import Log
 
 app = typer.Typer()
 
@@ -30,7 +31,6 @@ def serve_command(
     with opened(store) as jobs_store:
         from pipeline.jobs.files import validate
         from pipeline.jobs.listening import Http
-        from pipeline.jobs.log import Log
         from pipeline.jobs.schedule import read_schedule
         from pipeline.jobs.serve import Daemon
         from pipeline.jobs.services import services
