@@ -13,7 +13,7 @@ from fractions import Fraction
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism, Rank
-from pipeline.model.tables import Layout, Module, Part, Slot
+from pipeline.model.tables import FusedPart, Layout, Module, Slot
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval, Placement, RankTensor
 from pipeline.tensor.tensors import Parameter, plain
@@ -109,7 +109,7 @@ class Sharding:
         sizes = self.parallelism
         return (sizes.moe_tp_size, rank.moe_tp) if module.experts else (sizes.tp_size, rank.tp)
 
-    def _cut_heads(self, part: Part, size: int, count: int, index: int) -> Cut:
+    def _cut_heads(self, part: FusedPart, size: int, count: int, index: int) -> Cut:
         """Whole heads: an equal share, or one head held by `count / heads` ranks where there are fewer heads than ranks."""
         heads = self.model.dimension(part.heads)
         length = size // heads * max(heads // count, 1)

@@ -1,7 +1,8 @@
-"""`headrace verify` and `headrace generate`."""
+"""The commands `headrace verify` and `headrace generate`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +35,6 @@ def verify_command(
 
     Exit codes: 0 nothing wrong, 2 nothing to look at, 5 something is wrong.
     """
-    import json
-
     from pipeline.reporting.verification import verify
 
     with levels(quiet or json_) as advance:

@@ -23,7 +23,7 @@ from pipeline.engine.messages import no_builder, no_engine
 from pipeline.engine.output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
 from pipeline.planning.builder_options import command_words
-from pipeline.planning.engine_options import Request
+from pipeline.planning.engine_options import EngineRequest
 from pipeline.run.execute import Built
 from pipeline.run.schedulers import Session
 from stages.build import Builder, BuilderCall, BuilderOutcome, BuilderProbe, probe, run
@@ -35,7 +35,7 @@ GPU: Mapping[str, float] = {"GPU": 1}  # the resources of a worker that a task t
 class _Engine:
     """An engine under construction: its builder's calls by name, and their outcomes. `attempts`: begun so far."""
 
-    request: Request
+    request: EngineRequest
     place: EngineDirectory
     token: Path = Path()
     command: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class _Engine:
 class Engines:
     """The engines of a job: checked before anything is written, and built once their checkpoints are complete."""
 
-    def __init__(self, requests: Sequence[Request], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
+    def __init__(self, requests: Sequence[EngineRequest], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
         self.requests, self.log, self.scheduler, self.overwrite = requests, log, scheduler, overwrite
         self.elsewhere = "://" in scheduler
         self._probes: dict[Builder, BuilderProbe] = {}
@@ -73,7 +73,7 @@ class Engines:
         if unbuildable:
             raise EngineFailed("\n".join(no_builder(probed, commands) for probed, commands in unbuildable.items()))
 
-    def complete(self, request: Request) -> bool:
+    def complete(self, request: EngineRequest) -> bool:
         """Whether a prepared request's engine is there already and is not to be replaced."""
         return not self._replaces(request) and engine_directory(request, self._probes[builder_of(request)]).complete
 
@@ -190,7 +190,7 @@ class Engines:
         if not session.offers(GPU):
             self.log.waiting("GPU", self.scheduler)
 
-    def _probe(self, request: Request, session: Session | None, wait: bool) -> BuilderProbe:
+    def _probe(self, request: EngineRequest, session: Session | None, wait: bool) -> BuilderProbe:
         """The builder of the machine that will build; on a cluster, that of a worker with a GPU."""
         builder = builder_of(request)
         if builder not in self._probes and self.elsewhere and session:
@@ -202,7 +202,7 @@ class Engines:
             self._probes[builder] = probe(builder)
         return self._probes[builder]
 
-    def _replaces(self, request: Request) -> bool:
+    def _replaces(self, request: EngineRequest) -> bool:
         return self.overwrite or request.own.overwrite
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pipeline.engine.check import identity, world_size
 from pipeline.engine.output import EngineDirectory
-from pipeline.planning.builder_options import Table, known_options, parse_help
-from pipeline.planning.engine_options import Request
+from pipeline.planning.builder_options import OptionTable, known_options, parse_help
+from pipeline.planning.engine_options import EngineRequest
 from stages.build import Builder, BuilderProbe
 
 
-def engine_directory(request: Request, probed: BuilderProbe) -> EngineDirectory:
+def engine_directory(request: EngineRequest, probed: BuilderProbe) -> EngineDirectory:
     """The directory of a request's engine, with the inputs that decide what is built there by the builder that was `probed`."""
     table = known_options()
     arguments = request.arguments(table)
@@ -28,12 +28,12 @@ def engine_directory(request: Request, probed: BuilderProbe) -> EngineDirectory:
     return EngineDirectory(request.engine, request.ranks or world_size(request.checkpoint), inputs)
 
 
-def builder_of(request: Request) -> Builder:
+def builder_of(request: EngineRequest) -> Builder:
     """The builder that a request asks for."""
     return Builder(request.own.builder, request.own.trtllm_build, request.own.container)
 
 
-def option_table(probed: BuilderProbe) -> Table:
+def option_table(probed: BuilderProbe) -> OptionTable:
     """The options that a builder's --help lists; those of TensorRT-LLM 1.2.1 where it was not asked."""
     return parse_help(probed.help) or known_options()
 

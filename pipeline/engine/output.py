@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import existing
+from pipeline.sinks.output_checks import existing
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"

@@ -6,13 +6,13 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.planning.engine_options import Request, job_requests
+from pipeline.planning.engine_options import EngineRequest, job_requests
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
 
 
-def plan_requests(plan: Plan) -> tuple[Request, ...]:
+def plan_requests(plan: Plan) -> tuple[EngineRequest, ...]:
     """The requests for the engines that a plan's job asks for, with the identities of the planned checkpoints."""
     requests = job_requests(plan.job.targets, plan.job.engine)
     if not requests:

@@ -10,18 +10,18 @@ from pipeline.engine.check import check_checkpoint
 from pipeline.engine.engines import Engines
 from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput
-from pipeline.planning.engine_options import Request
+from pipeline.planning.engine_options import EngineRequest
 from pipeline.run.execute import Built, Result, execute, open_session
 from pipeline.run.schedulers import runner
 from pipeline.watching.listener import Listener
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 from stages.build import gpus
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
 
 
-def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> Built:
+def build_engine(request: EngineRequest, log: BuildLog, scheduler: str = "local") -> Built:
     """Build the engine of a finished checkpoint.
 
     Parameters
@@ -61,11 +61,11 @@ def build_engine(request: Request, log: BuildLog, scheduler: str = "local") -> B
 
 def convert_and_build(
     plan: Plan,
-    requests: Sequence[Request],
+    requests: Sequence[EngineRequest],
     listener: Listener | None,
     log: BuildLog,
     started: float | None = None,
-    watch: Watch | None = None,
+    watch: RunWatch | None = None,
 ) -> Result:
     """Convert, then build each target's engine, in one session of the scheduler.
 
@@ -78,7 +78,7 @@ def convert_and_build(
         if plan.up_to_date and all(map(engines.complete, requests)):
             done = tuple(Built(request.engine, up_to_date=True) for request in requests)
             return replace(execute(plan, listener, started=started), engines=done)
-    watch = watch or Watch()
+    watch = watch or RunWatch()
     with open_session(plan, watch, _local_resources()) as session:
         engines.prepare(session, wait=False)
         result = execute(plan, listener, started=started, session=session, watch=watch)

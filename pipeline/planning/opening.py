@@ -11,7 +11,7 @@ from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, families, find_family, layout
 from pipeline.planning.choose_algorithm import Packing, clean_settings
 from pipeline.planning.job import Job, TargetOptions
-from pipeline.sinks.output import check_output, check_source
+from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.tensors import Source
 from stages.read import find_source, open_model
 from stages.rename import Matches, match

@@ -19,7 +19,8 @@ from pipeline.model.tables import Family
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import Output, check_space, check_taken, free_bytes
+from pipeline.sinks.output import Output
+from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
 from pipeline.tensor.placement import Located, Placement, Region, chunk_region, size

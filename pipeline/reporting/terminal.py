@@ -15,7 +15,7 @@ from pipeline.watching.units import human_bytes
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
     from pipeline.run.execute import Result
-    from pipeline.sinks.scratch import Found
+    from pipeline.sinks.scratch import ScratchCut
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -70,7 +70,7 @@ def result_table(plan: Plan, result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def scratch_table(cuts: Sequence[Found]) -> RenderableType:
+def scratch_table(cuts: Sequence[ScratchCut]) -> RenderableType:
     """Make the table of the cuts in a scratch directory, a row each."""
     table = Table()
     for column in ("cut", "stage", "source", "size", "state"):

@@ -43,8 +43,8 @@ OPEN_FILES = (
 )
 # Small text files: the tables, a job file, and what stands beside the ranks.
 OPEN_TEXT = (
-    "pipeline/model/tables.py",
-    "pipeline/planning/job.py",
+    "pipeline/model/table_files.py",
+    "pipeline/planning/job_file.py",
     "pipeline/planning/builder_options.py",
     "pipeline/reporting/html/",
     "pipeline/engine/check.py",

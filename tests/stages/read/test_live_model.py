@@ -29,7 +29,7 @@ from torch.distributed.tensor import distribute_tensor
 from pipeline.errors import BadInput
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import find_family
-from pipeline.sinks.output import check_source
+from pipeline.sinks.output_checks import check_source
 from pipeline.tensor.placement import extent, slices, whole
 from pipeline.tensor.tensors import Source
 from stages.read import live_model, open_source, read
