@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from pipeline.reporting.html.summary import Summary
 
 app = typer.Typer()
 
@@ -31,39 +27,14 @@ def report_command(
     The page needs no other file and no network. Exit codes: 0 done, 2 bad request (nothing written), 3 the page could not be
     written, 5 the page is written, and something is wrong with the output.
     """
-    from pipeline.errors import BadInput, Problem, VerificationFailed
-    from pipeline.reporting.html import check_page, default_output, described, render, write_page
-    from pipeline.reporting.html.summary import load_summary
-    from pipeline.reporting.verification import open_output
-
-    if verification and (source or quant_ckpt_path):
-        remedy = "The verification says what it was of"
-        raise BadInput([Problem("--source", "a source beside --verification", "one or the other", remedy)])
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
-    output = default_output(directory) if output is None else output
-    check_page(output, directory)
-    found = load_summary(verification) if verification else _verified(directory, source, quant_ckpt_path)
-    try:
-        checkpoint = open_output(directory)
-    except BadInput:
-        if found.ok:
-            raise
-        checkpoint = described(directory)
-    write_page(output, render(checkpoint, found))
-    print(f"wrote {output}")
-    if not found.ok:
-        raise VerificationFailed(found.problems)
-
-
-def _verified(directory: Path, source: str | None, quant_ckpt_path: Path | None) -> Summary:
-    """What a verification finds now: in the files alone, and in each value beside the source's where there is one."""
     from pipeline.cli.levels import levels
-    from pipeline.reporting.html import described
-    from pipeline.reporting.html.provenance import recorded_source
-    from pipeline.reporting.html.summary import parse_summary
-    from pipeline.reporting.verification import verify
+    from pipeline.errors import VerificationFailed
+    from pipeline.reporting.report import make_report
 
-    source = source or recorded_source(described(directory))
     with levels(quiet=False) as advance:
-        result = verify(directory, source, quant_ckpt_path=quant_ckpt_path, advance=advance)
-    return parse_summary(result.summary())
+        made = make_report(
+            directory, source, quant_ckpt_path=quant_ckpt_path, output=output, verification=verification, advance=advance
+        )
+    print(f"wrote {made.page}")
+    if not made.ok:
+        raise VerificationFailed(made.verification.problems)

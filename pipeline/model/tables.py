@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In the wheel a folder of the package, in the repository a folder beside it.
+CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")

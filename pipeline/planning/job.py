@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.types import ByteSize
@@ -19,6 +19,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.parallelism import Parallelism
 from pipeline.planning.engine_options import anchored as anchored_engine
 from pipeline.planning.engine_options import job_requests
+from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 
 PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}
@@ -41,6 +42,8 @@ def model_name(value: Any) -> Any:
 
 
 def _root(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        return value
     if isinstance(value, str) and "://" in value:
         return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
     return str(_absolute(value))
@@ -147,6 +150,10 @@ class Job(Shape):
     per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")
     load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
     load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
+
+    if TYPE_CHECKING:
+        # A field takes more types than it holds: "ranks" for a path, "1GiB" for a size.
+        def __init__(self, **options: Unpack[JobOptions]) -> None: ...
 
     @property
     def threads(self) -> int:

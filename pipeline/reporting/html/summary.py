@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput, Problem, VerificationFailed
 
 REMEDY = "Give what `headrace verify --json` printed"
 
@@ -124,6 +124,11 @@ class Summary(_Part):
         """What is wrong, as problems of an error; at least one where the verification failed."""
         found = [finding.problem for finding in self.findings]
         return found or [Problem(self.directory, "a verification that failed without a finding", "one that passed")]
+
+    def check(self) -> None:
+        """Raise VerificationFailed with every finding, where something is wrong."""
+        if not self.ok:
+            raise VerificationFailed(self.problems)
 
 
 def parse_summary(value: object, subject: str = "verification") -> Summary:
