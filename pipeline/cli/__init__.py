@@ -9,6 +9,7 @@ import atexit
 import gc
 import itertools
 import sys
+from typing import Annotated
 
 import typer
 
@@ -17,7 +18,6 @@ from pipeline.errors import HeadraceError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
@@ -26,6 +26,21 @@ for commands in (convert, build, facts, verify, report, jobs, serve):
     app.add_typer(commands.app)
 app.add_typer(scratch.app, name="scratch")
 app.add_typer(jobs.jobs_app, name="jobs")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline import __version__
+
+        print(f"headrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _flags(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Take the flags that stand before a command."""
 
 
 def _say(error: HeadraceError) -> None:
@@ -49,7 +64,7 @@ def main() -> None:
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     try:
-        app()
+        app(prog_name="headrace")
     except HeadraceError as error:
         _say(error)
         sys.exit(error.exit_code)

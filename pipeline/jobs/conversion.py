@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -28,8 +29,10 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This process's environment, in which a process of this interpreter finds the same package."""
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # Where it is installed it is found anyhow, and what a process starts in its turn may be of another Python.
+    installed = str(ROOT) in {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    paths = [*([] if installed else [str(ROOT)]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}), "PYTHONUNBUFFERED": "1"}
 
 
 class Process:

@@ -16,7 +16,9 @@ from typing import Any
 from pipeline.model.patterns import PatternTable
 from pipeline.model.table_files import load_table
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In the wheel a folder of the package, in the repository a folder beside it.
+CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.types import ByteSize
@@ -17,6 +17,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.parallelism import Parallelism
 from pipeline.planning.engine_options import job_requests
 from pipeline.planning.job_file import absolute_path, model_name, read_job_file, scratch_root
+from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
@@ -126,6 +127,10 @@ class Job(Shape):
     per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")
     load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
     load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
+
+    if TYPE_CHECKING:
+        # A field takes more types than it holds: "ranks" for a path, "1GiB" for a size.
+        def __init__(self, **options: Unpack[JobOptions]) -> None: ...
 
     @property
     def threads(self) -> int:

@@ -37,6 +37,8 @@ def model_name(value: Any) -> Any:
 
 def scratch_root(value: Any) -> Any:
     """Return a URL without a trailing slash, or the absolute path of a directory or `file://` URL, as a string."""
+    if not isinstance(value, str | Path):
+        return value
     if isinstance(value, str) and "://" in value:
         return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
     return str(absolute_path(value))

@@ -1,6 +1,6 @@
 """One rank's tensors for Python scripts that feed a TensorRT-LLM model without going through files.
 
-    from pipeline import load_from_hf_checkpoint
+    from headrace import load_from_hf_checkpoint
 
     weights = load_from_hf_checkpoint("Llama-3.1-70B", tp_size=8, tp_rank=3, dtype="bfloat16")
     weights["transformer.layers.0.attention.qkv.weight"]  # a torch.Tensor, read and made when it is asked for
@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.job import Shape, make_job
+from pipeline.planning.keywords import Dtype, LoadOptions
 from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
 
 if TYPE_CHECKING:
@@ -110,18 +111,43 @@ def as_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
 def load_from_hf_checkpoint(
     model_dir: str | Path,
     *,
+    quant_ckpt_path: str | Path | None = None,
     tp_size: int = 1,
     tp_rank: int = 0,
     pp_size: int = 1,
     pp_rank: int = 0,
-    dtype: str = "auto",
-    **options: Any,
+    dtype: Dtype = "auto",
+    **options: Unpack[LoadOptions],
 ) -> RankWeights:
-    """A rank of a Hugging Face checkpoint (a directory, or org/name on the Hub). `options` are other fields of a Job.
+    """Give one rank of a Hugging Face checkpoint, without files.
 
-    Raises BadInput as `convert` does, and where the rank is none of the target's.
+    Parameters
+    ----------
+    model_dir
+        A directory, a GGUF file, or org/name on the Hugging Face Hub.
+    quant_ckpt_path
+        A quantized checkpoint whose tensors stand in for those of `model_dir`.
+    tp_size, pp_size
+        The number of tensor-parallel ranks and of pipeline stages.
+    tp_rank, pp_rank
+        Which of them, from 0.
+    dtype
+        The type of the weights; "auto" is the source's.
+    **options
+        Other fields of a Job that say what a target looks like, and `revision` and `mlp_bias`.
+
+    Returns
+    -------
+    RankWeights
+        TensorRT-LLM's names to tensors, each read and made when it is asked for.
+
+    Raises
+    ------
+    BadInput
+        As `convert` does, and where the rank is none of the target's.
     """
-    return _load({"model_dir": model_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+    source = {"model_dir": model_dir, "quant_ckpt_path": quant_ckpt_path}
+    return _load({**source, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
 def load_from_hf_llama(
@@ -131,10 +157,28 @@ def load_from_hf_llama(
     tp_rank: int = 0,
     pp_size: int = 1,
     pp_rank: int = 0,
-    dtype: str = "auto",
-    **options: Any,
+    dtype: Dtype = "auto",
+    **options: Unpack[LoadOptions],
 ) -> RankWeights:
-    """A rank of a Hugging Face model in memory, of LLaMA or any other family that headrace knows."""
+    """Give one rank of a Hugging Face model in memory, of LLaMA or any other family that headrace knows.
+
+    Parameters
+    ----------
+    model
+        A PreTrainedModel of transformers.
+    tp_size, tp_rank, pp_size, pp_rank, dtype, **options
+        As for `load_from_hf_checkpoint`.
+
+    Returns
+    -------
+    RankWeights
+        TensorRT-LLM's names to tensors, each made when it is asked for.
+
+    Raises
+    ------
+    BadInput
+        As `convert` does, and where the rank is none of the target's.
+    """
     return _load(options, model, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
@@ -145,10 +189,28 @@ def load_from_meta_llama(
     tp_rank: int = 0,
     pp_size: int = 1,
     pp_rank: int = 0,
-    dtype: str = "auto",
-    **options: Any,
+    dtype: Dtype = "auto",
+    **options: Unpack[LoadOptions],
 ) -> RankWeights:
-    """A rank of one of Meta's own checkpoints: params.json and consolidated.*.pth."""
+    """Give one rank of one of Meta's own checkpoints, without files.
+
+    Parameters
+    ----------
+    meta_ckpt_dir
+        The directory of params.json and consolidated.*.pth.
+    tp_size, tp_rank, pp_size, pp_rank, dtype, **options
+        As for `load_from_hf_checkpoint`.
+
+    Returns
+    -------
+    RankWeights
+        TensorRT-LLM's names to tensors, each read and made when it is asked for.
+
+    Raises
+    ------
+    BadInput
+        As `convert` does, and where the rank is none of the target's.
+    """
     return _load({"meta_ckpt_dir": meta_ckpt_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
@@ -160,14 +222,32 @@ def load_from_gptq_llama(
     tp_rank: int = 0,
     pp_size: int = 1,
     pp_rank: int = 0,
-    dtype: str = "auto",
-    sm: int = 80,
-    **options: Any,
+    dtype: Dtype = "auto",
+    **options: Unpack[LoadOptions],
 ) -> RankWeights:
-    """A rank of a GPTQ checkpoint, arranged for the GPU generation `sm`: a directory of its own, or a file or directory beside the
-    model (`model_dir`) that it was quantized from."""
+    """Give one rank of a GPTQ checkpoint, without files.
+
+    Parameters
+    ----------
+    quant_ckpt_path
+        The checkpoint: a directory of its own, or with `model_dir` a file or directory of quantized tensors.
+    model_dir
+        The model that it was quantized from, where the checkpoint holds its quantized tensors alone.
+    tp_size, tp_rank, pp_size, pp_rank, dtype, **options
+        As for `load_from_hf_checkpoint`; `sm` is the GPU generation that the weights are arranged for.
+
+    Returns
+    -------
+    RankWeights
+        TensorRT-LLM's names to tensors, each read and made when it is asked for.
+
+    Raises
+    ------
+    BadInput
+        As `convert` does, and where the rank is none of the target's.
+    """
     sources = {"model_dir": quant_ckpt_path} if model_dir is None else {"model_dir": model_dir, "quant_ckpt_path": quant_ckpt_path}
-    return _load({**sources, "sm": sm, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+    return _load({**sources, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
 def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:

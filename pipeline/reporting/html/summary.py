@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput, Problem, VerificationFailed
 
 REMEDY = "Give what `headrace verify --json` printed"
 
@@ -130,6 +130,11 @@ class VerificationSummary(_SummaryPart):
         """The findings as problems of an error; where the verification failed without a finding, one that says so."""
         problems = [finding.problem for finding in self.findings]
         return problems or [Problem(self.directory, "a verification that failed without a finding", "one that passed")]
+
+    def check(self) -> None:
+        """Raise VerificationFailed with every finding, where something is wrong."""
+        if not self.ok:
+            raise VerificationFailed(self.problems)
 
 
 def parse_summary(value: object, subject: str = "verification") -> VerificationSummary:

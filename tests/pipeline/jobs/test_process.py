@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.jobs import process
+from pipeline.jobs import conversion, process
 from pipeline.jobs.conversion import Process, command, environment
 from pipeline.jobs.files import job_file
 from tests.support import checkpoints
@@ -185,3 +186,12 @@ def test_a_conversion_whose_parent_is_gone_after_it_spoke_does_nothing_either(jo
     ran = subprocess.run(arguments, input=b"go 1\n", env=environment(), check=False, capture_output=True)
     assert ran.returncode == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_an_installed_package_puts_nothing_on_the_path_of_what_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert environment()["PYTHONPATH"] == os.pathsep.join([str(conversion.ROOT), "/elsewhere"])
+    monkeypatch.setattr(conversion, "ROOT", Path(sysconfig.get_path("purelib")))
+    assert environment()["PYTHONPATH"] == "/elsewhere"
+    monkeypatch.delenv("PYTHONPATH")
+    assert "PYTHONPATH" not in environment()

@@ -1,0 +1,77 @@
+"""Inspection: what `headrace.inspect` returns; the values are those that `headrace inspect --json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class InspectedFile:
+    """One file of a checkpoint, by its name."""
+
+    file: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model's sizes, by the names of Hugging Face's configurations; no experts are 0."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is.
+
+    `family` and what follows from it (`model`, `tied_embeddings`, the sizes) are None or empty where headrace does not know the
+    architecture, and `problems` says so. It can be cut to any of `tp_sizes` with any number of stages from `pp_sizes[0]` to
+    `pp_sizes[1]`, and its experts to the pairs (tensor-parallel, expert-parallel) that `moe_sizes` has for a tp_size.
+    """
+
+    path: str
+    kind: str
+    architecture: str
+    dtype: str
+    tensors: int
+    parameters: int
+    bytes: int
+    bytes_by_dtype: Mapping[str, int]
+    files: tuple[InspectedFile, ...] = field(repr=False)
+    quantization: str | None
+    family: str | None
+    problems: tuple[str, ...]
+    model: ModelSizes | None = None
+    tied_embeddings: bool | None = None
+    tp_sizes: tuple[int, ...] = ()
+    pp_sizes: tuple[int, ...] = ()
+    moe_sizes: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    @property
+    def convertible(self) -> bool:
+        """Whether `convert` would take it, with no options but the source."""
+        return not self.problems
+
+
+def as_inspection(facts: Mapping[str, Any]) -> Inspection:
+    """The plain values of `pipeline.planning.inspection.inspect_source`, typed."""
+    known = {each.name: facts[each.name] for each in fields(Inspection) if each.name in facts}
+    pairs = {size: tuple((tp, ep) for tp, ep in pairs) for size, pairs in facts.get("moe_sizes", {}).items()}
+    typed = {
+        "files": tuple(InspectedFile(**file) for file in facts["files"]),
+        "model": ModelSizes(**facts["model"]) if "model" in facts else None,
+        "moe_sizes": pairs,
+        **{name: tuple(facts.get(name, ())) for name in ("problems", "tp_sizes", "pp_sizes")},
+    }
+    return Inspection(**{**known, **typed})

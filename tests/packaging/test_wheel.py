@@ -1,0 +1,211 @@
+"""What users install: the wheel, built from the source distribution, in an environment that has never seen the repository.
+
+The environment's other packages are links to those of this one, without headrace: nothing is fetched. So what is proved is what the
+distributions hold and that it works alone; that pip finds the dependencies is for whoever installs this repository for the tests.
+"""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support import checkpoints
+from tests.support.commands import convert, headrace, tree
+from tests.support.places import ROOT
+
+BUILD = "import sys; from scikit_build_core import build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
+
+CLIENT = """
+from pathlib import Path
+
+import headrace
+from headrace import BuildOptions, Inspection, Job, JobOptions, Plan, Report, Result, Summary
+
+options: JobOptions = {"model_dir": "model", "tp_size": 2, "memory_limit": "1GiB", "scratch_after": ["read", "shard"]}
+job = Job(output_dir="out", dtype="bfloat16", target=[{"output_dir": "a", "engine": {"max_batch_size": 8}}])
+engine: BuildOptions = {"output_dir": "engine", "gemm_plugin": "auto", "remove_input_padding": True}
+
+
+def work(job: Job) -> float:
+    planned: Plan = headrace.plan(job, tp_size=2)
+    result: Result = headrace.convert(Path("job.toml"), **options)
+    found: Summary = headrace.verify("out", "model", logits=True)
+    told: Inspection = headrace.inspect("model")
+    page: Report = headrace.report("out", verification=found)
+    weights = headrace.load_from_hf_checkpoint("model", tp_size=2, tp_rank=1, dtype="float16", use_weight_only=True)
+    shape: tuple[int, ...] = weights.shape("transformer.ln_f.weight")
+    try:
+        return result.seconds + headrace.build("out", **engine).seconds
+    except headrace.BadInput as error:
+        print(error.problems[0].subject, planned.bytes_written, page.page.name, told.tp_sizes, shape, headrace.__version__)
+        raise
+"""
+
+# Each line is wrong in one way.
+WRONG = """
+import headrace
+headrace.convert(tp_sizes=2)
+headrace.convert(dtype="int4")
+headrace.plan(tp_size="2")
+headrace.Job(scratch_after=["nowhere"])
+headrace.build("ranks", output_dir="engine", max_batch_sizes=8)
+headrace.verify("ranks").okay
+headrace.load_from_meta_llama("model", output_dir="ranks")
+headrace.no_such_name
+"""
+
+# The types of these have no part in what is checked, and take a minute to read.
+SKIPPED = ("dask", "distributed", "jinja2", "numpy", "rich", "safetensors", "stages", "torch", "typer", "zarr")
+
+
+def build(hook: str, source: Path, folder: Path) -> Path:
+    """Build a distribution with the project's backend; nothing is fetched for it."""
+    folder.mkdir(exist_ok=True)
+    ran = subprocess.run([sys.executable, "-c", BUILD, hook, str(folder)], cwd=source, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder / ran.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packaging")
+
+
+@pytest.fixture(scope="module")
+def sdist(place: Path) -> Path:
+    return build("build_sdist", ROOT, place / "dist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, place: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place / "source", filter="data")
+    (source,) = (place / "source").iterdir()
+    return build("build_wheel", source, place / "dist")
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, place: Path) -> Path:
+    """The interpreter of a fresh environment in which the wheel is installed."""
+    folder = place / "environment"
+    venv.create(folder, symlinks=True)
+    python = folder / "bin/python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    ran = subprocess.run(install, capture_output=True, text=True, check=False, env=environment())
+    assert ran.returncode == 0, ran.stderr
+    here = Path(sysconfig.get_path("purelib"))
+    there = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    present = {path.name for path in there.iterdir()}
+    for path in here.iterdir():
+        if path.name not in present and "headrace" not in path.name and path.suffix != ".pth":
+            (there / path.name).symlink_to(path)
+    return python
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    return tmp_path / "model"
+
+
+def environment() -> dict[str, str]:
+    """That of the tests, without the repository on PYTHONPATH."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def run(folder: Path, *words: object) -> str:
+    """Run a command of the fresh environment in a folder; returns what it prints."""
+    ran = subprocess.run(list(map(str, words)), cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def check_types(python: Path, folder: Path, text: str) -> list[str]:
+    """What mypy says of a program that uses the installed package."""
+    (folder / "client.py").write_text(text)
+    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in SKIPPED)
+    (folder / "mypy.ini").write_text(f"[mypy]\nstrict = True\n{skipped}")
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "--cache-dir", str(python.parents[1] / "mypy")]
+    command += ["--no-error-summary", "--hide-error-context", "client.py"]
+    ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert ran.stderr == ""
+    return ran.stdout.splitlines()
+
+
+def sources(*folders: str) -> set[str]:
+    """The files of the repository that belong to the product, by their names in it."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc"}
+
+
+def test_the_wheel_is_pure_and_has_every_file_in_its_place(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    configs = {f"pipeline/{name}" for name in sources("configs")}
+    modules = sources("pipeline", "stages") | {"headrace.py", "headrace-stubs/__init__.pyi"}
+    assert {name for name in names if not name.startswith(info)} == modules | configs
+    assert {"pipeline/py.typed", "stages/py.typed", "pipeline/configs/families/llama.toml"} <= names
+    licences = {name.removeprefix(f"{info}/licenses/") for name in names if name.startswith(f"{info}/licenses/")}
+    assert licences == {path.name for path in ROOT.glob("LICENSE*")}
+
+
+def test_the_metadata_says_what_the_project_says(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        said = email.message_from_bytes(archive.read(name))
+    assert (said["Name"], said["License-Expression"], said["Requires-Python"]) == ("headrace", "Apache-2.0", ">=3.11")
+    assert said["Description-Content-Type"] == "text/markdown"
+    assert not said.get_all("Project-URL")
+
+
+def test_the_source_distribution_has_what_the_wheel_is_made_of_and_no_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = sources("pipeline", "stages", "configs") | {"headrace.py", "pyproject.toml", "README.md", "constraints.txt"}
+    assert wanted <= names
+    assert not {name for name in names if name.startswith(("tests", "benchmarks", "."))}
+
+
+def test_the_installed_command_writes_what_the_repository_writes(python: Path, model: Path, tmp_path: Path) -> None:
+    command = python.with_name("headrace")
+    where = run(
+        tmp_path, python, "-c", "import headrace as h, pipeline as p, stages as s; print(h.__file__, p.__file__, s.__file__)"
+    )
+    assert all(Path(file).is_relative_to(python.parents[1]) for file in where.split())
+    assert run(tmp_path, command, "--version") == run(tmp_path, python, "-m", "headrace", "--version")
+    assert json.loads(run(tmp_path, command, "families", "--json")) == json.loads(headrace("families", "--json").out)
+    assert convert(model, tmp_path / "ours", "--tp_size", 2, "--use_fp8_rowwise").code == 0
+    job = tmp_path / "job.toml"
+    job.write_text("model_dir = 'model'\noutput_dir = 'theirs'\ntp_size = 2\nuse_fp8_rowwise = true\nscheduler = 'threads'\n")
+    # A batch converts in processes of its own, which must find the package as well.
+    run(tmp_path, command, "batch", job, "--store", tmp_path / "jobs.db")
+    ranks = [path.name for path in (tmp_path / "ours").glob("rank*")] + ["config.json"]
+    assert len(ranks) == 3
+    assert all((tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes() for name in ranks)
+    before = tree(tmp_path / "theirs")
+    page = run(tmp_path, python, "-c", "import headrace; print(headrace.report('theirs', 'model').page)")
+    assert Path(page.strip()).read_text().startswith("<!doctype html>")  # its templates are in configs
+    assert tree(tmp_path / "theirs") == before
+
+
+def test_a_type_checker_follows_a_program_that_uses_the_installed_package(python: Path, tmp_path: Path) -> None:
+    assert check_types(python, tmp_path, CLIENT) == []
+
+
+def test_a_type_checker_sees_each_mistake(python: Path, tmp_path: Path) -> None:
+    said = check_types(python, tmp_path, WRONG)
+    errors = [line for line in said if ": error: " in line]
+    first = WRONG.splitlines().index("import headrace") + 2
+    assert sorted({int(line.split(":")[1]) for line in errors}) == list(range(first, first + len(WRONG.splitlines()) - 2)), said
