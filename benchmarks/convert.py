@@ -18,7 +18,7 @@ from benchmarks.models import make
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.tensors import Block
+    from pipeline.tensor.tensors import Block
     from stages.write import BlockWrite, Written
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
@@ -50,8 +50,8 @@ def nothing(number: int, work: Sequence[BlockWrite], _blocks: Sequence[Sequence[
 
 def overhead(work: Path) -> None:
     from pipeline import plan
-    from pipeline.lower import lower
-    from pipeline.schedulers import runner
+    from pipeline.run.lower import lower
+    from pipeline.run.schedulers import runner
 
     for shape, sizes in (("70B", {"tp_size": 8}), ("405B", {"tp_size": 16, "pp_size": 2})):
         source = work / shape

@@ -18,9 +18,10 @@ import numpy as np
 
 from benchmarks.measure import machine, pairs, run
 from benchmarks.models import make, make_packed, weights
-from pipeline.tensors import Block
-from stages.quantization import awq, gptq, groupwise, weight_only
-from stages.quantization.kernel_layout import kernel_layout
+from pipeline.tensor.tensors import Block
+from stages.quantization.kernels.layout import kernel_layout
+from stages.quantization.sources import awq, gptq
+from stages.quantization.targets import groupwise, weight_only
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet", "--tp_size", "2"]
 IN, OUT = 4096, 2048  # of a block: two megabytes packed, sixteen of bf16

@@ -21,9 +21,9 @@ HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet", "--sched
 # Without a journal line and without hashing.
 BARE = """
 import sys, types
-import pipeline.journal
-pipeline.journal.Committer.commit = lambda self: None
-pipeline.journal.Committer.sync = lambda self: None
+import pipeline.sinks.journal
+pipeline.sinks.journal.Committer.commit = lambda self: None
+pipeline.sinks.journal.Committer.sync = lambda self: None
 import xxhash
 class Nothing:
     def update(self, data): pass

@@ -17,10 +17,11 @@ from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, 
 
 if TYPE_CHECKING:
     from pipeline.engine.log import BuildLog
-    from pipeline.execute import Built, Listener, Result
-    from pipeline.job import Job
-    from pipeline.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
-    from pipeline.plans import Plan
+    from pipeline.planning.job import Job
+    from pipeline.planning.plans import Plan
+    from pipeline.run.execute import Built, Result
+    from pipeline.run.loaders import load_from_gptq_llama, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
+    from pipeline.watching.listener import Listener
 
 __all__ = [
     "BadInput",
@@ -43,7 +44,7 @@ def __getattr__(name: str) -> Any:
     """Job and the loaders, imported when one is asked for: the command line's help needs neither numpy nor all of Job."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("pipeline.job" if name == "Job" else "pipeline.loaders"), name)
+    return getattr(importlib.import_module("pipeline.planning.job" if name == "Job" else "pipeline.run.loaders"), name)
 
 
 def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Any) -> Plan:
@@ -53,7 +54,7 @@ def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options
     model in memory (a PreTrainedModel of a known family), in the place of `model_dir`.
     Raises BadInput with every problem of the request, the source and the output directory.
     """
-    from pipeline.planning import make_plan
+    from pipeline.planning.make_plan import make_plan
 
     return make_plan(_job(job, options, model is not None), model)
 
@@ -66,9 +67,9 @@ def convert(
     With `engine` (a dict, or a job file's [engine] table) each target's engine is built, too. Returns the outputs, bytes, seconds,
     peak memory and engines. Raises BadInput before anything is written, Interrupted and WriteFailed after, and EngineFailed.
     """
-    from pipeline.engine import plan_requests
-    from pipeline.execute import execute
-    from pipeline.planning import make_plan
+    from pipeline.engine.requests import plan_requests
+    from pipeline.planning.make_plan import make_plan
+    from pipeline.run.execute import execute
 
     started = time.perf_counter()
     made = make_plan(_job(job, options, model is not None), model, download=True)
@@ -87,15 +88,15 @@ def build(checkpoint: str | Path, /, *, log: BuildLog | None = None, scheduler: 
     `options`: `output_dir` and the other fields of `pipeline.engine.EngineOptions`, and trtllm-build's own. `log`: what hears of
     it; nothing by default. Raises BadInput before anything is written, EngineFailed and Interrupted; then there is no engine.
     """
-    from pipeline.engine import make_request
     from pipeline.engine.log import BuildLog
     from pipeline.engine.run import build_engine
+    from pipeline.planning.engine_options import make_request
 
     return build_engine(make_request(Path(checkpoint), options), log or BuildLog(quiet=True), scheduler)
 
 
 def _job(job: Job | str | Path | None, options: dict[str, Any], live: bool) -> Job:
-    from pipeline.job import Job, make_job
+    from pipeline.planning.job import Job, make_job
 
     if isinstance(job, Job):
         return make_job({**job.model_dump(), **options}, live=live)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.dtypes import BY_TARGET
-from pipeline.tables import Layout
-from pipeline.tensors import Applied, Block, TensorMap, map_blocks
+from pipeline.model.dtypes import BY_TARGET
+from pipeline.model.tables import Layout
+from pipeline.tensor.tensors import Applied, Block, TensorMap, map_blocks
 
 
 def target_dtype(name: str, layout: Layout, dtype: str) -> str:

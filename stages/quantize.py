@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.derived import constant, derive
-from pipeline.dtypes import BY_TARGET
 from pipeline.errors import Problem
-from pipeline.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
-from pipeline.tables import Module, Slot
-from pipeline.tensors import Parameter, TensorMap, plain
-from stages.quantization import fp8, groupwise, numbers, weight_only
-from stages.quantization.kernel_layout import ALIGNMENT, kernel_layout
+from pipeline.model.dtypes import BY_TARGET
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.model.tables import Module, Slot
+from pipeline.tensor.derived import constant, derive
+from pipeline.tensor.tensors import Parameter, TensorMap, plain
+from stages.quantization import numbers
+from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
+from stages.quantization.targets import fp8, groupwise, weight_only
 
 if TYPE_CHECKING:
     import dask.array as da

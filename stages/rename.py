@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.model_config import ModelConfig
-from pipeline.operations import OPERATIONS
-from pipeline.placement import Interval
-from pipeline.tables import Family, Layout, RenameRow, Slot
-from pipeline.tensors import NO_OUT, PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
+from pipeline.model.model_config import ModelConfig
+from pipeline.model.operations import OPERATIONS
+from pipeline.model.tables import Family, Layout, RenameRow, Slot
+from pipeline.tensor.placement import Interval
+from pipeline.tensor.tensors import NO_OUT, PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.metering import meter
-from pipeline.model_config import ModelConfig
-from pipeline.parallelism import Parallelism
-from pipeline.placement import Placement, RankTensor, Region, extent, slices, whole
-from pipeline.tensors import Block, LazyTensor
+from pipeline.model.model_config import ModelConfig
+from pipeline.model.parallelism import Parallelism
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
+from pipeline.tensor.tensors import Block, LazyTensor
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pipeline.errors import Problem
-from pipeline.model_config import ModelConfig
-from pipeline.parallelism import Parallelism, Rank
-from pipeline.placement import Interval, Placement, RankTensor
-from pipeline.tables import Layout, Module, Part, Slot
-from pipeline.tensors import Parameter, plain
+from pipeline.model.model_config import ModelConfig
+from pipeline.model.parallelism import Parallelism, Rank
+from pipeline.model.tables import Layout, Module, Part, Slot
+from pipeline.tensor.placement import Interval, Placement, RankTensor
+from pipeline.tensor.tensors import Parameter, plain
 
 ONE = Fraction(1)
 

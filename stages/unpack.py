@@ -1,7 +1,7 @@
 """unpack: the inverse of the format's packing; leaves dense modules alone.
 
-Works module by module on local parameter names, so that it knows no family. Each module of `stages/quantization` that has
-`accepts`, `check` and `unpack` is a format; adding a format is adding a file there.
+Works module by module on local parameter names, so that it knows no family. Each module of
+`stages/quantization/sources` is a format; adding a format is adding a file there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-import stages.quantization
 from pipeline.errors import Problem
-from pipeline.placement import whole
-from pipeline.tensors import LazyTensor, TensorMap
+from pipeline.tensor.placement import whole
+from pipeline.tensor.tensors import LazyTensor, TensorMap
+from stages.quantization import sources
 
 T = TypeVar("T")
 
@@ -27,8 +27,7 @@ T = TypeVar("T")
 @cache
 def formats() -> tuple[ModuleType, ...]:
     """The packed formats, in the order of their file names."""
-    package = stages.quantization
-    found = [importlib.import_module(f"{package.__name__}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    found = [importlib.import_module(f"{sources.__name__}.{module.name}") for module in pkgutil.iter_modules(sources.__path__)]
     return tuple(module for module in found if hasattr(module, "accepts"))
 
 
@@ -47,7 +46,10 @@ def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 
 def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
-    """Turn every packed module into canonical parameters (`AXES` in pipeline/tensors.py). `settings`: what its quantizer says."""
+    """Turn every packed module into canonical parameters (`AXES` in pipeline/tensor/tensors.py).
+
+    `settings`: what its quantizer says.
+    """
     result = {}
     for module, parameters in by_module(tensors).items():
         packing = format_of(parameters)
@@ -56,20 +58,20 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
     return result
 
 
-def zero_biases(sources: Mapping[str, LazyTensor], formats_: Mapping[str, str]) -> list[str]:
+def zero_biases(tensors: Mapping[str, LazyTensor], formats_: Mapping[str, str]) -> list[str]:
     """The biases of packed modules that hold nothing but zeros: some quantizers give one to every linear. Reads them."""
     names = [f"{module}.bias" for module in formats_]
-    return [name for name in names if name in sources and not np.any(np.asarray(sources[name].block(whole(sources[name].shape))))]
+    return [name for name in names if name in tensors and not np.any(np.asarray(tensors[name].block(whole(tensors[name].shape))))]
 
 
-def check(sources: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
+def check(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
     """What planning must know of the packed modules of a source, by their own names.
 
     Gives each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and what
     cannot be unpacked at all. Reads the small tensors that say so.
     """
     found, ordered, problems = {}, [], []
-    for module, parameters in by_module(sources).items():
+    for module, parameters in by_module(tensors).items():
         packing = format_of(parameters)
         if packing is None:
             continue

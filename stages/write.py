@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from pipeline.metering import collect, meter
-from pipeline.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
-from pipeline.tensors import Block
+from pipeline.tensor.metering import collect, meter
+from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
+from pipeline.tensor.tensors import Block
 
 _local = threading.local()
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.places import DATA
+
 settings.register_profile("headrace", deadline=None, derandomize=True)
 settings.load_profile("headrace")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture

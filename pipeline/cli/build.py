@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.engine import EngineOptions, Request, make_request
-from pipeline.engine.options import Table, known_options
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.builder_options import Table, known_options
+from pipeline.planning.engine_options import EngineOptions, Request, make_request
 
 if TYPE_CHECKING:
-    from pipeline.execute import Built
+    from pipeline.run.execute import Built
 
 app = typer.Typer()
 
@@ -117,7 +117,7 @@ def facts(built: Built) -> dict[str, Any]:
 
 def sentence(built: Built) -> str:
     """An engine as standard output has it."""
-    from pipeline.progress import human_bytes
+    from pipeline.watching.units import human_bytes
 
     if built.up_to_date:
         return f"{built.directory} is up to date: nothing to do"

@@ -11,9 +11,9 @@ import typer
 
 from pipeline.cli.build import facts, sentence
 from pipeline.cli.options import Json, LogFormat, job_options
-from pipeline.engine import plan_requests
-from pipeline.engine.options import known_options
-from pipeline.job import Job
+from pipeline.engine.requests import plan_requests
+from pipeline.planning.builder_options import known_options
+from pipeline.planning.job import Job
 
 app = typer.Typer()
 
@@ -35,9 +35,9 @@ def convert_command(
     import time
 
     _import_numpy()
-    from pipeline.execute import execute
-    from pipeline.planning import make_plan
-    from pipeline.progress import listener
+    from pipeline.planning.make_plan import make_plan
+    from pipeline.run.execute import execute
+    from pipeline.watching.progress import listener
     from pipeline.watching.state import Watch
 
     started, watch = time.perf_counter(), Watch()
@@ -68,7 +68,7 @@ def convert_command(
         }
         print(json.dumps(finished), file=sys.stderr)
         return
-    from pipeline.report import console, result_table
+    from pipeline.reporting.terminal import console, result_table
 
     if result.up_to_date:
         print(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do")
@@ -83,7 +83,7 @@ def convert_command(
 def plan_command(job: Job, json_: Json = False) -> None:
     """Say what convert would do with the same arguments; writes nothing."""
     _import_numpy()
-    from pipeline.planning import make_plan
+    from pipeline.planning.make_plan import make_plan
 
     plan = make_plan(job)
     engines = [
@@ -101,7 +101,7 @@ def plan_command(job: Job, json_: Json = False) -> None:
         return
     import shlex
 
-    from pipeline.report import console, plan_table
+    from pipeline.reporting.terminal import console, plan_table
 
     console().print(plan_table(plan))
     for engine in engines:

@@ -18,7 +18,7 @@ def inspect_command(
     json_: Json = False,
 ) -> None:
     """Say what a checkpoint is: source, family, size, quantization, ties, shards, and the parallel sizes that it can be cut to."""
-    from pipeline.inspection import inspect_source
+    from pipeline.planning.inspection import inspect_source
 
     _show(inspect_source(model_dir, revision), json_, "source_table")
 
@@ -26,7 +26,7 @@ def inspect_command(
 @app.command("families")
 def families_command(json_: Json = False) -> None:
     """List the model families that headrace converts."""
-    from pipeline.inspection import list_families
+    from pipeline.planning.inspection import list_families
 
     _show(list_families(), json_, "families_table")
 
@@ -34,18 +34,18 @@ def families_command(json_: Json = False) -> None:
 @app.command("formats")
 def formats_command(json_: Json = False) -> None:
     """List the kinds of checkpoint that headrace reads, and the quantized formats that it unpacks."""
-    from pipeline.inspection import list_formats
+    from pipeline.planning.inspection import list_formats
 
     _show(list_formats(), json_, "formats_table")
 
 
 def _show(facts: Any, as_json: bool, table: str) -> None:
-    """Print facts as JSON, or as the table that pipeline.report makes of them."""
+    """Print facts as JSON, or as the table that pipeline.reporting.terminal makes of them."""
     if as_json:
         import json
 
         print(json.dumps(facts, indent=2))
         return
-    from pipeline import report
+    from pipeline.reporting import terminal as report
 
     report.console().print(getattr(report, table)(facts))

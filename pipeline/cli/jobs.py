@@ -240,6 +240,6 @@ def _show(said: Any, as_json: bool, table: str) -> None:
         print(json.dumps(said, indent=2))
         return
     from pipeline.jobs import report
-    from pipeline.report import console
+    from pipeline.reporting.terminal import console
 
     console().print(getattr(report, table)(said))

@@ -11,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic.types import ByteSize
 
-from pipeline.job import Job, make_job
+from pipeline.planning.job import Job, make_job
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 LogFormat = Annotated[Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.page.summary import Summary
+    from pipeline.reporting.html.summary import Summary
 
 app = typer.Typer()
 
@@ -32,9 +32,9 @@ def report_command(
     written, 5 the page is written, and something is wrong with the output.
     """
     from pipeline.errors import BadInput, Problem, VerificationFailed
-    from pipeline.page import check_page, default_output, described, render, write_page
-    from pipeline.page.summary import load_summary
-    from pipeline.verification import open_output
+    from pipeline.reporting.html import check_page, default_output, described, render, write_page
+    from pipeline.reporting.html.summary import load_summary
+    from pipeline.reporting.verification import open_output
 
     if verification and (source or quant_ckpt_path):
         remedy = "The verification says what it was of"
@@ -58,10 +58,10 @@ def report_command(
 def _verified(directory: Path, source: str | None, quant_ckpt_path: Path | None) -> Summary:
     """What a verification finds now: in the files alone, and in each value beside the source's where there is one."""
     from pipeline.cli.levels import levels
-    from pipeline.page import described
-    from pipeline.page.provenance import recorded_source
-    from pipeline.page.summary import parse_summary
-    from pipeline.verification import verify
+    from pipeline.reporting.html import described
+    from pipeline.reporting.html.provenance import recorded_source
+    from pipeline.reporting.html.summary import parse_summary
+    from pipeline.reporting.verification import verify
 
     source = source or recorded_source(described(directory))
     with levels(quiet=False) as advance:

@@ -16,7 +16,7 @@ ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as giv
 @app.command("ls")
 def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
     """List the cuts in a scratch directory."""
-    from pipeline.scratch import list_scratch
+    from pipeline.sinks.scratch import list_scratch
 
     found = list_scratch(root)
     if json_:
@@ -34,7 +34,7 @@ def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
         ]
         print(json.dumps(rows, indent=2))
         return
-    from pipeline.report import console, scratch_table
+    from pipeline.reporting.terminal import console, scratch_table
 
     console().print(scratch_table(found))
 
@@ -44,7 +44,7 @@ def scratch_rm(
     root: ScratchRoot, names: Annotated[list[str] | None, typer.Argument(help="Cuts to remove; all where none is named.")] = None
 ) -> None:
     """Remove cuts; one that a job is at work on is refused."""
-    from pipeline.scratch import remove_scratch
+    from pipeline.sinks.scratch import remove_scratch
 
     for cut in remove_scratch(root, names or []):
         print(f"removed {cut.directory}")

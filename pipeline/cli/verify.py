@@ -36,7 +36,7 @@ def verify_command(
     """
     import json
 
-    from pipeline.verification import verify
+    from pipeline.reporting.verification import verify
 
     with levels(quiet or json_) as advance:
         result = verify(
@@ -52,7 +52,7 @@ def verify_command(
     if json_:
         print(json.dumps(result.summary(), indent=2))
     elif not quiet:
-        from pipeline.report import console, verification_table
+        from pipeline.reporting.terminal import console, verification_table
 
         console().print(verification_table(result.summary()))
     result.check()
@@ -70,7 +70,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
 ) -> None:
     """Continue a text with the converted ranks, on the CPU."""
-    from pipeline.verification import generate_text
+    from pipeline.reporting.verification import generate_text
 
     for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
         sys.stdout.write(text)

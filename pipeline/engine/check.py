@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.engine.requests import digest, identity_of
 from pipeline.errors import BadInput, Problem
 from stages.read.ranks import open_checkpoint
-from stages.verify.integrity import headers
+from stages.verify.contract.integrity import headers
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
@@ -39,18 +39,13 @@ def identity(directory: Path) -> dict[str, Any]:
     if isinstance(own, str):
         return identity_of(own, config)
     states = {path.name: path.stat() for path in sorted(directory.glob("rank*.safetensors"))}
-    return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}, "config": _digest(config)}
-
-
-def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
-    """The same of a checkpoint that headrace is about to write."""
-    return {"id": checkpoint_id, "config": _digest(config)}
+    return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}, "config": digest(config)}
 
 
 def checksums(directory: Path) -> str:
     """SHA-256 of headrace.json's table of tensors' checksums, or "" where there is none."""
     table = _provenance(directory).get("xxh3")
-    return _digest(json.dumps(table, sort_keys=True)) if table else ""
+    return digest(json.dumps(table, sort_keys=True)) if table else ""
 
 
 def _provenance(directory: Path) -> Mapping[str, Any]:
@@ -59,7 +54,3 @@ def _provenance(directory: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

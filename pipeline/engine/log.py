@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.progress import LogFormat, human_bytes
+from pipeline.watching.progress import LogFormat
+from pipeline.watching.units import human_bytes
 
 POLL_SECONDS = 0.1  # between two looks at a log
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.journal import Journal
-from pipeline.output import existing
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.output import existing
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"

@@ -14,20 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine import Request
 from pipeline.engine.check import check_checkpoint, checksums, identity, world_size
 from pipeline.engine.log import BuildLog
 from pipeline.engine.messages import no_builder, no_engine
-from pipeline.engine.options import Table, command_words, known_options, parse_help
 from pipeline.engine.output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
-from pipeline.execute import Built, Listener, Result, execute, open_session
-from pipeline.schedulers import Session, runner
+from pipeline.planning.builder_options import Table, command_words, known_options, parse_help
+from pipeline.planning.engine_options import Request
+from pipeline.run.execute import Built, Result, execute, open_session
+from pipeline.run.schedulers import Session, runner
+from pipeline.watching.listener import Listener
 from pipeline.watching.state import Watch
 from stages.build import Builder, Call, Outcome, Probe, gpus, probe, run
 
 if TYPE_CHECKING:
-    from pipeline.plans import Plan
+    from pipeline.planning.plans import Plan
 
 GPU: Mapping[str, float] = {"GPU": 1}  # what a task takes of a worker
 

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.errors import BadInput, HeadraceError, Interrupted, Problem
-from pipeline.jobs.child import end_with_parent
 from pipeline.jobs.conversion import command, environment
+from pipeline.jobs.parent import end_with_parent
 from pipeline.jobs.rows import Conversion, Unit
 
 

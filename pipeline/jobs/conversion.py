@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pipeline
-from pipeline.jobs.child import word
+from pipeline.jobs.parent import word
 
 TAIL_LINES = 40  # of what a process that failed said last
-ROOT = Path(pipeline.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments: str) -> list[str]:
@@ -50,7 +49,7 @@ class Process:
         self.begun = self.moved = time.monotonic()
         # A group of its own: Ctrl-C reaches the parent alone, which then stops its children in order.
         self._process = subprocess.Popen(
-            command("pipeline.jobs.child", "convert", str(job_file), "--log_format", "json"),
+            command("pipeline.cli.child", "convert", str(job_file), "--log_format", "json"),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

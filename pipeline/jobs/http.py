@@ -29,8 +29,8 @@ from pipeline.jobs.listening import DEFAULT, Http
 from pipeline.jobs.overview import Overseer
 from pipeline.jobs.overview_page import overview_page
 from pipeline.jobs.store import Store
+from pipeline.planning.listen import PAGE, parse_listen
 from pipeline.watching import server
-from pipeline.watching.listen import PAGE, parse_listen
 from pipeline.watching.metrics import Metrics
 
 LEAST_TOKEN = 16  # characters

@@ -8,7 +8,7 @@ from pydantic import AfterValidator
 
 from pipeline.jobs.files import Table
 from pipeline.jobs.secret import SecretPlace
-from pipeline.watching.listen import Listen, listen_text
+from pipeline.planning.listen import Listen, listen_text
 
 DEFAULT = Listen(port=8788)
 

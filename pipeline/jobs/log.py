@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import IO
 
 from pipeline.jobs.events import Event, JobFinished, JobQueued, JobStarted, Progress, Stalled
-from pipeline.progress import LogFormat, human_bytes
+from pipeline.watching.progress import LogFormat
+from pipeline.watching.units import human_bytes
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress of a conversion, in text
 

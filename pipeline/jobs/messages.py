@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.jobs.events import Event, JobFinished, Stalled
-from pipeline.progress import human_bytes
+from pipeline.watching.units import human_bytes
 
 Kind = Literal["success", "failure", "stall"]
 LONGEST_ERROR = 4000  # characters of an error's report that are passed on

@@ -12,10 +12,10 @@ from bokeh.models import Div
 
 from pipeline.jobs.overview import Overview
 from pipeline.jobs.rows import RunRow
-from pipeline.progress import human_bytes
 from pipeline.watching.figures import BLUE, TEAL, Bars, Timeline
 from pipeline.watching.page import STYLE, document_of, duration, fact_list, rates, stage_rows
 from pipeline.watching.state import Share
+from pipeline.watching.units import human_bytes
 
 LONGEST_ERROR = 600  # characters of a report that are shown
 RANKS = 64  # bars

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from pipeline.journal import boot_id
+from pipeline.sinks.journal import boot_id
 
 KILL_SECONDS = 10.0  # for a killed process to be gone
 

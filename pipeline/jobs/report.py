@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.jobs.rows import JobRow, Unit
 from pipeline.jobs.store import Store
-from pipeline.progress import human_bytes
+from pipeline.watching.units import human_bytes
 
 _COLOURS = {"done": "green", "up_to_date": "green", "running": "cyan", "queued": "cyan", "waiting": "yellow", "cancelled": "yellow"}
 

@@ -25,10 +25,10 @@ from typing import Annotated, Any
 from pydantic import ByteSize, Field
 
 from pipeline.errors import BadInput, Problem
-from pipeline.job import Job, anchored, make_job
 from pipeline.jobs.files import Table, read_toml, validate
 from pipeline.jobs.matrix import expand
 from pipeline.jobs.retry import Retry
+from pipeline.planning.job import Job, anchored, make_job
 
 # Nobody looks at the dashboard of a conversion among many: without it one starts sooner, and runs faster.
 SCHEDULER = "threads"

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import BadInput, Problem
-from pipeline.job import AbsolutePath
 from pipeline.jobs.files import Table
+from pipeline.planning.job import AbsolutePath
 
 
 class Secret(Table):

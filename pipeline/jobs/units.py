@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.job import Job, Shape, make_job
 from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.requests import Request
 from pipeline.jobs.rows import Conversion, Unit
-from pipeline.output import check_taken
-from pipeline.planning import make_plan
-from pipeline.plans import Plan
-from pipeline.scratch import DEFAULT_ROOT
+from pipeline.planning.job import Job, Shape, make_job
+from pipeline.planning.make_plan import make_plan
+from pipeline.planning.plans import Plan
+from pipeline.sinks.output import check_taken
+from pipeline.sinks.scratch import DEFAULT_ROOT
 
 _OF_A_TARGET = {*Shape.model_fields, "output_dir", "target"}
 _OF_A_SOURCE = ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision")

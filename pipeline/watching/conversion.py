@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching import server
-from pipeline.watching.listen import PAGE, Listen
 from pipeline.watching.state import Watch
 
 # (path, text) of the pages beside ours: headrace's own, and those of Dask's dashboard.

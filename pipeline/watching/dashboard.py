@@ -7,7 +7,7 @@ from typing import Any
 
 from tornado import web
 
-from pipeline.watching.listen import Listen
+from pipeline.planning.listen import Listen
 from pipeline.watching.state import Watch
 
 

@@ -11,7 +11,7 @@ from bokeh.models import AdaptiveTicker, ColumnDataSource, FactorRange, HoverToo
 from bokeh.models.formatters import CustomJSTickFormatter
 from bokeh.plotting import figure
 
-from pipeline.progress import human_bytes
+from pipeline.watching.units import human_bytes
 
 BLUE, TEAL, RED, GREY = "#2563eb", "#0d9488", "#dc2626", "#64748b"
 FONT = "system-ui, sans-serif"

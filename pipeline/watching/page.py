@@ -11,9 +11,9 @@ from bokeh.events import ConnectionLost
 from bokeh.layouts import column, row
 from bokeh.models import CustomJS, Div
 
-from pipeline.progress import human_bytes
 from pipeline.watching.figures import BLUE, TEAL, Bars, Timeline
 from pipeline.watching.state import Sample, Snapshot
+from pipeline.watching.units import human_bytes
 
 MILLISECONDS = 1000
 

@@ -19,7 +19,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import RequestHandler
 
 from pipeline.errors import BadInput, Problem
-from pipeline.watching.listen import PAGE, Listen
+from pipeline.planning.listen import PAGE, Listen
 
 Page = Callable[[Any], None]
 Route = tuple[str, type[RequestHandler], dict[str, Any]]

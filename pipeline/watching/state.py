@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.placement import size
+from pipeline.tensor.placement import size
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from pipeline.plans import Phase, Plan
+    from pipeline.planning.plans import Phase, Plan
     from stages.write import Written
 
 SAMPLE_SECONDS = 1.0  # between two samples
@@ -85,7 +85,7 @@ class Snapshot:
 
 
 class Watch:
-    """A listener of a run (see `pipeline.execute.Listener`) that can be looked at from any thread.
+    """A listener of a run (see `pipeline.run.execute.Listener`) that can be looked at from any thread.
 
     `stages`: seconds and bytes by stage, summed over workers; `bytes_read`: of the source and of scratch.
     """

@@ -1,1 +1,1 @@
-"""Quantized formats, one file each: how a source packs them (`accepts`, `unpack`)."""
+"""Quantization: what sources pack (`sources/`), what targets hold (`targets/`), and the kernels' order (`kernels/`)."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.derived import derive
 from pipeline.errors import BadInput
-from pipeline.metering import meter
-from pipeline.placement import Region, whole
-from pipeline.tensors import Block
-from stages.quantization.gptq import unpacked
-from stages.quantization.weight_only import not_finite
+from pipeline.tensor.derived import derive
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, whole
+from pipeline.tensor.tensors import Block
+from stages.quantization.sources.gptq import unpacked
+from stages.quantization.targets.weight_only import not_finite
 
 if TYPE_CHECKING:
     import dask.array as da

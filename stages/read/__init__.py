@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.placement import Region, shift
-from pipeline.tensors import Block, LazyTensor, Source, TensorMap
+from pipeline.tensor.placement import Region, shift
+from pipeline.tensor.tensors import Block, LazyTensor, Source, TensorMap
 from stages.read.mapped import MappedTensor
 from stages.read.zarr_store import StoreTensor
 

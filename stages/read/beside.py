@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import LazyTensor, Source, SourceFile
+from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read import safetensors, torch_pickle
 from stages.read.huggingface import open_tensors
 from stages.read.json_file import json_file

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dtypes import BY_SAFETENSORS
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import LazyTensor, Source, SourceFile
+from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
 
 MAGIC = b"GGUF"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.dtypes import MODEL_DTYPES
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import LazyTensor, Source, SourceFile
+from pipeline.model.dtypes import MODEL_DTYPES
+from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.json_file import json_file
 from stages.read.quantizer import KEY, quantizer_settings
 

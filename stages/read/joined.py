@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.placement import Region, extent, intersect, shift, slices
-from pipeline.tensors import Block, LazyTensor
+from pipeline.tensor.placement import Region, extent, intersect, shift, slices
+from pipeline.tensor.tensors import Block, LazyTensor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import SourceFile
+from pipeline.tensor.tensors import SourceFile
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:

@@ -20,11 +20,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 import xxhash
 
-from pipeline.dtypes import MODEL_DTYPES, TABLE
 from pipeline.errors import BadInput, Problem
-from pipeline.metering import meter
-from pipeline.placement import Region, pieces, size, slices, whole
-from pipeline.tensors import Block, Source, SourceFile, View, tensor_bytes
+from pipeline.model.dtypes import MODEL_DTYPES, TABLE
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, pieces, size, slices, whole
+from pipeline.tensor.tensors import Block, Source, SourceFile, View, tensor_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.metering import meter
-from pipeline.placement import Region, extent, shift, slices, whole
-from pipeline.tensors import Block
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, extent, shift, slices, whole
+from pipeline.tensor.tensors import Block
 
 WINDOW_BYTES = 8 << 20  # mapped at once where only some columns of it are wanted
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.placement import pieces, whole
-from pipeline.tensors import LazyTensor, Source, SourceFile
+from pipeline.tensor.placement import pieces, whole
+from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read import torch_pickle
 from stages.read.joined import JoinedTensor
 from stages.read.json_file import json_file

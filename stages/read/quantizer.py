@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.tensors import SourceFile
+from pipeline.tensor.tensors import SourceFile
 from stages.read.json_file import json_file
 
 KEY = "quantization_config"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import BadInput, Problem
+from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.safetensors import open_file
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.dtypes import BY_SAFETENSORS
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import SourceFile
+from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.tensor.tensors import SourceFile
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.metering import meter
-from pipeline.placement import Region, extent, shift, slices
-from pipeline.tensors import Block
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, extent, shift, slices
+from pipeline.tensor.tensors import Block
 
 WINDOW_BYTES = 2 << 20
 

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.dtypes import BY_SAFETENSORS, TABLE
 from pipeline.errors import BadInput, Problem
-from pipeline.tensors import LazyTensor, SourceFile
+from pipeline.model.dtypes import BY_SAFETENSORS, TABLE
+from pipeline.tensor.tensors import LazyTensor, SourceFile
 from stages.read.mapped import MappedTensor
 from stages.read.pickles import MAX_BYTES, Foreign, Pickles, set_items
 from stages.read.strided import StridedTensor, contiguous, span

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.metering import meter
-from pipeline.placement import Region, extent, shift, size, slices
-from pipeline.tensors import Block
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, extent, shift, size, slices
+from pipeline.tensor.tensors import Block
 
 
 @dataclass(frozen=True)

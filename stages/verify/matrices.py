@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint, FileTensor
+from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.values import read
 
 TILE = 64  # in-features that stay together in the kernels' order

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.placement import Region
-from pipeline.tensors import LazyTensor
+from pipeline.tensor.placement import Region
+from pipeline.tensor.tensors import LazyTensor
 
 _BITS = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
 

@@ -15,7 +15,7 @@ import pytest
 import stages.build
 from stages.build import Builder, Call, Outcome, probe, run, telling_lines
 from tests import stand_ins
-from tests.builds import alive
+from tests.support.builds import alive
 
 
 @pytest.fixture

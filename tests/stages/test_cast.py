@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.placement import slices
-from pipeline.tables import layout
+from pipeline.model.tables import layout
+from pipeline.tensor.placement import slices
 from stages.cast import as_type, cast, target_dtype
 from stages.read import read
-from tests.lazy import block, held, values
+from tests.support.lazy import block, held, values
 
 NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import Problem
-from pipeline.parallelism import Parallelism
+from pipeline.model.parallelism import Parallelism
 from stages.shard import Embedding, Sharding, divisibility
-from tests.rank_oracle import model_of, sharding_of
+from tests.support.rank_oracle import model_of, sharding_of
 
 
 def fits(sharding: Sharding) -> bool:

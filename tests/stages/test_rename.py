@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.lower import read_block
-from pipeline.model_config import ModelConfig, model_config
-from pipeline.operations import OPERATIONS
-from pipeline.placement import extent, slices, whole
-from pipeline.tables import Family, RenameRow, find_family, layout
+from pipeline.model.model_config import ModelConfig, model_config
+from pipeline.model.operations import OPERATIONS
+from pipeline.model.tables import Family, RenameRow, find_family, layout
+from pipeline.tensor.blocks import read_block
+from pipeline.tensor.placement import extent, slices, whole
 from stages.cast import cast
 from stages.read import read
 from stages.rename import Matches, Renamed, match, operate, rename
-from tests.checkpoints import LLAMA, MIXTRAL, shapes
-from tests.lazy import HeldBlock, block, held, values
-from tests.rank_oracle import model_of
-from tests.strategies import regions
+from tests.support.checkpoints import LLAMA, MIXTRAL, shapes
+from tests.support.lazy import HeldBlock, block, held, values
+from tests.support.rank_oracle import model_of
+from tests.support.strategies import regions
 
 CONFIGS = {
     "llama": LLAMA,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from pipeline import convert
-from pipeline.model_config import model_config
-from pipeline.tables import find_family
+from pipeline.model.model_config import model_config
+from pipeline.model.tables import find_family
 from stages.rope import rope_buffers
-from tests import checkpoints
+from tests.support import checkpoints
 
 LLAMA3 = {
     "rope_type": "llama3",

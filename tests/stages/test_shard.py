@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dtypes import BY_TARGET, of_numpy
-from pipeline.parallelism import Parallelism
-from pipeline.placement import Placement, RankTensor, slices
-from pipeline.quantization import FP8_ROWWISE, Quantization
-from pipeline.tables import Slot
-from pipeline.tensors import Parameter, plain
+from pipeline.model.dtypes import BY_TARGET, of_numpy
+from pipeline.model.parallelism import Parallelism
+from pipeline.model.quantization import FP8_ROWWISE, Quantization
+from pipeline.model.tables import Slot
+from pipeline.tensor.placement import Placement, RankTensor, slices
+from pipeline.tensor.tensors import Parameter, plain
 from stages.quantize import alignment, linear, quantize
 from stages.shard import rank_tensors, shard
-from tests.kernel_oracle import A, P, arrange
-from tests.lazy import values
-from tests.rank_oracle import Arrays, Case, aligned_cases, cases, model_of, oracle, sharding_of, sources
-from tests.stages.quantization.sources import opened
+from tests.support.kernel_oracle import A, P, arrange
+from tests.support.lazy import values
+from tests.support.packed_tensors import opened
+from tests.support.rank_oracle import Arrays, Case, aligned_cases, cases, model_of, oracle, sharding_of, sources
 
 FP16 = np.dtype(np.float16)
 

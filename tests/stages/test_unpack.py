@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.placement import slices
-from pipeline.tensors import AXES
-from stages.quantization.gguf import dequantize
+from pipeline.tensor.placement import slices
+from pipeline.tensor.tensors import AXES
+from stages.quantization.sources.gguf import dequantize
 from stages.read import read
 from stages.unpack import check, format_of, formats, unpack, zero_biases
-from tests.lazy import block, held, values
-from tests.stages.quantization.sources import awq, compressed, gptq, modelopt, random_codes, random_scales
-from tests.strategies import regions
+from tests.support.lazy import block, held, values
+from tests.support.packed_tensors import awq, compressed, gptq, modelopt, random_codes, random_scales
+from tests.support.strategies import regions
 
 # Random bytes make scales that are no numbers; what becomes of those is compared all the same.
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning") for what in ("invalid value", "overflow")]

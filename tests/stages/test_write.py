@@ -18,13 +18,13 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dtypes import BY_TARGET
-from pipeline.placement import Placement, RankTensor, Region, extent, slices, whole
-from stages.rank_file import RankFile, rank_file
+from pipeline.model.dtypes import BY_TARGET
+from pipeline.sinks.rank_file import RankFile, rank_file
+from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
 from stages.read.safetensors import open_file
 from stages.write import BlockWrite, Delivery, deliveries, write_blocks
-from tests.lazy import HeldBlock, block
-from tests.strategies import regions, shapes
+from tests.support.lazy import HeldBlock, block
+from tests.support.strategies import regions, shapes
 
 TYPES = sorted(BY_TARGET)
 TORCH = {

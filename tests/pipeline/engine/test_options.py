@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cli.build import split_words
-from pipeline.engine.options import (
+from pipeline.planning.builder_options import (
     Option,
     arguments,
     check_options,

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
-from pipeline.placement import slices
-from stages.quantization import awq as awq_format
-from stages.quantization import gptq as gptq_format
+from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize, requantize
-from tests.lazy import values
-from tests.stages.quantization.sources import CHUNKS, awq, gptq, opened, part, random_codes, random_scales
-from tests.strategies import regions
+from stages.quantization.sources import awq as awq_format
+from stages.quantization.sources import gptq as gptq_format
+from tests.support.lazy import values
+from tests.support.packed_tensors import CHUNKS, awq, gptq, opened, part, random_codes, random_scales
+from tests.support.strategies import regions
 
 
 def as_libraries_do(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, index: np.ndarray, bits: int) -> np.ndarray:

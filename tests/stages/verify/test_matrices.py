@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import Checkpoint, FileTensor
+from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.read.ranks import open_checkpoint
 from stages.verify.matrices import Matrix, matrix, unarrange
 from stages.verify.values import read, to_torch
-from tests.conftest import DATA
-from tests.kernel_oracle import A, P, arrange
-from tests.kernel_oracle import unarrange as oracle
+from tests.support.kernel_oracle import A, P, arrange
+from tests.support.kernel_oracle import unarrange as oracle
+from tests.support.places import DATA
 
 QUANTIZED = DATA / "quantized"
 CASES = {case["case"]: case["arguments"] for case in json.loads((QUANTIZED / "cases.json").read_text())}

@@ -1,0 +1,34 @@
+"""The engines of a plan: each request knows what checkpoint it will be built from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.planning.engine_options import Request, job_requests
+
+if TYPE_CHECKING:
+    from pipeline.planning.plans import Plan
+
+
+def plan_requests(plan: Plan) -> tuple[Request, ...]:
+    """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
+    requests = job_requests(plan.job)
+    if not requests:
+        return ()
+    outputs = {target.output.directory: target.output for target in plan.targets}
+    return tuple(
+        replace(request, identity=identity_of(outputs[request.checkpoint].id, outputs[request.checkpoint].config))
+        for request in requests
+    )
+
+
+def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
+    """What tells a checkpoint that headrace writes from others: its id, and a digest of its config.json."""
+    return {"id": checkpoint_id, "config": digest(config)}
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

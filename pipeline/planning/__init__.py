@@ -1,0 +1,1 @@
+"""From a job to a frozen plan: options, checks, quantization, cuts, memory. Opens headers only and writes nothing."""

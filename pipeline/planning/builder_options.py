@@ -1,0 +1,127 @@
+"""The options of trtllm-build: which there are, what values they take, and the words of a command line that say them.
+
+Which there are is what the builder's own --help says, where there is a builder; else `configs/engine/trtllm-build-{VERSION}.toml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+from pipeline.errors import Problem
+from pipeline.model.tables import CONFIGS
+
+VERSION = "1.2.1"
+SWITCH = {"enable", "disable"}
+LEAST = 10  # fewer options than these: the text is no help of trtllm-build
+
+_LISTED = re.compile(r"\s{1,8}(-\w, )?--\w")
+_NAME = re.compile(r"--([\w-]+)")
+_CHOICES = re.compile(r"\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the builder.
+
+    `values`: how many it takes. `choices`: all that it takes, where there is a list. `refused`: why headrace does not pass it on.
+    `inert`: the engine is the same whatever its value.
+    """
+
+    values: Literal["none", "one", "many"] = "one"
+    type: Literal["text", "int", "path"] = "text"
+    choices: tuple[str, ...] = ()
+    refused: str = ""
+    inert: bool = False
+
+
+Table = Mapping[str, Option]
+Arguments = Mapping[str, tuple[str, ...]]  # the words that follow each option
+
+
+@cache
+def known_options() -> Table:
+    """The options of trtllm-build 1.2.1, by name without dashes."""
+    data = tomllib.loads((CONFIGS / "engine" / f"trtllm-build-{VERSION}.toml").read_text())
+    return {name: Option(**{**row, "choices": tuple(row.get("choices", ()))}) for name, row in data.items()}
+
+
+def parse_help(text: str) -> Table:
+    """The options that an argparse --help lists; none where the text is something else.
+
+    What a help does not say (that a value is a number or a path, what headrace refuses) is taken from `known_options`.
+    """
+    found: dict[str, Option] = {}
+    for line in text.splitlines():
+        if not _LISTED.match(line):
+            continue
+        # The option and its values stand two spaces or more before what it is about.
+        invocation = re.split(r"\s{2,}", line.strip())[0]
+        names = [name.replace("-", "_") for name in _NAME.findall(invocation)]
+        rest = _NAME.sub("", invocation).strip(" ,-h")
+        listed = _CHOICES.search(rest)
+        choices = tuple(dict.fromkeys(listed[1].split(","))) if listed else ()
+        values: Literal["none", "one", "many"] = "none" if not rest else "many" if "..." in rest else "one"
+        for name in names:
+            known = known_options().get(name, Option())
+            found[name] = replace(known, values=values, choices=choices)
+    return found if len(found) >= LEAST else {}
+
+
+def arguments(values: Mapping[str, Any], table: Table) -> Arguments:
+    """The words that say `values` (as a job file or a command line has them); false flags are left out.
+
+    Numbers become text, true and false `enable` and `disable` where the option takes these.
+    """
+    words = {}
+    for name, value in values.items():
+        option = table.get(name, Option("none" if isinstance(value, bool) else "one"))
+        if isinstance(value, bool) and set(option.choices) >= SWITCH:
+            value = "enable" if value else "disable"
+        if value is False and option.values == "none":
+            continue
+        given = () if value is True else value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        words[name] = tuple(map(str, given))
+    return words
+
+
+def command_words(given: Arguments) -> list[str]:
+    """The words of a command line, in the order given."""
+    return [word for name, values in given.items() for word in (f"--{name}", *values)]
+
+
+def check_options(given: Arguments, table: Table, prefix: str = "--") -> list[Problem]:
+    """What the builder would not take: unknown names, with the nearest known ones, and values."""
+    problems = []
+    for name, values in given.items():
+        option, subject = table.get(name), f"{prefix}{name}"
+        if option is None:
+            near = difflib.get_close_matches(name, [each for each in table if not table[each].refused], 3)
+            expected = f"one of its options, such as {', '.join(near)}" if near else "one of those that trtllm-build --help lists"
+            problems.append(Problem(subject, "an option that trtllm-build does not have", expected))
+        elif option.refused:
+            problems.append(Problem(subject, "an option that headrace does not pass on", "a request without it", option.refused))
+        else:
+            problems += [Problem(subject, found, expected) for found, expected in _values(values, option)]
+    return problems
+
+
+def _values(values: tuple[str, ...], option: Option) -> list[tuple[str, str]]:
+    """What was found, and what was expected, of each value that is wrong."""
+    counts = {"none": (0, "no value"), "one": (1, "one value")}
+    if option.values in counts:
+        count, expected = counts[option.values]
+        if len(values) != count:
+            return [(" ".join(values) or "no value", expected)]
+    elif not values:
+        return [("no value", "one value or more")]
+    wrong = [value for value in values if option.choices and value not in option.choices]
+    problems = [(value, f"one of {', '.join(option.choices)}") for value in wrong]
+    if option.type == "int":
+        problems += [(value, "a whole number") for value in values if not re.fullmatch(r"[+-]?\d+", value)]
+    return problems

@@ -1,0 +1,155 @@
+"""Cuts: where a plan's tensors go through scratch, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.planning.job import SCRATCH_STAGES, Job
+from pipeline.planning.plans import Phase, Store, group_blocks
+from pipeline.sinks.remote import RemoteArray, RemoteGroup
+from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
+from pipeline.tensor.placement import Placement, RankTensor, whole
+from pipeline.tensor.tensors import Source, TensorMap
+
+if TYPE_CHECKING:
+    from stages.rename import Matches
+
+Group = ScratchGroup | RemoteGroup
+ReadBack = Callable[[str, Mapping[str, Any]], TensorMap]
+
+
+class Cuts:
+    """The cuts of one plan as it is composed: each adds a phase that stores to Zarr, and gives back a map that reads it.
+
+    `identity`: what the tensors' values depend on, beside the source. `read_back` makes Dask arrays of scratch arrays, one chunk a
+    chunk; `matches` knows the source tensor of a name.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        source: Source,
+        identity: Sequence[Any],
+        block_bytes: int,
+        read_back: ReadBack,
+        matches: Matches,
+    ) -> None:
+        # Workers elsewhere cannot read what is in the memory of this process: it goes to scratch first.
+        self.carried = source.in_memory and job.elsewhere
+        self.stages = ("read", *(stage for stage in job.cuts if stage != "read")) if self.carried else job.cuts
+        self.root = job.scratch or str(job.targets[0].output_dir.parent / DEFAULT_ROOT)
+        self.remote = "://" in self.root
+        self.source, self.identity, self.block_bytes, self.read_back, self.matches = (
+            source,
+            identity,
+            block_bytes,
+            read_back,
+            matches,
+        )
+        self.keep = job.keep_scratch
+        self.phases: list[Phase] = []
+        self.groups: list[Group] = []
+
+    def cut(self, stage: str, tensors: TensorMap) -> TensorMap:
+        """The tensors as they are, or, where the job names `stage`, as they are read back from scratch after it."""
+        if stage not in self.stages:
+            return tensors
+        # Names that share an array (ties) are stored once and share what is read back.
+        first: dict[str, str] = {}
+        for name, array in tensors.items():
+            first.setdefault(array.name, name)
+        shapes = {(0, name): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
+        group = self._group(stage, shapes)
+        stores = tuple(self._store(name, tensors) for name in first.values())
+        self._add(stage, stores, (group,))
+        back = self.read_back(stage, {name: array for (_, name), array in group.arrays.items()})
+        return {name: back[first[array.name]] for name, array in tensors.items()}
+
+    def cut_ranks(
+        self, stores: tuple[Store, ...], ranks: Sequence[Sequence[RankTensor]], dtypes: Mapping[str, np.dtype]
+    ) -> tuple[Store, ...]:
+        """The stores as they are, or, where the job cuts after `shard`, whole rank tensors read back from scratch.
+
+        `ranks[t]` are the tensors of target t; each target has a group of its own.
+        """
+        if "shard" not in self.stages:
+            return stores
+        groups, again = [], []
+        for number, tensors in enumerate(ranks):
+            stored = {(tensor.rank, tensor.name): tensor.stored or (tensor.shape, tensor.dtype) for tensor in tensors}
+            shapes = {key: self._rank_shape(shape, dtypes[dtype]) for key, (shape, dtype) in stored.items()}
+            group = self._group(f"shard{number}", shapes)
+            groups.append(group)
+            back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
+            for rank, name in group.arrays:
+                array = back[f"rank{rank}/{name}"]
+                placement = Placement(rank, name, whole(array.shape), whole(array.shape))
+                placements = tuple((placement,) if other == number else () for other in range(len(ranks)))
+                again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
+        self._add("shard", stores, tuple(groups))
+        return tuple(again)
+
+    def reasons(self) -> dict[str, str]:
+        """For each stage, whether tensors are cut after it, why, and what it costs or would cost."""
+        chosen = {phase.name.rpartition(" ")[2]: sum(sink.size_bytes for sink in phase.sinks) for phase in self.phases}
+        result = {}
+        for stage in SCRATCH_STAGES:
+            if stage == "read" and self.carried:
+                result[stage] = (
+                    f"cut: {chosen[stage]:,} bytes written, as the model is in this process and the workers are elsewhere"
+                )
+            elif stage in chosen:
+                result[stage] = f"cut, as asked: {chosen[stage]:,} bytes written and read again (not needed: {_UNNEEDED[stage]})"
+            else:
+                result[stage] = f"no cut: {_UNNEEDED[stage]}"
+        return result
+
+    def _rank_shape(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
+        row_bytes = max(math.prod(shape[1:]) * dtype.itemsize, 1)
+        rows = min(max(self.block_bytes // row_bytes, 1), max(shape[0], 1))
+        return shape, (rows, *shape[1:]), dtype
+
+    def _group(self, stage: str, shapes: Mapping[tuple[int, str], tuple[Any, Any, Any]]) -> Group:
+        listed = sorted((rank, name, shape, chunks, str(dtype)) for (rank, name), (shape, chunks, dtype) in shapes.items())
+        key = scratch_id(stage, self.stages[: self.stages.index(stage.rstrip("0123456789"))], self.identity, listed)
+        place = self.source.location
+        name = f"{place.name if place.is_dir() else place.stem}-{stage}-{key}.zarr"
+        if self.remote:
+            url = f"{self.root}/{name}"
+            remote = {
+                (rank, tensor): RemoteArray(
+                    f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(tensor)
+                )
+                for (rank, tensor), (shape, chunks, dtype) in shapes.items()
+            }
+            return RemoteGroup(url, stage, key, str(self.source.location), self.keep, remote)
+        directory = Path(self.root) / name
+        arrays = {}
+        for (rank, name), (shape, chunks, dtype) in shapes.items():
+            folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
+            arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(name))
+        return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays)
+
+    def _store(self, name: str, tensors: TensorMap) -> Store:
+        array = tensors[name]
+        nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.tensors)
+        region = whole(array.shape)
+        return Store(name, (array,), ((Placement(0, name, region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
+
+    def _add(self, stage: str, stores: tuple[Store, ...], sinks: tuple[Group, ...]) -> None:
+        self.groups += sinks
+        here = self.carried and stage == "read"
+        self.phases.append(Phase(f"scratch after {stage}", stores, sinks, group_blocks(stores, self.block_bytes), here))
+
+
+_UNNEEDED = {
+    "read": "the source is local and can be mapped",
+    "rename": "renaming costs nothing",
+    "unpack": "all targets of a job share each task, so that nothing is unpacked twice",
+    "shard": "the outputs can be written at offsets",
+}

@@ -1,0 +1,162 @@
+"""What engines a job asks for: an `[engine]` table, for all targets, a `[target.engine]` table, for one, or `headrace build`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pipeline.errors import BadInput, Problem
+from pipeline.planning.builder_options import Arguments, Table, arguments, check_options, command_words, known_options
+
+if TYPE_CHECKING:
+    from pipeline.planning.job import Job
+
+SUFFIX = "-engine"  # a target's engine, where no directory is named
+PREFIX = "engine."  # options in a job file
+
+
+def _words(value: Any) -> Any:
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+
+class EngineOptions(BaseModel):
+    """The options of an engine that are headrace's own; every other key is one of trtllm-build's."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), defer_build=True)
+
+    output_dir: str | None = Field(None, description="Directory for rank{N}.engine and config.json.", min_length=1)
+    builder: Literal["auto", "command", "python"] = Field(
+        "auto", description="trtllm-build, tensorrt_llm's Python API (a task for each rank), or the first of the two that is there."
+    )
+    trtllm_build: str = Field("trtllm-build", description="The builder: a name on PATH or a path.", min_length=1)
+    container: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
+        (),
+        description="Command to run trtllm-build behind, such as docker run; {checkpoint}, {engine}, {uid}, {gid} are filled in.",
+    )
+    retries: int = Field(0, description="How often a build that failed is tried again.", ge=0)
+    overwrite: bool = Field(False, description="Replace an engine of another checkpoint or with other options.")
+
+    @property
+    def passed(self) -> Mapping[str, Any]:
+        """What goes to the builder."""
+        return self.model_extra or {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One engine: of which checkpoint, where, and how.
+
+    `prefix`: what stands before an option's name in messages. `ranks` and `identity`: those of a checkpoint that is yet to be
+    written (`pipeline.engine.requests.identity_of`).
+    """
+
+    checkpoint: Path
+    engine: Path
+    own: EngineOptions
+    prefix: str = "--"
+    ranks: int = 0
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self, table: Table) -> Arguments:
+        """The builder's options as words."""
+        return arguments(self.own.passed, table)
+
+    def problems(self, table: Table) -> list[Problem]:
+        """What the builder whose options these are would not take."""
+        return check_options(self.arguments(table), table, self.prefix)
+
+    def command(self) -> list[str]:
+        """The command line that builds this engine where TensorRT-LLM is."""
+        places = ["--checkpoint_dir", str(self.checkpoint), "--output_dir", str(self.engine)]
+        options = command_words(self.arguments(known_options()))
+        return [*self.container(self.engine), self.own.trtllm_build, *places, *options]
+
+    def container(self, engine: Path) -> tuple[str, ...]:
+        """The container's command, for a builder that writes to `engine`."""
+        places = {"checkpoint": self.checkpoint, "engine": engine, "uid": os.getuid(), "gid": os.getgid()}
+        words = self.own.container
+        for name, value in places.items():  # other braces are the user's
+            words = tuple(word.replace(f"{{{name}}}", str(value)) for word in words)
+        return words
+
+
+def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
+    """The request of `headrace build`. Raises BadInput naming each option of headrace's own that is wrong."""
+    try:
+        own = EngineOptions(**anchored(options, Path.cwd()))
+    except ValidationError as error:
+        raise BadInput(_invalid(error, "--")) from None
+    problems = [] if own.output_dir else [Problem("--output_dir", "nothing", "a directory for the engine")]
+    request = Request(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
+    problems += _places([request])
+    if problems:
+        raise BadInput(problems)
+    return request
+
+
+def job_requests(job: Job) -> tuple[Request, ...]:
+    """The engines that a job asks for, one for each target that has a table.
+
+    Raises BadInput naming each option of headrace's own that is wrong; of its own the builder has to be asked.
+    """
+    requests: list[Request] = []
+    problems: list[Problem] = []
+    for target in job.targets:
+        tables = [table for table in (job.engine, target.engine) if table is not None]
+        if not tables:
+            continue
+        directory = target.output_dir
+        try:
+            own = EngineOptions(**{key: value for table in tables for key, value in anchored(table, Path.cwd()).items()})
+        except ValidationError as error:
+            problems += _invalid(error, PREFIX)
+            continue
+        named = (own.output_dir or f"{directory}{SUFFIX}").replace("{target}", directory.name)
+        requests.append(Request(directory, Path(named), own, PREFIX, target.parallelism.world_size))
+    problems = list(dict.fromkeys(problems)) or _places(requests)
+    if problems:
+        raise BadInput(problems)
+    return tuple(requests)
+
+
+def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """An engine's options with their paths absolute, as from a folder: a job file's, or the current directory."""
+    paths = {"output_dir", *(name for name, option in known_options().items() if option.type == "path")}
+    if "/" in str(table.get("trtllm_build", "")):
+        paths.add("trtllm_build")
+
+    def place(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [place(each) for each in value]
+        return str(_absolute(value, folder)) if isinstance(value, str | Path) and str(value) else value
+
+    return {name: place(value) if name in paths else value for name, value in table.items()}
+
+
+def _absolute(value: str | Path, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+
+
+def _places(requests: list[Request]) -> list[Problem]:
+    """Engines that would lie in one another's or in a checkpoint's directory."""
+    problems = []
+    engines = [request.engine for request in requests]
+    for request in requests:
+        subject = f"{request.prefix}output_dir {request.engine}"
+        if engines.count(request.engine) > 1:
+            remedy = "Put {target}, the name of the target's directory, into it"
+            problems.append(Problem(subject, "two engines", "a directory for each", remedy))
+        around = {request.engine, *request.engine.parents} & {each.checkpoint for each in requests}
+        problems += [Problem(subject, f"the checkpoint {place}", "a directory outside of it") for place in sorted(around)]
+    return list(dict.fromkeys(problems))
+
+
+def _invalid(error: ValidationError, prefix: str) -> list[Problem]:
+    details = [(".".join(map(str, detail["loc"])), detail) for detail in error.errors()]
+    return [Problem(f"{prefix}{name}", repr(detail["input"]), detail["msg"].lower()) for name, detail in details]

@@ -1,0 +1,141 @@
+"""What a checkpoint is, and what headrace knows: `headrace inspect`, `families` and `formats`. Opens headers only."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput
+from pipeline.model.dtypes import of_numpy
+from pipeline.model.model_config import ModelConfig, model_config
+from pipeline.model.parallelism import Parallelism
+from pipeline.model.quantization import Quantization
+from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.planning.checks import expected
+from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
+from pipeline.planning.job import Job, make_job
+from pipeline.planning.make_plan import make_plan
+from pipeline.tensor.tensors import Source, tensor_bytes
+from stages.quantize import aligned
+from stages.read import find_source, sources
+from stages.rename import match
+from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
+from stages.unpack import by_module, check, format_of, formats
+
+
+def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is, as plain values. Raises BadInput where it cannot be opened.
+
+    What keeps it from being converted is said among `problems`: an unknown family, tensors that do not fit, and so on.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        # Planning writes nothing: the directory is never made.
+        job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
+        source = find_source(job.model_dir, None, None, job.revision, download=False)
+        problems = _refusals(job)
+    result = _facts(source)
+    family = find_family(source.container, source.architecture)
+    try:
+        model = model_config(source.config, family, source.architecture, source.config_name) if family else None
+    except BadInput:
+        model = None
+    if family is None or model is None:
+        return {**result, "family": family.name if family else None, "problems": problems}
+    matches = match(source.tensors, family, layout(family.layout), model, frozenset())
+    sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
+    return {
+        **result,
+        "family": family.name,
+        "model": _sizes(model),
+        "parameters": _parameters(sharding, bool(matches.ties), family),
+        "tied_embeddings": bool(matches.ties),
+        **_parallel(sharding, _quantized(source, job)),
+        "problems": problems,
+    }
+
+
+def _refusals(job: Job) -> list[str]:
+    """What `convert` would refuse, with no options but the source."""
+    try:
+        make_plan(job)
+    except BadInput as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+def list_families() -> list[dict[str, Any]]:
+    """Every family of `configs/families`: its name, the kind of source, the architectures that it is for, and its layout."""
+    return [
+        {"family": family.name, "source": family.container, "architectures": list(family.architectures), "layout": family.layout}
+        for family in families()
+    ]
+
+
+def list_formats() -> dict[str, list[dict[str, str]]]:
+    """The sources that can be read and the quantized formats that can be unpacked, each with the first line of its module."""
+    return {
+        "sources": [_described(module) for module in sources()],
+        "quantized": [_described(module) for module in formats()],
+    }
+
+
+def _described(module: Any) -> dict[str, str]:
+    return {"name": module.__name__.rpartition(".")[2], "is": (module.__doc__ or "").strip().splitlines()[0].rstrip(".")}
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        dtypes[of_numpy(tensor.dtype).safetensors] += tensor_bytes(tensor)
+    return {
+        "path": str(source.location),
+        "kind": source.kind,
+        "architecture": source.architecture,
+        "dtype": source.dtype,
+        "tensors": len(source.tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        "bytes": source.nbytes,
+        "bytes_by_dtype": dict(dtypes.most_common()),
+        "files": [{"file": file.path.name, "bytes": file.size_bytes} for file in source.files],
+        "quantization": _quantization(source),
+    }
+
+
+def _quantization(source: Source) -> str | None:
+    """The format that most packed modules show, or the method that the configuration names; None for a model that has neither."""
+    found = Counter(packing.NAME for parameters in by_module(source.tensors).values() if (packing := format_of(parameters)))
+    method = clean_settings(source.config).get("quant_method")
+    return found.most_common(1)[0][0] if found else str(method) if method else None
+
+
+def _sizes(model: ModelConfig) -> dict[str, Any]:
+    names = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_size"]
+    names += ["vocab_size", "max_position_embeddings"] + (["num_experts", "experts_per_token"] if model.num_experts else [])
+    return {name: getattr(model, name) for name in names}
+
+
+def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
+    """The model's learned numbers, whatever they are packed in; tied embeddings count once."""
+    shapes = {name: sharding.shape(slot, dense(slot, parameter)) for name, slot, parameter in expected(sharding, {})}
+    shared = [f"{name}." for name in family.ties] if tied else []
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(tuple(shared)))
+
+
+def _quantized(source: Source, job: Job) -> Quantization:
+    """What a target would be quantized with if no option said otherwise."""
+    settings = clean_settings(source.config)
+    formats_, ordered, problems = check(source.tensors, settings)
+    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.tensors)[0]
+
+
+def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:
+    """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
+    model = sharding.model
+    sizes = aligned(sharding, quantization, tp_sizes(model, sharding))
+    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
+    if model.num_experts:
+        result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}
+    return result

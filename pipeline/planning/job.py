@@ -1,0 +1,306 @@
+"""Job: what the user asks for, from Python, the command line (NVIDIA's flag names) or a TOML file; validated in one place.
+
+A field here is a keyword of `convert` and `plan`, a key of a job file, and a flag of the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.types import ByteSize
+
+from pipeline.errors import BadInput, Problem
+from pipeline.model.parallelism import Parallelism
+from pipeline.planning.engine_options import anchored as anchored_engine
+from pipeline.planning.engine_options import job_requests
+from pipeline.planning.listen import listen_text
+
+PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}
+SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
+
+
+def _absolute(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        return value
+    if not str(value):
+        raise ValueError("a path that is not empty")
+    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+
+
+def model_name(value: Any) -> Any:
+    """An absolute path, or the id of a model on the Hugging Face Hub where there is no such path."""
+    if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists():
+        return value
+    return _absolute(value)
+
+
+def _root(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
+    return str(_absolute(value))
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+ModelName = Annotated[Path | str, BeforeValidator(model_name)]
+ScratchRoot = Annotated[str, BeforeValidator(_root)]
+Size = Annotated[int, Field(ge=1)]
+ExpertSize = Annotated[int, Field(ge=-1)]
+ListenAddress = Annotated[str, AfterValidator(listen_text)]
+CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
+
+
+class Shape(BaseModel):
+    """What a target looks like. The defaults are those of NVIDIA's converter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Type of the weights; auto: the source's (float32 becomes float16)."
+    )
+    tp_size: Size = Field(1, description="Tensor-parallel ranks.")
+    pp_size: Size = Field(1, description="Pipeline stages.")
+    cp_size: Size = Field(1, description="Context-parallel ranks (recorded; they share files).")
+    moe_tp_size: ExpertSize = Field(-1, description="Tensor-parallel size inside experts; -1: all that moe_ep_size leaves.")
+    moe_ep_size: ExpertSize = Field(-1, description="Expert-parallel size; -1: 1.")
+    use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
+    embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
+    write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
+    use_weight_only: bool = Field(False, description="Quantize weights, or take a source's codes, as weight_only_precision says.")
+    weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"] = Field(
+        "int8", description="int8 and int4 quantize; the others are for sources that are quantized so."
+    )
+    use_fp8: bool = Field(False, description="FP8 with a scale a matrix, for sources that are quantized so.")
+    use_fp8_rowwise: bool = Field(False, description="FP8 with a scale a row: quantizes, or takes a source's codes.")
+    use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
+    fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
+    group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
+    sm: Literal[80, 86, 89, 90, 100, 103, 120] = Field(80, description="GPU generation that integer weights are arranged for.")
+    dequantize: bool = Field(False, description="Turn a quantized source into numbers before anything else.")
+    requantize: bool = Field(
+        False, description="Dequantize, and quantize again by round-to-nearest, as for groups in another order."
+    )
+    disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
+    remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return Parallelism.resolve(self.tp_size, self.pp_size, self.cp_size, self.moe_tp_size, self.moe_ep_size)
+
+
+class TargetOptions(Shape):
+    """One output directory and its shape: a `[[target]]` of a job file."""
+
+    output_dir: AbsolutePath
+    engine: dict[str, Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what is written, as plain values."""
+        return self.model_dump(mode="json", exclude={"output_dir", "engine"})
+
+
+class Job(Shape):
+    """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`)."""
+
+    model_dir: ModelName | None = Field(
+        None, description="Checkpoint to read: a Hugging Face or Meta directory, a GGUF file, or org/name on the Hub."
+    )
+    meta_ckpt_dir: AbsolutePath | None = Field(None, description="Meta checkpoint to read: params.json and consolidated.*.pth.")
+    quant_ckpt_path: AbsolutePath | None = Field(
+        None, description="Quantized checkpoint, file or directory, whose tensors stand in for those of model_dir."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
+    output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
+    target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
+    engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
+    mlp_bias: Literal["omit", "keep", "refuse"] = Field(
+        "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
+    )
+    copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
+    memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
+    scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
+    listen: ListenAddress | None = Field(
+        None, description="HOST:PORT of the dashboard and headrace's page; default: 127.0.0.1:8787, only where there is a cluster."
+    )
+    performance_report: AbsolutePath | None = Field(None, description="File for Dask's own report of the run, as HTML.")
+    scratch: ScratchRoot | None = Field(
+        None, description="Directory or URL for cuts; default: .headrace-scratch beside the output."
+    )
+    scratch_after: CutNames = Field(
+        ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
+    )
+    keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
+    sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
+    overwrite: bool = Field(False, description="Start afresh where the output directory holds another conversion.")
+    per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")
+    load_by_shard: bool = Field(False, description="Accepted for NVIDIA's sake: reading is always piece by piece.")
+    load_model_on_cpu: bool = Field(False, description="Accepted for NVIDIA's sake: no GPU is ever used.")
+
+    @property
+    def threads(self) -> int:
+        """The number of worker threads that the job runs on."""
+        return self.workers or min(os.cpu_count() or 1, 8)
+
+    @property
+    def targets(self) -> tuple[TargetOptions, ...]:
+        """What is to be written: each `[[target]]` with the job's own fields as defaults, or the job's one target."""
+        shape = self.model_dump(include=set(Shape.model_fields))
+        return tuple(TargetOptions(**{**shape, **table}) for table in self.target or ({"output_dir": self.output_dir},))
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The stages that the user named, in the order of their use; none for `auto` and `none`."""
+        return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the workers are other processes, perhaps on other machines."""
+        return self.scheduler.startswith(("tcp://", "tls://"))
+
+    def source_identity(self) -> dict[str, Any]:
+        """The fields that decide what is read of the source."""
+        return {"mlp_bias": self.mlp_bias}
+
+
+def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:
+    """A job from a TOML file, where given, with `options` laid over it. Raises BadInput naming each option that is wrong.
+
+    `live`: the source is a model in memory, so that the options name none.
+    """
+    values = {**(_load(file) if file else {}), **options}
+    tables = values.get("target", ())
+    if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
+        # A flag is for every target; but they cannot share a directory.
+        if "output_dir" in options:
+            expected = "the directories of the [[target]] tables"
+            raise BadInput([Problem("--output_dir", f"one directory for {len(tables)} targets", expected)])
+        values["target"] = [{key: value for key, value in table.items() if key not in options} for table in tables]
+    try:
+        job = Job(**values)
+    except ValidationError as error:
+        problems = [_problem(dict(detail), file, options) for detail in error.errors()]
+        if not values.get("target") and values.get("output_dir") is None:
+            problems.append(_no_output())
+        raise BadInput(problems) from None
+    problems = _sources(job, live) + _contradictions(job, file)
+    if problems:
+        raise BadInput(problems)
+    job_requests(job)
+    return job
+
+
+def _sources(job: Job, live: bool) -> list[Problem]:
+    """What is wrong with the options that name the source: there must be one."""
+    named = {"a model in memory": live or None, "--model_dir": job.model_dir, "--meta_ckpt_dir": job.meta_ckpt_dir}
+    given = [name for name, value in named.items() if value is not None]
+    problems = []
+    if not given:
+        problems.append(Problem("--model_dir", "nothing", f"a value: {Job.model_fields['model_dir'].description}"))
+    elif len(given) > 1:
+        problems.append(Problem(given[1], f"a second source beside {given[0]}", "one source"))
+    if job.quant_ckpt_path and job.model_dir is None:
+        expected = "--model_dir with the model that it was quantized from"
+        problems.append(Problem("--quant_ckpt_path", f"{job.quant_ckpt_path} alone", expected))
+    if job.revision and not isinstance(job.model_dir, str):
+        problems.append(Problem(f"--revision {job.revision}", f"the local path {job.model_dir}", "a model on the Hub, org/name"))
+    return problems
+
+
+def _no_output() -> Problem:
+    return Problem("--output_dir", "nothing", f"a value: {Job.model_fields['output_dir'].description}")
+
+
+def _contradictions(job: Job, file: Path | None) -> list[Problem]:
+    problems = []
+    if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
+        problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
+    problems += _report(job)
+    if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
+        problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
+    if not job.target and job.output_dir is None:
+        problems.append(_no_output())
+        return problems
+    if job.target and job.output_dir is not None:
+        problems.append(Problem(f"{file or 'job'}: output_dir", "both a directory and [[target]] tables", "one or the other"))
+    try:
+        directories = [target.output_dir for target in job.targets]
+    except ValidationError as error:
+        details: list[Any] = list(error.errors())
+        return problems + [_problem({**detail, "loc": ("target", *detail["loc"])}, file, {}) for detail in details]
+    if job.performance_report and job.performance_report.parent in directories:
+        found = "a place among the rank files"
+        problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
+    twice = {str(directory) for directory in directories if directories.count(directory) > 1}
+    problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
+    return problems
+
+
+def _report(job: Job) -> list[Problem]:
+    """What is wrong with the place of a performance report, or with a scheduler that has nothing to report."""
+    path = job.performance_report
+    if path is None:
+        return []
+    subject = f"--performance_report {path}"
+    if job.scheduler in ("threads", "synchronous"):
+        remedy = "Leave out --scheduler, or the report"
+        return [Problem(subject, f"--scheduler {job.scheduler}, which keeps no record of its tasks", "a cluster", remedy)]
+    if path.is_dir() or not path.parent.is_dir():
+        return [Problem(subject, "a directory" if path.is_dir() else "no such directory", "a file in a directory that is there")]
+    return []
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise BadInput([Problem(str(file), error.strerror or "an error", "a job file")]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput([Problem(str(file), f"text that is not TOML ({error})", "a job file")]) from None
+    scratch = values.pop("scratch", None)
+    if isinstance(scratch, dict):
+        names = {"dir": "scratch", "after": "scratch_after", "keep": "keep_scratch"}
+        unknown = sorted(set(scratch) - set(names))
+        if unknown:
+            raise BadInput([Problem(f"{file}: scratch.{unknown[0]}", "an option that headrace does not have", ", ".join(names))])
+        values |= {names[key]: value for key, value in scratch.items()}
+    elif scratch is not None:
+        values["scratch"] = scratch
+    return anchored(values, file.absolute().parent)
+
+
+def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Options with absolute paths. `folder`: that of the file which they are of, so that it means the same from everywhere."""
+    result = dict(values)
+    if isinstance(values.get("target"), list):
+        result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
+    if isinstance(values.get("engine"), dict):
+        result["engine"] = anchored_engine(values["engine"], folder)
+    for key in PATHS & set(values):
+        if isinstance(values[key], str) and "://" not in values[key]:
+            path = folder / Path(values[key]).expanduser()
+            if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(values[key]):
+                result[key] = path
+    return result
+
+
+def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:
+    name = ".".join(map(str, detail["loc"])) or "job"
+    subject = f"--{name}" if name in options or file is None else f"{file}: {name}"
+    if detail["type"] == "missing":
+        field = Job.model_fields.get(name)
+        return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
+    if detail["type"] == "extra_forbidden":
+        return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
+    return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())

@@ -1,0 +1,1 @@
+"""Finished outputs looked at: verification, tables for a terminal, and the HTML page."""

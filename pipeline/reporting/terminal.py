@@ -1,0 +1,207 @@
+"""Plans and results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from pipeline.errors import BadInput
+from pipeline.watching.units import human_bytes
+
+if TYPE_CHECKING:
+    from pipeline.planning.plans import Plan
+    from pipeline.run.execute import Result
+    from pipeline.sinks.scratch import Found
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Everything that `headrace plan` says, as tables."""
+    summary = plan.summary()
+    source = summary["source"]
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("source", source["path"])
+    size = human_bytes(source["bytes"])
+    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {source['dtype'] or 'packed'}")
+    facts.add_row("family", f"{source['family']} ({source['architecture']})")
+    for phase in summary["phases"]:
+        facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")
+    block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
+    facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
+    peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
+    facts.add_row("memory", f"{peak} projected, {limit} allowed")
+    facts.add_row("reads", human_bytes(summary["bytes_read"]))
+    facts.add_row("writes", human_bytes(summary["bytes_written"]))
+    for stage, reason in summary["scratch_reasons"].items():
+        facts.add_row("scratch", f"after {stage}: {reason}")
+    for cut in summary["scratch"]:
+        facts.add_row("", f"{cut['path']}, {human_bytes(cut['bytes'])}{', reused' if cut['reused'] else ''}")
+    for reason, names in _by_reason(source["left_out"]).items():
+        facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    for note in summary["notes"]:
+        facts.add_row("note", note)
+    for obstacle in summary["obstacles"]:
+        facts.add_row("[red]obstacle[/red]", f"{obstacle}")
+    return Group(facts, "", *(_target_table(target) for target in summary["targets"]))
+
+
+def result_table(plan: Plan, result: Result) -> RenderableType:
+    """What was written, and how long it took."""
+    parts: list[RenderableType] = [f"[bold]Done in {result.seconds:.1f} s[/bold]"]
+    for target in plan.targets:
+        table = Table()
+        for column in ("file", "tensors", "size"):
+            table.add_column(column, justify="left" if column == "file" else "right")
+        for file in target.output.files:
+            table.add_row(str(file.path.name), str(len(file.tensors)), human_bytes(file.size_bytes))
+        table.add_row("config.json", "", human_bytes(len(target.output.config)))
+        parts += [str(target.output.directory), table]
+    speed, peak = result.bytes_written / result.seconds / 1e9, human_bytes(result.peak_memory_bytes)
+    read, written = human_bytes(result.bytes_read), human_bytes(result.bytes_written)
+    parts.append(f"{read} read, {written} written, {speed:.2f} GB/s, peak memory {peak}")
+    stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
+    parts.append(f"phases: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in result.phases.items())}")
+    parts.append(f"stages, summed over workers: {stages}")
+    return Group(*parts)
+
+
+def scratch_table(found: Sequence[Found]) -> RenderableType:
+    """The cuts of a scratch directory."""
+    table = Table()
+    for column in ("cut", "stage", "source", "size", "state"):
+        table.add_column(column, overflow="fold")
+    for cut in found:
+        state = "whole" if cut.complete else "unfinished"
+        table.add_row(cut.directory.name, cut.stage, cut.source, human_bytes(cut.size_bytes), state)
+    return table
+
+
+def source_table(facts: Mapping[str, Any]) -> RenderableType:
+    """What `headrace inspect` says."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("path", facts["path"])
+    held = f"{_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
+    table.add_row("source", f"{facts['kind']}, {held}")
+    table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
+    shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
+    table.add_row("weights", f"{facts['parameters']:,} parameters; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")
+    table.add_row("quantization", facts["quantization"] or "none")
+    if "model" in facts:
+        table.add_row("model", ", ".join(f"{name} {value}" for name, value in facts["model"].items()))
+        table.add_row("embeddings", "tied" if facts["tied_embeddings"] else "not tied")
+        low, high = facts["pp_sizes"]
+        table.add_row("tp_size", ", ".join(map(str, facts["tp_sizes"])) or "none")
+        table.add_row("pp_size", f"{low} to {high}")
+    for size, pairs in facts.get("moe_sizes", {}).items():
+        table.add_row("", f"tp_size {size}: moe_tp_size x moe_ep_size " + ", ".join(f"{tp} x {ep}" for tp, ep in pairs))
+    for problem in facts["problems"][: BadInput.shown]:
+        table.add_row("[red]problem[/red]", problem)
+    if len(facts["problems"]) > BadInput.shown:
+        table.add_row("", f"... and {len(facts['problems']) - BadInput.shown} more")
+    return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What `headrace families` says."""
+    table = Table()
+    for column in ("family", "source", "architectures", "layout"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["family"], row["source"], ", ".join(row["architectures"]), row["layout"])
+    return table
+
+
+def formats_table(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> RenderableType:
+    """What `headrace formats` says."""
+    table = Table()
+    for column in ("kind", "name", "what it is"):
+        table.add_column(column, overflow="fold")
+    for kind, rows in facts.items():
+        for row in rows:
+            table.add_row(kind, row["name"], row["is"])
+    return table
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that does not cut lines where its output is not a terminal."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+
+
+def _target_table(target: dict[str, Any]) -> RenderableType:
+    mapping = target["mapping"]
+    sizes = ", ".join(f"{key} {mapping[key]}" for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
+    table = Table()
+    for column in ("file", "tensors", "bytes", "size"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for rank in target["ranks"]:
+        table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
+    state = "already written: nothing to do" if target["up_to_date"] else f"{human_bytes(target['free_bytes_there'])} free there"
+    heading = f"[bold]{target['path']}[/bold]: {target['dtype']}, {sizes}"
+    return Group(heading, table, f"{human_bytes(target['bytes'])} needed, {state}")
+
+
+def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
+    reasons = Counter(left_out.values())
+    return {reason: sorted(name for name, why in left_out.items() if why == reason) for reason in reasons}
+
+
+def verification_table(summary: Mapping[str, Any]) -> RenderableType:
+    """What `headrace verify` looked at and found, from a Verification's summary."""
+    integrity = summary["integrity"]
+    parts: list[RenderableType] = [f"[bold]{summary['directory']}[/bold]"]
+    sums = f"{integrity['checksums']} checksums" if integrity["checksums"] else "no checksums"
+    parts.append(
+        f"integrity: {integrity['tensors']} tensors, {human_bytes(integrity['bytes'])}, {sums}, {integrity['seconds']:.1f} s"
+    )
+    if summary["round_trip"]:
+        parts.append(f"round trip with {summary['source']}: {summary['round_trip']['seconds']:.1f} s")
+        parts.append(_errors_table(summary["round_trip"]["tensors"]))
+    if summary["logits"]:
+        parts.append(f"logits of {summary['logits']['tokens']} tokens: {summary['logits']['seconds']:.1f} s")
+        parts.append(_logits_table(summary["logits"]["comparisons"]))
+    count = len(summary["findings"])
+    parts.append(
+        f"[bold red]{count} finding{'s' if count > 1 else ''}[/bold red]" if count else "[bold green]nothing wrong[/bold green]"
+    )
+    return Group(*parts)
+
+
+def _errors_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each kind of module: the worst of its layers."""
+    table = Table()
+    for column in ("module", "tensors", "stored as", "exact", "worst SNR", "worst cosine", "max error"):
+        table.add_column(column, justify="left" if column in ("module", "stored as") else "right")
+    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in tensors:
+        kinds.setdefault((row["kind"], row["storage"]), []).append(row)
+    for (kind, storage), rows in kinds.items():
+        exact = sum(row["exact"] for row in rows)
+        noises = [row["snr_db"] for row in rows if row["snr_db"] is not None]
+        worst = f"{min(noises):.1f} dB" if noises else "no error"
+        cosine, greatest = min(row["cosine"] for row in rows), max(row["max_abs"] for row in rows)
+        table.add_row(kind, str(len(rows)), storage, f"{exact} of {len(rows)}", worst, f"{cosine:.6f}", f"{greatest:.3g}")
+    return table
+
+
+def _logits_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table()
+    for column in ("transformers running", "same first token", "max difference", "KL mean", "KL max", "must be below"):
+        table.add_column(column, justify="left" if column.startswith("transformers") else "right")
+    for each in comparisons:
+        bound = f"{each['bound']:.0e}" if each["bound"] is not None else "-"
+        relative = f"{each['max_relative']:.1e} of the largest"
+        what = {"source": "the source", "joined ranks": "the ranks' own weights, joined"}[each["against"]]
+        table.add_row(what, f"{each['top1_agreement']:.1%}", relative, f"{each['kl_mean']:.2e}", f"{each['kl_max']:.2e}", bound)
+    return table

@@ -1,0 +1,194 @@
+"""One rank's tensors for Python scripts that feed a TensorRT-LLM model without going through files.
+
+    from pipeline import load_from_hf_checkpoint
+
+    weights = load_from_hf_checkpoint("Llama-3.1-70B", tp_size=8, tp_rank=3, dtype="bfloat16")
+    weights["transformer.layers.0.attention.qkv.weight"]  # a torch.Tensor, read and made when it is asked for
+
+The tensors are those that `convert` writes to `rank{N}.safetensors`, by the same plan.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import BadInput, Problem
+from pipeline.model.dtypes import BY_TARGET
+from pipeline.planning.job import Shape, make_job
+from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.planning.plans import Plan, Store
+
+PIECE_BYTES = 4 << 20
+
+
+class RankWeights(Mapping[str, "torch.Tensor"]):
+    """One rank's tensors by TensorRT-LLM's names, each made anew whenever it is asked for; `config` is config.json."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        output = plan.targets[0].output
+        self.config: Mapping[str, Any] = json.loads(output.config)
+        self._tensors = output.files[rank].tensors
+        self._parts: dict[str, list[_Part]] = {name: [] for name in self._tensors}
+        for store in plan.phases[-1].stores:
+            for placement in store.placements[0]:
+                if placement.rank == rank and placement.source is not None:
+                    self._parts[placement.tensor].append(_Part(store, placement))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, in host memory. Raises KeyError for a name that the rank does not have, OSError where reading fails."""
+        tensor = self._tensors[name]
+        # Padding is zeros.
+        shape, dtype = tensor.stored
+        result = np.zeros(shape, dtype=BY_TARGET[dtype].numpy)
+        for part in self._parts[name]:
+            part.copy_to(result)
+        values = result.reshape(-1).view(BY_TARGET[tensor.dtype].numpy).reshape(tensor.shape)
+        return as_torch(values, tensor.dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not made for it."""
+        return self._tensors[name].shape
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source's share of a rank's tensor."""
+
+    store: Store
+    placement: Placement
+
+    def copy_to(self, result: np.ndarray) -> None:
+        from pipeline.tensor.blocks import read_block
+
+        array, wanted = self.store.arrays[0], self.placement.source
+        assert wanted is not None, "padding has no source"
+        lead = len(self.placement.target) - len(wanted)
+        move = [t[0] - s[0] for t, s in zip(self.placement.target[lead:], wanted, strict=True)]
+        for index in np.ndindex(*array.numblocks):
+            region = self.store.region(index)
+            common = intersect(wanted, region)
+            if common is None:
+                continue
+            block, corner = read_block(array, index), [start for start, _ in region]
+            for piece in pieces(common, self.store.itemsize, PIECE_BYTES, self.store.row_multiple):
+                target: Region = (*self.placement.target[:lead], *shift(piece, move))
+                values = np.asarray(block[slices(shift(piece, corner, -1))])
+                result[slices(target)] = values.reshape(extent(target))
+
+
+def as_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
+    """A NumPy array as a torch tensor of the same bits; `dtype` by TensorRT-LLM's name."""
+    import torch
+
+    if dtype == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    if dtype == "fp8":
+        return torch.from_numpy(values.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(values)
+
+
+def load_from_hf_checkpoint(
+    model_dir: str | Path,
+    *,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    pp_size: int = 1,
+    pp_rank: int = 0,
+    dtype: str = "auto",
+    **options: Any,
+) -> RankWeights:
+    """A rank of a Hugging Face checkpoint (a directory, or org/name on the Hub). `options` are other fields of a Job.
+
+    Raises BadInput as `convert` does, and where the rank is none of the target's.
+    """
+    return _load({"model_dir": model_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+
+
+def load_from_hf_llama(
+    model: Any,
+    *,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    pp_size: int = 1,
+    pp_rank: int = 0,
+    dtype: str = "auto",
+    **options: Any,
+) -> RankWeights:
+    """A rank of a Hugging Face model in memory, of LLaMA or any other family that headrace knows."""
+    return _load(options, model, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+
+
+def load_from_meta_llama(
+    meta_ckpt_dir: str | Path,
+    *,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    pp_size: int = 1,
+    pp_rank: int = 0,
+    dtype: str = "auto",
+    **options: Any,
+) -> RankWeights:
+    """A rank of one of Meta's own checkpoints: params.json and consolidated.*.pth."""
+    return _load({"meta_ckpt_dir": meta_ckpt_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+
+
+def load_from_gptq_llama(
+    quant_ckpt_path: str | Path,
+    *,
+    model_dir: str | Path | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    pp_size: int = 1,
+    pp_rank: int = 0,
+    dtype: str = "auto",
+    sm: int = 80,
+    **options: Any,
+) -> RankWeights:
+    """A rank of a GPTQ checkpoint, arranged for the GPU generation `sm`: a directory of its own, or a file or directory beside the
+    model (`model_dir`) that it was quantized from."""
+    sources = {"model_dir": quant_ckpt_path} if model_dir is None else {"model_dir": model_dir, "quant_ckpt_path": quant_ckpt_path}
+    return _load({**sources, "sm": sm, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
+
+
+def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:
+    from pipeline.planning.make_plan import make_plan
+
+    unknown = set(source) - set(Shape.model_fields) - {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "mlp_bias"}
+    if unknown:
+        raise BadInput(
+            [Problem(name, "an option that loading has no use for", "the source's and the target's") for name in sorted(unknown)]
+        )
+    # Planning writes nothing: the directory is a name that the plan needs, and is never made.
+    with tempfile.TemporaryDirectory() as place:
+        target = {"output_dir": Path(place) / "never", "tp_size": tp[0], "pp_size": pp[0], "dtype": dtype, "scratch_after": "none"}
+        job = make_job({**source, **target}, live=model is not None)
+        sizes = (("tp", job.tp_size, tp[1]), ("pp", job.pp_size, pp[1]))
+        wrong = [
+            Problem(f"{name}_rank", repr(rank), f"a whole number from 0 to {size - 1}")
+            for name, size, rank in sizes
+            if not isinstance(rank, int) or not 0 <= rank < size
+        ]
+        if wrong:
+            raise BadInput(wrong)
+        plan = make_plan(job, model, download=True)
+    return RankWeights(plan, pp[1] * job.tp_size + tp[1])

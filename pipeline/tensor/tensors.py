@@ -1,0 +1,231 @@
+"""The types that stages pass to one another.
+
+`TensorMap` is the one type until the split: Dask arrays by tensor name. The value of a Dask chunk is a `Block`: an array that is
+not made until a region of it is asked for, so that a task may own a block of hundreds of megabytes and hold a few at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, extent, shift, slices, whole
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+TensorMap = Mapping[str, "da.Array"]
+
+# The axes of each canonical parameter of a linear module. Column-parallel splits `out`; row-parallel splits `in`, and `group`
+# with it. A stack of experts has the axis `expert` in front. What every source format unpacks to:
+#   codes4         uint8 [out, in / 2]: unsigned, of even `in` in the low half of a byte; value = code - 8
+#   codes8         uint8 [out, in]: unsigned; value = code - 128
+#   scales         [group, out];  offsets int16 [group, out]: weight = (value + offset) * scale
+#   fp8            float8_e4m3fn [out, in], with tensor_scale float32 [1] or channel_scale float32 [out]
+#   input_scale    float32 [1], of activations; kv_scale float32 [1]; prequant [in], which activations are multiplied by;
+#   group_index    int32 [in], the group of each in-feature, where a source says it
+AXES: Mapping[str, tuple[str, ...]] = {
+    "weight": ("out", "in"),
+    "bias": ("out",),
+    "codes4": ("out", "in"),
+    "codes8": ("out", "in"),
+    "scales": ("group", "out"),
+    "offsets": ("group", "out"),
+    "group_index": ("in",),
+    "prequant": ("in",),
+    "fp8": ("out", "in"),
+    "channel_scale": ("out",),
+    "tensor_scale": ("one",),
+    "input_scale": ("one",),
+    "kv_scale": ("one",),
+}
+# Where packed parameters of sources have the axis `out`, when it is not the first.
+PACKED_OUT = {"qweight": 1, "qzeros": 1, "scales": 1}
+# Those that have none: what they say, they say of all rows.
+NO_OUT = ("g_idx", "weight_g_idx", "weight_shape", "pre_quant_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale")
+
+
+AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How a parameter of a target lies along its module's axes.
+
+    `axes`: of the array, by name, and how many of its elements stand for one feature (a Fraction, as codes are packed).
+    `header`: the shape that the rank file's header says, in the same terms, where the bytes pass for something else; `dtype`: its
+    type there, by TensorRT-LLM's name. `working_bytes`: the bytes that an element takes on the way, where it is more than its own.
+    """
+
+    axes: tuple[tuple[str, Fraction], ...]
+    header: tuple[tuple[str, Fraction], ...] = ()
+    dtype: str = ""
+    working_bytes: int = 0
+
+
+def plain(parameter: str, matrix: bool = True) -> Parameter:
+    """A parameter as AXES has it. A norm's weight is no matrix: it has no `in`."""
+    return Parameter(tuple((axis, Fraction(1)) for axis in AXES[parameter] if matrix or axis == "out"))
+
+
+class Block(ABC):
+    """A block of a tensor whose values are made on demand. Behaves like a read-only NumPy array that is only ever sliced."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @abstractmethod
+    def read(self, region: Region) -> np.ndarray:
+        """The values of `region` (relative to this block), as an array that the caller must not change."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Block:
+        """A part of the block, still unread. Only slices of step 1 are understood."""
+        given = index if isinstance(index, tuple) else (index,)
+        region = []
+        for axis, length in enumerate(self.shape):
+            start, stop, step = (given[axis] if axis < len(given) else slice(None)).indices(length)
+            if step != 1:
+                raise IndexError(f"a block is sliced with step 1 only, not {step}")
+            region.append((start, max(start, stop)))
+        return View(self, tuple(region))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self.read(whole(self.shape))
+        return np.array(values, dtype=dtype, copy=True) if copy else np.asarray(values, dtype=dtype)
+
+    def copy(self) -> np.ndarray:
+        """The whole block in memory. Dask asks for this when an array of one chunk is computed."""
+        return np.array(self.read(whole(self.shape)))
+
+
+class View(Block):
+    """A rectangular part of another block."""
+
+    def __init__(self, base: Block, region: Region) -> None:
+        self.base, self.region = base, region
+        self.shape, self.dtype = extent(region), base.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.base.read(shift(region, [start for start, _ in self.region]))
+
+
+class Applied(Block):
+    """A block with a function applied to its rows, a few at a time.
+
+    `function` maps the values of rows [a, b) of `base` to those of rows [a, b) of this block, where a and b are multiples of
+    `period`; other axes may change length only where `columns` gives the new one.
+    """
+
+    def __init__(
+        self,
+        base: Block,
+        function: Callable[[np.ndarray], np.ndarray],
+        *,
+        stage: str,
+        dtype: np.dtype,
+        period: int = 1,
+        columns: int | None = None,
+    ) -> None:
+        self.base, self.function, self.stage, self.period, self.columns = base, function, stage, period, columns
+        self.shape = base.shape if columns is None else (*base.shape[:-1], columns)
+        self.dtype = np.dtype(dtype)
+
+    def read(self, region: Region) -> np.ndarray:
+        start, stop = region[0]
+        first = start - start % self.period
+        last = min(-(-stop // self.period) * self.period, self.shape[0])
+        wanted = ((first, last), *region[1:])
+        # The last axis is asked for whole where its length changes: packed columns are cut after they are unpacked.
+        source = wanted if self.columns is None else (*wanted[:-1], (0, self.base.shape[-1]))
+        values = self.base.read(source)
+        with meter(self.stage, values.nbytes):
+            result = self.function(values)
+        inner = ((start - first, stop - first), *whole(result.shape)[1:])
+        if self.columns is not None:
+            inner = (*inner[:-1], region[-1])
+        return result[slices(inner)]
+
+
+class LazyTensor(Protocol):
+    """A tensor of a source: known shape and dtype, and blocks of it on demand. Must survive pickling."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def block(self, region: Region) -> Block: ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source as it was when it was opened: what tells a changed source from an unchanged one."""
+
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    header_sha256: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The file as plain values, by its name alone: a checkpoint may be moved."""
+        return {**asdict(self), "path": self.path.name}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: headers read, no tensor touched.
+
+    `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
+    is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
+    `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them.
+    """
+
+    kind: str
+    location: Path
+    container: str
+    architecture: str
+    config: Mapping[str, Any]
+    config_name: str
+    tensors: Mapping[str, LazyTensor]
+    files: tuple[SourceFile, ...]
+    dtype: str | None
+    companions: tuple[Path, ...] = ()
+    in_memory: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(tensor) for tensor in self.tensors.values())
+
+
+def tensor_bytes(tensor: LazyTensor) -> int:
+    """The size of a tensor in bytes as its source stores it."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def map_blocks(
+    array: da.Array, function: Callable[..., Block], *, dtype: np.dtype, columns: int | None = None, **arguments: Any
+) -> da.Array:
+    """Apply `function(block, **arguments)` to each chunk of `array`. The result has the same chunks, but for `columns`."""
+    chunks: Sequence[Any] = array.chunks if columns is None else (*array.chunks[:-1], (columns,))
+    import dask.array as da
+
+    return da.map_blocks(function, array, dtype=dtype, chunks=chunks, meta=np.empty((0,) * array.ndim, dtype=dtype), **arguments)

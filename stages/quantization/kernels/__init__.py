@@ -1,0 +1,1 @@
+"""The order in which TensorRT-LLM's kernels read integer weights."""

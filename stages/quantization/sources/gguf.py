@@ -1,0 +1,62 @@
+"""GGUF's block formats: packed rows to float32 values, block by block, by the dequantizers of the `gguf` package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import Problem
+from pipeline.tensor.tensors import Applied, Block, LazyTensor, map_blocks
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+NAME = "gguf"
+PREFIX = "gguf_"
+
+
+def accepts(parameters: Mapping[str, Any]) -> bool:
+    """Whether one of a module's parameters is a packed GGUF weight, `gguf_` and the name of its type."""
+    return any(parameter.startswith(PREFIX) for parameter in parameters)
+
+
+def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:  # noqa: ARG001
+    """Nothing: the reader has seen that the types can be unpacked."""
+    return []
+
+
+def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG001
+    """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
+    import gguf
+
+    result = {}
+    for parameter, array in parameters.items():
+        if not parameter.startswith(PREFIX):
+            result[parameter] = array
+            continue
+        kind = parameter.removeprefix(PREFIX)
+        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        columns = array.shape[-1] // size * elements
+        result["weight"] = map_blocks(array, dequantize, dtype=np.dtype(np.float32), columns=columns, kind=kind, elements=columns)
+    return result
+
+
+def dequantize(block: Block, kind: str, elements: int) -> Block:
+    """A packed block as one of float32 values, `elements` a row."""
+    return Applied(block, Dequantize(kind), stage="unpack", dtype=np.dtype(np.float32), columns=elements)
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Packed rows uint8 [..., bytes] to float32 [..., elements]."""
+
+    kind: str
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        import gguf
+
+        result: np.ndarray = gguf.quants.dequantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[self.kind])
+        return result

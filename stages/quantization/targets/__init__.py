@@ -1,0 +1,1 @@
+"""TensorRT-LLM's quantization algorithms, one file each."""

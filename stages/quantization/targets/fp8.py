@@ -1,0 +1,138 @@
+"""FP8 and FP8_PER_CHANNEL_PER_TOKEN: float8 weights, row-major, with one scale or one for each out-feature.
+
+Facts: quantized layouts, sections 4b, 4c, 7 and 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from pipeline.errors import BadInput
+from pipeline.tensor.derived import derive
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region, extent, whole
+from pipeline.tensor.tensors import Block, Parameter, plain
+from stages.quantization.targets.weight_only import not_finite
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+Entries = dict[str, tuple["da.Array", Parameter]]
+ONE = Fraction(1)
+FLOAT32, FLOAT8 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
+LARGEST = np.float32(448)  # of float8_e4m3fn
+_LEAST_SCALE = np.float32(1 / (448 * 512))
+MATRIX = Parameter(axes=(("out", ONE), ("in", ONE)), working_bytes=8)
+
+
+def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries], Entries]:
+    """The weight of each part of a fused module, and what they share: the largest of their scales, which all are brought to."""
+    scales = [part["tensor_scale"] for part in parts]
+    common = largest(scales)
+    weights = []
+    for part in parts:
+        weight = part["fp8"]
+        if len(parts) > 1:
+            inputs = {"weight": weight, "scale": part["tensor_scale"], "common": common}
+            weight = derive("quantize", rescaled, inputs, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0])
+        weights.append({"weight": (weight, MATRIX)})
+    activations = largest([part["input_scale"] for part in parts])
+    scale = plain("tensor_scale")
+    return weights, {"weights_scaling_factor": (common, scale), "activation_scaling_factor": (activations, scale)}
+
+
+def pack_channels(part: Mapping[str, da.Array]) -> Entries:
+    """`weight` and `per_channel_scale` of a float8 weight that has a scale for each out-feature, or one that stands for all."""
+    weight = part["fp8"]
+    scales = part.get("channel_scale")
+    if scales is None:
+        scales = derive("quantize", spread, {"scale": part["tensor_scale"]}, shape=weight.shape[:1], dtype=FLOAT32)
+    return {"weight": (weight, MATRIX), "per_channel_scale": (scales, Parameter(axes=(("out", ONE),)))}
+
+
+def quantize_channels(name: str, weight: da.Array, segments: int, clamp: float) -> Entries:
+    """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], a scale for each rank's share of a
+    row.
+    """
+    *front, out, features = weight.shape
+    arguments: dict[str, Any] = {"name": name, "segments": segments, "clamp": clamp}
+    codes = derive("quantize", codes_of, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments)
+    scales = derive("quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=FLOAT32, **arguments)
+    by_row = Parameter(
+        axes=(("out", ONE), ("in", Fraction(segments, features))),
+        header=(("out", ONE),),
+        dtype="float32",
+        working_bytes=8 * features // segments,  # a scale takes all of its segment's weights
+    )
+    return {"weight": (codes, MATRIX), "per_channel_scale": (scales, by_row)}
+
+
+def codes_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:
+    """float8 of the region's rows: each value divided by its segment's scale."""
+    values, shape = _rows(region, weight)
+    with meter("quantize", values.nbytes):
+        clamped, scales = channel_scales(values, segments, clamp, name)
+        np.clip(np.divide(clamped, scales[:, :, None], out=clamped), -LARGEST, LARGEST, out=clamped)
+        return clamped.astype(FLOAT8).reshape(*shape, -1)[..., slice(*region[-1])]
+
+
+def scales_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:
+    """float32 [n, segments]."""
+    values, shape = _rows(region, weight)
+    with meter("quantize", values.nbytes):
+        return channel_scales(values, segments, clamp, name)[1].reshape(*shape, -1)[..., slice(*region[-1])]
+
+
+def channel_scales(values: np.ndarray, segments: int, clamp: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values [n, K] clamped, as float32 [n, segments, K / segments], and the scale of each segment.
+
+    Raises BadInput naming the tensor where a value is not finite.
+    """
+    wide = values.astype(np.float32).reshape(len(values), segments, -1)
+    largest = np.maximum(wide.max(axis=2), -wide.min(axis=2))
+    if not np.all(np.isfinite(largest)):
+        raise BadInput([not_finite(name)])
+    np.clip(wide, np.float32(-clamp), np.float32(clamp), out=wide)
+    return wide, np.maximum(np.minimum(largest, np.float32(clamp)) / LARGEST, _LEAST_SCALE)
+
+
+def rescaled(region: Region, weight: Block, scale: Block, common: Block) -> np.ndarray:
+    """float8 codes of one scale as codes of another: multiplied, divided, then rounded once."""
+    values = np.asarray(weight.read(region))
+    with meter("quantize", values.nbytes):
+        wide = values.astype(np.float32)
+        wide *= _scalar(scale)
+        wide /= _scalar(common)
+        return wide.astype(FLOAT8)
+
+
+def spread(region: Region, scale: Block) -> np.ndarray:
+    """One scale for each of the region's out-features."""
+    return np.full(extent(region), _scalar(scale), dtype=np.float32)
+
+
+def largest_of(region: Region, **scales: Block) -> np.ndarray:  # noqa: ARG001
+    """float32 [1]: the largest of several scales."""
+    return np.array([max(_scalar(scale) for scale in scales.values())], dtype=np.float32)
+
+
+def largest(scales: Sequence[da.Array]) -> da.Array:
+    """float32 [1]: the largest of several scales of one element."""
+    if len(scales) == 1:
+        return scales[0]
+    inputs = {f"scale{number}": scale for number, scale in enumerate(scales)}
+    return derive("quantize", largest_of, inputs, shape=(1,), dtype=FLOAT32)
+
+
+def _scalar(scale: Block) -> np.float32:
+    return np.float32(np.asarray(scale.read(whole(scale.shape))).reshape(-1)[0])
+
+
+def _rows(region: Region, weight: Block) -> tuple[np.ndarray, tuple[int, ...]]:
+    values = np.asarray(weight.read((*region[:-1], (0, weight.shape[-1]))))
+    return values.reshape(-1, weight.shape[-1]), extent(region)[:-1]

@@ -1,0 +1,114 @@
+"""W4A16_GPTQ, W8A16_GPTQ and W4A16_AWQ: integer codes with scales by groups of in-features, as they come from GPTQ, AWQ and their
+like.
+
+Facts: quantized layouts, sections 5 to 7. GPTQ's weights are in the kernel's layout and pass for the model's type; AWQ's are in
+ModelOpt's portable form, which the builder arranges: int8 [N / 2, K], scales float32 [N, K / g].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.tensor.derived import derive
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region
+from pipeline.tensor.tensors import Block, Parameter
+from stages.quantization.kernels.layout import KernelLayout
+from stages.quantization.targets.weight_only import _chunks, _rows
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+ONE = Fraction(1)
+INT8, UINT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.float32)
+
+
+def pack_gptq(
+    parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, name: str, rows: int, working_bytes: int = 2
+) -> dict[str, tuple[da.Array, Parameter]]:
+    """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
+
+    `working_bytes`: what a byte of codes takes on its way, more than the codes where they are computed.
+    """
+    codes, scales, offsets = parameters[f"codes{layout.bits}"], parameters["scales"], parameters["offsets"]
+    *front, out, width = codes.shape
+    columns, per_feature = layout.columns, Fraction(layout.bits, 8)
+    shape = (*front, out // columns, columns * width)
+    chunks = (1,) * front[0] if front else _chunks(out // columns, max(rows // columns, 1))
+    weight = derive("quantize", arranged, {"codes": codes}, shape=shape, dtype=UINT8, rows=chunks, layout=layout)
+    group = Fraction(scales.shape[-2], width) * per_feature
+    grouped = Parameter(axes=(("group", group), ("out", ONE)))
+    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, "columns": scales.chunks[-1] if not front else None}
+    factors = derive("quantize", cast, {"values": scales}, **like, wanted=dtype)
+    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, wanted=dtype)
+    packed = Parameter(
+        axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
+        header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
+        dtype=name,
+        working_bytes=working_bytes,
+    )
+    return {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped), "zero": (zeros, grouped)}
+
+
+def pack_awq(parameters: Mapping[str, da.Array], dtype: np.dtype) -> dict[str, tuple[da.Array, Parameter]]:
+    """`weight`, `weights_scaling_factor` and `prequant_scaling_factor` in ModelOpt's form."""
+    codes, scales = parameters["codes4"], parameters["scales"]
+    out, width = codes.shape
+    features = 2 * width
+    weight = derive("quantize", paired, {"codes": codes}, shape=(out // 2, features), dtype=INT8)
+    factors = derive("quantize", transposed_float, {"values": scales}, shape=scales.shape[::-1], dtype=FLOAT32)
+    smooth = parameters.get("prequant")
+    if smooth is None:
+        smooth = derive("quantize", ones, {"codes": codes}, shape=(features,), dtype=dtype, wanted=dtype)
+    else:
+        smooth = derive("quantize", cast, {"values": smooth}, shape=smooth.shape, dtype=dtype, wanted=dtype)
+    return {
+        "weight": (weight, Parameter(axes=(("out", Fraction(1, 2)), ("in", ONE)), working_bytes=3)),
+        "weights_scaling_factor": (factors, Parameter(axes=(("out", ONE), ("group", Fraction(scales.shape[-2], features))))),
+        "prequant_scaling_factor": (smooth, Parameter(axes=(("in", ONE),))),
+    }
+
+
+def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
+    """uint8 [n / columns, columns * K * bits / 8]: the codes of the region in the kernel's order."""
+    stream, shape = _rows(region, codes, layout.columns)
+    with meter("quantize", stream.nbytes):
+        return layout.arrange(stream).reshape(*shape, -1)[..., slice(*region[-1])]
+
+
+def zero_of(region: Region, offsets: Block, scales: Block, wanted: np.dtype) -> np.ndarray:
+    """[groups, n]: offset * scale, both in the model's type, rounded once; too large for float16 becomes infinity, as in torch."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        factors = np.asarray(scales.read(region)).astype(wanted)
+        return np.asarray(np.asarray(offsets.read(region)).astype(wanted) * factors)
+
+
+def cast(region: Region, values: Block, wanted: np.dtype) -> np.ndarray:
+    """The region in another type; too large for float16 becomes infinity, as in torch."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(values.read(region)).astype(wanted)
+
+
+def transposed_float(region: Region, values: Block) -> np.ndarray:
+    """float32 [n, groups] of [groups, n]."""
+    return np.ascontiguousarray(values.read((region[1], region[0])).T).astype(np.float32)
+
+
+def ones(region: Region, codes: Block, wanted: np.dtype) -> np.ndarray:  # noqa: ARG001
+    """Factors that change nothing."""
+    return np.ones(region[0][1] - region[0][0], dtype=wanted)
+
+
+def paired(region: Region, codes: Block) -> np.ndarray:
+    """int8 [n / 2, K]: two's complement codes of out-features 2 i (low nibble) and 2 i + 1."""
+    stream = np.ascontiguousarray(codes.read(((2 * region[0][0], 2 * region[0][1]), (0, codes.shape[1])))) ^ np.uint8(0x88)
+    with meter("quantize", stream.nbytes):
+        first, second = stream[0::2], stream[1::2]
+        result = np.empty((len(first), 2 * stream.shape[1]), dtype=np.uint8)
+        result[:, 0::2] = (first & 15) | (second << 4)
+        result[:, 1::2] = (first >> 4) | (second & 0xF0)
+    return result.view(np.int8)[:, slice(*region[1])]

@@ -1,0 +1,165 @@
+"""integrity: an output is what its own config.json and headrace.json say: every tensor's name, shape, type and bytes.
+
+Headers are held against the contract that config.json alone gives; bytes against the checksums of the run that wrote them, 4 MiB
+of a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pipeline.errors import Problem
+from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from pipeline.tensor.tensors import tensor_bytes
+from stages.verify.contract import Expected, contract
+from stages.verify.contract.reader import shown
+
+PIECE_BYTES = 4 << 20
+GENERATIONS = (80, 86, 89, 90, 100, 103, 120)  # of GPUs, whose kernels integer weights are arranged for
+_BYTES = np.dtype(np.uint8)
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_RANK = re.compile(r"rank\d+\.safetensors")
+_UNFINISHED = re.compile(r".*\.partial|(config|headrace)\.json\.new")
+_AGAIN = "Convert again"
+_DAMAGED = "The file was changed or damaged after it was written: convert again, or copy it again"
+
+
+def headers(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Everything that shows without reading a tensor's bytes.
+
+    What is wrong with config.json; each rank file's missing tensors, those that the loader does not ask for, and those of another
+    shape or type; checksums that belong to no tensor and tensors without one; files that are left over.
+    """
+    ranks, problems = contract(checkpoint.config)
+    yield from problems
+    if ranks and len(ranks) != len(checkpoint.ranks):
+        found = f"{len(checkpoint.ranks)} rank files"
+        yield Problem(str(checkpoint.directory), found, f"{len(ranks)}, as config.json's mapping says", _AGAIN)
+    for number, (expected, held) in enumerate(zip(ranks, checkpoint.ranks, strict=False)):
+        yield from _rank(_file(number), expected, held)
+    yield from _provenance(checkpoint)
+    yield from _left_over(checkpoint)
+
+
+def checksums(checkpoint: Checkpoint) -> Iterator[tuple[int, str, int]]:
+    """The tensors that headrace.json has usable checksums of: (rank, name, bytes), in the order of the files."""
+    for number, held in enumerate(checkpoint.ranks):
+        for name, tensor in held.items():
+            if _parts(checkpoint, number, name) is not None:
+                yield number, name, tensor_bytes(tensor)
+
+
+def check_tensor(checkpoint: Checkpoint, rank: int, name: str) -> Problem | None:
+    """What is wrong with a tensor's bytes, by its checksum in headrace.json; None for nothing, and where there is no checksum.
+
+    `checkpoint` survives pickling, so that this runs as a task anywhere that sees the directory.
+    """
+    parts = _parts(checkpoint, rank, name)
+    if parts is None:
+        return None
+    subject, tensor = f"{_file(rank)}: {name}", checkpoint.ranks[rank][name]
+    stream = tensor.viewed((tensor_bytes(tensor),), _BYTES)
+    start = 0
+    for nbytes, digest in parts:
+        computed = xxhash.xxh3_64()
+        try:
+            for at in range(start, start + nbytes, PIECE_BYTES):
+                stop = min(at + PIECE_BYTES, start + nbytes)
+                computed.update(stream.block(((at, stop),)).read(((0, stop - at),)).data)
+        except OSError as error:
+            return Problem(subject, str(error), "a tensor that can be read", _DAMAGED)
+        if computed.hexdigest() != digest:
+            found = f"other bytes than were written, among its bytes {start:,} to {start + nbytes:,}"
+            return Problem(subject, found, f"the xxh3 {digest} of headrace.json", _DAMAGED)
+        start += nbytes
+    return None
+
+
+def _file(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+def _rank(file: str, expected: Mapping[str, Expected], held: Mapping[str, FileTensor]) -> Iterator[Problem]:
+    """A rank file's header against what config.json asks for."""
+    bare: set[str] = set()
+    for name, each in expected.items():
+        alone = each.bare and name in held and not any(partner in held for partner in each.partners)
+        if each.bare and alone and each.bare.fits(held[name]):
+            bare |= {name, *each.partners}
+    for name, each in expected.items():
+        if name in bare:
+            continue
+        if name not in held:
+            if each.required:
+                yield Problem(f"{file}: {name}", "no such tensor", str(each), _AGAIN)
+        elif not each.fits(held[name]):
+            tensor = held[name]
+            yield Problem(f"{file}: {name}", f"{tensor.dtype.name} {list(tensor.shape)}", str(each), _AGAIN)
+    for name in held:
+        if name not in expected:
+            found = "a tensor that TensorRT-LLM's loader does not ask for"
+            yield Problem(
+                f"{file}: {name}", found, "none, by config.json", "One of the two is of another model or option: convert again"
+            )
+
+
+def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Whether headrace.json, where there is one, speaks of the tensors that there are."""
+    provenance = checkpoint.provenance
+    if not provenance and not (checkpoint.directory / "headrace.json").exists():
+        return
+    options = provenance.get("options", {})
+    sm = options.get("sm", 80) if isinstance(options, Mapping) else None
+    if sm not in GENERATIONS:
+        yield Problem("headrace.json: options.sm", shown(sm), f"one of {', '.join(map(str, GENERATIONS))}", _AGAIN)
+    table = provenance.get("xxh3")
+    if not isinstance(table, Mapping):
+        yield Problem("headrace.json: xxh3", shown(table), "checksums by file and tensor", _AGAIN)
+        return
+    files = {_file(number): held for number, held in enumerate(checkpoint.ranks)}
+    for file in (file for file in table if file not in files):
+        yield Problem(f"headrace.json: xxh3 of {shown(file)}", "checksums of no rank file", f"{len(files)} ranks'", _AGAIN)
+    for number, (file, held) in enumerate(files.items()):
+        sums = table.get(file)
+        if not isinstance(sums, Mapping):
+            yield Problem(f"{file}", "no checksums in headrace.json", "those of its tensors", _AGAIN)
+            continue
+        for name in (name for name in sums if name not in held):
+            yield Problem(f"{file}: {name}", "no such tensor", "one, as headrace.json has its checksum", _AGAIN)
+        for name, tensor in held.items():
+            if _parts(checkpoint, number, name) is None:
+                found = f"checksums {shown(sums[name])} in headrace.json" if name in sums else "no checksum in headrace.json"
+                expected = f"one for each of its parts, {tensor_bytes(tensor):,} bytes in all"
+                yield Problem(f"{file}: {name}", found, expected, _AGAIN)
+
+
+def _parts(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]] | None:
+    """The (bytes, xxh3) of a tensor's consecutive parts; None where headrace.json has none, or none that fit the tensor."""
+    value: Any = checkpoint.provenance.get("xxh3")
+    for key in (_file(rank), name):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, list) or not all(isinstance(part, list) and len(part) == 2 for part in value):
+        return None
+    for nbytes, digest in value:
+        if not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes <= 0:
+            return None
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            return None
+    whole = sum(nbytes for nbytes, _ in value) == tensor_bytes(checkpoint.ranks[rank][name])
+    return [(nbytes, digest) for nbytes, digest in value] if whole else None
+
+
+def _left_over(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Rank files that config.json does not count, and what a run that did not finish left."""
+    counted = {_file(number) for number in range(len(checkpoint.ranks))}
+    for path in sorted(checkpoint.directory.iterdir()):
+        if _RANK.fullmatch(path.name) and path.name not in counted:
+            found = f"a rank file beside the {len(counted)} of config.json"
+            yield Problem(path.name, found, "none", "Remove it: it is of another conversion")
+        elif _UNFINISHED.fullmatch(path.name):
+            yield Problem(path.name, "a file that is not finished", "none beside config.json", "Convert again, or remove it")

@@ -1,0 +1,81 @@
+"""Attention over the ranks: each has some heads, and its part of the sum that the last projection makes of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stages.verify.forward.norms import rms_norm
+from stages.verify.forward.rotation import Rotation
+from stages.verify.forward.settings import Settings
+from stages.verify.forward.weights import Stage
+
+
+class Cache:
+    """A sequence so far: its tokens, int [tokens], and keys and values, [kv heads, tokens, head_size], by layer and rank."""
+
+    def __init__(self) -> None:
+        self.tokens = torch.empty(0, dtype=torch.int64)
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget the keys and values."""
+        self._held.clear()
+
+    def extend(self, layer: int, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens; returns those of all tokens."""
+        held = self._held.get((layer, rank))
+        if held is not None:
+            k, v = torch.cat([held[0], k], 1), torch.cat([held[1], v], 1)
+        self._held[layer, rank] = k, v
+        return k, v
+
+
+class Attention:
+    """The attention of every layer. `block_bytes`: of scores that are in memory at once."""
+
+    def __init__(self, settings: Settings, block_bytes: int) -> None:
+        self.settings, self.block_bytes = settings, block_bytes
+        self.rotation = Rotation(settings)
+
+    def __call__(self, stage: Stage, module: str, layer: int, x: Tensor, cache: Cache) -> Tensor:
+        """[tokens, hidden] of the last of the cache's tokens, whose keys and values are added to it."""
+        settings = self.settings
+        sizes = [count * settings.head_size for count in (settings.heads, settings.kv_heads, settings.kv_heads)]
+
+        def part(rank: int) -> Tensor:
+            qkv = stage.part(rank, x, f"{module}.qkv", sum(sizes), bias=settings.qkv_bias)
+            parts = torch.split(qkv, sizes, -1)
+            q, k, v = (each.reshape(len(x), -1, settings.head_size).transpose(0, 1) for each in parts)
+            if settings.norms_heads:
+                q = rms_norm(q, stage.vector(f"{module}.q_layernorm.weight", settings.head_size), settings.epsilon)
+                k = rms_norm(k, stage.vector(f"{module}.k_layernorm.weight", settings.head_size), settings.epsilon)
+            length, local = len(cache.tokens), settings.is_local(layer)
+            q, k = (self.rotation.turn(each, length - len(x), length, local=local) for each in (q, k))
+            k, v = cache.extend(layer, rank, k, v)
+            return self._attend(q, k, v, settings.window if local else length).transpose(0, 1).flatten(1)
+
+        return stage.total(part, f"{module}.dense", settings.hidden, bias=settings.dense_bias)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """[heads, new, head_size] of queries [heads, new, ...], those of the last tokens of keys and values [kv heads, all, ...].
+
+        Each sees `window` positions, its own the last.
+        """
+        heads, new, length = len(q), q.shape[1], k.shape[1]
+        # Each key head has several queries' heads, next to one another.
+        q, k, v = q.reshape(len(k), heads // len(k), new, -1) * self.settings.score_scale, k[:, None], v[:, None]
+        count = max(self.block_bytes // (4 * heads * length), 1)
+        result = torch.empty_like(q)
+        for start in range(0, new, count):
+            some = q[:, :, start : start + count]
+            scores = some @ k.transpose(-1, -2)
+            if self.settings.score_cap:
+                scores = torch.tanh(scores / self.settings.score_cap) * self.settings.score_cap
+            position = torch.arange(some.shape[2])[:, None] + length - new + start
+            distance = position - torch.arange(length)
+            seen = (distance >= 0) & (distance < window)
+            result[:, :, start : start + count] = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+        return result.flatten(0, 1)

@@ -1,0 +1,111 @@
+"""The MLP over the ranks, dense or a mixture of experts, which are computed for the tokens alone that go to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import Problem, VerificationFailed
+from stages.verify.forward.settings import Settings
+from stages.verify.forward.weights import Stage
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """TensorRT-LLM's GELU, by all of its names."""
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+}
+
+
+def halves(x: Tensor) -> Tensor:
+    """One projection for both: the factor, then what is activated (quantized or not, `swiglu`)."""
+    factor, activated = x.chunk(2, -1)
+    return factor * functional.silu(activated)
+
+
+class FeedForward:
+    """The MLP of every layer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(self, stage: Stage, module: str, x: Tensor) -> Tensor:
+        """[tokens, hidden] of tokens [tokens, hidden]."""
+        settings = self.settings
+        if settings.experts:
+            return self._mixture(stage, module, x)
+        if settings.fused_mlp:
+            return self._fused(stage, module, x, settings.inner)
+        activate = ACTIVATIONS[settings.config["hidden_act"]]
+
+        def part(rank: int) -> Tensor:
+            activated = activate(stage.part(rank, x, f"{module}.fc", settings.inner, bias=settings.mlp_bias))
+            return activated * stage.part(rank, x, f"{module}.gate", settings.inner, bias=settings.mlp_bias)
+
+        return stage.total(part, f"{module}.proj", settings.hidden, bias=settings.mlp_bias)
+
+    def _fused(self, stage: Stage, module: str, x: Tensor, inner: int) -> Tensor:
+        return stage.total(
+            lambda rank: halves(stage.part(rank, x, f"{module}.fc", 2 * inner)), f"{module}.proj", self.settings.hidden
+        )
+
+    def _mixture(self, stage: Stage, module: str, x: Tensor) -> Tensor:
+        shares = route(stage.copied(x, f"{module}.router", self.settings.experts), self.settings)
+        result, inner = torch.zeros_like(x), self.settings.expert_inner
+        count = self.settings.experts // self.settings.ep
+        for place, rank in enumerate(stage.ranks):
+            self._check_stacks(stage, rank, module, count)
+            for expert in range(count):
+                # A rank has a block of experts; the ranks that have the same block have a part of each.
+                share = shares[:, place % self.settings.ep * count + expert]
+                tokens = share.nonzero()[:, 0]
+                if len(tokens):
+                    middle = halves(stage.weights.product(x[tokens], rank, f"{module}.fc", 2 * inner, expert=expert))
+                    output = stage.weights.product(middle, rank, f"{module}.proj", self.settings.hidden, expert=expert)
+                    result.index_add_(0, tokens, output * share[tokens, None])
+        if self.settings.shared_inner:
+            gate = torch.sigmoid(stage.copied(x, f"{module}.shared_expert_gate", 1))
+            result += self._fused(stage, f"{module}.shared_expert", x, self.settings.shared_inner) * gate
+        return result
+
+    def _check_stacks(self, stage: Stage, rank: int, module: str, count: int) -> None:
+        for name in ("fc", "proj"):
+            shape = stage.weights.tensor(rank, f"{module}.{name}.weight").shape
+            # No token may go to an expert, so that nothing else asks for it.
+            stage.weights.matrix(rank, f"{module}.{name}", 0)
+            if len(shape) != 3 or shape[0] != count:
+                subject = f"rank{rank}.safetensors: {module}.{name}.weight"
+                expected = f"[{count}, ...]: the rank's experts"
+                raise VerificationFailed([Problem(subject, f"shape {list(shape)}", expected)])
+
+
+def route(scores: Tensor, settings: Settings) -> Tensor:
+    """How much of each expert's output each token takes: [tokens, experts] of router's scores, 0 where it does not go there."""
+    count = int(settings.moe["top_k"])
+    if settings.routing == 2:
+        return sparse_mixer(scores, count, 2 * float(settings.moe["sparse_mixer_epsilon"]))
+    shares = scores.softmax(-1)
+    best = shares.topk(count, -1)
+    result = torch.zeros_like(shares).scatter(-1, best.indices, best.values)
+    return result / result.sum(-1, keepdim=True) if settings.routing == 1 else result
+
+
+def sparse_mixer(scores: Tensor, count: int, margin: float) -> Tensor:
+    """One expert after the other: its share among those that score nearly as much, less those already chosen."""
+    result, left = torch.zeros_like(scores), scores
+    for _ in range(count):
+        top = left.max(-1, keepdim=True)
+        near = (top.values - left) / torch.maximum(left.abs(), top.values) <= margin
+        shares = left.masked_fill(~near, -math.inf).softmax(-1)
+        result = result.scatter(-1, top.indices, shares.gather(-1, top.indices))
+        left = left.scatter(-1, top.indices, -math.inf)
+    return result

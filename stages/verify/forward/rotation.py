@@ -1,0 +1,164 @@
+"""Rotary positions as TensorRT-LLM computes them: the angle by which each pair of a head's features is turned at a position.
+
+Facts: checkpoint format, section 4; `RopeEmbeddingUtils` and `Attention.create_attention_const_params` of TensorRT-LLM for yarn and
+long rope; the attention kernels for dynamic scaling, which begins behind `max_position_embeddings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from stages.verify.forward.settings import Settings
+
+FLOAT32 = np.dtype(np.float32)
+SCALINGS = ("linear", "llama3", "dynamic", "yarn")
+
+
+class Rotation:
+    """Turns heads by their positions. Raises BadInput naming a kind of positions that is not computed here."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.scaling: Mapping[str, Any] = settings.config.get("rotary_scaling") or {}
+        self.kind = self.scaling.get("type", self.scaling.get("rope_type"))
+        self.long_rope = settings.config.get("position_embedding_type", "rope_gpt_neox") == "long_rope"
+        problems = self._unknown()
+        if problems:
+            raise BadInput(problems)
+        self._tables: dict[tuple[bool, bool], tuple[Tensor, Tensor]] = {}
+
+    def turn(self, heads: Tensor, start: int, length: int, *, local: bool = False) -> Tensor:
+        """Heads [..., tokens, head_size] whose first token is at position `start` of a sequence that now has `length`.
+
+        The first `rotary_embedding_dim` features of each are turned, the first half of these against the second.
+        """
+        size = self.settings.rotary_size
+        cos, sin = (table[start : start + heads.shape[-2]] for table in self._table(length, local))
+        a, b, rest = heads[..., : size // 2], heads[..., size // 2 : size], heads[..., size:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def changes(self, before: int, after: int) -> bool:
+        """Whether a sequence that grows from one length to another is turned otherwise from its first token on."""
+        return self.long_rope and self._which(before) != self._which(after)
+
+    def inverse_frequencies(self, length: int, *, local: bool = False) -> np.ndarray:
+        """float32 [rotary_embedding_dim / 2]: the angle of one position, for a sequence of `length`."""
+        config, size = self.settings.config, self.settings.rotary_size
+        base = float(config["rope_local_base_freq"] if local else config.get("rotary_base", 10000.0))
+        powers = (base ** (np.arange(0, size, 2) / size)).astype(FLOAT32)
+        if self.long_rope:
+            factors = np.asarray(config[f"longrope_scaling_{self._which(length)}_factors"], dtype=FLOAT32)
+            return 1 / (factors * powers)
+        if self.kind == "linear":
+            return FLOAT32.type(1 / self.scaling.get("factor", 1.0)) / powers
+        if self.kind == "llama3":
+            return _llama3((1 / powers).astype(np.float64), self.scaling)
+        if self.kind == "yarn":
+            return _yarn(powers, base, size, self.scaling)
+        return 1 / powers
+
+    def magnitude(self, length: int) -> float:
+        """What turned values are multiplied by."""
+        config = self.settings.config
+        if self.long_rope and self.settings.architecture == "PhiMoEForCausalLM":
+            return float(config[f"longrope_{self._which(length)}_mscale"])
+        if self.long_rope:
+            trained = config["original_max_position_embeddings"]
+            growth = self.settings.max_positions / trained
+            return math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
+        if self.kind == "yarn":
+            factor = self.scaling.get("factor", 1.0)
+            ours, all_ = self.scaling.get("mscale", 1.0), self.scaling.get("mscale_all_dim", 0.0)
+            return _yarn_scale(factor, ours) / _yarn_scale(factor, all_)
+        return 1.0
+
+    def _unknown(self) -> list[Problem]:
+        config = self.settings.config
+        kind = config.get("position_embedding_type", "rope_gpt_neox")
+        problems = []
+        if kind not in ("rope_gpt_neox", "long_rope"):
+            problems.append(Problem("config.json: position_embedding_type", repr(kind), "rope_gpt_neox or long_rope"))
+        needed = ["rope_local_base_freq"] if self.settings.window else []
+        if self.long_rope:
+            needed += ["original_max_position_embeddings", "longrope_scaling_short_factors", "longrope_scaling_long_factors"]
+            if self.settings.architecture == "PhiMoEForCausalLM":
+                needed += ["longrope_short_mscale", "longrope_long_mscale"]
+        problems += [Problem(f"config.json: {key}", "nothing", "a value") for key in needed if config.get(key) is None]
+        if self.scaling and (self.kind not in SCALINGS or self.long_rope):
+            expected = "null beside long_rope" if self.long_rope else f"null, or one of {', '.join(SCALINGS)}"
+            problems.append(Problem("config.json: rotary_scaling.type", repr(self.kind), expected))
+        return problems + self._disputed()
+
+    def _disputed(self) -> list[Problem]:
+        """What TensorRT-LLM and transformers read differently, so that no engine would be the model."""
+        scaling = self.scaling
+        found = {}
+        if self.kind == "dynamic" and scaling.get("alpha") is not None:
+            found["alpha"] = "none"
+        if self.kind == "yarn":
+            if not scaling.get("truncate", True):
+                found["truncate"] = "true, as TensorRT-LLM reads no other"
+            if scaling.get("original_max_position_embeddings") is None:
+                found["original_max_position_embeddings"] = "a value, as TensorRT-LLM takes 4096 in its place"
+            factor, ours, all_ = scaling.get("factor", 1.0), scaling.get("mscale"), scaling.get("mscale_all_dim")
+            theirs = scaling.get("attention_factor")
+            if theirs is None:
+                theirs = _yarn_scale(factor, ours) / _yarn_scale(factor, all_) if ours and all_ else _yarn_scale(factor, 1.0)
+            if not math.isclose(theirs, self.magnitude(0), rel_tol=1e-6):
+                key = "mscale" if scaling.get("attention_factor") is None else "attention_factor"
+                found[key] = f"{self.magnitude(0):g} times what is turned, as TensorRT-LLM has it, not {theirs:g}"
+        return [Problem(f"config.json: rotary_scaling.{key}", repr(scaling.get(key)), expected) for key, expected in found.items()]
+
+    def _which(self, length: int) -> str:
+        return "long" if length > self.settings.config["original_max_position_embeddings"] else "short"
+
+    def _table(self, length: int, local: bool) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [positions, rotary_embedding_dim / 2] for at least `length` positions."""
+        if self.kind == "dynamic" and length > self.settings.max_positions:
+            found = f"a sequence of {length} tokens"
+            expected = f"at most max_position_embeddings {self.settings.max_positions}: dynamic scaling begins behind them"
+            raise BadInput([Problem("config.json: rotary_scaling", found, expected)])
+        key = local, self.long_rope and self._which(length) == "long"
+        held = self._tables.get(key)
+        if held is None or len(held[0]) < length:
+            # Twice as many, so that a sequence that grows by one is not computed anew each time.
+            positions = torch.arange(2 * length, dtype=torch.float32)
+            angles = positions[:, None] * torch.from_numpy(self.inverse_frequencies(length, local=local))
+            scale = self.magnitude(length)
+            held = self._tables[key] = angles.cos() * scale, angles.sin() * scale
+        return held
+
+
+def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Long waves are stretched, short ones are not, and those between in part."""
+    factor, low = scaling.get("factor", 8.0), scaling.get("low_freq_factor", 1.0)
+    high, trained = scaling.get("high_freq_factor", 4.0), scaling.get("original_max_position_embeddings", 8192)
+    share = np.clip((trained * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+    result: np.ndarray = ((1 - share) * frequencies / factor + share * frequencies).astype(FLOAT32)
+    return result
+
+
+def _yarn(powers: np.ndarray, base: float, size: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """The same by the number of a frequency: those from `low` to `high` are stretched in part."""
+    trained = scaling.get("original_max_position_embeddings", 4096)
+
+    def number(turns: float) -> float:
+        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(number(scaling.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(number(scaling.get("beta_slow", 1.0))), size - 1)
+    share = np.clip((np.arange(size // 2) - low) / (high - low or 0.001), 0, 1)
+    stretched = powers * FLOAT32.type(scaling.get("factor", 1.0))
+    result: np.ndarray = (share / stretched + (1 - share) / powers).astype(FLOAT32)
+    return result
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,0 +1,188 @@
+"""What the ranks' modules make of activations, reading a block of one weight at a time.
+
+A module is what all ranks of a pipeline stage hold of it: a column-parallel one has a part of its outputs on each rank, a
+row-parallel one a partial sum of all of them, and a copied one is the same on each. That it is, is checked byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import Problem, VerificationFailed
+from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from stages.verify.matrices import Matrix, matrix, vector
+from stages.verify.values import read
+
+T = TypeVar("T")
+BYTES = np.dtype(np.uint8)
+# What a module may have beside its numbers: the precision of activations and of the cache, which are not emulated.
+BESIDE = ("activation_scaling_factor", "clamp_val", "kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
+# The loader computes these itself, whatever the file says (checkpoint format, section 4).
+BUFFERS = tuple(
+    prefix + name
+    for name in ("rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention")
+    for prefix in ("", "long_rope_")
+)
+
+
+class Weights:
+    """The tensors of a checkpoint as they are asked for. Raises VerificationFailed naming those that are missing or wrong.
+
+    `block_bytes`: of a weight that is in memory at once, as float32. `cache_bytes`: of blocks that are kept for the next use, the
+    first ones until there is no more room. Vectors (norms, biases) are kept in any case.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, block_bytes: int, cache_bytes: int = 0) -> None:
+        self.checkpoint, self.block_bytes, self.cache_bytes = checkpoint, block_bytes, cache_bytes
+        self._used: list[set[str]] = [set() for _ in checkpoint.ranks]
+        self._vectors: dict[tuple[int, str], Tensor] = {}
+        self._blocks: dict[tuple[int, str, int | None, int], Tensor] = {}
+        self._same: set[tuple[int, str]] = set()
+        self._padded: set[tuple[int, str]] = set()
+
+    def tensor(self, rank: int, name: str) -> FileTensor:
+        """A tensor as it is stored."""
+        return self._find(rank, name, lambda: self.checkpoint.ranks[rank][name])
+
+    def matrix(self, rank: int, module: str, expert: int | None = None) -> Matrix:
+        """A module of a rank, or one of the rank's own experts."""
+        found = self._find(rank, f"{module}.weight", lambda: matrix(self.checkpoint, rank, module, expert))
+        self._used[rank].update(f"{module}.{parameter}" for parameter in found.tensors)
+        return found
+
+    def vector(self, rank: int, name: str, size: int) -> Tensor:
+        """float32 [size]: a parameter that has one axis."""
+        if (rank, name) not in self._vectors:
+            found = self._find(rank, name, lambda: vector(self.checkpoint, rank, name))
+            if found.shape != (size,):
+                raise _failed(rank, name, f"shape {list(found.shape)}", f"[{size}]")
+            self._vectors[rank, name] = found
+            self._used[rank].add(name)
+        return self._vectors[rank, name]
+
+    def product(self, x: Tensor, rank: int, module: str, out: int, *, expert: int | None = None) -> Tensor:
+        """[tokens, out]: activations [tokens, in] times a module's matrix [out, in], block by block of its rows."""
+        held = self.matrix(rank, module, expert)
+        expected = (out, x.shape[-1])
+        if held.shape != expected:
+            raise _failed(rank, f"{module}.weight", f"a matrix {list(held.shape)}", f"{list(expected)}, [out, in]")
+        smooth = held.prequant
+        x = x if smooth is None else x * smooth
+        result = x.new_empty(len(x), held.shape[0])
+        for start, stop in self._steps(held.shape):
+            result[:, start:stop] = x @ self._rows(held, (rank, module, expert, start), stop).T
+        return result
+
+    def same(self, ranks: Sequence[int], name: str) -> None:
+        """Check, once, that a tensor is the same on some ranks."""
+        if (ranks[0], name) in self._same:
+            return
+        first, *others = (self.tensor(rank, name) for rank in ranks)
+        for rank, other in zip(ranks[1:], others, strict=True):
+            if (other.shape, other.dtype) != (first.shape, first.dtype):
+                found, expected = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (other, first))
+                raise _failed(rank, name, found, f"{expected}, as on rank {ranks[0]}")
+            for one, two in zip(self._bytes(first), self._bytes(other), strict=True):
+                if not torch.equal(one, two):
+                    raise _failed(rank, name, f"other values than on rank {ranks[0]}", "the same on every rank of the stage")
+            self._used[rank].add(name)
+        self._same.add((ranks[0], name))
+
+    def zeros(self, rank: int, name: str, first: int) -> None:
+        """Check, once, that the rows of a tensor from `first` are zeros: what a vocabulary is padded with."""
+        tensor = self.tensor(rank, name)
+        if (rank, name) in self._padded:
+            return
+        rest = tuple((0, size) for size in tensor.shape[1:])
+        for row in range(max(first, 0), tensor.shape[0]):
+            if read(tensor, ((row, row + 1), *rest)).float().any():
+                raise _failed(rank, name, f"values in row {row}", f"zeros in the rows from {max(first, 0)}: they are padding")
+        self._padded.add((rank, name))
+
+    def unused(self) -> list[str]:
+        """Tensors that nothing asked for so far, each after its file's name."""
+        result = []
+        for rank, (held, used) in enumerate(zip(self.checkpoint.ranks, self._used, strict=True)):
+            owners = {owner for name in used for owner in _owners(name)}
+            for name in sorted(held.keys() - used - set(BUFFERS)):
+                owner, _, parameter = name.rpartition(".")
+                if parameter not in BESIDE or owner not in owners:
+                    result.append(f"rank{rank}.safetensors: {name}")
+        return result
+
+    def _find(self, rank: int, name: str, get: Callable[[], T]) -> T:
+        try:
+            return get()
+        except KeyError:
+            raise _failed(rank, name, "nothing", "a tensor, which config.json's model computes with") from None
+
+    def _steps(self, shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        count = max(self.block_bytes // (4 * shape[1]), 1)
+        return ((start, min(start + count, shape[0])) for start in range(0, shape[0], count))
+
+    def _rows(self, held: Matrix, key: tuple[int, str, int | None, int], stop: int) -> Tensor:
+        if key in self._blocks:
+            return self._blocks[key]
+        rows = held.rows(key[3], stop)
+        if rows.nbytes <= self.cache_bytes:
+            self.cache_bytes -= rows.nbytes
+            self._blocks[key] = rows
+        return rows
+
+    def _bytes(self, tensor: FileTensor) -> Iterator[Tensor]:
+        count = math.prod(tensor.shape) * tensor.dtype.itemsize
+        whole = tensor.viewed((count,), BYTES)
+        return (read(whole, ((at, min(at + self.block_bytes, count)),)) for at in range(0, count, self.block_bytes))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The ranks of one pipeline stage."""
+
+    weights: Weights
+    ranks: range
+
+    def part(self, rank: int, x: Tensor, module: str, out: int, *, bias: bool = False) -> Tensor:
+        """[tokens, out]: what a rank has of the outputs of a module that is split by rows."""
+        result = self.weights.product(x, rank, module, out)
+        return result + self.weights.vector(rank, f"{module}.bias", out) if bias else result
+
+    def total(self, part: Callable[[int], Tensor], module: str, out: int, *, bias: bool = False) -> Tensor:
+        """[tokens, out]: a module that is split by columns, summed over the ranks; `part` gives a rank's activations.
+
+        Its bias is a copy on every rank, and counts once.
+        """
+        result = self.weights.product(part(self.ranks[0]), self.ranks[0], module, out)
+        for rank in self.ranks[1:]:
+            result += self.weights.product(part(rank), rank, module, out)
+        return result + self.vector(f"{module}.bias", out) if bias else result
+
+    def copied(self, x: Tensor, module: str, out: int) -> Tensor:
+        """[tokens, out]: the outputs of a module of which every rank has a copy."""
+        self.weights.same(self.ranks, f"{module}.weight")
+        return self.weights.product(x, self.ranks[0], module, out)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """float32 [size]: a parameter of which every rank has a copy."""
+        self.weights.same(self.ranks, name)
+        return self.weights.vector(self.ranks[0], name, size)
+
+    def has(self, name: str) -> bool:
+        """Whether the stage's ranks hold a tensor."""
+        return any(name in self.weights.checkpoint.ranks[rank] for rank in self.ranks)
+
+
+def _owners(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _failed(rank: int, name: str, found: str, expected: str) -> VerificationFailed:
+    return VerificationFailed([Problem(f"rank{rank}.safetensors: {name}", found, expected)])

@@ -1,0 +1,98 @@
+"""original: a source as numbers under Hugging Face's names, rows on demand.
+
+Each weight is what the source's own format says, read anew and by no code of the stages that convert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import LazyTensor, Source
+from stages.verify.roundtrip.original.config import canonical_config
+from stages.verify.roundtrip.original.names import canonical
+from stages.verify.roundtrip.original.numbers import Numbers, Stored
+from stages.verify.roundtrip.original.packed import Memo, unpack
+
+KEY = "quantization_config"
+# Models whose queries, keys and values have biases that config.json does not speak of.
+BIASED = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "o_proj", "wqkv", "wo", "out_proj")
+
+
+class Original:
+    """A source's weights by Hugging Face's parameter names, as numbers.
+
+    Experts are named one by one, whatever they are stored in. Packed weights are dequantized, as `<module>.weight`; parts of a
+    fused module keep their own scales. Biases of zeros that a quantizer gives to modules that have none are left out.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Raises BadInput naming every tensor that no known format explains. Reads the small tensors that say shapes."""
+        self._source = source
+        self.config: dict[str, Any] = canonical_config(source)
+        settings = source.config.get(KEY)
+        numbers = self._unpacked(settings if isinstance(settings, Mapping) else {})
+        self._numbers = canonical(source.container, source.architecture, self.config, numbers)
+
+    def names(self) -> tuple[str, ...]:
+        """Every weight. A tied lm_head that the source does not hold is none."""
+        return tuple(self._numbers)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._numbers[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of the numbers as the source stores them; float32 for what was dequantized."""
+        return self._numbers[name].dtype
+
+    def exact(self, name: str) -> bool:
+        """Whether the source stores numbers, and not codes of them."""
+        return self._numbers[name].exact
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first axis, of type `dtype(name)`. Raises IndexError where there are no such rows."""
+        held = self._numbers[name]
+        if not 0 <= start <= stop <= held.shape[0]:
+            raise IndexError(f"{name}: rows {start} to {stop} of {held.shape[0]}")
+        return held.rows(start, stop) if start < stop else torch.empty((0, *held.shape[1:]), dtype=held.dtype)
+
+    def _unpacked(self, settings: Mapping[str, Any]) -> dict[str, Numbers]:
+        modules: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+        for name, tensor in self._source.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            modules[module][parameter] = tensor
+        memo, result, problems = Memo(), dict[str, Numbers](), list[Problem]()
+        for module, parameters in modules.items():
+            try:
+                found = unpack(module, parameters, settings, memo)
+            except BadInput as error:
+                problems += error.problems
+                continue
+            packed = "weight" in found and not found["weight"].exact
+            if packed and "bias" in found and not self._has_bias(module) and not _any(found["bias"]):
+                del found["bias"]
+            result |= {f"{module}.{parameter}" if module else parameter: held for parameter, held in found.items()}
+        if problems:
+            raise BadInput(problems)
+        return result
+
+    def _has_bias(self, module: str) -> bool:
+        """Whether the architecture has a bias there."""
+        last = module.rpartition(".")[2]
+        if last in QKV and self._source.architecture in BIASED:
+            return True
+        if last in ATTENTION:
+            return bool(self.config.get("attention_bias") or self.config.get("bias"))
+        return bool(self.config.get("mlp_bias"))
+
+
+def _any(bias: Numbers) -> bool:
+    assert isinstance(bias, Stored), "no format packs a bias"
+    return bool(bias.rows(0, bias.shape[0]).any())

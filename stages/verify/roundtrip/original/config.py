@@ -1,0 +1,93 @@
+"""The configuration of a source's model, as transformers would read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import Source
+
+# What a quantizer adds, and where remote code is found.
+NOT_THE_MODELS = ("quantization_config", "compression_config", "auto_map")
+EXAONE = {"num_layers": "num_hidden_layers", "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps"}
+# Hugging Face's key, and GGUF's of architecture `llama`, less its prefix.
+GGUF = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "head_dim": "attention.key_length",
+    "attention_bias": "attention.bias",
+    "vocab_size": "vocab_size",
+    "rope_scaling": "rope_scaling",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+}
+META = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "hidden_dim",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# Those of Meta's code, of llama.cpp and of LLaMA itself.
+DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+# What Meta's code does for `use_scaled_rope`: its constants, but for a factor that params.json names.
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def canonical_config(source: Source) -> dict[str, Any]:
+    """config.json of the model that Hugging Face's names make of `source`: LLaMA's or Mixtral's where it is not their own.
+
+    Raises BadInput naming the sizes that a source of another container does not say.
+    """
+    given = {key: value for key, value in source.config.items() if key not in NOT_THE_MODELS}
+    if source.container == "meta":
+        config = _translated(source, given, META)
+        if given.get("use_scaled_rope"):
+            config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(given.get("rope_scaling_factor") or 8.0)}
+        return _llama(config, "output.weight" not in source.tensors)
+    if source.container == "gguf":
+        config = _translated(source, given, GGUF)
+        return _llama(config, not any(name.startswith("output.") for name in source.tensors))
+    if source.architecture == "InternLM2ForCausalLM":
+        return _llama({**given, "attention_bias": bool(given.get("bias"))}, given.get("tie_word_embeddings", False))
+    if source.architecture == "ExaoneForCausalLM":
+        renamed = {EXAONE.get(key, key): value for key, value in given.items()}
+        return _llama(renamed, given.get("tie_word_embeddings", False))
+    return given
+
+
+def _translated(source: Source, given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    found = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
+    absent = [keys[ours] for ours in NEEDED if ours not in found]
+    if absent:
+        raise BadInput([Problem(f"{source.config_name}: {key}", "nothing", "a size of the model") for key in absent])
+    found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    return {**DEFAULTS, **found}
+
+
+def _llama(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    experts = bool(config.get("num_local_experts"))
+    return {
+        "hidden_act": "silu",
+        **config,
+        "architectures": ["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if experts else "llama",
+        "tie_word_embeddings": bool(tied),
+    }

@@ -1,0 +1,52 @@
+"""Peak memory is bounded by the setting: models larger than the limit convert in processes that stay under it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.models import make
+from tests.support.places import SMOLLM2 as MODEL
+
+SCRIPT = """
+import json, sys
+from pipeline import convert, plan
+options = json.loads(sys.argv[1])
+projected = plan(**options).budget.peak_bytes
+result = convert(**options)
+print(json.dumps({"projected": projected, "peak": result.peak_memory_bytes, "written": result.bytes_written}))
+"""
+
+
+def peak(**options: object) -> dict[str, int]:
+    """Convert in a process of its own, whose high-water mark is that of the conversion alone."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(options)], capture_output=True, text=True, check=True)
+    measured: dict[str, int] = json.loads(run.stdout)
+    return measured
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.5 GB of 8B-shaped bf16 that takes no disk: its embedding alone is 1 GB, more than the limit."""
+    directory = tmp_path_factory.mktemp("big")
+    make(directory, "8B", layers=1, sparse=True)
+    return directory
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "local"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dense(big: Path, scheduler: str, dtype: str, tmp_path: Path) -> None:
+    limit = 200 << 20
+    out = str(tmp_path / "out")
+    measured = peak(model_dir=str(big), output_dir=out, tp_size=2, dtype=dtype, scheduler=scheduler, workers=2, memory_limit=limit)
+    assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
+
+
+def test_packed(tmp_path: Path) -> None:
+    limit = 200 << 20
+    measured = peak(model_dir=str(MODEL), output_dir=str(tmp_path / "out"), tp_size=3, workers=2, memory_limit=limit)
+    assert measured["peak"] <= measured["projected"] <= limit < measured["written"]

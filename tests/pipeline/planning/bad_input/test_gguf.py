@@ -1,0 +1,238 @@
+"""GGUF files that are damaged, cut short or say what is not so: a report, never a traceback and never a hang."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.pipeline.planning.bad_input.gguf_files import HIDDEN, INNER, KV_HEADS, TENSORS, VOCAB, header_end, write
+from tests.support.commands import LOOP_SECONDS, convert, headrace, limited, one, refused
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write(tmp_path_factory.mktemp("gguf") / "model.gguf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def header_bytes(tmp_path_factory: pytest.TempPathFactory) -> int:
+    return header_end(write(tmp_path_factory.mktemp("gguf") / "model.gguf"))
+
+
+def test_the_model_that_these_tests_damage_is_sound(path: Path, tmp_path: Path) -> None:
+    assert convert(write(path), tmp_path / "out", "--tp_size", KV_HEADS).code == 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 8, 16, 23, 24, 25, 40, 100, 500, 1000])
+def test_a_file_cut_short_in_its_header(path: Path, sound: bytes, length: int) -> None:
+    path.write_bytes(sound[:length])
+    assert one(refused(path)).startswith(f"{path}: found ")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.9999])
+def test_a_file_cut_short_in_its_data(path: Path, sound: bytes, header_bytes: int, share: float) -> None:
+    length = header_bytes + int((len(sound) - header_bytes) * share)
+    path.write_bytes(sound[:length])
+    assert all(problem.startswith(f"{path}: found ") for problem in refused(path))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_truncation_is_refused(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(sound[: data.draw(st.integers(0, len(sound) - 33))])  # the last tensor is padded to 32 bytes
+    assert plan(path) == 2
+
+
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_in_the_header(tmp_path: Path, sound: bytes, header_bytes: int, data: st.DataObject) -> None:
+    content = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 2))):
+        content[data.draw(st.integers(0, header_bytes - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    # A name or a number may well still make sense: 0 is no failure, and a traceback comes out of the call.
+    assert plan(path) in (0, 2)
+
+
+def plan(path: Path) -> int:
+    ran = headrace("plan", "--model_dir", path, "--output_dir", path.parent / "out")
+    assert ran.code == 0 or ran.err.startswith("headrace: "), ran
+    return ran.code
+
+
+@pytest.mark.parametrize("magic", [b"GGML", b"\0\0\0\0", b"FUGG", b"GGUf"])
+def test_another_magic(path: Path, sound: bytes, magic: bytes) -> None:
+    path.write_bytes(magic + sound[4:])
+    problem = one(refused(path))
+    assert problem.startswith(f"{path}: found ")
+    assert "GGUF" in problem
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 99, 2**32 - 1])
+def test_another_version(path: Path, sound: bytes, version: int) -> None:
+    path.write_bytes(sound[:4] + struct.pack("<I", version) + sound[8:])
+    assert one(refused(path)).startswith(f"{path}: found ")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("count", [2**20, 2**32, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("what", ["tensors", "keys", "strings"])
+def test_counts_beyond_the_file(path: Path, sound: bytes, what: str, count: int) -> None:
+    at = {"tensors": 8, "keys": 16}.get(what) or array_length(sound, "tokenizer.ggml.tokens")
+    path.write_bytes(sound[:at] + struct.pack("<Q", count) + sound[at + 8 :])
+    assert one(refused(path)).startswith(f"{path}: found ")
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_an_array_of_numbers_longer_than_the_file(path: Path, shift: int) -> None:
+    # Where the numbers end exactly with the file, a reader that goes on finds empty ones for ever.
+    content = write(path, metadata={"general.name": "n" * shift}).read_bytes()
+    at = array_length(content, "tokenizer.ggml.scores")
+    path.write_bytes(content[:at] + struct.pack("<Q", 2**40) + content[at + 8 :])
+    ran = limited("RLIMIT_CPU", LOOP_SECONDS, "plan", "--model_dir", path, "--output_dir", path.parent / "out")
+    assert ran.code == 2
+    assert f"{path}: found " in ran.err
+
+
+def array_length(content: bytes, key: str) -> int:
+    """Where a file says how many items an array has: behind its key, type 9 and the type of the items."""
+    at = content.index(key.encode()) + len(key) + 8
+    assert content[at : at + 8] == struct.pack("<Q", VOCAB)
+    return at
+
+
+def test_a_tensor_past_the_end(path: Path, sound: bytes) -> None:
+    name = b"blk.1.ffn_down.weight"
+    at = sound.index(name) + len(name) + 4 + 2 * 8 + 4  # axes, two lengths, the type, then the offset
+    path.write_bytes(sound[:at] + struct.pack("<Q", len(sound)) + sound[at + 8 :])
+    problem = one(refused(path))
+    assert str(path) in problem
+    assert name.decode() in problem
+
+
+def test_text_that_is_not_utf8(path: Path, sound: bytes) -> None:
+    path.write_bytes(sound.replace(b"a small model", b"a \xff\xfe\xfd\xfc\xfb model"))
+    assert plan(path) in (0, 2)
+
+
+def test_a_file_of_the_other_byte_order(path: Path) -> None:
+    # Its values must not be taken for those of this one's.
+    write(path, endian=gguf.GGUFEndian.BIG)
+    assert one(refused(path)).startswith(f"{path}: found ")
+
+
+@pytest.mark.parametrize("name", sorted(TENSORS))
+def test_any_missing_tensor(path: Path, name: str) -> None:
+    write(path, without=(name,))
+    if name == "output.weight":  # tied
+        assert convert(path, path.parent / "out").code == 0
+    else:
+        assert one(refused(path)).startswith(f"{name}: found no such tensor")
+
+
+@pytest.mark.parametrize("name", ["blk.2.ffn_up.weight", "blk.0.attn_q_norm.weight", "blk.0.attn_k.bias", "v.patch_embd.weight"])
+def test_a_tensor_that_nothing_consumes(path: Path, name: str) -> None:
+    write(path, tensors={name: np.zeros((INNER, HIDDEN) if "ffn" in name else (32,), np.float32)})
+    assert one(refused(path)).startswith(f"{name}: found a tensor that ")
+
+
+def test_a_shape_that_contradicts_the_metadata(path: Path) -> None:
+    write(path, tensors={"blk.0.ffn_up.weight": np.zeros((INNER, 32), np.float16)})
+    assert one(refused(path)).startswith(f"blk.0.ffn_up.weight: found shape [{INNER}, 32]; expected [{INNER}, {HIDDEN}]")
+
+
+@pytest.mark.parametrize("kind", ["I8", "I32", "I64", "Q8_1"])
+def test_types_that_are_no_weights_or_have_no_dequantizer(path: Path, kind: str) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    plain = {"I8": np.int8, "I32": np.int32, "I64": np.int64}.get(kind)
+    values = np.zeros((INNER, HIDDEN), plain) if plain else np.zeros((INNER, HIDDEN // block * size), np.uint8)
+    write(path, tensors={"blk.0.ffn_up.weight": values}, kinds=None if plain else {"blk.0.ffn_up.weight": kind})
+    report = refused(path)
+    assert any(problem.startswith("blk.0.ffn_up.weight: ") and kind in problem for problem in report)
+
+
+REQUIRED = ["context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"]
+
+
+@pytest.mark.parametrize("key", [*REQUIRED, "attention.layer_norm_rms_epsilon"])
+def test_a_missing_key(path: Path, key: str) -> None:
+    write(path, without=(f"llama.{key}",))
+    problem = one(refused(path))
+    assert problem.startswith(f"{path}: ")
+    assert f"{key}: found nothing" in problem or f"{key} or " in problem or f"or {key}: found nothing" in problem
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("llama.embedding_length", "64"),
+    ("llama.embedding_length", 0),
+    ("llama.embedding_length", float("inf")),
+    ("llama.embedding_length", float("nan")),
+    ("llama.block_count", [2, 2]),
+    ("llama.attention.head_count_kv", [2, 2]),
+    ("llama.attention.head_count", 0),
+    ("llama.attention.layer_norm_rms_epsilon", "small"),
+    ("llama.rope.freq_base", "large"),
+    ("llama.rope.scaling.type", "yarn"),
+    ("llama.rope.scaling.type", "linear"),  # without its factor
+    ("llama.expert_count", 4),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=str)
+def test_metadata_of_another_type_or_out_of_range(path: Path, key: str, value: Any) -> None:
+    write(path, metadata={key: value})
+    assert all(": found " in problem for problem in refused(path))
+
+
+def test_a_vocabulary_that_is_no_list(path: Path) -> None:
+    write(path, metadata={"tokenizer.ggml.tokens": "abc"}, without=("llama.vocab_size",))
+    assert str(path) in refused(path)[0]
+
+
+@pytest.mark.parametrize("factors", [np.zeros(8), np.zeros(0), np.full(8, np.nan), np.full(8, -1.0), np.arange(8.0)], ids=str)
+def test_rope_factors_that_are_not_llama3s(path: Path, factors: np.ndarray) -> None:
+    write(path, tensors={"rope_freqs.weight": factors.astype(np.float32)})
+    assert "rope_freqs.weight: found " in one(refused(path))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama4", ""])
+def test_an_unknown_architecture_lists_those_known(path: Path, architecture: str) -> None:
+    write(path, architecture=architecture)
+    problem = one(refused(path))
+    assert problem.startswith(f"{path}: architecture: found {architecture or 'none'}")
+    assert "llama" in problem
+
+
+def test_a_missing_part_of_a_split_model(tmp_path: Path) -> None:
+    write(tmp_path / "m-00001-of-00003.gguf")
+    problems = refused(tmp_path / "m-00001-of-00003.gguf")
+    assert [problem.partition(": ")[0] for problem in problems] == [str(tmp_path / f"m-0000{n}-of-00003.gguf") for n in (2, 3)]
+
+
+def test_two_models_in_one_directory(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        write(tmp_path / "models" / name)
+    problem = one(refused(tmp_path / "models"))
+    assert "a.gguf, b.gguf" in problem
+
+
+def test_the_same_tensor_in_two_parts(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write(tmp_path / f"m-0000{n}-of-00002.gguf")
+    problems = refused(tmp_path / "m-00001-of-00002.gguf")
+    assert sum("the tensor again in m-00002-of-00002.gguf" in problem for problem in problems) == min(len(TENSORS), 20)

@@ -1,0 +1,229 @@
+"""The page of a conversion, in a browser while it runs; its metrics and health; where it listens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import BadInput, convert, plan
+from pipeline.planning.listen import Listen, parse_listen
+from pipeline.watching.page import duration, header, rates, stage_order
+from pipeline.watching.progress import page_address
+from pipeline.watching.state import Sample, Snapshot
+from tests.pipeline.watching.held import held, several_blocks
+from tests.pipeline.watching.web import fetch, fetch_when_there, free_port
+from tests.support import browser
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return several_blocks(tmp_path_factory.mktemp("source") / "Llama & <friends>")
+
+
+def values(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """{(sample's name, its labels): value} of Prometheus's text."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@browser.needed
+@pytest.mark.slow
+def test_the_page_beside_the_dashboard_follows_the_run(source: Path, tmp_path: Path) -> None:
+    targets = [{"output_dir": tmp_path / "tp2", "tp_size": 2}, {"output_dir": tmp_path / "pp3", "pp_size": 3}]
+    with browser.browser() as tab:
+        with held(source, target=targets) as run:
+            base = run.dashboard.removesuffix("/status")
+            fetch_when_there(base + "/headrace")
+            tab.open(base + "/headrace")
+            text = tab.wait(lambda text: "written" in text and "rank 2" in text)
+            assert run.plan is not None
+            assert "Llama & <friends>" in text
+            assert f"{len(run.written)} of {run.plan.tasks} tasks" in text
+            for word in (
+                "running",
+                "Throughput",
+                "Memory of the process",
+                "tp2",
+                "pp3",
+                "rank 1",
+                "read",
+                "write",
+                "of 2.0 GiB peak memory",
+            ):
+                assert word in text, word
+            assert tab.logged == []
+        # The server has gone with the run.
+        assert "the process has ended" in tab.wait(lambda text: "has ended" in text)
+
+
+def test_metrics_beside_the_dashboard(source: Path, tmp_path: Path) -> None:
+    with held(source, output_dir=tmp_path / "out", tp_size=2) as run:
+        base = run.dashboard.removesuffix("/status")
+        fetch_when_there(base + "/headrace")
+        found = values(fetch_when_there(base + "/metrics"))
+        done = sum(written.bytes_written for written in run.written)
+        assert found["headrace_stage_bytes_total", (("stage", "write"),)] == done
+        for stage in ("read", "write", "checksum"):
+            expected = sum(written.metrics[stage, "bytes"] for written in run.written)
+            assert found["headrace_stage_bytes_total", (("stage", stage),)] == expected
+            assert found["headrace_stage_seconds_total", (("stage", stage),)] > 0
+        job = ("job", "out")
+        assert found["headrace_job_bytes", (job,)] == done < found["headrace_job_size_bytes", (job,)]
+        assert found["headrace_job_done_tasks", (job,)] == len(run.written)
+        assert run.plan is not None
+        assert found["headrace_job_tasks", (job,)] == run.plan.tasks
+        assert 0 < found["headrace_job_memory_bytes", (job,)] < found["headrace_job_memory_limit_bytes", (job,)] == 2 << 30
+        ranks = [found["headrace_rank_bytes", (job, ("rank", str(n)), ("target", "out"))] for n in range(2)]
+        assert sum(ranks) == done
+        assert found["headrace_jobs", (("state", "running"),)] == 1
+        assert found["headrace_queue_length", ()] == 0
+        health = json.loads(fetch(base + "/health")[1])
+        assert (health["status"], health["state"], health["bytes"]) == ("ok", "running", done)
+        assert health["done_tasks"] == len(run.written)
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
+def test_a_page_without_a_cluster(source: Path, tmp_path: Path, scheduler: str) -> None:
+    port = free_port()
+    listen = f"127.0.0.1:{port}"
+    with held(source, output_dir=tmp_path / "out", scheduler=scheduler, listen=listen) as run:
+        assert run.dashboard == f"http://{listen}/headrace"
+        assert "<title>headrace</title>" in fetch(run.dashboard)[1]
+        assert "<title>headrace</title>" in fetch(f"http://{listen}/")[1]
+        assert values(fetch(f"http://{listen}/metrics")[1])["headrace_jobs", (("state", "running"),)] == 1
+        assert fetch(f"http://{listen}/health")[0] == 200
+    with pytest.raises(OSError, match="refused"):
+        fetch(f"http://{listen}/health")
+
+
+def test_no_server_where_none_is_asked_for(source: Path, tmp_path: Path) -> None:
+    with held(source, output_dir=tmp_path / "out", scheduler="threads") as run:
+        assert run.dashboard == ""
+
+
+@pytest.mark.parametrize("scheduler", ["local", "threads"])
+def test_an_address_that_is_taken_is_refused_before_anything_is_written(source: Path, tmp_path: Path, scheduler: str) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    with (
+        held(source, output_dir=tmp_path / "first", scheduler="threads", listen=listen),
+        pytest.raises(BadInput, match=listen) as raised,
+    ):
+        convert(model_dir=source, output_dir=tmp_path / "second", scheduler=scheduler, listen=listen)
+    assert raised.value.problems[0].subject == f"--listen {listen}"
+    assert not (tmp_path / "second").exists()
+
+
+def test_another_port_where_the_usual_one_is_taken(source: Path, tmp_path: Path) -> None:
+    with held(source, output_dir=tmp_path / "a") as first, held(source, output_dir=tmp_path / "b") as second:
+        assert first.dashboard != second.dashboard
+        for run, name in ((first, "a"), (second, "b")):
+            fetch_when_there(run.dashboard.removesuffix("/status") + "/headrace")
+            assert json.loads(fetch(run.dashboard.removesuffix("status") + "health")[1])["outputs"] == [str(tmp_path / name)]
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "url"),
+    [
+        ("127.0.0.1:8787", "127.0.0.1", 8787, "http://127.0.0.1:8787"),
+        (":9000", "127.0.0.1", 9000, "http://127.0.0.1:9000"),
+        ("0.0.0.0:80", "0.0.0.0", 80, "http://127.0.0.1:80"),
+        ("[::1]:65535", "::1", 65535, "http://[::1]:65535"),
+        ("gpu-box.lan:8787", "gpu-box.lan", 8787, "http://gpu-box.lan:8787"),
+    ],
+)
+def test_addresses(text: str, host: str, port: int, url: str) -> None:
+    assert parse_listen(text) == Listen(host, port)
+    assert parse_listen(text).url == url
+
+
+@pytest.mark.parametrize("text", ["", "8787", "localhost", "127.0.0.1:", "127.0.0.1:0", "x:65536", "x:-1", "x:٣", "::1:80", "x:8o"])
+def test_addresses_that_are_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_listen(text)
+    with pytest.raises(BadInput, match="--listen"):
+        plan(model_dir=tmp_path, output_dir=tmp_path / "out", listen=text)
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "allowed"),
+    [
+        (Listen(), "127.0.0.1:8787", True),
+        (Listen(), "localhost:9999", True),  # through a tunnel
+        (Listen(), "evil.example:8787", False),
+        (Listen("gpu.lan", 8787), "gpu.lan:8787", True),
+        (Listen("gpu.lan", 8787), "evil.example:8787", False),
+        (Listen("0.0.0.0", 8787), "gpu.lan:8787", True),
+        (Listen("0.0.0.0", 8787), "evil.example:80", False),
+    ],
+)
+def test_whose_pages_may_follow(listen: Listen, host: str, allowed: bool) -> None:
+    from bokeh.server.util import check_allowlist
+
+    assert check_allowlist(host, listen.origins) is allowed
+
+
+def test_the_header_escapes_names() -> None:
+    now = Snapshot(name="<script>", source="a&b", outputs=("<i>",), state="running", total_bytes=10, done_bytes=5)
+    text = header(now)
+    assert "<script>" not in text
+    assert "<i>" not in text
+    assert "a&amp;b" in text
+    assert "width:50.0%" in text
+
+
+def test_rates_are_differences() -> None:
+    samples = [Sample(0, 100, 1), Sample(2, 300, 1), Sample(2, 300, 1), Sample(4, 300, 1)]
+    assert rates(samples) == [(2, 100), (4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00 min"), (3599, "59:59 min"), (7500, "2:05 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_stages_stand_in_the_order_of_the_work() -> None:
+    names: list[Any] = ["write", "checksum", "some_day", "shard", "cast", "unpack", "read"]
+    assert sorted(names, key=stage_order) == ["read", "unpack", "cast", "shard", "some_day", "checksum", "write"]
+
+
+def test_metrics_say_what_is_not_installed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pipeline.watching.metrics", None)
+    with held(source, output_dir=tmp_path / "out", scheduler="threads", listen=f"127.0.0.1:{free_port()}") as run:
+        status, text = fetch(run.dashboard.replace("/headrace", "/metrics"))
+        assert (status, text) == (501, "# prometheus_client is not installed: pip install headrace[jobs]\n")
+        assert fetch(run.dashboard)[0] == fetch(run.dashboard.replace("/headrace", "/health"))[0] == 200
+
+
+@pytest.mark.parametrize("scheduler", ["local", "threads"])
+def test_an_address_that_is_not_this_machines(source: Path, tmp_path: Path, scheduler: str) -> None:
+    with pytest.raises(BadInput, match=r"--listen 198\.51\.100\.1:8787: found"):
+        convert(model_dir=source, output_dir=tmp_path / "out", scheduler=scheduler, listen="198.51.100.1:8787")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_elsewhere_and_the_page_here(source: Path, tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    listen = f"127.0.0.1:{free_port()}"
+    report = tmp_path / "report.html"
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=None) as cluster,
+        held(
+            source, output_dir=tmp_path / "out", scheduler=cluster.scheduler_address, listen=listen, performance_report=report
+        ) as run,
+    ):
+        assert run.plan is not None
+        assert page_address(run.plan.job, run.dashboard) == f"http://{listen}/headrace"
+        assert "<title>headrace</title>" in fetch(f"http://{listen}/headrace")[1]
+        assert values(fetch(f"http://{listen}/metrics")[1])["headrace_job_done_tasks", (("job", "out"),)] == len(run.written)
+    assert "Dask Performance Report" in report.read_text()

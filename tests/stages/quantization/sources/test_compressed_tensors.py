@@ -1,0 +1,204 @@
+"""compressed-tensors: packed weights and int8 ones are unpacked, any part of them, with and without zero points; refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.tensor.placement import slices
+from stages.quantization.numbers import dequantize
+from stages.quantization.sources.compressed_tensors import accepts, check, unpack
+from stages.unpack import format_of
+from tests.support.lazy import held, values
+from tests.support.packed_tensors import (
+    CHUNKS,
+    compressed,
+    expected_codes,
+    naive_weight,
+    opened,
+    part,
+    random_codes,
+    random_scales,
+    shapes,
+)
+from tests.support.strategies import regions
+
+
+def bits_of(bits: int) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+
+
+def module(n: int, k: int, groups: int, bits: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [N, K], zero points and scales [G, N]."""
+    return random_codes((n, k), bits, seed), random_codes((groups, n), bits, seed + 1), random_scales((groups, n), seed)
+
+
+def int8_module(n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
+    weight = (random_codes((n, k), 8, seed) - 128).astype(np.int8)
+    return {"weight": weight, "weight_scale": random_scales((n, 1), seed, np.float32)}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@settings(max_examples=30)
+@given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
+def test_any_part_of_the_codes_scales_and_zero_points(
+    bits: int, symmetric: bool, data: st.DataObject, chunk: int, seed: int
+) -> None:
+    packed = 32 // bits
+    n, k, groups = data.draw(shapes(1 if symmetric else packed, packed))
+    codes, zeros, scales = module(n, k, groups, bits, seed)
+    source = compressed(codes, None if symmetric else zeros, scales, bits)
+    result = unpack(opened(source, chunk), bits_of(bits))
+    assert result.keys() == {f"codes{bits}", "scales", "offsets"}
+    middle = 1 << (bits - 1)
+    offsets = np.zeros_like(zeros) if symmetric else middle - zeros
+    wanted = {f"codes{bits}": expected_codes(codes, bits), "scales": scales, "offsets": offsets}
+    for name, expected in wanted.items():
+        region = data.draw(regions(expected.shape))
+        assert result[name].shape == expected.shape
+        assert np.array_equal(part(result[name], region), expected[slices(region)]), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_code_in_every_place_of_a_word(bits: int) -> None:
+    count, packed = 1 << bits, 32 // bits
+    codes = np.stack([np.roll(np.arange(count), n) for n in range(packed)])
+    result = unpack(opened(compressed(codes, None, np.ones((1, packed), np.float16), bits)), bits_of(bits))
+    assert np.array_equal(values(result[f"codes{bits}"]), expected_codes(codes, bits))
+
+
+def test_rows_that_do_not_fill_a_word_of_zero_points() -> None:
+    codes, zeros, scales = module(11, 16, 2)
+    padded = np.concatenate([zeros, np.zeros((2, 5), dtype=zeros.dtype)], axis=1)
+    source = {**compressed(codes, None, scales, 4), "weight_zero_point": compressed(codes, padded, scales, 4)["weight_zero_point"]}
+    assert check("a.b", held(source), bits_of(4)) == []
+    assert np.array_equal(values(unpack(opened(source), bits_of(4))["offsets"]), 8 - zeros)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_weight_is_code_less_zero_point_times_scale(bits: int, symmetric: bool) -> None:
+    codes, zeros, scales = module(16, 24, 3, bits)
+    arrays = opened({**compressed(codes, None if symmetric else zeros, scales, bits), "bias": np.arange(16, dtype=np.float16)}, 40)
+    result = unpack(arrays, bits_of(bits))
+    assert result["bias"] is arrays["bias"]
+    points = np.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
+    assert np.array_equal(values(dequantize(result)), naive_weight(codes, points, scales))
+
+
+@settings(max_examples=20)
+@given(data=st.data(), chunk=st.sampled_from(CHUNKS), n=st.integers(1, 7), k=st.integers(1, 9))
+def test_any_part_of_an_int8_weight(data: st.DataObject, chunk: int, n: int, k: int) -> None:
+    source = int8_module(n, k)
+    result = unpack(opened(source, chunk), {})
+    assert result.keys() == {"codes8", "scales", "offsets"}
+    expected = source["weight"].astype(int) + 128
+    region = data.draw(regions(expected.shape))
+    assert np.array_equal(part(result["codes8"], region), expected[slices(region)])
+    numbers = source["weight"].astype(np.float32) * source["weight_scale"]
+    assert np.array_equal(part(dequantize(result), region), numbers[slices(region)])
+
+
+def test_every_int8_value() -> None:
+    weight = np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
+    result = unpack(opened({"weight": weight, "weight_scale": np.ones((2, 1), np.float32)}), {})
+    assert np.array_equal(values(result["codes8"]), np.arange(256).reshape(2, 128))
+    assert np.array_equal(values(dequantize(result)), weight.astype(np.float32))
+
+
+def test_it_is_known_by_its_parameters() -> None:
+    for source in (compressed(*module(16, 8, 2), 4), int8_module(4, 4)):
+        found = format_of(held(source))
+        assert found is not None
+        assert found.NAME == "compressed-tensors"
+        assert not accepts(held({name: array for name, array in source.items() if name != "weight_scale"}))
+    assert not accepts(held({"weight": np.ones((2, 2), np.float16), "weight_scale": np.ones((2, 1))}))
+
+
+def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
+    (problem,) = check("a.b", held(tensors), bits_of(4) if settings_ is None else settings_)
+    return str(problem)
+
+
+@pytest.mark.parametrize("more", [{}, {"weight_g_idx": np.arange(8) // 4}, {"weight_g_idx": np.full(8, -1)}])
+def test_what_is_right_is_not_refused(more: dict[str, np.ndarray]) -> None:
+    codes, zeros, scales = module(16, 8, 2)
+    for points in (zeros, None):
+        assert check("a.b", held({**compressed(codes, points, scales, 4), **more}), bits_of(4)) == []
+    assert check("a.b", held(compressed(*module(16, 8, 2, 8), 8)), bits_of(8)) == []
+    without = {name: array for name, array in compressed(codes, None, scales, 4).items() if name != "weight_shape"}
+    assert check("a.b", held(without), {}) == []
+    assert check("a.b", held(int8_module(3, 5)), {}) == []
+    assert check("a.b", held({**int8_module(3, 5), "weight_zero_point": np.zeros((3, 1), np.int8)}), {}) == []
+
+
+@pytest.mark.parametrize("index", [[0, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
+def test_groups_that_are_not_consecutive(index: list[int]) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+    found = refusal(tensors)
+    assert found == "a.b.weight_g_idx: found groups in the order of the activations; expected consecutive in-features"
+
+
+@pytest.mark.parametrize(
+    ("said", "bits", "found"),
+    [
+        ([16, 8], 3, "shape [16, 1] for the weight_shape [16, 8], num_bits 3"),
+        ([16, 8], 8, "shape [16, 1] for the weight_shape [16, 8], num_bits 8"),
+        ([16, 16], 4, "shape [16, 1] for the weight_shape [16, 16], num_bits 4"),
+        ([8, 8], 4, "shape [16, 1] for the weight_shape [8, 8], num_bits 4"),
+        ([8], 4, "shape [16, 1] for the weight_shape [8], num_bits 4"),
+        (8, 4, "shape [16, 1] for the weight_shape [8], num_bits 4"),
+    ],
+)
+def test_widths_and_shapes_that_contradict_one_another(said: list[int] | int, bits: int, found: str) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_shape": np.array(said)}
+    assert refusal(tensors, bits_of(bits)) == f"a.b.weight_packed: found {found}; expected 4 or 8 bits each"
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (8, 2), (16, 0), (16,), ()])
+def test_scales_that_are_not_those_of_the_groups(shape: tuple[int, ...]) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_scale": np.ones(shape, np.float16)}
+    assert refusal(tensors) == f"a.b.weight_scale: found shape {list(shape)}; expected [16, groups of 8]"
+    tensors = {**int8_module(16, 8), "weight_scale": np.ones(shape, np.float16)}
+    assert refusal(tensors) == f"a.b.weight_scale: found shape {list(shape)}; expected [16, groups of 8]"
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (16, 2), (1, 2), (4,)])
+def test_zero_points_of_another_shape(shape: tuple[int, ...]) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_zero_point": np.zeros(shape, np.int32)}
+    found = refusal(tensors)
+    assert found == f"a.b.weight_zero_point: found shape {list(shape)}; expected [2, 2], packed along the rows"
+
+
+def test_zero_points_that_the_settings_promise() -> None:
+    codes, _, scales = module(16, 8, 2)
+    tensors = compressed(codes, None, scales, 4)
+    said = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
+    expected = "a.b.weight_zero_point: found no such tensor; expected zero points, as the settings say symmetric: false"
+    assert refusal(tensors, said) == expected
+    said["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": True}}
+    assert check("a.b", held(tensors), said) == [], "it may be one of the others"
+
+
+def test_zero_points_of_another_type() -> None:
+    """Older files have them as they are, one a byte."""
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_zero_point": np.zeros((16, 2), np.int8)}
+    assert refusal(tensors) == "a.b.weight_zero_point: found values of type int8; expected words of 32 bits"
+    tensors = {**int8_module(4, 8), "weight_zero_point": np.full((4, 1), 3, np.int8)}
+    assert refusal(tensors) == "a.b.weight_zero_point: found zero points of an int8 weight; expected none, or zeros"
+
+
+def test_words_of_another_type_or_shape() -> None:
+    tensors = compressed(*module(16, 8, 2), 4)
+    found = refusal({**tensors, "weight_packed": tensors["weight_packed"].astype(np.int64)})
+    assert found == "a.b.weight_packed: found values of type int64; expected words of 32 bits"
+    for shape in ((), (16,), (2, 16, 1)):
+        found = refusal({**tensors, "weight_packed": np.zeros(shape, np.int32)})
+        assert found == f"a.b.weight_packed: found shape {list(shape)}; expected a matrix"
+        found = refusal({**int8_module(2, 2), "weight": np.zeros(shape, np.int8)})
+        assert found == f"a.b.weight: found shape {list(shape)}; expected a matrix"
