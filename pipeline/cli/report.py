@@ -1,4 +1,4 @@
-"""`headrace report`."""
+"""The command `headrace report`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.levels import levels
+from pipeline.errors import BadInput, Problem, VerificationFailed
+
 if TYPE_CHECKING:
-    from pipeline.reporting.html.summary import Summary
+    from pipeline.reporting.html.summary import VerificationSummary
 
 app = typer.Typer()
 
@@ -31,8 +34,7 @@ def report_command(
     The page needs no other file and no network. Exit codes: 0 done, 2 bad request (nothing written), 3 the page could not be
     written, 5 the page is written, and something is wrong with the output.
     """
-    from pipeline.errors import BadInput, Problem, VerificationFailed
-    from pipeline.reporting.html import check_page, default_output, described, render, write_page
+    from pipeline.reporting.html import check_report_path, default_report_path, describe_directory, render_report, write_report
     from pipeline.reporting.html.summary import load_summary
     from pipeline.reporting.verification import open_output
 
@@ -40,30 +42,29 @@ def report_command(
         remedy = "The verification says what it was of"
         raise BadInput([Problem("--source", "a source beside --verification", "one or the other", remedy)])
     directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
-    output = default_output(directory) if output is None else output
-    check_page(output, directory)
-    found = load_summary(verification) if verification else _verified(directory, source, quant_ckpt_path)
+    output = default_report_path(directory) if output is None else output
+    check_report_path(output, directory)
+    summary = load_summary(verification) if verification else _verified(directory, source, quant_ckpt_path)
     try:
         checkpoint = open_output(directory)
     except BadInput:
-        if found.ok:
+        if summary.ok:
             raise
-        checkpoint = described(directory)
-    write_page(output, render(checkpoint, found))
+        checkpoint = describe_directory(directory)
+    write_report(output, render_report(checkpoint, summary))
     print(f"wrote {output}")
-    if not found.ok:
-        raise VerificationFailed(found.problems)
+    if not summary.ok:
+        raise VerificationFailed(summary.problems)
 
 
-def _verified(directory: Path, source: str | None, quant_ckpt_path: Path | None) -> Summary:
+def _verified(directory: Path, source: str | None, quant_ckpt_path: Path | None) -> VerificationSummary:
     """What a verification finds now: in the files alone, and in each value beside the source's where there is one."""
-    from pipeline.cli.levels import levels
-    from pipeline.reporting.html import described
+    from pipeline.reporting.html import describe_directory
     from pipeline.reporting.html.provenance import recorded_source
     from pipeline.reporting.html.summary import parse_summary
     from pipeline.reporting.verification import verify
 
-    source = source or recorded_source(described(directory))
+    source = source or recorded_source(describe_directory(directory))
     with levels(quiet=False) as advance:
         result = verify(directory, source, quant_ckpt_path=quant_ckpt_path, advance=advance)
     return parse_summary(result.summary())
