@@ -14,6 +14,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantization.sources import format_named, formats
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -105,18 +106,19 @@ def check_quantization(source: Source, packed: Mapping[str, str]) -> list[Proble
         return []
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
     subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"
-    known = "GPTQ, AWQ, compressed-tensors, ModelOpt FP8 or INT4-AWQ, fbgemm FP8, or none"
+    known = ", ".join(each.title for each in formats()) + ", or none"
     return [Problem(subject, f"quant_method {method}, and no module packed in a known way", known, remedy)]
 
 
-def check_fused(source: Source, matches: Matches) -> list[Problem]:
-    """A fused source has just the rows of its parts: more would be lost."""
+def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> list[Problem]:
+    """A fused source has just the rows of its parts: more would be lost. `packed`: packed module -> its format."""
     rows = {renamed.source: (renamed.axis, renamed.total) for renamed in matches.names.values() if renamed.rows}
     problems = []
     for name, (axis, total) in rows.items():
         shape = source.tensors[name].shape
-        rows_a_byte = 2 if source.tensors[name].dtype == np.uint8 else 1  # a weight of packed codes
-        if name.rpartition(".")[2] in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_a_byte != total):
+        module, _, parameter = name.rpartition(".")
+        held = format_named(packed[module]).parameters.get(parameter) if module in packed else None
+        if parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * (held.rows if held else 1) != total):
             problems.append(Problem(name, f"shape {list(shape)}", f"{total} rows by the model's configuration"))
     return problems
 

@@ -34,7 +34,7 @@ from stages.quantize import CODES, Entry, alignment, quantize, signal_to_noise, 
 from stages.read import find_source, open_model, read, read_scratch
 from stages.rename import Matches, match, rename
 from stages.shard import Embedding, Sharding, divisibility, embedding_options, rank_tensors, shard, tp_sizes
-from stages.unpack import check, unpack, zero_biases
+from stages.unpack import axes, check, unpack, zero_biases
 
 ROW_MULTIPLE = 64
 
@@ -56,7 +56,7 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     model = replace(declared, **dropped)
     packing, quantized = _packing(source)
     zeros = zero_biases(source.tensors, packing.formats)
-    matches = match(source.tensors, family, layout(family.layout), declared, kept, zeros)
+    matches = match(source.tensors, family, layout(family.layout), declared, kept, zeros, axes(packing.formats))
     shardings = [_sharding(options, family, model) for options in job.targets]
     problems += _refused(matches, job) + _refused_options(job, source)
     problems += dict.fromkeys(p for sharding in shardings for p in (*divisibility(sharding), *embedding_options(sharding)))
@@ -76,7 +76,7 @@ def make_plan(job: Job, model: Any = None, download: bool = False) -> Plan:
     if quantized:
         raise BadInput(problems)
     tensors = cuts.cut("unpack", unpack(tensors, packing.settings))
-    problems += check_fused(source, matches) or check_tensors(tensors, matches, shardings[0], family)
+    problems += check_fused(source, matches, packing.formats) or check_tensors(tensors, matches, shardings[0], family)
     problems += check_ties(source, matches.copies)
     for (quantization, _), sharding in zip(chosen, shardings, strict=True):
         problems += without_kernel(sharding, quantization)
