@@ -34,7 +34,11 @@ def extensions(group: str, protocol: type, taken: Collection[str]) -> tuple[Any,
 
 def members(protocol: type) -> list[str]:
     """The names of what a protocol asks for: attributes first, then methods."""
-    return [name for name in (*protocol.__annotations__, *vars(protocol)) if not name.startswith("_")]
+    return [*protocol.__annotations__, *_methods(protocol)]
+
+
+def _methods(protocol: type) -> list[str]:
+    return [name for name, value in vars(protocol).items() if not name.startswith("_") and callable(value)]
 
 
 def _loaded(point: EntryPoint, protocol: type) -> Any:
@@ -46,7 +50,7 @@ def _loaded(point: EntryPoint, protocol: type) -> Any:
     if isinstance(found, type):
         return f"{point.value}, which is a class"
     missing = [name for name in members(protocol) if not hasattr(found, name)]
-    missing += [name for name in vars(protocol) if not name.startswith("_") and not callable(getattr(found, name, str))]
+    missing += [name for name in _methods(protocol) if not callable(getattr(found, name, str))]
     if missing:
         return f"{point.value} without {', '.join(missing)}"
     return found if isinstance(found.name, str) and found.name else f"{point.value} of the name {found.name!r}"
