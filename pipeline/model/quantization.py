@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +64,3 @@ class Quantization:
     def config_set(self) -> dict[str, Any]:
         """Of that block the algorithm, and what is not the default."""
         return {key: value for key, value in self.config().items() if key == "quant_algo" or value != DEFAULTS[key]}
-
-
-def packing_bits(settings: Mapping[str, Any]) -> int:
-    """The width of compressed-tensors' weights, as its settings say; 0 where that is no width."""
-    groups = settings.get("config_groups")
-    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-    weights = first.get("weights") if isinstance(first, Mapping) else None
-    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
-    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0

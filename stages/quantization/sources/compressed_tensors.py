@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import packing_bits
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
@@ -61,7 +60,7 @@ class CompressedTensors(PackedFormat):
             return _check_scale(module, scale, *weight.shape) + _check_zero(module, points)
         if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
             return wrong
-        (rows, words), bits = weight.shape, packing_bits(settings)
+        (rows, words), bits = weight.shape, _bits(settings)
         said = (
             _values(tensors["weight_shape"]).reshape(-1).tolist()
             if "weight_shape" in tensors
@@ -97,7 +96,7 @@ class CompressedTensors(PackedFormat):
             codes = derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=weight.chunks[0])
             offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
             return {"codes8": codes, "scales": scales, "offsets": offsets, **rest}
-        words, bits = parameters["weight_packed"], packing_bits(settings)
+        words, bits = parameters["weight_packed"], _bits(settings)
         codes = derive(
             "unpack", as_bytes, {"words": words}, shape=(words.shape[0], 4 * words.shape[1]), dtype=UINT8, rows=words.chunks[0]
         )
@@ -110,7 +109,7 @@ class CompressedTensors(PackedFormat):
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
         """W4A16_GPTQ or W8A16_GPTQ for packed weights, by the first module; nothing for int8 with a scale a row."""
-        first, bits = next(iter(modules.values())), packing_bits(settings)
+        first, bits = next(iter(modules.values())), _bits(settings)
         if "weight_packed" not in first or bits not in (4, 8):
             return None, 0
         return f"W{bits}A16_GPTQ", first["weight_packed"].shape[1] * 32 // bits // first["weight_scale"].shape[1]
@@ -126,6 +125,15 @@ def _check_zero(module: str, zeros: LazyTensor | None) -> list[Problem]:
     if zeros is None or not np.any(_values(zeros)):
         return []
     return [Problem(f"{module}.weight_zero_point", "zero points of an int8 weight", "none, or zeros")]
+
+
+def _bits(settings: Mapping[str, Any]) -> int:
+    """The width of the weights, as the settings say; 0 where that is no width."""
+    groups = settings.get("config_groups")
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
+    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0
 
 
 def _asymmetric(settings: Mapping[str, Any]) -> bool:
