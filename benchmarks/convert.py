@@ -1,6 +1,6 @@
-"""How much memory a dense conversion takes, and what scheduling alone costs: `python -m benchmarks.convert`.
+"""Measure the memory of a dense conversion, and the cost of scheduling alone: `python -m benchmarks.convert`.
 
-Peak memory at 4 GB and at 16 GB of 8B-shaped bf16, and plans of 70B and 405B models run with reading and writing that do nothing.
+Peak memory is measured at 4 GB and 16 GB of 8B-shaped bf16; scheduling with plans of 70B and 405B models whose tasks do nothing.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.measure import machine, run
 from benchmarks.models import make
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pipeline.tensor.tensors import Block
-    from stages.write import BlockWrite, Written
+from pipeline import plan
+from pipeline.run.lower import lower
+from pipeline.run.schedulers import runner
+from pipeline.tensor.tensors import Block
+from stages.write import BlockWrite, Written
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
 
@@ -42,17 +41,11 @@ def memory(work: Path) -> None:
 
 
 def nothing(number: int, work: Sequence[BlockWrite], _blocks: Sequence[Sequence[Block]]) -> Written:
-    """What a task runs when reading and writing cost nothing."""
-    from stages.write import Written
-
+    """Stand in for `write_blocks` without reading or writing."""
     return Written(number, work[-1].name, 0, 0, {}, (), ())
 
 
 def overhead(work: Path) -> None:
-    from pipeline import plan
-    from pipeline.run.lower import lower
-    from pipeline.run.schedulers import runner
-
     for shape, sizes in (("70B", {"tp_size": 8}), ("405B", {"tp_size": 16, "pp_size": 2})):
         source = work / shape
         make(source, shape, sparse=True)

@@ -1,4 +1,4 @@
-"""Timing whole commands in alternating pairs, and the memory of a process while it runs."""
+"""Time whole commands in alternating pairs, and sample the memory of a process while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One finished command: wall seconds, VmHWM and the peak of anonymous memory, in bytes."""
+    """One finished command: wall-clock seconds, peak resident memory (VmHWM) and peak anonymous memory, both in bytes."""
 
     seconds: float
     peak_bytes: int
@@ -23,7 +23,7 @@ class Run:
 
 
 def run(command: list[str], remove: Path | None = None) -> Run:
-    """Run a command after a sync, from an empty `remove`; raises where it fails."""
+    """Delete the directory `remove`, sync, and run a command. Raises RuntimeError where it fails."""
     if remove:
         shutil.rmtree(remove, ignore_errors=True)
     os.sync()
@@ -46,22 +46,23 @@ def _watch(pid: int, peaks: dict[str, int]) -> None:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
             return
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
-        if not found:
+        sampled = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
+        if not sampled:
             return
-        for key, value in found.items():
+        for key, value in sampled.items():
             peaks[key] = max(peaks[key], value)
         time.sleep(0.02)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Runs of a command and of what it is compared with, taken in turns."""
+    """Runs of a command (`ours`) and of the one that it is compared with (`theirs`), in alternation."""
 
     ours: list[Run]
     theirs: list[Run]
 
     def row(self) -> str:
+        """Return the ratios, seconds and memory as one line of text."""
         ratios = [a.seconds / b.seconds for a, b in zip(self.ours, self.theirs, strict=True)]
         ours, theirs = [r.seconds for r in self.ours], [r.seconds for r in self.theirs]
         return (
@@ -73,7 +74,7 @@ class Pairs:
 
 
 def pairs(command: list[str], output: Path, reference: Path, count: int) -> Pairs:
-    """Time `command`, which writes `output`, against `cp -r` of `reference` (the same bytes), A B B A A B ..."""
+    """Time `command`, which writes `output`, against `cp -r` of `reference` (as many bytes), in the order A B B A A B ..."""
     copy = output.with_name("copy")
     ours, theirs = [], []
     for number in range(count):
@@ -89,7 +90,7 @@ def pairs(command: list[str], output: Path, reference: Path, count: int) -> Pair
 
 
 def machine() -> str:
-    """The machine in a line."""
+    """Describe the machine in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints of real shapes for the benchmarks: random bytes, or sparse files that take no disk."""
+"""Make synthetic checkpoints of real shapes: random bytes, or sparse files that take no disk space."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 SHAPES = {
     "8B": {
@@ -39,7 +40,7 @@ SHARD_BYTES = 4 << 30
 
 
 def tensors(config: dict) -> list[tuple[str, list[int]]]:
-    """Names and shapes of a Hugging Face Llama of this configuration, in file order."""
+    """List the names and shapes of a Hugging Face Llama of this configuration, in file order."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     rows = [("model.embed_tokens.weight", [vocab, hidden])]
@@ -60,9 +61,9 @@ def tensors(config: dict) -> list[tuple[str, list[int]]]:
 
 
 def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False, noise: bytes = b"") -> int:
-    """Write a sharded bf16 checkpoint; returns its bytes of tensors. Sparse files read as zeros and take no disk.
+    """Write a sharded bf16 checkpoint, and return the bytes of its tensors. Sparse files read as zeros and take no disk space.
 
-    `noise` is what is repeated as the tensors' bytes; by default any bytes, which make numbers that are not finite too.
+    `noise` is repeated as the tensors' bytes; by default random bytes, some of which are infinite or NaN as bf16.
     """
     config = dict(SHAPES[shape])
     if layers:
@@ -98,15 +99,13 @@ def _count(dims: list[int]) -> int:
 
 
 def weights(count: int = 16 << 20) -> bytes:
-    """Finite bf16 numbers as weights are: normal, of deviation 0.02."""
+    """Return the bytes of `count` finite bf16 numbers distributed like weights: normal, with standard deviation 0.02."""
     values = np.random.default_rng(0).standard_normal(count, dtype=np.float32) * 0.02
     return values.astype(ml_dtypes.bfloat16).tobytes()
 
 
 def make_packed(directory: Path, shape: str, layers: int, method: str, group: int = 128) -> int:
-    """Write a 4-bit GPTQ or AWQ checkpoint of random codes, a shard a layer; returns the bytes of its packed linears."""
-    from safetensors.numpy import save_file
-
+    """Write a 4-bit GPTQ or AWQ checkpoint of random codes, one shard for each layer; return the bytes of its packed modules."""
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     config = {**SHAPES[shape], "num_hidden_layers": layers}
@@ -122,18 +121,18 @@ def make_packed(directory: Path, shape: str, layers: int, method: str, group: in
     rows: dict[int, dict[str, np.ndarray]] = {}
     for name, dims in tensors(config):
         layer = int(name.split(".")[2]) if ".layers." in name else -1
-        held = rows.setdefault(layer, {})
+        arrays = rows.setdefault(layer, {})
         if len(dims) == 1 or layer < 0:
-            held[name] = np.full(dims, 0.02, dtype=np.float16)
+            arrays[name] = np.full(dims, 0.02, dtype=np.float16)
             continue
         (out, features), module = dims, name.removesuffix(".weight")
         shape_of = (features // 8, out) if method == "gptq" else (features, out // 8)
-        held[f"{module}.qweight"] = words(*shape_of)
-        held[f"{module}.qzeros"] = np.full((features // group, out // 8), 0x77777777, dtype=np.int32)
-        held[f"{module}.scales"] = random.uniform(0.001, 0.01, (features // group, out)).astype(np.float16)
-        packed += sum(held[f"{module}.{part}"].nbytes for part in ("qweight", "qzeros", "scales"))
-    for layer, held in rows.items():
-        shard(f"model-{layer + 1:05}.safetensors", held)
+        arrays[f"{module}.qweight"] = words(*shape_of)
+        arrays[f"{module}.qzeros"] = np.full((features // group, out // 8), 0x77777777, dtype=np.int32)
+        arrays[f"{module}.scales"] = random.uniform(0.001, 0.01, (features // group, out)).astype(np.float16)
+        packed += sum(arrays[f"{module}.{part}"].nbytes for part in ("qweight", "qzeros", "scales"))
+    for layer, arrays in rows.items():
+        shard(f"model-{layer + 1:05}.safetensors", arrays)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     settings = {"quant_method": method, "bits": 4, "group_size": group, "sym": True, "desc_act": False, "version": "gemm"}
     extra = {

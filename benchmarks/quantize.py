@@ -1,7 +1,7 @@
-"""How fast weights are quantized and repacked, and how much memory that takes: `python -m benchmarks.quantize`.
+"""Measure the speed and memory of quantizing and repacking weights: `python -m benchmarks.quantize`.
 
-The work of one core on blocks in memory, against NumPy done row by row; then whole conversions of 8B-shaped checkpoints to TP 2 against
-`cp -r` of the source's bytes, in alternating pairs.
+First the work of one core on blocks in memory, against NumPy row by row; then whole conversions of 8B-shaped checkpoints to TP 2
+against `cp -r` of the source's bytes, in alternating pairs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stages.quantization.sources import awq, gptq
 from stages.quantization.targets import groupwise, weight_only
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet", "--tp_size", "2"]
-IN, OUT = 4096, 2048  # of a block: two megabytes packed, sixteen of bf16
+IN, OUT = 4096, 2048  # the shape of a block: 16 MB of bf16
 
 
-class Held(Block):
+class ArrayBlock(Block):
     """An array in memory as a block."""
 
     def __init__(self, values: np.ndarray) -> None:
@@ -47,7 +47,7 @@ def best(work: Callable[[], object], repeats: int = 7) -> float:
 
 
 def kernels() -> None:
-    """One core, blocks in the cache's neighbourhood: GB/s of source."""
+    """Print the speed of one core on blocks in memory, in GB/s of source."""
     random = np.random.default_rng(0)
     values = (random.standard_normal((OUT, IN), dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     words = random.integers(-(1 << 31), 1 << 31, (IN // 8, OUT), dtype=np.int64).astype(np.int32)
@@ -56,13 +56,13 @@ def kernels() -> None:
     def weight_only_(bits: int) -> Callable[[], object]:
         layout = kernel_layout(bits, 80, False)
         region = ((0, OUT // layout.columns), (0, layout.columns * IN * bits // 8))
-        return lambda: weight_only.codes_of(region, Held(values), layout, "w", 1)
+        return lambda: weight_only.codes_of(region, ArrayBlock(values), layout, "w", 1)
 
     def repack(read: Callable[..., np.ndarray], source: np.ndarray) -> Callable[[], object]:
         layout = kernel_layout(4, 80, False)
         region = ((0, OUT // layout.columns), (0, layout.columns * IN // 2))
         codes = ((0, OUT), (0, IN // 2))
-        return lambda: groupwise.arranged(region, Held(read(codes, Held(source))), layout)
+        return lambda: groupwise.arranged(region, ArrayBlock(read(codes, ArrayBlock(source))), layout)
 
     for name, work, source in (
         ("int8 from bf16", weight_only_(8), values),
@@ -76,7 +76,7 @@ def kernels() -> None:
 
 
 def naive_rows(name: str, values: np.ndarray, words: np.ndarray, columns: np.ndarray) -> float:
-    """Seconds that the same block would take row by row, from some of its rows."""
+    """Estimate the seconds that the same block takes row by row, from some of its rows."""
     rows = 16
     permuted = np.arange(32).reshape(4, 4, 2).swapaxes(0, 1).reshape(-1)
 
@@ -88,8 +88,8 @@ def naive_rows(name: str, values: np.ndarray, words: np.ndarray, columns: np.nda
 
     def repacked(source: np.ndarray, along: int) -> None:
         for row in range(rows):
-            held = source[:, row] if along == 0 else source[:, row // 8]
-            codes = np.array([(word >> (4 * nibble)) & 15 for word in held.tolist() for nibble in range(8 if along == 0 else 1)])
+            packed = source[:, row] if along == 0 else source[:, row // 8]
+            codes = np.array([(word >> (4 * nibble)) & 15 for word in packed.tolist() for nibble in range(8 if along == 0 else 1)])
             _ = codes.reshape(-1, 32)[:, permuted]
 
     work = {
@@ -121,7 +121,7 @@ def conversions(work: Path, count: int, layers: int) -> None:
 
 
 def scratch(work: Path, layers: int) -> None:
-    """What a cut after `unpack` costs or saves where several targets take the same unpacked weights."""
+    """Measure what a cut after `unpack` costs or saves where several targets take the same unpacked weights."""
     source, job = work / "gptq", work / "job.toml"
     make_packed(source, "8B", 2 * layers, "gptq")
     for count in (1, 2, 4):

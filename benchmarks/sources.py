@@ -1,7 +1,7 @@
-"""What each kind of source costs: `python -m benchmarks.sources`.
+"""Measure what each kind of source costs: `python -m benchmarks.sources`.
 
-One 8B-shaped bf16 model of 4.3 GB as safetensors, PyTorch .bin and a Meta part, each converted to TP 2 against `cp -r` of the output's
-bytes in alternating pairs, with the peak memory; the three outputs are compared.
+One 8B-shaped bf16 model of 4.3 GB as safetensors, PyTorch .bin and a Meta part is converted to TP 2 from each, against `cp -r` of the
+output's bytes in alternating pairs, with the peak memory; the three outputs are compared.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.measure import machine, pairs, run
 from benchmarks.models import SHAPES, make, tensors, weights
@@ -33,33 +36,27 @@ TO_META = {
 
 
 def as_bin(source: Path, target: Path) -> None:
-    """The same tensors in one .bin file."""
-    import torch
-    from safetensors.torch import load_file
-
+    """Write the same tensors in one .bin file."""
     target.mkdir(parents=True)
     shutil.copy(source / "config.json", target)
-    held = {}
+    weights_by_name = {}
     for path in sorted(source.glob("*.safetensors")):
-        held |= load_file(path)
-    torch.save(held, target / "pytorch_model.bin")
+        weights_by_name |= load_file(path)
+    torch.save(weights_by_name, target / "pytorch_model.bin")
 
 
 def as_meta(source: Path, target: Path, layers: int) -> None:
-    """The same bytes under Meta's names in one part. The halves of a head are not interleaved, so that other rows come out."""
-    import torch
-    from safetensors.torch import load_file
-
+    """Write the same bytes under Meta's names in one part. Heads are not interleaved as Meta's are, so the outputs' rows differ."""
     target.mkdir(parents=True)
     config = {**SHAPES["8B"], "num_hidden_layers": layers}
-    held, renamed = {}, {}
+    weights_by_name, renamed = {}, {}
     for path in sorted(source.glob("*.safetensors")):
-        held |= load_file(path)
+        weights_by_name |= load_file(path)
     for name, _ in tensors(config):
         new = name.removeprefix("model.") if ".layers." in name or name == "model.norm.weight" else name
         for old, meta in TO_META.items():
             new = new.replace(old, meta) if old in name else new
-        renamed[new] = held[name]
+        renamed[new] = weights_by_name[name]
     torch.save(renamed, target / "consolidated.00.pth")
     params = {
         "dim": 4096,

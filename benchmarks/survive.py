@@ -1,6 +1,6 @@
-"""What surviving costs: resuming, the journal and checksums, having all on disk: `python -m benchmarks.survive`.
+"""Measure what crash safety costs: resuming, the journal and checksums, flushing to disk: `python -m benchmarks.survive`.
 
-4 GB of 8B-shaped bf16 on the threads scheduler. Every figure is a ratio between whole commands run in turns in one go.
+The source is 4 GB of 8B-shaped bf16, on the threads scheduler. Every figure is a ratio of whole commands that ran in alternation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.measure import machine, run
 from benchmarks.models import make
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet", "--scheduler", "threads"]
-# Without a journal line and without hashing.
+# The command line without journal entries and without hashing.
 BARE = """
 import sys, types
 import pipeline.sinks.journal
@@ -39,9 +39,9 @@ def command(source: Path, output: Path, *more: str) -> list[str]:
     return [*HEADRACE, "--model_dir", str(source), "--output_dir", str(output), *more]
 
 
-def ratios(name: str, ours: list[float], theirs: list[float], what: str) -> None:
+def ratios(name: str, ours: list[float], theirs: list[float], baseline: str) -> None:
     each = [a / b for a, b in zip(ours, theirs, strict=True)]
-    text = f"median {statistics.median(each):.2f} x {what} ({min(each):.2f} to {max(each):.2f})"
+    text = f"median {statistics.median(each):.2f} x {baseline} ({min(each):.2f} to {max(each):.2f})"
     print(f"{name}: {text}; {statistics.median(ours):.1f} s against {statistics.median(theirs):.1f} s", flush=True)
 
 
@@ -65,15 +65,15 @@ def resume(source: Path, work: Path, count: int) -> None:
 
 
 def price(source: Path, work: Path, count: int) -> None:
-    kept, bare = [], []
+    full, bare = [], []
     for number in range(count):
         ours = command(source, work / "one", "--tp_size", "2")
         plain = [sys.executable, "-c", BARE, *ours[3:]]
-        for which in ("kept", "bare") if number % 2 else ("bare", "kept"):
-            seconds = run(ours if which == "kept" else plain, remove=work / "one").seconds
-            (kept if which == "kept" else bare).append(seconds)
+        for which in ("full", "bare") if number % 2 else ("bare", "full"):
+            seconds = run(ours if which == "full" else plain, remove=work / "one").seconds
+            (full if which == "full" else bare).append(seconds)
             shutil.rmtree(work / "one")
-    ratios("journal and checksums", kept, bare, "neither")
+    ratios("journal and checksums", full, bare, "neither")
 
 
 def durable(source: Path, work: Path, count: int) -> None:

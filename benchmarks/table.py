@@ -1,7 +1,7 @@
-"""The README's table in one go: `make bench`, or `python -m benchmarks.table`.
+"""Measure the README's table in one run: `make bench`, or `python -m benchmarks.table`.
 
-Whole commands, start-up included, in alternating pairs with `cp -r` of the bytes that they write, after a sync each; then peak memory,
-scheduling alone, several targets from one read, cuts, and proving an output right against `cat` of what is read.
+Whole commands, start-up included, run in alternating pairs with `cp -r` of the bytes that they write, each after a sync. Also
+measured: peak memory, scheduling alone, several targets from one read, cuts, and verifying against `cat` of the files it reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERIFY = [sys.executable, "-m", "pipeline.cli", "verify", "--quiet"]
 
 
 def forget(directory: Path) -> None:
-    """Have a directory's files on the disk alone, not in the page cache."""
+    """Drop a directory's files from the page cache, after writing them to disk."""
     os.sync()
     for path in directory.rglob("*"):
         if path.is_file():
@@ -47,7 +47,10 @@ def row(name: str, against: str, ours: Iterable[Run], theirs: Iterable[Run], nby
 
 
 def pairs(command: list[str], output: Path, reference: Path, count: int, cold: Path | None = None) -> tuple[list[Run], list[Run]]:
-    """Runs of a command that writes `output` and of `cp -r` of `reference`, in turns. `cold`: what is read comes from the disk."""
+    """Run a command that writes `output` and `cp -r` of `reference` in alternation.
+
+    `cold`: the command's source; it and the reference are dropped from the page cache before they are read.
+    """
     copy = output.with_name("copy")
     ours, theirs = [], []
 
@@ -72,7 +75,7 @@ def pairs(command: list[str], output: Path, reference: Path, count: int, cold: P
 def measured(
     name: str, source: Path, work: Path, count: int, flags: list[str], schedulers: Iterable[str], cold: bool = False
 ) -> None:
-    """Rows of one conversion on some schedulers."""
+    """Print the rows of one conversion, one for each scheduler."""
     reference, output = work / "reference", work / "output"
     command = [*CONVERT, "--model_dir", str(source), *flags]
     run([*command, "--output_dir", str(reference), "--scheduler", "threads"], remove=reference)
@@ -109,7 +112,7 @@ def quantized(source: Path, work: Path, count: int) -> None:
 
 
 def targets(work: Path, count: int) -> None:
-    """TP 1, 2, 4 and 8 from one read, against one after another, and against copying each."""
+    """Print the rows of TP 1, 2, 4 and 8 from one read, against one after another and against copying the outputs."""
     source, sizes = work / "small", (1, 2, 4, 8)
     make(source, "8B", layers=2, noise=weights())
     tables = "".join(f'[[target]]\noutput_dir = "all/tp{n}"\ntp_size = {n}\nuse_parallel_embedding = true\n' for n in sizes)
@@ -149,11 +152,11 @@ def scratch(source: Path, work: Path, count: int) -> None:
 
 
 def proved(source: Path, work: Path, count: int) -> None:
-    """Every byte hashed and every value compared, against reading both trees."""
+    """Print the rows of verifying, which hashes every byte and compares every value, against reading source and output."""
     output = work / "ranks"
     for name, flags in (("dense", []), ("int8", ["--use_weight_only"])):
-        given = ["--model_dir", str(source), "--output_dir", str(output), "--tp_size", "2", "--scheduler", "threads"]
-        run([*CONVERT, *given, *flags], remove=output)
+        options = ["--model_dir", str(source), "--output_dir", str(output), "--tp_size", "2", "--scheduler", "threads"]
+        run([*CONVERT, *options, *flags], remove=output)
         nbytes = sum(path.stat().st_size for place in (source, output) for path in place.iterdir())
         ours, theirs = [], []
         for _ in range(max(count // 3, 1)):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.planning.job import Job
     from pipeline.planning.keywords import BuildOptions, JobOptions, LoadOptions, TargetTable
     from pipeline.planning.plans import Plan
-    from pipeline.reporting.html.summary import Summary
+    from pipeline.reporting.html.summary import VerificationSummary
     from pipeline.reporting.report import Report
     from pipeline.run.execute import Built, Result
     from pipeline.run.loaders import (
@@ -50,9 +50,9 @@ __all__ = [
     "RankWeights",
     "Report",
     "Result",
-    "Summary",
     "TargetTable",
     "VerificationFailed",
+    "VerificationSummary",
     "WriteFailed",
     "__version__",
     "build",
@@ -81,7 +81,7 @@ _LATER = {
     "RankWeights": "pipeline.run.loaders",
     "Report": "pipeline.reporting.report",
     "Result": "pipeline.run.execute",
-    "Summary": "pipeline.reporting.html.summary",
+    "VerificationSummary": "pipeline.reporting.html.summary",
     "TargetTable": "pipeline.planning.keywords",
     "load_from_gptq_llama": "pipeline.run.loaders",
     "load_from_hf_checkpoint": "pipeline.run.loaders",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.planning.job import Job
     from pipeline.planning.keywords import BuildOptions, JobOptions
     from pipeline.planning.plans import Plan
-    from pipeline.reporting.html.summary import Summary
+    from pipeline.reporting.html.summary import VerificationSummary
     from pipeline.reporting.report import Report
     from pipeline.run.execute import Built, Result
     from pipeline.watching.listener import Listener
@@ -145,7 +145,7 @@ def verify(
     tokens: int = 32,
     workers: int = 0,
     advance: Callable[[str, int, int], None] | None = None,
-) -> Summary:
+) -> VerificationSummary:
     """Look at a finished output; with `source`, compare every value with it; with `logits` or `prompt`, run both.
 
     Parameters
@@ -169,7 +169,7 @@ def verify(
 
     Returns
     -------
-    Summary
+    VerificationSummary
         What was found, level by level. Nothing is raised for findings; `check()` raises VerificationFailed where there is one.
 
     Raises
@@ -225,7 +225,7 @@ def report(
     *,
     quant_ckpt_path: str | Path | None = None,
     page: str | Path | None = None,
-    verification: Summary | Mapping[str, Any] | str | Path | None = None,
+    verification: VerificationSummary | Mapping[str, Any] | str | Path | None = None,
     advance: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Make one HTML page of an output: where it comes from, what was done, sizes, errors by layer, what is wrong.

@@ -1,13 +1,13 @@
-"""What can go wrong, as exceptions that carry their exit code.
+"""The exceptions that headrace raises on purpose, each with the exit code of the command line.
 
     HeadraceError            1  a bug, or something nobody foresaw
     |- BadInput              2  a bad request or a bad source; nothing was written
-    |- Interrupted           3  stopped by the user; run the same command again
-    |- WriteFailed           3  the disk or the network failed; outputs are incomplete and say so
-    |- EngineFailed          4  no engine: the builder failed, or there is none here; the checkpoint is as it was
+    |- Interrupted           3  stopped by the user; the same command resumes
+    |- WriteFailed           3  the disk or the network failed; incomplete outputs are named as such
+    |- EngineFailed          4  no engine: the builder failed or is not installed; the checkpoint is unchanged
     `- VerificationFailed    5  an output is not what it should be
 
-Every problem names the tensor, file or option it is about, what was found, what was expected, and what to do.
+Every problem names the tensor, file or option that it is about, what was found, what was expected, and how to mend it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,33 @@ from dataclasses import dataclass
 
 
 class HeadraceError(Exception):
-    """Base of every error that headrace raises on purpose."""
+    """The base class of all errors that headrace raises on purpose.
+
+    Attributes
+    ----------
+    exit_code
+        The exit code of the command line.
+    """
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a request or a source.
+    """One thing that is wrong with a request, a source or an output.
 
-    `subject` is the tensor, file or option; `remedy` may be empty where the expectation says enough. `passing`: time alone may mend
-    it, as it does a disk without room or another job at work in the same place.
+    Parameters
+    ----------
+    subject
+        The tensor, file or option that it is about.
+    found
+        What is there.
+    expected
+        What should be there.
+    remedy
+        What to do about it; "" where `expected` says enough.
+    passing
+        Time alone may mend it: a disk without room, or another job at work in the same place. Trying again later makes sense.
     """
 
     subject: str
@@ -42,7 +58,13 @@ class Problem:
 
 
 class BadInput(HeadraceError):
-    """The request or the source cannot be converted. Carries every problem found; nothing was written."""
+    """The request or the source cannot be converted; nothing was written.
+
+    Attributes
+    ----------
+    problems
+        All problems that were found, as a tuple of Problem.
+    """
 
     exit_code = 2
     shown = 20
@@ -52,11 +74,11 @@ class BadInput(HeadraceError):
         super().__init__(self.report())
 
     def __reduce__(self) -> tuple[type[BadInput], tuple[tuple[Problem, ...]]]:
-        # Refusals that only values show come from workers.
+        # Workers pickle this error, for problems that only show when values are read.
         return BadInput, (self.problems,)
 
     def report(self) -> str:
-        """All problems, one a line; of very many, the first `shown` and a count."""
+        """Return all problems, one on each line; of more than `shown`, the first ones and the number of the others."""
         count = len(self.problems)
         lines = [f"{count} problem{'s' if count > 1 else ''}, nothing was written:"]
         lines += [f"  - {problem}" for problem in self.problems[: self.shown]]
@@ -66,25 +88,31 @@ class BadInput(HeadraceError):
 
 
 class Interrupted(HeadraceError):
-    """The run was stopped before it was whole; what it wrote is still named `*.partial`."""
+    """The run was stopped before it was complete; the files that it wrote are still named `*.partial`."""
 
     exit_code = 3
 
 
 class WriteFailed(HeadraceError):
-    """Reading or writing failed while the plan ran; what was written is still named `*.partial`."""
+    """Reading or writing failed while the plan ran; the files that were written are still named `*.partial`."""
 
     exit_code = 3
 
 
 class EngineFailed(HeadraceError):
-    """TensorRT-LLM's builder failed, or is not here; nothing is left of the engine but its log."""
+    """TensorRT-LLM's builder failed or is not installed; nothing is left of the engine but its log."""
 
     exit_code = 4
 
 
 class VerificationFailed(HeadraceError):
-    """An output is not what it should be. Carries every finding."""
+    """An output is not what it should be.
+
+    Attributes
+    ----------
+    problems
+        All findings, as a tuple of Problem.
+    """
 
     exit_code = 5
     shown = 40

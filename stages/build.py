@@ -1,9 +1,8 @@
-"""build: the engine files of a checkpoint, as TensorRT-LLM's own builder writes them; or none, and why.
+"""build: run TensorRT-LLM's own builder, which writes the engine files of a checkpoint.
 
 Runs on the worker that has the GPU. The builder is a process with a process group of its own, whose output goes straight into its
-log file: it is the same for `trtllm-build`, for a container that holds it, and for one rank built through Python
-(`stages/build_rank.py`). What goes between machines are files and plain values: the log, and a token file whose removal stops
-the builder.
+log file. This holds for `trtllm-build`, for a container around it, and for one rank built through Python (`stages/build_rank.py`).
+Machines exchange only plain values and files: the log, and a token file whose removal stops the builder.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ RANK_SCRIPT = Path(__file__).with_name("build_rank.py")
 
 _VERSION = re.compile(r"TensorRT[- ]LLM version:\s*(\S+)")
 _TELLING = re.compile(r"\[(E|F)\]|error|exception|assert|killed|out of memory|not supported", re.IGNORECASE)
-# Its standard input ends when the process that runs the builder has gone.
+# The guard's standard input ends when the process that runs the builder has ended.
 _GUARD = "read -r _; kill -TERM -{group}; sleep {grace}; kill -KILL -{group}"
 _REFUSED = re.compile(r"^\S*: error: (.+)$")  # argparse's last line
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Which builder is wanted: a command (a name on PATH or a path), perhaps in a container, or the Python package."""
+    """The builder to use: a command (a name on PATH, or a path), perhaps in a container, or the Python package."""
 
     kind: Literal["auto", "command", "python"] = "auto"
     command: str = "trtllm-build"
@@ -51,10 +50,11 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The builder of a machine. `words`: what its command line begins with, nothing where there is no builder.
+class BuilderProbe:
+    """The builder that a machine has.
 
-    `help`: its --help ("" for a container, which is not started for it). `trouble`: why there is none, or why it does not run.
+    `words`: the beginning of its command line, empty where there is no builder. `kind`: "command" or "python". `help`: the output
+    of its --help, "" for a container, which is not started for it. `trouble`: why there is no builder, or why it does not run.
     `host`: the machine.
     """
 
@@ -67,10 +67,11 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One run of a builder: its command line, the directory it writes to and runs in, its log, and the token that it runs by.
+class BuilderCall:
+    """One run of a builder.
 
-    `name` tells it from others. `sync`: bring the log to where other machines see it.
+    `name`: unlike any other call's. `words`: its command line. `directory`: it writes there and runs there. `token`: it is stopped
+    when this file is removed. `sync`: whether to flush the log to the file system, so that other machines see it.
     """
 
     name: str
@@ -82,11 +83,12 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a call ended: the exit code (minus the signal that ended it), the lines that say why, seconds, and on which machine.
+class BuilderOutcome:
+    """The outcome of a call.
 
-    `gpus`: how many the machine shows. `stopped`: by the removal of its token. `refused`: what the builder said of an option that
-    it does not take.
+    `code`: the exit code, negative for a signal. `host`: the machine that it ran on. `gpus`: how many that machine shows. `lines`:
+    those of the log that tell why it failed. `stopped`: whether its token was removed. `refused`: the builder's message on an
+    option that it does not take.
     """
 
     name: str
@@ -99,15 +101,15 @@ class Outcome:
     refused: str = ""
 
 
-def probe(builder: Builder) -> Probe:
+def probe(builder: Builder) -> BuilderProbe:
     """Find the builder of this machine and ask it for its version and its options."""
     if builder.container:
         if shutil.which(builder.container[0]) is None:
-            return Probe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
-        return Probe((*builder.container, builder.command), "command")
+            return BuilderProbe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
+        return BuilderProbe((*builder.container, builder.command), "command")
     words, kind, trouble = _find(builder)
     if not words:
-        return Probe(trouble=trouble)
+        return BuilderProbe(trouble=trouble)
     environment = {**os.environ, "COLUMNS": "200"}
     try:
         ran = subprocess.run(
@@ -121,25 +123,23 @@ def probe(builder: Builder) -> Probe:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Probe(words, kind, trouble=f"{words[0]} --help: {error}")
+        return BuilderProbe(words, kind, trouble=f"{words[0]} --help: {error}")
     if ran.returncode:
         last = "\n  ".join(telling_lines((ran.stdout + ran.stderr).splitlines()))
-        return Probe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
+        return BuilderProbe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
     version = _VERSION.search(ran.stdout + ran.stderr)
-    return Probe(words, kind, version[1] if version else _package_version(), ran.stdout)
+    return BuilderProbe(words, kind, version[1] if version else _package_version(), ran.stdout)
 
 
-def run(call: Call) -> Outcome:
+def run(call: BuilderCall) -> BuilderOutcome:
     """Run a builder to its end, or until its token is removed; its process group is gone when this returns.
 
-    Where this process is killed, the group is ended, too.
-
-    The log is locked (shared) by the builder itself for as long as any of its processes has it open.
+    The group also ends when this process is killed. The log stays locked (shared) as long as a process of the builder has it open.
     """
     began, here = time.perf_counter(), (socket.gethostname(), gpus())
     with call.log.open("ab") as log:
         if not call.token.exists():
-            return Outcome(call.name, 0, 0.0, *here, stopped=True)
+            return BuilderOutcome(call.name, 0, 0.0, *here, stopped=True)
         fcntl.flock(log, fcntl.LOCK_SH)
         log.write(f"$ {' '.join(call.words)}\n".encode())
         log.flush()
@@ -156,17 +156,17 @@ def run(call: Call) -> Outcome:
             )
         except OSError as error:
             why = (f"{call.words[0]}: {error.strerror or error}",)
-            return Outcome(call.name, 127, time.perf_counter() - began, *here, why)
+            return BuilderOutcome(call.name, 127, time.perf_counter() - began, *here, why)
         try:
             with _guarded(process):
                 stopped = _wait(process, call, log.fileno())
         finally:
             _end(process)
-    said = _tail(call.log, start)
-    refused = _REFUSED.match(said[-1]) if process.returncode == 2 else None
-    lines = telling_lines(said) if process.returncode else ()
+    log_lines = _tail(call.log, start)
+    refused = _REFUSED.match(log_lines[-1]) if process.returncode == 2 else None
+    lines = telling_lines(log_lines) if process.returncode else ()
     seconds = time.perf_counter() - began
-    return Outcome(call.name, process.returncode, seconds, *here, lines, stopped, refused[1] if refused else "")
+    return BuilderOutcome(call.name, process.returncode, seconds, *here, lines, stopped, refused[1] if refused else "")
 
 
 def gpus() -> int:
@@ -175,9 +175,9 @@ def gpus() -> int:
 
 
 def telling_lines(lines: list[str]) -> tuple[str, ...]:
-    """The last lines of a log that say what went wrong: those that speak of errors, each once, and the very last.
+    """Choose the last lines of a log that tell what went wrong: those about errors, each once, and the last two.
 
-    Lines that begin with space are a traceback's: what they quote is in the log.
+    Indented lines are left out: they are a traceback's.
     """
     lines = [line.rstrip() for line in lines if line.strip() and not line[0].isspace()]
     last = len(lines) - 2
@@ -186,12 +186,12 @@ def telling_lines(lines: list[str]) -> tuple[str, ...]:
 
 
 def _find(builder: Builder) -> tuple[tuple[str, ...], str, str]:
-    """The words that begin the builder's command line, its kind, and what is missing where there are none."""
+    """The words that begin the builder's command line, its kind, and what is missing where there is no builder."""
     missing = []
     if builder.kind != "python":
-        found = shutil.which(builder.command)
-        if found:
-            return (str(Path(found).absolute()),), "command", ""
+        program = shutil.which(builder.command)
+        if program:
+            return (str(Path(program).absolute()),), "command", ""
         missing.append(f"no {builder.command}{'' if '/' in builder.command else ' on PATH'}")
     if builder.kind != "command":
         if util.find_spec(PACKAGE):
@@ -201,14 +201,15 @@ def _find(builder: Builder) -> tuple[tuple[str, ...], str, str]:
 
 
 def _package_version() -> str:
+    """The installed version of TensorRT-LLM, "" for none."""
     try:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _wait(process: subprocess.Popen[bytes], call: Call, log: int) -> bool:
-    """Wait for the builder to end, or for its token to be removed; whether it was the latter."""
+def _wait(process: subprocess.Popen[bytes], call: BuilderCall, log: int) -> bool:
+    """Wait for the builder to end, or for its token to be removed; returns whether the token was removed."""
     synced = time.monotonic()
     while True:
         try:
@@ -224,7 +225,7 @@ def _wait(process: subprocess.Popen[bytes], call: Call, log: int) -> bool:
 
 @contextlib.contextmanager
 def _guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Have somebody look after a builder's process group, who ends it where this process cannot: it was killed."""
+    """Start a guard process that ends a builder's process group where this process was killed and cannot."""
     script = _GUARD.format(group=process.pid, grace=GRACE_SECONDS)
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as guard:
         try:
@@ -234,7 +235,7 @@ def _guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have nothing left of a builder's process group."""
+    """End a builder's process group."""
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -249,7 +250,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _tail(log: Path, start: int) -> list[str]:
-    """The last lines that were written to a log since `start`."""
+    """The last lines of a log, from byte `start` on."""
     with log.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - TAIL_BYTES))

@@ -1,8 +1,8 @@
-"""The engine of one rank, through TensorRT-LLM's Python API: a script that takes trtllm-build's options and `--rank N`.
+"""Build the engine of one rank through TensorRT-LLM's Python API: a script that takes trtllm-build's options and `--rank N`.
 
 It does for one rank what `trtllm-build` 1.2.1 does for each: its own parser, plugin and build configuration, `build_model`, and
 `Engine.save`, which writes rank{N}.engine and, on rank 0, config.json. It runs as a process of its own, as the API keeps the
-network under construction in globals and a thread cannot be stopped. It imports nothing of headrace, so that it needs no path.
+network under construction in globals, and a thread cannot be stopped. It imports no module of headrace, so that it runs anywhere.
 Facts: tensorrt_llm/commands/build.py, builder.py and plugin/plugin.py of 1.2.
 """
 
@@ -39,12 +39,12 @@ FIELDS = (
     "weight_streaming",
     "monitor_memory",
 )
-# What build_model takes beside the build configuration.
+# The arguments of build_model beside the build configuration.
 EXTRAS = ("logits_dtype", "use_fused_mlp", "lora_dir", "lora_ckpt_source", "max_lora_rank", "lora_target_modules", "strip_plan")
 
 
 def main(words: list[str]) -> None:
-    """Build and save the engine of the rank that `--rank` names. Without one, as for --help, the options are parsed alone."""
+    """Build and save the engine of the rank that `--rank` names; without `--rank`, only parse the options, as for --help."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--rank", type=int)
     mine, rest = own.parse_known_args(words)
@@ -61,7 +61,7 @@ def main(words: list[str]) -> None:
 
 
 def build_rank(commands: Any, arguments: Any, rank: int) -> Any:
-    """The tensorrt_llm.builder.Engine of a rank. `commands`: tensorrt_llm.commands.build; `arguments`: what its parser parsed."""
+    """Build a rank's tensorrt_llm.builder.Engine. `commands`: tensorrt_llm.commands.build. `arguments`: as its parser returns."""
     if arguments.gather_all_token_logits:
         arguments.gather_context_logits = arguments.gather_generation_logits = True
     if arguments.gather_context_logits and arguments.max_draft_len > 0:
@@ -89,10 +89,11 @@ def build_rank(commands: Any, arguments: Any, rank: int) -> Any:
 
 
 def _build_config(commands: Any, arguments: Any, plugins: Any, config: Any) -> Any:
+    """The BuildConfig of the options, as trtllm-build makes it."""
     if arguments.build_config is not None:
-        made = commands.BuildConfig.from_json_file(arguments.build_config)
-        made.plugin_config = plugins
-        return made
+        build_config = commands.BuildConfig.from_json_file(arguments.build_config)
+        build_config.plugin_config = plugins
+        return build_config
     return commands.BuildConfig(
         **{name: getattr(arguments, name) for name in FIELDS},
         kv_cache_type=getattr(arguments, "kv_cache_type", None),
@@ -105,7 +106,7 @@ def _build_config(commands: Any, arguments: Any, plugins: Any, config: Any) -> A
 
 
 def _model_class(arguments: Any) -> Any:
-    """The class of a model that the user defines, or None for TensorRT-LLM's own."""
+    """The class of a model that the user defines; None for TensorRT-LLM's own."""
     if arguments.model_cls_file is None:
         return None
     spec = importlib.util.spec_from_file_location("models", arguments.model_cls_file)
@@ -117,7 +118,7 @@ def _model_class(arguments: Any) -> Any:
 
 
 def _take_gpu(rank: int) -> None:
-    """Ranks take the GPUs that the process sees in turn, as trtllm-build's own workers do."""
+    """Take a rank's GPU: ranks take the visible GPUs in turn, as trtllm-build's own workers do."""
     cuda = importlib.import_module("torch").cuda
     if cuda.device_count():
         cuda.set_device(rank % cuda.device_count())

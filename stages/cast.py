@@ -8,12 +8,13 @@ import numpy as np
 
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.tables import Layout
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.tensors import Applied, Block, TensorMap, map_blocks
 
 
-def target_dtype(name: str, layout: Layout, dtype: str) -> str:
+def target_dtype(name: TensorName, layout: Layout, dtype: str) -> str:
     """The type of a tensor in the target: `dtype`, unless its module has one of its own (a router is float32)."""
-    slot = layout.find(name.rpartition(".")[0])
+    slot = layout.find(name.module)
     return slot.module.dtype if slot and slot.module.dtype else dtype
 
 
@@ -21,7 +22,7 @@ def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:
     """Every tensor in the type that a target of `dtype` stores it in; arrays that have it already are the same objects."""
     result = {}
     for name, array in tensors.items():
-        if name.rpartition(".")[2] not in ("weight", "bias"):
+        if name.parameter not in ("weight", "bias"):
             result[name] = array  # codes and scales have types of their own
             continue
         wanted = BY_TARGET[target_dtype(name, layout, dtype)].numpy

@@ -18,6 +18,7 @@ from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.derived import constant, derive
+from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
@@ -48,7 +49,11 @@ class _Target:
     sharding: Sharding
     quantization: Quantization
     dtype: str
-    origin: Callable[[str], str]
+    origin: Callable[[TensorName], object]
+
+    def source(self, module: str) -> str:
+        """The source's name of a module's weight, for what is wrong with its values."""
+        return str(self.origin(TensorName(module, "weight")))
 
     @property
     def numpy(self) -> np.dtype:
@@ -75,18 +80,19 @@ def wanted(slot: Slot, quantization: Quantization, layers: int) -> bool:
 
 
 def quantize(
-    tensors: TensorMap, sharding: Sharding, quantization: Quantization, dtype: str, origin: Callable[[str], str] = str
-) -> dict[str, Entry]:
+    tensors: TensorMap,
+    sharding: Sharding,
+    quantization: Quantization,
+    dtype: str,
+    origin: Callable[[TensorName], object] = str,
+) -> dict[TensorName, Entry]:
     """Every array of a target by name: renamed module and the target's own parameter.
 
     `dtype`: of what is not quantized. `origin` gives a tensor's name in the source, for what is wrong with its values.
     """
     target = _Target(sharding, quantization, dtype, origin)
-    modules: dict[str, dict[str, da.Array]] = defaultdict(dict)
-    for name, array in tensors.items():
-        module, _, parameter = name.rpartition(".")
-        modules[module][parameter] = array
-    entries: dict[str, Entry] = {}
+    modules = by_module(tensors)
+    entries: dict[TensorName, Entry] = {}
     fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
     layers = sharding.model.num_hidden_layers
     for name, parameters in modules.items():
@@ -106,8 +112,8 @@ def quantize(
     return entries | _constants(modules, target)
 
 
-def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[str, Entry]:
-    return {f"{name}.{key}": Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
+def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[TensorName, Entry]:
+    return {TensorName(name, key): Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
 
 
 def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
@@ -127,7 +133,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
     if quantization.algorithm in GROUPWISE:
         if quantization.from_numbers:
-            parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.origin(f"{name}.weight"))
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.source(name))
             return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
         return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
@@ -135,31 +141,31 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
         return fp8.pack_channels(parameters) | bias
     weight, segments = _cast(_weight(parameters), target.numpy), target.segments(module)
-    source = target.origin(f"{name}.weight")
+    source = target.source(name)
     if quantization.algorithm == FP8_ROWWISE:
         return fp8.quantize_channels(source, weight, segments, quantization.clamp) | bias
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[str, Entry]:
+def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[TensorName, Entry]:
     """FP8 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
-    named = sorted(parts, key=lambda name: order.index(name.rpartition(".")[2]) if slot.part else 0)
+    named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
     weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
-    entries: dict[str, Entry] = {}
+    entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
         entries |= _entries(name, own, packed)
         if "bias" in parameters:
-            entries[f"{name}.bias"] = Entry(parameters["bias"], own, plain("bias"))
+            entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
     return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
 
 
-def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[str, Entry]:
+def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
     """What is the same for all of a module's linears: FP8's bounds of activations by layer, and the scale of the cache."""
     quantization, sharding = target.quantization, target.sharding
-    entries: dict[str, Entry] = {}
+    entries: dict[TensorName, Entry] = {}
     names: list[str] = []
     if quantization.algorithm == FP8_ROWWISE:
         names = ["mlp", "post_layernorm", *(() if quantization.meta_recipe else ("attention", "input_layernorm"))]
@@ -168,21 +174,22 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
         if not (quantization.meta_recipe and layer in (0, sharding.model.num_hidden_layers - 1)):
             bounds = (-quantization.clamp, quantization.clamp)
             entries |= dict(
-                _constant(f"{base}.{name}.clamp_val", layer, constant(f"{base}.{name}.clamp_val", bounds)) for name in names
+                _constant(TensorName(f"{base}.{name}", "clamp_val"), layer, constant(f"{base}.{name}.clamp_val", bounds))
+                for name in names
             )
         if quantization.fp8_kv_cache:
             held = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
             scales = [scale for scale in held if scale is not None]
-            name = f"{base}.attention.kv_cache_scaling_factor"
+            name = TensorName(f"{base}.attention", "kv_cache_scaling_factor")
             # Both or neither: of one alone the reference takes no notice.
-            array = fp8.largest(scales) if len(scales) == 2 else constant(name, (1.0,))
+            array = fp8.largest(scales) if len(scales) == 2 else constant(str(name), (1.0,))
             entries |= dict([_constant(name, layer, array)])
     return entries
 
 
-def _constant(name: str, layer: int, array: da.Array) -> tuple[str, Entry]:
+def _constant(name: TensorName, layer: int, array: da.Array) -> tuple[TensorName, Entry]:
     """A small array that every rank of the layer's stage holds whole, under a module that the layout does not list."""
-    owner = name.rpartition(".")[0].replace(f"layers.{layer}.", "layers.{layer}.")
+    owner = name.module.replace(f"layers.{layer}.", "layers.{layer}.")
     size = Parameter(axes=(("one", plain("tensor_scale").axes[0][1] * array.size),))
     return name, Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
 
@@ -211,24 +218,20 @@ def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Probl
     return [Problem("quantization", found, expected, remedy)]
 
 
-def unfit(tensors: TensorMap, sharding: Sharding, quantization: Quantization, origin: Callable[[str], str]) -> list[Problem]:
+def unfit(
+    tensors: TensorMap, sharding: Sharding, quantization: Quantization, origin: Callable[[TensorName], object]
+) -> list[Problem]:
     """Modules whose codes are not of the kind that the target keeps, when it keeps the source's."""
     if quantization.from_numbers or quantization.algorithm is None:
         return []
-    modules: dict[str, dict[str, da.Array]] = defaultdict(dict)
-    for name, array in tensors.items():
-        module, _, parameter = name.rpartition(".")
-        modules[module][parameter] = array
     problems = []
-    for name, parameters in modules.items():
+    for name, parameters in by_module(tensors).items():
         slot = sharding.layout.find(name)
         if slot and wanted(slot, quantization, sharding.model.num_hidden_layers):
             found = _misfit(slot, parameters, quantization, sharding)
             if found:
-                source, expected = (
-                    origin(f"{name}.{next(iter(parameters))}"),
-                    f"what {quantization.algorithm} keeps in every linear",
-                )
+                source = str(origin(TensorName(name, next(iter(parameters)))))
+                expected = f"what {quantization.algorithm} keeps in every linear"
                 problems.append(Problem(source, found, expected, "Give --dequantize, and quantize again where wanted"))
     return problems
 
@@ -308,17 +311,17 @@ def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
     return max(rows / count, rows / sharding.model.dimension(heads)) if heads else rows / count
 
 
-def sizes_agree(entries: Mapping[str, Entry], origin: Callable[[str], str]) -> list[Problem]:
+def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorName], object]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
-    kinds: dict[tuple[str, int | None, str], dict[str, str]] = defaultdict(dict)
+    kinds: dict[tuple[str, int | None, str], dict[str, TensorName]] = defaultdict(dict)
     for name, entry in entries.items():
         if entry.slot.module.in_layer:
             known = entry.parameter
             kind = str((known.axes, known.header, known.dtype, entry.array.dtype))
-            kinds[entry.slot.module.name, entry.slot.layer, name.rpartition(".")[2]].setdefault(kind, name)
+            kinds[entry.slot.module.name, entry.slot.layer, name.parameter].setdefault(kind, name)
     expected = "all parts of a fused module alike"
     return [
-        Problem(origin(names[1]), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
+        Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
         for held in kinds.values()
         if len(names := list(held.values())) > 1
     ]

@@ -7,7 +7,7 @@ an inverse.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -20,6 +20,7 @@ from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.tables import Family, Layout, RenameRow, Slot
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
 from pipeline.tensor.tensors import NO_OUT, PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
@@ -37,7 +38,7 @@ class Renamed:
     `rows`: which of the source's rows (on `axis`) are its own, in order, where it is one part of a fused source of `total` rows.
     """
 
-    source: str
+    source: TensorName
     row: RenameRow
     rows: tuple[Interval, ...] = ()
     axis: int = 0
@@ -57,53 +58,52 @@ class Matches:
     `left_out`: source tensor -> why it is not converted. `copies`: source tensor left out as a tie's second copy -> the first.
     """
 
-    names: Mapping[str, Renamed]
-    ties: Mapping[str, str]
-    left_out: Mapping[str, str]
-    copies: Mapping[str, str]
+    names: Mapping[TensorName, Renamed]
+    ties: Mapping[TensorName, TensorName]
+    left_out: Mapping[TensorName, str]
+    copies: Mapping[TensorName, TensorName]
     problems: tuple[Problem, ...]
 
     @cached_property
-    def origins(self) -> Mapping[str, str]:
+    def origins(self) -> Mapping[TensorName, TensorName]:
         """New name -> the source tensor that it comes from, ties included."""
         return {**{name: renamed.source for name, renamed in self.names.items()}, **self.ties}
 
-    def origin(self, name: str) -> str:
+    def origin(self, name: TensorName) -> TensorName:
         """The source tensor that a tensor comes from; for an unpacked one, a packed parameter of its module."""
         if name in self.origins:
             return self.origins[name]
         renamed = self.find(name)
         return renamed.source if renamed else name
 
-    def source_bytes(self, name: str, sources: Mapping[str, LazyTensor]) -> int:
+    def source_bytes(self, name: TensorName, sources: Mapping[TensorName, LazyTensor]) -> int:
         """The bytes that a tensor is made of in the source: of an unpacked weight, all of its module's; 0 for a computed one."""
-        module, _, parameter = name.rpartition(".")
         if name in self.ties:
             return tensor_bytes(sources[self.ties[name]])
         exact = [self.names[name]] if name in self.names else []
-        packed = [renamed for renamed in self._modules.get(module, []) if not renamed.source.endswith(".bias")]
-        held = packed if parameter in ("weight", *CODES) else exact
+        packed = [renamed for renamed in self._modules.get(name.module, []) if renamed.source.parameter != "bias"]
+        held = packed if name.parameter in ("weight", *CODES) else exact
         return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in held)
 
-    def find(self, name: str) -> Renamed | None:
+    def find(self, name: TensorName) -> Renamed | None:
         """Where a tensor comes from; for an unpacked one, where the packed parameters of its module do. None for a tie."""
-        return self.names.get(name) or next(iter(self._modules.get(name.rpartition(".")[0], ())), None)
+        return self.names.get(name) or next(iter(self._modules.get(name.module, ())), None)
 
     @cached_property
     def _modules(self) -> Mapping[str, list[Renamed]]:
         modules: dict[str, list[Renamed]] = defaultdict(list)
         for name, renamed in self.names.items():
-            modules[name.rpartition(".")[0]].append(renamed)
+            modules[name.module].append(renamed)
         return modules
 
 
 def match(
-    sources: Mapping[str, object],
+    sources: Iterable[TensorName],
     family: Family,
     layout: Layout,
     model: ModelConfig,
     keep: frozenset[str],
-    zeros: Collection[str] = (),
+    zeros: Collection[TensorName] = (),
 ) -> Matches:
     """Find every tensor's row. A tensor that no row consumes, or two of one name, is a problem.
 
@@ -111,12 +111,12 @@ def match(
     zeros, which go where the model has no such bias.
     """
     rows, ignored = family.rows(), family.ignored()
-    names: dict[str, Renamed] = {}
-    left_out: dict[str, str] = {}
+    names: dict[TensorName, Renamed] = {}
+    left_out: dict[TensorName, str] = {}
     problems = []
     for source in sources:
-        module, _, parameter = source.rpartition(".")
-        if ignored.find(module) or ignored.find(source):
+        module, parameter = source
+        if ignored.find(module) or ignored.find(str(source)):
             continue
         found = rows.find(module)
         if found is None:
@@ -139,9 +139,9 @@ def match(
         whole = len(slots) == 1 or parameter in NO_OUT
         parts = [Renamed(source, row)] * len(slots) if whole else _parts(source, row, slots, axis, model)
         for target, renamed in zip(targets, parts, strict=True):
-            name = f"{target}.{parameter}"
+            name = TensorName(target, parameter)
             if name in names:
-                problems.append(Problem(source, f"the same target as {names[name].source}: {name}", "one source for it"))
+                problems.append(Problem(str(source), f"the same target as {names[name].source}: {name}", "one source for it"))
             names[name] = renamed
     ties, copies = _ties(family, names, model)
     left_out |= dict.fromkeys(copies, "the embeddings are tied, so that this is a copy")
@@ -150,7 +150,7 @@ def match(
 
 def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMap:
     """The tensors under their new names, those with an operation mapped through it, ties as second names of one array."""
-    result = {}
+    result: dict[TensorName, da.Array] = {}
     for name, renamed in matches.names.items():
         array, row = tensors[renamed.source], renamed.row
         if renamed.rows:
@@ -166,7 +166,7 @@ def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMa
     return result
 
 
-def _parts(source: str, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:
+def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:
     """What each of several names of a row has of the source: its own rows."""
     groups = model.dimension(row.groups) if row.groups else 1
     sizes = [model.dimension(slot.out) // groups for slot in slots]
@@ -240,21 +240,24 @@ def _omitted(family: Family, module: str, parameter: str, model: ModelConfig, ke
     return ""
 
 
-def _ties(family: Family, names: dict[str, Renamed], model: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
+def _ties(
+    family: Family, names: dict[TensorName, Renamed], model: ModelConfig
+) -> tuple[dict[TensorName, TensorName], dict[TensorName, TensorName]]:
     """Ties and copies of `Matches`; a copy is taken out of `names`, as tied values come from the original."""
-    ties, copies = {}, {}
+    ties: dict[TensorName, TensorName] = {}
+    copies: dict[TensorName, TensorName] = {}
     for tied, original in family.ties.items():
-        sources = {name.rpartition(".")[2]: row.source for name, row in names.items() if name.rpartition(".")[0] == original}
-        own = [name for name in names if name.rpartition(".")[0] == tied]
+        sources = {name.parameter: row.source for name, row in names.items() if name.module == original}
+        own = [name for name in names if name.module == tied]
         if model.tie_word_embeddings and sources:
             for name in own:
                 copies[names.pop(name).source] = next(iter(sources.values()))
         elif own or model.tie_word_embeddings is False:
             continue
-        ties.update({f"{tied}.{parameter}": source for parameter, source in sources.items()})
+        ties.update({TensorName(tied, parameter): source for parameter, source in sources.items()})
     return ties, copies
 
 
-def _unconsumed(name: str, expected: str) -> Problem:
+def _unconsumed(name: TensorName, expected: str) -> Problem:
     remedy = "A tensor that nothing consumes would be lost: remove it from the checkpoint, or mend the configuration"
-    return Problem(name, "a tensor that belongs nowhere", expected, remedy)
+    return Problem(str(name), "a tensor that belongs nowhere", expected, remedy)

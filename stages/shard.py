@@ -13,7 +13,8 @@ from fractions import Fraction
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism, Rank
-from pipeline.model.tables import Layout, Module, Part, Slot
+from pipeline.model.tables import FusedPart, Layout, Module, Slot
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval, Placement, RankTensor
 from pipeline.tensor.tensors import Parameter, plain
 
@@ -108,7 +109,7 @@ class Sharding:
         sizes = self.parallelism
         return (sizes.moe_tp_size, rank.moe_tp) if module.experts else (sizes.tp_size, rank.tp)
 
-    def _cut_heads(self, part: Part, size: int, count: int, index: int) -> Cut:
+    def _cut_heads(self, part: FusedPart, size: int, count: int, index: int) -> Cut:
         """Whole heads: an equal share, or one head held by `count / heads` ranks where there are fewer heads than ranks."""
         heads = self.model.dimension(part.heads)
         length = size // heads * max(heads // count, 1)
@@ -134,7 +135,7 @@ def dense(slot: Slot, parameter: str) -> Parameter:
     return plain(parameter, matrix=bool(slot.module.in_))
 
 
-def shard(name: str, slot: Slot, parameter: Parameter, sharding: Sharding) -> tuple[Placement, ...]:
+def shard(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding) -> tuple[Placement, ...]:
     """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
     placements: list[Placement] = []
     for rank, target in sharding.ranks(slot):
@@ -146,18 +147,18 @@ def shard(name: str, slot: Slot, parameter: Parameter, sharding: Sharding) -> tu
         if None in target_cuts:
             continue
         offset = _part_offset(slot, rank, sharding) * dict(names).get("out", Fraction(1))
-        tensor = f"{target}.{name.rpartition('.')[2]}"
+        tensor = f"{target}.{name.parameter}"
         placements += _place(rank, tensor, [axis for axis, _ in names], _whole(cuts), _whole(target_cuts), int(offset))
     return tuple(placements)
 
 
-def rank_tensors(name: str, slot: Slot, parameter: Parameter, sharding: Sharding, dtype: str) -> Iterator[RankTensor]:
+def rank_tensors(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding, dtype: str) -> Iterator[RankTensor]:
     """A parameter of a slot's whole module, all its parts and experts, on every rank. `dtype`: that of the array."""
     for rank, target in sharding.ranks(slot):
         front = (("expert", Fraction(1)),) if slot.module.experts else ()
         stored = _rank_shape(slot, rank, (*front, *parameter.axes), sharding)
         shape = _rank_shape(slot, rank, (*front, *parameter.header), sharding) if parameter.header else stored
-        tensor = f"{target}.{name.rpartition('.')[2]}"
+        tensor = f"{target}.{name.parameter}"
         yield RankTensor(rank.index, tensor, shape, parameter.dtype or dtype, (stored, dtype))
 
 

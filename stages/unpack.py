@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages.quantization import sources
-
-T = TypeVar("T")
 
 
 @cache
@@ -36,15 +34,6 @@ def format_of(parameters: Mapping[str, Any]) -> ModuleType | None:
     return next((module for module in formats() if module.accepts(parameters)), None)
 
 
-def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Tensors by module and local name."""
-    modules: dict[str, dict[str, T]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        module, _, parameter = name.rpartition(".")
-        modules[module][parameter] = tensor
-    return modules
-
-
 def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
     """Turn every packed module into canonical parameters (`AXES` in pipeline/tensor/tensors.py).
 
@@ -54,17 +43,17 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
     for module, parameters in by_module(tensors).items():
         packing = format_of(parameters)
         for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
-            result[f"{module}.{parameter}"] = array
+            result[TensorName(module, parameter)] = array
     return result
 
 
-def zero_biases(tensors: Mapping[str, LazyTensor], formats_: Mapping[str, str]) -> list[str]:
+def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str, str]) -> list[TensorName]:
     """The biases of packed modules that hold nothing but zeros: some quantizers give one to every linear. Reads them."""
-    names = [f"{module}.bias" for module in formats_]
+    names = [TensorName(module, "bias") for module in formats_]
     return [name for name in names if name in tensors and not np.any(np.asarray(tensors[name].block(whole(tensors[name].shape))))]
 
 
-def check(tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
+def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
     """What planning must know of the packed modules of a source, by their own names.
 
     Gives each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and what

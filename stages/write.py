@@ -1,6 +1,6 @@
-"""write: read(write(x)) == x, whatever the order of the blocks.
+"""write: the work of a task. It reads source blocks a piece at a time and scatters each to its places in rank files or scratch.
 
-What a task runs: it reads a source block a piece at a time and scatters it to the places that a plan bound it to.
+The order in which blocks are written does not matter: read(write(x)) == x.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from pipeline.tensor.tensors import Block
 
 _local = threading.local()
 
-# At once. Greater writes take the page cache's memory in great runs, which a virtual machine may first have to fetch from its host.
+# Bytes of one write call. Larger ones make the page cache allocate large runs of memory, which a virtual machine may first have to
+# get from its host.
 WRITE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The values of the `source` region of a block, in C order, go to the bytes from `offset` of the file at `path`.
+    """One destination of a part of a block.
 
-    `rank` is the output rank that the file belongs to, or -1 for scratch, which is not checksummed. Where `offset` is -1, `path` is
-    the URL of a Zarr array, whose region is the block's moved by `origin`.
+    The values of the block's region `source` go, in C order, to the bytes from `offset` of the file at `path`. Where `offset` is
+    -1, `path` is the URL of a Zarr array, and the values go to the region `source` moved by `origin`. `rank`: the output rank that
+    the file belongs to; -1 for scratch, which has no checksums.
     """
 
     path: str
@@ -42,9 +44,20 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class BlockWrite:
-    """What a task does with one source block: one list of deliveries for each sink, and how it is cut into pieces.
+    """The work of a task for one source block: its deliveries to each sink, and how it is cut into pieces.
 
-    `itemsize` is that of the widest form that a value takes on its way.
+    Parameters
+    ----------
+    name
+        The source tensor.
+    deliveries
+        One tuple of deliveries for each sink.
+    itemsize
+        The bytes of the widest type that a value has on its way from source to sink.
+    piece_bytes
+        The most bytes of a piece.
+    row_multiple
+        Pieces are cut at multiples of this many rows.
     """
 
     name: str
@@ -56,7 +69,7 @@ class BlockWrite:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """xxh3 (64 bits) of `nbytes` bytes from `offset` of a rank's file; `sink` is its place among those that are written."""
+    """The 64-bit xxh3 of `nbytes` bytes from `offset` of a rank's file; `sink`: the position of its sink among those written."""
 
     sink: int
     rank: int
@@ -67,7 +80,11 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a task did: its number in the plan, the last tensor that it wrote, bytes and seconds by stage, files, checksums."""
+    """The result of a task.
+
+    `number`: the task's number in the plan. `name`: the last tensor that it wrote. `metrics`: values by (stage, "bytes" or
+    "seconds"). `paths`: the files that it wrote to.
+    """
 
     number: int
     name: str
@@ -78,13 +95,22 @@ class Written:
     checksums: tuple[Checksum, ...]
 
 
-Locate = Callable[[int, str, Region], Iterable[Located]]
+Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
 def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, checksummed: bool) -> tuple[Delivery, ...]:
-    """The deliveries of the block at `region` of a source; `locate` finds the bytes of a region of a rank's tensor.
+    """Return the deliveries of a source's block to one sink.
 
-    Padding needs none: reserved bytes are zeros.
+    Parameters
+    ----------
+    placements
+        Where the regions of the source go. Those without a source are padding, for which reserved files have zeros already.
+    region
+        The block's region of the source.
+    locate
+        A function of (rank, tensor, region) that yields where the region's bytes lie in the sink.
+    checksummed
+        Whether the sink keeps checksums.
     """
     result = []
     for placement in placements:
@@ -104,9 +130,26 @@ def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, 
 def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False) -> Written:
     """Scatter source blocks to every rank of every target.
 
-    `blocks[i]` are the values of `work[i]` as each sink wants them (the same source block, cast to each target's type).
-    `synchronize` has the bytes on disk before the task ends, where no other process can see to that. Raises OSError where reading
-    or writing fails.
+    Parameters
+    ----------
+    number
+        The task's number in the plan.
+    work
+        What to do with each source block.
+    blocks
+        For each item of `work` and each of its sinks, the source block as the sink takes it, such as cast to the target's type.
+    synchronize
+        Flush the files to disk before returning, for workers whose files no other process can flush.
+
+    Returns
+    -------
+    Written
+        Bytes, metrics, files and checksums.
+
+    Raises
+    ------
+    OSError
+        Reading or writing failed.
     """
     written = 0
     checksums: list[Checksum] = []
@@ -115,7 +158,7 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
         for item, versions in zip(work, blocks, strict=True):
             hashes = [[xxhash.xxh3_64() if delivery.rank >= 0 else None for delivery in sink] for sink in item.deliveries]
             for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
-                # Targets that want the same values share one reading of them.
+                # Sinks that take the same block share one reading of each piece.
                 values: dict[int, np.ndarray] = {}
                 for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
                     written += _write_piece(block, piece, values, sink, digests, files, stack)
@@ -145,6 +188,7 @@ def _write_piece(
     files: dict[str, int],
     stack: ExitStack,
 ) -> int:
+    """Write what a sink takes of a piece, and return the bytes written. `read`: values of this piece already read, by block."""
     written = 0
     for delivery, digest in zip(sink, hashes, strict=True):
         common = intersect(delivery.source, piece)
@@ -171,7 +215,7 @@ def _write_piece(
 
 
 def _put(delivery: Delivery, common: Region, values: np.ndarray) -> None:
-    """Store a piece, which is a chunk, in the Zarr array that a delivery without an offset names."""
+    """Store a piece, which is a whole chunk, in the Zarr array of a delivery without an offset."""
     import zarr
 
     array = zarr.open_array(delivery.path, mode="r+")
@@ -180,13 +224,13 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray) -> None:
 
 
 def _first(part: Region, region: Region) -> int:
-    """The position of a part's first element in the C order of the region that it is a part of."""
+    """Return the index of a part's first element in the C order of the region that contains it."""
     shape = extent(region)
     return sum((a - b) * math.prod(shape[axis + 1 :]) for axis, ((a, _), (b, _)) in enumerate(zip(part, region, strict=True)))
 
 
 def _gathered(values: np.ndarray) -> np.ndarray:
-    """A strided part as contiguous bytes, in a buffer that this thread uses again for the next one."""
+    """Copy a strided part into a contiguous buffer, which this thread reuses for the next one."""
     with meter("shard", values.nbytes):
         buffer = getattr(_local, "buffer", None)
         if buffer is None or buffer.nbytes < values.nbytes:
@@ -197,6 +241,7 @@ def _gathered(values: np.ndarray) -> np.ndarray:
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, in calls of WRITE_BYTES."""
     while data:
         count = os.pwrite(descriptor, data[:WRITE_BYTES], offset)
         data, offset = data[count:], offset + count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,11 @@ from hypothesis import settings
 
 from tests.support.places import DATA
 
-settings.register_profile("headrace", deadline=None, derandomize=True)
-settings.load_profile("headrace")
+# A change is judged by the same examples each time, people by new ones, and a night looks for those that are rare.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,15 +27,11 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
     """Threads that share the work on matrices as small as those of tests only wait for one another."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,19 @@
-"""`headrace build`."""
+"""The command `headrace build`."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput, Problem
-from pipeline.planning.builder_options import Table, known_options
-from pipeline.planning.engine_options import EngineOptions, Request, make_request
+from pipeline.planning.builder_options import OptionTable, known_options
+from pipeline.planning.engine_options import EngineOptions, EngineRequest, make_request
+from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
     from pipeline.run.execute import Built
@@ -48,7 +51,7 @@ def build_command(
     Exit codes: 0 done or already up to date, 2 bad request or bad checkpoint (nothing written), 3 interrupted,
     4 the builder failed or is not here, 1 a bug.
     """
-    places, given = split_words(words, known_options())
+    positional, builder_options = split_words(words, known_options())
     own = {
         "output_dir": output_dir,
         "builder": builder,
@@ -57,15 +60,12 @@ def build_command(
         "retries": retries,
         "overwrite": overwrite,
     }
-    request = _request(places, {**given, **{name: value for name, value in own.items() if value is not None}})
+    request = _request(positional, {**builder_options, **{name: value for name, value in own.items() if value is not None}})
     if print_command:
-        import shlex
-
         if problems := request.problems(known_options()):
             raise BadInput(problems)
         print(shlex.join(request.command()))
         return
-    from pipeline.engine.log import BuildLog
     from pipeline.engine.run import build_engine
 
     if "://" not in scheduler and scheduler not in ("local", "threads", "synchronous"):
@@ -79,33 +79,35 @@ def build_command(
         print(sentence(built))
 
 
-def split_words(words: list[str], table: Table) -> tuple[list[str], dict[str, Any]]:
-    """The words that are no options, and the builder's options with their values, as a job file would have them.
+def split_words(words: list[str], table: OptionTable) -> tuple[list[str], dict[str, Any]]:
+    """Split a command line's words into positional arguments and the builder's options with their values.
 
-    An option takes the words up to the next one, but for flags, and for those of one value, which `table` knows.
+    An option of several values takes all words up to the next option; a flag takes none, and an option of one value one word.
+    `table` says which is which; an option that it does not know takes one. The options are returned as a job file would have them:
+    true for a flag, otherwise a list of words.
     """
-    places: list[str] = []
-    given: dict[str, Any] = {}
-    taking: list[str] = places
-    room = 0
+    positional: list[str] = []
+    options: dict[str, Any] = {}
+    values_of_last: list[str] = positional
+    room = 0  # how many more words the last option takes
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             values = table[name].values if name in table else "one"
-            taking = given[name] = [value] if equals else []
+            values_of_last = options[name] = [value] if equals else []
             room = 0 if equals or values == "none" else 1 if values == "one" else len(words)
         elif room:
-            taking.append(word)
+            values_of_last.append(word)
             room -= 1
         else:
-            places.append(word)
-    flags = {name for name in given if not given[name] and (name not in table or table[name].values == "none")}
-    return places, {name: True if name in flags else value for name, value in given.items()}
+            positional.append(word)
+    flags = {name for name in options if not options[name] and (name not in table or table[name].values == "none")}
+    return positional, {name: True if name in flags else value for name, value in options.items()}
 
 
 def facts(built: Built) -> dict[str, Any]:
-    """An engine as the JSON log has it."""
+    """Return what the JSON log says of an engine."""
     return {
         "path": str(built.directory),
         "seconds": round(built.seconds, 3),
@@ -116,19 +118,17 @@ def facts(built: Built) -> dict[str, Any]:
 
 
 def sentence(built: Built) -> str:
-    """An engine as standard output has it."""
-    from pipeline.watching.units import human_bytes
-
+    """Return the line that standard output has for an engine."""
     if built.up_to_date:
         return f"{built.directory} is up to date: nothing to do"
     return f"{built.directory}: {human_bytes(built.nbytes)} of engines, built in {built.seconds:.1f} s"
 
 
-def _request(places: list[str], options: dict[str, Any]) -> Request:
-    if len(places) == 1:
-        return make_request(Path(places[0]), options)
-    # What is wrong with the options may be why: an unknown one takes a word.
-    problems = [Problem("headrace build", f"{len(places)} arguments ({', '.join(places)})", "one checkpoint")]
+def _request(positional: list[str], options: dict[str, Any]) -> EngineRequest:
+    if len(positional) == 1:
+        return make_request(Path(positional[0]), options)
+    # An unknown option takes a word, so report what is wrong with the options too: it may be the cause.
+    problems = [Problem("headrace build", f"{len(positional)} arguments ({', '.join(positional)})", "one checkpoint")]
     try:
         problems += make_request(Path("checkpoint"), options).problems(known_options())
     except BadInput as error:

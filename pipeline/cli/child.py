@@ -1,8 +1,9 @@
-"""`python -m pipeline.cli.child convert JOBFILE --log_format json`: the command line, in a process that never outlives its parent.
+"""Run the command line in a process that never outlives its parent: `python -m pipeline.cli.child convert JOBFILE`.
 
-It begins when the parent says so, with its pid, once the store knows the child's: a parent that was killed before leaves nothing
-that works. Standard input ends with the parent, and so does the child: at once, as after `kill -9`, from which a conversion goes on
-where it was. On Linux the kernel sees to that too, for a process that is stopped.
+The child starts to work only when it reads its parent's pid from standard input, which the parent writes once the jobs' store has
+recorded the child's pid. A parent that is killed before that leaves no child at work. When the parent ends, standard input is
+closed, and the child kills itself at once; a later run resumes the conversion. On Linux the kernel also kills it, even while it is
+stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pipeline.jobs.parent import end_with_parent, word
 
 
 def main() -> None:
-    """Wait for the parent's word, then be the command line."""
+    """Wait for the parent's pid on standard input, then run the command line. Exits with 3 where the parent is gone."""
     end_with_parent()
-    # A parent that had said it and was gone before that call is not the parent any more.
+    # If the parent wrote its pid and died before the call above, this process has another parent now.
     if os.read(0, 64) != word(os.getppid()):
         sys.exit(3)
     threading.Thread(target=_follow, name="headrace-parent", daemon=True).start()
+    # Imported only now, so that a child without a parent does no work.
     from pipeline.cli import main as command_line
 
     command_line()

@@ -1,19 +1,25 @@
-"""`headrace convert` and `headrace plan`."""
+"""The commands `headrace convert` and `headrace plan`."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import sys
+import time
 from typing import Annotated
 
 import typer
 
 from pipeline.cli.build import facts, sentence
 from pipeline.cli.options import Json, LogFormat, job_options
+from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
 from pipeline.planning.builder_options import known_options
 from pipeline.planning.job import Job
+from pipeline.watching.progress import listener
+from pipeline.watching.state import RunWatch
 
 app = typer.Typer()
 
@@ -31,27 +37,21 @@ def convert_command(
 
     Exit codes: 0 done or already up to date, 2 bad request or bad source (nothing written), 3 interrupted, 4 no engine, 1 a bug.
     """
-    import json
-    import time
-
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
-    from pipeline.watching.progress import listener
-    from pipeline.watching.state import Watch
 
-    started, watch = time.perf_counter(), Watch()
+    started, watch = time.perf_counter(), RunWatch()
     plan = make_plan(job, download=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    listens = listener(quiet, log_format, watch)
+    progress = listener(quiet, log_format, watch)
     engines = plan_requests(plan)
     if engines:
-        from pipeline.engine.log import BuildLog
         from pipeline.engine.run import convert_and_build
 
-        result = convert_and_build(plan, engines, listens, BuildLog(quiet, log_format), started, watch)
+        result = convert_and_build(plan, engines, progress, BuildLog(quiet, log_format), started, watch)
     else:
-        result = execute(plan, listens, started=started, watch=watch)
+        result = execute(plan, progress, started=started, watch=watch)
     if quiet:
         return
     if log_format == "json":
@@ -95,12 +95,8 @@ def plan_command(job: Job, json_: Json = False) -> None:
         for request in plan_requests(plan)
     ]
     if json_:
-        import json
-
         print(json.dumps({**plan.summary(), **({"engines": engines} if engines else {})}, indent=2))
         return
-    import shlex
-
     from pipeline.reporting.terminal import console, plan_table
 
     console().print(plan_table(plan))
@@ -109,11 +105,11 @@ def plan_command(job: Job, json_: Json = False) -> None:
 
 
 def _import_numpy() -> None:
-    """Without the threads of its linear algebra, which nothing here uses: while they start they take a processor from the work."""
+    """Import NumPy without the threads of OpenBLAS: nothing here uses them, and starting them takes processor time."""
     name = "OPENBLAS_NUM_THREADS"
-    given = name in os.environ
+    user_set_it = name in os.environ
     os.environ.setdefault(name, "1")
     import numpy  # noqa: F401
 
-    if not given:  # a builder of engines that runs after this has its own way
+    if not user_set_it:  # processes that are started later, such as an engine's builder, must not inherit it
         del os.environ[name]

@@ -1,7 +1,8 @@
-"""`headrace inspect`, `families` and `formats`."""
+"""The commands `headrace inspect`, `headrace families` and `headrace formats`."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -40,10 +41,8 @@ def formats_command(json_: Json = False) -> None:
 
 
 def _show(facts: Any, as_json: bool, table: str) -> None:
-    """Print facts as JSON, or as the table that pipeline.reporting.terminal makes of them."""
+    """Print facts as JSON, or as a table made by the function of pipeline.reporting.terminal named `table`."""
     if as_json:
-        import json
-
         print(json.dumps(facts, indent=2))
         return
     from pipeline.reporting import terminal as report

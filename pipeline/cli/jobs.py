@@ -1,19 +1,25 @@
-"""`headrace batch`, `jobs` and `gc`: many conversions, and the store that remembers them."""
+"""The commands `headrace batch`, `headrace jobs` and `headrace gc`: many conversions, and the store that records them."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.cli.options import Json, LogFormat
 from pipeline.errors import BadInput, Problem, WriteFailed
+from pipeline.jobs.events import Hub
+from pipeline.jobs.log import Log
+from pipeline.jobs.rows import STATES
 
 if TYPE_CHECKING:
     from pipeline.jobs.requests import Asked
@@ -32,9 +38,10 @@ LISTED = "Values of that option in the matrix, with commas between."
 
 @contextmanager
 def opened(path: Path | None, create: bool = True) -> Iterator[Store]:
-    """The store at a path, closed at the end. What the database fails with later is a failure of the disk, exit code 3.
+    """Open the jobs' store at `path` (None: the default place), yield it, and close it at the end.
 
-    Without `create` one that is named must be there; what it says of processes that are gone is mended.
+    Without `create`, a store that `path` names must exist, and jobs whose processes are gone are marked as ended. Raises BadInput
+    where it does not exist or a package is missing, and WriteFailed (exit code 3) where the database fails while it is open.
     """
     if path and not create and not path.exists():
         raise BadInput([Problem(f"--store {path}", "no such file", "a store that `headrace batch` or `headrace serve` has made")])
@@ -58,7 +65,7 @@ def opened(path: Path | None, create: bool = True) -> Iterator[Store]:
 
 
 def stop_in_order(stop: threading.Event, runner: Runner) -> None:
-    """Have Ctrl-C and SIGTERM end the work in order; a second one ends it at once."""
+    """Have Ctrl-C and SIGTERM set `stop`, so that running jobs are interrupted cleanly; a second signal stops them at once."""
 
     def handle(*_: object) -> None:
         if stop.is_set():
@@ -109,23 +116,21 @@ def batch_command(
 
     lists = {"tp_size": tp_size, "pp_size": pp_size, "dtype": dtype, "quantization": quantization}
     matrix = {"model_dir": model_dir, "output_dir": output_dir, **{name: _values(name, text) for name, text in lists.items()}}
-    asked = _asked(names or [], {name: value for name, value in matrix.items() if value})
-    memory = _bytes(max_memory) or asked.settings.max_memory
+    requested = _requested_jobs(names or [], {name: value for name, value in matrix.items() if value})
+    memory = _bytes(max_memory) or requested.settings.max_memory
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
-    units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory)
+    units = make_units([request.given(chosen, Path.cwd()) for request in requested.requests], memory)
     if dry_run:
         _show([report.unit(each) for each in units], json_, "units_table")
         return
-    with opened(store) as there:
+    with opened(store) as jobs_store:
         from pipeline.jobs.batch import Batch
-        from pipeline.jobs.events import Hub
         from pipeline.jobs.limits import Limits
-        from pipeline.jobs.log import Log
 
         hub, stop = Hub(), threading.Event()
         hub.subscribe(Log(sys.stderr, log_format))
-        retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
-        batch = Batch(there, hub, units, Limits.of(max_jobs or asked.settings.max_jobs, memory), retry)
+        retry = requested.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
+        batch = Batch(jobs_store, hub, units, Limits.of(max_jobs or requested.settings.max_jobs, memory), retry)
         stop_in_order(stop, batch.runner)
         result = batch.run(stop)
     if summary:
@@ -147,11 +152,11 @@ def gc_command(
     json_: Json = False,
 ) -> None:
     """Remove scratch that runs left long ago, and what the store says of runs that ended long ago; never an output."""
-    with opened(store, create=False) as there:
+    with opened(store, create=False) as jobs_store:
         from pipeline.jobs.retention import Retention, collect
 
         retention = Retention(failed_scratch_days=failed_scratch_days, record_days=record_days)
-        collected = collect(there, retention, dry_run)
+        collected = collect(jobs_store, retention, dry_run)
     _show({"scratch": list(collected.scratch), "runs": collected.runs, "dry_run": dry_run}, json_, "collected_table")
 
 
@@ -167,39 +172,35 @@ def jobs_command(
     context.obj = store
     if context.invoked_subcommand is not None:
         return
-    with opened(store, create=False) as there:
-        from dataclasses import asdict
-
-        from pipeline.jobs.rows import STATES
-
+    with opened(store, create=False) as jobs_store:
         known = next((each for each in STATES if each == state), None)
         if state and known is None:
             raise BadInput([Problem("--state", state, f"one of {', '.join(STATES)}")])
-        rows = [asdict(row) for row in there.jobs(known, limit)]
+        rows = [asdict(row) for row in jobs_store.jobs(known, limit)]
     _show(rows, json_, "jobs_table")
 
 
 @jobs_app.command("show")
 def show_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Show a job: its options, its runs and their attempts."""
-    with opened(store or context.obj, create=False) as there:
-        _show_job(there, number, json_)
+    with opened(store or context.obj, create=False) as jobs_store:
+        _show_job(jobs_store, number, json_)
 
 
 @jobs_app.command("cancel")
 def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
-    with opened(store or context.obj, create=False) as there:
-        there.cancel(number)
-        _show_job(there, number, json_)
+    with opened(store or context.obj, create=False) as jobs_store:
+        jobs_store.cancel(number)
+        _show_job(jobs_store, number, json_)
 
 
 @jobs_app.command("retry")
 def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Have `headrace serve` on this store do a job again; it waits where none is at work."""
-    with opened(store or context.obj, create=False) as there:
-        there.retry(number)
-        _show_job(there, number, json_)
+    with opened(store or context.obj, create=False) as jobs_store:
+        jobs_store.retry(number)
+        _show_job(jobs_store, number, json_)
 
 
 def _show_job(store: Store, number: int, as_json: bool) -> None:
@@ -208,14 +209,14 @@ def _show_job(store: Store, number: int, as_json: bool) -> None:
     _show(report.job(store, store.job(number)), as_json, "job_table")
 
 
-def _asked(names: list[str], matrix: dict[str, Any]) -> Asked:
-    """The jobs of the files and of the matrix that the flags say."""
+def _requested_jobs(names: list[str], matrix: dict[str, Any]) -> Asked:
+    """Return the jobs that the batch and job files ask for, and those of the matrix that the flags ask for."""
     from pipeline.jobs.requests import Asked, gather, of_matrix
 
-    asked = gather(names, Path.cwd())
+    from_files = gather(names, Path.cwd())
     if not matrix:
-        return asked
-    return Asked((*asked.requests, *of_matrix(matrix, Path.cwd(), "--matrix")), asked.settings)
+        return from_files
+    return Asked((*from_files.requests, *of_matrix(matrix, Path.cwd(), "--matrix")), from_files.settings)
 
 
 def _values(name: str, text: str | None) -> list[Any]:
@@ -224,22 +225,18 @@ def _values(name: str, text: str | None) -> list[Any]:
 
 
 def _bytes(text: str | None) -> int | None:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
     try:
         return int(TypeAdapter(ByteSize).validate_python(text)) if text else None
     except ValidationError:
         raise BadInput([Problem("--max_memory", repr(text), "a size such as 8GiB")]) from None
 
 
-def _show(said: Any, as_json: bool, table: str) -> None:
-    """Print what is to be said as JSON, or as the table that pipeline.jobs.report makes of it."""
+def _show(facts: Any, as_json: bool, table: str) -> None:
+    """Print facts as JSON, or as a table made by the function of pipeline.jobs.report named `table`."""
     if as_json:
-        import json
-
-        print(json.dumps(said, indent=2))
+        print(json.dumps(facts, indent=2))
         return
     from pipeline.jobs import report
     from pipeline.reporting.terminal import console
 
-    console().print(getattr(report, table)(said))
+    console().print(getattr(report, table)(facts))

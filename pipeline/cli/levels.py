@@ -1,4 +1,4 @@
-"""How far a verification is, level by level, on a terminal."""
+"""Show the progress of a verification, level by level, on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class levels:  # noqa: N801
-    """A bar on a terminal; nothing elsewhere, as the result says all."""
+    """A context manager that shows a progress bar on a terminal and nothing elsewhere; it yields the function to report to."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or not sys.stderr.isatty()

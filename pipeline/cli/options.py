@@ -1,4 +1,4 @@
-"""Flags: those of Job's fields, and those that several commands have."""
+"""Command-line flags: one for each field of Job, and those that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.
 
 
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(job, **its own options)` one flag for each field of Job; those given become a Job."""
+    """Decorate `command(job, **its own options)`: add a flag for each field of Job, and pass the Job made of those given."""
 
     def run(file: Path | None, **values: Any) -> None:
         own = {name: values.pop(name) for name in list(values) if name not in Job.model_fields}
@@ -41,14 +41,13 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _order(name: str) -> tuple[bool, int]:
-    """Where a flag stands in the help: the two directories first."""
-    return name not in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "output_dir"), list(Job.model_fields).index(
-        name
-    )
+    """Return a sort key for the help text: source and output come first, then the order of Job's fields."""
+    first = name in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "output_dir")
+    return not first, list(Job.model_fields).index(name)
 
 
 def _flag_type(field: FieldInfo) -> Any:
-    """What the command line takes for a field; Job itself does the checking."""
+    """Return the type that the command line parses a field's value as; Job itself validates it."""
     kind = field.annotation
     if kind is bool:
         return bool | None
@@ -57,7 +56,7 @@ def _flag_type(field: FieldInfo) -> Any:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    # A bracket that is not escaped would be taken for markup, and left out.
+    # An unescaped bracket would be taken for rich's markup, and not printed.
     choices = f" \\[{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
     default = "" if field.is_required() or field.annotation is bool else f" \\[default: {_shown(field.default)}]"
     flags = f"--{name}/--no_{name}" if field.annotation is bool else f"--{name}"

@@ -1,4 +1,4 @@
-"""`headrace report`."""
+"""The command `headrace report`."""
 
 from __future__ import annotations
 

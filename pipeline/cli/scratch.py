@@ -1,7 +1,8 @@
-"""`headrace scratch ls` and `rm`."""
+"""The commands `headrace scratch ls` and `headrace scratch rm`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,8 @@ def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
     """List the cuts in a scratch directory."""
     from pipeline.sinks.scratch import list_scratch
 
-    found = list_scratch(root)
+    cuts = list_scratch(root)
     if json_:
-        import json
-
         rows = [
             {
                 "path": str(cut.directory),
@@ -30,13 +29,13 @@ def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
                 "complete": cut.complete,
                 "bytes": cut.size_bytes,
             }
-            for cut in found
+            for cut in cuts
         ]
         print(json.dumps(rows, indent=2))
         return
     from pipeline.reporting.terminal import console, scratch_table
 
-    console().print(scratch_table(found))
+    console().print(scratch_table(cuts))
 
 
 @app.command("rm")

@@ -1,4 +1,4 @@
-"""`headrace serve`: the daemon."""
+"""The command `headrace serve`: the daemon that converts by a schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli.jobs import StorePath, opened, stop_in_order
 from pipeline.cli.options import LogFormat
+from pipeline.jobs.log import Log
 
 app = typer.Typer()
 
@@ -27,19 +28,18 @@ def serve_command(
 
     Runs until SIGTERM or Ctrl-C, which leave what is under way to be taken up at the next start. One daemon a store.
     """
-    with opened(store) as there:
+    with opened(store) as jobs_store:
         from pipeline.jobs.files import validate
         from pipeline.jobs.listening import Http
-        from pipeline.jobs.log import Log
         from pipeline.jobs.schedule import read_schedule
         from pipeline.jobs.serve import Daemon
         from pipeline.jobs.services import services
 
-        asked = read_schedule(schedule)
+        settings = read_schedule(schedule)
         if listen is not None:
             http = validate(Http, {"listen": listen}, "--listen")
-            asked = asked.model_copy(update={"http": asked.http.model_copy(update={"listen": http.listen})})
-        daemon = Daemon(asked, there, Log(sys.stderr, log_format))
+            settings = settings.model_copy(update={"http": settings.http.model_copy(update={"listen": http.listen})})
+        daemon = Daemon(settings, jobs_store, Log(sys.stderr, log_format))
         daemon.services += services(daemon)
         stop_in_order(daemon.stop, daemon.runner)
         code = daemon.run()

@@ -1,7 +1,8 @@
-"""`headrace verify` and `headrace generate`."""
+"""The commands `headrace verify` and `headrace generate`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +35,6 @@ def verify_command(
 
     Exit codes: 0 nothing wrong, 2 nothing to look at, 5 something is wrong.
     """
-    import json
-
     from pipeline.reporting.verification import verify
 
     with levels(quiet or json_) as advance:
@@ -70,7 +69,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
 ) -> None:
     """Continue a text with the converted ranks, on the CPU."""
-    from pipeline.reporting.verification import generate_text
+    from pipeline.reporting.generation import generate_text
 
     for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
         sys.stdout.write(text)

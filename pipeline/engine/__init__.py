@@ -1,1 +1,1 @@
-"""Engines: requests that know their checkpoint, the look at a checkpoint before it is built, and the builder's runs."""
+"""Engines: requests with the identity of their checkpoint, checks before a build, and runs of the builder."""

@@ -1,4 +1,4 @@
-"""What an engine is built from: whether a checkpoint can be given to the builder, and what tells it from others."""
+"""Check a checkpoint before an engine is built from it, and identify it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PROVENANCE = "headrace.json"
 
 
 def check_checkpoint(directory: Path) -> list[Problem]:
-    """What keeps a checkpoint from being built: the first level of `headrace verify`, without checksums. Opens headers only."""
+    """List the problems that keep a checkpoint from being built: the first level of `headrace verify`, without checksums.
+
+    Opens headers only.
+    """
     if not directory.is_dir():
         found = "a file" if directory.exists() else "no such directory"
         return [Problem(str(directory), found, "a TensorRT-LLM checkpoint: config.json and rank{N}.safetensors")]
@@ -28,22 +31,22 @@ def check_checkpoint(directory: Path) -> list[Problem]:
 
 
 def world_size(directory: Path) -> int:
-    """The number of engines that a checkpoint makes (context-parallel ranks included), of a checkpoint that has been checked."""
+    """The number of engine files of a checkpoint that has been checked, context-parallel ranks included."""
     return int(json.loads((directory / CONFIG).read_text())["mapping"]["world_size"])
 
 
 def identity(directory: Path) -> dict[str, Any]:
-    """What tells a checkpoint from others: its config.json, and headrace's id of it or, where there is none, its files' states."""
+    """Identify a checkpoint by a digest of its config.json, and by headrace's id or else the sizes and times of its rank files."""
     config = (directory / CONFIG).read_text()
-    own = _provenance(directory).get("id")
-    if isinstance(own, str):
-        return identity_of(own, config)
+    checkpoint_id = _provenance(directory).get("id")
+    if isinstance(checkpoint_id, str):
+        return identity_of(checkpoint_id, config)
     states = {path.name: path.stat() for path in sorted(directory.glob("rank*.safetensors"))}
     return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}, "config": digest(config)}
 
 
 def checksums(directory: Path) -> str:
-    """SHA-256 of headrace.json's table of tensors' checksums, or "" where there is none."""
+    """The SHA-256 of headrace.json's table of checksums, "" where there is none."""
     table = _provenance(directory).get("xxh3")
     return digest(json.dumps(table, sort_keys=True)) if table else ""
 

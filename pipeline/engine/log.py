@@ -1,4 +1,4 @@
-"""What is heard of engines under construction: the builders' own lines as they write them, as text or JSON lines, or nothing."""
+"""Report on engines under construction: the builders' own lines as they write them, as text or as JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ POLL_SECONDS = 0.1  # between two looks at a log
 
 
 class BuildLog:
-    """Says what happens to engines, on standard error unless another stream is given."""
+    """Writes what happens to engines, to standard error unless another stream is given."""
 
     def __init__(self, quiet: bool = False, log_format: LogFormat = "text", stream: IO[str] | None = None) -> None:
         self.quiet, self.as_json, self.stream = quiet, log_format == "json", stream or sys.stderr
         self._lock = threading.Lock()
 
     def say(self, event: str, text: str, **values: Any) -> None:
-        """One line: `text`, or `values` as JSON."""
+        """Write one line: `text`, or the event and its `values` as JSON."""
         if self.quiet:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
@@ -33,30 +33,34 @@ class BuildLog:
             print(line, file=self.stream, flush=True)
 
     def building(self, engine: Path, command: Sequence[str], dashboard: str) -> None:
+        """Report that a build begins. `dashboard`: the address of Dask's, or ""."""
         text = f"building {engine}{f'; dashboard {dashboard}' if dashboard else ''}"
         self.say("building", text, engine=str(engine), command=list(command), dashboard=dashboard)
 
     def waiting(self, resource: str, scheduler: str) -> None:
+        """Report that no worker of the scheduler has the resource yet."""
         text = f"waiting for a Dask worker with the resource {resource}: dask worker {scheduler} --resources {resource}=1"
         self.say("waiting", text, resource=resource, scheduler=scheduler)
 
     def again(self, engine: Path, attempt: int, attempts: int) -> None:
+        """Report that an attempt failed, and that another one follows."""
         text = f"the builder failed; attempt {attempt} of {attempts} to build {engine}"
         self.say("retry", text, engine=str(engine), attempt=attempt, attempts=attempts)
 
     def built(self, engine: Path, seconds: float, nbytes: int) -> None:
+        """Report a finished engine."""
         text = f"built {engine} in {seconds:.1f} s, {human_bytes(nbytes)}"
         self.say("built", text, engine=str(engine), seconds=round(seconds, 3), bytes=nbytes)
 
     def following(self, logs: Sequence[Path]) -> Tail:
-        """Says each line that is added to the logs, from now until the `with` block ends."""
+        """Report each line that is added to the logs, from now until the `with` block ends."""
         return Tail(logs, lambda path, line: self.say("builder", line, log=str(path), line=line))
 
 
 class Tail:
-    """Follows files that grow, and that may not be there yet, in a thread; calls `say(path, line)` for each whole line.
+    """Follows growing files in a thread, even before they are there; calls `say(path, line)` for each whole line.
 
-    The files are opened anew each time: so another machine's writes are seen through a network file system.
+    The files are opened anew each time, so that writes of other machines are seen through a network file system.
     """
 
     def __init__(self, paths: Sequence[Path], say: Any) -> None:
@@ -78,7 +82,7 @@ class Tail:
                 self._say(path, rest)
 
     def flush(self) -> None:
-        """Say what has been written until now."""
+        """Report the lines that have been written until now."""
         with self._lock:
             for path in self._read:
                 self._look(path)

@@ -1,4 +1,4 @@
-"""What is said where there is no engine: the builder's own words, and what to do."""
+"""Explain why there is no engine: the builder's own last lines, and the remedy."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING
 from pipeline.engine.output import EngineDirectory
 
 if TYPE_CHECKING:
-    from stages.build import Outcome, Probe
+    from stages.build import BuilderOutcome, BuilderProbe
 
 INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
 
 
-def no_builder(found: Probe, commands: Sequence[str]) -> str:
-    """Why nothing can be built on a machine, how that can be mended, and the command lines to run where there is a builder."""
+def no_builder(probed: BuilderProbe, commands: Sequence[str]) -> str:
+    """Explain why a machine cannot build, name remedies, and list the command lines to run where there is a builder."""
     ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
     lines = "".join(f"\n  {command}" for command in commands)
-    return f"no engine can be built on {found.host}: {found.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
+    return f"no engine can be built on {probed.host}: {probed.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
 
 
 def no_engine(
-    place: EngineDirectory, program: str, outcomes: Sequence[Outcome], missing: Sequence[str], attempts: int, command: str
+    place: EngineDirectory, program: str, outcomes: Sequence[BuilderOutcome], missing: Sequence[str], attempts: int, command: str
 ) -> str:
-    """How the calls of a builder ended that left no engine. `missing`: files; `command`: the line to run where there is a GPU."""
+    """Explain how a builder's calls ended that left no engine.
+
+    `program`: the builder's name. `missing`: files that the engine lacks. `command`: the line to run where there is a GPU.
+    """
     times = f", {attempts} attempts" if attempts > 1 else ""
     failed = [outcome for outcome in outcomes if outcome.code and not outcome.stopped]
     stopped = not failed and any(outcome.stopped for outcome in outcomes)

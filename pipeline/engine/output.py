@@ -1,8 +1,8 @@
-"""An engine's directory: whose it is, and how it becomes whole. It is complete or not there.
+"""The directory of an engine, which is complete or not there.
 
-The builder writes into `ENGINE.partial` beside it, which gets its name when every rank is there. What the builder says goes to
+The builder writes into `ENGINE.partial` beside it, which is renamed when every rank is there. The builder's output goes to
 `ENGINE.log` (`ENGINE.rank{N}.log` where each rank is built on its own), which stays. The directory under construction holds a
-locked journal, which keeps other runs away, and a token, without which the builders on other machines stop.
+locked journal, which keeps other runs away, and a token: builders on other machines stop when it is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import existing
+from pipeline.sinks.output_checks import existing
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
@@ -36,7 +36,7 @@ _OURS = re.compile(rf"{_BUILT}|headrace\.json(\.partial)?|\.token-\w+")
 
 @dataclass(frozen=True)
 class EngineDirectory:
-    """Where the engines of `ranks` ranks go. `inputs`: what decides them, as plain values; equal inputs mean equal engines."""
+    """The directory of an engine of `ranks` ranks. `inputs`: plain values that decide it; equal inputs mean equal engines."""
 
     directory: Path
     ranks: int
@@ -44,6 +44,7 @@ class EngineDirectory:
 
     @property
     def partial(self) -> Path:
+        """The directory under construction."""
         return self.directory.with_name(self.directory.name + ".partial")
 
     @property
@@ -53,26 +54,26 @@ class EngineDirectory:
 
     @property
     def replaced(self) -> Path:
-        """What the directory held before, for the moment in which the new one takes its place."""
+        """The place of the former directory while the new one takes its name."""
         return self.directory.with_name(self.directory.name + ".replaced")
 
     def log(self, rank: int | None = None) -> Path:
-        """The log of a builder, or of the one of a rank."""
+        """The log of the builder of all ranks, or of one rank's."""
         return self.directory.with_name(f"{self.directory.name}{'' if rank is None else f'.rank{rank}'}.log")
 
     @property
     def logs(self) -> list[Path]:
-        """Every log that may be there."""
+        """The paths of all logs that a build may write."""
         return [self.log(), *(self.log(rank) for rank in range(self.ranks))]
 
     @property
     def complete(self) -> bool:
-        """Whether the directory holds, whole, an engine of these inputs. An unknown version of the builder is any."""
+        """Whether the directory holds a complete engine of these inputs. An unknown version of the builder matches all."""
         provenance = read_provenance(self.directory)
-        old = provenance.get("inputs")
-        if not isinstance(old, dict) or {**old, "version": ""} != {**self.inputs, "version": ""}:
+        recorded = provenance.get("inputs")
+        if not isinstance(recorded, dict) or {**recorded, "version": ""} != {**self.inputs, "version": ""}:
             return False
-        if self.inputs["version"] and old.get("version") != self.inputs["version"]:
+        if self.inputs["version"] and recorded.get("version") != self.inputs["version"]:
             return False
         try:
             return all((self.directory / name).stat().st_size == size for name, size in provenance["files"].items())
@@ -80,7 +81,7 @@ class EngineDirectory:
             return False
 
     def obstacles(self, overwrite: bool) -> list[Problem]:
-        """What keeps the directory from being ours to write: a file, what others put there, or another engine."""
+        """Problems that keep the directory from being written: a file, files that others put there, or another engine."""
         subject, remedy = f"--output_dir {self.directory}", "Choose another --output_dir"
         if self.partial.exists() and not self.journal.exists() and any(self.partial.iterdir()):
             return [
@@ -102,13 +103,13 @@ class EngineDirectory:
             return []
         ours = PROVENANCE in names
         found = "an engine of other inputs" if ours else "an engine that headrace did not build"
-        if ours and isinstance(old := read_provenance(self.directory).get("inputs"), dict):
-            found += f" ({', '.join(_differences(old, self.inputs)) or 'or not whole'})"
+        if ours and isinstance(recorded := read_provenance(self.directory).get("inputs"), dict):
+            found += f" ({', '.join(_differences(recorded, self.inputs)) or 'or not whole'})"
         return [Problem(subject, found, "a new or empty directory", "Give --overwrite to replace it")]
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[Path]:
-        """Take the directory beside it, empty but for the token, whose path this gives; it is gone afterwards.
+        """Take the directory under construction, empty but for the token, and yield the token's path; both are gone afterwards.
 
         Raises BadInput where another run is at work on it, and TimeoutError where a builder of an earlier one is.
         """
@@ -117,7 +118,7 @@ class EngineDirectory:
         taken = self.partial.stat().st_ino
         token = self.partial / f".token-{uuid.uuid4().hex}"
         try:
-            self.clear(journal.path)  # without its token an orphan on another machine stops
+            self.clear(journal.path)  # a builder of an earlier run on another machine stops without its token
             self.await_builders()
             for log in self.logs:
                 log.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ class EngineDirectory:
                 with contextlib.suppress(TimeoutError):
                     self.await_builders()
         finally:
-            # Once it has its name, what is at its old place is another run's.
+            # Once it has its name, a directory at its former place is another run's.
             if self.partial.exists() and self.partial.stat().st_ino == taken:
                 journal.remove()
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -146,7 +147,7 @@ class EngineDirectory:
                 path.unlink()
 
     def await_builders(self) -> None:
-        """Wait until no builder has a log open. Raises TimeoutError, naming the log, where one does not end."""
+        """Wait until no builder has a log open. Raises TimeoutError naming the log where a builder does not end in STOP_SECONDS."""
         deadline = time.monotonic() + STOP_SECONDS
         for log in self.logs:
             if not log.exists():
@@ -165,12 +166,15 @@ class EngineDirectory:
                 os.close(descriptor)
 
     def missing(self) -> list[str]:
-        """What a whole engine has, and the directory under construction has not, or has empty."""
+        """The files of a complete engine that are missing or empty in the directory under construction."""
         names = [CONFIG, *(f"rank{rank}.engine" for rank in range(self.ranks))]
         return [name for name in names if not (path := self.partial / name).is_file() or not path.stat().st_size]
 
     def finish(self, token: Path, facts: Mapping[str, Any]) -> int:
-        """Give the directory under construction its name, with headrace.json in it; returns the bytes of its files."""
+        """Write headrace.json and give the directory under construction its name; returns the bytes of its files.
+
+        `facts`: entries of headrace.json beside the inputs.
+        """
         paths = [path for path in sorted(self.partial.rglob("*")) if path.is_file() and path not in (token, self.journal)]
         files = {str(path.relative_to(self.partial)): path.stat().st_size for path in paths}
         digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
@@ -186,7 +190,7 @@ class EngineDirectory:
         return sum(files.values())
 
     def built_version(self) -> str:
-        """The version of TensorRT-LLM that config.json of the directory under construction names."""
+        """The version of TensorRT-LLM in config.json of the directory under construction, "" where it has none."""
         try:
             return str(json.loads((self.partial / CONFIG).read_text()).get("version") or "")
         except (OSError, ValueError, AttributeError):
@@ -194,7 +198,7 @@ class EngineDirectory:
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
-    """headrace.json of an engine; nothing where there is none."""
+    """Read headrace.json of an engine; empty where there is none."""
     try:
         value = json.loads((directory / PROVENANCE).read_text())
     except (OSError, ValueError):
@@ -203,7 +207,7 @@ def read_provenance(directory: Path) -> dict[str, Any]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The inputs that are not the same, by name."""
+    """The names of the inputs that differ."""
     names = []
     for key in new:
         if key == "options" and isinstance(old.get(key), Mapping):

@@ -1,4 +1,4 @@
-"""The engines of a plan: each request knows what checkpoint it will be built from."""
+"""The requests for the engines of a plan, with the identity of the checkpoint that each will be built from."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.planning.engine_options import Request, job_requests
+from pipeline.planning.engine_options import EngineRequest, job_requests
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
 
 
-def plan_requests(plan: Plan) -> tuple[Request, ...]:
-    """The engines that a plan's job asks for, which know what checkpoint they will be built from."""
-    requests = job_requests(plan.job)
+def plan_requests(plan: Plan) -> tuple[EngineRequest, ...]:
+    """The requests for the engines that a plan's job asks for, with the identities of the planned checkpoints."""
+    requests = job_requests(plan.job.targets, plan.job.engine)
     if not requests:
         return ()
     outputs = {target.output.directory: target.output for target in plan.targets}
@@ -25,7 +25,7 @@ def plan_requests(plan: Plan) -> tuple[Request, ...]:
 
 
 def identity_of(checkpoint_id: str, config: str) -> dict[str, Any]:
-    """What tells a checkpoint that headrace writes from others: its id, and a digest of its config.json."""
+    """Identify a checkpoint that headrace writes by its id and a digest of its config.json."""
     return {"id": checkpoint_id, "config": digest(config)}
 
 

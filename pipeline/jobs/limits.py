@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.jobs.process import machine_memory
 from pipeline.jobs.rows import RunRow
-from pipeline.sinks.output import check_space
+from pipeline.sinks.output_checks import check_space
 
 THREADS = 8  # that one conversion keeps busy, at most
 

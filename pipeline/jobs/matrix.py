@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.planning.job import Job, anchored
+from pipeline.planning.job import Job
+from pipeline.planning.job_file import anchored
 
 # Names for what several of NVIDIA's flags say together.
 QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {

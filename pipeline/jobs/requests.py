@@ -28,7 +28,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import Table, read_toml, validate
 from pipeline.jobs.matrix import expand
 from pipeline.jobs.retry import Retry
-from pipeline.planning.job import Job, anchored, make_job
+from pipeline.planning.job import Job, make_job
+from pipeline.planning.job_file import anchored
 
 # Nobody looks at the dashboard of a conversion among many: without it one starts sooner, and runs faster.
 SCHEDULER = "threads"

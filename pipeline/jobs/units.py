@@ -21,7 +21,7 @@ from pipeline.jobs.rows import Conversion, Unit
 from pipeline.planning.job import Job, Shape, make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plans import Plan
-from pipeline.sinks.output import check_taken
+from pipeline.sinks.output_checks import check_taken
 from pipeline.sinks.scratch import DEFAULT_ROOT
 
 _OF_A_TARGET = {*Shape.model_fields, "output_dir", "target"}

@@ -1,1 +1,1 @@
-"""Models as data: the tables of `configs/`, what a configuration says, and the types and sizes that follow from it."""
+"""Models as data: the tables of `configs/`, a model's configuration, and the types and sizes that follow from it."""

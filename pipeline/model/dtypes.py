@@ -1,4 +1,4 @@
-"""One table of element types: safetensors names, NumPy types, TensorRT-LLM names, Zarr bit patterns.
+"""The table of element types: safetensors names, NumPy types, TensorRT-LLM names, Zarr types.
 
 bfloat16 and float8 are NumPy extension types from `ml_dtypes`. Zarr 3 stores neither, so their bit patterns are stored as
 unsigned integers of the same width (`zarr`).
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DType:
-    """One element type under all of its names. `target` is empty where no tensor of TensorRT-LLM has it."""
+    """One element type under all of its names. `target`: TensorRT-LLM's, "" where none of its tensors has the type."""
 
     safetensors: str
     numpy: np.dtype
@@ -43,17 +43,17 @@ TABLE: tuple[DType, ...] = (
 BY_SAFETENSORS = {row.safetensors: row for row in TABLE}
 BY_TARGET = {row.target: row for row in TABLE if row.target}
 _BY_NUMPY = {row.numpy: row for row in TABLE}
-MODEL_DTYPES = ("bfloat16", "float16", "float32")  # what weights are computed in
+MODEL_DTYPES = ("bfloat16", "float16", "float32")  # the types that a model can compute in
 
-# The order in which the safetensors library lays out tensors of different types in one file: its type enumeration, backwards.
+# The order of tensors of different types in one file, as the safetensors library writes them: its type enumeration, reversed.
 FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 def of_numpy(dtype: np.dtype) -> DType:
-    """The row of a NumPy type. Raises KeyError for a type that no checkpoint holds."""
+    """Return the table's row for a NumPy type. Raises KeyError for a type that no checkpoint holds."""
     return _BY_NUMPY[np.dtype(dtype)]
 
 
 def auto_dtype(source: str | None) -> str:
-    """TensorRT-LLM's `--dtype auto`: the source's type; float32, or none named, becomes float16 (checkpoint-format, section 5)."""
+    """Return the dtype that `--dtype auto` means: the source's; float16 for float32 or None (checkpoint-format, section 5)."""
     return "float16" if source in (None, "", "float32") else str(source)

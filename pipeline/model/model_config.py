@@ -1,4 +1,4 @@
-"""ModelConfig: a model's sizes and settings, from config.json, GGUF metadata or params.json by the family's table.
+"""ModelConfig: a model's sizes and settings, read from config.json, GGUF metadata or params.json by the family's table.
 
 config.json is read in both styles: top-level `rope_theta` / `rope_scaling` / `torch_dtype`, and transformers 5's
 `rope_parameters` / `dtype` (checkpoint-format, section 12).
@@ -12,13 +12,18 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.config_values import family_settings, typed_value, wrong_type
 from pipeline.model.rotary import LONG_ROPE, rotary_scaling
 from pipeline.model.tables import Family, layout
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the layout's tables may name. Sizes count elements; `head_size` 0 means hidden_size / num_attention_heads."""
+    """A model's sizes and settings; layout tables refer to them by the names of the attributes.
+
+    Sizes count elements. `head_size` is 0 only while it is being read: it then becomes hidden_size / num_attention_heads.
+    `tie_word_embeddings` is None where the source does not say. `settings`: values that only one family or layout has a use for.
+    """
 
     architecture: str
     vocab_size: int
@@ -64,7 +69,7 @@ class ModelConfig:
 
     @property
     def expert_intermediate_size(self) -> int:
-        """Rows of an expert's first projection: of its own size where the model has one."""
+        """Rows of an expert's first projection: `moe_intermediate_size` where the model has one, else `intermediate_size`."""
         return self.moe_intermediate_size or self.intermediate_size
 
     @property
@@ -73,7 +78,7 @@ class ModelConfig:
 
     @property
     def rotary_type(self) -> str:
-        """How positions are scaled, as the configuration names it; "default" for not at all."""
+        """The kind of position scaling by the configuration's name, such as "llama3"; "default" for none."""
         scaling = self.rotary_scaling or {}
         return str(scaling.get("rope_type", scaling.get("type", "default")))
 
@@ -83,21 +88,24 @@ class ModelConfig:
 
     @property
     def long_rope(self) -> Mapping[str, Any]:
-        """What a long rope says of itself (Phi-3's two lists of factors); nothing where positions are scaled otherwise."""
+        """The parameters of a long rope, such as Phi-3's two lists of factors; empty for any other kind of scaling."""
         scaling = dict(self.rotary_scaling or {}) if self.rotary_type in LONG_ROPE else {}
         if scaling and "original_positions" in self.settings:
-            # Some files keep beside `rope_scaling` how many positions the model was trained on before.
+            # Some files keep the original number of positions beside `rope_scaling` instead of inside it.
             scaling.setdefault("original_max_position_embeddings", self.settings["original_positions"])
         return scaling
 
     @property
     def scaled_attention_multiplier(self) -> float:
-        """As TensorRT-LLM counts it, on top of its own 1 / sqrt(head_size). The reference forgets that where the model says 1."""
+        """The attention multiplier for TensorRT-LLM, which itself multiplies by 1 / sqrt(head_size); the source's includes that.
+
+        NVIDIA's converter leaves out this correction where the model's multiplier is 1.
+        """
         return self.attention_multiplier * math.sqrt(self.head_size)
 
     @property
     def normalization_mode(self) -> int:
-        """Whether the weights of the chosen experts are brought to a sum of 1 (TensorRT-LLM's RENORMALIZE) or left (NONE)."""
+        """1 (RENORMALIZE) where the weights of the chosen experts are scaled to a sum of 1, 0 (NONE) where they are not."""
         return int(bool(self.settings.get("norm_topk_prob")))
 
     @property
@@ -105,20 +113,17 @@ class ModelConfig:
         return 1 / self.logits_scaling
 
     def dimension(self, name: str) -> int:
-        """A size by the name that layout tables use; a number stands for itself."""
+        """Return a size by its name in layout tables; a number as text, such as "1", is returned as that number."""
         return int(name) if name.isdigit() else int(getattr(self, name))
 
     def value(self, name: str) -> Any:
-        """What config.json's template and the tables call `name`: one of the settings, or a field; `a.b` is `b` of the table `a`.
-
-        None where there is neither.
-        """
+        """Return the setting or else the field called `name`, None where there is neither; `a.b` is entry `b` of the table `a`."""
         table, _, key = name.partition(".")
         value = self.settings[table] if table in self.settings else getattr(self, table, None)
         return value.get(key) if key and isinstance(value, Mapping) else value
 
 
-# The least and the greatest of each size: beyond, it is a mistake, and every layer and expert would be planned for nothing.
+# The least and the greatest value of each size. Anything else is a mistake in the file, and could make planning take for ever.
 _BOUNDS = {
     "vocab_size": (1, 1 << 31),
     "hidden_size": (1, 1 << 31),
@@ -134,13 +139,27 @@ _BOUNDS = {
     "shared_expert_intermediate_size": (0, 1 << 31),
 }
 _POSITIVE = ("norm_epsilon", "rotary_base", "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-_NOT_BY_KEY = ("architecture", "rotary_scaling", "settings")  # found in their own ways
+_NOT_BY_KEY = ("architecture", "rotary_scaling", "settings")  # fields that are not read through `family.fields`
 
 
 def model_config(config: Mapping[str, Any], family: Family, architecture: str, file: str) -> ModelConfig:
     """Read a model's configuration by the family's `[model_config]` rows.
 
-    Raises BadInput naming `file` and every key that is missing, has another type than expected, or contradicts another.
+    Parameters
+    ----------
+    config
+        The container's metadata: the object of config.json, GGUF's key-value pairs, or params.json.
+    family
+        The family, whose table says which keys hold which field.
+    architecture
+        The source's architecture, used where the family does not name its own.
+    file
+        The name of the configuration in messages.
+
+    Raises
+    ------
+    BadInput
+        Every key that is missing, has a value of another type or out of range, or contradicts another.
     """
     values: dict[str, Any] = {"architecture": family.architecture or architecture}
     problems = []
@@ -150,9 +169,9 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         keys = family.fields.get(spec.name, ())
         kind = str(spec.type).split(" |")[0]
         try:
-            value = _value(config, keys, kind)
+            value = typed_value(config, keys, kind)
         except (TypeError, ValueError, OverflowError):
-            problems.append(_wrong(file, keys, config, kind))
+            problems.append(wrong_type(file, keys, config, kind))
             continue
         if value is None:
             value = family.defaults.get(spec.name)
@@ -176,7 +195,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             remedy = "Give head_dim, or mend one of them"
             raise BadInput([Problem(f"{file}: hidden_size", str(hidden), f"a multiple of num_attention_heads = {heads}", remedy)])
         values["head_size"] = hidden // heads
-    model = ModelConfig(**values, settings=_settings(config, family))
+    model = ModelConfig(**values, settings=family_settings(config, family))
     problems = [p for name, allowed in family.expect.items() for p in _unexpected(name, model, allowed, family, file)]
     problems += _layer_types(model, file)
     if problems:
@@ -184,18 +203,8 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
     return model
 
 
-def _settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Each setting as the configuration has it, null too; where it has no such key, the family's default."""
-    result = {}
-    for name, keys in family.settings.items():
-        found = [value for key in keys if (value := lookup(config, key)) is not None]
-        absent = not found and not any(key in config for key in keys)
-        result[name] = found[0] if found else family.defaults.get(name) if absent else None
-    return result
-
-
 def _layer_types(model: ModelConfig, file: str) -> list[Problem]:
-    """Local and full layers must alternate as the pattern says, which is all that TensorRT-LLM is told."""
+    """Check that sliding and full layers alternate as `sliding_window_pattern` says: TensorRT-LLM is told the pattern only."""
     types, pattern = model.settings.get("layer_types"), model.settings.get("sliding_window_pattern")
     if not types or not pattern:
         return []
@@ -239,39 +248,3 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
         elif not 1 <= chosen <= experts:
             problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
     return problems
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """`config[key]`, where a dotted key that is not there itself names a nested table; None where there is nothing."""
-    if config.get(key) is not None:
-        return config[key]
-    head, _, rest = key.partition(".")
-    inner = config.get(head)
-    return lookup(inner, rest) if rest and isinstance(inner, Mapping) else None
-
-
-def _value(config: Mapping[str, Any], keys: tuple[str, ...], kind: str) -> Any:
-    found = [value for value in (lookup(config, key) for key in keys) if value is not None]
-    if not found:
-        return None
-    if kind == "bool":
-        if not all(isinstance(value, bool) for value in found):
-            raise TypeError
-        return any(found)
-    value = found[0]
-    if kind == "str":
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    if kind == "int" and value != int(value):
-        raise ValueError
-    # A float keeps the type that the file gave it: TensorRT-LLM compares values, not spellings.
-    return int(value) if kind == "int" else value
-
-
-def _wrong(file: str, keys: tuple[str, ...], config: Mapping[str, Any], kind: str) -> Problem:
-    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}[kind]
-    key = next(key for key in keys if lookup(config, key) is not None)
-    return Problem(f"{file}: {key}", repr(lookup(config, key)), expected)

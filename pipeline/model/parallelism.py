@@ -1,4 +1,4 @@
-"""How a model is spread over GPUs: tensor-, pipeline- and expert-parallel sizes, and each rank's place in them."""
+"""The split of a model over GPUs: tensor-, pipeline- and expert-parallel sizes, and each rank's place in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rank:
-    """One output file's place: `index` = N of `rankN.safetensors` = tp + pp * tp_size."""
+    """The place of one output file, `rankN.safetensors` with N = `index` = tp + pp * tp_size, in each parallel dimension."""
 
     index: int
     tp: int
@@ -18,9 +18,9 @@ class Rank:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Sizes as TensorRT-LLM's `Mapping` has them; `moe_tp_size * moe_ep_size == tp_size`.
+    """The parallel sizes, as in TensorRT-LLM's `Mapping`. It requires `moe_tp_size * moe_ep_size == tp_size`.
 
-    Context parallelism multiplies the world size but not the files.
+    Context parallelism (`cp_size`) multiplies the number of GPUs but not of files: its ranks share files.
     """
 
     tp_size: int = 1
@@ -31,7 +31,7 @@ class Parallelism:
 
     @classmethod
     def resolve(cls, tp_size: int, pp_size: int = 1, cp_size: int = 1, moe_tp_size: int = 0, moe_ep_size: int = 0) -> Parallelism:
-        """Fill in the expert sizes that were not given (0 or -1): all of tp_size is tensor-parallel unless said otherwise."""
+        """Fill in the expert sizes that were not given (0 or -1); by default all of `tp_size` is tensor-parallel."""
         if moe_ep_size <= 0:
             moe_ep_size = max(tp_size // moe_tp_size, 1) if moe_tp_size > 0 else 1
         if moe_tp_size <= 0:
@@ -43,20 +43,23 @@ class Parallelism:
         return self.tp_size * self.pp_size * self.cp_size
 
     def ranks(self) -> tuple[Rank, ...]:
-        """All output ranks, in the order of their files."""
+        """Return all output ranks, in the order of their files."""
         return tuple(
             Rank(n, n % self.tp_size, n // self.tp_size, n % self.tp_size // self.moe_ep_size, n % self.tp_size % self.moe_ep_size)
             for n in range(self.tp_size * self.pp_size)
         )
 
     def layers(self, pp_rank: int, num_layers: int) -> range:
-        """The global layers of a pipeline stage, as `torch.tensor_split`: the first `num_layers % pp_size` stages get one more."""
+        """Return a pipeline stage's layers by global number; the first `num_layers % pp_size` stages have one more than the others.
+
+        This is how `torch.tensor_split` divides.
+        """
         size, extra = divmod(num_layers, self.pp_size)
         start = pp_rank * size + min(pp_rank, extra)
         return range(start, start + size + (pp_rank < extra))
 
     def mapping(self) -> dict[str, int]:
-        """config.json's `mapping`: the keys that every version from 0.13 to 1.2.1 accepts (checkpoint-format, section 12)."""
+        """Return config.json's `mapping`: the keys that all versions from 0.13 to 1.2.1 accept (checkpoint-format, section 12)."""
         return {
             "world_size": self.world_size,
             "gpus_per_node": 8,

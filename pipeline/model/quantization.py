@@ -1,6 +1,4 @@
-"""Quantization of a target: the algorithm by TensorRT-LLM's name, and what config.json says of it (quantized layouts, section
-9).
-"""
+"""Quantization of a target: the algorithm by TensorRT-LLM's name, and its block in config.json (quantized layouts, section 9)."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# In the order of config.json. Those of an unquantized target; quantized ones replace what differs.
+# The `quantization` block of an unquantized target, in config.json's order; a quantized target replaces some values.
 DEFAULTS: dict[str, Any] = {
     "quant_algo": None,
     "kv_cache_quant_algo": None,
@@ -20,19 +18,32 @@ DEFAULTS: dict[str, Any] = {
     "pre_quant_scale": False,
     "exclude_modules": None,
 }
-WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # bits of the codes
+WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # algorithm -> bits of an integer code
 GROUPWISE = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
 FP8, FP8_ROWWISE, AWQ = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ"
-CLAMP = 1200.0  # of activations, and of weights before they are quantized by row
+CLAMP = 1200.0  # FP8 by row clamps activations, and weights before they are quantized, to this absolute value
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a target's linear modules are quantized.
+    """The quantization of a target's linear modules.
 
-    `algorithm`: None for not at all. `from_numbers`: the source's weights are numbers, or turned into them first; otherwise its
-    codes are kept. `sm`: the GPU generation that the kernel's layout is for. `group_size`: in-features of a group. `clamp`: FP8's
-    bound. `meta_recipe`: attention and the first and last layers stay unquantized. `fp8_kv_cache`: the cache's scales are written.
+    Parameters
+    ----------
+    algorithm
+        TensorRT-LLM's name of it; None for an unquantized target.
+    from_numbers
+        Quantize from floating-point weights, dequantizing the source first where it is packed; otherwise keep the source's codes.
+    sm
+        The GPU generation (80 for SM 8.0) whose kernels the weights are arranged for.
+    group_size
+        The number of in-features that share a scale.
+    clamp
+        The absolute bound of FP8 by row.
+    meta_recipe
+        Leave attention and the first and last layers unquantized.
+    fp8_kv_cache
+        Write scales for an FP8 key-value cache.
     """
 
     algorithm: str | None = None
@@ -45,13 +56,13 @@ class Quantization:
 
     @property
     def bits(self) -> int:
-        """The width of integer codes; 0 where there are none."""
+        """The width of an integer code in bits; 0 where weights have no integer codes."""
         return {**WEIGHT_ONLY, **GROUPWISE, AWQ: 4}.get(self.algorithm or "", 0)
 
     def config(self) -> dict[str, Any]:
-        """config.json's `quantization` block."""
+        """Return config.json's `quantization` block."""
         grouped = self.algorithm in GROUPWISE
-        set_ = {
+        values = {
             "quant_algo": self.algorithm,
             "kv_cache_quant_algo": "FP8" if self.fp8_kv_cache else None,
             "group_size": self.group_size if grouped or self.algorithm == AWQ else DEFAULTS["group_size"],
@@ -60,15 +71,15 @@ class Quantization:
             "has_zero_point": grouped,
             "pre_quant_scale": self.algorithm == AWQ,
         }
-        return {**DEFAULTS, **set_}
+        return {**DEFAULTS, **values}
 
     def config_set(self) -> dict[str, Any]:
-        """Of that block the algorithm, and what is not the default."""
+        """Return the entries of that block that differ from DEFAULTS, and `quant_algo` in any case."""
         return {key: value for key, value in self.config().items() if key == "quant_algo" or value != DEFAULTS[key]}
 
 
 def packing_bits(settings: Mapping[str, Any]) -> int:
-    """The width of compressed-tensors' weights, as its settings say; 0 where that is no width."""
+    """Return the bits of a weight's code by the settings of compressed-tensors, 4 by default; 0 where `num_bits` is no integer."""
     groups = settings.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights = first.get("weights") if isinstance(first, Mapping) else None

@@ -1,4 +1,4 @@
-"""How a model's configuration says that rotary positions are scaled, in both styles of config.json."""
+"""Read the scaling of rotary positions from a model's configuration, in both styles of config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
 
 
 def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`rope_scaling` as it is, or what transformers 5 keeps in `rope_parameters`; None where positions are not scaled."""
+    """Return `rope_scaling` as it is, or its equivalent from transformers 5's `rope_parameters`; None where nothing is scaled.
+
+    Raises TypeError where either is not an object.
+    """
     scaling = config.get("rope_scaling")
     if scaling is not None:
         if not isinstance(scaling, Mapping):
@@ -20,7 +23,7 @@ def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(parameters, Mapping):
         raise TypeError
-    # A model with two kinds of layers has parameters for each; the full ones are those that can be scaled.
+    # A model with sliding and full layers has parameters for each kind; only those of full layers can be scaled.
     parameters = parameters.get("full_attention", parameters)
     rest = {key: value for key, value in dict(parameters).items() if key not in ("rope_theta", "partial_rotary_factor")}
     return None if rest.get("rope_type", "default") == "default" else rest

@@ -1,55 +1,33 @@
-"""The data files of `configs/`: families (how a source names things) and layouts (what a target module is and how it is split).
+"""Load the tables of `configs/`: families (a source's names and sizes) and layouts (a target's modules and how they are split).
 
-Tables map modules, not tensors: `weight`, `bias` and every quantized parameter follow their module's one row. Patterns hold
-`{layer}` and `{expert}` where names hold numbers. A file may `extends` another of its folder: tables merge key by key, and
-`remove` lists rows of the parent that do not apply.
+Tables map modules, not tensors: `weight`, `bias` and every quantized parameter of a module follow its one row. Patterns have
+`{layer}` and `{expert}` in the place of numbers. A file may extend another of its folder with the key `extends`: their tables are
+merged key by key, and `remove` lists the parent's rows that do not apply.
 """
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
+
+from pipeline.model.patterns import PatternTable
+from pipeline.model.table_files import load_table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In the wheel a folder of the package, in the repository a folder beside it.
 CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
 
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
-T = TypeVar("T")
-
-
-class PatternTable(Generic[T]):
-    """Rows by pattern, found by a concrete name in one dictionary look-up."""
-
-    def __init__(self, rows: Iterable[tuple[str, T]]) -> None:
-        self._rows = {_PLACEHOLDER.sub("{}", pattern): (tuple(_PLACEHOLDER.findall(pattern)), row) for pattern, row in rows}
-
-    def find(self, name: str) -> tuple[T, dict[str, int]] | None:
-        """The row whose pattern `name` fits and the numbers at its placeholders, or None."""
-        found = self._rows.get(_NUMBER.sub("{}", name))
-        if found is None:
-            return None
-        names, row = found
-        numbers = _NUMBER.findall(name)
-        # A name may hold the braces themselves.
-        if len(names) != len(numbers) or max(map(len, numbers), default=0) > 9:
-            return None
-        return row, dict(zip(names, map(int, numbers), strict=True))
-
 
 @dataclass(frozen=True)
 class RenameRow:
-    """One source module's new names, and the operation of `pipeline/model/operations.py` that its rows go through ("" for none).
+    """The new name or names of a source module.
 
-    Several names: a fused module, whose rows are those of each in turn; in `groups` repetitions (a ModelConfig size) where the
-    source interleaves them.
+    `to`: several names for a fused source module, whose rows are those of each in turn. `groups`: the ModelConfig size that says in
+    how many repetitions the source interleaves those rows; "" for one. `operation`: the operation of `pipeline.model.operations`
+    that the values go through, "" for none; `period`: the ModelConfig size that is its period in rows.
     """
 
     to: tuple[str, ...]
@@ -60,7 +38,11 @@ class RenameRow:
 
 @dataclass(frozen=True)
 class Omission:
-    """Source parameters that a layout has no place for and the reference leaves out, under the flag that says so."""
+    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does unless the job says otherwise.
+
+    `modules`: patterns of renamed modules. `flag`: the field of ModelConfig that says whether the model has such parameters, and
+    the option of the job that says whether they are kept. `reason`: what the plan reports of a tensor that is left out.
+    """
 
     modules: tuple[str, ...]
     parameter: str
@@ -70,10 +52,36 @@ class Omission:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: how its checkpoints name things, and where they keep their sizes.
+    """A model family: the names of modules and the keys of sizes in its checkpoints.
 
-    `settings`: values of the configuration that go to the target's as they are: name -> keys to look for, `defaults` otherwise.
-    `expect`: what a field of ModelConfig may be where TensorRT-LLM's model class has no choice.
+    Parameters
+    ----------
+    name
+        The stem of its file in `configs/families`.
+    container, architectures
+        The container and the architectures in it that the family applies to.
+    architecture
+        TensorRT-LLM's architecture; "" for the source's own.
+    layout
+        The name of the target's layout.
+    rename
+        The row of each source module, by pattern.
+    ignore
+        Patterns of source modules that hold nothing to convert.
+    omit
+        Parameters that are left out, with the reason.
+    ties
+        Renamed modules and, for each, the one whose weight it shares in a model with tied embeddings.
+    fields
+        The configuration keys of each field of ModelConfig; the first that is present counts.
+    settings
+        The configuration keys of each value that ModelConfig.settings takes as it is.
+    defaults
+        The value of a field or setting that the configuration does not have.
+    expect
+        The values that a field or setting may have where TensorRT-LLM's model class supports no others.
+    config
+        Rows that are laid over the layout's config.json template.
     """
 
     name: str
@@ -92,20 +100,26 @@ class Family:
     config: Mapping[str, Any]
 
     def rows(self) -> PatternTable[RenameRow]:
+        """Return the rename rows by pattern."""
         return PatternTable(self.rename.items())
 
     def ignored(self) -> PatternTable[None]:
+        """Return the patterns of ignored modules."""
         return PatternTable((pattern, None) for pattern in self.ignore)
 
     def sources(self) -> PatternTable[str]:
-        """The way back: target modules to the patterns of the source modules that they come from."""
-        # Of two rows to one target the first counts, which is what checkpoints on disk have.
+        """Return the reverse mapping: for each renamed module, the pattern of the source module that it comes from."""
+        # Where two rows lead to one target, the first counts: it is the name that checkpoints on disk have.
         return PatternTable((to, pattern) for pattern, row in reversed(list(self.rename.items())) for to in row.to)
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the sources that a fused module is made of, in the order of its rows. `heads` names the unit it is split by."""
+class FusedPart:
+    """One of the sources whose rows make up a fused target module, in order.
+
+    `out`: the ModelConfig size that is its number of rows. `heads`: the ModelConfig size that is the number of heads it is split
+    by, "" where it is split by rows.
+    """
 
     name: str
     out: str
@@ -114,19 +128,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Module:
-    """A target module. Sizes are names of ModelConfig's attributes, or numbers.
+    """A module of the target. Sizes are names of ModelConfig's attributes, or numbers as text.
 
-    `split`: "column" (splits `out`), "row" (splits `in`), "replicate", or "embedding" (as the parallel-embedding options say).
-    `pad`: zero rows at the end of `out` until tp_size divides it. `ranks`: "first", "last" or "all" stages, for a module
-    outside the layers. `bias`: the ModelConfig flag under which the module has one; `when`: under which there is a module at all.
-    `experts`: a stack, one matrix an expert.
+    Parameters
+    ----------
+    name
+        TensorRT-LLM's name, with `{layer}` for a module of every layer.
+    split
+        "column" (splits axis `out`), "row" (splits axis `in`), "replicate", or "embedding" (as the parallel-embedding options say).
+    out, in_
+        The sizes of a weight's axes, [out_features, in_features].
+    parts
+        The sources of a fused module.
+    bias
+        The ModelConfig flag that says whether the module has a bias; "" for never.
+    when
+        The ModelConfig flag that says whether there is such a module; "" for always.
+    dtype
+        The type of its values where that is not the target's.
+    ranks
+        The pipeline stages that have a module outside the layers: "first", "last" or "all".
+    pad
+        Add zero rows at the end of `out` until tp_size divides it.
+    experts
+        The module is a stack with one matrix for each expert.
     """
 
     name: str
     split: str
     out: str = ""
     in_: str = ""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[FusedPart, ...] = ()
     bias: str = ""
     when: str = ""
     dtype: str = ""
@@ -136,20 +168,26 @@ class Module:
 
     @property
     def in_layer(self) -> bool:
+        """Whether every layer has such a module."""
         return "{layer}" in self.name
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a renamed module belongs: the target module, which part of it, which layer and expert (None: all in one stack)."""
+    """The place of a renamed source module in the target.
+
+    `module`: the target module. `part`: the part of a fused one that it is; None for all of it. `layer`: None outside the layers.
+    `expert`: None outside experts, and for an array of all experts.
+    """
 
     module: Module
-    part: Part | None
+    part: FusedPart | None
     layer: int | None
     expert: int | None
 
     @property
     def out(self) -> str:
+        """The size of axis `out`, as tables name it: the part's own, else the module's."""
         return self.part.out if self.part else self.module.out
 
     @property
@@ -165,21 +203,21 @@ class Layout:
     name: str
     modules: Mapping[str, Module]
     config: Mapping[str, Any]
-    _slots: PatternTable[tuple[Module, Part | None]] = field(repr=False, compare=False)
+    _slots: PatternTable[tuple[Module, FusedPart | None]] = field(repr=False, compare=False)
 
     def find(self, name: str) -> Slot | None:
-        """The slot of a renamed module, e.g. `transformer.layers.3.attention.qkv.q`; None where the layout has no such module."""
-        found = self._slots.find(name)
-        if found is None:
+        """Return the slot of a renamed module such as `transformer.layers.3.attention.qkv.q`; None where the layout has none."""
+        match = self._slots.find(name)
+        if match is None:
             return None
-        (module, part), numbers = found
+        (module, part), numbers = match
         return Slot(module, part, numbers.get("layer"), numbers.get("expert"))
 
 
-def slot_names(module: Module) -> Iterable[tuple[str, Part | None]]:
-    """The names under which the sources of `module` are known after renaming: one a part, experts one by one or stacked."""
+def slot_names(module: Module) -> Iterable[tuple[str, FusedPart | None]]:
+    """Yield the names that the sources of `module` have after renaming, each with its part: experts stacked and one by one."""
     if module.parts:
-        yield module.name, None  # what all parts have in common, such as one scale
+        yield module.name, None  # for parameters that all parts share, such as a common scale
     for part in module.parts or (None,):
         suffix = f".{part.name}" if part else ""
         yield module.name + suffix, part
@@ -189,11 +227,11 @@ def slot_names(module: Module) -> Iterable[tuple[str, Part | None]]:
 
 @cache
 def layout(name: str) -> Layout:
-    """Load `configs/layouts/{name}.toml`."""
-    data = _load("layouts", name)
+    """Load `configs/layouts/{name}.toml`. Raises FileNotFoundError where there is no such layout."""
+    data = load_table(CONFIGS / "layouts", name)
     modules = {}
     for module_name, row in data["modules"].items():
-        parts = tuple(Part(**part) for part in row.get("parts", ()))
+        parts = tuple(FusedPart(**part) for part in row.get("parts", ()))
         rest = {("in_" if key == "in" else key): value for key, value in row.items() if key != "parts"}
         modules[module_name] = Module(module_name, parts=parts, **rest)
     slots = PatternTable((slot, (module, part)) for module in modules.values() for slot, part in slot_names(module))
@@ -202,12 +240,12 @@ def layout(name: str) -> Layout:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family of `configs/families`, in the order of their file names."""
+    """Load all families of `configs/families`, in the order of their file names."""
     return tuple(_family(path.stem) for path in sorted((CONFIGS / "families").glob("*.toml")))
 
 
 def find_family(container: str, architecture: str) -> Family | None:
-    """The family that lists `architecture` for this kind of container."""
+    """Return the family that lists `architecture` for this kind of container; None where there is none."""
     for family in families():
         if family.container == container and architecture in family.architectures:
             return family
@@ -215,7 +253,7 @@ def find_family(container: str, architecture: str) -> Family | None:
 
 
 def _family(name: str) -> Family:
-    data = _load("families", name)
+    data = load_table(CONFIGS / "families", name)
     return Family(
         name=name,
         container=data["container"],
@@ -240,26 +278,3 @@ def _rename_row(row: str | Mapping[str, Any]) -> RenameRow:
 
 def _names(value: str | Iterable[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _load(folder: str, name: str) -> dict[str, Any]:
-    data = tomllib.loads((CONFIGS / folder / f"{name}.toml").read_text())
-    parent_name = data.pop("extends", None)
-    if parent_name is None:
-        return data
-    parent = _load(folder, parent_name)
-    if folder == "layouts" and "config" in data:
-        parent.pop("config")  # a layout's template is whole: the order of its keys is the reference's
-    merged = merge(parent, data)
-    for pattern in merged.pop("remove", ()):
-        merged["modules" if folder == "layouts" else "rename"].pop(pattern)
-    return merged
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid upon it, tables key by key; new keys come last."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
-    return result

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's config.json, from the layout's template and the model's values (checkpoint-format, sections 5 and 6)."""
+"""Make TensorRT-LLM's config.json from the layout's template and the model's values (checkpoint-format, sections 5 and 6)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.model.model_config import ModelConfig
-from pipeline.model.tables import merge
+from pipeline.model.table_files import merge
 
 
 def target_config(
     template: Mapping[str, Any], over: Mapping[str, Any], model: ModelConfig, target: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fill the layout's `template`, and lay the family's rows `over` it, from the target's values and the model's.
+    """Return config.json: the layout's `template` with the family's rows `over` it, filled with values of target and model.
 
-    "$name" is a value, "$name?" one whose key is left out where it is null, "$null" null, and "$omit" leaves the key out.
+    In both, "$name" stands for the value of that name, from `target` or else from `model`; "$name?" for the same, but the key is
+    left out where it is null; "$null" for null; and "$omit" leaves the key out. The order of keys is the template's.
     """
 
     def fill(value: Any) -> Any:
@@ -25,18 +26,18 @@ def target_config(
         name = value[1:].removesuffix("?")
         if name in ("null", "omit"):
             return None if name == "null" else _Omitted
-        found = target[name] if name in target else model.value(name)
-        return _Omitted if found is None and value.endswith("?") else found
+        filled = target[name] if name in target else model.value(name)
+        return _Omitted if filled is None and value.endswith("?") else filled
 
-    def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    def without_omitted(values: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: kept(value) if isinstance(value, Mapping) and value else value
+            key: without_omitted(value) if isinstance(value, Mapping) and value else value
             for key, value in values.items()
             if value is not _Omitted
         }
 
-    return kept(merge(fill(template), fill(over)))
+    return without_omitted(merge(fill(template), fill(over)))
 
 
 class _Omitted:
-    """In the place of a value whose key is to be left out."""
+    """Stands for a value whose key is to be left out."""

@@ -1,6 +1,7 @@
-"""The options of trtllm-build: which there are, what values they take, and the words of a command line that say them.
+"""The options of trtllm-build: their names, the values that they take, and the words of a command line that give them.
 
-Which there are is what the builder's own --help says, where there is a builder; else `configs/engine/trtllm-build-{VERSION}.toml`.
+The options are those that the builder's own --help lists, where there is a builder; otherwise those of
+`configs/engine/trtllm-build-{VERSION}.toml`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.model.tables import CONFIGS
 
 VERSION = "1.2.1"
 SWITCH = {"enable", "disable"}
-LEAST = 10  # fewer options than these: the text is no help of trtllm-build
+LEAST = 10  # a text that lists fewer options is not trtllm-build's help
 
 _LISTED = re.compile(r"\s{1,8}(-\w, )?--\w")
 _NAME = re.compile(r"--([\w-]+)")
@@ -26,11 +27,11 @@ _CHOICES = re.compile(r"\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
-class Option:
+class BuilderOption:
     """One option of the builder.
 
-    `values`: how many it takes. `choices`: all that it takes, where there is a list. `refused`: why headrace does not pass it on.
-    `inert`: the engine is the same whatever its value.
+    `values`: how many it takes. `choices`: the values that it accepts; empty for any. `refused`: why headrace does not pass it on;
+    "" where it does. `inert`: the engine is the same whatever its value.
     """
 
     values: Literal["none", "one", "many"] = "one"
@@ -40,27 +41,27 @@ class Option:
     inert: bool = False
 
 
-Table = Mapping[str, Option]
+OptionTable = Mapping[str, BuilderOption]
 Arguments = Mapping[str, tuple[str, ...]]  # the words that follow each option
 
 
 @cache
-def known_options() -> Table:
-    """The options of trtllm-build 1.2.1, by name without dashes."""
+def known_options() -> OptionTable:
+    """Load the options of trtllm-build 1.2.1, by name without the leading dashes."""
     data = tomllib.loads((CONFIGS / "engine" / f"trtllm-build-{VERSION}.toml").read_text())
-    return {name: Option(**{**row, "choices": tuple(row.get("choices", ()))}) for name, row in data.items()}
+    return {name: BuilderOption(**{**row, "choices": tuple(row.get("choices", ()))}) for name, row in data.items()}
 
 
-def parse_help(text: str) -> Table:
-    """The options that an argparse --help lists; none where the text is something else.
+def parse_help(text: str) -> OptionTable:
+    """Parse the options that an argparse --help lists; return none where the text is something else.
 
-    What a help does not say (that a value is a number or a path, what headrace refuses) is taken from `known_options`.
+    What the help does not say (that a value is a number or a path, that headrace refuses it) is taken from `known_options`.
     """
-    found: dict[str, Option] = {}
+    options: dict[str, BuilderOption] = {}
     for line in text.splitlines():
         if not _LISTED.match(line):
             continue
-        # The option and its values stand two spaces or more before what it is about.
+        # Two or more spaces separate the option and its values from its description.
         invocation = re.split(r"\s{2,}", line.strip())[0]
         names = [name.replace("-", "_") for name in _NAME.findall(invocation)]
         rest = _NAME.sub("", invocation).strip(" ,-h")
@@ -68,35 +69,39 @@ def parse_help(text: str) -> Table:
         choices = tuple(dict.fromkeys(listed[1].split(","))) if listed else ()
         values: Literal["none", "one", "many"] = "none" if not rest else "many" if "..." in rest else "one"
         for name in names:
-            known = known_options().get(name, Option())
-            found[name] = replace(known, values=values, choices=choices)
-    return found if len(found) >= LEAST else {}
+            known = known_options().get(name, BuilderOption())
+            options[name] = replace(known, values=values, choices=choices)
+    return options if len(options) >= LEAST else {}
 
 
-def arguments(values: Mapping[str, Any], table: Table) -> Arguments:
-    """The words that say `values` (as a job file or a command line has them); false flags are left out.
+def arguments(values: Mapping[str, Any], table: OptionTable) -> Arguments:
+    """Return the words that follow each option on a command line, for values as a job file or a command line has them.
 
-    Numbers become text, true and false `enable` and `disable` where the option takes these.
+    Numbers become text; true and false become `enable` and `disable` where the option accepts these. Flags that are false are left
+    out.
     """
     words = {}
     for name, value in values.items():
-        option = table.get(name, Option("none" if isinstance(value, bool) else "one"))
+        option = table.get(name, BuilderOption("none" if isinstance(value, bool) else "one"))
         if isinstance(value, bool) and set(option.choices) >= SWITCH:
             value = "enable" if value else "disable"
         if value is False and option.values == "none":
             continue
-        given = () if value is True else value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        words[name] = tuple(map(str, given))
+        items = () if value is True else value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        words[name] = tuple(map(str, items))
     return words
 
 
 def command_words(given: Arguments) -> list[str]:
-    """The words of a command line, in the order given."""
+    """Return the words of a command line, in the order of `given`."""
     return [word for name, values in given.items() for word in (f"--{name}", *values)]
 
 
-def check_options(given: Arguments, table: Table, prefix: str = "--") -> list[Problem]:
-    """What the builder would not take: unknown names, with the nearest known ones, and values."""
+def check_options(given: Arguments, table: OptionTable, prefix: str = "--") -> list[Problem]:
+    """Check options against those that the builder knows: return a problem for each unknown name, refused option and wrong value.
+
+    `prefix`: the text before an option's name in messages.
+    """
     problems = []
     for name, values in given.items():
         option, subject = table.get(name), f"{prefix}{name}"
@@ -111,8 +116,8 @@ def check_options(given: Arguments, table: Table, prefix: str = "--") -> list[Pr
     return problems
 
 
-def _values(values: tuple[str, ...], option: Option) -> list[tuple[str, str]]:
-    """What was found, and what was expected, of each value that is wrong."""
+def _values(values: tuple[str, ...], option: BuilderOption) -> list[tuple[str, str]]:
+    """Return (what was found, what was expected) for each wrong value or wrong number of values."""
     counts = {"none": (0, "no value"), "one": (1, "one value")}
     if option.values in counts:
         count, expected = counts[option.values]

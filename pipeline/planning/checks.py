@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,18 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantize import alignment, unfit, without_kernel
+from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
     import dask.array as da
 
+    from pipeline.model.quantization import Quantization
+    from pipeline.planning.opening import OpenedSource
     from stages.rename import Matches
-    from stages.shard import Sharding
 
 WEIGHTS = {"F64", "F32", "F16", "BF16"}
 TYPES = {"codes4": {"U8"}, "codes8": {"U8"}, "offsets": {"I16"}, "fp8": {"F8_E4M3"}, "group_index": {"I32", "I64"}}
@@ -31,6 +35,54 @@ SCHEMES = {
 }
 
 
+def check_request(opened: OpenedSource) -> list[Problem]:
+    """What is wrong with the output directories and the options, whatever the tensors hold."""
+    problems = [*opened.output_problems, *_refused_biases(opened), *_unfit_options(opened)]
+    of_shapes = (problem for sharding in opened.shardings for problem in (*divisibility(sharding), *embedding_options(sharding)))
+    return [*problems, *dict.fromkeys(of_shapes)]
+
+
+def check_canonical(opened: OpenedSource, tensors: TensorMap) -> list[Problem]:
+    """What is wrong with the tensors after unpacking: fused rows, names, shapes and types, and tied copies that are none."""
+    source, matches = opened.source, opened.matches
+    fused = check_fused(source, matches)
+    return [*(fused or check_tensors(tensors, matches, opened.shardings[0], opened.family)), *check_ties(source, matches.copies)]
+
+
+def check_targets(opened: OpenedSource, chosen: Sequence[Quantization], tensors: TensorMap, sound: bool) -> list[Problem]:
+    """What TensorRT-LLM's classes and kernels would not take of each target: codes of another kind, shares that are no whole tiles.
+
+    `sound`: nothing else is wrong with the tensors, so that their values and shares can be asked after.
+    """
+    problems: list[Problem] = []
+    for quantization, sharding in zip(chosen, opened.shardings, strict=True):
+        problems += without_kernel(sharding, quantization)
+        if sound and not problems:
+            problems += unfit(tensors, sharding, quantization, opened.matches.origin)
+        if sound and not problems:
+            problems += alignment(sharding, quantization, tp_sizes(sharding.model, sharding))
+    return problems
+
+
+def _refused_biases(opened: OpenedSource) -> list[Problem]:
+    if opened.job.mlp_bias != "refuse":
+        return []
+    omitted = set(opened.matches.left_out) - set(opened.matches.copies)
+    return [Problem(str(name), "a bias of the MLP", "none, as --mlp_bias is refuse") for name in sorted(omitted)]
+
+
+def _unfit_options(opened: OpenedSource) -> list[Problem]:
+    """Options that this source, or another option, has no use for."""
+    job, source, problems = opened.job, opened.source, []
+    if job.copy_tokenizer and not source.companions:
+        expected = "a Hugging Face directory with its tokenizer"
+        problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.location}", expected))
+    if "://" in (job.scratch or "") and "shard" in job.cuts:
+        remedy = "Cut after another stage, or give --scratch a directory"
+        problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))
+    return problems
+
+
 def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
     """The parameters that TensorRT-LLM's loader asks of a module, by config.json alone."""
     if module.when and not getattr(model, module.when):
@@ -38,21 +90,21 @@ def parameters(module: Module, model: ModelConfig) -> tuple[str, ...]:
     return ("weight", "bias") if module.bias and getattr(model, module.bias) else ("weight",)
 
 
-def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tuple[str, Slot, str]]:
+def expected(sharding: Sharding, tensors: Mapping[TensorName, object]) -> Iterator[tuple[TensorName, Slot, str]]:
     """Every tensor that a target needs after unpacking: (name, slot, parameter).
 
     Experts are asked for one by one, unless their stack is there; a quantized module for its codes and scales.
     """
     model = sharding.model
 
-    def of_module(base: str, slot: Slot, parameter: str) -> Iterator[tuple[str, Slot, str]]:
-        codes = next((name for name in SCHEMES if f"{base}.{name}" in tensors), "") if parameter == "weight" else ""
+    def of_module(base: str, slot: Slot, parameter: str) -> Iterator[tuple[TensorName, Slot, str]]:
+        codes = next((name for name in SCHEMES if TensorName(base, name) in tensors), "") if parameter == "weight" else ""
         if not codes:
-            yield f"{base}.{parameter}", slot, parameter
+            yield TensorName(base, parameter), slot, parameter
             return
         required, optional = SCHEMES[codes]
-        for name in (codes, *required, *(name for name in optional if f"{base}.{name}" in tensors)):
-            yield f"{base}.{name}", slot, name
+        for name in (codes, *required, *(name for name in optional if TensorName(base, name) in tensors)):
+            yield TensorName(base, name), slot, name
 
     for module in sharding.layout.modules.values():
         for layer in range(model.num_hidden_layers) if module.in_layer else (None,):
@@ -60,7 +112,7 @@ def expected(sharding: Sharding, tensors: Mapping[str, object]) -> Iterator[tupl
             for part in module.parts or (None,):
                 suffix = f".{part.name}" if part else ""
                 for parameter in parameters(module, model):
-                    if not module.experts or f"{base}{suffix}.{parameter}" in tensors:
+                    if not module.experts or TensorName(f"{base}{suffix}", parameter) in tensors:
                         yield from of_module(f"{base}{suffix}", Slot(module, part, layer, None), parameter)
                         continue
                     for expert in range(model.num_experts):
@@ -77,14 +129,14 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
             remedy = "Fetch the missing shard, or mend the configuration"
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
     for name, array in tensors.items():
-        source = matches.origin(name)
+        source = str(matches.origin(name))
         if name not in wanted:
             remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
         elif array.shape != wanted[name]:
             problems.append(Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration"))
-        elif of_numpy(array.dtype).safetensors not in TYPES.get(name.rpartition(".")[2], WEIGHTS):
-            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(TYPES.get(name.rpartition(".")[2], WEIGHTS)))
+        elif of_numpy(array.dtype).safetensors not in TYPES.get(name.parameter, WEIGHTS):
+            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(TYPES.get(name.parameter, WEIGHTS)))
             problems.append(Problem(source, f"values of type {found}", f"weights of type {types}"))
     return problems
 
@@ -98,37 +150,26 @@ def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Shar
     return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))
 
 
-def check_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:
-    """A checkpoint that is quantized in a way that nothing unpacks is refused by name: its codes must not pass for weights."""
-    settings = source.config.get("quantization_config")
-    if not settings or packed:
-        return []
-    method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
-    subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"
-    known = "GPTQ, AWQ, compressed-tensors, ModelOpt FP8 or INT4-AWQ, fbgemm FP8, or none"
-    return [Problem(subject, f"quant_method {method}, and no module packed in a known way", known, remedy)]
-
-
 def check_fused(source: Source, matches: Matches) -> list[Problem]:
     """A fused source has just the rows of its parts: more would be lost."""
     rows = {renamed.source: (renamed.axis, renamed.total) for renamed in matches.names.values() if renamed.rows}
     problems = []
     for name, (axis, total) in rows.items():
-        shape = source.tensors[name].shape
-        rows_a_byte = 2 if source.tensors[name].dtype == np.uint8 else 1  # a weight of packed codes
-        if name.rpartition(".")[2] in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_a_byte != total):
-            problems.append(Problem(name, f"shape {list(shape)}", f"{total} rows by the model's configuration"))
+        shape = source.named[name].shape
+        rows_a_byte = 2 if source.named[name].dtype == np.uint8 else 1  # a weight of packed codes
+        if name.parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_a_byte != total):
+            problems.append(Problem(str(name), f"shape {list(shape)}", f"{total} rows by the model's configuration"))
     return problems
 
 
-def check_ties(source: Source, copies: Mapping[str, str]) -> list[Problem]:
+def check_ties(source: Source, copies: Mapping[TensorName, TensorName]) -> list[Problem]:
     """Tied embeddings that come with a second copy: it must be one. Read a piece at a time."""
     problems = []
     for copy, original in copies.items():
-        a, b = source.tensors[copy], source.tensors[original]
+        a, b = source.named[copy], source.named[original]
         if a.shape != b.shape or a.dtype != b.dtype or not all(_equal_pieces(a, b)):
             expected_, remedy = f"a copy of {original}", "Set tie_word_embeddings to false, or remove the tensor"
-            problems.append(Problem(copy, "other values, though the configuration says tied", expected_, remedy))
+            problems.append(Problem(str(copy), "other values, though the configuration says tied", expected_, remedy))
     return problems
 
 
@@ -137,11 +178,10 @@ def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
         yield np.asarray(a.block(piece)).tobytes() == np.asarray(b.block(piece)).tobytes()
 
 
-def source_name(name: str, family: Family) -> str:
+def source_name(name: TensorName, family: Family) -> str:
     """What a family's checkpoints call a renamed tensor."""
-    module, _, parameter = name.rpartition(".")
-    found = family.sources().find(module)
+    found = family.sources().find(name.module)
     if found is None:
-        return name
+        return str(name)
     pattern, numbers = found
-    return f"{pattern.format(**numbers)}.{parameter}"
+    return str(TensorName(pattern.format(**numbers), name.parameter))

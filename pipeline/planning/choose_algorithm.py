@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization, packing_bits
 from pipeline.planning.job import Shape
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.tensors import LazyTensor
 
 BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
@@ -36,33 +37,33 @@ class Packing:
         return next((name for name in self.formats.values() if name != "gguf"), None)
 
 
-def native(packing: Packing, tensors: Mapping[str, LazyTensor]) -> tuple[str | None, int]:
+def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
     """TensorRT-LLM's algorithm that takes the source's codes as they are, and their group size; None where there is none."""
     module = next((name for name, kind in packing.formats.items() if kind != "gguf"), None)
     if module is None:
         return None, 0
     kind = packing.formats[module]
     if kind in ("gptq", "awq"):
-        words, scales = tensors[f"{module}.qweight"].shape, tensors[f"{module}.scales"].shape
-        bits = 4 if kind == "awq" else 32 * tensors[f"{module}.qzeros"].shape[-1] // scales[-1]
+        words, scales = tensors[TensorName(module, "qweight")].shape, tensors[TensorName(module, "scales")].shape
+        bits = 4 if kind == "awq" else 32 * tensors[TensorName(module, "qzeros")].shape[-1] // scales[-1]
         features = words[0] if kind == "awq" else words[0] * 32 // bits
         return f"W{bits}A16_GPTQ", features // scales[0]
     if kind == "modelopt-awq":
-        return AWQ, tensors[f"{module}.weight"].shape[1] // tensors[f"{module}.weight_scale"].shape[1]
+        return AWQ, tensors[TensorName(module, "weight")].shape[1] // tensors[TensorName(module, "weight_scale")].shape[1]
     if kind == "compressed-tensors":
-        if f"{module}.weight_packed" not in tensors:
+        if TensorName(module, "weight_packed") not in tensors:
             return None, 0
-        packed, scales = tensors[f"{module}.weight_packed"].shape, tensors[f"{module}.weight_scale"].shape
+        packed, scales = tensors[TensorName(module, "weight_packed")].shape, tensors[TensorName(module, "weight_scale")].shape
         bits = packing_bits(packing.settings)
         if bits not in (4, 8):
             return None, 0
         return f"W{bits}A16_GPTQ", packed[1] * 32 // bits // scales[1]
     # One scale of the activations in every module, or else none is of use.
-    static = all(f"{name}.input_scale" in tensors for name, kind in packing.formats.items() if kind == "float8")
+    static = all(TensorName(name, "input_scale") in tensors for name, kind in packing.formats.items() if kind == "float8")
     return (FP8 if static else FP8_ROWWISE), 0
 
 
-def choose(options: Shape, packing: Packing, tensors: Mapping[str, LazyTensor]) -> tuple[Quantization, list[Problem]]:
+def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[Quantization, list[Problem]]:
     """The quantization of a target, and what keeps it from being what the options say."""
     asked, problems = _asked(options)
     own, group_size = native(packing, tensors)
@@ -161,7 +162,7 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **inner} if isinstance(inner, Mapping) else dict(settings)
 
 
-def unused(packing: Packing, tensors: Mapping[str, LazyTensor], chosen: Sequence[Quantization]) -> dict[str, str]:
+def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: Sequence[Quantization]) -> dict[TensorName, str]:
     """What of a packed source no target has a place for, and why: scales that are not asked for, and orders that say nothing."""
     cache = any(quantization.fp8_kv_cache for quantization in chosen)
     static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
@@ -173,5 +174,6 @@ def unused(packing: Packing, tensors: Mapping[str, LazyTensor], chosen: Sequence
         "input_scale_ub": "the bound of activations is written from the settings",
         "weight_shape": "the shape is that of the model's configuration",
     }
-    names = ((f"{module}.{parameter}", reason) for module in packing.formats for parameter, reason in reasons.items() if reason)
-    return {name: reason for name, reason in names if name in tensors}
+    given = {parameter: reason for parameter, reason in reasons.items() if reason}
+    names = {TensorName(module, parameter): reason for module in packing.formats for parameter, reason in given.items()}
+    return {name: reason for name, reason in names.items() if name in tensors}

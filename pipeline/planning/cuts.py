@@ -13,14 +13,17 @@ from pipeline.planning.job import SCRATCH_STAGES, Job
 from pipeline.planning.plans import Phase, Store, group_blocks
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
+from pipeline.tensor.names import TensorName, split_name
 from pipeline.tensor.placement import Placement, RankTensor, whole
 from pipeline.tensor.tensors import Source, TensorMap
 
 if TYPE_CHECKING:
+    import dask.array as da
+
     from stages.rename import Matches
 
 Group = ScratchGroup | RemoteGroup
-ReadBack = Callable[[str, Mapping[str, Any]], TensorMap]
+ReadBack = Callable[[str, Mapping[str, Any]], Mapping[str, "da.Array"]]
 
 
 class Cuts:
@@ -60,15 +63,15 @@ class Cuts:
         if stage not in self.stages:
             return tensors
         # Names that share an array (ties) are stored once and share what is read back.
-        first: dict[str, str] = {}
+        first: dict[str, TensorName] = {}
         for name, array in tensors.items():
             first.setdefault(array.name, name)
-        shapes = {(0, name): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
+        shapes = {(0, str(name)): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
         group = self._group(stage, shapes)
         stores = tuple(self._store(name, tensors) for name in first.values())
         self._add(stage, stores, (group,))
         back = self.read_back(stage, {name: array for (_, name), array in group.arrays.items()})
-        return {name: back[first[array.name]] for name, array in tensors.items()}
+        return {name: back[str(first[array.name])] for name, array in tensors.items()}
 
     def cut_ranks(
         self, stores: tuple[Store, ...], ranks: Sequence[Sequence[RankTensor]], dtypes: Mapping[str, np.dtype]
@@ -122,9 +125,7 @@ class Cuts:
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
-                (rank, tensor): RemoteArray(
-                    f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(tensor)
-                )
+                (rank, tensor): RemoteArray(f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
             return RemoteGroup(url, stage, key, str(self.source.location), self.keep, remote)
@@ -132,14 +133,18 @@ class Cuts:
         arrays = {}
         for (rank, name), (shape, chunks, dtype) in shapes.items():
             folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
-            arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self.matches.origin(name))
+            arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
         return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays)
 
-    def _store(self, name: str, tensors: TensorMap) -> Store:
+    def _origin(self, tensor: str) -> str:
+        """The source tensor that a scratch array comes from."""
+        return str(self.matches.origin(split_name(tensor)))
+
+    def _store(self, name: TensorName, tensors: TensorMap) -> Store:
         array = tensors[name]
-        nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.tensors)
+        nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.named)
         region = whole(array.shape)
-        return Store(name, (array,), ((Placement(0, name, region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
+        return Store(str(name), (array,), ((Placement(0, str(name), region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
 
     def _add(self, stage: str, stores: tuple[Store, ...], sinks: tuple[Group, ...]) -> None:
         self.groups += sinks

@@ -1,24 +1,24 @@
-"""What engines a job asks for: an `[engine]` table, for all targets, a `[target.engine]` table, for one, or `headrace build`."""
+"""Requests for engines: from an `[engine]` table for all targets, a `[target.engine]` table for one, or `headrace build`."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pipeline.errors import BadInput, Problem
-from pipeline.planning.builder_options import Arguments, Table, arguments, check_options, command_words, known_options
+from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
 
 if TYPE_CHECKING:
-    from pipeline.planning.job import Job
+    from pipeline.model.parallelism import Parallelism
 
-SUFFIX = "-engine"  # a target's engine, where no directory is named
-PREFIX = "engine."  # options in a job file
+SUFFIX = "-engine"  # added to a target's directory for its engine's, where none is named
+PREFIX = "engine."  # before an option's name in messages about a job file
 
 
 def _words(value: Any) -> Any:
@@ -26,7 +26,7 @@ def _words(value: Any) -> Any:
 
 
 class EngineOptions(BaseModel):
-    """The options of an engine that are headrace's own; every other key is one of trtllm-build's."""
+    """The options of an engine that are headrace's own; every other key is an option of trtllm-build."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), defer_build=True)
 
@@ -44,16 +44,27 @@ class EngineOptions(BaseModel):
 
     @property
     def passed(self) -> Mapping[str, Any]:
-        """What goes to the builder."""
+        """The options that go to the builder."""
         return self.model_extra or {}
 
 
 @dataclass(frozen=True)
-class Request:
-    """One engine: of which checkpoint, where, and how.
+class EngineRequest:
+    """A request to build one engine.
 
-    `prefix`: what stands before an option's name in messages. `ranks` and `identity`: those of a checkpoint that is yet to be
-    written (`pipeline.engine.requests.identity_of`).
+    Parameters
+    ----------
+    checkpoint
+        The directory of the TensorRT-LLM checkpoint.
+    engine
+        The directory of the engine.
+    own
+        headrace's own options, and the builder's in `own.passed`.
+    prefix
+        The text before an option's name in messages.
+    ranks, identity
+        The number of ranks and the identity of a checkpoint that is still to be written (see
+        `pipeline.engine.requests.identity_of`).
     """
 
     checkpoint: Path
@@ -63,52 +74,63 @@ class Request:
     ranks: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def arguments(self, table: Table) -> Arguments:
-        """The builder's options as words."""
+    def arguments(self, table: OptionTable) -> Arguments:
+        """Return the words of the builder's options; `table` has the options that it knows."""
         return arguments(self.own.passed, table)
 
-    def problems(self, table: Table) -> list[Problem]:
-        """What the builder whose options these are would not take."""
+    def problems(self, table: OptionTable) -> list[Problem]:
+        """Return what is wrong with the options for a builder that knows those in `table`."""
         return check_options(self.arguments(table), table, self.prefix)
 
     def command(self) -> list[str]:
-        """The command line that builds this engine where TensorRT-LLM is."""
+        """Return the command line that builds this engine on a machine with TensorRT-LLM."""
         places = ["--checkpoint_dir", str(self.checkpoint), "--output_dir", str(self.engine)]
         options = command_words(self.arguments(known_options()))
         return [*self.container(self.engine), self.own.trtllm_build, *places, *options]
 
     def container(self, engine: Path) -> tuple[str, ...]:
-        """The container's command, for a builder that writes to `engine`."""
+        """Return the container's command for a builder that writes to `engine`, with its placeholders filled in."""
         places = {"checkpoint": self.checkpoint, "engine": engine, "uid": os.getuid(), "gid": os.getgid()}
         words = self.own.container
-        for name, value in places.items():  # other braces are the user's
+        for name, value in places.items():  # not str.format: other braces are left as they are
             words = tuple(word.replace(f"{{{name}}}", str(value)) for word in words)
         return words
 
 
-def make_request(checkpoint: Path, options: Mapping[str, Any]) -> Request:
+class EngineTarget(Protocol):
+    """What an engine's request needs to know of a target of a job."""
+
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def engine(self) -> Mapping[str, Any] | None: ...
+    @property
+    def parallelism(self) -> Parallelism: ...
+
+
+def make_request(checkpoint: Path, options: Mapping[str, Any]) -> EngineRequest:
     """The request of `headrace build`. Raises BadInput naming each option of headrace's own that is wrong."""
     try:
         own = EngineOptions(**anchored(options, Path.cwd()))
     except ValidationError as error:
         raise BadInput(_invalid(error, "--")) from None
     problems = [] if own.output_dir else [Problem("--output_dir", "nothing", "a directory for the engine")]
-    request = Request(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
+    request = EngineRequest(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
     problems += _places([request])
     if problems:
         raise BadInput(problems)
     return request
 
 
-def job_requests(job: Job) -> tuple[Request, ...]:
-    """The engines that a job asks for, one for each target that has a table.
+def job_requests(targets: Sequence[EngineTarget], shared: Mapping[str, Any] | None) -> tuple[EngineRequest, ...]:
+    """The engines that a job asks for, one for each target that has a table. `shared`: the table of all targets.
 
-    Raises BadInput naming each option of headrace's own that is wrong; of its own the builder has to be asked.
+    Raises BadInput naming each of headrace's own options that is wrong. The builder's options are checked later, when it is known.
     """
-    requests: list[Request] = []
+    requests: list[EngineRequest] = []
     problems: list[Problem] = []
-    for target in job.targets:
-        tables = [table for table in (job.engine, target.engine) if table is not None]
+    for target in targets:
+        tables = [table for table in (shared, target.engine) if table is not None]
         if not tables:
             continue
         directory = target.output_dir
@@ -117,8 +139,8 @@ def job_requests(job: Job) -> tuple[Request, ...]:
         except ValidationError as error:
             problems += _invalid(error, PREFIX)
             continue
-        named = (own.output_dir or f"{directory}{SUFFIX}").replace("{target}", directory.name)
-        requests.append(Request(directory, Path(named), own, PREFIX, target.parallelism.world_size))
+        engine = (own.output_dir or f"{directory}{SUFFIX}").replace("{target}", directory.name)
+        requests.append(EngineRequest(directory, Path(engine), own, PREFIX, target.parallelism.world_size))
     problems = list(dict.fromkeys(problems)) or _places(requests)
     if problems:
         raise BadInput(problems)
@@ -126,25 +148,25 @@ def job_requests(job: Job) -> tuple[Request, ...]:
 
 
 def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An engine's options with their paths absolute, as from a folder: a job file's, or the current directory."""
+    """Return an engine's options with their paths made absolute from `folder`: a job file's, or the current directory."""
     paths = {"output_dir", *(name for name, option in known_options().items() if option.type == "path")}
     if "/" in str(table.get("trtllm_build", "")):
         paths.add("trtllm_build")
 
-    def place(value: Any) -> Any:
+    def absolute(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [place(each) for each in value]
+            return [absolute(each) for each in value]
         return str(_absolute(value, folder)) if isinstance(value, str | Path) and str(value) else value
 
-    return {name: place(value) if name in paths else value for name, value in table.items()}
+    return {name: absolute(value) if name in paths else value for name, value in table.items()}
 
 
 def _absolute(value: str | Path, folder: Path) -> Path:
     return Path(os.path.abspath(folder / Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
 
 
-def _places(requests: list[Request]) -> list[Problem]:
-    """Engines that would lie in one another's or in a checkpoint's directory."""
+def _places(requests: list[EngineRequest]) -> list[Problem]:
+    """Check that no two engines have the same directory, and that none lies inside a checkpoint's."""
     problems = []
     engines = [request.engine for request in requests]
     for request in requests:

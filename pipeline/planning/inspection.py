@@ -18,12 +18,13 @@ from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
+from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.quantize import aligned
 from stages.read import find_source, sources
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import by_module, check, format_of, formats
+from stages.unpack import check, format_of, formats
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
         model = None
     if family is None or model is None:
         return {**result, "family": family.name if family else None, "problems": problems}
-    matches = match(source.tensors, family, layout(family.layout), model, frozenset())
+    matches = match(source.named, family, layout(family.layout), model, frozenset())
     sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
     return {
         **result,
@@ -106,7 +107,7 @@ def _facts(source: Source) -> dict[str, Any]:
 
 def _quantization(source: Source) -> str | None:
     """The format that most packed modules show, or the method that the configuration names; None for a model that has neither."""
-    found = Counter(packing.NAME for parameters in by_module(source.tensors).values() if (packing := format_of(parameters)))
+    found = Counter(packing.NAME for parameters in by_module(source.named).values() if (packing := format_of(parameters)))
     method = clean_settings(source.config).get("quant_method")
     return found.most_common(1)[0][0] if found else str(method) if method else None
 
@@ -120,15 +121,15 @@ def _sizes(model: ModelConfig) -> dict[str, Any]:
 def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
     """The model's learned numbers, whatever they are packed in; tied embeddings count once."""
     shapes = {name: sharding.shape(slot, dense(slot, parameter)) for name, slot, parameter in expected(sharding, {})}
-    shared = [f"{name}." for name in family.ties] if tied else []
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(tuple(shared)))
+    shared = set(family.ties) if tied else set()
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.module not in shared)
 
 
 def _quantized(source: Source, job: Job) -> Quantization:
     """What a target would be quantized with if no option said otherwise."""
     settings = clean_settings(source.config)
-    formats_, ordered, problems = check(source.tensors, settings)
-    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.tensors)[0]
+    formats_, ordered, problems = check(source.named, settings)
+    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.named)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""Job: what the user asks for, from Python, the command line (NVIDIA's flag names) or a TOML file; validated in one place.
+"""Job: a validated request for one conversion, from Python, the command line (NVIDIA's flag names) or a TOML file.
 
-A field here is a keyword of `convert` and `plan`, a key of a job file, and a flag of the command line.
+Each field is a keyword of `convert` and `plan`, a key of a job file, and a flag of the command line.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
@@ -17,47 +15,22 @@ from pydantic.types import ByteSize
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.parallelism import Parallelism
-from pipeline.planning.engine_options import anchored as anchored_engine
 from pipeline.planning.engine_options import job_requests
+from pipeline.planning.job_file import absolute_path, model_name, read_job_file, scratch_root
 from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 
-PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
 
-def _absolute(value: Any) -> Any:
-    if not isinstance(value, str | Path):
-        return value
-    if not str(value):
-        raise ValueError("a path that is not empty")
-    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
-
-
-def model_name(value: Any) -> Any:
-    """An absolute path, or the id of a model on the Hugging Face Hub where there is no such path."""
-    if isinstance(value, str) and _HUB_ID.fullmatch(value) and not Path(value).exists():
-        return value
-    return _absolute(value)
-
-
-def _root(value: Any) -> Any:
-    if not isinstance(value, str | Path):
-        return value
-    if isinstance(value, str) and "://" in value:
-        return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
-    return str(_absolute(value))
-
-
 def _names(value: Any) -> Any:
+    """Split text at commas; return any other value unchanged."""
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
 ModelName = Annotated[Path | str, BeforeValidator(model_name)]
-ScratchRoot = Annotated[str, BeforeValidator(_root)]
+ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
@@ -65,7 +38,7 @@ CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", 
 
 
 class Shape(BaseModel):
-    """What a target looks like. The defaults are those of NVIDIA's converter."""
+    """The options that decide how a target is written. The defaults are those of NVIDIA's converter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
@@ -99,22 +72,26 @@ class Shape(BaseModel):
 
     @property
     def parallelism(self) -> Parallelism:
+        """The parallel sizes, with the experts' sizes filled in."""
         return Parallelism.resolve(self.tp_size, self.pp_size, self.cp_size, self.moe_tp_size, self.moe_ep_size)
 
 
 class TargetOptions(Shape):
-    """One output directory and its shape: a `[[target]]` of a job file."""
+    """One output directory, its options and those of its engine: a `[[target]]` of a job file."""
 
     output_dir: AbsolutePath
     engine: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide what is written, as plain values."""
+        """Return the fields that decide which bytes are written, as plain values."""
         return self.model_dump(mode="json", exclude={"output_dir", "engine"})
 
 
 class Job(Shape):
-    """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`)."""
+    """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`).
+
+    `make_job` makes one and checks that its options do not contradict each other.
+    """
 
     model_dir: ModelName | None = Field(
         None, description="Checkpoint to read: a Hugging Face or Meta directory, a GGUF file, or org/name on the Hub."
@@ -162,13 +139,13 @@ class Job(Shape):
 
     @property
     def targets(self) -> tuple[TargetOptions, ...]:
-        """What is to be written: each `[[target]]` with the job's own fields as defaults, or the job's one target."""
+        """The targets to write: each `[[target]]` with the job's own fields as defaults, or else the job's single target."""
         shape = self.model_dump(include=set(Shape.model_fields))
         return tuple(TargetOptions(**{**shape, **table}) for table in self.target or ({"output_dir": self.output_dir},))
 
     @property
     def cuts(self) -> tuple[str, ...]:
-        """The stages that the user named, in the order of their use; none for `auto` and `none`."""
+        """The stages that the user wants cuts after, in processing order; none for `auto` and `none`."""
         return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
 
     @property
@@ -177,19 +154,36 @@ class Job(Shape):
         return self.scheduler.startswith(("tcp://", "tls://"))
 
     def source_identity(self) -> dict[str, Any]:
-        """The fields that decide what is read of the source."""
+        """Return the fields that decide which tensors of the source are read, as plain values."""
         return {"mlp_bias": self.mlp_bias}
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:
-    """A job from a TOML file, where given, with `options` laid over it. Raises BadInput naming each option that is wrong.
+    """Make a job from options and, where given, a TOML file.
 
-    `live`: the source is a model in memory, so that the options name none.
+    Parameters
+    ----------
+    options
+        Fields of Job by name; they override the file's.
+    file
+        A job file.
+    live
+        The source is a model in memory, so the options must not name one.
+
+    Returns
+    -------
+    Job
+        The job, with absolute paths.
+
+    Raises
+    ------
+    BadInput
+        Every option that is unknown, missing, has a wrong value or contradicts another.
     """
-    values = {**(_load(file) if file else {}), **options}
+    values = {**(read_job_file(file) if file else {}), **options}
     tables = values.get("target", ())
     if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
-        # A flag is for every target; but they cannot share a directory.
+        # An option overrides every target's, but targets cannot share an output directory.
         if "output_dir" in options:
             expected = "the directories of the [[target]] tables"
             raise BadInput([Problem("--output_dir", f"one directory for {len(tables)} targets", expected)])
@@ -204,12 +198,12 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     problems = _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
-    job_requests(job)
+    job_requests(job.targets, job.engine)
     return job
 
 
 def _sources(job: Job, live: bool) -> list[Problem]:
-    """What is wrong with the options that name the source: there must be one."""
+    """Check that the options name exactly one source, and that the options about it fit."""
     named = {"a model in memory": live or None, "--model_dir": job.model_dir, "--meta_ckpt_dir": job.meta_ckpt_dir}
     given = [name for name, value in named.items() if value is not None]
     problems = []
@@ -230,6 +224,7 @@ def _no_output() -> Problem:
 
 
 def _contradictions(job: Job, file: Path | None) -> list[Problem]:
+    """Check the options that depend on one another: scheduler, scratch, outputs and report."""
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
@@ -255,7 +250,7 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
 
 
 def _report(job: Job) -> list[Problem]:
-    """What is wrong with the place of a performance report, or with a scheduler that has nothing to report."""
+    """Check the path of a performance report, and that the scheduler can make one."""
     path = job.performance_report
     if path is None:
         return []
@@ -268,41 +263,8 @@ def _report(job: Job) -> list[Problem]:
     return []
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise BadInput([Problem(str(file), error.strerror or "an error", "a job file")]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput([Problem(str(file), f"text that is not TOML ({error})", "a job file")]) from None
-    scratch = values.pop("scratch", None)
-    if isinstance(scratch, dict):
-        names = {"dir": "scratch", "after": "scratch_after", "keep": "keep_scratch"}
-        unknown = sorted(set(scratch) - set(names))
-        if unknown:
-            raise BadInput([Problem(f"{file}: scratch.{unknown[0]}", "an option that headrace does not have", ", ".join(names))])
-        values |= {names[key]: value for key, value in scratch.items()}
-    elif scratch is not None:
-        values["scratch"] = scratch
-    return anchored(values, file.absolute().parent)
-
-
-def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Options with absolute paths. `folder`: that of the file which they are of, so that it means the same from everywhere."""
-    result = dict(values)
-    if isinstance(values.get("target"), list):
-        result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
-    if isinstance(values.get("engine"), dict):
-        result["engine"] = anchored_engine(values["engine"], folder)
-    for key in PATHS & set(values):
-        if isinstance(values[key], str) and "://" not in values[key]:
-            path = folder / Path(values[key]).expanduser()
-            if key != "model_dir" or path.exists() or not _HUB_ID.fullmatch(values[key]):
-                result[key] = path
-    return result
-
-
 def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:
+    """Turn one of pydantic's errors into a Problem that names the flag or the job file's key."""
     name = ".".join(map(str, detail["loc"])) or "job"
     subject = f"--{name}" if name in options or file is None else f"{file}: {name}"
     if detail["type"] == "missing":

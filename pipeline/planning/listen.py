@@ -1,4 +1,4 @@
-"""The address that a server listens on, as `--listen HOST:PORT` gives it, and the addresses of its pages."""
+"""The address that a server listens on, parsed from `--listen HOST:PORT`, and the URLs of its pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PAGE = "/headrace"
 
 @dataclass(frozen=True)
 class Listen:
-    """Where a server listens: a host of this machine, without brackets, and a port; port 0 takes any that is free."""
+    """The address of a server: a host of this machine, without brackets, and a port; port 0 means any free one."""
 
     host: str = LOCALHOST
     port: int = 8787
@@ -23,16 +23,16 @@ class Listen:
 
     @property
     def url(self) -> str:
-        """What to open in a browser on the same machine."""
+        """The URL to open in a browser on the same machine."""
         host = LOCALHOST if self.host in EVERYWHERE else self.host
         return f"http://{Listen(host, self.port).address}"
 
     @property
     def origins(self) -> list[str]:
-        """The hosts, in Bokeh's patterns, whose pages may follow this server's.
+        """The origins, as Bokeh's host patterns, whose pages may open websockets to this server.
 
-        Those of this machine may have any port, as a tunnel (`ssh -L`) has one of its own; where the server listens to every
-        network, it can not know the names that others know it by.
+        Names of this machine may have any port, because a tunnel (`ssh -L`) has a port of its own. A server that listens on all
+        addresses accepts any host name on its own port, because it cannot know the names that other machines use for it.
         """
         hosts = ["localhost:*", "127.0.0.1:*", "[::1]:*"]
         return (
@@ -41,7 +41,7 @@ class Listen:
 
 
 def parse_listen(text: str) -> Listen:
-    """`HOST:PORT`, or `:PORT` for this machine alone. Raises ValueError where it is neither."""
+    """Parse `HOST:PORT`, or `:PORT` for connections from this machine only. Raises ValueError for anything else."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not colon or not port.isdecimal() or not port.isascii() or not 0 < int(port) < 65536 or (":" in host and not bracketed):
@@ -50,6 +50,6 @@ def parse_listen(text: str) -> Listen:
 
 
 def listen_text(text: str) -> str:
-    """The same text, where it is an address that `parse_listen` takes."""
+    """Return `text` unchanged if `parse_listen` accepts it. Raises ValueError where it does not."""
     parse_listen(text)
     return text

@@ -19,10 +19,11 @@ from pipeline.model.tables import Family
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import Output, check_space, check_taken, free_bytes
+from pipeline.sinks.output import Output
+from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
-from pipeline.tensor.placement import Located, Placement, Region, size
+from pipeline.tensor.placement import Located, Placement, Region, chunk_region, size
 from pipeline.tensor.tensors import Source
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class Store:
 
     def region(self, index: Sequence[int]) -> Region:
         """The region of the tensor that the block at a chunk index covers."""
-        chunks = self.arrays[0].chunks
-        return tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
+        return chunk_region(self.arrays[0].chunks, index)
 
     def written_bytes(self, sink: int) -> int:
         """The bytes that tasks write to a sink; padding is reserved, not written."""

@@ -8,46 +8,49 @@ from typing import TYPE_CHECKING
 
 from pipeline.planning.memory import DENSE_COPIES, PACKED_COPIES, Need
 from pipeline.planning.plans import Store
-from pipeline.tensor.tensors import Source, TensorMap
 
 if TYPE_CHECKING:
-    from pipeline.planning.make_plan import Piece
+    from pipeline.planning.compose import TargetTensors
+    from pipeline.planning.opening import OpenedSource
+    from pipeline.tensor.names import TensorName
+    from pipeline.tensor.tensors import TensorMap
     from stages.rename import Matches
     from stages.shard import Sharding
 
 
-def make_stores(tensors: TensorMap, pieces: Sequence[Piece], source: Source, matches: Matches, again: bool) -> tuple[Store, ...]:
+def make_stores(tensors: TensorMap, targets: Sequence[TargetTensors], opened: OpenedSource, again: bool) -> tuple[Store, ...]:
     """One store for each array, in the order of the source's bytes; names that share an array (ties) share the store.
 
     `again`: the arrays are read from scratch, not from the source.
     """
-    names: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys(name for piece in pieces for name in piece.arrays):
-        key = tuple(piece.arrays[name].name if name in piece.arrays else "" for piece in pieces)
+    source, matches = opened.source.named, opened.matches
+    names: dict[tuple[str, ...], list[TensorName]] = {}
+    for name in dict.fromkeys(name for target in targets for name in target.arrays):
+        key = tuple(target.arrays[name].name if name in target.arrays else "" for target in targets)
         names.setdefault(key, []).append(name)
     stores = []
     for shared in names.values():
         name = shared[0]
-        tensor = source.tensors.get(matches.origin(name))
+        tensor = source.get(matches.origin(name))
         order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
-        period = _row_multiple(name, matches, pieces[0].sharding)
+        period = _row_multiple(name, matches, targets[0].sharding)
         # Targets of different algorithms make different arrays of one tensor; those of one shape share the work.
-        for some in {piece.arrays[name].chunks: piece.arrays[name] for piece in pieces if name in piece.arrays}.values():
-            alike = [name in piece.arrays and piece.arrays[name].chunks == some.chunks for piece in pieces]
-            arrays = tuple(piece.arrays[name] if fits else some for piece, fits in zip(pieces, alike, strict=True))
+        for some in {target.arrays[name].chunks: target.arrays[name] for target in targets if name in target.arrays}.values():
+            alike = [name in target.arrays and target.arrays[name].chunks == some.chunks for target in targets]
+            arrays = tuple(target.arrays[name] if fits else some for target, fits in zip(targets, alike, strict=True))
             placements = tuple(
-                tuple(p for each in shared for p in piece.placements.get(each, ())) if fits else ()
-                for piece, fits in zip(pieces, alike, strict=True)
+                tuple(p for each in shared for p in target.placements.get(each, ())) if fits else ()
+                for target, fits in zip(targets, alike, strict=True)
             )
             before = tensors.get(name, some)
-            nbytes = 0 if tensor is None else int(before.nbytes) if again else matches.source_bytes(name, source.tensors)
-            working = [piece.entries[name].parameter.working_bytes for piece in pieces if name in piece.entries]
+            nbytes = 0 if tensor is None else int(before.nbytes) if again else matches.source_bytes(name, source)
+            working = [target.entries[name].parameter.working_bytes for target in targets if name in target.entries]
             itemsize = max(0, *working, *(array.dtype.itemsize for array in (before, *arrays)))
-            stores.append((order, Store(name, arrays, placements, itemsize, period, nbytes)))
+            stores.append((order, Store(str(name), arrays, placements, itemsize, period, nbytes)))
     return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
 
 
-def _row_multiple(name: str, matches: Matches, sharding: Sharding) -> int:
+def _row_multiple(name: TensorName, matches: Matches, sharding: Sharding) -> int:
     found = matches.find(name)
     return sharding.model.dimension(found.row.period) if found and found.row.period else 1
 

@@ -1,1 +1,1 @@
-"""Finished outputs looked at: verification, tables for a terminal, and the HTML page."""
+"""Look at finished outputs: their verification, tables for a terminal, and the HTML report."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.reporting.html import check_page, default_output, described, render, write_page
+from pipeline.reporting.html import check_report_path, default_report_path, describe_directory, render_report, write_report
 from pipeline.reporting.html.provenance import recorded_source
-from pipeline.reporting.html.summary import Summary, load_summary, parse_summary
+from pipeline.reporting.html.summary import VerificationSummary, load_summary, parse_summary
 from pipeline.reporting.verification import open_output, verify
 
 Advance = Callable[[str, int, int], None]
@@ -22,7 +22,7 @@ class Report:
     """A page that is written, and the verification that it shows."""
 
     page: Path
-    verification: Summary
+    verification: VerificationSummary
 
     @property
     def ok(self) -> bool:
@@ -30,7 +30,7 @@ class Report:
         return self.verification.ok
 
 
-def summarize(directory: Path, source: Path | str | None, **options: Any) -> Summary:
+def summarize(directory: Path, source: Path | str | None, **options: Any) -> VerificationSummary:
     """Verify an output; arguments as for `pipeline.reporting.verification.verify`. The result as it is read from JSON: typed."""
     return parse_summary(verify(directory, source, **options).summary())
 
@@ -41,7 +41,7 @@ def make_report(
     *,
     quant_ckpt_path: Path | None = None,
     output: Path | None = None,
-    verification: Summary | Mapping[str, Any] | Path | None = None,
+    verification: VerificationSummary | Mapping[str, Any] | Path | None = None,
     advance: Advance | None = None,
 ) -> Report:
     """Write the page of a finished output.
@@ -54,21 +54,21 @@ def make_report(
         remedy = "The verification says what it was of"
         raise BadInput([Problem("--source", "a source beside --verification", "one or the other", remedy)])
     directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
-    page = default_output(directory) if output is None else output
-    check_page(page, directory)
+    page = default_report_path(directory) if output is None else output
+    check_report_path(page, directory)
     if verification is None:
-        found = summarize(
-            directory, source or recorded_source(described(directory)), quant_ckpt_path=quant_ckpt_path, advance=advance
+        summary = summarize(
+            directory, source or recorded_source(describe_directory(directory)), quant_ckpt_path=quant_ckpt_path, advance=advance
         )
     elif isinstance(verification, Path):
-        found = load_summary(verification)
+        summary = load_summary(verification)
     else:
-        found = verification if isinstance(verification, Summary) else parse_summary(verification)
+        summary = verification if isinstance(verification, VerificationSummary) else parse_summary(verification)
     try:
         checkpoint = open_output(directory)
     except BadInput:
-        if found.ok:
+        if summary.ok:
             raise
-        checkpoint = described(directory)
-    write_page(page, render(checkpoint, found))
-    return Report(page, found)
+        checkpoint = describe_directory(directory)
+    write_report(page, render_report(checkpoint, summary))
+    return Report(page, summary)

@@ -1,4 +1,4 @@
-"""Plans and results as tables for a terminal."""
+"""Print plans, results and facts as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.watching.units import human_bytes
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
     from pipeline.run.execute import Result
-    from pipeline.sinks.scratch import Found
+    from pipeline.sinks.scratch import ScratchCut
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """Everything that `headrace plan` says, as tables."""
+    """Make the tables of `headrace plan`."""
     summary = plan.summary()
     source = summary["source"]
     facts = Table(show_header=False, box=None, pad_edge=False)
@@ -51,7 +51,7 @@ def plan_table(plan: Plan) -> RenderableType:
 
 
 def result_table(plan: Plan, result: Result) -> RenderableType:
-    """What was written, and how long it took."""
+    """Make the tables of a finished conversion: the files that it wrote, its speed and its seconds by stage."""
     parts: list[RenderableType] = [f"[bold]Done in {result.seconds:.1f} s[/bold]"]
     for target in plan.targets:
         table = Table()
@@ -70,25 +70,25 @@ def result_table(plan: Plan, result: Result) -> RenderableType:
     return Group(*parts)
 
 
-def scratch_table(found: Sequence[Found]) -> RenderableType:
-    """The cuts of a scratch directory."""
+def scratch_table(cuts: Sequence[ScratchCut]) -> RenderableType:
+    """Make the table of the cuts in a scratch directory, a row each."""
     table = Table()
     for column in ("cut", "stage", "source", "size", "state"):
         table.add_column(column, overflow="fold")
-    for cut in found:
+    for cut in cuts:
         state = "whole" if cut.complete else "unfinished"
         table.add_row(cut.directory.name, cut.stage, cut.source, human_bytes(cut.size_bytes), state)
     return table
 
 
 def source_table(facts: Mapping[str, Any]) -> RenderableType:
-    """What `headrace inspect` says."""
+    """Make the table of `headrace inspect` from its facts."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("path", facts["path"])
-    held = f"{_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
-    table.add_row("source", f"{facts['kind']}, {held}")
+    amounts = f"{_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
+    table.add_row("source", f"{facts['kind']}, {amounts}")
     table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
     shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
     table.add_row("weights", f"{facts['parameters']:,} parameters; {shares}; --dtype auto: from {facts['dtype'] or 'none named'}")
@@ -108,12 +108,12 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """What `headrace families` says."""
+    """Make the table of `headrace families`, a row for each family."""
     table = Table()
     for column in ("family", "source", "architectures", "layout"):
         table.add_column(column)
@@ -123,7 +123,7 @@ def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def formats_table(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> RenderableType:
-    """What `headrace formats` says."""
+    """Make the table of `headrace formats`, rows by kind of format."""
     table = Table()
     for column in ("kind", "name", "what it is"):
         table.add_column(column, overflow="fold")
@@ -134,7 +134,7 @@ def formats_table(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> Renderabl
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that does not cut lines where its output is not a terminal."""
+    """Make a console; where its output is no terminal, lines are 120 characters wide."""
     made = Console(stderr=stderr, highlight=False, soft_wrap=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
 
@@ -153,12 +153,24 @@ def _target_table(target: dict[str, Any]) -> RenderableType:
 
 
 def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
+    """The names of tensors that are left out, by the reason for it."""
     reasons = Counter(left_out.values())
     return {reason: sorted(name for name, why in left_out.items() if why == reason) for reason in reasons}
 
 
 def verification_table(summary: Mapping[str, Any]) -> RenderableType:
-    """What `headrace verify` looked at and found, from a Verification's summary."""
+    """Make the tables of `headrace verify`.
+
+    Parameters
+    ----------
+    summary
+        What `Verification.summary()` returns.
+
+    Returns
+    -------
+    RenderableType
+        For rich's `Console.print`.
+    """
     integrity = summary["integrity"]
     parts: list[RenderableType] = [f"[bold]{summary['directory']}[/bold]"]
     sums = f"{integrity['checksums']} checksums" if integrity["checksums"] else "no checksums"
@@ -179,7 +191,7 @@ def verification_table(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _errors_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each kind of module: the worst of its layers."""
+    """Make the table of errors: a row for each kind of module, with the worst of its layers."""
     table = Table()
     for column in ("module", "tensors", "stored as", "exact", "worst SNR", "worst cosine", "max error"):
         table.add_column(column, justify="left" if column in ("module", "stored as") else "right")
@@ -196,12 +208,13 @@ def _errors_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _logits_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
+    """Make the table of logits: a row for each model that transformers ran."""
     table = Table()
     for column in ("transformers running", "same first token", "max difference", "KL mean", "KL max", "must be below"):
         table.add_column(column, justify="left" if column.startswith("transformers") else "right")
     for each in comparisons:
         bound = f"{each['bound']:.0e}" if each["bound"] is not None else "-"
         relative = f"{each['max_relative']:.1e} of the largest"
-        what = {"source": "the source", "joined ranks": "the ranks' own weights, joined"}[each["against"]]
-        table.add_row(what, f"{each['top1_agreement']:.1%}", relative, f"{each['kl_mean']:.2e}", f"{each['kl_max']:.2e}", bound)
+        model = {"source": "the source", "joined ranks": "the ranks' own weights, joined"}[each["against"]]
+        table.add_row(model, f"{each['top1_agreement']:.1%}", relative, f"{each['kl_mean']:.2e}", f"{each['kl_max']:.2e}", bound)
     return table

@@ -19,7 +19,7 @@ from pipeline.sinks.journal import Committer, Journal
 from pipeline.sinks.reserve import missing
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 
 if TYPE_CHECKING:
     pass
@@ -62,7 +62,7 @@ def execute(
     *,
     started: float | None = None,
     session: Session | None = None,
-    watch: Watch | None = None,
+    watch: RunWatch | None = None,
 ) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
 
@@ -82,7 +82,7 @@ def execute(
     if obstacles:
         raise BadInput(obstacles)
     listener = listener or Silent()
-    run = _Run(plan, listener, started, watch or Watch())
+    run = _Run(plan, listener, started, watch or RunWatch())
     try:
         with nullcontext(session) if session else open_session(plan, run.watch) as (compute, dashboard, _), ExitStack() as stack:
             phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
@@ -184,7 +184,7 @@ class _Undo:
 class _Run:
     """The totals of a run as its phases are done."""
 
-    def __init__(self, plan: Plan, listener: Listener, started: float, watch: Watch) -> None:
+    def __init__(self, plan: Plan, listener: Listener, started: float, watch: RunWatch) -> None:
         self.plan, self.listener, self.started, self.watch = plan, listener, started, watch
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
@@ -221,7 +221,7 @@ class _Run:
             begun.phase.sinks[number].finish(journal, journal.entries, timings)
 
 
-def open_session(plan: Plan, watch: Watch, resources: Mapping[str, float] | None = None) -> AbstractContextManager[Session]:
+def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | None = None) -> AbstractContextManager[Session]:
     """The scheduler of a plan's job, with what shows `watch`. `resources` are those of the in-process cluster's worker."""
     job = plan.job
     listen = parse_listen(job.listen) if job.listen else None

@@ -20,7 +20,7 @@ from pipeline.planning.listen import Listen
 from pipeline.run.lower import Graph
 
 if TYPE_CHECKING:
-    from pipeline.watching.state import Watch
+    from pipeline.watching.state import RunWatch
     from stages.write import Written
 
 BATCH = 64  # tasks submitted at once
@@ -55,7 +55,7 @@ def runner(
     scheduler: str,
     workers: int,
     resources: Mapping[str, float] | None = None,
-    watch: Watch | None = None,
+    watch: RunWatch | None = None,
     listen: Listen | None = None,
     report: Path | None = None,
 ) -> Iterator[Session]:
@@ -195,7 +195,7 @@ def _call(held: _Held) -> Any:
 
 @contextmanager
 def _local_cluster(
-    workers: int, resources: Mapping[str, float] | None = None, watch: Watch | None = None, listen: Listen | None = None
+    workers: int, resources: Mapping[str, float] | None = None, watch: RunWatch | None = None, listen: Listen | None = None
 ) -> Iterator[Any]:
     """A client of a cluster in this process. Raises BadInput where `listen` is given and cannot be had."""
     import dask
@@ -238,7 +238,7 @@ def _local_cluster(
             yield client
 
 
-def _page(watch: Watch | None, listen: Listen | None) -> AbstractContextManager[str]:
+def _page(watch: RunWatch | None, listen: Listen | None) -> AbstractContextManager[str]:
     """The address of headrace's page on a server of its own; "" where no `listen` asks for one."""
     if watch is None or listen is None:
         return nullcontext("")

@@ -1,1 +1,1 @@
-"""Where a plan's tensors go: rank files, Zarr scratch here or behind a URL, and the journal of what is on disk."""
+"""Destinations of a plan's tensors: rank files, Zarr scratch on a local disk or behind a URL, and the journal of finished tasks."""

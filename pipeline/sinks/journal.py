@@ -1,11 +1,11 @@
-"""The journal of a conversion under way: which tasks are done, so that a run that was stopped loses seconds.
+"""The journal of an unfinished conversion: which tasks are done, so that an interrupted run loses only seconds of work.
 
-A text file of one JSON object a line, each behind its checksum; a torn last line is dropped. The first line says whose journal it
-is. The file is locked while a job works on what it describes; the lock goes with the process that holds it.
+It is a text file with one JSON object on each line, preceded by the object's checksum; a torn last line is dropped. The first line
+names the job. The file is locked while a job works on what it describes; the lock ends with the process that holds it.
 
-A killed process loses nothing that it has written: the system still holds it. A power cut does. So every line names the boot that
-it was written in, and from time to time, while tasks go on, all is brought to disk and a line says so. After another boot only
-what stands before such a line counts.
+What a killed process has written is still in the system's page cache, but a power cut loses it. So every line names the boot in
+which it was written, and every SYNC_SECONDS, while tasks go on, all files are flushed to disk and a line says so. After a reboot
+only the lines before the last such line count.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from stages.write import Checksum, Written
 
 SYNCED: Mapping[str, Any] = {"done": [], "sums": [], "synced": True}
-COMMIT_SECONDS = 1.0  # between two commits: what a killed process may cost
-SYNC_SECONDS = 10.0  # between two times that all is brought to disk: what a power cut may cost
+COMMIT_SECONDS = 1.0  # between two commits: the work that a killed process may lose
+SYNC_SECONDS = 10.0  # between two flushes to disk: the work that a power cut may lose
 
 
 class Journal:
-    """An open, locked journal: `owner` is its first line's object or None where it was empty, `entries` those that follow."""
+    """An open, locked journal. `owner`: the object on its first line, None where it was empty; `entries`: those on later lines."""
 
     def __init__(self, path: Path) -> None:
-        """Open and lock the file, creating it where it is not there. Raises BadInput where another job holds it."""
+        """Open and lock the file; create it where it does not exist. Raises BadInput where another job has locked it."""
         self.path = path
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -46,20 +46,20 @@ class Journal:
                 remedy = "Wait for it, or choose another directory"
                 found, expected = "another job at work on it", "one job at a time"
                 raise BadInput([Problem(str(path.parent), found, expected, remedy, passing=True)]) from None
-            # The job that held it may have removed it in the meantime.
+            # The job that had it locked may have removed it in the meantime.
             if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
                 break
             os.close(self._file)
         self.owner, self.entries = self._read()
 
     def start(self, owner: Mapping[str, Any]) -> None:
-        """Forget everything and begin anew for `owner`."""
+        """Empty the journal and write `owner` as its first line."""
         os.ftruncate(self._file, 0)
         self.append(owner)
         self.owner, self.entries = dict(owner), []
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line."""
+        """Add a line with this object. It is in the page cache when this returns, not necessarily on disk."""
         text = json.dumps({**entry, "boot": boot_id()}, separators=(",", ":"))
         os.lseek(self._file, 0, os.SEEK_END)
         data = memoryview(f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode())
@@ -68,18 +68,18 @@ class Journal:
         self.entries.append(dict(entry))
 
     def synced(self) -> None:
-        """Say that everything before is on disk, and have that on disk."""
+        """Add the line that says that everything before it is on disk, and flush the journal itself."""
         self.append(SYNCED)
         os.fdatasync(self._file)
 
     def close(self) -> None:
-        """Let go of the file; closing it twice does no harm."""
+        """Close and unlock the file; closing it twice does no harm."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def remove(self) -> None:
-        """Remove the file and let go of it."""
+        """Delete the file and unlock it."""
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -87,25 +87,25 @@ class Journal:
         size = os.fstat(self._file).st_size
         lines = os.pread(self._file, size, 0).split(b"\n")
         entries: list[dict[str, Any]] = []
-        good = sure = 0
+        valid_bytes = sure = 0  # `sure`: how many entries are certainly true of the files on disk
         for line in lines[:-1]:
             digest, _, text = line.partition(b" ")
             if xxhash.xxh3_64_hexdigest(text).encode() != digest:
                 break
             entries.append(json.loads(text))
-            good += len(line) + 1
+            valid_bytes += len(line) + 1
             boot = entries[-1].pop("boot")
-            # The first line alone promises nothing; what this boot wrote, or was brought to disk, is there.
+            # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
             if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
                 sure = len(entries)
         if sure < len(entries):
-            good = sum(len(line) + 1 for line in lines[:sure])
-        os.ftruncate(self._file, good)
+            valid_bytes = sum(len(line) + 1 for line in lines[:sure])
+        os.ftruncate(self._file, valid_bytes)
         return (entries[0], entries[1:sure]) if entries else (None, [])
 
 
 def boot_id() -> str:
-    """A name for the time since the machine was started; "" where the system gives none."""
+    """Return the kernel's id of the current boot; "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -113,15 +113,15 @@ def boot_id() -> str:
 
 
 def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, Any]:
-    """A journal line: tasks that are done, and the checksums of what they wrote."""
+    """Return a journal entry: the numbers of finished tasks, and the checksums of what they wrote."""
     return {"done": list(numbers), "sums": [[c.rank, c.offset, c.nbytes, c.xxh3] for c in checksums]}
 
 
 class Committer:
-    """Writes finished tasks into the journals, a group every second, and brings all to disk now and then, while others run."""
+    """A thread that writes finished tasks into the journals every COMMIT_SECONDS, and flushes all files every SYNC_SECONDS."""
 
     def __init__(self, journals: Mapping[int, Journal]) -> None:
-        """`journals`: by the place of their sink among those that are written, as checksums name it."""
+        """`journals`: by the position of their sink among those being written, which is what `Checksum.sink` names."""
         self.journals = journals
         self._waiting: list[Written] = []
         self._unsynced: set[str] = set()
@@ -135,14 +135,14 @@ class Committer:
         return self
 
     def add(self, written: Written) -> None:
-        """Take in a finished task. Raises what an earlier commit failed with."""
+        """Queue a finished task for the next commit. Raises the error that an earlier commit failed with."""
         if self._error:
             raise self._error
         with self._lock:
             self._waiting.append(written)
 
     def __exit__(self, *_: object) -> None:
-        """Commit what is left, also after an error: the next run need not do it again."""
+        """Commit what is left, also after an error, so that the next run need not do it again."""
         self._stop.set()
         self._thread.join()
         if self._error:
@@ -150,7 +150,7 @@ class Committer:
         self.commit()
 
     def commit(self) -> None:
-        """Say in every journal what has been done since the last time."""
+        """Add an entry to every journal for the tasks that were queued since the last commit."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -161,7 +161,7 @@ class Committer:
             journal.append(entry(numbers, [c for written in waiting for c in written.checksums if c.sink == sink]))
 
     def sync(self) -> None:
-        """Have all that is committed on disk, and say so."""
+        """Flush the files of all committed tasks to disk, and note that in every journal."""
         paths, self._unsynced = self._unsynced, set()
         if paths:
             sync_files(paths)
@@ -182,7 +182,7 @@ class Committer:
 
 
 def sync_files(paths: Iterable[str | Path]) -> None:
-    """Have the contents of files on disk."""
+    """Flush the contents of files to disk. Raises OSError where one cannot be opened or flushed."""
     for path in sorted(map(str, paths)):
         descriptor = os.open(path, os.O_WRONLY)
         try:

@@ -1,7 +1,7 @@
-"""An output directory: whose it is, how it begins or is taken up again, and how it becomes whole.
+"""Write an output directory: begin or resume it, and complete it.
 
 A directory is complete when it has config.json, which is written last. Until then it holds the journal, `headrace.json.partial`,
-which says what it will be and how far it is, and rank files named `*.partial`.
+which says what is being written and which tasks are done, and rank files named `*.partial`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +24,33 @@ from pipeline.sinks.reserve import missing
 from pipeline.tensor.placement import Located, Region
 
 if TYPE_CHECKING:
-    from pipeline.sinks.rank_file import FileTensor, RankFile
+    from pipeline.sinks.rank_file import RankFile, RankFileTensor
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
 JOURNAL = PROVENANCE + ".partial"
-_OURS = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
 
 
 @dataclass(frozen=True)
 class Output:
-    """One target's directory: its rank files, the text of its config.json, and the id of what is written there.
+    """One target's output directory.
 
-    `copies`: files of the source that go beside them. `sync`: have all on disk before config.json is. Equal ids mean equal bytes.
+    Parameters
+    ----------
+    directory
+        Where the files go.
+    files
+        The layout of each rank file, rank 0 first.
+    config
+        The text of config.json.
+    id
+        Names the contents: outputs with equal ids have equal bytes.
+    copies
+        Files of the source, such as the tokenizer's, that are copied beside the ranks.
+    sync
+        Flush everything to disk before config.json is written.
+    provenance
+        What headrace.json says of the conversion, without id, timings and checksums.
     """
 
     directory: Path
@@ -51,23 +63,23 @@ class Output:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the rank files."""
+        """The size of all rank files together."""
         return sum(file.size_bytes for file in self.files)
 
     @property
     def local_bytes(self) -> int:
-        """What it needs of a local disk."""
+        """The space that it needs on a local disk."""
         return self.size_bytes
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file that the directory will hold."""
+        """The paths of all files that the complete directory holds."""
         names = (CONFIG, PROVENANCE, *(path.name for path in self.copies))
         return (*(file.path for file in self.files), *(self.directory / name for name in names))
 
     @property
     def complete(self) -> bool:
-        """Whether the directory already holds, whole, what would be written."""
+        """Whether the directory already holds the finished output with this id."""
         try:
             provenance = json.loads((self.directory / PROVENANCE).read_text())
             sizes = [file.path.stat().st_size for file in self.files]
@@ -77,13 +89,28 @@ class Output:
         return whole and provenance.get("id") == self.id and sizes == [file.size_bytes for file in self.files]
 
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
-        """The bytes of a region of a rank's tensor."""
+        """Yield where the bytes of a region of a rank's tensor lie."""
         return self.files[rank].tensors[tensor].locate(region)
 
     def begin(self, tasks: int, fresh: bool) -> Journal:
-        """Take the directory: take up what an interrupted run left, or clear it and reserve every rank file at its full size.
+        """Lock the directory and resume what an interrupted run left there, or clear it and reserve every rank file at full size.
 
-        Raises BadInput where another job holds the directory, it cannot be written, or there is no room; then it is left as it was.
+        Parameters
+        ----------
+        tasks
+            The number of tasks in the plan; a journal of another number is not resumed.
+        fresh
+            Start again even where an interrupted run could be resumed.
+
+        Returns
+        -------
+        Journal
+            The open, locked journal; its entries are the tasks that are already done.
+
+        Raises
+        ------
+        BadInput
+            Another job is at work on the directory, it cannot be written, or there is no room. The directory is left as it was.
         """
         created = missing(self.directory)
         owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": [path.name for path in self.copies]}
@@ -107,7 +134,10 @@ class Output:
             raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=full)]) from None
 
     def finish(self, journal: Journal, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
-        """Give every file its name, config.json last: from then on the directory is complete."""
+        """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.
+
+        `entries` are the journal's; `timings` go into headrace.json as they are. Raises OSError where the disk fails.
+        """
         checksums = self._checksums(entries)
         if self.sync:
             sync_files(file.partial for file in self.files)
@@ -122,7 +152,7 @@ class Output:
         journal.remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
-        """Remove what `begin` made, where it could not be whole: `created` is the topmost directory that it made."""
+        """Undo a `begin` that failed. `created`: the topmost directory that it made, or None."""
         for file in self.files:
             file.partial.unlink(missing_ok=True)
         journal.remove()
@@ -130,16 +160,17 @@ class Output:
             shutil.rmtree(created, ignore_errors=True)
 
     def _clear(self) -> None:
-        # config.json first: what is half removed must not look whole.
+        # config.json first, so that a half-removed output does not look complete.
         (self.directory / CONFIG).unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            if path.name != JOURNAL:  # check_output has seen that all of it is ours
+            if path.name != JOURNAL:  # check_output has made sure that headrace wrote everything here
                 path.unlink()
 
     def _checksums(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
-        """Per file and tensor: [bytes, xxh3] of its consecutive parts, from the journal's entries.
+        """Collect {file: {tensor: [[bytes, xxh3], ...]}} from the journal's entries, for a tensor's parts in order.
 
-        A tensor of one part has the plain xxh3 of its bytes. Raises RuntimeError where a part belongs to no tensor.
+        Where a tensor has a single part, that is the plain xxh3 of its bytes. Raises RuntimeError for a part that belongs to no
+        tensor.
         """
         parts: dict[int, dict[int, tuple[int, str]]] = defaultdict(dict)
         for entry in entries:
@@ -154,8 +185,8 @@ class Output:
         return result
 
 
-def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
-    """A tensor's parts in order, taken out of `parts`."""
+def _tensor_checksum(tensor: RankFileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
+    """Remove a tensor's parts from `parts` (by offset in the file), and return their [bytes, xxh3] in order."""
     result: list[list[Any]] = []
     offset, end = tensor.offset, tensor.offset + tensor.nbytes
     while offset < end and offset in parts:
@@ -163,7 +194,7 @@ def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> l
         result.append([nbytes, digest])
         offset += nbytes
     if offset < end:
-        # The rows of padding at the end are the file's own zeros.
+        # Padding rows at the end are never written: they are the zeros of the reserved file.
         padding = xxhash.xxh3_64()
         for start in range(offset, end, 1 << 20):
             padding.update(bytes(min(1 << 20, end - start)))
@@ -172,7 +203,7 @@ def _tensor_checksum(tensor: FileTensor, parts: dict[int, tuple[int, str]]) -> l
 
 
 def _replace(path: Path, text: str, sync: bool) -> None:
-    """Give a file its whole text at once; `sync`: have it, and its name, on disk."""
+    """Write a text file by renaming a new one over it, so that it is never half written; with `sync`, flush it to disk."""
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         file.write(text)
@@ -186,119 +217,3 @@ def _replace(path: Path, text: str, sync: bool) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def check_output(directory: Path, overwrite: bool) -> list[Problem]:
-    """What keeps `directory` from being ours: it is a file, or holds what headrace did not write."""
-    if not directory.exists():
-        return _writable(directory)
-    if not directory.is_dir():
-        return [Problem(f"--output_dir {directory}", "a file", "a directory")]
-    names = {path.name for path in directory.iterdir()}
-    if not names:
-        return _writable(directory)
-    ours = _copied(directory)
-    foreign = sorted(name for name in names if not _OURS.fullmatch(name) and name not in ours)
-    if foreign:
-        found = f"files that headrace did not write ({', '.join(foreign[:4])})"
-        return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Choose another --output_dir")]
-    if names & {PROVENANCE, JOURNAL} or overwrite:
-        return _writable(directory)
-    found = "a checkpoint that headrace did not write"
-    return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Give --overwrite to replace it")]
-
-
-def check_source(directory: Path, files: Iterable[Path]) -> list[Problem]:
-    """A directory that holds files of the source is not written to: they would be taken for ours."""
-    real = directory.resolve()
-    if any(path.resolve().parent == real or path.parent == directory for path in files):
-        expected = "another directory than the source's"
-        return [Problem(f"--output_dir {directory}", "files of the source", expected, "Choose another --output_dir")]
-    return []
-
-
-def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
-    """A conversion of another source or other options, finished or under way, is not replaced unless asked."""
-    problems = []
-    for output in outputs:
-        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
-        if overwrite or output.complete or not (finished.exists() or begun.exists()):
-            continue
-        if finished.exists() or _owner(begun).get("id", output.id) != output.id:
-            found = f"{'a finished' if finished.exists() else 'an unfinished'} conversion of another source or with other options"
-            remedy = "Give --overwrite to start afresh"
-            problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
-    return problems
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    """The first line of a journal; nothing where it has none yet."""
-    try:
-        with path.open("rb") as file:
-            digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
-        return dict(json.loads(text)) if xxhash.xxh3_64_hexdigest(text).encode() == digest else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _copied(directory: Path) -> set[str]:
-    """The names of the files that a conversion, finished or under way, copies beside its ranks."""
-    try:
-        finished = json.loads((directory / PROVENANCE).read_text()).get("copied", [])
-    except (OSError, ValueError, AttributeError):
-        finished = []
-    return {*finished, *_owner(directory / JOURNAL).get("copied", [])}
-
-
-def check_space(needs: Mapping[Path, int]) -> list[Problem]:
-    """Whether each file system has room for what goes to the directories on it (bytes by directory)."""
-    needed: dict[int, int] = defaultdict(int)
-    names: dict[int, Path] = {}
-    for directory, nbytes in needs.items():
-        device = _nearest(directory, lambda place: place.stat().st_dev)
-        # What an earlier run of ours reserved there will be used or replaced.
-        needed[device] += nbytes - _held_bytes(directory)
-        names[device] = directory
-    problems = []
-    for device, nbytes in needed.items():
-        free = free_bytes(names[device])
-        if nbytes > free:
-            found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
-            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy, passing=True))
-    return problems
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes free on the file system that `directory` is, or would be, on."""
-    return _nearest(directory, lambda place: shutil.disk_usage(place).free)
-
-
-def _held_bytes(directory: Path) -> int:
-    """What a directory's files take on the disk. A conversion at work there may remove some meanwhile: those take nothing."""
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += (Path(folder) / name).lstat().st_blocks * 512
-    return total
-
-
-def _nearest(path: Path, ask: Callable[[Path], int]) -> int:
-    """What `ask` says of the nearest directory above `path`, or itself, that is there; it may go while it is asked."""
-    while True:
-        with suppress(FileNotFoundError):
-            return ask(existing(path))
-
-
-def existing(path: Path) -> Path:
-    """The nearest directory above `path`, or itself, that is there."""
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _writable(directory: Path) -> list[Problem]:
-    place = existing(directory)
-    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
-        return []
-    return [Problem(f"--output_dir {directory}", f"{place}, which cannot be written", "a directory that can be written")]

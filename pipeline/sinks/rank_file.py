@@ -1,4 +1,4 @@
-"""rank_file: the layout of rank{N}.safetensors, known before a byte is written, as the safetensors library writes it.
+"""Lay out rank{N}.safetensors before a byte is written, in the order in which the safetensors library writes it.
 
 Facts: TensorRT-LLM checkpoint format, section 1.
 """
@@ -18,10 +18,11 @@ from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
 
 
 @dataclass(frozen=True, slots=True)
-class FileTensor:
-    """Where a tensor lies in a rank file: byte offset from the file's start, shape and dtype (TensorRT-LLM's name).
+class RankFileTensor:
+    """A tensor's place in a rank file: byte offset from the file's start, shape, and dtype by TensorRT-LLM's name.
 
-    `stored`: the shape and dtype by which placements count.
+    `stored`: the shape and dtype that regions passed to `locate` refer to; they differ from `shape` and `dtype` where the
+    file has the same bytes under another type.
     """
 
     path: str
@@ -39,7 +40,7 @@ class FileTensor:
         return math.prod(self.shape) * self.itemsize
 
     def locate(self, region: Region) -> Iterator[Located]:
-        """The contiguous runs of bytes that hold a region of the tensor."""
+        """Yield the contiguous runs of bytes that hold a region of the tensor, as `stored` counts it."""
         shape, dtype = self.stored
         itemsize = BY_TARGET[dtype].numpy.itemsize
         for first, part in contiguous(shape, region):
@@ -48,16 +49,16 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class RankFile:
-    """A rank's file: its header and the place of each tensor. It is named `*.partial` until it is whole."""
+    """The layout of a rank's file: its header and the place of each tensor. It is named `*.partial` until it is complete."""
 
     path: Path
     header: bytes
-    tensors: dict[str, FileTensor]
+    tensors: dict[str, RankFileTensor]
     size_bytes: int
 
     @property
     def partial(self) -> Path:
-        """The name that the file has until it is whole."""
+        """The path that the file has until it is complete."""
         return partial_name(self.path)
 
     def create(self) -> None:
@@ -67,7 +68,10 @@ class RankFile:
             file.write(self.header)
 
     def begun(self) -> bool:
-        """Whether an earlier run left the file as `create` makes it, or already gave it its name; then it is partial again."""
+        """Return whether an earlier run made the file with this header and size.
+
+        A file that already has its final name is renamed back to `partial` first.
+        """
         if not self.partial.exists() and self.path.exists():
             self.path.replace(self.partial)
         try:
@@ -77,17 +81,17 @@ class RankFile:
             return False
 
     def finish(self) -> None:
-        """Give the whole file its name."""
+        """Rename the complete file to its final name."""
         self.partial.replace(self.path)
 
 
 def partial_name(path: Path) -> Path:
-    """A file's name while it is being written."""
+    """Return the path that a file has while it is being written."""
     return path.with_name(path.name + ".partial")
 
 
 def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
-    """Lay out a file: tensors sorted by type (widest first), then by name; the header padded with spaces to 8 bytes."""
+    """Lay out a file: tensors sorted by dtype (in FILE_ORDER), then by name; the header is padded to 8 bytes with spaces."""
     rows = {tensor.name: BY_TARGET[tensor.dtype] for tensor in tensors}
     ordered = sorted(tensors, key=lambda tensor: (FILE_ORDER.index(rows[tensor.name].safetensors), tensor.name))
     entries, offsets, offset = {}, [], 0
@@ -102,7 +106,7 @@ def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:
     header = len(text).to_bytes(8, "little") + text
     partial = str(partial_name(path))
     located = {
-        tensor.name: FileTensor(
+        tensor.name: RankFileTensor(
             partial, len(header) + start, tensor.shape, tensor.dtype, tensor.stored or (tensor.shape, tensor.dtype)
         )
         for tensor, start in zip(ordered, offsets, strict=True)

@@ -1,4 +1,4 @@
-"""Scratch on object storage: a cut as a Zarr group behind an fsspec URL. A chunk is one piece, put and fetched whole."""
+"""Scratch on object storage: a cut as a Zarr group behind an fsspec URL. Each chunk is written and fetched as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.tensor.placement import Located, Region
 
 @dataclass(frozen=True)
 class RemoteArray:
-    """A tensor as a Zarr array at `url`, in chunks of `chunk_shape`; as it is stored, so that it can be a source."""
+    """A tensor stored as a Zarr array at `url`, in chunks of `chunk_shape`; `dtype` is the tensor's, not the bit patterns'."""
 
     url: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class RemoteArray:
 
 @dataclass(frozen=True)
 class RemoteGroup:
-    """One cut at `url`. Its journal, on this machine, keeps two jobs of this machine apart."""
+    """One cut at `url`. Its journal is a local file, so that only jobs of one machine are kept from writing it at the same time."""
 
     url: str
     stage: str
@@ -44,12 +44,12 @@ class RemoteGroup:
 
     @property
     def directory(self) -> Path:
-        """Where its journal is: on this machine."""
+        """The directory of the journal, on this machine."""
         return Path(tempfile.gettempdir())
 
     @property
     def place(self) -> str:
-        """Where the cut is, for people."""
+        """The cut's location as messages show it."""
         return self.url
 
     @property
@@ -58,22 +58,25 @@ class RemoteGroup:
 
     @property
     def local_bytes(self) -> int:
-        """What it needs of a local disk."""
+        """The space that it needs on a local disk: none."""
         return 0
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run left the cut whole."""
+        """Whether an earlier run finished the cut with this id."""
         attributes = self._attributes()
         return attributes.get("id") == self.id and bool(attributes.get("complete"))
 
     def locate(self, _rank: int, tensor: str, region: Region) -> Iterator[Located]:
-        """The region itself: a chunk is addressed by its array and its region."""
+        """Yield the region itself, at the array's URL and with offset -1: zarr addresses chunks by region, not by bytes."""
         array = self.arrays[0, tensor]
         yield Located(array.url, -1, region)
 
     def begin(self, tasks: int, fresh: bool) -> Journal:
-        """Make the group and its arrays, or take up what an interrupted run left."""
+        """Create the group and its arrays, or resume what an interrupted run left.
+
+        Raises BadInput where another job of this machine is at work on it, or the store cannot be written.
+        """
         import zarr
 
         journal = Journal(self.directory / f"headrace-{self.id}.journal")
@@ -94,19 +97,19 @@ class RemoteGroup:
         return journal
 
     def finish(self, journal: Journal, *_: object) -> None:
-        """Say that the cut is whole, and reusable."""
+        """Mark the cut as complete, and so as reusable."""
         import zarr
 
         zarr.open_group(self.url, mode="r+").attrs["complete"] = True
         journal.remove()
 
     def abandon(self, journal: Journal, _created: Path | None = None) -> None:
-        """Remove what `begin` made."""
+        """Remove everything that `begin` made."""
         journal.remove()
         self.remove()
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it keeps it."""
+        """Remove the cut after use, unless this job or the one that made it wants it kept."""
         if not (self.keep or self._attributes().get("keep")):
             self.remove()
 

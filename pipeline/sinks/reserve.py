@@ -1,4 +1,4 @@
-"""Taking room on a disk, so that it can be given back: files whose space is promised, and the directories above them."""
+"""Reserve disk space for files before they are written, and find which directories have to be made for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def reserve(path: Path, size_bytes: int) -> None:
-    """Create a file of zeros whose blocks the file system has set aside: writing into it cannot run out of space.
+    """Create a file of `size_bytes` zeros with its blocks allocated, so that writing into it cannot run out of space.
 
     Raises OSError, naming the file, where there is no room.
     """
@@ -22,5 +22,5 @@ def reserve(path: Path, size_bytes: int) -> None:
 
 
 def missing(directory: Path) -> Path | None:
-    """The topmost directory that would have to be made to have `directory`; None where it is there."""
+    """Return the topmost directory that must be made so that `directory` exists; None where it exists already."""
     return next((path for path in (directory, *directory.parents)[::-1] if not path.exists()), None)

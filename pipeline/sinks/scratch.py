@@ -1,8 +1,9 @@
-"""Scratch: Zarr arrays between two phases. A cut can stand after any stage and changes no byte of the output.
+"""Scratch: Zarr arrays between two phases. A cut after a stage (see `--scratch_after`) changes no byte of the output.
 
-Each cut is a Zarr group (format 3) of arrays named like their tensors, readable with plain `zarr.open`: uncompressed, bfloat16 and
-float8 as the unsigned integers of the same width, with the true dtype, the source and the shape in the attributes. On a local disk
-tasks write the chunk files in place and map them to read them back: both the slow halves of going through Zarr.
+Each cut is a Zarr group (format 3) of arrays named like their tensors, which plain `zarr.open` reads. Arrays are uncompressed;
+bfloat16 and float8 are stored as unsigned integers of the same width, with the true dtype, the source and the shape in the
+attributes. On a local disk, tasks write the chunk files in place and read them through memory maps, as going through zarr for
+either is slow.
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing, reserve
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
 
-STAGES = ("read", "rename", "unpack", "shard")
 JOURNAL = "headrace.journal"
 DEFAULT_ROOT = ".headrace-scratch"  # beside the outputs
 
 
 @dataclass(frozen=True)
 class ScratchArray:
-    """A tensor as a Zarr array on a local disk: chunks of `chunk_shape`, each one file of C-ordered bytes."""
+    """A tensor stored as a Zarr array on a local disk, in chunks of `chunk_shape`; each chunk is a file of C-ordered bytes."""
 
     directory: Path
     shape: tuple[int, ...]
@@ -47,20 +47,20 @@ class ScratchArray:
 
     @property
     def nbytes(self) -> int:
-        """The size of the chunk files; those at the edge are as large as the others."""
+        """The size of all chunk files; a chunk at the edge is stored in full, as large as the others."""
         return self.chunk_bytes * len(list(self.chunks()))
 
     def chunks(self) -> Iterator[tuple[int, ...]]:
-        """The index of every chunk."""
+        """Yield the index of every chunk."""
         counts = [-(-n // chunk) for n, chunk in zip(self.shape, self.chunk_shape, strict=True)]
         return itertools.product(*map(range, counts))
 
     def path(self, index: tuple[int, ...]) -> Path:
-        """The file of a chunk, by Zarr's default key encoding."""
+        """Return the file of the chunk at `index`, by Zarr's default key encoding."""
         return self.directory.joinpath("c", *map(str, index))
 
     def locate(self, region: Region) -> Iterator[Located]:
-        """The contiguous runs of bytes, chunk by chunk, that hold a region."""
+        """Yield the contiguous runs of bytes that hold a region, chunk by chunk."""
         ranges = [range(start // chunk, -(-stop // chunk)) for (start, stop), chunk in zip(region, self.chunk_shape, strict=True)]
         for index in itertools.product(*ranges):
             origin = [i * chunk for i, chunk in zip(index, self.chunk_shape, strict=True)]
@@ -74,7 +74,10 @@ class ScratchArray:
 
 @dataclass(frozen=True)
 class ScratchGroup:
-    """One cut: its arrays by (rank, tensor), rank 0 before the split. `id` names what is in it; equal ids hold equal bytes."""
+    """One cut on a local disk: its arrays by (rank, tensor), with rank 0 for all before the split.
+
+    `id` names the contents: cuts with equal ids hold equal bytes. `keep`: leave it in place after use.
+    """
 
     directory: Path
     stage: str
@@ -89,28 +92,28 @@ class ScratchGroup:
 
     @property
     def place(self) -> str:
-        """Where the cut is, for people."""
+        """The cut's location as messages show it."""
         return str(self.directory)
 
     @property
     def local_bytes(self) -> int:
-        """What it needs of a local disk."""
+        """The space that it needs on a local disk."""
         return self.size_bytes
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run left the cut whole."""
+        """Whether an earlier run finished the cut with this id."""
         attributes = _attributes(self.directory)
         return attributes.get("id") == self.id and bool(attributes.get("complete"))
 
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
-        """The bytes of a region of a tensor."""
+        """Yield where the bytes of a region of a tensor lie."""
         return self.arrays[rank, tensor].locate(region)
 
     def begin(self, tasks: int, fresh: bool) -> Journal:
-        """Make the group and reserve every chunk, or take up what an interrupted run left.
+        """Create the group and reserve every chunk's file, or resume what an interrupted run left.
 
-        Raises BadInput where another job holds it, it cannot be written, or there is no room.
+        Raises BadInput where another job is at work on it, it cannot be written, or there is no room.
         """
         created = missing(self.directory)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
@@ -136,19 +139,19 @@ class ScratchGroup:
             raise BadInput([Problem(subject, found, expected, remedy, passing=full)]) from None
 
     def finish(self, journal: Journal, *_: object) -> None:
-        """Say that the cut is whole, and reusable."""
+        """Mark the cut as complete, and so as reusable."""
         import zarr
 
         zarr.open_group(self.directory, mode="r+").attrs["complete"] = True
         journal.remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
-        """Remove what `begin` made: `created` is the topmost directory that it made."""
+        """Remove everything that `begin` made. `created`: the topmost directory that it made, or None."""
         journal.remove()
         shutil.rmtree(created or self.directory, ignore_errors=True)
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it keeps it."""
+        """Remove the cut after use, unless this job or the one that made it wants it kept."""
         if not (self.keep or _attributes(self.directory).get("keep")):
             shutil.rmtree(self.directory, ignore_errors=True)
             if self.directory.parent.name == DEFAULT_ROOT:
@@ -170,7 +173,10 @@ class ScratchGroup:
 
 
 def add_array(group: Any, name: str, array: Any) -> None:
-    """Add a tensor to a Zarr group: uncompressed, every chunk stored, as bit patterns whose meaning the attributes say."""
+    """Create the array for a tensor in a Zarr group: uncompressed, with every chunk stored, as bit patterns.
+
+    The array's attributes name the true dtype. `array`: a ScratchArray or a RemoteArray.
+    """
     row = of_numpy(array.dtype)
     group.create_array(
         name,
@@ -185,13 +191,13 @@ def add_array(group: Any, name: str, array: Any) -> None:
 
 
 def scratch_id(*parts: Any) -> str:
-    """A short name for what a cut holds: a hash of everything that its bytes depend on."""
+    """Return 16 hex digits that name a cut's contents: a hash of everything that its bytes depend on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A cut on disk, as `headrace scratch ls` shows it."""
+class ScratchCut:
+    """A cut found on disk, as `headrace scratch ls` lists it."""
 
     directory: Path
     stage: str
@@ -200,28 +206,31 @@ class Found:
     size_bytes: int
 
 
-def list_scratch(root: Path) -> list[Found]:
-    """The cuts in a scratch directory."""
-    found = []
+def list_scratch(root: Path) -> list[ScratchCut]:
+    """List the cuts in a scratch directory, sorted by path."""
+    cuts = []
     for directory in sorted(root.glob("*.zarr")):
         attributes = _attributes(directory)
         if attributes.get("headrace") == "scratch":
             nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-            found.append(Found(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
-    return found
+            cuts.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
+    return cuts
 
 
-def remove_scratch(root: Path, names: list[str]) -> list[Found]:
-    """Remove cuts by the names of their directories, or all; one that a job is at work on is refused with BadInput."""
-    found = [cut for cut in list_scratch(root) if not names or cut.directory.name in names]
-    missing = sorted(set(names) - {cut.directory.name for cut in found})
-    if missing:
-        raise BadInput([Problem(str(root / name), "no such cut", "one that `headrace scratch ls` lists") for name in missing])
-    journals = [Journal(cut.directory / JOURNAL) for cut in found]
-    for cut, journal in zip(found, journals, strict=True):
+def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
+    """Remove the cuts with these directory names, or all where `names` is empty; return those removed.
+
+    Raises BadInput, before any is removed, where a name is unknown or a job is at work on a cut.
+    """
+    cuts = [cut for cut in list_scratch(root) if not names or cut.directory.name in names]
+    unknown = sorted(set(names) - {cut.directory.name for cut in cuts})
+    if unknown:
+        raise BadInput([Problem(str(root / name), "no such cut", "one that `headrace scratch ls` lists") for name in unknown])
+    journals = [Journal(cut.directory / JOURNAL) for cut in cuts]
+    for cut, journal in zip(cuts, journals, strict=True):
         shutil.rmtree(cut.directory)
         journal.close()
-    return found
+    return cuts
 
 
 def _attributes(directory: Path) -> dict[str, Any]:

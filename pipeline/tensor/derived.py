@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.tensor.placement import Region, extent, intersect, shift, slices, whole
+from pipeline.tensor.placement import Region, chunk_regions, extent, intersect, shift, slices, whole
 from pipeline.tensor.tensors import Block
 
 if TYPE_CHECKING:
@@ -110,9 +110,8 @@ def derive(
     sources = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
     places = {key: (size, kind, regions) for key, (size, kind, _, regions) in sources.items()}
     graph = {}
-    for index in np.ndindex(*map(len, chunks)):
+    for index, region in chunk_regions(chunks):
         key = (name, *index)
-        region = tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
         parts = Dict({key_: List(*map(TaskRef, keys)) for key_, (_, _, keys, _) in sources.items()})
         graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments, ahead)
     layers = HighLevelGraph.from_collections(name, graph, dependencies=list(inputs.values()))
@@ -141,9 +140,9 @@ def constant(name: str, values: tuple[float, ...]) -> da.Array:
 def _grid(array: da.Array) -> tuple[list[tuple[Any, ...]], list[Region]]:
     """The keys of an array's blocks, and the region of each."""
     keys, regions = [], []
-    for index in np.ndindex(*array.numblocks):
+    for index, region in chunk_regions(array.chunks):
         keys.append((array.name, *index))
-        regions.append(tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(array.chunks, index, strict=True)))
+        regions.append(region)
     return keys, regions
 
 

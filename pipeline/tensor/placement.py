@@ -5,6 +5,7 @@ A `Region` is one half-open interval (start, stop) an axis. Everything here is a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,22 @@ def shift(region: Region, origin: Sequence[int], sign: int = 1) -> Region:
 def slices(region: Region) -> tuple[slice, ...]:
     """A region as NumPy's index."""
     return tuple(slice(start, stop) for start, stop in region)
+
+
+def chunk_regions(chunks: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...], Region]]:
+    """The index and the region of each chunk of an array. `chunks`: their lengths along each axis, as Dask has them."""
+    axes = []
+    for lengths in chunks:
+        stops = list(itertools.accumulate(lengths))
+        axes.append([(i, (stop - length, stop)) for i, (length, stop) in enumerate(zip(lengths, stops, strict=True))])
+    for cell in itertools.product(*axes):
+        yield tuple(i for i, _ in cell), tuple(interval for _, interval in cell)
+
+
+def chunk_region(chunks: Sequence[Sequence[int]], index: Sequence[int]) -> Region:
+    """The region of the chunk at an index."""
+    starts = [sum(lengths[:i]) for lengths, i in zip(chunks, index, strict=True)]
+    return tuple((start, start + lengths[i]) for start, lengths, i in zip(starts, chunks, index, strict=True))
 
 
 def pieces(region: Region, itemsize: int, limit_bytes: int, row_multiple: int = 1) -> Iterator[Region]:

@@ -1,7 +1,7 @@
 """The types that stages pass to one another.
 
-`TensorMap` is the one type until the split: Dask arrays by tensor name. The value of a Dask chunk is a `Block`: an array that is
-not made until a region of it is asked for, so that a task may own a block of hundreds of megabytes and hold a few at a time.
+`TensorMap` is the one type until the split: Dask arrays by module and parameter. The value of a Dask chunk is a `Block`: an array
+that is not made until a region of it is asked for, so that a task may own a block of hundreds of MB and hold a few at a time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipeline.tensor.metering import meter
+from pipeline.tensor.names import TensorName, split_names
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
 
 if TYPE_CHECKING:
     import dask.array as da
 
-TensorMap = Mapping[str, "da.Array"]
+TensorMap = Mapping[TensorName, "da.Array"]
 
 # The axes of each canonical parameter of a linear module. Column-parallel splits `out`; row-parallel splits `in`, and `group`
 # with it. A stack of experts has the axis `expert` in front. What every source format unpacks to:
@@ -210,6 +212,11 @@ class Source:
     dtype: str | None
     companions: tuple[Path, ...] = ()
     in_memory: bool = False
+
+    @cached_property
+    def named(self) -> Mapping[TensorName, LazyTensor]:
+        """The tensors under their names taken apart: the stages' keys."""
+        return split_names(self.tensors)
 
     @property
     def nbytes(self) -> int:

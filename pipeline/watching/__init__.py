@@ -1,1 +1,1 @@
-"""Watching a conversion while it runs: what it has done so far, the page, the metrics and the server that show it."""
+"""Watch a conversion while it runs: its state, and the page, the metrics and the server that show it."""

@@ -1,4 +1,4 @@
-"""The page, metrics and health of the one conversion that this process does."""
+"""Serve the page, metrics and health of the one conversion that this process runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import Any
 
 from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching import server
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 
-# (path, text) of the pages beside ours: headrace's own, and those of Dask's dashboard.
+# (path, link text) of the pages that the conversion's page links to: headrace's own, and those of Dask's dashboard.
 OWN = (("metrics", "metrics"), ("health", "health"))
 DASK = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"))
 
 
-def join(application: Any, watch: Watch, listen: Listen) -> None:
-    """Add them to a Dask server's application; to be called in its event loop."""
+def join(application: Any, watch: RunWatch, listen: Listen) -> None:
+    """Add the page, `/metrics` and `/health` to a Dask server's application. Call it in that server's event loop."""
     server.join(application, {PAGE: _page(watch, (*DASK, *OWN))}, _routes(watch), listen)
 
 
 @contextmanager
-def serving(watch: Watch, listen: Listen) -> Iterator[str]:
-    """Serve them where there is no dashboard; yields the page's address. Raises BadInput where `listen` cannot be had."""
+def serving(watch: RunWatch, listen: Listen) -> Iterator[str]:
+    """Serve the page, `/metrics` and `/health` without a dashboard, and yield the page's URL.
+
+    Raises BadInput where the address of `listen` is taken or is not this machine's.
+    """
     with server.serving(listen, {PAGE: _page(watch, OWN)}, _routes(watch)) as url:
         yield url + PAGE
 
 
-def health(watch: Watch) -> dict[str, Any]:
-    """What `/health` says of a conversion: sizes in bytes, times in seconds."""
+def health(watch: RunWatch) -> dict[str, Any]:
+    """Return the JSON object of `/health`: sizes in bytes, times in seconds."""
     now = watch.snapshot()
     return {
         "status": "ok",
@@ -44,10 +47,11 @@ def health(watch: Watch) -> dict[str, Any]:
     }
 
 
-def _page(watch: Watch, links: Sequence[tuple[str, str]]) -> server.Page:
-    """The page; what it is made of is imported when somebody opens it."""
+def _page(watch: RunWatch, links: Sequence[tuple[str, str]]) -> server.Page:
+    """Return the function that fills the page's document."""
 
     def fill(document: Any) -> None:
+        # Bokeh takes half a second to import, so this waits until somebody opens the page.
         from pipeline.watching.page import conversion_page
 
         conversion_page(watch.snapshot, links)(document)
@@ -55,13 +59,13 @@ def _page(watch: Watch, links: Sequence[tuple[str, str]]) -> server.Page:
     return fill
 
 
-def _routes(watch: Watch) -> list[server.Route]:
+def _routes(watch: RunWatch) -> list[server.Route]:
     return server.routes(_metrics(watch), lambda: health(watch))
 
 
-def _metrics(watch: Watch) -> Callable[[], bytes] | None:
+def _metrics(watch: RunWatch) -> Callable[[], bytes] | None:
     try:
         from pipeline.watching.metrics import Metrics, of_conversion
-    except ModuleNotFoundError:  # it comes with the extra `jobs`
+    except ModuleNotFoundError:  # prometheus_client is installed with the extra `jobs`
         return None
     return Metrics(lambda: of_conversion(watch.snapshot())).text

@@ -1,4 +1,4 @@
-"""The figures that pages are made of: lines over time, bars by name. Each has an `update` with new values."""
+"""The charts of headrace's pages: a line over time and bars by name. Each has an `update` that shows new values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.watching.units import human_bytes
 
 BLUE, TEAL, RED, GREY = "#2563eb", "#0d9488", "#dc2626", "#64748b"
 FONT = "system-ui, sans-serif"
-ROW_PIXELS = 22  # of a bar
-LONGEST_NAME = 26  # characters of a group that are shown: the last ones tell more
+ROW_PIXELS = 22  # the height of a bar
+LONGEST_NAME = 26  # of a longer group name the last characters are shown: they tell more than the first
 
 _BYTES_JS = """
 const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -32,7 +32,7 @@ return (hours ? hours + ":" + pad(minutes) : minutes) + ":" + pad(s % 60);
 
 
 class Timeline:
-    """Bytes, or bytes a second, over the seconds of a run, with a limit where there is one."""
+    """A line chart of bytes (or, with `rate`, bytes per second) over the seconds of a run, with an optional limit line."""
 
     def __init__(self, title: str, *, rate: bool, colour: str) -> None:
         self._source = ColumnDataSource({"x": [], "y": [], "text": []})
@@ -48,7 +48,7 @@ class Timeline:
         self._suffix = "/s" if rate else ""
 
     def update(self, points: Sequence[tuple[float, float]], limit: float | None = None) -> None:
-        """Show these (seconds, bytes)."""
+        """Show `points`, each (seconds, bytes), and the limit in bytes where there is one."""
         text = [human_bytes(y) + self._suffix for _, y in points]
         self._source.data = {"x": [x for x, _ in points], "y": [y for _, y in points], "text": text}
         self._seconds.end = max([1.0, *(x for x, _ in points)])
@@ -58,10 +58,10 @@ class Timeline:
 
 
 class Bars:
-    """A bar a name, with a text behind it. Names may be (group, name)."""
+    """A bar chart: one horizontal bar for each name, followed by a text. A name may be (group, name)."""
 
     def __init__(self, title: str, *, share: bool, colour: str) -> None:
-        """`share`: values are parts of 1, shown on an axis of percents; else bytes."""
+        """With `share`, values are fractions from 0 to 1, shown as percentages; otherwise they are bytes."""
         self._source = ColumnDataSource({"y": [], "x": [], "text": []})
         self._factors = FactorRange(range_padding=0.3, range_padding_units="absolute")
         self._share = share
@@ -87,15 +87,15 @@ class Bars:
         )
 
     def update(self, rows: Sequence[tuple[str | tuple[str, str], float, str]]) -> None:
-        """Show these (name, value, text), the first at the top."""
+        """Show `rows`, each (name, value, text), the first at the top."""
         names = [name if isinstance(name, str) else (_shortened(name[0]), name[1]) for name, _, _ in rows]
         factors = list(reversed(names))
         if self._factors.factors != factors:
             self._factors.factors = factors
             self.figure.height = max(230, 90 + ROW_PIXELS * len(rows))
-        most = max([0.0, *(value for _, value, _ in rows)])
-        # Room for the text behind the longest bar.
-        self._range.end = 1.3 if self._share else max(most, 1.0) * 1.7
+        longest = max([0.0, *(value for _, value, _ in rows)])
+        # Leave room for the text after the longest bar.
+        self._range.end = 1.3 if self._share else max(longest, 1.0) * 1.7
         self._source.data = {"y": names, "x": [value for _, value, _ in rows], "text": [text for _, _, text in rows]}
 
 
@@ -104,24 +104,24 @@ def _shortened(name: str) -> str:
 
 
 def _figure(title: str, height: int, **more: object) -> figure:
-    made = figure(
+    plot = figure(
         title=title, height=height, sizing_mode="stretch_width", toolbar_location=None, tools="", output_backend="svg", **more
     )
-    made.title.text_font = made.axis.major_label_text_font = FONT
-    made.title.text_font_size, made.axis.major_label_text_font_size = "14px", "12px"
-    made.axis.axis_line_color = made.axis.major_tick_line_color = made.axis.minor_tick_line_color = made.outline_line_color = None
-    made.grid.grid_line_color = "#e2e8f0"
-    made.min_border_right = 20
-    return made
+    plot.title.text_font = plot.axis.major_label_text_font = FONT
+    plot.title.text_font_size, plot.axis.major_label_text_font_size = "14px", "12px"
+    plot.axis.axis_line_color = plot.axis.major_tick_line_color = plot.axis.minor_tick_line_color = plot.outline_line_color = None
+    plot.grid.grid_line_color = "#e2e8f0"
+    plot.min_border_right = 20
+    return plot
 
 
 def _bytes_axis(axis: Any, suffix: str) -> None:
-    """Have an axis count in KiB, MiB and so on, at powers of two of them."""
+    """Label an axis in KiB, MiB and so on, with ticks at power-of-two multiples."""
     axis.formatter = CustomJSTickFormatter(code=f"const suffix = '{suffix}';\n{_BYTES_JS}")
     axis.ticker = AdaptiveTicker(base=1024, mantissas=[2.0**n for n in range(10)], desired_num_ticks=5, num_minor_ticks=0)
 
 
 def _binary_ceiling(value: float) -> float:
-    """The next round number of bytes: an eighth of a power of two."""
+    """Round up to a multiple of a quarter of the largest power of two that is at most `value`."""
     step = 2.0 ** (math.floor(math.log2(value)) - 2)
     return math.ceil(value / step) * step

@@ -1,4 +1,4 @@
-"""Listener: the object that is told of a run as it goes on."""
+"""Listener: the protocol of objects that are told how a run proceeds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """What hears of a run: each method is called from the thread that called `execute`.
+    """An object that is told when a run starts, when each task ends, and when the run ends.
 
-    `total_bytes` is what the run will write, `done_bytes` and `done_tasks` what an earlier run had written already.
+    Each method is called from the thread that called `execute`. `total_bytes` is the size of everything that the plan writes;
+    `done_bytes` and `done_tasks` count what an earlier, interrupted run had already finished.
     """
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None: ...
@@ -21,13 +22,13 @@ class Listener(Protocol):
 
 
 class Silent:
-    """A listener that says nothing."""
+    """A listener that prints nothing."""
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def advanced(self, written: Written) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def finished(self) -> None:
-        """Say nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What Prometheus is told, in a registry of our own: the same names for one conversion and for `headrace serve`.
+"""The metrics for Prometheus, in a registry of headrace's own: the same names for one conversion and for `headrace serve`.
 
 Every metric that headrace exports is a row of METRICS, or the histogram DURATIONS. A Reading holds their values at one moment.
 """
@@ -16,13 +16,13 @@ from prometheus_client.registry import Collector
 
 from pipeline.watching.state import Share, Snapshot
 
-# Seconds: from a small model to one of hundreds of gigabytes.
+# Upper bounds of the histogram in seconds: from a small model to one of hundreds of gigabytes.
 BUCKETS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0)
 
 
 @dataclass(frozen=True)
 class Running:
-    """A conversion at work; bytes and seconds, None for what is not known."""
+    """A conversion that is running: sizes in bytes, times in seconds, None for a value that is not known."""
 
     name: str
     done_bytes: int
@@ -39,21 +39,25 @@ class Running:
 
 @dataclass(frozen=True)
 class Durations:
-    """How long attempts took: how many at most as long as each of BUCKETS, how many at all, and their seconds together."""
+    """A histogram of how long attempts took.
+
+    `counts[i]` is the number of attempts that took at most `BUCKETS[i]` seconds, `total` the number of all attempts, and `seconds`
+    their sum.
+    """
 
     counts: tuple[int, ...] = (0,) * len(BUCKETS)
     total: int = 0
     seconds: float = 0.0
 
     def plus(self, seconds: float) -> Durations:
-        """The same with one more."""
+        """Return the histogram with one more attempt of this many seconds."""
         counts = tuple(count + (seconds <= bound) for count, bound in zip(self.counts, BUCKETS, strict=True))
         return Durations(counts, self.total + 1, self.seconds + seconds)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything that is exported, at one moment. What counts up does so from the start of the process.
+    """The values of all metrics at one moment. Counters count from the start of the process.
 
     `stages`: {stage: {"bytes" | "seconds": total}}; `states`: jobs by state; `durations`: of ended attempts, by outcome.
     """
@@ -70,8 +74,11 @@ Values = Iterable[tuple[tuple[str, ...], float | None]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A metric: its name (Prometheus adds `_total` to counters), what it says, its labels, and how a Reading gives its values."""
+class MetricRow:
+    """A metric: its name (Prometheus adds `_total` to counters), help text and labels, and the function that reads its values.
+
+    `values` returns (label values, number) pairs; a pair whose number is None is not exported.
+    """
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -95,29 +102,33 @@ def _rank(field: str) -> Callable[[Reading], Values]:
 
 
 METRICS = (
-    Row("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
-    Row("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
-    Row("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
-    Row("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
-    Row("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
-    Row("headrace_job_bytes", "gauge", "Bytes written of a running job, earlier attempts' included.", ("job",), _job("done_bytes")),
-    Row("headrace_job_size_bytes", "gauge", "Bytes that a running job writes in all.", ("job",), _job("total_bytes")),
-    Row("headrace_job_bytes_per_second", "gauge", "How fast a running job writes.", ("job",), _job("bytes_per_second")),
-    Row("headrace_job_eta_seconds", "gauge", "Seconds that a running job has left.", ("job",), _job("eta_seconds")),
-    Row("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
-    Row("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
-    Row("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
-    Row("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
-    Row("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
-    Row("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
-    Row("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
-    Row("headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]),
+    MetricRow("headrace_stage_bytes", "counter", "Bytes that a stage has handled.", ("stage",), _stage("bytes")),
+    MetricRow("headrace_stage_seconds", "counter", "Seconds spent in a stage, summed over workers.", ("stage",), _stage("seconds")),
+    MetricRow("headrace_stalls", "counter", "Times that a conversion wrote nothing for too long.", (), lambda r: [((), r.stalls)]),
+    MetricRow("headrace_jobs", "gauge", "Jobs by state.", ("state",), lambda r: [((s,), n) for s, n in sorted(r.states.items())]),
+    MetricRow("headrace_queue_length", "gauge", "Jobs that wait.", (), lambda r: [((), r.queue_length)]),
+    MetricRow(
+        "headrace_job_bytes", "gauge", "Bytes written of a running job, earlier attempts' included.", ("job",), _job("done_bytes")
+    ),
+    MetricRow("headrace_job_size_bytes", "gauge", "Bytes that a running job writes in all.", ("job",), _job("total_bytes")),
+    MetricRow("headrace_job_bytes_per_second", "gauge", "How fast a running job writes.", ("job",), _job("bytes_per_second")),
+    MetricRow("headrace_job_eta_seconds", "gauge", "Seconds that a running job has left.", ("job",), _job("eta_seconds")),
+    MetricRow("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
+    MetricRow("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
+    MetricRow("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
+    MetricRow("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
+    MetricRow("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
+    MetricRow("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
+    MetricRow("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
+    MetricRow(
+        "headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]
+    ),
 )
 DURATIONS = "headrace_job_duration_seconds"
 
 
 class Metrics(Collector):
-    """The metrics of `look()`, collected whenever Prometheus asks."""
+    """A Prometheus collector: it calls `look()` for a Reading whenever it is scraped."""
 
     def __init__(self, look: Callable[[], Reading]) -> None:
         self._look = look
@@ -125,31 +136,31 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Prometheus's families, each with the values that are known."""
+        """Yield Prometheus's metric families, each with the values that are known."""
         reading = self._look()
         for row in METRICS:
-            made = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(row.name, row.help, labels=row.labels)
+            family = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(row.name, row.help, labels=row.labels)
             for labels, value in row.values(reading):
                 if value is not None:
-                    made.add_metric(labels, value)
-            yield made
+                    family.add_metric(labels, value)
+            yield family
         histogram = HistogramMetricFamily(DURATIONS, "Seconds that attempts took.", labels=("outcome",))
-        for outcome, took in sorted(reading.durations.items()):
-            buckets = [(str(bound), count) for bound, count in zip(BUCKETS, took.counts, strict=True)]
-            histogram.add_metric((outcome,), [*buckets, ("+Inf", took.total)], took.seconds)
+        for outcome, durations in sorted(reading.durations.items()):
+            buckets = [(str(bound), count) for bound, count in zip(BUCKETS, durations.counts, strict=True)]
+            histogram.add_metric((outcome,), [*buckets, ("+Inf", durations.total)], durations.seconds)
         yield histogram
 
     def describe(self) -> list[Metric]:
-        """Nothing: names are known to be one's own."""
+        """Return nothing, so that registering does not collect: no other collector is in this registry, so no name can clash."""
         return []
 
     def text(self) -> bytes:
-        """Prometheus's text format."""
+        """Return all metrics in Prometheus's text format, as bytes."""
         return generate_latest(self.registry)
 
 
 def of_conversion(now: Snapshot) -> Reading:
-    """The reading of a process that does one conversion."""
+    """Return the Reading of a process that runs one conversion."""
     states = {"running": int(now.state != "ended"), "done": int(now.state == "ended" and now.done_bytes >= now.total_bytes)}
     return Reading(
         stages=now.stages,

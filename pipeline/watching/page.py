@@ -1,4 +1,4 @@
-"""The page of one conversion: a Bokeh document that looks at a Watch once a second."""
+"""The page of one conversion: a Bokeh document that shows a new Snapshot of the run every second."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ pre { white-space: pre-wrap; margin: 0; font-size: 12px; }
 
 
 def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str]]) -> Callable[[Any], None]:
-    """What fills a Bokeh document with the run that `look` sees; `links` are (path, text) of pages beside it."""
+    """Return a function that fills a Bokeh document with the run that `look` returns snapshots of.
+
+    `links`: (path, text) of other pages of the same server, shown at the bottom.
+    """
 
     def fill(document: Any) -> None:
         head = Div(text=header(look()), stylesheets=[STYLE], sizing_mode="stretch_width")
@@ -70,7 +73,7 @@ def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str
 
 
 def document_of(document: Any, update: Callable[[], None], head: Div, parts: Sequence[Any]) -> None:
-    """Fill a document with a heading and parts below it, and have `update` called now and once a second."""
+    """Fill a document with a heading and `parts` below it, and call `update` now and once a second."""
     update()
     document.title = "headrace"
     document.add_root(column(head, *parts, sizing_mode="stretch_width", margin=16))
@@ -79,7 +82,7 @@ def document_of(document: Any, update: Callable[[], None], head: Div, parts: Seq
 
 
 def header(now: Snapshot) -> str:
-    """The text above the figures, as HTML."""
+    """Return the HTML above the charts: state, source, outputs, progress bar and figures."""
     if now.state == "starting":
         return "<h1>headrace</h1><p class=sub>reading the source's headers</p>"
     share = now.done_bytes / now.total_bytes if now.total_bytes else 1.0
@@ -102,23 +105,23 @@ def header(now: Snapshot) -> str:
 
 
 def fact_list(facts: Sequence[tuple[str, str]]) -> str:
-    """(value, what it is) beside one another, as HTML."""
+    """Return (value, label) pairs as one HTML row; both are escaped."""
     return (
         "<div class=facts>"
-        + "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in facts)
+        + "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in facts)
         + "</div>"
     )
 
 
 def rates(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """(seconds, bytes a second) between each two samples."""
+    """Return (seconds, bytes per second) for each two consecutive samples."""
     return [
         (b.seconds, (b.done_bytes - a.done_bytes) / (b.seconds - a.seconds)) for a, b in pairwise(samples) if b.seconds > a.seconds
     ]
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tuple[str, str], float, str]]:
-    """(stage, bytes, text), in the order of the work."""
+    """Return (stage, bytes, text) for each stage, in the order in which a tensor passes through them."""
     return [
         (stage, totals.get("bytes", 0.0), f"{human_bytes(totals.get('bytes', 0.0))}, {totals.get('seconds', 0.0):.1f} s")
         for stage, totals in sorted(stages.items(), key=lambda item: stage_order(item[0]))
@@ -126,7 +129,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tu
 
 
 def stage_order(stage: str) -> tuple[int, str]:
-    """Where a stage stands on its way from source to rank; unknown ones before the last two."""
+    """Return a sort key for stages in processing order; unknown stages come just before `checksum` and `write`."""
     known = ("read", "rename", "unpack", "cast", "quantize", "shard")
     last = ("checksum", "write")
     place = known.index(stage) if stage in known else 100 + last.index(stage) if stage in last else 50
@@ -134,7 +137,7 @@ def stage_order(stage: str) -> tuple[int, str]:
 
 
 def rank_rows(now: Snapshot) -> list[tuple[str | tuple[str, str], float, str]]:
-    """((target, rank), share that is written, text)."""
+    """Return ((target, rank), fraction written, text) for each rank file."""
     return [
         ((share.target, f"rank {share.rank}"), share.done_bytes / max(share.total_bytes, 1), human_bytes(share.done_bytes))
         for share in now.ranks
@@ -142,7 +145,7 @@ def rank_rows(now: Snapshot) -> list[tuple[str | tuple[str, str], float, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `7 s`, `3:05 min`, `2:04 h`."""
+    """Format seconds for people: `7 s`, `3:05 min`, `2:04 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -150,6 +153,6 @@ def duration(seconds: float) -> str:
 
 
 def lost(head: Div) -> CustomJS:
-    """Say, in the browser, that the server has gone: the server is the run's own process."""
+    """Return a script that says in the browser, when the connection is lost, that the run's process has ended."""
     code = "if (!head.text.includes('pill lost')) { head.text += \"<p><span class='pill lost'>the process has ended</span></p>\"; }"
     return CustomJS(args={"head": head}, code=code)

@@ -1,4 +1,4 @@
-"""The memory of a process, as the system counts it."""
+"""Ask the operating system how much memory a process uses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 def memory_bytes(pid: int | None = None) -> int:
-    """The memory that a process (this one) holds now, mapped file pages included (VmRSS); -1 where the system does not say."""
+    """Return the resident memory of a process in bytes, mapped file pages included (VmRSS); -1 where it is not known.
+
+    `pid`: None for this process.
+    """
     return _status("VmRSS", "self" if pid is None else str(pid))
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far, mapped file pages included (VmHWM)."""
+    """Return the peak resident memory of this process in bytes, mapped file pages included (VmHWM)."""
     peak = _status("VmHWM")
-    # Not on Linux; elsewhere a process inherits this figure from its parent.
+    # Only outside Linux: ru_maxrss is inherited from the parent process and can be too high.
     return peak if peak >= 0 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

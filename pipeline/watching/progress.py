@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar on a terminal, plain or JSON lines elsewhere, or nothing."""
+"""Show the progress of a run: a live bar on a terminal, plain or JSON lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.watching.units import human_bytes
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
     from pipeline.planning.plans import Plan
-    from pipeline.watching.state import Watch
+    from pipeline.watching.state import RunWatch
     from stages.write import Written
 
 LogFormat = Literal["text", "json"]
@@ -24,24 +24,24 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal
 _LAYER = re.compile(r"(?:transformer\.)?(layers\.\d+|[\w.]+?)(?:\.|$)")
 
 
-def listener(quiet: bool, log_format: LogFormat, watch: Watch, stream: IO[str] | None = None) -> Listener:
-    """The listener for a stream (standard error by default): a bar where it is a terminal, lines where not; JSON from a watch."""
+def listener(quiet: bool, log_format: LogFormat, watch: RunWatch, stream: IO[str] | None = None) -> Listener:
+    """Return the listener for `stream` (standard error by default): a bar on a terminal, otherwise lines of text or JSON."""
     stream = stream or sys.stderr
     if quiet:
         return Silent()
     if log_format == "json":
-        return Lines(stream, watch)
-    return Bar(stream) if stream.isatty() else Lines(stream)
+        return ProgressLines(stream, watch)
+    return ProgressBar(stream) if stream.isatty() else ProgressLines(stream)
 
 
 def layer(name: str) -> str:
-    """The part of a tensor's name that says how far a run is: `layers.3`, `vocab_embedding`, `lm_head`."""
-    found = _LAYER.match(name)
-    return found[1] if found else name
+    """Return the part of a tensor's name that shows how far a run is: `layers.3`, `vocab_embedding`, `lm_head`."""
+    match = _LAYER.match(name)
+    return match[1] if match else name
 
 
 def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
-    """What is worth saying at the start of a run, beside how long it will take."""
+    """List what to print at the start of a run: its pages, resumed work, reused scratch, the plan's notes, tensors left out."""
     result = [f"dashboard {dashboard}"] if dashboard else []
     page = page_address(plan.job, dashboard)
     result += [f"page {page}"] if page not in ("", dashboard) else []
@@ -55,16 +55,16 @@ def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
 
 
 def page_address(job: Job, dashboard: str) -> str:
-    """Where headrace's own page is: beside the dashboard of a cluster in this process, or where `listen` says; "" for nowhere."""
+    """Return the URL of headrace's own page: beside a local cluster's dashboard, or at `job.listen`; "" where there is none."""
     if job.scheduler == "local":
         return dashboard.removesuffix("/status") + PAGE
     return parse_listen(job.listen).url + PAGE if job.listen else ""
 
 
-class Lines:
-    """A line at the start, then one every few seconds; each whole in itself. Where there is a watch, JSON with what it sees."""
+class ProgressLines:
+    """A listener that prints a line at the start and one every LINE_SECONDS. With a watch the lines are JSON objects."""
 
-    def __init__(self, stream: IO[str], watch: Watch | None = None) -> None:
+    def __init__(self, stream: IO[str], watch: RunWatch | None = None) -> None:
         self.stream, self.watch = stream, watch
         self.done = self.total = self.resumed = 0
         self.begun = self.last = time.monotonic()
@@ -93,14 +93,14 @@ class Lines:
         place = layer(written.name)
         text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
-        self._say("progress", text, **values, layer=place, **(_seen(self.watch) if self.watch else {}))
+        self._say("progress", text, **values, layer=place, **(_snapshot_fields(self.watch) if self.watch else {}))
 
     def finished(self) -> None:
         pass
 
 
-def _seen(watch: Watch) -> dict[str, Any]:
-    """What a line of JSON says beside bytes and time: `ranks` are [target, rank, bytes written, bytes in all]."""
+def _snapshot_fields(watch: RunWatch) -> dict[str, Any]:
+    """Return the fields of a JSON line that come from a snapshot; `ranks` are [target, rank, bytes written, total bytes]."""
     now = watch.snapshot()
     return {
         "tasks": now.tasks,
@@ -112,8 +112,8 @@ def _seen(watch: Watch) -> dict[str, Any]:
     }
 
 
-class Bar:
-    """rich's progress bar: bytes, GB/s, time left, and the layer that the last task ended in."""
+class ProgressBar:
+    """A listener with rich's progress bar: bytes, bytes per second, time left, and the layer that was last written."""
 
     def __init__(self, stream: IO[str]) -> None:
         from rich.console import Console

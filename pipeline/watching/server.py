@@ -1,6 +1,6 @@
-"""Serving pages, metrics and health: beside the Dask dashboard, or on a server of their own.
+"""Serve pages, metrics and health: on the server of Dask's dashboard, or on a server of their own.
 
-Everything here answers GET alone and changes nothing.
+Everything here answers GET requests only and changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
-from tornado.web import RequestHandler
+from tornado.web import RedirectHandler, RequestHandler
 
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.listen import PAGE, Listen
@@ -29,7 +29,7 @@ NO_METRICS = "# prometheus_client is not installed: pip install headrace[jobs]\n
 
 
 class MetricsHandler(RequestHandler):
-    """`GET /metrics`: the text of Prometheus."""
+    """Answers `GET /metrics` with Prometheus's text format; 501 where prometheus_client is not installed."""
 
     def initialize(self, metrics: Callable[[], bytes] | None) -> None:
         self.metrics = metrics
@@ -44,7 +44,7 @@ class MetricsHandler(RequestHandler):
 
 
 class HealthHandler(RequestHandler):
-    """`GET /health`: a JSON object; 503 where its `status` is not "ok"."""
+    """Answers `GET /health` with a JSON object; the status is 503 where its `status` is not "ok"."""
 
     def initialize(self, health: Callable[[], Mapping[str, Any]]) -> None:
         self.health = health
@@ -56,19 +56,29 @@ class HealthHandler(RequestHandler):
 
 
 def routes(metrics: Callable[[], bytes] | None, health: Callable[[], Mapping[str, Any]]) -> list[Route]:
-    """`/metrics` and `/health`; without `metrics` the first says what is not installed."""
+    """Return the routes `/metrics` and `/health`; where `metrics` is None, `/metrics` says which package is not installed."""
     return [(r"/metrics", MetricsHandler, {"metrics": metrics}), (r"/health", HealthHandler, {"health": health})]
 
 
 def pages_application(pages: Mapping[str, Page], listen: Listen, more: Sequence[Any] = ()) -> Any:
-    """A Bokeh application for Tornado: each page is a function that fills a Bokeh document; not yet started."""
+    """Return a Bokeh application for Tornado, not yet started.
+
+    Parameters
+    ----------
+    pages
+        A function that fills a Bokeh document, for each path.
+    listen
+        The address of the server, which says the origins that may open websockets to it.
+    more
+        Further Tornado routes.
+    """
     from bokeh.application import Application as BokehApplication
     from bokeh.application.handlers.function import FunctionHandler
     from bokeh.server.tornado import BokehTornado
 
-    made = {path: BokehApplication(FunctionHandler(fill)) for path, fill in pages.items()}
+    applications = {path: BokehApplication(FunctionHandler(fill)) for path, fill in pages.items()}
     return BokehTornado(
-        made,
+        applications,
         extra_patterns=[*more],
         extra_websocket_origins=listen.origins,
         absolute_url="",
@@ -80,25 +90,23 @@ def pages_application(pages: Mapping[str, Page], listen: Listen, more: Sequence[
 
 
 def join(application: Any, pages: Mapping[str, Page], extra: Sequence[Route], listen: Listen) -> None:
-    """Add pages and routes to a Dask server's routing application. To be called in its event loop.
+    """Add pages and routes to a Dask server's routing application. Call it in that server's event loop.
 
-    The routes stand before those that Dask has of the same paths. The server stops the pages when it stops itself.
+    The routes take precedence over Dask's routes of the same paths. The server stops the pages when it stops.
     """
     application.add_handlers(".*", list(extra))
-    made = pages_application(pages, listen)
-    application.add_application(made)
-    made.initialize(IOLoop.current())
-    made.start()
+    bokeh = pages_application(pages, listen)
+    application.add_application(bokeh)
+    bokeh.initialize(IOLoop.current())
+    bokeh.start()
 
 
 @contextmanager
 def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, or_any_port: bool = False) -> Iterator[str]:
-    """Serve pages and routes from a thread while the context lasts; yields the server's address. `/` leads to the page.
+    """Serve pages and routes from a thread while the context lasts, and yield the server's URL. `/` redirects to the page.
 
-    `or_any_port`: another port will do where that one is taken. Raises BadInput where the address cannot be listened on.
+    `or_any_port`: take any free port where the port of `listen` is taken. Raises BadInput where the address cannot be used.
     """
-    from tornado.web import RedirectHandler
-
     sockets = bound(listen, or_any_port)
     actual = Listen(listen.host, sockets[0].getsockname()[1])
     redirect = (r"/", RedirectHandler, {"url": PAGE, "permanent": False})
@@ -109,15 +117,15 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         stop.append(asyncio.Event())
-        made = pages_application(pages, actual, [redirect, *extra])
-        made.initialize(IOLoop.current())
-        made.start()
-        server = HTTPServer(made)
+        bokeh = pages_application(pages, actual, [redirect, *extra])
+        bokeh.initialize(IOLoop.current())
+        bokeh.start()
+        server = HTTPServer(bokeh)
         server.add_sockets(sockets)
         ready.set()
         await stop[0].wait()
         server.stop()
-        made.stop()
+        bokeh.stop()
         await server.close_all_connections()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), name="headrace-pages", daemon=True)
@@ -131,7 +139,7 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, 
 
 
 def bound(listen: Listen, or_any_port: bool = False) -> list[socket.socket]:
-    """Sockets that listen. Raises BadInput where the address is taken or is not this machine's."""
+    """Return sockets that listen at an address. Raises BadInput where it is taken or is not this machine's."""
     try:
         return bind_sockets(listen.port, address=listen.host)
     except OSError as error:

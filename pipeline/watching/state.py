@@ -1,7 +1,7 @@
-"""What a run has done so far, kept for whoever watches it: a page, Prometheus, a store of jobs.
+"""The state of a run so far, kept for those that watch it: a page, Prometheus, a store of jobs.
 
-A Watch hears of each finished task, which stands for megabytes to hundreds of them, and adds up what it says; nothing is done for
-a piece. What costs more (the shares of ranks, throughput, memory) is worked out when somebody looks.
+A RunWatch is told of each finished task (one to several hundred megabytes) and adds up its figures; it does no work for the pieces
+inside a task. The figures that cost more (progress by rank, throughput, memory) are worked out when somebody asks for a snapshot.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from pipeline.planning.plans import Phase, Plan
     from stages.write import Written
 
-SAMPLE_SECONDS = 1.0  # between two samples
-MAX_SAMPLES = 600  # then every other one is forgotten
-RECENT_SECONDS = 30.0  # what the throughput and the time left are taken from
+SAMPLE_SECONDS = 1.0  # the least time between two samples
+MAX_SAMPLES = 600  # beyond this, every other sample is dropped
+RECENT_SECONDS = 30.0  # the time span from which the throughput and the time left are estimated
 
 State = Literal["starting", "running", "ended"]
 
 
 @dataclass(frozen=True)
 class Share:
-    """How far one rank file of one target is, in bytes."""
+    """The progress of one rank file of one target, in bytes."""
 
     target: str
     rank: int
@@ -40,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Sample:
-    """How far a run was `seconds` after its start, and the memory that its process held."""
+    """The bytes written `seconds` after the start of a run, and the memory that its process held then."""
 
     seconds: float
     done_bytes: int
@@ -49,11 +49,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. Sizes in bytes, times in seconds.
+    """A run at one moment. Sizes are in bytes, times in seconds.
 
-    `stages`: bytes and seconds by stage, summed over workers. `resumed_bytes` is what an earlier run had written. `eta_seconds` and
-    `bytes_per_second` are None while nothing can be said. `idle_seconds`: since the last task ended. `memory_bytes` is -1 where the
-    system does not say.
+    `stages`: bytes and seconds by stage, summed over workers. `resumed_bytes`: what an earlier run had written. `eta_seconds` and
+    `bytes_per_second` are None until they can be estimated. `idle_seconds`: time since the last task ended. `memory_bytes` is -1
+    where the system does not report it.
     """
 
     name: str = ""
@@ -80,18 +80,18 @@ class Snapshot:
     samples: tuple[Sample, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
+        """Return the snapshot as plain values, for JSON."""
         return asdict(self)
 
 
-class Watch:
-    """A listener of a run (see `pipeline.run.execute.Listener`) that can be looked at from any thread.
+class RunWatch:
+    """A listener of a run (see `pipeline.watching.listener`) that gives snapshots of it to any thread.
 
-    `stages`: seconds and bytes by stage, summed over workers; `bytes_read`: of the source and of scratch.
+    `stages`: seconds and bytes by stage, summed over workers; `bytes_read`: bytes read from the source and from scratch.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds that never go back."""
+        """`clock` returns monotonic seconds."""
         self._clock = clock
         self._lock = threading.Lock()
         self._plan: Plan | None = None
@@ -115,9 +115,16 @@ class Watch:
             self._sample()
 
     def entered(self, phase: Phase, sinks: tuple[int, ...], written: Mapping[tuple[int, int], int]) -> None:
-        """A phase begins that writes to the sinks of these numbers.
+        """Note that a phase has begun.
 
-        `written`: the bytes that an earlier run has written, by the sink's place among them and the rank.
+        Parameters
+        ----------
+        phase
+            The phase.
+        sinks
+            The indices, in `phase.sinks`, of the sinks that it writes to.
+        written
+            The bytes that an earlier run has written, by (position in `sinks`, rank).
         """
         with self._lock:
             self._phase, self._sinks, self._ranks, self._shares = phase.name, sinks, dict(written), None
@@ -142,7 +149,7 @@ class Watch:
             self._sample(force=True)
 
     def snapshot(self) -> Snapshot:
-        """The run as it is now."""
+        """Return the state of the run now."""
         with self._lock:
             plan = self._plan
             if plan is None:
@@ -186,7 +193,7 @@ class Watch:
             self._samples = deque(list(self._samples)[::2])
 
     def _rate(self) -> float | None:
-        """Bytes a second of the last RECENT_SECONDS, or since the start; None before there was time for any."""
+        """Return bytes per second over the last RECENT_SECONDS, or since the start of a shorter run; None at its very start."""
         now = self._clock() - self._begun
         old = (sample for sample in reversed(self._samples) if now - sample.seconds >= RECENT_SECONDS)
         since = next(old, self._samples[0])
@@ -199,7 +206,7 @@ class Watch:
 
 
 def _shares(plan: Plan, phase_name: str, sinks: tuple[int, ...]) -> list[tuple[tuple[int, int], str, int]]:
-    """((place of the sink, rank), name of the target, bytes to write) of each rank; none before the last phase."""
+    """Return ((position of the sink, rank), name of the target, bytes to write) of each rank; none before the last phase."""
     phase = plan.phases[-1]
     if phase.name != phase_name:
         return []

@@ -11,18 +11,20 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.placement import Region, shift
-from pipeline.tensor.tensors import Block, LazyTensor, Source, TensorMap
+from pipeline.tensor.placement import Region, chunk_regions, shift
+from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.mapped import MappedTensor
 from stages.read.zarr_store import StoreTensor
 
 if TYPE_CHECKING:
     import dask.array as da
+
+Name = TypeVar("Name")  # a text, or a TensorName
 
 
 def sources() -> Iterator[ModuleType]:
@@ -98,12 +100,12 @@ def _exists(location: Path) -> bool:
         return False
 
 
-def read(tensors: Mapping[str, LazyTensor], block_bytes: int, row_multiple: int) -> TensorMap:
+def read(tensors: Mapping[Name, LazyTensor], block_bytes: int, row_multiple: int) -> dict[Name, da.Array]:
     """Every tensor as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
-    return {name: _array(name, tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
+    return {name: _array(str(name), tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
 
 
-def read_scratch(stage: str, arrays: Mapping[str, Any]) -> TensorMap:
+def read_scratch(stage: str, arrays: Mapping[Name, Any]) -> dict[Name, da.Array]:
     """Tensors of a cut as Dask arrays, a chunk a chunk: chunk files are mapped, remote ones fetched through zarr."""
     import dask.array as da
     from dask._task_spec import Task
@@ -142,8 +144,7 @@ def _array(name: str, tensor: LazyTensor, block_bytes: int, row_multiple: int) -
     chunks = chunk_sizes(tensor.shape, tensor.dtype.itemsize, block_bytes, row_multiple)
     key = f"read-{name}"
     graph = {}
-    for index in np.ndindex(*map(len, chunks)):
-        region = tuple((sum(axis[:i]), sum(axis[: i + 1])) for axis, i in zip(chunks, index, strict=True))
+    for index, region in chunk_regions(chunks):
         graph[(key, *index)] = Task((key, *index), open_block, tensor, region)
     return da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=tensor.dtype))
 

@@ -1,4 +1,4 @@
-"""A quantized checkpoint beside the model that it was made from: its tensors stand in for the model's, module by module."""
+"""Read a quantized checkpoint together with the model that it was made from: its modules replace those of the model."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _OPENERS: Mapping[str, Callable[[Path], tuple[SourceFile, Mapping[str, LazyTenso
 
 
 def open_beside(base: Source, path: Path) -> Source:
-    """`base` with every module that the file or directory at `path` holds taken from there, and its quantization's settings.
+    """Return `base` with every module that the file or directory at `path` has taken from there, and its quantization settings.
 
-    NVIDIA's converter reads the configuration of the one and all tensors of the other; what the other does not have, such as
-    embeddings, comes from the model. Raises BadInput where there is nothing to read, or `base` is no Hugging Face model.
+    NVIDIA's converter reads the model's configuration and the quantized checkpoint's tensors; modules that the latter lacks, such
+    as embeddings, come from the model. Raises BadInput where `path` cannot be read, or `base` is not a Hugging Face model.
     """
     if base.container != "huggingface":
         raise BadInput([Problem("--quant_ckpt_path", f"a {base.kind} as --model_dir", "a Hugging Face model")])
     tensors, files = _open(path)
     modules = {name.rpartition(".")[0] for name in tensors}
-    kept = {name: tensor for name, tensor in base.tensors.items() if name.rpartition(".")[0] not in modules}
+    unreplaced = {name: tensor for name, tensor in base.tensors.items() if name.rpartition(".")[0] not in modules}
     directory = path if path.is_dir() else path.parent
-    own, described = json_file(directory / "config.json") if (directory / "config.json").is_file() else ({}, None)
-    settings, files_ = quantizer_settings(directory, own)
+    own_config, config_file = json_file(directory / "config.json") if (directory / "config.json").is_file() else ({}, None)
+    settings, settings_files = quantizer_settings(directory, own_config)
     config = {**base.config, KEY: settings} if settings else base.config
     return dataclasses.replace(
         base,
         kind=f"{base.kind} with {path.name}",
         config=config,
-        tensors={**kept, **tensors},
-        files=(*base.files, *files, *files_, *((described,) if described else ())),
+        tensors={**unreplaced, **tensors},
+        files=(*base.files, *files, *settings_files, *((config_file,) if config_file else ())),
     )
 
 
@@ -48,7 +48,7 @@ def _open(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]
     problems: list[Problem] = []
     try:
         path.stat()
-    except OSError as error:  # a name too long for the file system among them
+    except OSError as error:  # also a name that is too long for the file system
         found = f"what cannot be opened ({error.strerror})"
         raise BadInput([Problem(f"--quant_ckpt_path {path}", found, "a quantized checkpoint")]) from None
     if path.is_dir():
@@ -61,7 +61,7 @@ def _open(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]
         found = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         raise BadInput([Problem(f"--quant_ckpt_path {path}", found, f"one of {', '.join(_OPENERS)}")])
     try:
-        file, held = opener(path)
+        file, in_file = opener(path)
     except OSError as error:
         raise BadInput([Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file")]) from None
-    return held, (file,)
+    return in_file, (file,)

@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp: metadata as the model's configuration, tensors as they are packed.
+"""Read GGUF files of llama.cpp: the metadata as the model's configuration, and the tensors as they are packed.
 
-Unquantized tensors are mapped as float32, float16 or bfloat16. Quantized ones are mapped as bytes, [rows, bytes of a row], under a
-parameter named after their packing (`weight` of type Q4_1 becomes `gguf_Q4_1`), which `unpack` recognises.
+Unquantized tensors are mapped as float64, float32, float16 or bfloat16. Quantized ones are mapped as uint8 [rows, bytes of a row],
+with the parameter named after the packing: a `weight` of type Q4_1 becomes `gguf_Q4_1`, which `unpack` recognises.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
 
 MAGIC = b"GGUF"
-SHORT_ARRAY = 1024  # values that are read; of a longer array, its length alone
+SHORT_ARRAY = 1024  # of a metadata array with more values than this only the length is read
 PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def detect(location: Path) -> bool:
-    """Whether `location` is a GGUF file, or a directory of them without a config.json."""
+    """Return whether `location` is a GGUF file or a directory that has any."""
     if location.is_file():
         with location.open("rb") as file:
             return file.read(4) == MAGIC or location.suffix == ".gguf"
@@ -37,11 +37,11 @@ def detect(location: Path) -> bool:
 
 
 def open_source(location: Path) -> Source:
-    """Open a file, or all parts of a model that was split into several. Raises BadInput with all problems found."""
+    """Open a file, or all files of a model that was split into several. Raises BadInput with all problems found."""
     problems: list[Problem] = []
     tensors: dict[str, LazyTensor] = {}
-    types: Counter[str] = Counter()
-    known: dict[str, bool] = {}
+    bytes_by_type: Counter[str] = Counter()
+    unpackable: dict[str, bool] = {}
     files: list[SourceFile] = []
     metadata: dict[str, Any] = {}
     for path in _parts(location):
@@ -59,12 +59,12 @@ def open_source(location: Path) -> Source:
                 problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
             if kind not in PLAIN and parameter != "weight":
                 problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
-            if kind not in PLAIN and kind not in known:
-                known[kind] = not _undecodable(kind)
-            if not known.get(kind, True):
+            if kind not in PLAIN and kind not in unpackable:
+                unpackable[kind] = not _undecodable(kind)
+            if not unpackable.get(kind, True):
                 problems.append(Problem(tensor.name, f"type {kind}", "a type of weights that the gguf package unpacks"))
             if len(shape) > 1:
-                types[kind] += int(tensor.n_bytes)
+                bytes_by_type[kind] += int(tensor.n_bytes)
             dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
             stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
             tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
@@ -73,7 +73,7 @@ def open_source(location: Path) -> Source:
         raise BadInput(problems)
     architecture = str(metadata.get("general.architecture", ""))
     config = _config(metadata, architecture, tensors, location)
-    commonest = types.most_common(1)[0][0] if types else ""
+    commonest = bytes_by_type.most_common(1)[0][0] if bytes_by_type else ""
     return Source(
         kind=f"GGUF ({commonest})",
         location=location,
@@ -105,8 +105,8 @@ def _parts(location: Path) -> list[Path]:
 def _open(path: Path) -> Any:
     import gguf
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        """gguf's reader, less the contents of long arrays: vocabularies take it seconds and hundreds of megabytes."""
+    class _HeaderReader(gguf.GGUFReader):  # type: ignore[misc]
+        """gguf's reader without the contents of long arrays: reading a vocabulary takes it seconds and hundreds of megabytes."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
@@ -141,7 +141,7 @@ def _open(path: Path) -> Any:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
-        reader = Reader(path)
+        reader = _HeaderReader(path)
         _metadata(reader)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
@@ -151,7 +151,7 @@ def _open(path: Path) -> Any:
 
 
 def _undecodable(kind: str) -> bool:
-    """Whether the gguf package cannot turn a packed type into values."""
+    """Return whether the gguf package cannot unpack this type into values."""
     import gguf
 
     number = gguf.GGMLQuantizationType[kind]
@@ -173,12 +173,12 @@ def _metadata(reader: Any) -> dict[str, Any]:
 
 
 def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path) -> dict[str, Any]:
-    """The architecture's own keys without their prefix, and what GGUF says elsewhere under the names that the tables use."""
+    """Return the configuration: the architecture's keys without their prefix, and what GGUF keeps elsewhere under further keys."""
     prefix = f"{architecture}."
     config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if "tokenizer.ggml.tokens" in metadata:
         tokens = metadata["tokenizer.ggml.tokens"]
-        # Of a long array the reader gives the length.
+        # The reader gives a long array's length in its place.
         config.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else tokens)
     config["attention.bias"] = "blk.0.attn_q.bias" in tensors
     scaling = _rope_scaling(config, tensors.get("rope_freqs.weight"), location)
@@ -188,9 +188,10 @@ def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str
 
 
 def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, location: Path) -> dict[str, Any] | None:
-    """GGUF's two ways to say how positions are scaled, as config.json would say it.
+    """Return the scaling of rotary positions as config.json would have it; None where there is none.
 
-    Llama 3.1's is a tensor of frequency factors. Its parameters are recovered and checked against every factor.
+    GGUF has it as metadata (linear scaling) or as a tensor of frequency factors (Llama 3.1). In the latter case the parameters are
+    recovered from the factors and checked against every one. Raises BadInput for any other kind of scaling.
     """
     kind = config.get("rope.scaling.type", "none")
     if factors is None:
@@ -217,7 +218,7 @@ def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, locatio
 
 
 def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """By how much Llama 3.1 divides each of the head_size / 2 rotary frequencies, float64."""
+    """Return the factors by which Llama 3.1 divides the rotary frequencies: float64 [head_size / 2]."""
     wavelengths = 2 * np.pi * base ** (np.arange(0, head_size, 2) / head_size)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)

@@ -1,6 +1,6 @@
-"""Models of the Hugging Face Hub: the directory of the local cache that holds one, which is filled where files are missing.
+"""Find a model of the Hugging Face Hub in the local cache, and download the files that are missing.
 
-Of a repository only what a conversion reads is fetched: the configuration, the weights in one format and what stands beside them.
+Only the files that a conversion reads are fetched: the configuration, the weights in one format, and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.errors import BadInput, Problem
 
-# An index and the one file that stands in its place, best first. After these comes Meta's own format.
+# The names of an index and of the single file of a model without one, best format first; Meta's own format comes last.
 FORMATS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 META = re.compile(r"(original/)?consolidated\.(\d\d)\.pth")
 KNOWN = "config.json and weights as safetensors or pytorch_model.bin, in one file or with an index; or Meta's own files"
@@ -24,42 +24,61 @@ COMPANIONS = re.compile(
     r"tokenizer[^/]*|chat_template\.[^/]*|merges\.txt|"
     r"(special_tokens_map|added_tokens|vocab|generation_config|quantize_config|hf_quant_config)\.json"
 )
-USUAL = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "chat_template.*")  # where nothing is known of a repository
+USUAL = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "chat_template.*")  # for a repository that is not known
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` is `org/name` by the Hub's rules. It may be a relative path as well: that is for the caller to look at."""
+    """Return whether `text` is a valid `org/name` of the Hub. A relative path can look the same: the caller checks for one."""
     return bool(re.fullmatch(f"{PART}/{PART}", text)) and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
 def find(repo_id: str, revision: str | None, download: bool) -> Path:
-    """The directory of a model's files at a branch, tag or commit (by default `main`): its snapshot in huggingface_hub's cache.
+    """Return the directory of a model's files: its snapshot in huggingface_hub's cache.
 
-    Where only Meta's files under `original/` are there, that directory. A cache that holds what is needed answers by itself: the
-    Hub is not asked whether a branch has moved. Otherwise what is missing is fetched with `download`. Raises BadInput where the
-    cache is not enough and the rest may not be fetched or cannot be: offline, no such model or revision, no permission, no weights.
+    Parameters
+    ----------
+    repo_id
+        The model, `org/name`.
+    revision
+        A branch, tag or commit; None for `main`.
+    download
+        Fetch what the cache lacks. Where the cache has everything, the Hub is not asked whether a branch has moved.
+
+    Returns
+    -------
+    Path
+        The snapshot, or its directory `original/` where that alone has weights, in Meta's format.
+
+    Raises
+    ------
+    BadInput
+        The cache lacks files that may not or cannot be fetched: offline, no such model or revision, no permission, or no weights.
     """
     from huggingface_hub import constants
 
     revision = revision or constants.DEFAULT_REVISION
     request = _Request(repo_id, revision, Path(constants.HF_HUB_CACHE).absolute(), f"{repo_id}, revision {revision}")
-    found, missing = request.cached()
-    if found and not missing:
-        return found
+    directory, missing = request.cached()
+    if directory and not missing:
+        return directory
     if not download or constants.HF_HUB_OFFLINE:
         raise BadInput([request.incomplete("HF_HUB_OFFLINE set and " if download else "")])
     request.fetch()
-    found, missing = request.cached()
-    if not found or missing:  # where the network fails half-way, huggingface_hub may return what the cache held before
+    directory, missing = request.cached()
+    if not directory or missing:  # where the network fails half-way, huggingface_hub may return what the cache held before
         raise BadInput([request.incomplete("an unfinished download and ", ())])
-    return found
+    return directory
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """A checkpoint's files in one format: those to read first, and its weights where it is not the index that names them."""
+    """A checkpoint's files in one format.
+
+    `first`: the configuration and the index, which are fetched first. `files`: the weights, where no `index` names them. `folder`:
+    the directory of the repository that they are in, with a slash, or "".
+    """
 
     first: tuple[str, ...]
     files: tuple[str, ...] = ()
@@ -67,7 +86,7 @@ class _Weights:
     folder: str = ""
 
     def named(self, snapshot: Path) -> tuple[str, ...]:
-        """The weights' files; none of an index that is not one, which its source will say."""
+        """Return the weights' files; none for a damaged index, which is reported when the source is opened."""
         if self.index is None:
             return self.files
         try:
@@ -79,34 +98,36 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Request:
+    """A model and revision to find in, or fetch into, the cache. `subject`: its name in messages."""
+
     repo_id: str
     revision: str
     cache: Path
     subject: str
 
     def snapshot(self) -> tuple[Path | None, set[str]]:
-        """The revision's directory in the cache, as its `refs` know it, and the files in it."""
+        """Return the revision's directory in the cache and the files in it; None where the cache does not have the revision."""
         home = self.cache / f"models--{self.repo_id.replace('/', '--')}"
         with suppress(OSError, ValueError):
             commit = self.revision if COMMIT.fullmatch(self.revision) else (home / "refs" / self.revision).read_text().strip()
             if COMMIT.fullmatch(commit) and (snapshot := home / "snapshots" / commit).is_dir():
-                # A link whose blob is gone is no file.
+                # A link whose blob is gone does not count as a file.
                 return snapshot, {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
         return None, set()
 
     def cached(self) -> tuple[Path | None, list[str]]:
-        """The directory to read and which of its files are not there; None where not even their names are known."""
+        """Return the directory to read and the files that it lacks; None for the directory where the files' names are not known."""
         snapshot, names = self.snapshot()
         if snapshot is None:
             return None, []
         weights = _choose(names) or _choose(self._listed(snapshot))
-        if weights and any(map(META.fullmatch, weights.files)):  # nothing in Meta's files says how many they are
+        if weights and any(map(META.fullmatch, weights.files)):  # Meta's files do not say how many there are
             weights = _choose(filter(META.fullmatch, names | self._listed(snapshot)))
         needed = (*weights.first, *weights.named(snapshot)) if weights else ()
         return snapshot / weights.folder if weights else None, [name for name in needed if name not in names]
 
     def _listed(self, snapshot: Path) -> set[str]:
-        """The repository's files, where huggingface_hub keeps their list: later versions do, from the start of a download."""
+        """Return the names of the repository's files where huggingface_hub has cached the list, which its later versions do."""
         try:
             from huggingface_hub import errors, get_cached_repo_tree
         except ImportError:
@@ -116,7 +137,7 @@ class _Request:
         return set()
 
     def fetch(self) -> None:
-        """Fill the cache: the small files first, so that weights that are whole have the others beside them. Raises BadInput."""
+        """Download what the cache lacks, the small files before the weights. Raises BadInput where that fails."""
         from huggingface_hub import HfApi, constants, snapshot_download
 
         def get(names: Iterable[str], revision: str) -> Path:
@@ -138,17 +159,19 @@ class _Request:
             if absent := sorted(set(files) - names):
                 found, remedy = f"no {_some(absent)} in the repository", "Try another --revision"
                 raise BadInput([Problem(self.subject, found, "every file of the checkpoint", remedy)])
-            if weights.index is None:  # the last of Meta's parts first: it says how many come before it
+            if weights.index is None:  # the last of Meta's parts first: its number says how many come before it
                 get(files[-1:], snapshot.name)
             get(files, snapshot.name)
-        except Exception as error:  # of the library and of those below it, whose classes change with its version
+        except Exception as error:  # of huggingface_hub and its HTTP library, which changes with its version
             problems = error.problems if isinstance(error, BadInput) else (self._failed(error, needed),)
             raise BadInput(problems) from None
 
     def incomplete(self, why: str, needed: Collection[str] | None = None) -> Problem:
-        """What the cache lacks, and the command that fetches it: by the commit of the rest, as its branch may have moved on.
+        """Return the problem of files that the cache lacks, with the `hf` command that fetches them.
 
-        `needed` is what a download that failed was of. Many shards are one pattern, as `hf` passes over those that are there.
+        The command names the commit of the files that are there, as the branch may have moved since. Many shards become one
+        pattern: `hf` skips those that it has. `why`: the words before it in the message. `needed`: the files that a failed download
+        was to fetch; None where nothing was downloaded.
         """
         snapshot, names = self.snapshot()
         missing = self.cached()[1] or [name for name in needed or () if name not in names]
@@ -182,7 +205,7 @@ class _Request:
 
 
 def _choose(names: Iterable[str]) -> _Weights | None:
-    """The best format that there is anything of."""
+    """Return the files of the best format that `names` has any weights of; None where it has none."""
     names = set(names)
     for index, file in FORMATS:
         if index in names or file in names:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: config.json and weights, safetensors or PyTorch's, in one file or shards with an index."""
+"""Read Hugging Face directories: config.json, and weights as safetensors or PyTorch's .bin, in one file or indexed shards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from stages.read.quantizer import KEY, quantizer_settings
 
 
 @dataclass(frozen=True)
-class Format:
-    """One of the formats that weights come in: the names of its index, of its only file, of its shards, and of its reader."""
+class WeightsFormat:
+    """A format of weights.
+
+    `index`: the name of the index. `single`: that of a single file without an index. `shards`: the pattern of the files.
+    `reader`: the module of `stages.read` whose `open_file` reads one.
+    """
 
     kind: str
     index: str
@@ -25,11 +29,12 @@ class Format:
     shards: str
     reader: str
 
-    def found(self, location: Path) -> bool:
+    def is_in(self, location: Path) -> bool:
+        """Return whether a directory has weights of this format."""
         return (location / self.index).exists() or any(location.glob(self.shards))
 
     def open_file(self, path: Path) -> tuple[SourceFile, Mapping[str, LazyTensor]]:
-        """What a file of the format is, and its tensors. Raises BadInput with every problem of it."""
+        """Open a file: return its fingerprint and its tensors by name. Raises BadInput with all problems, OSError if unreadable."""
         module = importlib.import_module(f"stages.read.{self.reader}")
         opened: tuple[SourceFile, Mapping[str, LazyTensor]] = module.open_file(path)
         return opened
@@ -37,8 +42,10 @@ class Format:
 
 # Where a directory has both, the first is read. Other .bin files, such as training_args.bin, hold no weights and are left alone.
 FORMATS = (
-    Format("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", "safetensors"),
-    Format("Hugging Face PyTorch .bin", "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin", "torch_pickle"),
+    WeightsFormat("Hugging Face safetensors", "model.safetensors.index.json", "model.safetensors", "*.safetensors", "safetensors"),
+    WeightsFormat(
+        "Hugging Face PyTorch .bin", "pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin", "torch_pickle"
+    ),
 )
 TOKENIZER = (
     "tokenizer.json",
@@ -55,8 +62,8 @@ TOKENIZER = (
 
 
 def detect(location: Path) -> bool:
-    """Whether `location` is a directory that Hugging Face tools would load: it has a config.json or weights."""
-    return location.is_dir() and ((location / "config.json").exists() or any(known.found(location) for known in FORMATS))
+    """Return whether `location` is a directory with a config.json or with weights in one of FORMATS."""
+    return location.is_dir() and ((location / "config.json").exists() or any(known.is_in(location) for known in FORMATS))
 
 
 def open_source(location: Path) -> Source:
@@ -85,7 +92,7 @@ def open_source(location: Path) -> Source:
 
 
 def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, LazyTensor], tuple[SourceFile, ...]]:
-    """The weights of a directory, by name, and the files that they are in. Adds what is wrong with them to `problems`."""
+    """Return the tensors of a directory by name, and the files that they are in. Adds what is wrong with them to `problems`."""
     weights = _format(location)
     shards, listed = _shards(location, weights, problems)
     tensors: dict[str, LazyTensor] = {}
@@ -93,7 +100,7 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
     files: list[SourceFile] = []
     for path in shards:
         try:
-            file, found = weights.open_file(path)
+            file, file_tensors = weights.open_file(path)
         except BadInput as error:
             problems += error.problems
             continue
@@ -101,7 +108,7 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
             problems.append(Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file"))
             continue
         files.append(file)
-        for name, tensor in found.items():
+        for name, tensor in file_tensors.items():
             if name in homes:
                 remedy = "Remove one of the files, or the tensor from one of them"
                 problems.append(Problem(name, f"the tensor in both {homes[name].name} and {path.name}", "one home", remedy))
@@ -116,8 +123,8 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
     return tensors, tuple(files)
 
 
-def _format(location: Path) -> Format:
-    return next((known for known in FORMATS if known.found(location)), FORMATS[0])
+def _format(location: Path) -> WeightsFormat:
+    return next((known for known in FORMATS if known.is_in(location)), FORMATS[0])
 
 
 def _config(path: Path) -> tuple[dict[str, Any], SourceFile]:
@@ -135,7 +142,7 @@ def _architecture(config: Mapping[str, Any], path: Path, problems: list[Problem]
 
 
 def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> str | None:
-    """`torch_dtype`, or `dtype` as transformers 5 writes it; None where there is neither."""
+    """Return the configuration's `torch_dtype`, or `dtype` as transformers 5 writes it; None where there is neither."""
     key = next((key for key in ("torch_dtype", "dtype") if config.get(key) is not None), None)
     if key is None:
         return None
@@ -145,8 +152,8 @@ def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> st
     return name
 
 
-def _shards(location: Path, weights: Format, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
-    """The shard files, and which file the index says each tensor is in (nothing where there is no index)."""
+def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> tuple[list[Path], dict[str, str]]:
+    """Return the shard files, and the file of each tensor according to the index (empty where there is no index)."""
     index = location / weights.index
     if not index.exists():
         single = location / weights.single
@@ -161,7 +168,7 @@ def _shards(location: Path, weights: Format, problems: list[Problem]) -> tuple[l
         return [], {}
     paths = []
     for file in sorted(set(listed.values())):
-        # Lexically: a shard may well be a link to elsewhere, as in the Hub's cache, but the index may not lead out by itself.
+        # Only the name is checked: a shard may be a link to elsewhere, as in the Hub's cache, but an index must not lead outside.
         parts = PurePosixPath(file).parts
         if not parts or file.startswith("/") or ".." in parts or "\\" in file:
             problems.append(Problem(str(index), f"the shard {file!r}", "a file inside the directory"))

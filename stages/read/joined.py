@@ -1,4 +1,4 @@
-"""A tensor whose parts lie in several files: read as one, part by part."""
+"""A tensor whose parts lie in several files, read as one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.tensor.tensors import Block, LazyTensor
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """`parts`, equal but for their lengths on `axis`, one behind the other on that axis."""
+    """The concatenation of `parts` along `axis`. They have the same dtype, and the same shape but for that axis."""
 
     parts: tuple[LazyTensor, ...]
     axis: int
@@ -31,7 +31,7 @@ class JoinedTensor:
         return JoinedBlock(self, region)
 
     def within(self, region: Region) -> Iterator[tuple[LazyTensor, Region, Region]]:
-        """The parts that a region touches: each part, the region of it, and where that lies in the joined tensor."""
+        """Yield the parts that a region overlaps: the part, the overlap as a region of the part, and the overlap in the tensor."""
         start = 0
         for part in self.parts:
             length = part.shape[self.axis]
@@ -43,19 +43,20 @@ class JoinedTensor:
 
 
 class JoinedBlock(Block):
-    """A region of a JoinedTensor; nothing is read until it is asked for."""
+    """A region of a JoinedTensor; nothing is read until `read` is called."""
 
     def __init__(self, tensor: JoinedTensor, region: Region) -> None:
         self.tensor, self.region = tensor, region
         self.shape, self.dtype = extent(region), tensor.dtype
 
     def read(self, region: Region) -> np.ndarray:
-        wanted = shift(region, [start for start, _ in self.region])
-        touched = list(self.tensor.within(wanted))
-        if len(touched) == 1:
-            part, inside, _ = touched[0]
+        """Return the values of `region`, relative to the block, in C order; a view of the file where one part has all of them."""
+        in_tensor = shift(region, [start for start, _ in self.region])
+        overlaps = list(self.tensor.within(in_tensor))
+        if len(overlaps) == 1:
+            part, inside, _ = overlaps[0]
             return np.asarray(part.block(inside))
         result = np.empty(extent(region), dtype=self.dtype)
-        for part, inside, common in touched:
-            result[slices(shift(common, [start for start, _ in wanted], -1))] = np.asarray(part.block(inside))
+        for part, inside, common in overlaps:
+            result[slices(shift(common, [start for start, _ in in_tensor], -1))] = np.asarray(part.block(inside))
         return result

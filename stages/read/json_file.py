@@ -1,4 +1,4 @@
-"""A checkpoint's JSON files: the object in one, and what tells a changed file from an unchanged one."""
+"""Read a checkpoint's JSON files, with a fingerprint of each that tells a changed file from an unchanged one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.tensor.tensors import SourceFile
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
-    """The object in a JSON file, and the file. Raises BadInput where it cannot be read or holds something else."""
+    """Return the object in a JSON file and the file's fingerprint. Raises BadInput where it cannot be read or holds no object."""
     try:
         text = path.read_bytes()
         value = json.loads(text)

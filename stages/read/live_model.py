@@ -1,7 +1,7 @@
-"""A Hugging Face model in memory as a source: the tensors that `save_pretrained` would write, without a file in between.
+"""Read a Hugging Face model that is in memory: the tensors that `save_pretrained` would write, without a file in between.
 
-Dense models have the very names, bytes and configuration of the saved directory. Experts that transformers 5 keeps in one stack
-stay one: `save_pretrained` cuts the stack into a tensor an expert, under the names of the original checkpoint.
+Of a dense model, names, bytes and configuration are those of the saved directory. Experts that transformers 5 keeps in one stacked
+tensor stay stacked, whereas `save_pretrained` writes a tensor for each expert under the names of the original checkpoint.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ if TYPE_CHECKING:
     import torch
 
 LOCATION = Path("model-in-memory")
-# Stands for the model in `Source.files`. Nothing can be written below a device, so that no output directory is its parent.
+# Stands for the model in `Source.files`. Its parent is a device, so that no output directory can be taken for the source's.
 _FILE = Path("/dev/null") / LOCATION
 _CONFIG_NAME = "the model's configuration"
-_HASHED_BYTES = 4 << 20  # hashed at a time
-_TYPES = {row.numpy.name: row.numpy for row in TABLE}  # torch calls each type as NumPy does
-_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # torch gives NumPy no array of these
+_HASHED_BYTES = 4 << 20  # of a tensor, hashed at a time
+_TYPES = {row.numpy.name: row.numpy for row in TABLE}  # torch and NumPy have the same names for these types
+_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # torch cannot pass these to NumPy as they are
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 class OpenedModel:
-    """The tensors of one opened model by name, on any device. Its LiveTensors keep it alive, the registry does not."""
+    """The tensors of one opened model by name, on any device. LiveTensors keep it alive; `_OPENED` does not."""
 
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         self.values, self.token = values, uuid4().hex
         _OPENED[self.token] = self
 
 
-# What a pickled LiveTensor is found by in this process.
+# The opened models of this process by token, through which a pickled LiveTensor finds its model again.
 _OPENED: WeakValueDictionary[str, OpenedModel] = WeakValueDictionary()
 
 
 class LiveTensor(Block):
     """A tensor of an opened model: `shape` elements of `dtype`, in the model's own memory.
 
-    Pickled, it is the opened model's token and a name: Dask pickles the tasks of workers in this process too, and no value may
-    be copied for that. Unpickling raises RuntimeError in another process, and once the source and all its tensors are gone.
+    It is pickled as the model's token and the tensor's name, without values, because Dask pickles tasks even for workers in the
+    same process. Unpickling raises RuntimeError in another process, and once the source and all its tensors are gone.
     """
 
     def __init__(self, opened: OpenedModel, name: str) -> None:
@@ -67,7 +67,7 @@ class LiveTensor(Block):
         return View(self, region)
 
     def read(self, region: Region) -> np.ndarray:
-        """The values of `region`, read-only: in place where the tensor is contiguous in main memory, else a copy of them alone."""
+        """Return the values of `region`, read-only: a view where the tensor is contiguous in main memory, else a copy."""
         import torch
 
         tensor, bits = self.opened.values[self.name], _BITS.get(self.dtype.name)
@@ -84,19 +84,36 @@ class LiveTensor(Block):
 
 
 def open_model(model: Any) -> Source:
-    """Open a transformers model that is in memory. Its values are read once, for the fingerprint, a few MiB at a time.
+    """Open a transformers model that is in memory.
 
-    The source shares the model's memory and keeps it alive, not the model itself. Values that are changed in place between
-    opening and converting are converted as they are then. Raises BadInput naming the object's type where it is no such model,
-    and every tensor that cannot be read: on the meta device, sharded over processes, or of a type that no checkpoint holds.
+    All values are read once for the fingerprint, a few MiB at a time. The source shares the memory of the model's tensors and keeps
+    them alive, but not the model itself. Values that are changed in place before they are converted are converted as changed.
+
+    Parameters
+    ----------
+    model
+        A transformers model, also inside torch.compile's or a data-parallel wrapper.
+
+    Returns
+    -------
+    Source
+        The model as a Hugging Face source, with `in_memory` set.
+
+    Raises
+    ------
+    BadInput
+        The object is no such model, or has tensors that cannot be read: on the meta device, sharded over processes, or of a type
+        that no checkpoint holds.
     """
     model = _unwrapped(model)
     if not (callable(getattr(model, "state_dict", None)) and callable(getattr(getattr(model, "config", None), "to_dict", None))):
         found = f"an object of type {type(model).__module__}.{type(model).__qualname__}"
         raise BadInput([Problem("model", found, "a transformers model, with config.to_dict() and state_dict()")])
     config = _plain_config(model.config)
-    # Inside a wrapper of another library the class is not the model's.
-    named = [type(model).__name__.removeprefix("FSDP")] if hasattr(type(model), "config_class") else config.get("architectures")
+    # Another library's wrapper class does not name the model's architecture; then the configuration does.
+    architectures = (
+        [type(model).__name__.removeprefix("FSDP")] if hasattr(type(model), "config_class") else config.get("architectures")
+    )
     problems: list[Problem] = []
     values = _tensors(model, problems)
     dtype = next((_type_name(value) for value in values.values() if value.is_floating_point()), None)
@@ -104,14 +121,14 @@ def open_model(model: Any) -> Source:
         problems.append(Problem(f"{_CONFIG_NAME}: dtype", repr(dtype), f"one of {', '.join(MODEL_DTYPES)}"))
     if problems:
         raise BadInput(problems)
-    config |= {"architectures": named, "torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+    config |= {"architectures": architectures, "torch_dtype" if "torch_dtype" in config else "dtype": dtype}
     opened = OpenedModel(values)
     tensors = {name: LiveTensor(opened, name) for name in values}
     return Source(
         kind="Hugging Face model in memory",
         location=LOCATION,
         container="huggingface",
-        architecture=str(named[0]) if named else "",
+        architecture=str(architectures[0]) if architectures else "",
         config=config,
         config_name=_CONFIG_NAME,
         tensors=tensors,
@@ -122,14 +139,17 @@ def open_model(model: Any) -> Source:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside what torch.compile and data-parallel training put around it: these prefix every name."""
+    """Return the model inside the wrappers of torch.compile and data-parallel training, which prefix the name of every tensor."""
     while type(model).__name__ in _WRAPPERS and hasattr(model, _WRAPPERS[type(model).__name__]):
         model = getattr(model, _WRAPPERS[type(model).__name__])
     return model
 
 
 def _tensors(model: Any, problems: list[Problem]) -> dict[str, torch.Tensor]:
-    """What of the state dict `save_pretrained` would write, under the source's names; tensors share the model's memory."""
+    """Return the tensors that `save_pretrained` would write, by the source's names; they share the model's memory.
+
+    Adds the tensors that cannot be read to `problems`.
+    """
     state = dict(model.state_dict(keep_vars=False))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
@@ -142,7 +162,7 @@ def _tensors(model: Any, problems: list[Problem]) -> dict[str, torch.Tensor]:
     if refused:
         problems += refused
         return {}
-    # Names of transformers 4 are a list of patterns, those of 5 a table of patterns; the expanded names are of 5 alone.
+    # `_tied_weights_keys` is a list of patterns in transformers 4 and a dictionary by pattern in 5, which also has the full names.
     tied = {*(getattr(model, "_tied_weights_keys", None) or ()), *(getattr(model, "all_tied_weights_keys", None) or ())}
     copies = _copies(state, tied)
     return {_parameter_name(name, value): value.detach() for name, value in state.items() if name not in copies}
@@ -157,7 +177,7 @@ def _refused(name: str, value: Any) -> Problem | None:
     if value.device.type == "meta":
         remedy = "Load the model without offloading, or convert the directory that it comes from"
         return Problem(name, "a parameter on the meta device", "values in memory", remedy)
-    # Such a tensor is made of others, shards or codes among them, and its dtype is not that of what is stored.
+    # Such a tensor is made of other tensors, for example shards or quantized codes, which have another dtype.
     if hasattr(type(value), "__tensor_flatten__") or value.layout != torch.strided:
         return Problem(name, f"a tensor of type {type(value).__name__} and layout {value.layout}", "a plain tensor", remedy)
     if _type_name(value) not in _TYPES:
@@ -166,7 +186,10 @@ def _refused(name: str, value: Any) -> Problem | None:
 
 
 def _copies(state: Mapping[str, torch.Tensor], tied: Iterable[str]) -> set[str]:
-    """The names that `save_pretrained` drops, as others have the very same memory: the tied ones, else all but the first."""
+    """Return the names that `save_pretrained` drops because another name has the same memory.
+
+    Of names that share memory it drops those that match `tied`, as long as one remains, and then all but the first.
+    """
     groups: dict[Any, list[str]] = defaultdict(list)
     for name, value in state.items():
         if value.numel():  # empty tensors may share an address
@@ -179,7 +202,7 @@ def _copies(state: Mapping[str, torch.Tensor], tied: Iterable[str]) -> set[str]:
 
 
 def _parameter_name(name: str, value: torch.Tensor) -> str:
-    """Tables map modules: a stack of matrices that is a parameter without a module of its own is given one."""
+    """Add `.weight` to a stack of matrices that is a parameter without a module of its own, because tables map modules."""
     return f"{name}.weight" if value.ndim == 3 and name.rpartition(".")[2] not in ("weight", "bias") else name
 
 
@@ -188,7 +211,7 @@ def _type_name(tensor: torch.Tensor) -> str:
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
-    """The configuration as config.json would hold it, read back: plain values, those that are the library's defaults left out."""
+    """Return the configuration as config.json would have it: plain values, without those that equal the library's defaults."""
     if hasattr(config, "to_json_string"):
         text = config.to_json_string()
     else:
@@ -197,19 +220,19 @@ def _plain_config(config: Any) -> dict[str, Any]:
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, LiveTensor]) -> SourceFile:
-    """What changes with the configuration, and with any tensor's name, type, shape or value; equal in every process."""
-    listed = []
+    """Return a fingerprint of the configuration and of every tensor's name, dtype, shape and values; equal in every process."""
+    digests = []
     for name, tensor in tensors.items():
         digest = xxhash.xxh3_128()
         for region in pieces(whole(tensor.shape), tensor.dtype.itemsize, _HASHED_BYTES):
             digest.update(np.ascontiguousarray(tensor.read(region)).reshape(-1).view(np.uint8).data)
-        listed.append([name, tensor.dtype.name, tensor.shape, digest.hexdigest()])
-    text = json.dumps([dict(config), listed], sort_keys=True)
+        digests.append([name, tensor.dtype.name, tensor.shape, digest.hexdigest()])
+    text = json.dumps([dict(config), digests], sort_keys=True)
     return SourceFile(_FILE, sum(map(tensor_bytes, tensors.values())), 0, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _resolve(process: int, token: str, name: str) -> LiveTensor:
-    """A LiveTensor from its pickled form. Raises RuntimeError where the opened model is not, or no longer, in this process."""
+    """Return a LiveTensor from its pickled form. Raises RuntimeError where this process does not have the opened model any more."""
     opened = _OPENED.get(token)
     if opened is not None:
         return LiveTensor(opened, name)

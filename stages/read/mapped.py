@@ -1,6 +1,6 @@
-"""A tensor that lies as one run of bytes in a local file, memory-mapped a piece at a time.
+"""A tensor that is one run of bytes in a local file, memory-mapped a piece at a time.
 
-A piece is mapped when it is asked for and unmapped when its array is dropped, so that no page of the file stays in the process.
+A piece is mapped when it is read and unmapped when its array is garbage-collected, so that no page of the file stays mapped longer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
 from pipeline.tensor.tensors import Block
 
-WINDOW_BYTES = 8 << 20  # mapped at once where only some columns of it are wanted
+WINDOW_BYTES = 8 << 20  # mapped at once where only some columns are read
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class MappedBlock(Block):
         self.shape, self.dtype = extent(region), tensor.dtype
 
     def read(self, region: Region) -> np.ndarray:
-        """Map the bytes from the region's first row to its last. Raises OSError where the file has become shorter."""
+        """Return the values of `region`, relative to the block, as a read-only view of mapped pages where that is possible.
+
+        A few columns of many rows are copied out of windows of WINDOW_BYTES instead. Raises OSError where the file has become
+        shorter than its header says.
+        """
         tensor = self.tensor
         region = shift(region, [start for start, _ in self.region])
         if not tensor.shape:
@@ -54,7 +58,7 @@ class MappedBlock(Block):
         if last <= first or not row:
             return np.empty(extent(region), dtype=tensor.dtype)
         if len(tensor.shape) > 2 and last - first == 1:
-            # Inside one matrix of a stack the rows are contiguous too.
+            # Rows of a single matrix of a stack are contiguous as well.
             inner = math.prod(tensor.shape[2:])
             top, bottom = region[1]
             values = self._map(first * row + top * inner, (bottom - top) * inner)
@@ -66,7 +70,7 @@ class MappedBlock(Block):
         if step >= last - first:
             values = self._map(first * row, (last - first) * row).reshape(last - first, *tensor.shape[1:])
             return values[(slice(None), *slices(region[1:]))]
-        # A few columns of many rows: in the process the pages of all of them would be held for a part.
+        # A few columns of many rows: a single map would keep the pages of whole rows in memory for a part of each.
         result = np.empty(extent(region), dtype=tensor.dtype)
         for start in range(first, last, step):
             count = min(step, last - start)

@@ -1,4 +1,4 @@
-"""Meta's checkpoints: params.json, and consolidated.NN.pth, each one model-parallel rank's share of every tensor.
+"""Read Meta's checkpoints: params.json, and consolidated.NN.pth, each one model-parallel rank's share of every tensor.
 
 Facts: TensorRT-LLM checkpoint format, section 3.
 """
@@ -20,24 +20,24 @@ from stages.read.joined import JoinedTensor
 from stages.read.json_file import json_file
 
 PARAMS = "params.json"
-# Up to 999: every missing part before the last is a problem of its own.
+# At most three digits: each missing part up to the highest number is reported, so that number must not be huge.
 _PART = re.compile(r"consolidated\.(\d{1,3})(\.pth)?")
-# The axis that a module's tensors are split on over the parts; norms each part holds whole. The embedding was split on the hidden
-# axis for Llama 1 and 2 and is on the vocabulary for Llama 3.
+# The axis on which a module's tensors are split over the parts. Each part has the norms whole. The embedding is split on the hidden
+# axis in Llama 1 and 2, and on the vocabulary in Llama 3.
 _AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 _NORMS = ("attention_norm", "ffn_norm", "norm")
 _EMBEDDING = "tok_embeddings"
-_MULTIPLE = 256  # what Meta's code makes hidden_dim a multiple of where params.json does not say
-_COMPARED_BYTES = 8 << 20  # at a time
+_MULTIPLE = 256  # Meta's code makes hidden_dim a multiple of this where params.json has no `multiple_of`
+_COMPARED_BYTES = 8 << 20  # of two tensors, compared at a time
 
 
 def detect(location: Path) -> bool:
-    """Whether `location` is a directory with parts; params.json may be missing, which is then said."""
+    """Return whether `location` is a directory with parts. A missing params.json is reported by `open_source`."""
     return location.is_dir() and bool(_numbered(location))
 
 
 def open_source(location: Path) -> Source:
-    """Open a directory: read params.json and index every part. Raises BadInput with all problems found."""
+    """Open a directory: read params.json and the index of every part. Raises BadInput with all problems found."""
     if not (location / PARAMS).is_file():
         raise BadInput([Problem(str(location / PARAMS), "no such file", "the model's parameters", "Fetch it with the checkpoint")])
     params, params_file = json_file(location / PARAMS)
@@ -64,23 +64,23 @@ def open_source(location: Path) -> Source:
         config_name=str(params_file.path),
         tensors=tensors,
         files=(params_file, *files),
-        dtype="bfloat16",  # whatever the files have: so the reference decides
+        dtype="bfloat16",  # whatever the files have, as in NVIDIA's converter
         companions=tuple(path for path in [location / "tokenizer.model"] if path.is_file()),
     )
 
 
 def _numbered(location: Path) -> dict[int, list[Path]]:
-    """The paths of each part by its number: one of each, or something is wrong."""
-    found: dict[int, list[Path]] = {}
+    """Return the paths of each part by its number; more than one path for a number is an error that `_parts` reports."""
+    paths: dict[int, list[Path]] = {}
     for path in sorted(location.iterdir()):
         match = _PART.fullmatch(path.name)
         if match and (match[2] or path.is_dir()):
-            found.setdefault(int(match[1]), []).append(path)
-    return found
+            paths.setdefault(int(match[1]), []).append(path)
+    return paths
 
 
 def _parts(location: Path) -> list[list[Path]]:
-    """The files of each part, in order: one file, or a directory of several."""
+    """Return the files of each part, in order: one file, or all in a directory. Raises BadInput for missing and repeated parts."""
     numbered = _numbered(location)
     if not numbered:
         names = ", ".join(sorted(path.name for path in location.iterdir())[:8])
@@ -102,7 +102,7 @@ def _parts(location: Path) -> list[list[Path]]:
 def _open_parts(parts: Sequence[Sequence[Path]], problems: list[Problem]) -> tuple[list[dict[str, LazyTensor]], list[SourceFile]]:
     opened, files = [], []
     for paths in parts:
-        held: dict[str, LazyTensor] = {}
+        part: dict[str, LazyTensor] = {}
         for path in paths:
             try:
                 file, tensors = torch_pickle.open_file(path)
@@ -112,23 +112,23 @@ def _open_parts(parts: Sequence[Sequence[Path]], problems: list[Problem]) -> tup
             except OSError as error:
                 problems.append(Problem(str(path), f"a file that cannot be read ({error.strerror})", "a readable file"))
                 continue
-            twice = sorted(tensors.keys() & held.keys())
+            twice = sorted(tensors.keys() & part.keys())
             problems += [Problem(name, f"the tensor again in {path}", "one home in a part") for name in twice]
-            held |= tensors
+            part |= tensors
             files.append(file)
-        opened.append(held)
+        opened.append(part)
     return opened, files
 
 
 def _join(name: str, parts: Sequence[Mapping[str, LazyTensor]], dim: Any, problems: list[Problem]) -> LazyTensor:
-    """A tensor of all its shares. Shares whose shapes or types do not fit one another are a problem."""
+    """Join a tensor's shares; adds to `problems` where their shapes or dtypes do not fit, or copies of one tensor differ."""
     shares = [part[name] for part in parts if name in part]
     first, module = shares[0], name.rpartition(".")[0].rpartition(".")[2]
     if module not in (*_AXES, *_NORMS, _EMBEDDING):
-        return first  # how it is split nobody knows; where the family's table does not ignore it, it is refused by its name
+        return first  # an unknown module: refused later by its name, unless the family's table ignores it
     axis = _axis(module, first.shape, len(parts), dim)
     for number, share in enumerate(shares[1:], 1):
-        if share.dtype != first.dtype or _less(share.shape, axis) != _less(first.shape, axis):
+        if share.dtype != first.dtype or _without_axis(share.shape, axis) != _without_axis(first.shape, axis):
             found = f"{share.dtype} {list(share.shape)} in part {number}"
             problems.append(Problem(name, found, f"a share like part 0's, {first.dtype} {list(first.shape)}"))
             return first
@@ -139,25 +139,26 @@ def _join(name: str, parts: Sequence[Mapping[str, LazyTensor]], dim: Any, proble
 
 
 def _axis(module: str, shape: Sequence[int], parts: int, dim: Any) -> int | None:
-    """The axis that a tensor is split on; None where each part holds it whole."""
+    """Return the axis on which a tensor is split over the parts; None where each part has all of it."""
     if module == _EMBEDDING and len(shape) == 2:
         return 1 if shape[1] * parts == dim else 0
     axis = _AXES.get(module)
     return axis if axis is not None and axis < len(shape) else None
 
 
-def _less(shape: Sequence[int], axis: int | None) -> list[int | None]:
-    """A shape without the length that parts may differ in."""
+def _without_axis(shape: Sequence[int], axis: int | None) -> list[int | None]:
+    """Return a shape with None for the length of the split axis, in which parts may differ."""
     return [None if number == axis else length for number, length in enumerate(shape)]
 
 
 def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
+    """Yield, piece by piece, whether two tensors of the same shape and dtype have the same bytes."""
     for piece in pieces(whole(a.shape), a.dtype.itemsize, _COMPARED_BYTES):
         yield np.asarray(a.block(piece)).tobytes() == np.asarray(b.block(piece)).tobytes()
 
 
 def _config(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor], file: Path, problems: list[Problem]) -> dict[str, Any]:
-    """params.json, and what it leaves to be computed. A size that cannot be is left out: reading the table then says so."""
+    """Return params.json with the sizes that it leaves to be computed."""
     config = dict(params)
     embedding = tensors.get(f"{_EMBEDDING}.weight")
     if config.get("vocab_size") in (None, -1):
@@ -170,7 +171,10 @@ def _config(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor], file: 
 
 
 def _hidden_dim(params: Mapping[str, Any], file: Path, problems: list[Problem]) -> int | None:
-    """The rows of w1, as Meta's code computes them; None where it cannot, which is a problem unless `dim` is one already."""
+    """Return the number of rows of w1 as Meta's code computes it; None where it cannot.
+
+    That is added to `problems`, unless `dim` is missing or no integer, which is reported when the sizes are read.
+    """
     given: dict[str, Any] = {key: params.get(key) for key in ("dim", "multiple_of", "ffn_dim_multiplier")}
     dim, multiple, factor = given.values()
     try:

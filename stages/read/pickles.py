@@ -1,8 +1,8 @@
-"""Pickles read as data: the opcodes that files of tensors are made of, interpreted without importing or calling anything.
+"""Read pickles as data: interpret the opcodes that files of tensors consist of, without importing or calling what they name.
 
-Python's own unpickler cannot be made safe by refusing names alone: nine bytes can make it fill memory (a memo of the size that an
-index names), and two hundred keep it busy for ever (hashing a tuple of tuples). Here a key is text, the memo a dictionary, and the
-work bounded.
+Refusing names is not enough to make Python's own unpickler safe: nine bytes can make it fill memory (its memo is a list as long as
+the greatest index), and two hundred bytes can keep it busy for ever (hashing nested tuples). Here only strings are hashed as keys,
+the memo is a dictionary, and the number of operations is bounded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 MAX_BYTES = 256 << 20
 MAX_OPERATIONS = 5_000_000  # a tensor takes about 32
-MAX_LINE = 1024  # of a module's and of a global's name
-MAX_BITS = 127  # of an integer: torch's magic number has 77
+MAX_LINE = 1024  # bytes of a module's or a global's name
+MAX_BITS = 127  # of an integer; torch's magic number has 77
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -28,16 +28,27 @@ _GET = {"BINGET", "LONG_BINGET"}
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """Stands for what is neither plain data nor known: a global outside the list, what it would make, a key that is no text."""
+    """Stands for anything but plain data and known globals: another global, the object it would make, a key that is no string."""
 
     name: str
 
 
 class Pickles:
-    """The pickles that follow one another in a file, from its position on, in at most `limit` bytes.
+    """A reader of the consecutive pickles in a file, from its current position, in at most `limit` bytes altogether.
 
-    `known` are the globals by `module.name`: values, or functions that take what the pickle passes them. All others are listed in
-    `refused` and become `Foreign`. `persistent` maps a persistent id to its value. `digest` is the SHA-256 of the bytes read.
+    Parameters
+    ----------
+    file
+        A binary file.
+    limit
+        The most bytes that may be read.
+    known
+        What stands for each allowed global, by `module.name`: a value, or a function that is called with the pickle's arguments.
+        All other globals become Foreign, and their names are listed in `refused`.
+    persistent
+        A function from a persistent id to its value.
+
+    `digest` is the SHA-256 of the bytes read so far.
     """
 
     def __init__(self, file: BinaryIO, limit: int, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> None:
@@ -47,22 +58,23 @@ class Pickles:
         self._file, self._limit, self._left, self._operations = file, limit, limit, 0
 
     def load(self) -> Any:
-        """The next pickle's value. Raises ValueError where it is none, or is larger than any checkpoint's."""
+        """Return the next pickle's value. Raises ValueError for a damaged pickle, or one larger than any checkpoint's."""
         try:
             return self._load()
         except (LookupError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a pickle whose opcodes do not fit together ({type(error).__name__})") from None
 
     def read(self, count: int) -> bytes:
-        """Bytes of the file, counted and added to the digest."""
+        """Read `count` bytes of the file, and add them to the digest. Raises ValueError beyond the limit."""
         if not 0 <= count <= self._left:
             raise ValueError(f"a pickle that goes beyond its {self._limit:,} bytes")
-        return self._took(self._file.read(count))
+        return self._counted(self._file.read(count))
 
     def readline(self) -> bytes:
-        return self._took(self._file.readline(min(self._left, MAX_LINE)))
+        """Read a line of at most MAX_LINE bytes, and add it to the digest."""
+        return self._counted(self._file.readline(min(self._left, MAX_LINE)))
 
-    def _took(self, data: bytes) -> bytes:
+    def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
         self.digest.update(data)
         return data
@@ -88,7 +100,7 @@ class Pickles:
                 stack.append(argument)
             elif name in _VALUES:
                 stack.append(argument)
-            elif name in ("BINSTRING", "SHORT_BINSTRING"):  # of Python 2, where text was bytes
+            elif name in ("BINSTRING", "SHORT_BINSTRING"):  # from Python 2, whose strings were bytes
                 stack.append(argument.encode("latin-1").decode())
             elif name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
@@ -128,7 +140,7 @@ class Pickles:
                         raise ValueError("a pickle that makes an object of no known class")
                     stack[-1] = stack[-1](*arguments)
             elif name == "BUILD":
-                stack.pop()  # attributes, such as a state dict's _metadata: nothing here has any
+                stack.pop()  # an object's attributes, such as a state dict's _metadata, are dropped
             elif name == "BINPERSID":
                 stack.append(self.persistent(stack.pop()))
             elif name == "POP":
@@ -160,11 +172,14 @@ def _append(target: Any, items: list[Any]) -> None:
 
 
 def set_items(target: Any, items: list[Any]) -> None:
-    """Put keys and values, which alternate in `items`, into a dictionary. A key that is no text becomes Foreign, by its type."""
+    """Put the alternating keys and values of `items` into a dictionary. A key that is not a string becomes Foreign, by its type.
+
+    Does nothing to a Foreign `target`. Raises TypeError where it is no dictionary.
+    """
     if isinstance(target, Foreign):
         return
     if not isinstance(target, dict):
         raise TypeError("not a dictionary")
-    # Only text is hashed: hashing numbers and tuples of an attacker's choice can take for ever.
+    # Only strings are hashed: hashing numbers and tuples that an attacker chose can take for ever.
     keys = (key if isinstance(key, str) else Foreign(type(key).__name__) for key in items[::2])
     target.update(zip(keys, items[1::2], strict=True))

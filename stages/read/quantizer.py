@@ -1,4 +1,4 @@
-"""What a quantizer says of its work: a section of config.json, or a file of its own beside it."""
+"""Read a quantizer's settings, from config.json or from the quantizer's own file beside it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pipeline.tensor.tensors import SourceFile
 from stages.read.json_file import json_file
 
 KEY = "quantization_config"
-# AutoGPTQ's, AutoAWQ's and ModelOpt's, and the method that each goes without saying.
+# The files of AutoGPTQ, AutoAWQ and ModelOpt, with the method that each implies.
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def quantizer_settings(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[SourceFile, ...]]:
-    """The settings that `config` has, or the first of the files; and the file. Raises BadInput where that is no JSON object."""
+    """Return the settings in `config`, or those of the first of FILES that is there, and the fingerprint of that file.
+
+    Both are empty where there are no settings. Raises BadInput where the file is not a JSON object.
+    """
     section = config.get(KEY)
     if isinstance(section, dict):
         return section, ()

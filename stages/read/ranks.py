@@ -1,4 +1,4 @@
-"""A TensorRT-LLM checkpoint's directory: config.json, rank{N}.safetensors and, where headrace wrote it, headrace.json."""
+"""Open a TensorRT-LLM checkpoint: config.json, rank{N}.safetensors and, where headrace wrote it, headrace.json."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from stages.read.safetensors import open_file
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint's headers. Raises BadInput naming what is missing or cannot be read; what it says is not checked.
+    """Read a checkpoint's config.json and the headers of its rank files. Their contents are not checked against each other.
 
-    Context-parallel ranks share files, as in the loader of TensorRT-LLM (PretrainedModel.from_checkpoint).
+    Context-parallel ranks share files, as in the loader of TensorRT-LLM (PretrainedModel.from_checkpoint). Raises BadInput naming
+    all files that are missing or cannot be read.
     """
     config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
     provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
@@ -23,9 +24,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     count = mapping.get("world_size")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1 << 16:
         raise BadInput([Problem(f"{directory / 'config.json'}: mapping.world_size", repr(count), "the number of ranks")])
-    sharing = mapping.get("cp_size", 1)
-    if isinstance(sharing, int) and sharing > 1 and count % sharing == 0:  # else it is for the verifier to say
-        count //= sharing
+    cp_size = mapping.get("cp_size", 1)
+    if isinstance(cp_size, int) and cp_size > 1 and count % cp_size == 0:  # any other value is reported by the verifier
+        count //= cp_size
     problems, ranks = [], []
     for number in range(count):
         path = directory / f"rank{number}.safetensors"
@@ -40,11 +41,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, config, tuple(ranks), provenance)
 
 
-def _object(path: Path, what: str) -> dict[str, Any]:
+def _object(path: Path, expected: str) -> dict[str, Any]:
+    """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise BadInput([Problem(str(path), error.strerror or str(error), what or "a readable file")]) from None
+        raise BadInput([Problem(str(path), error.strerror or str(error), expected or "a readable file")]) from None
     except (ValueError, RecursionError) as error:
         raise BadInput([Problem(str(path), f"no JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The safetensors container: the header, checked as strictly as the format allows, and tensors as mapped byte ranges.
+"""Read safetensors files: the header, checked as strictly as the format allows, and the tensors as mapped byte ranges.
 
 A file is 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without gaps. Only the header is read.
 """
@@ -19,12 +19,15 @@ from pipeline.tensor.tensors import SourceFile
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy can
-MAX_SIZE = 1 << 62  # of a number in a header, so that products can be said
+MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy allows
+MAX_SIZE = 1 << 62  # of a number in a header, so that products of sizes stay printable
 
 
 def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
-    """Read and check one file's header. Raises BadInput with every problem of the file, and OSError where it cannot be read."""
+    """Read and check one file's header; return the file's fingerprint and its tensors by name.
+
+    Raises BadInput with every problem of the file, and OSError where it cannot be read.
+    """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         prefix = file.read(8)
@@ -43,11 +46,11 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
 
 
 def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, MappedTensor], list[Problem]]:
-    """Tensors by name, and what is wrong with the header of a file with `data_bytes` bytes behind it. Never raises."""
+    """Return the tensors by name, and all problems, of a header that is followed by `data_bytes` bytes of data. Never raises."""
     try:
         text = header.decode("utf-8")
         entries = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_number)
-        json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(entries, ensure_ascii=False).encode()  # raises for half a surrogate pair
     except (ValueError, RecursionError) as error:
         return {}, [_damaged(path, f"a header that is not JSON ({error})", "a JSON object")]
     if not isinstance(entries, Mapping):
@@ -82,12 +85,13 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
 
 
 def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return an entry's dtype, shape, and first and last offset. Raises ValueError where it is not as the format has it."""
     if not isinstance(entry, Mapping) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"an entry {str(entry)[:80]}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    for values, what in ((shape, "shape"), (offsets, "data_offsets")):
+    for values, key in ((shape, "shape"), (offsets, "data_offsets")):
         if not isinstance(values, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
-            raise ValueError(f"{what} {str(values)[:80]}")
+            raise ValueError(f"{key} {str(values)[:80]}")
     if len(offsets) != 2 or any(n < 0 for n in shape):
         raise ValueError(f"shape {str(shape)[:80]}, data_offsets {str(offsets)[:80]}")
     if len(shape) > MAX_AXES or math.prod(filter(None, shape)) > MAX_SIZE or max(offsets) > MAX_SIZE:
@@ -96,12 +100,12 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _tiling(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> list[Problem]:
-    """The format has no gaps and no overlaps: either means that the file is cut short or the header is not its own."""
+    """Check that the tensors' byte ranges have no gaps and no overlaps; either means a file cut short or a wrong header."""
     problems, end = [], 0
     for start, stop, name in ranges:
         if start != end:
-            what = "overlapping the tensor before it" if start < end else f"after {start - end:,} bytes of no tensor"
-            problems.append(_damaged(path, f"data_offsets [{start}, {stop}] {what}", f"data from byte {end}", name))
+            fault = "overlapping the tensor before it" if start < end else f"after {start - end:,} bytes of no tensor"
+            problems.append(_damaged(path, f"data_offsets [{start}, {stop}] {fault}", f"data from byte {end}", name))
         end = max(end, stop)
     if end != data_bytes:
         problems.append(_damaged(path, f"{data_bytes:,} bytes of data", f"{end:,}, where the last tensor ends"))

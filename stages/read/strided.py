@@ -1,7 +1,7 @@
-"""A tensor whose elements lie at strides in a local file: transposed, expanded, or cut from a larger one.
+"""A tensor whose elements lie at strides in a local file: transposed, expanded, or a slice of a larger one.
 
-A region is put together from windows of the file, each mapped, copied from and unmapped, so that beyond the result a reader holds
-one window, however far apart the elements lie.
+A region is copied from windows of the file, each mapped and unmapped in turn, so that besides the result only one window is in
+memory, however far apart the elements are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StridedBlock(Block):
         self.shape, self.dtype = extent(region), tensor.dtype
 
     def read(self, region: Region) -> np.ndarray:
-        """The values of `region` in C order. Raises OSError where the file has become shorter."""
+        """Return the values of `region`, relative to the block, in C order. Raises OSError where the file has become shorter."""
         tensor = self.tensor
         region = shift(region, [start for start, _ in self.region])
         result = np.empty(extent(region), dtype=tensor.dtype)
@@ -58,7 +58,7 @@ class StridedBlock(Block):
         return result
 
     def _copy(self, descriptor: int, part: Region, target: np.ndarray) -> None:
-        """Copy one window; it is unmapped on return, before the next is mapped."""
+        """Copy one window to `target`; it is unmapped on return, before the next is mapped."""
         tensor = self.tensor
         steps = [stride * tensor.dtype.itemsize for stride in tensor.strides]
         start = tensor.offset + sum(first * step for (first, _), step in zip(part, steps, strict=True))
@@ -71,7 +71,7 @@ class StridedBlock(Block):
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The number of consecutive elements of storage between a part's first and last, both included. No axis may be empty."""
+    """Return the number of elements of storage from a part's first to its last element, both included. No axis may be empty."""
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
@@ -91,7 +91,7 @@ def windows(region: Region, strides: Sequence[int], limit: int) -> Iterator[Regi
 
 
 def contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements at these strides lie in C order without gaps; the stride of a single element does not matter."""
+    """Return whether elements at these strides lie in C order without gaps; the stride of an axis of length 1 does not matter."""
     if 0 in shape:
         return True
     expected = 1

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: the files beside a Hugging Face model or beside ranks, or the vocabulary inside a GGUF file."""
+"""Open a checkpoint's tokenizer: the files beside a Hugging Face model or beside ranks, or the vocabulary inside a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.errors import BadInput, Problem
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The methods of a transformers tokenizer that headrace uses."""
 
     eos_token_id: int | None
 
@@ -20,9 +20,9 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(location: Path) -> Tokenizer:
-    """The tokenizer of a directory or of a GGUF file; nothing is fetched, and no code of the checkpoint is run.
+    """Open the tokenizer of a directory or of a GGUF file. Nothing is downloaded, and no code of the checkpoint is run.
 
-    Raises BadInput where there is none, or transformers is not installed.
+    Raises BadInput where there is no tokenizer, or transformers is not installed.
     """
     try:
         from transformers import AutoTokenizer
@@ -39,7 +39,7 @@ def open_tokenizer(location: Path) -> Tokenizer:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **arguments)
         except Exception as error:
-            # transformers raises what its many readers raise: whatever it is, there is no tokenizer to be had.
+            # transformers passes on whatever its many readers raise.
             found = f"no tokenizer that transformers can open ({str(error).splitlines()[0][:200]})"
             raise BadInput([Problem(str(location), found, "tokenizer.json or its like", "Give --tokenizer DIR")]) from None
     opened: Tokenizer = tokenizer
@@ -47,7 +47,7 @@ def open_tokenizer(location: Path) -> Tokenizer:
 
 
 class _quiet:  # noqa: N801
-    """No progress bars and no advice of transformers' on the terminal."""
+    """A context manager that keeps transformers' progress bars and warnings off the terminal."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

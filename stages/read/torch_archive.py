@@ -1,4 +1,4 @@
-"""The zip archives of torch.save: where each record lies, once everything that keeps its bytes from being mapped is ruled out."""
+"""Find the records in a zip archive of torch.save, and refuse archives whose records cannot be memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESAVE = "Load it with torch, and save the state_dict() alone with torch.save"
 
 
 class _Directory:
-    """A file for zipfile to find an archive's directory in, which must not be as large as it says it is."""
+    """A file for zipfile that refuses a directory of more than MAX_DIRECTORY_BYTES, which zipfile would read into memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -27,9 +27,10 @@ class _Directory:
 
 
 class Archive:
-    """An archive of torch.save: its `entries` by name, less the folder that all are in.
+    """An archive of torch.save: its `entries` by name, without the folder that all are in.
 
-    Raises BadInput where it holds something else or packs its records, ValueError and zipfile's errors where it is damaged.
+    Raises BadInput where it is another kind of archive or its records are compressed or encrypted, ValueError and zipfile's errors
+    where it is damaged.
     """
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
@@ -61,12 +62,12 @@ class Archive:
             raise BadInput([Problem(f"{path}: version", shown(version), f"a format of version {MAX_VERSION} or before")])
 
     def locate(self, name: str) -> tuple[int, int]:
-        """The first byte of a record and its size. Raises ValueError where it is not in the file."""
+        """Return the offset of a record's first byte in the file, and its size. Raises ValueError where it is not there."""
         entry = self.entries[name]
         encoded = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
         self.file.seek(max(entry.header_offset, 0))
         header = self.file.read(30 + len(encoded))
-        # The lengths of the local header: torch aligns data with extra fields that the directory does not have.
+        # Use the lengths in the local header: torch pads it with extra fields to align data, which the directory does not have.
         signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", header[:30])
         start = entry.header_offset + 30 + name_bytes + extra_bytes
         if entry.header_offset < 0 or signature != b"PK\3\4" or header[30:] != encoded or name_bytes != len(encoded):
@@ -76,6 +77,7 @@ class Archive:
         return start, entry.file_size
 
     def _text(self, name: str, default: str) -> str:
+        """Return the text of a short record, at most 64 bytes; `default` where there is none."""
         if name not in self.entries:
             return default
         start, size = self.locate(name)
@@ -84,10 +86,10 @@ class Archive:
 
 
 def shown(text: str) -> str:
-    """Text of a file as a report may show it: printable, and not too long."""
+    """Return text of a file as messages show it: printable, and at most 200 characters."""
     return (text if text.isprintable() else ascii(text))[:200]
 
 
 def byte_order(path: Path, found: str) -> Problem:
-    """A file whose numbers are the other way round: it is not turned while it is read."""
+    """Return the problem of a big-endian file: bytes are not swapped while they are read."""
     return Problem(str(path), found, "a file of a little-endian machine", "Save it again on one")

@@ -1,11 +1,11 @@
-"""Files of torch.save (.bin, .pt, .pth), opened without torch and without running what they pickle.
+"""Read files of torch.save (.bin, .pt, .pth) without torch, and without running what they pickle.
 
-Both of their formats keep a pickle of names, shapes and strides apart from the storages, each of which is one run of bytes:
+Both formats of these files keep a pickle of names, shapes and strides apart from the storages, each of which is one run of bytes:
 
     since torch 1.6   a zip archive, stored: */data.pkl, and a record */data/<key> for each storage
     before            pickles of a magic number, a version, sys_info, the object and the storages' keys; then each storage
 
-So a tensor is a mapped byte range as in any other container, or elements at strides within one.
+So a tensor is a mapped byte range, as in any other container, or a set of elements at strides within one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,96 +22,27 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.dtypes import BY_SAFETENSORS, TABLE
 from pipeline.tensor.tensors import LazyTensor, SourceFile
 from stages.read.mapped import MappedTensor
-from stages.read.pickles import MAX_BYTES, Foreign, Pickles, set_items
+from stages.read.pickles import MAX_BYTES, Pickles
 from stages.read.strided import StridedTensor, contiguous, span
 from stages.read.torch_archive import RESAVE, Archive, byte_order, shown
+from stages.read.torch_records import KNOWN, StorageView, TensorRecord, decoded, is_size, storage_view
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy can
-MAX_SIZE = 1 << 62  # of a number in a file, so that products can be said
-MAX_REPEATED_BYTES = 1 << 30  # of an expanded tensor, whose shape no storage bounds
-WRAPPERS = ("state_dict", "model", "module")  # under which training scripts keep the state dict
+MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy allows
+MAX_REPEATED_BYTES = 1 << 30  # of an expanded tensor (stride 0), which can be larger than its storage
+WRAPPERS = ("state_dict", "model", "module")  # the keys under which training scripts keep the state dict
 FETCH = "The file is damaged or cut short: fetch it again"
 
-_STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16",
-    "Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
-}  # fmt: skip
-# The bytes of an element of types that are no weights.
-_OTHERS = {"QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1, "ComplexFloat": 8, "ComplexDouble": 16}
-
-Homes = Mapping[str, tuple[int, int]]  # of each storage: its first byte in the file, and its bytes
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A class of storages: its name, the bytes of an element, and the type of one where weights can have it."""
-
-    name: str
-    itemsize: int
-    dtype: np.dtype | None = None
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A view of the storage `key`, which has `total` bytes: `nbytes` of them from byte `start`."""
-
-    kind: _Kind
-    key: str
-    total: int
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A tensor as it is pickled, unchecked: the arguments of torch's _rebuild_tensor_v3, and with another order those of v2."""
-
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
-    requires_grad: Any
-    hooks: Any
-    dtype: Any = None
-    metadata: Any = None
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None) -> _Record:
-    return _Record(storage, offset, shape, strides, grad, hooks, None, metadata)
-
-
-def _ordered_dict(pairs: Any = ()) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        set_items(result, [key, value])
-    return result
-
-
-# Every global that a file may name, and what stands for it here: nothing is imported by a name from a file.
-KNOWN: Mapping[str, Any] = {
-    "collections.OrderedDict": _ordered_dict,
-    "torch.Size": lambda sizes=(): sizes,
-    "torch._utils._rebuild_parameter": lambda tensor, _grad, _hooks: tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_v2,
-    "torch._utils._rebuild_tensor_v3": _Record,
-    "torch.storage.UntypedStorage": _Kind("UntypedStorage", 1),
-    **{f"torch.{row.numpy.name}": row.numpy for row in TABLE},  # torch and NumPy call them the same
-    **{
-        f"torch.{name}Storage": _Kind(f"{name}Storage", BY_SAFETENSORS[row].numpy.itemsize, BY_SAFETENSORS[row].numpy)
-        for name, row in _STORAGES.items()
-    },
-    **{f"torch.{name}Storage": _Kind(f"{name}Storage", itemsize) for name, itemsize in _OTHERS.items()},
-}
+Homes = Mapping[str, tuple[int, int]]  # of each storage by key: the offset of its first byte in the file, and its size in bytes
 
 
 def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
-    """Read and check what a file says of its tensors. Raises BadInput with every problem of it, OSError where it cannot be read.
+    """Read and check the index of a file; return the file's fingerprint and its tensors by name.
 
-    The file holds a dictionary of tensors, or one such dictionary under a name of WRAPPERS.
+    The file must hold a dictionary of tensors, or one such dictionary under a key of WRAPPERS. Raises BadInput with every problem
+    of the file, and OSError where it cannot be read.
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
@@ -135,14 +65,14 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
 
 
 def _zip(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:
-    """The pickled value, where its storages lie, and a digest of both."""
+    """Read a zip archive: return the pickled value, the places of its storages, and a digest of both."""
     archive = Archive(path, file, file_bytes)
     start, size = archive.locate("data.pkl")
     if size > MAX_BYTES:
         raise BadInput([Problem(f"{path}: data.pkl", f"{size:,} bytes", f"names and shapes, in at most {MAX_BYTES:,}", RESAVE)])
     file.seek(start)
-    storages: dict[str, _Storage] = {}
-    pickles = Pickles(file, size, KNOWN, partial(_storage, storages))
+    storages: dict[str, StorageView] = {}
+    pickles = Pickles(file, size, KNOWN, partial(storage_view, storages))
     value = _load(path, pickles)
     homes = {key: archive.locate(f"data/{key}") for key in storages if f"data/{key}" in archive.entries}
     pickles.digest.update(repr(sorted(homes.items())).encode())
@@ -150,14 +80,14 @@ def _zip(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:
 
 
 def _legacy(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:
-    """The same of a file from before torch 1.6."""
+    """Read a file from before torch 1.6: return the pickled value, the places of its storages, and a digest of both."""
     file.seek(0)
     head = file.read(262)
     if head.endswith(b"ustar") and not head.startswith(b"\x80"):
         raise BadInput([Problem(str(path), "a tar archive, as torch made before 0.2", "a later file of torch.save", RESAVE)])
     file.seek(0)
-    storages: dict[str, _Storage] = {}
-    pickles = Pickles(file, MAX_BYTES, KNOWN, partial(_storage, storages))
+    storages: dict[str, StorageView] = {}
+    pickles = Pickles(file, MAX_BYTES, KNOWN, partial(storage_view, storages))
     if _load(path, pickles) != MAGIC:
         raise ValueError("it begins with neither a zip archive nor torch's magic number")
     if _load(path, pickles) != PROTOCOL:
@@ -169,7 +99,7 @@ def _legacy(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, st
     if not isinstance(keys, list):
         raise ValueError("no list of storages")
     homes, position = {}, file.tell()
-    for key in map(_decoded, keys):
+    for key in map(decoded, keys):
         if key not in storages:
             raise ValueError(f"a storage {key} that no tensor has")
         file.seek(position)
@@ -182,24 +112,8 @@ def _legacy(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, st
     return value, homes, pickles.digest.hexdigest()
 
 
-def _storage(storages: dict[str, _Storage], identity: Any) -> _Storage | Foreign:
-    """What a persistent id stands for: ("storage", class, key, location, elements), and in a file before torch 1.6 a view."""
-    if not isinstance(identity, tuple) or len(identity) < 4:
-        raise ValueError("a persistent id that is none of torch.save")
-    if isinstance(identity[1], Foreign):
-        return identity[1]  # a module, or a storage of another class: refused by its name
-    name, kind, key, _, count, *more = identity
-    _, first, length = (more[0] if more else None) or (None, 0, count)
-    sound = _decoded(name) == "storage" and all(map(_is_size, (count, first, length)))
-    if not sound or not isinstance(kind, _Kind) or first + length > count:
-        raise ValueError("a storage of no known class or size")
-    storage = _Storage(kind, _decoded(key), *(n * kind.itemsize for n in (count, first, length)))
-    storages.setdefault(storage.key, storage)
-    return storage
-
-
 def _load(path: Path, pickles: Pickles) -> Any:
-    """The next pickle's value. Raises BadInput with every global that it names and must not, ValueError where it is none."""
+    """Return the next pickle's value. Raises BadInput with every global that is not in KNOWN, ValueError for a damaged pickle."""
     try:
         value = pickles.load()
     except ValueError:
@@ -213,6 +127,7 @@ def _load(path: Path, pickles: Pickles) -> Any:
 
 
 def _state_dict(path: Path, value: Any) -> Mapping[Any, Any]:
+    """Return the dictionary of tensors in a file's value. Raises BadInput where there is none, or more than one."""
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), _described(value), "a dictionary of tensors", RESAVE)])
     if _has_tensors(value):
@@ -225,11 +140,11 @@ def _state_dict(path: Path, value: Any) -> Mapping[Any, Any]:
 
 
 def _has_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(isinstance(item, _Record) for item in value.values())
+    return any(isinstance(item, TensorRecord) for item in value.values())
 
 
 def _tensor(path: Path, name: Any, record: Any, homes: Homes) -> LazyTensor:
-    """Check one tensor against its storage. Raises BadInput with its problem."""
+    """Check one tensor against its storage, and return it. Raises BadInput with its problem."""
     subject = f"{path}: {shown(name) if isinstance(name, str) else f'a key of type {name.name}'}"
 
     def wrong(found: str, expected: str, remedy: str = FETCH) -> BadInput:
@@ -237,9 +152,9 @@ def _tensor(path: Path, name: Any, record: Any, homes: Homes) -> LazyTensor:
 
     if not isinstance(name, str) or not name.isprintable():
         raise wrong("a name that is no printable text", "the name of a tensor", RESAVE)
-    if not isinstance(record, _Record):
+    if not isinstance(record, TensorRecord):
         raise wrong(_described(record), "a tensor", RESAVE)
-    if not isinstance(record.storage, _Storage):
+    if not isinstance(record.storage, StorageView):
         raise wrong("a tensor without a storage", "its values")
     storage, shape, strides = record.storage, record.shape, record.strides
     dtype = storage.kind.dtype if record.dtype is None else record.dtype
@@ -248,7 +163,7 @@ def _tensor(path: Path, name: Any, record: Any, homes: Homes) -> LazyTensor:
     if record.metadata:
         raise wrong("values that torch conjugates or negates as it loads them", "values as they are", RESAVE)
     sound = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_AXES
-    if not sound or not all(map(_is_size, (*shape, *strides, record.offset))):
+    if not sound or not all(map(is_size, (*shape, *strides, record.offset))):
         raise wrong("a shape, strides or an offset that no tensor has", f"sizes of up to {MAX_AXES} axes")
     if storage.key not in homes:
         raise wrong(f"no storage {shown(storage.key)} in the file", "its values")
@@ -266,19 +181,6 @@ def _tensor(path: Path, name: Any, record: Any, homes: Homes) -> LazyTensor:
     return StridedTensor(str(path), start, shape, dtype, strides)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
-
-
-def _decoded(text: Any) -> str:
-    """Text, which a file of Python 2 may hold as bytes. Raises ValueError for anything else."""
-    if isinstance(text, bytes):
-        text = text.decode("ascii")
-    if not isinstance(text, str):
-        raise ValueError(f"a {type(text).__name__} in the place of a name")
-    return text
-
-
 def _described(value: Any) -> str:
-    names = {_Record: "a tensor", _Storage: "a storage without a tensor", dict: "a dictionary"}
+    names = {TensorRecord: "a tensor", StorageView: "a storage without a tensor", dict: "a dictionary"}
     return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -24,16 +24,17 @@ class StoreTensor:
 
 
 class StoreBlock(Block):
-    """A region of a StoreTensor; nothing is fetched until it is read."""
+    """A region of a StoreTensor; nothing is fetched until `read` is called."""
 
     def __init__(self, tensor: StoreTensor, region: Region) -> None:
         self.tensor, self.region = tensor, region
         self.shape, self.dtype = extent(region), tensor.dtype
 
     def read(self, region: Region) -> np.ndarray:
+        """Return the values of `region`, relative to the block. Raises OSError where the store cannot be read."""
         import zarr
 
-        wanted = shift(region, [start for start, _ in self.region])
+        in_array = shift(region, [start for start, _ in self.region])
         with meter("read", size(region) * self.dtype.itemsize):
-            bits = np.asarray(zarr.open_array(self.tensor.url, mode="r")[slices(wanted)])
+            bits = np.asarray(zarr.open_array(self.tensor.url, mode="r")[slices(in_array)])
             return bits.view(self.dtype)

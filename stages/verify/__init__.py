@@ -1,1 +1,1 @@
-"""verify: what TensorRT-LLM would make of a checkpoint, from its files alone, independently of the stages that wrote it."""
+"""verify: check what TensorRT-LLM would make of a checkpoint, by its files alone and without the code that wrote it."""

@@ -1,4 +1,4 @@
-"""A linear module on one rank as numbers, whatever it is stored as; rows on demand.
+"""Linear modules of a rank as numbers, however they are stored; rows on demand.
 
 Facts: quantized layouts, sections 2 to 7, read backwards from the closed forms and by no code of stages/quantization.
 """
@@ -17,15 +17,19 @@ from stages.verify.values import read
 
 TILE = 64  # in-features that stay together in the kernels' order
 UINT8 = np.dtype(np.uint8)
-SHUFFLE = {8: (0, 2, 1, 3), 4: (0, 2, 4, 6, 1, 3, 5, 7)}  # place of a 32-bit word -> code of the stream
+SHUFFLE = {
+    8: (0, 2, 1, 3),
+    4: (0, 2, 4, 6, 1, 3, 5, 7),
+}  # bits -> for each place of a 32-bit word, the code of the stream that it holds
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Numbers [out, in] of one module, or of one expert, on one rank.
+    """The matrix [out_features, in_features] of one module, or of one expert, on one rank.
 
-    `kind`: "dense", "weight-only", "groupwise", "awq", "fp8" or "fp8 rowwise". `bits`: of an integer code. `tensors`: the
-    parameters that it is made of, by local name. `fused`: its rows are those of several modules, which share a scale.
+    `tensors`: the parameters that its numbers are computed with, by local name. `kind`: "dense", "weight-only", "groupwise", "awq",
+    "fp8" or "fp8 rowwise". `bits`: of an integer code. `columns`: out-features that the kernels interleave. `expert`: which of the
+    rank's own, None for a module without experts. `fused`: its rows are those of several modules, which share a scale.
     """
 
     tensors: Mapping[str, FileTensor]
@@ -37,7 +41,7 @@ class Matrix:
     fused: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, in]: what the weights stand for, scales and zero points applied; `prequant` is not."""
+        """Rows of the weight, float32 [stop - start, in_features], with scales and zero points applied, but not `prequant`."""
         if self.kind == "dense":
             return self.stored(start, stop).float()
         if self.kind.startswith("fp8"):
@@ -46,7 +50,7 @@ class Matrix:
         return values + self._grouped("zero", start, stop) if "zero" in self.tensors else values
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """int8 [stop - start, in]: the signed codes of an integer format."""
+        """The signed codes of an integer format, int8 [stop - start, in_features]."""
         if self.kind == "awq":
             return self._paired(start, stop)
         first, last = start // self.columns, -(-stop // self.columns)
@@ -58,7 +62,7 @@ class Matrix:
         return codes[start - first * self.columns : stop - first * self.columns]
 
     def scales(self, start: int, stop: int) -> Tensor:
-        """float32, of a shape that rows [start, stop) can be multiplied by."""
+        """The scales of rows [start, stop): float32 [1 or rows, 1 or in_features]."""
         if self.kind in ("weight-only", "fp8 rowwise"):
             return read(self.tensors["per_channel_scale"], (*self._front(), (start, stop))).float().reshape(-1, 1)
         if self.kind == "fp8":
@@ -67,22 +71,26 @@ class Matrix:
 
     @property
     def prequant(self) -> Tensor | None:
-        """float32 [in]: what activations are multiplied by before the matrix; None for nothing."""
-        held = self.tensors.get("prequant_scaling_factor")
-        if held is None:
+        """The factors of activations before the matrix, float32 [in_features]; None where there are none."""
+        factors = self.tensors.get("prequant_scaling_factor")
+        if factors is None:
             return None
-        own = self._front() if len(held.shape) > 1 and held.shape[0] > 1 else tuple((0, n) for n in held.shape[:-1])
-        return read(held, (*own, (0, held.shape[-1]))).float().reshape(-1)
+        own = self._front() if len(factors.shape) > 1 and factors.shape[0] > 1 else tuple((0, n) for n in factors.shape[:-1])
+        return read(factors, (*own, (0, factors.shape[-1]))).float().reshape(-1)
 
     def _front(self) -> tuple[tuple[int, int], ...]:
+        """The region of the experts' axis; nothing where there is no such axis."""
         return () if self.expert is None else ((self.expert, self.expert + 1),)
 
     def stored(self, start: int, stop: int) -> Tensor:
-        """Rows of a matrix that is stored as numbers or as float8, in their own type."""
+        """Rows of a matrix that is stored as numbers or as float8, in their own type, [stop - start, in_features]."""
         return read(self.tensors["weight"], (*self._front(), (start, stop), (0, self.shape[1]))).reshape(-1, self.shape[1])
 
     def _grouped(self, parameter: str, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, in] of a parameter by groups: [groups, out], or [out, groups] in ModelOpt's form."""
+        """A parameter of groups for rows [start, stop), float32 [stop - start, in_features].
+
+        It is stored as [groups, out_features], or as [out_features, groups] in ModelOpt's form ("awq").
+        """
         tensor = self.tensors[parameter]
         groups = tensor.shape[-1] if self.kind == "awq" else tensor.shape[-2]
         if self.kind == "awq":
@@ -101,13 +109,13 @@ class Matrix:
 
 
 def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = None) -> Matrix:
-    """One module of a rank; `expert` counts the rank's own from 0. Raises KeyError where the rank has no such module."""
+    """Find a module of a rank; `expert` counts the rank's own from 0. Raises KeyError where the rank has no such module."""
     prefix = f"{module}."
-    held = checkpoint.ranks[rank]
+    rank_tensors = checkpoint.ranks[rank]
     tensors = {
-        name: held[prefix + name]
+        name: rank_tensors[prefix + name]
         for name in ("weight", "per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
-        if prefix + name in held
+        if prefix + name in rank_tensors
     }
     if "weight" not in tensors:
         raise KeyError(f"{module}.weight")
@@ -125,17 +133,19 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
         kind, shape = "awq", (first * 2, second)
     else:
         kind, shape = "groupwise", (second * 8 * weight.dtype.itemsize // bits, first)
-    fused = module.endswith((".qkv", "shared_expert.fc")) or (module.endswith(".fc") and f"{module[:-3]}.gate.weight" not in held)
+    fused = module.endswith((".qkv", "shared_expert.fc")) or (
+        module.endswith(".fc") and f"{module[:-3]}.gate.weight" not in rank_tensors
+    )
     return Matrix(tensors, kind, shape, bits, columns, expert, fused)
 
 
 def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:
-    """float32: a norm's weight, a bias or any other parameter of a rank that is not quantized."""
+    """Read a norm's weight, a bias or another parameter that is not quantized, as float32."""
     return read(checkpoint.ranks[rank][name]).float()
 
 
 def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
-    """int8 [n * columns, features]: signed codes of uint8 [n, columns * features * bits / 8] in the kernels' order."""
+    """Undo the kernels' order: signed codes int8 [n * columns, features] of uint8 [n, columns * features * bits / 8]."""
     elements = data if bits == 8 else torch.stack([data & 15, data >> 4], -1)
     tiles = elements.reshape(len(data), features // TILE, columns * TILE)
     # NumPy's take is tens of times faster here than torch's index_select.
@@ -146,7 +156,7 @@ def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
 
 
 def _order(bits: int, columns: int) -> Tensor:
-    """For each code (column, in-feature) of a tile, where in the tile's stream it lies: section 3's steps 1, 3 and 5."""
+    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: section 3's steps 1, 3 and 5."""
     group, word = 128 // bits, len(SHUFFLE[bits])
     halves, run, stride = group // 8, 2, 8
     place = [0] * (columns * TILE)

@@ -19,7 +19,7 @@ def test_every_example_plans(job: Path, tmp_path: Path, monkeypatch: pytest.Monk
     # The models and directories that the examples name are on other machines: a small model stands in for a large one.
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("pipeline.planning.make_plan.check_output", lambda *_: [])
+    monkeypatch.setattr("pipeline.planning.opening.check_output", lambda *_: [])
     model = MODEL if job.stem == "smollm2" else tmp_path / "model"
     made = plan(job, model_dir=model)
     assert len(made.targets) == 2

@@ -47,8 +47,6 @@ from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
 from tests.support.directories import contents
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Arrays = dict[str, np.ndarray]
 
 # Tiny; the vocabulary is odd, so that it is padded, and the epsilon great enough to be seen.

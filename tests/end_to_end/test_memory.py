@@ -37,8 +37,15 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("scheduler", ["threads", "local"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("scheduler", "dtype"),
+    [
+        ("threads", "bfloat16"),
+        ("local", "float16"),
+        pytest.param("threads", "float16", marks=pytest.mark.nightly),
+        pytest.param("local", "bfloat16", marks=pytest.mark.nightly),
+    ],
+)
 def test_dense(big: Path, scheduler: str, dtype: str, tmp_path: Path) -> None:
     limit = 200 << 20
     out = str(tmp_path / "out")

@@ -19,7 +19,8 @@ from distributed import LocalCluster
 import stages.quantize
 import stages.write
 from pipeline import BadInput, WriteFailed, convert, plan
-from pipeline.planning.make_plan import make_plan as planning
+from pipeline.planning import compose
+from pipeline.planning import make_plan as planning
 from pipeline.planning.memory import budget
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
@@ -138,7 +139,7 @@ def test_another_generation_is_another_conversion(models: dict[str, Path], tmp_p
 
 
 STAGES = ("read", "rename", "unpack", "shard")
-EACH = ("gptq asymmetric", "gptq act-order", "modelopt fp8", "modelopt awq", "float", "gptq experts")
+MORE = ("gptq act-order", "modelopt fp8", "modelopt awq", "gptq experts")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,11 @@ def cut_flags(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "after"),
-    [*((name, ",".join(STAGES)) for name in (*FORMATS, "float", "experts", "gptq experts")), *itertools.product(EACH, STAGES)],
+    [
+        *((name, ",".join(STAGES)) for name in (*FORMATS, "float", "experts", "gptq experts")),
+        *itertools.product(("gptq asymmetric", "float"), STAGES),
+        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in itertools.product(MORE, STAGES)),
+    ],
 )
 def test_cuts_change_no_byte(name: str, after: str, small: dict[str, Path], tmp_path: Path) -> None:
     convert(model_dir=small[name], output_dir=tmp_path / "cut", scratch_after=after, **cut_flags(name))
@@ -249,7 +254,7 @@ def test_blocks_and_pieces_of_any_size(name: str, models: dict[str, Path], tmp_p
         def chosen(*arguments: Any, piece_bytes: int = piece_bytes) -> Any:
             return replace(budget(*arguments), piece_bytes=piece_bytes)
 
-        monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
+        monkeypatch.setattr(compose, "ROW_MULTIPLE", 1)
         monkeypatch.setattr(stages.quantize, "BLOCK_ROWS", 8 + 28 * number)
         monkeypatch.setattr(planning, "block_bytes", lambda *_, size=block_bytes: size)
         monkeypatch.setattr(planning, "budget", chosen)
@@ -372,10 +377,19 @@ MEMORY: dict[str, tuple[Format | None, int, dict[str, Any]]] = {
     "int4": (None, 2, INT4),
     "rows": (None, 1, FLOAT8),
 }
+# What takes its pieces as another does, or as two others one after the other: "again" takes half a minute.
+ALIKE = ("awq", "again", "int4")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "scheduler"), [*((name, "threads") for name in MEMORY), ("gptq", "local"), ("int8", "local")])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        *((name, "threads") for name in MEMORY if name not in ALIKE),
+        ("int8", "local"),
+        *(pytest.param(name, "threads", marks=pytest.mark.nightly) for name in ALIKE),
+        pytest.param("gptq", "local", marks=pytest.mark.nightly),
+    ],
+)
 def test_peak_memory(name: str, scheduler: str, tmp_path: Path) -> None:
     kind, layers, options = MEMORY[name]
     nbytes, limit = write_holes(tmp_path / "model", {**BIG, "num_hidden_layers": layers}, kind), 200 * MIB

@@ -13,27 +13,27 @@ from pathlib import Path
 import pytest
 
 import stages.build
-from stages.build import Builder, Call, Outcome, probe, run, telling_lines
+from stages.build import Builder, BuilderCall, BuilderOutcome, probe, run, telling_lines
 from tests import stand_ins
 from tests.support.builds import alive
 
 
 @pytest.fixture
-def call(tmp_path: Path) -> Callable[..., Call]:
+def call(tmp_path: Path) -> Callable[..., BuilderCall]:
     (tmp_path / "partial").mkdir()
     (tmp_path / "token").touch()
 
-    def make(*words: object) -> Call:
-        return Call("x", tuple(map(str, words)), tmp_path / "partial", tmp_path / "x.log", tmp_path / "token")
+    def make(*words: object) -> BuilderCall:
+        return BuilderCall("x", tuple(map(str, words)), tmp_path / "partial", tmp_path / "x.log", tmp_path / "token")
 
     return make
 
 
-def shell(call: Callable[..., Call], script: str) -> Outcome:
+def shell(call: Callable[..., BuilderCall], script: str) -> BuilderOutcome:
     return run(call("sh", "-c", script))
 
 
-def test_what_a_builder_writes_goes_to_its_log_and_its_directory(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_what_a_builder_writes_goes_to_its_log_and_its_directory(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
     (tmp_path / "x.log").write_text("before\n")
     outcome = shell(call, "echo out; echo err >&2; echo made > file; cat")  # and standard input is empty
     assert (outcome.code, outcome.lines, outcome.stopped, outcome.refused, outcome.name) == (0, (), False, "", "x")
@@ -43,7 +43,7 @@ def test_what_a_builder_writes_goes_to_its_log_and_its_directory(call: Callable[
     assert (tmp_path / "partial" / "file").read_text() == "made\n"
 
 
-def test_lines_come_as_they_are_written(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_lines_come_as_they_are_written(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
     thread = threading.Thread(target=shell, args=(call, f"echo one; while test -e {tmp_path}/wait; do sleep 0.05; done; echo two"))
     (tmp_path / "wait").touch()
     thread.start()
@@ -58,18 +58,18 @@ def test_lines_come_as_they_are_written(call: Callable[..., Call], tmp_path: Pat
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -9 $$", -9), ("kill -TERM $$", -15)])
-def test_how_a_builder_ends_is_told(call: Callable[..., Call], script: str, code: int) -> None:
+def test_how_a_builder_ends_is_told(call: Callable[..., BuilderCall], script: str, code: int) -> None:
     outcome = shell(call, f"echo '[TRT] [E] no memory'; echo last; {script}")
     assert (outcome.code, outcome.lines) == (code, ("[TRT] [E] no memory", "last"))
 
 
-def test_a_builder_that_is_not_there(call: Callable[..., Call]) -> None:
+def test_a_builder_that_is_not_there(call: Callable[..., BuilderCall]) -> None:
     outcome = run(call("/nowhere/trtllm-build"))
     assert outcome.code == 127
     assert outcome.lines == ("/nowhere/trtllm-build: No such file or directory",)
 
 
-def test_an_option_that_the_builder_refuses_is_no_failure_of_a_build(call: Callable[..., Call]) -> None:
+def test_an_option_that_the_builder_refuses_is_no_failure_of_a_build(call: Callable[..., BuilderCall]) -> None:
     script = (
         "echo 'usage: trtllm-build [-h]'; echo \"trtllm-build: error: argument --max_batch_size: invalid int value: 'x'\"; exit 2"
     )
@@ -78,14 +78,14 @@ def test_an_option_that_the_builder_refuses_is_no_failure_of_a_build(call: Calla
     assert shell(call, "echo 'no help'; exit 2").refused == ""
 
 
-def test_without_its_token_a_builder_does_not_begin(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_without_its_token_a_builder_does_not_begin(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
     (tmp_path / "token").unlink()
     assert shell(call, "touch began").stopped
     assert not (tmp_path / "partial" / "began").exists()
 
 
 def test_a_builder_whose_token_is_removed_is_ended_with_all_its_processes(
-    call: Callable[..., Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., BuilderCall], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages.build, "GRACE_SECONDS", 0.3)
     pids, outcomes = tmp_path / "pids", []
@@ -104,7 +104,7 @@ def test_a_builder_whose_token_is_removed_is_ended_with_all_its_processes(
         time.sleep(0.02)
 
 
-def test_what_a_builder_leaves_running_is_ended(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_what_a_builder_leaves_running_is_ended(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
     outcome = shell(call, f"sleep 600 & echo $! > {tmp_path}/pid")
     assert outcome.code == 0
     pid = int((tmp_path / "pid").read_text())
@@ -112,7 +112,7 @@ def test_what_a_builder_leaves_running_is_ended(call: Callable[..., Call], tmp_p
         time.sleep(0.02)
 
 
-def test_the_log_is_locked_while_a_builder_has_it(call: Callable[..., Call], tmp_path: Path) -> None:
+def test_the_log_is_locked_while_a_builder_has_it(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
     (tmp_path / "wait").touch()
     thread = threading.Thread(target=shell, args=(call, f"echo on; while test -e {tmp_path}/wait; do sleep 0.05; done"))
     thread.start()
@@ -195,7 +195,7 @@ def test_a_container_is_not_started_to_be_asked(tmp_path: Path) -> None:
     assert not (tmp_path / "started").exists()
 
 
-def test_calls_and_outcomes_are_plain_values(call: Callable[..., Call]) -> None:
+def test_calls_and_outcomes_are_plain_values(call: Callable[..., BuilderCall]) -> None:
     import pickle
 
     made = call("true")

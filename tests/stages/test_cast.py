@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.model.tables import layout
+from pipeline.tensor.names import TensorName, split_name
 from pipeline.tensor.placement import slices
 from stages.cast import as_type, cast, target_dtype
 from stages.read import read
@@ -68,7 +69,7 @@ def test_a_cast_commutes_with_slices(kind: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("wanted", NUMPY)
 def test_a_router_is_float32_whatever_the_target(wanted: str) -> None:
-    router, dense = "transformer.layers.0.mlp.router.weight", "transformer.layers.0.mlp.proj.weight"
+    router, dense = (split_name(f"transformer.layers.0.mlp.{module}.weight") for module in ("router", "proj"))
     given = {name: np.random.default_rng(2).standard_normal((4, 8)).astype(ml_dtypes.bfloat16) for name in (router, dense)}
     target = layout("moe_decoder")
     assert target_dtype(router, target, wanted) == "float32"
@@ -79,5 +80,6 @@ def test_a_router_is_float32_whatever_the_target(wanted: str) -> None:
 
 
 def test_arrays_that_have_the_type_are_the_same_objects() -> None:
-    tensors = read(held({"transformer.ln_f.weight": np.ones(4, dtype=np.float16)}), 1 << 20, 1)
-    assert cast(tensors, layout("decoder"), "float16")["transformer.ln_f.weight"] is tensors["transformer.ln_f.weight"]
+    name = TensorName("transformer.ln_f", "weight")
+    tensors = read(held({name: np.ones(4, dtype=np.float16)}), 1 << 20, 1)
+    assert cast(tensors, layout("decoder"), "float16")[name] is tensors[name]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import Problem
 from pipeline.model.parallelism import Parallelism
 from stages.shard import Embedding, Sharding, divisibility
+from tests.support.examples import examples
 from tests.support.rank_oracle import model_of, sharding_of
 
 
@@ -62,13 +63,13 @@ def offered(problems: list[Problem], option: str) -> list[int] | None:
     return None
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(any_sizes())
 def test_only_what_does_not_fit_is_refused(sharding: Sharding) -> None:
     assert (divisibility(sharding) == []) == fits(sharding)
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(any_sizes())
 def test_every_tp_size_that_a_refusal_lists_works(sharding: Sharding) -> None:
     for n in offered(divisibility(sharding), "tp_size") or ():
@@ -85,7 +86,7 @@ def expert_sizes(draw: st.DrawFn) -> Sharding:
     return sharding_of(model, Parallelism(tp, 1, 1, draw(st.integers(1, 8)), draw(st.integers(1, 8))))
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(expert_sizes(), st.sampled_from(["moe_tp_size", "moe_ep_size"]))
 def test_every_expert_size_that_a_refusal_lists_works(sharding: Sharding, option: str) -> None:
     tp, problems = sharding.parallelism.tp_size, divisibility(sharding)

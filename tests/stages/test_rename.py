@@ -20,12 +20,13 @@ from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.tables import Family, RenameRow, find_family, layout
 from pipeline.tensor.blocks import read_block
+from pipeline.tensor.names import TensorName, split_name, split_names
 from pipeline.tensor.placement import extent, slices, whole
 from stages.cast import cast
 from stages.read import read
 from stages.rename import Matches, Renamed, match, operate, rename
 from tests.support.checkpoints import LLAMA, MIXTRAL, shapes
-from tests.support.lazy import HeldBlock, block, held, values
+from tests.support.lazy import HeldBlock, block, held, texts, values
 from tests.support.rank_oracle import model_of
 from tests.support.strategies import regions
 
@@ -35,6 +36,7 @@ CONFIGS = {
     "head_dim": {**LLAMA, "head_dim": 16},
     "mixtral": MIXTRAL,
 }
+LM_HEAD, EMBEDDING = TensorName("lm_head", "weight"), TensorName("model.embed_tokens", "weight")
 
 
 def family_of(config: dict) -> tuple[Family, ModelConfig]:
@@ -46,8 +48,12 @@ def family_of(config: dict) -> tuple[Family, ModelConfig]:
 
 def matched(config: dict, *more: str, less: tuple[str, ...] = (), keep: frozenset[str] = frozenset()) -> Matches:
     family, model = family_of(config)
-    names = [name for name in (*shapes(config), *more) if name not in less]
+    names = [split_name(name) for name in (*shapes(config), *more) if name not in less]
     return match(dict.fromkeys(names), family, layout(family.layout), model, keep)
+
+
+def origin_texts(matches: Matches) -> dict[str, str]:
+    return {name: str(source) for name, source in texts(matches.origins).items()}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -55,7 +61,7 @@ def test_names_are_a_bijection(config: dict) -> None:
     matches = matched(config)
     assert not matches.problems
     sources = [renamed.source for renamed in matches.names.values()]
-    assert set(sources) == shapes(config).keys()
+    assert {str(source) for source in sources} == shapes(config).keys()
     assert len(sources) == len(matches.names)
     assert (dict(matches.ties), dict(matches.left_out), dict(matches.copies)) == ({}, {}, {})
     assert matches.origins == {name: renamed.source for name, renamed in matches.names.items()}
@@ -64,7 +70,8 @@ def test_names_are_a_bijection(config: dict) -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_arrays_are_the_same_objects(config: dict) -> None:
     matches, (_, model) = matched(config), family_of(config)
-    tensors = read(held({name: np.zeros(shape, dtype=np.float16) for name, shape in shapes(config).items()}), 1 << 20, 1)
+    arrays = {name: np.zeros(shape, dtype=np.float16) for name, shape in split_names(shapes(config)).items()}
+    tensors = read(held(arrays), 1 << 20, 1)
     result = rename(tensors, matches, model)
     assert len(result) == len(tensors)
     for name, renamed in matches.names.items():
@@ -72,11 +79,11 @@ def test_arrays_are_the_same_objects(config: dict) -> None:
 
 
 def test_gate_and_up_change_their_names() -> None:
-    origins = matched(LLAMA).origins
+    origins = origin_texts(matched(LLAMA))
     assert origins["transformer.layers.1.mlp.fc.weight"] == "model.layers.1.mlp.gate_proj.weight"
     assert origins["transformer.layers.1.mlp.gate.weight"] == "model.layers.1.mlp.up_proj.weight"
     experts = "model.layers.1.block_sparse_moe.experts.3"
-    origins = matched(MIXTRAL).origins
+    origins = origin_texts(matched(MIXTRAL))
     assert origins["transformer.layers.1.mlp.fc.3.gate.weight"] == f"{experts}.w1.weight"
     assert origins["transformer.layers.1.mlp.fc.3.up.weight"] == f"{experts}.w3.weight"
     assert origins["transformer.layers.1.mlp.proj.3.weight"] == f"{experts}.w2.weight"
@@ -86,26 +93,26 @@ def test_gate_and_up_change_their_names() -> None:
 def test_a_missing_lm_head_is_the_embedding(declared: bool | None) -> None:
     config = {**LLAMA, "tie_word_embeddings": declared}
     matches = matched(config, less=("lm_head.weight",))
-    assert matches.ties == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert matches.origins["lm_head.weight"] == "model.embed_tokens.weight"
+    assert matches.ties == {LM_HEAD: EMBEDDING}
+    assert matches.origins[LM_HEAD] == EMBEDDING
     tensors = read(held({renamed.source: np.zeros(2) for renamed in matches.names.values()}), 1 << 20, 1)
     result = rename(tensors, matches, family_of(config)[1])
-    assert result["lm_head.weight"] is result["transformer.vocab_embedding.weight"]
+    assert result[LM_HEAD] is result[TensorName("transformer.vocab_embedding", "weight")]
 
 
 def test_a_second_copy_of_a_tied_embedding_is_left_out() -> None:
     matches = matched({**LLAMA, "tie_word_embeddings": True}, "lm_head.weight")
-    assert matches.copies == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert matches.left_out.keys() == {"lm_head.weight"}
-    assert matches.ties == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert "lm_head.weight" not in matches.names
+    assert matches.copies == {LM_HEAD: EMBEDDING}
+    assert matches.left_out.keys() == {LM_HEAD}
+    assert matches.ties == {LM_HEAD: EMBEDDING}
+    assert LM_HEAD not in matches.names
     assert not matches.problems
 
 
 @pytest.mark.parametrize("declared", [False, None])
 def test_an_lm_head_of_its_own_is_kept(declared: bool | None) -> None:
     matches = matched({**LLAMA, "tie_word_embeddings": declared}, "lm_head.weight")
-    assert matches.names["lm_head.weight"].source == "lm_head.weight"
+    assert matches.names[LM_HEAD].source == LM_HEAD
     assert not matches.ties
 
 
@@ -117,8 +124,8 @@ def test_untied_without_an_lm_head_stays_missing() -> None:
 def test_rotary_buffers_are_ignored(name: str) -> None:
     matches = matched(LLAMA, name)
     assert not matches.problems
-    assert name not in matches.origins.values()
-    assert name not in matches.left_out
+    assert split_name(name) not in matches.origins.values()
+    assert split_name(name) not in matches.left_out
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,7 @@ def test_two_names_of_one_router_are_a_problem() -> None:
 
 def test_biases_of_the_mlp_are_left_out_unless_wanted() -> None:
     config = {**LLAMA, "mlp_bias": True}
-    biases = {name for name in shapes(config) if ".mlp." in name and name.endswith(".bias")}
+    biases = {name for name in split_names(shapes(config)) if ".mlp." in name.module and name.parameter == "bias"}
     assert biases
     assert matched(config).left_out.keys() == biases
     kept = matched(config, keep=frozenset({"mlp_bias"}))
@@ -194,9 +201,10 @@ def test_operations_do_not_see_chunks(operation: str, block_bytes: int) -> None:
     model = model_of(6, 6, 8, 12, 4, 8, 1)
     array = np.random.default_rng(0).standard_normal((48, 12))
     row = RenameRow(("t",), operation, "head_size")
-    matches = Matches({"t": Renamed("s", row)}, {}, {}, {}, ())
-    result = rename(read(held({"s": array}), block_bytes, 8), matches, model)
-    assert np.array_equal(values(result["t"]), OPERATIONS[operation].forward(array, 8))
+    source, target = TensorName("s", "weight"), TensorName("t", "weight")
+    matches = Matches({target: Renamed(source, row)}, {}, {}, {}, ())
+    result = rename(read(held({source: array}), block_bytes, 8), matches, model)
+    assert np.array_equal(values(result[target]), OPERATIONS[operation].forward(array, 8))
 
 
 @given(rows)
@@ -215,13 +223,17 @@ def test_unpermute_rope_is_the_inverse_of_llama_cpp(case: tuple[int, int]) -> No
 
 @dataclass(frozen=True)
 class Fused:
-    """A fused source: its name, its shape, the parts that it is made of, and what each of them must be."""
+    """A fused source: its name, its shape, and what each of the modules that it is made of must be, by the end of its name."""
 
     family: str
-    source: str
+    end: str
     shape: tuple[int, ...]
     parts: Callable[[np.ndarray], dict[str, np.ndarray]]
     model: ModelConfig
+
+    @property
+    def source(self) -> TensorName:
+        return split_name(f"model.layers.0.{self.end}")
 
 
 def interleaved(model: ModelConfig, parameter: str) -> Fused:
@@ -290,16 +302,14 @@ def chunkings(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[tuple[int, ...],
     return tuple(chunks)
 
 
-def split(fused: Fused) -> dict[str, Renamed]:
-    """Where each part of a fused source comes from, by the end of its name."""
+def split(fused: Fused) -> dict[TensorName, Renamed]:
+    """Where each part of a fused source comes from, by its name less its layer."""
     family = find_family("huggingface", fused.family)
     assert family is not None
-    source = f"model.layers.0.{fused.source}"
-    matches = match({source: None}, family, layout(family.layout), fused.model, frozenset())
+    matches = match([fused.source], family, layout(family.layout), fused.model, frozenset())
     assert not matches.problems
-    assert {renamed.source for renamed in matches.names.values()} == {source}
-    parameter = source.rpartition(".")[2]
-    return {name.removeprefix("transformer.layers.0.").removesuffix(f".{parameter}"): row for name, row in matches.names.items()}
+    assert {renamed.source for renamed in matches.names.values()} == {fused.source}
+    return {TensorName(module.removeprefix("transformer.layers.0."), kind): row for (module, kind), row in matches.names.items()}
 
 
 def chunked(array: np.ndarray, chunks: tuple[tuple[int, ...], ...]) -> da.Array:
@@ -330,7 +340,7 @@ def test_each_row_of_a_fused_source_belongs_to_one_part(fused: Fused) -> None:
 @given(data=st.data(), fused=fused_sources())
 def test_the_parts_of_a_fused_source_joined_are_the_source(data: st.DataObject, fused: Fused) -> None:
     source, parts = distinct(fused.shape), split(fused)
-    tensors = {f"model.layers.0.{fused.source}": chunked(source, data.draw(chunkings(fused.shape)))}
+    tensors = {fused.source: chunked(source, data.draw(chunkings(fused.shape)))}
     result = rename(tensors, Matches(parts, {}, {}, {}, ()), fused.model)
     joined = np.full_like(source, -1)
     for name, part in parts.items():
@@ -343,9 +353,9 @@ def test_the_parts_of_a_fused_source_joined_are_the_source(data: st.DataObject, 
 @given(data=st.data(), fused=fused_sources())
 def test_a_part_has_the_rows_that_are_its_own(data: st.DataObject, fused: Fused) -> None:
     source, parts = distinct(fused.shape), split(fused)
-    tensors = {f"model.layers.0.{fused.source}": chunked(source, data.draw(chunkings(fused.shape)))}
+    tensors = {fused.source: chunked(source, data.draw(chunkings(fused.shape)))}
     result = rename(tensors, Matches(parts, {}, {}, {}, ()), fused.model)
-    expected = fused.parts(source)
+    expected = {TensorName(module, fused.source.parameter): rows for module, rows in fused.parts(source).items()}
     assert result.keys() == expected.keys()
     for name, array in result.items():
         assert array.shape == expected[name].shape
@@ -359,10 +369,10 @@ def test_a_part_has_the_rows_that_are_its_own(data: st.DataObject, fused: Fused)
 def test_a_fused_source_is_read_at_the_size_of_its_parts() -> None:
     """What a part is made of is its share of the source, not all of it."""
     fused = interleaved(model_of(8, 2, 4, 8, 8, 8, 1), "weight")
-    source = f"model.layers.0.{fused.source}"
     matches = Matches(split(fused), {}, {}, {}, ())
-    sizes = {name: matches.source_bytes(name, held({source: np.zeros(fused.shape)})) for name in matches.names}
-    assert sizes == {"attention.qkv.q": 32 * 8 * 8, "attention.qkv.k": 8 * 8 * 8, "attention.qkv.v": 8 * 8 * 8}
+    sizes = {name: matches.source_bytes(name, held({fused.source: np.zeros(fused.shape)})) for name in matches.names}
+    expected = {"attention.qkv.q.weight": 32 * 8 * 8, "attention.qkv.k.weight": 8 * 8 * 8, "attention.qkv.v.weight": 8 * 8 * 8}
+    assert texts(sizes) == expected
 
 
 # Norms plus one.
@@ -393,9 +403,9 @@ def plus_one(array: np.ndarray, wanted: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16], ids=lambda dtype: dtype.name)
 def test_a_norm_plus_one_is_rounded_where_torch_rounds_it(dtype: np.dtype, wanted: str) -> None:
     given = samples(dtype)
-    name = "transformer.ln_f.weight"
-    matches = Matches({name: Renamed("s", RenameRow((name,), "add_one"))}, {}, {}, {}, ())
-    renamed = rename(read(held({"s": given}), 1 << 14, 1), matches, model_of(1, 1, 2, 2, 2, 2, 1))
+    source, name = TensorName("s", "weight"), TensorName("transformer.ln_f", "weight")
+    matches = Matches({name: Renamed(source, RenameRow((name.module,), "add_one"))}, {}, {}, {}, ())
+    renamed = rename(read(held({source: given}), 1 << 14, 1), matches, model_of(1, 1, 2, 2, 2, 2, 1))
     assert renamed[name].dtype == (np.float32 if dtype == BFLOAT16 else dtype)
     with np.errstate(invalid="ignore"):  # NaNs
         ours = values(cast(renamed, layout("gemma"), wanted)[name])

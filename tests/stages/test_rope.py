@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from pipeline import convert
 from pipeline.model.model_config import model_config
 from pipeline.model.tables import find_family
+from pipeline.tensor.names import TensorName
 from stages.rope import rope_buffers
 from tests.support import checkpoints
 
@@ -91,7 +92,7 @@ def test_any_region_equals_that_of_the_whole(data: st.DataObject, name: str) -> 
     family = find_family("huggingface", "LlamaForCausalLM")
     assert family
     model = model_config(checkpoints.LLAMA | {"rope_scaling": LLAMA3}, family, "LlamaForCausalLM", "config.json")
-    buffer = rope_buffers(model)[name]
+    buffer = rope_buffers(model)[TensorName("", name)]
     everything = np.asarray(buffer.block(tuple((0, n) for n in buffer.shape)))
     region = []
     for n in buffer.shape:

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.tensor.names import TensorName, split_names
 from pipeline.tensor.placement import slices
 from pipeline.tensor.tensors import AXES
 from stages.quantization.sources.gguf import dequantize
 from stages.read import read
 from stages.unpack import check, format_of, formats, unpack, zero_biases
-from tests.support.lazy import block, held, values
-from tests.support.packed_tensors import awq, compressed, gptq, modelopt, random_codes, random_scales
+from tests.support.lazy import block, held, texts, values
+from tests.support.packed_tensors import awq, compressed, gptq, modelopt, opened, random_codes, random_scales
 from tests.support.strategies import regions
 
 # Random bytes make scales that are no numbers; what becomes of those is compared all the same.
@@ -46,7 +47,7 @@ def unpacked(array: np.ndarray, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 1), (6, 3), (2, 4, 2)])
 def test_the_whole_is_that_of_gguf(kind: str, shape: tuple[int, ...]) -> None:
     array = packed(kind, shape)
-    result = unpack(read(held({f"m.gguf_{kind}": array}), 1 << 20, 1), {})
+    result = texts(unpack(opened({TensorName("m", f"gguf_{kind}"): array}), {}))
     expected = unpacked(array, kind)
     assert result.keys() == {"m.weight"}
     assert result["m.weight"].shape == expected.shape
@@ -67,22 +68,23 @@ def test_any_part_is_that_part_of_the_whole(data: st.DataObject, kind: str, shap
 @pytest.mark.parametrize("shape", [(40, 2), (3, 20, 2)])
 def test_chunks_of_any_size_give_the_same_values(block_bytes: int, shape: tuple[int, ...]) -> None:
     array = packed("Q4_1", shape)
-    result = unpack(read(held({"m.gguf_Q4_1": array}), block_bytes, 4), {})["m.weight"]
+    result = unpack(read(held({TensorName("m", "gguf_Q4_1"): array}), block_bytes, 4), {})[TensorName("m", "weight")]
     assert values(result).tobytes() == unpacked(array, "Q4_1").tobytes()
 
 
 def test_dense_modules_are_left_alone() -> None:
-    tensors = read(held({"a.weight": np.ones((2, 2)), "a.bias": np.ones(2), "b.weight": np.ones(3)}), 1 << 20, 1)
+    tensors = opened(split_names({"a.weight": np.ones((2, 2)), "a.bias": np.ones(2), "b.weight": np.ones(3)}))
     result = unpack(tensors, {})
     assert result.keys() == tensors.keys()
     assert all(result[name] is tensors[name] for name in tensors)
 
 
 def test_the_bias_of_a_packed_module_stays() -> None:
-    tensors = read(held({"a.gguf_Q8_0": packed("Q8_0", (2, 1)), "a.bias": np.ones(2)}), 1 << 20, 1)
+    bias = TensorName("a", "bias")
+    tensors = opened({TensorName("a", "gguf_Q8_0"): packed("Q8_0", (2, 1)), bias: np.ones(2)})
     result = unpack(tensors, {})
-    assert result.keys() == {"a.weight", "a.bias"}
-    assert result["a.bias"] is tensors["a.bias"]
+    assert result.keys() == {TensorName("a", "weight"), bias}
+    assert result[bias] is tensors[bias]
 
 
 def test_a_format_is_known_by_its_parameters() -> None:
@@ -106,27 +108,29 @@ MODULES = {
 }
 
 
-def all_modules() -> dict[str, np.ndarray]:
+def all_modules() -> dict[TensorName, np.ndarray]:
     """A source with a module of each format, and a dense one."""
-    tensors = {f"m.{name}.{key}": array for name, module in MODULES.items() for key, array in module.items()}
-    return {**tensors, "m.dense.weight": np.ones((2, 2), np.float16)}
+    tensors = {TensorName(f"m.{name}", key): array for name, module in MODULES.items() for key, array in module.items()}
+    return {**tensors, TensorName("m.dense", "weight"): np.ones((2, 2), np.float16)}
 
 
 def test_every_module_is_unpacked_by_its_own_format() -> None:
-    result = unpack(read(held(all_modules()), 1 << 20, 1), {})
+    result = texts(unpack(opened(all_modules()), {}))
     grouped = [f"m.{name}.{key}" for name in MODULES if name not in ("float8", "gguf") for key in ("codes4", "scales", "offsets")]
     assert result.keys() == {*grouped, "m.float8.fp8", "m.float8.channel_scale", "m.gguf.weight", "m.dense.weight"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_canonical_parameters_come_out_with_their_axes(name: str) -> None:
-    for key, array in unpack(read(held({f"m.{key}": value for key, value in MODULES[name].items()}), 1 << 20, 1), {}).items():
-        assert array.ndim == len(AXES[key.removeprefix("m.")])
+    tensors = {TensorName("m", key): value for key, value in MODULES[name].items()}
+    for (module, parameter), array in unpack(opened(tensors), {}).items():
+        assert module == "m"
+        assert array.ndim == len(AXES[parameter])
 
 
 def test_planning_hears_of_the_format_the_order_and_what_is_wrong() -> None:
     sources = all_modules()
-    sources["m.gptq.g_idx"] = np.array([0, 1] * 4, dtype=np.int32)
+    sources[TensorName("m.gptq", "g_idx")] = np.array([0, 1] * 4, dtype=np.int32)
     found, ordered, problems = check(held(sources), {})
     assert found == {f"m.{name}": name for name in MODULES}
     assert ordered == ["m.gptq"]
@@ -138,5 +142,6 @@ def test_planning_hears_of_the_format_the_order_and_what_is_wrong() -> None:
 
 
 def test_biases_of_zeros_are_found() -> None:
-    sources = held({"a.bias": np.zeros(3), "b.bias": np.array([0.0, -0.0, 1e-7]), "c.bias": np.zeros(3), "d.weight": np.ones(2)})
-    assert zero_biases(sources, {"a": "gptq", "b": "gptq", "d": "gptq"}) == ["a.bias"]
+    values = {"a.bias": np.zeros(3), "b.bias": np.array([0.0, -0.0, 1e-7]), "c.bias": np.zeros(3), "d.weight": np.ones(2)}
+    found = zero_biases(held(split_names(values)), {"a": "gptq", "b": "gptq", "d": "gptq"})
+    assert found == [TensorName("a", "bias")]

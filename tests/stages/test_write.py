@@ -15,7 +15,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.model.dtypes import BY_TARGET
@@ -23,6 +23,7 @@ from pipeline.sinks.rank_file import RankFile, rank_file
 from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
 from stages.read.safetensors import open_file
 from stages.write import BlockWrite, Delivery, deliveries, write_blocks
+from tests.support.examples import examples
 from tests.support.lazy import HeldBlock, block
 from tests.support.strategies import regions, shapes
 
@@ -60,7 +61,7 @@ def write_whole(file: RankFile, arrays: dict[str, np.ndarray]) -> bytes:
     return file.path.read_bytes()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(contents, st.randoms(use_true_random=False))
 def test_files_are_those_of_safetensors(table: dict[str, tuple[str, tuple[int, ...]]], order: random.Random) -> None:
     arrays = {name: values(shape, kind, seed) for seed, (name, (kind, shape)) in enumerate(table.items())}
@@ -150,7 +151,7 @@ def cuts(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data(), st.sampled_from(TYPES), st.booleans())
 def test_blocks_in_any_order_make_the_same_file(data: st.DataObject, kind: str, stacked: bool) -> None:
     """A matrix is cut into a grid of places on two ranks, and comes in blocks of rows and columns, each cut into pieces."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 import dask
 import dask.array as da
 import numpy as np
 
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Region, extent, shift, slices
 from pipeline.tensor.tensors import Block, LazyTensor
+
+Name = TypeVar("Name")  # a text, or a TensorName
+T = TypeVar("T")
 
 
 class HeldBlock(Block):
@@ -47,8 +52,13 @@ def block(values: np.ndarray) -> Block:
     return HeldBlock(values, tuple((0, size) for size in values.shape))
 
 
-def held(tensors: Mapping[str, np.ndarray]) -> dict[str, LazyTensor]:
+def held(tensors: Mapping[Name, np.ndarray]) -> dict[Name, LazyTensor]:
     return {name: Held(values) for name, values in tensors.items()}
+
+
+def texts(tensors: Mapping[TensorName, T]) -> dict[str, T]:
+    """Tensors under the texts of their names, in the same order."""
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def values(array: da.Array) -> np.ndarray:

@@ -5,6 +5,7 @@ to 9b), and any part of what is unpacked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import dask
 import dask.array as da
@@ -16,11 +17,13 @@ from pipeline.tensor.tensors import Block
 from stages.read import read
 from tests.support.lazy import held
 
+Name = TypeVar("Name")  # a text, or a TensorName
+
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 CHUNKS = (1, 150, 1 << 20)  # bytes: a row each, a few rows, all
 
 
-def opened(parameters: Mapping[str, np.ndarray], block_bytes: int = 1 << 20) -> dict[str, da.Array]:
+def opened(parameters: Mapping[Name, np.ndarray], block_bytes: int = 1 << 20) -> dict[Name, da.Array]:
     """Parameters as they come from a file, in chunks of at most `block_bytes`, but for a row."""
     return dict(read(held(parameters), block_bytes, 1))
 

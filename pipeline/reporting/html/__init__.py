@@ -1,6 +1,6 @@
-"""`headrace report`: one HTML page of an output directory. It needs no other file, runs no script and asks no host for anything.
+"""Make the HTML report of an output directory. It needs no other file, runs no script and asks no host for anything.
 
-The templates are `configs/report/`; every text that comes from a file is escaped on its way into them.
+The templates are in `configs/report/`; every text that comes from a file is escaped on its way into them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import mapping_words, model_facts, number_format, options, read_provenance
 from pipeline.reporting.html.sizes import sizes
-from pipeline.reporting.html.summary import Summary, parse_summary
+from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
 
@@ -30,12 +30,31 @@ SHOWN_FINDINGS = 100
 SUFFIXES = (".html", ".htm")
 
 
-def render(checkpoint: Checkpoint, summary: Summary | Mapping[str, Any] | None = None, made: datetime | None = None) -> str:
-    """The page as text. `summary`: what a verification found, None where there was none; `made`: the time it says, now by default.
+def render_report(
+    checkpoint: Checkpoint, summary: VerificationSummary | Mapping[str, Any] | None = None, made: datetime | None = None
+) -> str:
+    """Render the report of an output.
 
-    Raises BadInput where the summary is not of the shape that pipeline/reporting/html/summary.py says.
+    Parameters
+    ----------
+    checkpoint
+        The output, as `stages.read.ranks.open_checkpoint` or `describe_directory` gives it.
+    summary
+        A verification's summary, or what `headrace verify --json` printed; None where the output was not verified.
+    made
+        The time that the report names as its own; now by default.
+
+    Returns
+    -------
+    str
+        One HTML document.
+
+    Raises
+    ------
+    BadInput
+        Where the summary does not have the fields of `VerificationSummary`.
     """
-    found = summary if isinstance(summary, Summary) or summary is None else parse_summary(summary)
+    verified = summary if isinstance(summary, VerificationSummary) or summary is None else parse_summary(summary)
     provenance, wrong = read_provenance(checkpoint)
     boxes = steps(checkpoint, provenance) if provenance else []
     directory = checkpoint.directory
@@ -57,35 +76,41 @@ def render(checkpoint: Checkpoint, summary: Summary | Mapping[str, Any] | None =
             fewer=columns(boxes, NARROW),
             timed=timed(boxes),
             sizes=sizes(checkpoint),
-            found=found,
-            elsewhere=found is not None and Path(found.directory).name != directory.name,
+            found=verified,
+            elsewhere=verified is not None and Path(verified.directory).name != directory.name,
             shown_findings=SHOWN_FINDINGS,
-            errors=error_map(found.round_trip) if found and found.round_trip else None,
+            errors=error_map(verified.round_trip) if verified and verified.round_trip else None,
             version=VERSION,
             made=f"{(made or datetime.now(UTC)).astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         )
     )
 
 
-def described(directory: Path) -> Checkpoint:
-    """A directory by its JSON files alone, as far as they are some: its ranks are not looked at."""
-    found = []
+def describe_directory(directory: Path) -> Checkpoint:
+    """Describe a directory by its config.json and headrace.json alone: a missing or broken one counts as empty.
+
+    Returns a Checkpoint without ranks, for a report on a directory whose rank files cannot be read.
+    """
+    values = []
     for name in ("config.json", "headrace.json"):
         try:
             value = json.loads((directory / name).read_text())
         except (OSError, ValueError, RecursionError):
             value = {}
-        found.append(value if isinstance(value, dict) else {})
-    return Checkpoint(directory, found[0], (), found[1])
+        values.append(value if isinstance(value, dict) else {})
+    return Checkpoint(directory, values[0], (), values[1])
 
 
-def default_output(directory: Path) -> Path:
-    """Where the page of a directory goes: beside it."""
+def default_report_path(directory: Path) -> Path:
+    """The default path of a directory's report: beside the directory."""
     return directory.with_name(f"{directory.name}.report.html")
 
 
-def check_page(output: Path, directory: Path) -> None:
-    """Raise BadInput where no page can go to `output`: another kind of file, no directory, or a place inside `directory`."""
+def check_report_path(output: Path, directory: Path) -> None:
+    """Check that the report of `directory` can be written to `output`.
+
+    Raises BadInput where `output` is no *.html file, is in no directory, or is inside `directory`.
+    """
     subject = f"--output {output}"
     if output.suffix.lower() not in SUFFIXES or output.is_dir():
         raise BadInput([Problem(subject, "a directory" if output.is_dir() else "another kind of file", "a file named *.html")])
@@ -96,8 +121,11 @@ def check_page(output: Path, directory: Path) -> None:
         raise BadInput([Problem(subject, f"a file in {directory}", "a file elsewhere", remedy)])
 
 
-def write_page(output: Path, text: str) -> None:
-    """Give the file its whole text at once. Raises WriteFailed where it cannot be written."""
+def write_report(output: Path, text: str) -> None:
+    """Write the report to a new file and rename it, so that `output` is never half a report.
+
+    Raises WriteFailed where it cannot be written; nothing is left then.
+    """
     new = output.with_name(output.name + ".new")
     try:
         new.write_bytes(text.encode())
@@ -108,12 +136,13 @@ def write_page(output: Path, text: str) -> None:
 
 
 def _breakable(text: str) -> Markup:
-    """Text whose lines may break behind underscores."""
+    """Escape text, and let its lines break behind underscores."""
     return escape(visible(text)).replace("_", Markup("_<wbr>"))
 
 
 @cache
 def _templates() -> Environment:
+    """The environment of the templates, which escapes every text."""
     made = Environment(
         loader=FileSystemLoader(CONFIGS / "report"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Error per layer and kind of module as a heat map, the same by kind alone, and the worst tensors."""
+"""Arrange the errors of tensors: a heat map by layer and kind of module, a table by kind, and the list of the worst."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting.html.order import in_order
-from pipeline.reporting.html.scale import Scale, scale
+from pipeline.reporting.html.scale import ColourScale, colour_scale
 from pipeline.reporting.html.summary import RoundTrip, TensorError
 from pipeline.reporting.html.words import count, decibels, figure, runs, together
 
 WORST = 12  # tensors in the list that is open
 LISTED = 1000  # tensors in the list that is folded
-PAGE_EMS = 74  # the width that blocks of the map share, and what a row's label and a cell take of it
-LABEL_EMS, CELL_EMS = 4.0, 2.9
+REPORT_EMS = 74  # the width that blocks of the map share
+LABEL_EMS, CELL_EMS = 4.0, 2.9  # the widths of a row's label and of a cell
 ROWS = 10  # a block has no fewer, unless there are no more
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A square of the map: its text, its colour's class, and what it says when pointed at. Empty where there is no tensor."""
+class MapCell:
+    """A square of the map: its text, the CSS class of its colour, and its tooltip. Without a tensor it is empty."""
 
     text: str = ""
     css: str = "none"
@@ -28,14 +28,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A tensor of a list."""
+class TensorRow:
+    """A tensor in the list of the worst."""
 
     name: str
     storage: str
     ranks: str
     sources: str
-    snr: Cell
+    snr: MapCell
     max_abs: str
     relative_rms: str
     cosine: str
@@ -44,15 +44,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """All tensors of a kind: how many, how many of them bit-identical, and the worst of each figure."""
+class KindRow:
+    """A kind of module in the table: the numbers of its tensors and of the bit-identical ones, and the worst of each figure."""
 
     name: str
     in_layers: bool
     storage: str
     tensors: int
     identical: int
-    snr: Cell
+    snr: MapCell
     relative_rms: str
     max_abs: str
     bound: str
@@ -61,14 +61,19 @@ class Kind:
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """`blocks` of the map stand side by side where there is room: each is rows of (layer, a cell a kind)."""
+    """The heat map, the table by kind and the lists.
+
+    `columns`: the kinds. `blocks`: parts of the map that stand side by side where there is room, each rows of (layer, a cell for
+    each kind). `identical`, `rounded`, `over`: numbers of tensors. `lowest`: the lowest signal-to-noise ratio in dB, None for no
+    error.
+    """
 
     columns: tuple[str, ...]
-    blocks: tuple[tuple[tuple[int, tuple[Cell, ...]], ...], ...]
-    scale: Scale
-    kinds: tuple[Kind, ...]
-    worst: tuple[Row, ...]
-    listed: tuple[Row, ...]
+    blocks: tuple[tuple[tuple[int, tuple[MapCell, ...]], ...], ...]
+    scale: ColourScale
+    kinds: tuple[KindRow, ...]
+    worst: tuple[TensorRow, ...]
+    listed: tuple[TensorRow, ...]
     tensors: int
     identical: int
     rounded: int
@@ -77,7 +82,7 @@ class ErrorMap:
 
     @property
     def headline(self) -> tuple[str, str]:
-        """The one figure that says most, and what it is."""
+        """The most telling figure, and its description."""
         if self.lowest is not None:
             return decibels(self.lowest), "lowest signal to noise"
         if self.identical == self.tensors:
@@ -85,15 +90,17 @@ class ErrorMap:
         return ("rounded once", "and no more, in every tensor") if self.rounded else ("no error", "in any tensor")
 
 
-def error_map(found: RoundTrip) -> ErrorMap:
-    """Arrange what a round trip found."""
-    tensors = in_order(found.tensors)
+def error_map(round_trip: RoundTrip) -> ErrorMap:
+    """Arrange the errors of a round trip."""
+    tensors = in_order(round_trip.tensors)
     in_layers = [tensor for tensor in tensors if tensor.layer is not None]
-    # What is quantized sets the scale: beside it a rounding to 16 bits is no more than the scale's light end.
-    # What is broken is at its dark end, and must not stretch it.
+    # Quantized tensors set the scale: beside them a rounding to 16 bits is at the scale's light end.
+    # Broken tensors are at its dark end, and must not stretch it.
     sound = [tensor for tensor in in_layers if not tensor.over]
     quantized = [tensor for tensor in sound if tensor.storage not in ("", "dense")]
-    colours = scale([tensor.snr_db for tensor in quantized or sound or tensors if tensor.snr_db is not None and not tensor.exact])
+    colours = colour_scale(
+        [tensor.snr_db for tensor in quantized or sound or tensors if tensor.snr_db is not None and not tensor.exact]
+    )
     columns = tuple(dict.fromkeys(tensor.kind for tensor in in_layers))
     order = sorted(tensors, key=_badness)
     rows = tuple(_row(tensor, colours) for tensor in order[:LISTED])
@@ -113,40 +120,40 @@ def error_map(found: RoundTrip) -> ErrorMap:
 
 
 def _badness(tensor: TensorError) -> tuple[bool, bool, float, float]:
-    """The worst come first: over the bound, then those with an error by their signal to noise, then by their bound."""
+    """A sort key by which the worst come first: those over the bound, then by signal to noise, then by bound."""
     snr = tensor.snr_db
     value = math.inf if snr is None else -math.inf if math.isnan(snr) else snr
     return not tensor.over, tensor.exact, value, -tensor.bound if math.isfinite(tensor.bound) else -math.inf
 
 
 def _blocks(
-    tensors: Sequence[TensorError], columns: Sequence[str], colours: Scale
-) -> tuple[tuple[tuple[int, tuple[Cell, ...]], ...], ...]:
-    held: dict[tuple[int, str], list[TensorError]] = {}
+    tensors: Sequence[TensorError], columns: Sequence[str], colours: ColourScale
+) -> tuple[tuple[tuple[int, tuple[MapCell, ...]], ...], ...]:
+    cells: dict[tuple[int, str], list[TensorError]] = {}
     for tensor in tensors:
         if tensor.layer is not None:
-            held.setdefault((tensor.layer, tensor.kind), []).append(tensor)
-    layers = sorted({layer for layer, _ in held})
-    rows = [(layer, tuple(_cell(held.get((layer, kind), []), colours) for kind in columns)) for layer in layers]
-    fit = max(int(PAGE_EMS / (LABEL_EMS + CELL_EMS * len(columns))), 1)
+            cells.setdefault((tensor.layer, tensor.kind), []).append(tensor)
+    layers = sorted({layer for layer, _ in cells})
+    rows = [(layer, tuple(_cell(cells.get((layer, kind), []), colours) for kind in columns)) for layer in layers]
+    fit = max(int(REPORT_EMS / (LABEL_EMS + CELL_EMS * len(columns))), 1)
     blocks = min(fit, -(-len(rows) // ROWS))
     height = -(-len(rows) // max(blocks, 1))
     return tuple(tuple(rows[start : start + height]) for start in range(0, len(rows), max(height, 1)))
 
 
-def _cell(tensors: Sequence[TensorError], colours: Scale) -> Cell:
-    """The worst of some tensors."""
+def _cell(tensors: Sequence[TensorError], colours: ColourScale) -> MapCell:
+    """The cell of some tensors, with the figures of the worst."""
     if not tensors:
-        return Cell()
+        return MapCell()
     worst = min(tensors, key=_badness)
     text, css = colours.mark(worst.snr_db, worst.exact)
-    lines = [worst.name, ", ".join(filter(None, (worst.storage, _ranks(worst)))), _said(worst)]
+    lines = [worst.name, ", ".join(filter(None, (worst.storage, _ranks(worst)))), _errors_in_words(worst)]
     if len(tensors) > 1:
         lines.append(f"the worst of {count(len(tensors), 'tensor')}")
-    return Cell(f"{text}!" if worst.over else text, f"{css} over" if worst.over else css, "\n".join(filter(None, lines)))
+    return MapCell(f"{text}!" if worst.over else text, f"{css} over" if worst.over else css, "\n".join(filter(None, lines)))
 
 
-def _said(tensor: TensorError) -> str:
+def _errors_in_words(tensor: TensorError) -> str:
     allowed = f"{_bound(tensor.bound)} of the error that the format allows"
     if tensor.identical and not tensor.over:
         return "bit-identical to the source"
@@ -160,14 +167,14 @@ def _ranks(tensor: TensorError) -> str:
     return f"{'rank' if len(set(tensor.ranks)) == 1 else 'ranks'} {runs(tensor.ranks)}" if tensor.ranks else ""
 
 
-def _row(tensor: TensorError, colours: Scale) -> Row:
+def _row(tensor: TensorError, colours: ColourScale) -> TensorRow:
     text, css = colours.mark(tensor.snr_db, tensor.exact, digits=1)
-    return Row(
+    return TensorRow(
         name=tensor.name,
         storage=tensor.storage,
         ranks=runs(tensor.ranks),
         sources=together(tensor.sources),
-        snr=Cell("bit-identical" if tensor.identical else text, css),
+        snr=MapCell("bit-identical" if tensor.identical else text, css),
         max_abs=figure(tensor.max_abs),
         relative_rms=figure(tensor.relative_rms),
         cosine=f"{tensor.cosine:.6g}",
@@ -176,30 +183,30 @@ def _row(tensor: TensorError, colours: Scale) -> Row:
     )
 
 
-def _kinds(tensors: Sequence[TensorError], colours: Scale) -> Iterable[Kind]:
+def _kinds(tensors: Sequence[TensorError], colours: ColourScale) -> Iterable[KindRow]:
     for name in dict.fromkeys(tensor.kind for tensor in tensors):
-        held = [tensor for tensor in tensors if tensor.kind == name]
-        worst = _row(min(held, key=_badness), colours)
-        yield Kind(
+        of_kind = [tensor for tensor in tensors if tensor.kind == name]
+        worst = _row(min(of_kind, key=_badness), colours)
+        yield KindRow(
             name=name,
-            in_layers=any(tensor.layer is not None for tensor in held),
-            storage=", ".join(dict.fromkeys(tensor.storage for tensor in held if tensor.storage)),
-            tensors=len(held),
-            identical=sum(tensor.identical for tensor in held),
+            in_layers=any(tensor.layer is not None for tensor in of_kind),
+            storage=", ".join(dict.fromkeys(tensor.storage for tensor in of_kind if tensor.storage)),
+            tensors=len(of_kind),
+            identical=sum(tensor.identical for tensor in of_kind),
             snr=worst.snr,
-            relative_rms=figure(_most(tensor.relative_rms for tensor in held)),
-            max_abs=figure(_most(tensor.max_abs for tensor in held)),
-            bound=_bound(_most(tensor.bound for tensor in held)),
-            over=any(tensor.over for tensor in held),
+            relative_rms=figure(_most(tensor.relative_rms for tensor in of_kind)),
+            max_abs=figure(_most(tensor.max_abs for tensor in of_kind)),
+            bound=_bound(_most(tensor.bound for tensor in of_kind)),
+            over=any(tensor.over for tensor in of_kind),
         )
 
 
 def _bound(value: float) -> str:
-    """The greatest error over the allowed one; where nothing is allowed it has no size."""
+    """The ratio of the greatest error to the allowed one as text; it is not finite where no error is allowed."""
     return "> 999" if value > 999 else figure(value)
 
 
 def _most(values: Iterable[float]) -> float:
-    """The greatest value, or NaN where one is none."""
-    held = list(values)
-    return math.nan if any(map(math.isnan, held)) else max(held)
+    """The greatest value, or NaN where one is NaN."""
+    listed = list(values)
+    return math.nan if any(map(math.isnan, listed)) else max(listed)

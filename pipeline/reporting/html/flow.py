@@ -1,4 +1,4 @@
-"""The conversion as a picture: its stages in order, what each did, its seconds and bytes, and cuts through scratch."""
+"""Draw the conversion: its stages in order, with their task, seconds and bytes, and its cuts through scratch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.reporting.html.provenance import Metered, Provenance, look_up, map
 from pipeline.reporting.html.words import count, duration, rate, size
 from pipeline.tensor.checkpoint import Checkpoint
 
-# In the order of use; those of MAIN are always shown.
+# Stages in the order of use; those of MAIN are always shown.
 ORDER = ("read", "rename", "unpack", "dequantize", "cast", "quantize", "shard", "rope", "checksum", "write")
 MAIN = ("read", "rename", "unpack", "cast", "quantize", "shard", "write")
 CUT = "scratch after "
@@ -17,10 +17,11 @@ WIDE, NARROW = 10, 6  # boxes in a row of the picture, at most
 
 
 @dataclass(frozen=True)
-class Step:
-    """A box of the picture, or a bar of the timings. `share` of all stages' seconds, of 1; `idle`: no byte had work there.
+class FlowStep:
+    """A box of the picture, and a bar of the timings.
 
-    `cut`: it is not a stage but a cut through Zarr scratch.
+    `share`: of all stages' seconds, of 1. `idle`: headrace.json has no seconds for the stage. `cut`: not a stage, but a cut through
+    Zarr scratch.
     """
 
     name: str
@@ -34,21 +35,22 @@ class Step:
 
     @property
     def percent(self) -> str:
+        """The share as a percentage."""
         return f"{self.share:.0%}" if self.share >= 0.01 or not self.share else "< 1%"
 
     @property
     def width(self) -> str:
-        """The bar's length as CSS has it: a number of ours, never a file's text."""
+        """The bar's length in CSS. It is computed here, and no text of a file."""
         return f"{max(self.share * 100, 0.5 if self.share else 0):.2f}%"
 
 
-def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[Step]:
-    """The boxes in order. Stages that headrace.json has no seconds for are idle."""
+def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[FlowStep]:
+    """List the boxes in order."""
     stages, phases = provenance.timings.stages, provenance.timings.phases
     total = sum(metered.seconds for metered in stages.values())
-    does = _what_they_do(checkpoint, provenance)
+    does = _stage_tasks(checkpoint, provenance)
     named = [name for name in ORDER if name in stages or name in MAIN]
-    made: list[Step] = []
+    made: list[FlowStep] = []
     for name in named + sorted(stages.keys() - set(ORDER)):
         made.append(_step(name, does.get(name, ""), stages.get(name), total))
         if CUT + name in phases:
@@ -56,31 +58,31 @@ def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[Step]:
     return made
 
 
-def columns(boxes: Sequence[Step], most: int) -> int:
-    """Boxes in a row of the picture, the source's and the output's too: all in one, or in rows of about one length."""
-    held = len(boxes) + 2
-    return -(-held // -(-held // most))
+def columns(boxes: Sequence[FlowStep], most: int) -> int:
+    """The number of boxes in a row, at most `most`: those of the stages, the source and the output, in rows of about one length."""
+    total = len(boxes) + 2
+    return -(-total // -(-total // most))
 
 
-def timed(boxes: Sequence[Step]) -> list[Step]:
-    """The stages that took time, the longest first."""
+def timed(boxes: Sequence[FlowStep]) -> list[FlowStep]:
+    """The stages that have a bar of the timings, the longest first."""
     return sorted((step for step in boxes if not step.idle and not step.cut), key=lambda step: -step.share)
 
 
-def _step(name: str, does: str, metered: Metered | None, total: float) -> Step:
+def _step(name: str, does: str, metered: Metered | None, total: float) -> FlowStep:
     if metered is None:
-        return Step(name, does, "", "", "", 0.0, idle=True)
+        return FlowStep(name, does, "", "", "", 0.0, idle=True)
     share = metered.seconds / total if total > 0 else 0.0
     speed = rate(metered.bytes, metered.seconds)
-    return Step(name, does, duration(metered.seconds), size(metered.bytes), speed, share)
+    return FlowStep(name, does, duration(metered.seconds), size(metered.bytes), speed, share)
 
 
-def _cut(seconds: float) -> Step:
-    return Step("scratch", "a cut: written to Zarr and read back", duration(seconds), "", "", 0.0, cut=True)
+def _cut(seconds: float) -> FlowStep:
+    return FlowStep("scratch", "a cut: written to Zarr and read back", duration(seconds), "", "", 0.0, cut=True)
 
 
-def _what_they_do(checkpoint: Checkpoint, provenance: Provenance) -> Mapping[str, str]:
-    """A few words a stage, of this conversion where there is something to say."""
+def _stage_tasks(checkpoint: Checkpoint, provenance: Provenance) -> Mapping[str, str]:
+    """A few words on each stage's task in this conversion."""
     algorithm = look_up(checkpoint.config, "quantization.quant_algo")
     dtype = look_up(checkpoint.config, "dtype")
     return {

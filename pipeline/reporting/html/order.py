@@ -1,4 +1,4 @@
-"""Kinds of modules in the order in which a model uses them, as the layouts of `configs/` list them."""
+"""Sort kinds of modules in the order in which a model uses them, as the layouts of `configs/` list them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LAYER, _MODEL = "transformer.layers.{layer}.", "transformer."
 
 
 def in_order(tensors: Sequence[TensorError]) -> list[TensorError]:
-    """Tensors by kind as the first layout has them that knows every kind; as they are where none does."""
+    """Sort tensors by kind, in the order of the first layout that has every kind; unsorted where no layout has them all."""
     kinds = {_module(tensor.kind) for tensor in tensors}
     for name in dict.fromkeys(family.layout for family in families()):
         modules = [module.removeprefix(_LAYER).removeprefix(_MODEL) for module in layout(name).modules]

@@ -1,4 +1,4 @@
-"""Where an output comes from: headrace.json and config.json, checked as far as the page needs them."""
+"""Read where an output comes from: headrace.json and config.json, checked as far as the report needs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.planning.job import Job
 from pipeline.reporting.html.words import TIMES, count, size
 from pipeline.tensor.checkpoint import Checkpoint
 
-# What config.json says of the model: label and key, a dot for a key inside.
+# The model's facts in config.json: label and key; a dot leads to a key inside an object.
 _MODEL = (
     ("architecture", "architecture"),
     ("dtype", "dtype"),
@@ -33,12 +33,12 @@ _MODEL = (
 )
 
 
-class _Part(BaseModel):
+class _ProvenancePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class SourceFile(_Part):
-    """A file that was read, as it was then."""
+class RecordedFile(_ProvenancePart):
+    """A file of the source, as it was when it was read."""
 
     path: str = ""
     size_bytes: int = 0
@@ -46,55 +46,58 @@ class SourceFile(_Part):
     header_sha256: str = ""
 
     @property
-    def held(self) -> str:
+    def amount(self) -> str:
+        """The size in words."""
         return size(self.size_bytes)
 
     @property
     def changed(self) -> str:
-        """When it was last written, UTC."""
+        """The time at which it was last written, in UTC; "" where it is not known."""
         try:
             return f"{datetime.fromtimestamp((self.mtime_ns or 0) / 1e9, UTC):%Y-%m-%d %H:%M}" if self.mtime_ns else ""
         except (ValueError, OverflowError, OSError):
             return ""
 
 
-class Source(_Part):
-    """What was read."""
+class RecordedSource(_ProvenancePart):
+    """The source that the conversion read."""
 
     path: str = ""
     kind: str = ""
-    files: tuple[SourceFile, ...] = ()
+    files: tuple[RecordedFile, ...] = ()
 
     @property
     def size_bytes(self) -> int:
+        """The size of all files."""
         return sum(file.size_bytes for file in self.files)
 
     @property
-    def held(self) -> str:
+    def amount(self) -> str:
+        """The number of files and their size in words; "" where no files are recorded."""
         return f"{count(len(self.files), 'file')}, {size(self.size_bytes)}" if self.files else ""
 
 
-class Metered(_Part):
-    """What a stage took, summed over workers, and the bytes that went through it."""
+class Metered(_ProvenancePart):
+    """The seconds of a stage, summed over workers, and the bytes that went through it."""
 
     seconds: float = 0.0
     bytes: float = 0.0
 
 
-class Timings(_Part):
-    """The run's own seconds, those of its stages and, where they are recorded, of its phases (a scratch cut is one)."""
+class Timings(_ProvenancePart):
+    """The seconds of the run, of its stages and, where they are recorded, of its phases (a scratch cut is a phase)."""
 
     seconds: float | None = None
     stages: Mapping[str, Metered] = {}
     phases: Mapping[str, float] = {}
 
 
-class Provenance(_Part):
+class Provenance(_ProvenancePart):
     """headrace.json, without the checksums."""
 
     headrace: str = ""
     id: str = ""
-    source: Source = Source()
+    source: RecordedSource = RecordedSource()
     options: Mapping[str, Any] = {}
     left_out: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
@@ -103,7 +106,7 @@ class Provenance(_Part):
 
     @property
     def left_out_by_reason(self) -> list[tuple[str, str]]:
-        """A reason, and how many tensors it is for with the first of them."""
+        """Each reason, with the number of tensors that it left out and the first of their names."""
         reasons: dict[str, list[str]] = {}
         for name, reason in sorted(self.left_out.items()):
             reasons.setdefault(reason, []).append(name)
@@ -114,8 +117,8 @@ class Provenance(_Part):
 
 
 @dataclass(frozen=True)
-class Option:
-    """An option as it was: `given` where it is not the default."""
+class RecordedOption:
+    """An option of the conversion. `given`: its value is not the default."""
 
     name: str
     value: str
@@ -123,13 +126,13 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As the command line has it."""
+        """The option as on the command line."""
         switches = {"true": f"--{self.name}", "false": f"--no_{self.name}"}
         return switches.get(self.value, f"--{self.name} {self.value}")
 
 
 def read_provenance(checkpoint: Checkpoint) -> tuple[Provenance | None, list[str]]:
-    """headrace.json's facts, None where there is none, and the names of entries that are not what headrace writes."""
+    """Read headrace.json's facts, None where there is none, and list the entries that headrace does not write so."""
     values = dict(checkpoint.provenance)
     if not values:
         return None, []
@@ -141,7 +144,7 @@ def read_provenance(checkpoint: Checkpoint) -> tuple[Provenance | None, list[str
 
 
 def recorded_source(checkpoint: Checkpoint) -> str | None:
-    """The source that headrace.json names, where all of its files are still there and of the same size."""
+    """The source that headrace.json names; None unless all of its files are still there with the same sizes."""
     provenance, _ = read_provenance(checkpoint)
     if not provenance or not provenance.source.path or not provenance.source.files:
         return None
@@ -154,21 +157,21 @@ def recorded_source(checkpoint: Checkpoint) -> str | None:
     return str(path) if there else None
 
 
-def options(provenance: Provenance) -> list[Option]:
-    """The options that decided what was written, those that are not the defaults first."""
+def options(provenance: Provenance) -> list[RecordedOption]:
+    """List the options that decided what was written, first those that are not the defaults."""
     defaults = {name: field.default for name, field in Job.model_fields.items()}
-    made = [Option(name, shown(value), value != defaults.get(name)) for name, value in provenance.options.items()]
+    made = [RecordedOption(name, shown(value), value != defaults.get(name)) for name, value in provenance.options.items()]
     return sorted(made, key=lambda option: not option.given)
 
 
 def model_facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What config.json says of the model, as label and value; what it does not say is left out."""
-    found = ((label, look_up(checkpoint.config, key)) for label, key in _MODEL)
-    return [(label, shown(value)) for label, value in found if value not in (None, 0, "")]
+    """List config.json's facts of the model as (label, value); missing ones are left out."""
+    values = ((label, look_up(checkpoint.config, key)) for label, key in _MODEL)
+    return [(label, shown(value)) for label, value in values if value not in (None, 0, "")]
 
 
 def number_format(checkpoint: Checkpoint) -> tuple[str, str]:
-    """What the weights are stored as, and a word beside it."""
+    """The format of the weights, and a remark on it."""
     algorithm, dtype = (look_up(checkpoint.config, key) for key in ("quantization.quant_algo", "dtype"))
     if algorithm:
         return shown(algorithm), f"quantized; the rest {shown(dtype)}" if dtype else "quantized"
@@ -176,7 +179,7 @@ def number_format(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def mapping_words(checkpoint: Checkpoint) -> str:
-    """`TP 8 x PP 2`, with the sizes of experts where they differ."""
+    """The parallel sizes in words: `TP 8 x PP 2`, with those of experts where experts are split otherwise."""
     sizes = {key: look_up(checkpoint.config, f"mapping.{key}_size") for key in ("tp", "pp", "cp", "moe_tp", "moe_ep")}
     parts = [f"TP {shown(sizes['tp'] or 1)}"]
     parts += [f"{key.upper()} {shown(sizes[key])}" for key in ("pp", "cp") if sizes[key] not in (None, 1)]
@@ -187,12 +190,12 @@ def mapping_words(checkpoint: Checkpoint) -> str:
 
 def look_up(values: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path; None where there is none."""
-    found: Any = values
+    value: Any = values
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def shown(value: Any) -> str:
-    """A value of a JSON file as text."""
+    """A value of a JSON file as text; texts stay as they are."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""What a verification found, as `headrace verify --json` prints it: read from a file, checked, and typed."""
+"""Read a verification's summary, as `headrace verify --json` prints it, and check it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.errors import BadInput, Problem, VerificationFailed
 REMEDY = "Give what `headrace verify --json` printed"
 
 
-class _Part(BaseModel):
-    # Later versions may say more.
+class _SummaryPart(BaseModel):
+    # Later versions may have more fields.
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class Finding(_Part):
+class ReportedFinding(_SummaryPart):
     """One thing that is wrong with an output. `level`: "integrity", "round trip" or "logits"."""
 
     level: str
@@ -30,11 +30,12 @@ class Finding(_Part):
 
     @property
     def problem(self) -> Problem:
+        """The finding as a problem of an error."""
         return Problem(self.subject, self.found, self.expected, self.remedy)
 
 
-class Integrity(_Part):
-    """How much of the files was checked: tensors, bytes, and tensors with a checksum to compare; seconds that it took."""
+class Integrity(_SummaryPart):
+    """The extent of the integrity check: numbers of tensors, of bytes and of tensors with a checksum, and seconds."""
 
     tensors: int
     bytes: int
@@ -42,10 +43,11 @@ class Integrity(_Part):
     seconds: float
 
 
-class TensorError(_Part):
-    """A target tensor beside its source. `kind`: its module without the layer; `bound`: the greatest error over the allowed one.
+class TensorError(_SummaryPart):
+    """The error of one of the output's tensors.
 
-    `exact`: every value is the source's, rounded once to the type that it is stored in. `snr_db` is None where there is no error.
+    `kind`: its module without the layer. `bound`: the greatest ratio of an error to the allowed one. `exact`: every value is the
+    source's, rounded once to the type that it is stored in. `snr_db`: signal to noise in dB, None where there is no error.
     """
 
     name: str
@@ -64,30 +66,34 @@ class TensorError(_Part):
 
     @property
     def identical(self) -> bool:
-        """Whether every value is the source's own."""
+        """Whether every value is the source's own, bit for bit."""
         return self.exact and self.snr_db is None
 
     @property
     def rounded(self) -> bool:
-        """Whether the only error is that of another type: each value was rounded once."""
+        """Whether the only error is one rounding of each value to another type."""
         return self.exact and self.snr_db is not None
 
     @property
     def over(self) -> bool:
-        """Whether the error is more than the format allows; also where it is no number."""
+        """Whether the error is more than the format allows, or is NaN."""
         return not self.bound <= 1
 
 
-class RoundTrip(_Part):
-    """Every tensor that was compared with its source; bytes read, seconds taken."""
+class RoundTrip(_SummaryPart):
+    """The comparison of every tensor with its source: seconds, bytes of the source, and errors."""
 
     seconds: float
     bytes: int
     tensors: tuple[TensorError, ...]
 
 
-class Comparison(_Part):
-    """Logits beside those of `against`: shares of 1, absolute and relative differences, Kullback-Leibler divergences in nats."""
+class LogitsComparison(_SummaryPart):
+    """Logits compared with those of the model `against`.
+
+    `top1_agreement`: a share of 1. `max_relative`: of the largest logit. `kl_mean`, `kl_max`: Kullback-Leibler divergences in nats.
+    `bound`: the largest allowed `max_relative`, None for any.
+    """
 
     against: str
     top1_agreement: float
@@ -98,32 +104,32 @@ class Comparison(_Part):
     bound: float | None = None
 
 
-class Logits(_Part):
-    """The model run on `tokens` tokens, once for each comparison."""
+class Logits(_SummaryPart):
+    """The comparisons of the logits of `tokens` tokens."""
 
     tokens: int
     seconds: float
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[LogitsComparison, ...]
 
 
-class Summary(_Part):
-    """A whole verification; a level that was not run is None."""
+class VerificationSummary(_SummaryPart):
+    """The summary of a whole verification; a level that was not run is None."""
 
     directory: str
     source: str | None = None
     version: str = ""
     ok: bool
     seconds: float = 0.0
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ReportedFinding, ...] = ()
     integrity: Integrity | None = None
     round_trip: RoundTrip | None = None
     logits: Logits | None = None
 
     @property
     def problems(self) -> list[Problem]:
-        """What is wrong, as problems of an error; at least one where the verification failed."""
-        found = [finding.problem for finding in self.findings]
-        return found or [Problem(self.directory, "a verification that failed without a finding", "one that passed")]
+        """The findings as problems of an error; where the verification failed without a finding, one that says so."""
+        problems = [finding.problem for finding in self.findings]
+        return problems or [Problem(self.directory, "a verification that failed without a finding", "one that passed")]
 
     def check(self) -> None:
         """Raise VerificationFailed with every finding, where something is wrong."""
@@ -131,18 +137,31 @@ class Summary(_Part):
             raise VerificationFailed(self.problems)
 
 
-def parse_summary(value: object, subject: str = "verification") -> Summary:
-    """Check a summary's shape. Raises BadInput naming every field that is not what it should be."""
+def parse_summary(value: object, subject: str = "verification") -> VerificationSummary:
+    """Check a summary.
+
+    Parameters
+    ----------
+    value
+        The object that `Verification.summary()` returns, or the same read from JSON.
+    subject
+        The name of the value in problems.
+
+    Raises
+    ------
+    BadInput
+        Naming every field that is missing or has a wrong type.
+    """
     if not isinstance(value, Mapping):
         raise BadInput([Problem(subject, f"a {type(value).__name__}", "a verification's summary", REMEDY)])
     try:
-        return Summary.model_validate(dict(value))
+        return VerificationSummary.model_validate(dict(value))
     except ValidationError as error:
         raise BadInput([_problem(detail, subject) for detail in error.errors()]) from None
 
 
-def load_summary(path: Path) -> Summary:
-    """Read a summary from a JSON file. Raises BadInput where it cannot be read or is none."""
+def load_summary(path: Path) -> VerificationSummary:
+    """Read a summary from a JSON file and check it. Raises BadInput where it cannot be read, or is no summary."""
     try:
         return parse_summary(json.loads(path.read_text()), str(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Numbers and foreign text as people read them."""
+"""Format numbers and text of files for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.watching.units import human_bytes
 
-# Controls, halves of surrogate pairs, and what turns the direction of the text around it.
+# Unicode categories: controls, halves of surrogate pairs, and characters that turn the direction of the text around them.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_NAMES = 6
 _UNIT = "\N{NO-BREAK SPACE}"  # between a number and its unit
@@ -17,15 +17,15 @@ DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def visible(text: str) -> str:
-    """Text of a file with every character that would not show, or would change how others show, as its escape."""
+    """Escape the characters of a text that are invisible, or that change how others are shown."""
     if text.isprintable():
         return text
     return "".join(c if c == "\n" or unicodedata.category(c) not in _HIDDEN else ascii(c)[1:-1] for c in text)
 
 
-def count(number: int, what: str) -> str:
+def count(number: int, noun: str) -> str:
     """`1 tensor`, `2,000 tensors`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def figure(value: float | None) -> str:
@@ -39,7 +39,7 @@ def decibels(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 with one decimal; what is less than that is not nothing."""
+    """A share of 1 as a percentage with one decimal; a smaller one that is not 0 as "< 0.1 %"."""
     if 0 < share < 0.0005:
         return f"< 0.1{_UNIT}%"
     return f"{share * 100:.1f}{_UNIT}%"
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(nbytes: float, seconds: float) -> str:
-    """Bytes a second; nothing where the time is too short to say."""
+    """The speed in GB/s; "" where the time is too short to tell."""
     return f"{nbytes / seconds / 1e9:.2f}{_UNIT}GB/s" if seconds >= 1e-4 and nbytes else ""
 
 
@@ -81,7 +81,7 @@ def runs(numbers: Sequence[int]) -> str:
 
 
 def together(names: Sequence[str]) -> str:
-    """Names with what they share said once: `model.layers.0.self_attn.{q_proj, k_proj}.weight`; of many, the first."""
+    """Join names, with their common parts once: `model.layers.0.self_attn.{q_proj, k_proj}.weight`; of many, the first six."""
     if len(names) < 2:
         return "".join(names)
     words = [name.split(".") for name in names]
@@ -94,5 +94,5 @@ def together(names: Sequence[str]) -> str:
 
 
 def _alike(names: Sequence[Sequence[str]]) -> int:
-    """How many first words all names have in common."""
+    """The number of first words that all names have in common."""
     return sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*names, strict=False)))

@@ -1,7 +1,7 @@
-"""contract: every tensor that TensorRT-LLM 1.2.1's loader asks for, rank by rank, told from config.json alone.
+"""contract: every tensor that TensorRT-LLM 1.2.1's loader asks for, rank by rank, derived from config.json alone.
 
-Nothing here knows how headrace plans or writes: names, shapes and types come from the checkpoint format as it is described
-(checkpoint format, families, quantized layouts), and a config.json of any version from 0.13 on is understood.
+Nothing here knows how headrace plans or writes: names, shapes and types follow the descriptions of the format (checkpoint format,
+families, quantized layouts). A config.json of any version from 0.13 on is understood.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Problem
-from stages.verify.contract.expected import Expected, Form
-from stages.verify.contract.modules import stage, unaligned
+from stages.verify.contract.expected import ExpectedTensor, TensorForm
+from stages.verify.contract.modules import stage_tensors, unaligned_matrices
 from stages.verify.contract.settings import read_settings
 
-__all__ = ["Expected", "Form", "contract"]
+__all__ = ["ExpectedTensor", "TensorForm", "contract"]
 
 
-def contract(config: Mapping[str, Any]) -> tuple[list[Mapping[str, Expected]], list[Problem]]:
-    """What each rank's file must hold, rank 0 first, by tensor name; and what is wrong with config.json.
+def contract(config: Mapping[str, Any]) -> tuple[list[Mapping[str, ExpectedTensor]], list[Problem]]:
+    """Derive the tensors that each rank's file must hold, and list what is wrong with config.json.
 
-    No ranks where config.json does not say what their shapes are. Never raises, whatever the values are.
+    Returns a mapping of tensor names for each rank, rank 0 first, and the problems. Where config.json does not tell the shapes,
+    there are no ranks. Never raises, whatever the values are.
     """
     settings, problems = read_settings(config)
     if settings is None:
         return [], problems
-    stages = [stage(settings, number) for number in range(settings.parallel.pp)]
-    ranks: list[Mapping[str, Expected]] = [tensors for tensors in stages for _ in range(settings.parallel.tp)]
-    return ranks, [*problems, *unaligned(settings)]
+    stages = [stage_tensors(settings, number) for number in range(settings.parallel.pp)]
+    ranks: list[Mapping[str, ExpectedTensor]] = [tensors for tensors in stages for _ in range(settings.parallel.tp)]
+    return ranks, [*problems, *unaligned_matrices(settings)]

@@ -1,4 +1,4 @@
-"""What the loader asks of one tensor of a rank file."""
+"""The shapes and types that the loader accepts for one tensor of a rank file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 
 
-class Stored(Protocol):
-    """What a file's header says of a tensor."""
+class TensorHeader(Protocol):
+    """The shape and type of a tensor by its file's header."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -19,13 +19,13 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
-class Form:
-    """A shape and a type, by NumPy's name for it ("bfloat16", "float8_e4m3fn")."""
+class TensorForm:
+    """A shape, and a type by NumPy's name for it: "bfloat16", "float8_e4m3fn"."""
 
     shape: tuple[int, ...]
     dtype: str
 
-    def fits(self, tensor: Stored) -> bool:
+    def fits(self, tensor: TensorHeader) -> bool:
         """Whether a tensor is of this form."""
         return tensor.shape == self.shape and tensor.dtype.name == self.dtype
 
@@ -34,19 +34,19 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """One tensor: the forms that it may have, the usual one first.
+class ExpectedTensor:
+    """The forms that a tensor may have, the usual one first.
 
-    `required`: False for what the loader computes itself, and checks where it is there. `bare`: the form that it may have instead
-    where none of `partners`, tensors of the same module, is in the file; then they are not asked for either.
+    `required`: False for a tensor that the loader computes itself, and checks only where the file has it. `bare`: another form,
+    allowed where the file has none of `partners`, tensors of the same module; these are not asked for then either.
     """
 
-    forms: tuple[Form, ...]
+    forms: tuple[TensorForm, ...]
     required: bool = True
-    bare: Form | None = None
+    bare: TensorForm | None = None
     partners: tuple[str, ...] = ()
 
-    def fits(self, tensor: Stored) -> bool:
+    def fits(self, tensor: TensorHeader) -> bool:
         """Whether a tensor has one of the forms."""
         return any(form.fits(tensor) for form in self.forms)
 
@@ -54,6 +54,6 @@ class Expected:
         return " or ".join(map(str, self.forms))
 
 
-def one(shape: Sequence[int], dtype: str, required: bool = True) -> Expected:
-    """A tensor that has a single form."""
-    return Expected((Form(tuple(shape), dtype),), required)
+def single_form(shape: Sequence[int], dtype: str, required: bool = True) -> ExpectedTensor:
+    """Expect a tensor of a single form."""
+    return ExpectedTensor((TensorForm(tuple(shape), dtype),), required)

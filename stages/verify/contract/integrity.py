@@ -1,7 +1,7 @@
-"""integrity: an output is what its own config.json and headrace.json say: every tensor's name, shape, type and bytes.
+"""integrity: check that every tensor has the name, shape, type and bytes that config.json and headrace.json say.
 
-Headers are held against the contract that config.json alone gives; bytes against the checksums of the run that wrote them, 4 MiB
-of a tensor at a time.
+Headers are compared with the contract that config.json alone gives, bytes with the checksums of the run that wrote them, 4 MiB of a
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import xxhash
 from pipeline.errors import Problem
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from pipeline.tensor.tensors import tensor_bytes
-from stages.verify.contract import Expected, contract
+from stages.verify.contract import ExpectedTensor, contract
 from stages.verify.contract.reader import shown
 
 PIECE_BYTES = 4 << 20
-GENERATIONS = (80, 86, 89, 90, 100, 103, 120)  # of GPUs, whose kernels integer weights are arranged for
+GENERATIONS = (80, 86, 89, 90, 100, 103, 120)  # compute capabilities of GPUs; the order of integer weights depends on them
 _BYTES = np.dtype(np.uint8)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"rank\d+\.safetensors")
@@ -30,34 +30,34 @@ _DAMAGED = "The file was changed or damaged after it was written: convert again,
 
 
 def headers(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Everything that shows without reading a tensor's bytes.
+    """Check everything that can be checked without reading a tensor's bytes.
 
-    What is wrong with config.json; each rank file's missing tensors, those that the loader does not ask for, and those of another
-    shape or type; checksums that belong to no tensor and tensors without one; files that are left over.
+    Reports what is wrong with config.json; tensors that a rank file lacks, that the loader does not ask for, or that have another
+    shape or type; checksums of no tensor, and tensors without one; files that are left over.
     """
     ranks, problems = contract(checkpoint.config)
     yield from problems
     if ranks and len(ranks) != len(checkpoint.ranks):
         found = f"{len(checkpoint.ranks)} rank files"
         yield Problem(str(checkpoint.directory), found, f"{len(ranks)}, as config.json's mapping says", _AGAIN)
-    for number, (expected, held) in enumerate(zip(ranks, checkpoint.ranks, strict=False)):
-        yield from _rank(_file(number), expected, held)
+    for number, (expected, stored) in enumerate(zip(ranks, checkpoint.ranks, strict=False)):
+        yield from _rank(_file(number), expected, stored)
     yield from _provenance(checkpoint)
     yield from _left_over(checkpoint)
 
 
 def checksums(checkpoint: Checkpoint) -> Iterator[tuple[int, str, int]]:
-    """The tensors that headrace.json has usable checksums of: (rank, name, bytes), in the order of the files."""
-    for number, held in enumerate(checkpoint.ranks):
-        for name, tensor in held.items():
+    """List the tensors that headrace.json has usable checksums of, as (rank, name, bytes), in the order of the files."""
+    for number, stored in enumerate(checkpoint.ranks):
+        for name, tensor in stored.items():
             if _parts(checkpoint, number, name) is not None:
                 yield number, name, tensor_bytes(tensor)
 
 
 def check_tensor(checkpoint: Checkpoint, rank: int, name: str) -> Problem | None:
-    """What is wrong with a tensor's bytes, by its checksum in headrace.json; None for nothing, and where there is no checksum.
+    """Compare a tensor's bytes with its checksum in headrace.json; None where they agree, and where there is no checksum.
 
-    `checkpoint` survives pickling, so that this runs as a task anywhere that sees the directory.
+    `checkpoint` can be pickled, so that this runs as a task on any machine that sees the directory.
     """
     parts = _parts(checkpoint, rank, name)
     if parts is None:
@@ -84,23 +84,23 @@ def _file(rank: int) -> str:
     return f"rank{rank}.safetensors"
 
 
-def _rank(file: str, expected: Mapping[str, Expected], held: Mapping[str, FileTensor]) -> Iterator[Problem]:
-    """A rank file's header against what config.json asks for."""
+def _rank(file: str, expected: Mapping[str, ExpectedTensor], stored: Mapping[str, FileTensor]) -> Iterator[Problem]:
+    """Compare a rank file's header with the tensors that config.json asks for."""
     bare: set[str] = set()
     for name, each in expected.items():
-        alone = each.bare and name in held and not any(partner in held for partner in each.partners)
-        if each.bare and alone and each.bare.fits(held[name]):
+        alone = each.bare and name in stored and not any(partner in stored for partner in each.partners)
+        if each.bare and alone and each.bare.fits(stored[name]):
             bare |= {name, *each.partners}
     for name, each in expected.items():
         if name in bare:
             continue
-        if name not in held:
+        if name not in stored:
             if each.required:
                 yield Problem(f"{file}: {name}", "no such tensor", str(each), _AGAIN)
-        elif not each.fits(held[name]):
-            tensor = held[name]
+        elif not each.fits(stored[name]):
+            tensor = stored[name]
             yield Problem(f"{file}: {name}", f"{tensor.dtype.name} {list(tensor.shape)}", str(each), _AGAIN)
-    for name in held:
+    for name in stored:
         if name not in expected:
             found = "a tensor that TensorRT-LLM's loader does not ask for"
             yield Problem(
@@ -109,7 +109,7 @@ def _rank(file: str, expected: Mapping[str, Expected], held: Mapping[str, FileTe
 
 
 def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Whether headrace.json, where there is one, speaks of the tensors that there are."""
+    """Check that headrace.json, where there is one, has a checksum for each tensor and for no other."""
     provenance = checkpoint.provenance
     if not provenance and not (checkpoint.directory / "headrace.json").exists():
         return
@@ -121,17 +121,17 @@ def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
     if not isinstance(table, Mapping):
         yield Problem("headrace.json: xxh3", shown(table), "checksums by file and tensor", _AGAIN)
         return
-    files = {_file(number): held for number, held in enumerate(checkpoint.ranks)}
+    files = {_file(number): stored for number, stored in enumerate(checkpoint.ranks)}
     for file in (file for file in table if file not in files):
         yield Problem(f"headrace.json: xxh3 of {shown(file)}", "checksums of no rank file", f"{len(files)} ranks'", _AGAIN)
-    for number, (file, held) in enumerate(files.items()):
+    for number, (file, stored) in enumerate(files.items()):
         sums = table.get(file)
         if not isinstance(sums, Mapping):
             yield Problem(f"{file}", "no checksums in headrace.json", "those of its tensors", _AGAIN)
             continue
-        for name in (name for name in sums if name not in held):
+        for name in (name for name in sums if name not in stored):
             yield Problem(f"{file}: {name}", "no such tensor", "one, as headrace.json has its checksum", _AGAIN)
-        for name, tensor in held.items():
+        for name, tensor in stored.items():
             if _parts(checkpoint, number, name) is None:
                 found = f"checksums {shown(sums[name])} in headrace.json" if name in sums else "no checksum in headrace.json"
                 expected = f"one for each of its parts, {tensor_bytes(tensor):,} bytes in all"
@@ -139,7 +139,7 @@ def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def _parts(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]] | None:
-    """The (bytes, xxh3) of a tensor's consecutive parts; None where headrace.json has none, or none that fit the tensor."""
+    """(bytes, xxh3) of each of a tensor's consecutive parts; None where headrace.json has none that fit the tensor."""
     value: Any = checkpoint.provenance.get("xxh3")
     for key in (_file(rank), name):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -155,7 +155,7 @@ def _parts(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]
 
 
 def _left_over(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Rank files that config.json does not count, and what a run that did not finish left."""
+    """Report rank files that config.json does not count, and files that an unfinished run left."""
     counted = {_file(number) for number in range(len(checkpoint.ranks))}
     for path in sorted(checkpoint.directory.iterdir()):
         if _RANK.fullmatch(path.name) and path.name not in counted:

@@ -1,4 +1,4 @@
-"""The modules of a model on a rank, by its class, and the tensors that the loader asks for of them.
+"""The modules of a model on a rank, by its class, and the tensors that the loader asks for in each.
 
 Facts: checkpoint format, section 2; families; quantized layouts, section 7 for what FP8 by row adds. All tensor-parallel ranks of a
 stage hold tensors of the same names and shapes.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.errors import Problem
-from stages.verify.contract.expected import Expected, Form, one
-from stages.verify.contract.quantized import FP8_ROWWISE, TILE, Linear, tensors
-from stages.verify.contract.settings import Settings
+from stages.verify.contract.expected import ExpectedTensor, TensorForm, single_form
+from stages.verify.contract.quantized import FP8_ROWWISE, TILE, Linear, linear_tensors
+from stages.verify.contract.settings import ContractSettings
 
 GATED = ("swiglu", "geglu")  # activations for which experts have both halves of their first matrix
 
 
-def linears(settings: Settings) -> Iterator[Linear]:
-    """The matrices of a layer that quantization is for, on a rank."""
+def linears(settings: ContractSettings) -> Iterator[Linear]:
+    """The matrices of a layer that can be quantized, as a rank holds them."""
     hidden, tp, kind = settings.hidden_size, settings.parallel.tp, settings.model_class
     queries = settings.heads // tp * settings.head_size
-    # Where there are fewer kv heads than ranks, each rank has one, and some have the same.
+    # Where there are fewer kv heads than ranks, each rank has one head, which it shares with others.
     keys = max(settings.kv_heads // tp, 1) * settings.head_size
     yield Linear("attention.qkv", queries + 2 * keys, hidden, "out", settings.attention_bias)
     yield Linear("attention.dense", hidden, queries, "in", settings.attention_bias and kind != "qwen")
@@ -36,7 +36,7 @@ def linears(settings: Settings) -> Iterator[Linear]:
     yield Linear("mlp.proj", hidden, size, "in", bias)
 
 
-def _experts(settings: Settings) -> Iterator[Linear]:
+def _experts(settings: ContractSettings) -> Iterator[Linear]:
     hidden, parallel, bias = settings.hidden_size, settings.parallel, settings.mlp_bias
     size, count = settings.expert_size // parallel.moe_tp, settings.experts // parallel.moe_ep
     yield Linear("mlp.fc", 2 * size if settings.hidden_act in GATED else size, hidden, "out", bias, count)
@@ -48,8 +48,8 @@ def _experts(settings: Settings) -> Iterator[Linear]:
         yield Linear("mlp.shared_expert.proj", hidden, shared, "in")
 
 
-def stage(settings: Settings, number: int) -> dict[str, Expected]:
-    """Everything that a rank of pipeline stage `number` holds."""
+def stage_tensors(settings: ContractSettings, number: int) -> dict[str, ExpectedTensor]:
+    """Every tensor that a rank of pipeline stage `number` holds, by name."""
     layers, last = settings.parallel.layers, settings.parallel.pp - 1
     first_layer = sum(layers[:number])
     result = dict(_buffers(settings))
@@ -60,23 +60,23 @@ def stage(settings: Settings, number: int) -> dict[str, Expected]:
     if number == last:
         result |= dict(_norm(settings, "transformer.ln_f"))
         rows = -(-settings.vocab_size // settings.parallel.tp)
-        result["lm_head.weight"] = one((rows, settings.hidden_size), settings.dtype)
+        result["lm_head.weight"] = single_form((rows, settings.hidden_size), settings.dtype)
         if settings.layer_norms:
-            result["lm_head.bias"] = one((rows,), settings.dtype)
+            result["lm_head.bias"] = single_form((rows,), settings.dtype)
     return result
 
 
-def _embedding(settings: Settings) -> Expected:
+def _embedding(settings: ContractSettings) -> ExpectedTensor:
     rows, columns, tp = settings.vocab_size, settings.hidden_size, settings.parallel.tp
     if settings.embedding == "vocabulary":
         rows = -(-rows // tp)
     elif settings.embedding == "hidden":
         columns //= tp
-    return one((rows, columns), settings.dtype)
+    return single_form((rows, columns), settings.dtype)
 
 
-def _layer(settings: Settings, prefix: str, number: int) -> Iterator[tuple[str, Expected]]:
-    """A layer's tensors. `number`: its own, counted over all stages."""
+def _layer(settings: ContractSettings, prefix: str, number: int) -> Iterator[tuple[str, ExpectedTensor]]:
+    """A layer's tensors, with `prefix` before their names. `number`: the layer's, counted over all stages."""
     quantization, dtype = settings.quantization, settings.dtype
     # Meta's recipe quantizes the MLPs alone, and not those of the first and last layers.
     recipe = quantization.meta_recipe and quantization.algorithm == FP8_ROWWISE
@@ -87,46 +87,46 @@ def _layer(settings: Settings, prefix: str, number: int) -> Iterator[tuple[str, 
         yield from _norm(settings, prefix + name)
     if settings.qk_norms:
         for name in ("q_layernorm", "k_layernorm"):
-            yield f"{prefix}attention.{name}.weight", one((settings.head_size,), dtype)
+            yield f"{prefix}attention.{name}.weight", single_form((settings.head_size,), dtype)
     for linear in linears(settings):
-        yield from tensors(linear, prefix, quantization, dtype, outer or (recipe and linear.name.startswith("attention.")))
+        yield from linear_tensors(linear, prefix, quantization, dtype, outer or (recipe and linear.name.startswith("attention.")))
     if settings.experts:
-        yield f"{prefix}mlp.router.weight", one((settings.experts, settings.hidden_size), "float32")
+        yield f"{prefix}mlp.router.weight", single_form((settings.experts, settings.hidden_size), "float32")
     if settings.shared_size:
-        yield f"{prefix}mlp.shared_expert_gate.weight", one((1, settings.hidden_size), dtype)
+        yield f"{prefix}mlp.shared_expert_gate.weight", single_form((1, settings.hidden_size), dtype)
     if quantization.cache:
-        yield f"{prefix}attention.kv_cache_scaling_factor", one((1,), "float32")
-        yield f"{prefix}attention.kv_cache_rcp_scaling_factor", one((1,), "float32", required=False)
+        yield f"{prefix}attention.kv_cache_scaling_factor", single_form((1,), "float32")
+        yield f"{prefix}attention.kv_cache_rcp_scaling_factor", single_form((1,), "float32", required=False)
     if quantization.algorithm == FP8_ROWWISE and quantization.clamp and not outer:
-        wanted = ["mlp", "post_layernorm", *([] if recipe else ["attention", "input_layernorm"])]
-        for name in (name for name in wanted if not quantization.excluded(prefix + name)):
-            yield f"{prefix}{name}.clamp_val", one((2,), "float32")
+        clamped = ["mlp", "post_layernorm", *([] if recipe else ["attention", "input_layernorm"])]
+        for name in (name for name in clamped if not quantization.excluded(prefix + name)):
+            yield f"{prefix}{name}.clamp_val", single_form((2,), "float32")
 
 
-def _norm(settings: Settings, name: str) -> Iterator[tuple[str, Expected]]:
+def _norm(settings: ContractSettings, name: str) -> Iterator[tuple[str, ExpectedTensor]]:
     for parameter in ("weight", "bias") if settings.layer_norms else ("weight",):
-        yield f"{name}.{parameter}", one((settings.hidden_size,), settings.dtype)
+        yield f"{name}.{parameter}", single_form((settings.hidden_size,), settings.dtype)
 
 
-def _buffers(settings: Settings) -> Iterator[tuple[str, Expected]]:
+def _buffers(settings: ContractSettings) -> Iterator[tuple[str, ExpectedTensor]]:
     """The rotary buffers, which every rank may have and none needs: the loader computes them (checkpoint format, section 4)."""
     size, positions = settings.rotary_size, settings.positions
     names = [("", "")]
     names += [("", "_local")] if settings.architecture == "Gemma3ForCausalLM" else []
     names += [("long_rope_", "")] if settings.model_class == "phi" else []
     for prefix, suffix in names:
-        frequencies = (Form((size // 2,), "float32"), Form((1, size // 2), "float32"))
-        yield f"{prefix}rotary_inv_freq{suffix}", Expected(frequencies, required=False)
-        yield f"{prefix}embed_positions{suffix}", one((1, positions, size), "float32", required=False)
-        whole = one((1, positions * size), "float32", required=False)
+        frequencies = (TensorForm((size // 2,), "float32"), TensorForm((1, size // 2), "float32"))
+        yield f"{prefix}rotary_inv_freq{suffix}", ExpectedTensor(frequencies, required=False)
+        yield f"{prefix}embed_positions{suffix}", single_form((1, positions, size), "float32", required=False)
+        whole = single_form((1, positions * size), "float32", required=False)
         yield f"{prefix}embed_positions_for_gpt_attention{suffix}", whole
 
 
-def unaligned(settings: Settings) -> Iterator[Problem]:
-    """Matrices that the loader would pad, so that it asks for other shapes (quantized layouts, section 8).
+def unaligned_matrices(settings: ContractSettings) -> Iterator[Problem]:
+    """Report matrices that the loader would pad, so that it would ask for other shapes (quantized layouts, section 8).
 
-    It looks at both axes of the whole matrix, also the one that is not split, and wants a multiple for each of the tensor-parallel
-    ranks. Experts it does not pad: their kernels want whole tiles and groups on the rank.
+    Both axes of the whole matrix, even the one that is not split, must be a multiple of the kernels' unit times tp_size. Experts
+    are not padded: their matrix on the rank must consist of whole tiles and groups.
     """
     quantization, tp = settings.quantization, settings.parallel.tp
     if quantization.unit == 1:

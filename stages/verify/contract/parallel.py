@@ -1,4 +1,7 @@
-"""config.json's `mapping`: how many ranks there are, and what each holds. Facts: checkpoint format, sections 1 and 6."""
+"""Read config.json's `mapping`: the number of ranks, and the sizes of the parallel axes.
+
+Facts: checkpoint format, sections 1 and 6.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.verify.contract.reader import Reader, shown
+from stages.verify.contract.reader import ConfigReader, shown
 
 MOST_RANKS = 1 << 16
-# What `Mapping(**dict)` takes in one version or another from 0.13 to 1.2.1.
-KNOWN = (
+# The keys that `Mapping(**dict)` takes in some version from 0.13 to 1.2.1.
+KEYS = (
     "world_size",
     "rank",
     "gpus_per_node",
@@ -31,8 +34,8 @@ KNOWN = (
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """The sizes of the parallel axes; `layers`: how many each pipeline stage has."""
+class MappingSizes:
+    """The sizes of the parallel axes; `layers`: the number of layers of each pipeline stage."""
 
     tp: int
     pp: int
@@ -41,10 +44,13 @@ class Parallel:
     layers: tuple[int, ...]
 
 
-def read_mapping(mapping: Mapping[str, Any], layers: int, experts: bool) -> tuple[Parallel, Reader]:
-    """The sizes, and what is wrong with them: what `Mapping`'s own checks refuse, and what shapes cannot be told for."""
-    reader = Reader(mapping, "mapping.")
-    reader.keys(KNOWN)
+def read_mapping(mapping: Mapping[str, Any], layers: int, experts: bool) -> tuple[MappingSizes, ConfigReader]:
+    """Read the sizes; the reader holds what is wrong: what `Mapping`'s own checks refuse, and sizes that no shapes follow from.
+
+    `layers`: of the model. `experts`: whether it has some.
+    """
+    reader = ConfigReader(mapping, "mapping.")
+    reader.check_keys(KEYS)
     world, tp, pp = (reader.size(key, most=MOST_RANKS) for key in ("world_size", "tp_size", "pp_size"))
     cp = reader.size("cp_size", most=MOST_RANKS, default=1)
     reader.size("gpus_per_node", default=8)
@@ -55,20 +61,20 @@ def read_mapping(mapping: Mapping[str, Any], layers: int, experts: bool) -> tupl
     moe_tp, moe_ep = _experts(reader, tp)
     if experts and cp > 1:
         reader.wrong("cp_size", "1: TensorRT-LLM has no context parallelism for experts")
-    if (attention := _given(reader, "attn_tp_size")) not in (-1, tp * cp):
+    if (attention := _size_or_default(reader, "attn_tp_size")) not in (-1, tp * cp):
         reader.wrong("attn_tp_size", f"-1 or {tp * cp}", found=str(attention))
-    if _given(reader, "attn_cp_size") not in (-1, 1):
+    if _size_or_default(reader, "attn_cp_size") not in (-1, 1):
         reader.wrong("attn_cp_size", "-1 or 1")
     for key in ("auto_parallel", "enable_attention_dp", "enable_lm_head_tp_in_adp"):
         if reader.flag(key):
             reader.wrong(key, "false: weights would be split otherwise")
     if reader.has("cp_config") and not isinstance(mapping["cp_config"], Mapping):
         reader.wrong("cp_config", "an object, or null")
-    return Parallel(tp, pp, moe_tp, moe_ep, _stages(reader, pp, layers)), reader
+    return MappingSizes(tp, pp, moe_tp, moe_ep, _stages(reader, pp, layers)), reader
 
 
-def _given(reader: Reader, key: str) -> int:
-    """A size that -1 stands for the usual of."""
+def _size_or_default(reader: ConfigReader, key: str) -> int:
+    """A size of 1 or more, or -1 for the default."""
     value = reader.size(key, least=-1, most=MOST_RANKS, default=-1)
     if value == 0:
         reader.wrong(key, "-1, or 1 and more", fatal=True)
@@ -76,11 +82,11 @@ def _given(reader: Reader, key: str) -> int:
     return value
 
 
-def _experts(reader: Reader, tp: int) -> tuple[int, int]:
-    """The expert sizes as the loader fills them in."""
-    if _given(reader, "moe_cluster_size") not in (-1, 1):
+def _experts(reader: ConfigReader, tp: int) -> tuple[int, int]:
+    """(moe_tp_size, moe_ep_size), with defaults as the loader fills them in."""
+    if _size_or_default(reader, "moe_cluster_size") not in (-1, 1):
         reader.wrong("moe_cluster_size", "-1 or 1: clusters of experts split other weights")
-    moe_tp, moe_ep = _given(reader, "moe_tp_size"), _given(reader, "moe_ep_size")
+    moe_tp, moe_ep = _size_or_default(reader, "moe_tp_size"), _size_or_default(reader, "moe_ep_size")
     if moe_ep == -1:
         moe_ep = max(tp // moe_tp, 1) if moe_tp != -1 else 1
     if moe_tp == -1:
@@ -91,14 +97,14 @@ def _experts(reader: Reader, tp: int) -> tuple[int, int]:
     return moe_tp, moe_ep
 
 
-def _stages(reader: Reader, pp: int, layers: int) -> tuple[int, ...]:
+def _stages(reader: ConfigReader, pp: int, layers: int) -> tuple[int, ...]:
     """The layers of each stage: the first `layers % pp` have one more, unless `pp_partition` says otherwise."""
     if reader.has("pp_partition"):
-        given = reader.values["pp_partition"]
-        whole = isinstance(given, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
-        if whole and len(given) == pp and sum(given) == layers:
-            return tuple(given)
-        reader.wrong("pp_partition", f"{pp} counts of layers whose sum is {layers}, or null", found=shown(given), fatal=True)
+        partition = reader.values["pp_partition"]
+        whole = isinstance(partition, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in partition)
+        if whole and len(partition) == pp and sum(partition) == layers:
+            return tuple(partition)
+        reader.wrong("pp_partition", f"{pp} counts of layers whose sum is {layers}, or null", found=shown(partition), fatal=True)
     if pp > layers:
         reader.wrong("pp_size", f"at most num_hidden_layers {layers}", fatal=True)
         return ()

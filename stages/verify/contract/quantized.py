@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from stages.verify.contract.expected import Expected, Form, one
-from stages.verify.contract.reader import Reader
+from stages.verify.contract.expected import ExpectedTensor, TensorForm, single_form
+from stages.verify.contract.reader import ConfigReader
 
-# What `QuantConfig(**dict)` takes in one version or another from 0.13 to 1.2.1.
-KNOWN = (
+# The keys that `QuantConfig(**dict)` takes in some version from 0.13 to 1.2.1.
+KEYS = (
     "quant_algo",
     "kv_cache_quant_algo",
     "group_size",
@@ -38,8 +38,14 @@ TILE = 64  # in-features and out-features that the kernels need whole
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """`algorithm`: "" for none. `group`: in-features of a group. `clamp`: whether activations have bounds. `exclude`: patterns."""
+class QuantizationBlock:
+    """config.json's `quantization`, as far as tensors depend on it.
+
+    `algorithm`: "" for none. `cache`: whether keys and values are quantized. `group`: in-features of a group. `zero`: whether
+    groups have zero points. `prequant`: whether activations are scaled before a matrix. `clamp`: whether activations are clamped.
+    `meta_recipe`: whether Meta's FP8 recipe decides which layers are quantized. `exclude`: patterns of modules that are not
+    quantized.
+    """
 
     algorithm: str = ""
     cache: bool = False
@@ -51,13 +57,13 @@ class Quantization:
     exclude: tuple[str, ...] = ()
 
     def excluded(self, module: str) -> bool:
-        """Whether a module, or the one that it is part of, is left as it is by name."""
+        """Whether a pattern names a module, or the module around it, so that it is not quantized."""
         parent = module.rpartition(".")[0]
         return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (module, parent))
 
     @property
     def unit(self) -> int:
-        """What the in-features and out-features of a rank must be a multiple of; the loader pads them otherwise."""
+        """The number that a rank's in-features and out-features must be multiples of; otherwise the loader pads them."""
         if self.algorithm in GPTQ or self.algorithm == AWQ:
             return max(TILE, self.group)
         return TILE if self.algorithm in WEIGHT_ONLY else 1
@@ -65,7 +71,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix [out, inside] as a rank holds it. `split`: the axis of which it is a share. `experts`: how many are stacked."""
+    """A matrix [out_features, in_features] as a rank holds it: [out, inside].
+
+    `split`: the axis that ranks share, "out" or "in". `experts`: how many matrices are stacked, 0 for no stack.
+    """
 
     name: str
     out: int
@@ -75,17 +84,17 @@ class Linear:
     experts: int = 0
 
 
-def read_quantization(config: Mapping[str, Any]) -> tuple[Quantization, Reader]:
-    """The block, and what is wrong with it. Without one nothing is quantized."""
+def read_quantization(config: Mapping[str, Any]) -> tuple[QuantizationBlock, ConfigReader]:
+    """Read config.json's `quantization`; the reader holds what is wrong with it. Without one nothing is quantized."""
     values = config.get("quantization")
     if values is None:
-        return Quantization(), Reader({})
+        return QuantizationBlock(), ConfigReader({})
     if not isinstance(values, Mapping):
-        reader = Reader(config)
+        reader = ConfigReader(config)
         reader.wrong("quantization", "an object", fatal=True)
-        return Quantization(), reader
-    reader = Reader(values, "quantization.")
-    reader.keys(KNOWN)
+        return QuantizationBlock(), reader
+    reader = ConfigReader(values, "quantization.")
+    reader.check_keys(KEYS)
     if "quant_algo" not in values:
         reader.wrong("quant_algo", "an algorithm, or null", fatal=True)
     algorithm = reader.text("quant_algo", ALGORITHMS, default="")
@@ -98,7 +107,7 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[Quantization, Reader]:
         exclude = None
     if algorithm not in ("", FP8_ROWWISE) and exclude and not any(fnmatchcase("lm_head", pattern) for pattern in exclude):
         reader.wrong("exclude_modules", "lm_head among them, or null: the loader quantizes what a list does not name")
-    result = Quantization(
+    result = QuantizationBlock(
         algorithm,
         bool(cache),
         reader.size("group_size", default=128),
@@ -115,53 +124,60 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def tensors(linear: Linear, prefix: str, quantization: Quantization, dtype: str, plain: bool) -> Iterator[tuple[str, Expected]]:
-    """The tensors of a linear by full name. `plain`: it is not quantized, whatever the algorithm."""
+def linear_tensors(
+    linear: Linear, prefix: str, quantization: QuantizationBlock, dtype: str, plain: bool
+) -> Iterator[tuple[str, ExpectedTensor]]:
+    """The tensors of a linear module, with their names; `prefix` stands before the module's.
+
+    `dtype`: the model's. `plain`: the module is not quantized, whatever the algorithm.
+    """
     name, front = f"{prefix}{linear.name}", (linear.experts,) if linear.experts else ()
     if linear.bias:
-        yield f"{name}.bias", one((*front, linear.out), dtype)
+        yield f"{name}.bias", single_form((*front, linear.out), dtype)
     if plain or not quantization.algorithm or quantization.excluded(name):
-        yield f"{name}.weight", one((*front, linear.out, linear.inside), dtype)
+        yield f"{name}.weight", single_form((*front, linear.out, linear.inside), dtype)
         return
     for parameter, expected in _parameters(linear, front, name, quantization, dtype):
         yield f"{name}.{parameter}", expected
 
 
 def _parameters(
-    linear: Linear, front: tuple[int, ...], name: str, quantization: Quantization, dtype: str
-) -> Iterator[tuple[str, Expected]]:
+    linear: Linear, front: tuple[int, ...], name: str, quantization: QuantizationBlock, dtype: str
+) -> Iterator[tuple[str, ExpectedTensor]]:
     out, inside, algorithm = linear.out, linear.inside, quantization.algorithm
     if algorithm in WEIGHT_ONLY:
-        codes = Form((*front, inside, out * WEIGHT_ONLY[algorithm] // 8), "int8")
+        codes = TensorForm((*front, inside, out * WEIGHT_ONLY[algorithm] // 8), "int8")
         scale = "per_channel_scale"
-        # What is not int8 the builder quantizes itself.
-        yield "weight", Expected((codes,), bare=Form((*front, out, inside), dtype), partners=(f"{name}.{scale}",))
-        yield scale, one((*front, out), dtype)
+        # The builder itself quantizes a weight that is not int8.
+        yield "weight", ExpectedTensor((codes,), bare=TensorForm((*front, out, inside), dtype), partners=(f"{name}.{scale}",))
+        yield scale, single_form((*front, out), dtype)
     elif algorithm in (FP8, FP8_ROWWISE):
-        yield "weight", one((*front, out, inside), "float8_e4m3fn")
+        yield "weight", single_form((*front, out, inside), "float8_e4m3fn")
         if algorithm == FP8_ROWWISE:
-            yield "per_channel_scale", one((*front, out), "float32")
+            yield "per_channel_scale", single_form((*front, out), "float32")
         else:
-            yield "weights_scaling_factor", one((*front, 1), "float32")
-            yield "activation_scaling_factor", one((1,), "float32")
+            yield "weights_scaling_factor", single_form((*front, 1), "float32")
+            yield "activation_scaling_factor", single_form((1,), "float32")
     else:
         yield from _grouped(linear, front, quantization, dtype)
 
 
-def _grouped(linear: Linear, front: tuple[int, ...], quantization: Quantization, dtype: str) -> Iterator[tuple[str, Expected]]:
+def _grouped(
+    linear: Linear, front: tuple[int, ...], quantization: QuantizationBlock, dtype: str
+) -> Iterator[tuple[str, ExpectedTensor]]:
     out, inside = linear.out, linear.inside
     groups = inside // quantization.group
     if quantization.algorithm == AWQ:
-        yield "weight", one((*front, out // 2, inside), "int8")
-        yield "weights_scaling_factor", one((*front, out, groups), "float32")
+        yield "weight", single_form((*front, out // 2, inside), "int8")
+        yield "weights_scaling_factor", single_form((*front, out, groups), "float32")
     else:
-        yield "weight", one((*front, inside, out * GPTQ[quantization.algorithm] // ITEM_BITS), dtype)
-        yield "weights_scaling_factor", one((*front, groups, out), dtype)
+        yield "weight", single_form((*front, inside, out * GPTQ[quantization.algorithm] // ITEM_BITS), dtype)
+        yield "weights_scaling_factor", single_form((*front, groups, out), dtype)
     if quantization.zero:
-        yield "zero", one((*front, groups, out), dtype)
+        yield "zero", single_form((*front, groups, out), dtype)
     if quantization.prequant:
         shapes: tuple[tuple[int, ...], ...] = ((1, inside),)
         if quantization.algorithm == AWQ:
             # The loader makes [1, inside] of each of them; of a stack it takes the first.
             shapes = ((*front, inside), (inside,)) if front else ((inside,), (1, inside))
-        yield "prequant_scaling_factor", Expected(tuple(Form(shape, dtype) for shape in shapes))
+        yield "prequant_scaling_factor", ExpectedTensor(tuple(TensorForm(shape, dtype) for shape in shapes))

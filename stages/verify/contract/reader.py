@@ -1,4 +1,4 @@
-"""Values of a JSON object, each of the kind that the loader takes; what is not becomes a Problem, whatever it is."""
+"""Read the values of a JSON object, each of the kind that the loader takes; every other value becomes a Problem."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline.errors import Problem
 
-LARGEST = 1 << 31  # of a size: beyond, it is a mistake
+LARGEST = 1 << 31  # no size of a real model is larger
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a report."""
+    """A value as text of at most 80 characters."""
     try:
         text = "null" if value is None else repr(value)
     except (ValueError, RecursionError):  # integers of thousands of digits, lists thousands deep
@@ -20,11 +20,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class Reader:
-    """The keys of one object of config.json.
+class ConfigReader:
+    """Reads the keys of one object of config.json, and collects what is wrong with them.
 
-    `place`: what stands before a key in a report. `problems`: what was wrong so far. `usable`: whether no value that shapes hang on
-    was among it.
+    `place`: the text before a key in a problem, such as "mapping.". `problems`: the problems so far. `usable`: False once a value
+    that shapes depend on was wrong.
     """
 
     def __init__(self, values: Mapping[str, Any], place: str = "") -> None:
@@ -37,14 +37,14 @@ class Reader:
         return self.values.get(key) is not None
 
     def wrong(self, key: str, expected: str, remedy: str = "", *, found: str = "", fatal: bool = False) -> None:
-        """Record what is wrong with a key; `fatal`: no shape can be told without it."""
+        """Record a problem with a key. `found`: its value by default. `fatal`: shapes depend on it."""
         if not found:
             found = shown(self.values[key]) if key in self.values else "no such key"
         self.problems.append(Problem(f"config.json: {self.place}{key}", found, expected, remedy))
         self.usable = self.usable and not fatal
 
     def size(self, key: str, *, least: int = 1, most: int = LARGEST, default: int | None = None) -> int:
-        """A whole number; `least` where there is none that will do. `default`: where there is no such key, or null."""
+        """A whole number from `least` to `most`; `default` where the key is missing or null; at least 1 where it is wrong."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -54,7 +54,7 @@ class Reader:
         return max(least, 1)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """True or false; `default` where the key is missing or null, false where it is wrong."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -62,32 +62,32 @@ class Reader:
             self.wrong(key, "true or false", fatal=True)
         return value is True
 
-    def text(self, key: str, known: Collection[str] = (), default: str | None = None) -> str:
-        """One of `known`, or any text; "" where there is none."""
+    def text(self, key: str, allowed: Collection[str] = (), default: str | None = None) -> str:
+        """One of `allowed`, or any text where that is empty; `default` where the key is missing or null, "" where it is wrong."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, str) and value and (not known or value in known):
+        if isinstance(value, str) and value and (not allowed or value in allowed):
             return value
-        self.wrong(key, " or ".join(known) if known else "a name", fatal=True)
+        self.wrong(key, " or ".join(allowed) if allowed else "a name", fatal=True)
         return ""
 
     def positive(self, key: str) -> None:
-        """Check a number that no shape hangs on."""
+        """Check a number above 0 that no shape depends on."""
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.wrong(key, "a number greater than 0")
 
     def table(self, key: str) -> Mapping[str, Any] | None:
-        """An object, or None."""
+        """An object; None where there is none, which is recorded."""
         value = self.values.get(key)
         if isinstance(value, Mapping):
             return value
         self.wrong(key, "an object", fatal=True)
         return None
 
-    def keys(self, known: Collection[str]) -> None:
-        """Record keys that the loader does not know: it passes all of them to a constructor, which raises."""
+    def check_keys(self, known: Collection[str]) -> None:
+        """Record keys that the loader does not know: it passes all of them to a constructor, which would raise."""
         for key in self.values:
             if key not in known:
                 self.wrong(key, "no such key: TensorRT-LLM's loader raises on it", "Remove it")

@@ -1,6 +1,6 @@
-"""config.json as a whole: what the loader's model classes take from it, checked.
+"""Read and check what the loader's model classes take from config.json.
 
-Facts: checkpoint format, sections 5 and 6; families. A value that no shape can be told without makes the settings unusable.
+Facts: checkpoint format, sections 5 and 6; families. Where a value that shapes depend on is wrong, there are no settings.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
-from stages.verify.contract.parallel import Parallel, read_mapping
-from stages.verify.contract.quantized import FP8_ROWWISE, Quantization, read_quantization
-from stages.verify.contract.reader import Reader
+from stages.verify.contract.parallel import MappingSizes, read_mapping
+from stages.verify.contract.quantized import FP8_ROWWISE, QuantizationBlock, read_quantization
+from stages.verify.contract.reader import ConfigReader
 
 # The loader's model class by architecture, of those that headrace writes.
 CLASSES = {
@@ -32,7 +32,7 @@ CLASSES = {
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
 }
-# What these models are, by the setting that the class goes by.
+# The `qwen_type` by which the Qwen class tells these models apart.
 QWEN_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
@@ -42,7 +42,7 @@ QWEN_TYPES = {
 MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
 DTYPES = ("float16", "bfloat16", "float32")
 POSITIONS = ("rope_gpt_neox", "long_rope", "yarn")
-# What `MoeConfig(**dict)` takes in one version or another from 0.13 to 1.2.1.
+# The keys that `MoeConfig(**dict)` takes in some version from 0.13 to 1.2.1.
 MOE_KEYS = (
     "num_experts",
     "shared_expert_intermediate_size",
@@ -55,8 +55,8 @@ MOE_KEYS = (
     "device_limited_topk_group",
     "device_limited_routed_scaling_factor",
 )
-ALONE = {"world_size": 1, "tp_size": 1, "pp_size": 1}  # in the place of a mapping that is missing, which is said once
-# Of the LLaMA class: anything else asks for other modules.
+ALONE = {"world_size": 1, "tp_size": 1, "pp_size": 1}  # in place of a missing mapping, which is reported once
+# The LLaMA class asks for other modules where these have other values.
 CONSTANTS = {
     "residual_mlp": False,
     "fc_after_embed": False,
@@ -67,8 +67,12 @@ CONSTANTS = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the shapes hang on. `experts`: 0 for a model without. `embedding`: the axis that ranks share, "" for none."""
+class ContractSettings:
+    """The values of config.json that names and shapes of tensors depend on.
+
+    `experts`: 0 for a dense model. `expert_size`, `shared_size`: intermediate sizes of an expert and of the shared one, 0 for none.
+    `embedding`: the axis of the embedding that ranks share, "vocabulary" or "hidden", "" for none.
+    """
 
     architecture: str
     dtype: str
@@ -88,16 +92,17 @@ class Settings:
     expert_size: int
     shared_size: int
     embedding: str
-    parallel: Parallel
-    quantization: Quantization
+    parallel: MappingSizes
+    quantization: QuantizationBlock
 
     @property
     def model_class(self) -> str:
+        """The loader's class: "llama", "qwen", "phi" or "gemma"."""
         return CLASSES[self.architecture]
 
     @property
     def qk_norms(self) -> bool:
-        """Whether q and k are normalised by head: known by the architecture, whatever `qk_layernorm` says."""
+        """Whether q and k are normalised by head: the architecture decides, whatever `qk_layernorm` says."""
         return self.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 
     @property
@@ -107,13 +112,13 @@ class Settings:
 
     @property
     def layer_norms(self) -> bool:
-        """Whether norms are of the kind that has biases."""
+        """Whether norms are layer norms, which have biases."""
         return self.architecture == "PhiMoEForCausalLM"
 
 
-def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[Problem]]:
-    """The settings, or None where shapes cannot be told, and everything that is wrong with config.json."""
-    reader = Reader(config)
+def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, list[Problem]]:
+    """Read the settings, None where shapes cannot be told, and list everything that is wrong with config.json."""
+    reader = ConfigReader(config)
     architecture = reader.text("architecture", tuple(CLASSES))
     dtype = reader.text("dtype", DTYPES)
     reader.text("hidden_act")
@@ -128,10 +133,10 @@ def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[Prob
     layers = reader.size("num_hidden_layers", most=4096)
     kind = CLASSES.get(architecture, "")
     experts, expert_size, shared_size, moe = _experts(reader, architecture)
-    given = reader.table("mapping")
-    parallel, mapping = read_mapping(ALONE if given is None else given, layers, experts > 0)
+    mapping_values = reader.table("mapping")
+    parallel, mapping = read_mapping(ALONE if mapping_values is None else mapping_values, layers, experts > 0)
     quantization, block = read_quantization(config)
-    settings = Settings(
+    settings = ContractSettings(
         architecture=architecture,
         dtype=dtype,
         vocab_size=reader.size("vocab_size"),
@@ -144,7 +149,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[Prob
         positions=reader.size("max_position_embeddings"),
         rotary_size=rotary,
         hidden_act=str(config.get("hidden_act")),
-        # Phi's class knows by itself.
+        # Phi's class does not read the key.
         attention_bias=architecture == "PhiMoEForCausalLM" if kind == "phi" else reader.flag("attn_bias", kind == "qwen"),
         mlp_bias=kind != "phi" and reader.flag("mlp_bias"),
         experts=experts,
@@ -162,17 +167,17 @@ def read_settings(config: Mapping[str, Any]) -> tuple[Settings | None, list[Prob
     return (settings if usable and reader.usable else None), problems
 
 
-def _experts(reader: Reader, architecture: str) -> tuple[int, int, int, Reader]:
-    """How many experts there are, their size and that of the shared one, and what is wrong with `moe`."""
+def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, ConfigReader]:
+    """The number of experts, their size, the shared expert's size, and the reader that holds what is wrong with `moe`."""
     if (not reader.has("moe") and architecture not in MIXTURES) or CLASSES.get(architecture) == "gemma":
-        return 0, 0, 0, Reader({})
+        return 0, 0, 0, ConfigReader({})
     if architecture == "Phi3ForCausalLM":
         reader.wrong("moe", "no such key: the class takes it for a mixture of experts", "Remove it")
-    given = reader.table("moe")
-    if given is None:
-        return 0, 0, 0, Reader({})
-    moe = Reader(given, "moe.")
-    moe.keys(MOE_KEYS)
+    moe_values = reader.table("moe")
+    if moe_values is None:
+        return 0, 0, 0, ConfigReader({})
+    moe = ConfigReader(moe_values, "moe.")
+    moe.check_keys(MOE_KEYS)
     experts, chosen = moe.size("num_experts", least=0, most=1 << 16), moe.size("top_k", least=0)
     mixture = architecture in MIXTURES
     if (experts == 0) != (chosen == 0) or chosen > experts:
@@ -187,16 +192,16 @@ def _experts(reader: Reader, architecture: str) -> tuple[int, int, int, Reader]:
     return experts, reader.size("moe_intermediate_size"), shared, moe
 
 
-def _embedding(reader: Reader, kind: str, tp: int) -> str:
-    """The axis of the embedding that ranks share. Gemma's class shares it whenever there are several."""
+def _embedding(reader: ConfigReader, kind: str, tp: int) -> str:
+    """The axis of the embedding that ranks share. Gemma's class splits it whenever there are several ranks."""
     parallel = reader.flag("use_parallel_embedding")
     axis = reader.size("embedding_sharding_dim", least=0, most=1, default=0)
     parallel = tp > 1 if kind == "gemma" else parallel
     return ("vocabulary", "hidden")[axis] if parallel and tp > 1 else ""
 
 
-def _by_class(reader: Reader, architecture: str, settings: Settings) -> None:
-    """What one class alone asks for."""
+def _by_class(reader: ConfigReader, architecture: str, settings: ContractSettings) -> None:
+    """Check the values that a single class asks for."""
     config, kind = reader.values, CLASSES.get(architecture)
     if kind == "llama":
         for key, value in CONSTANTS.items():
@@ -220,8 +225,8 @@ def _by_class(reader: Reader, architecture: str, settings: Settings) -> None:
         reader.wrong("quantization", f"another algorithm: TensorRT-LLM has no experts in {algorithm}", found=algorithm)
 
 
-def _divisible(reader: Reader, settings: Settings) -> None:
-    """What the ranks must be able to share out (checkpoint format, sections 2 and 12)."""
+def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:
+    """Check that sizes can be split over the ranks (checkpoint format, sections 2 and 12)."""
     parallel = settings.parallel
     tp = parallel.tp
     shares = [("num_attention_heads", settings.heads, "tp_size", tp)]

@@ -1,1 +1,1 @@
-"""Logits: the ranks run as TensorRT-LLM's classes compute them, and the source run by transformers."""
+"""Logits: run the ranks as TensorRT-LLM's classes compute them, and the source with transformers."""

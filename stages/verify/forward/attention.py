@@ -1,4 +1,4 @@
-"""Attention over the ranks: each has some heads, and its part of the sum that the last projection makes of them."""
+"""Attention over the ranks: each computes some heads, and its partial sum of the output projection."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from torch import Tensor
 
 from stages.verify.forward.norms import rms_norm
 from stages.verify.forward.rotation import Rotation
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
-class Cache:
-    """A sequence so far: its tokens, int [tokens], and keys and values, [kv heads, tokens, head_size], by layer and rank."""
+class KeyValueCache:
+    """The tokens of a sequence, int [tokens], and their keys and values, [kv heads, tokens, head_size], by layer and rank."""
 
     def __init__(self) -> None:
         self.tokens = torch.empty(0, dtype=torch.int64)
-        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget the keys and values."""
-        self._held.clear()
+        self._entries.clear()
 
     def extend(self, layer: int, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens; returns those of all tokens."""
-        held = self._held.get((layer, rank))
-        if held is not None:
-            k, v = torch.cat([held[0], k], 1), torch.cat([held[1], v], 1)
-        self._held[layer, rank] = k, v
+        """Add the keys and values of new tokens, [kv heads, new, head_size]; returns those of all tokens."""
+        before = self._entries.get((layer, rank))
+        if before is not None:
+            k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+        self._entries[layer, rank] = k, v
         return k, v
 
 
 class Attention:
-    """The attention of every layer. `block_bytes`: of scores that are in memory at once."""
+    """Computes the attention of every layer. `block_bytes`: of scores that are in memory at once."""
 
-    def __init__(self, settings: Settings, block_bytes: int) -> None:
+    def __init__(self, settings: DecoderSettings, block_bytes: int) -> None:
         self.settings, self.block_bytes = settings, block_bytes
         self.rotation = Rotation(settings)
 
-    def __call__(self, stage: Stage, module: str, layer: int, x: Tensor, cache: Cache) -> Tensor:
-        """[tokens, hidden] of the last of the cache's tokens, whose keys and values are added to it."""
+    def __call__(self, stage: PipelineStage, module: str, layer: int, x: Tensor, cache: KeyValueCache) -> Tensor:
+        """The attention's output [tokens, hidden] for the last of the cache's tokens; adds their keys and values to the cache.
+
+        `layer`: by its number in the model. `x`: the tokens' activations, float32 [tokens, hidden].
+        """
         settings = self.settings
         sizes = [count * settings.head_size for count in (settings.heads, settings.kv_heads, settings.kv_heads)]
 
@@ -53,19 +56,19 @@ class Attention:
                 q = rms_norm(q, stage.vector(f"{module}.q_layernorm.weight", settings.head_size), settings.epsilon)
                 k = rms_norm(k, stage.vector(f"{module}.k_layernorm.weight", settings.head_size), settings.epsilon)
             length, local = len(cache.tokens), settings.is_local(layer)
-            q, k = (self.rotation.turn(each, length - len(x), length, local=local) for each in (q, k))
+            q, k = (self.rotation.rotate(each, length - len(x), length, local=local) for each in (q, k))
             k, v = cache.extend(layer, rank, k, v)
             return self._attend(q, k, v, settings.window if local else length).transpose(0, 1).flatten(1)
 
         return stage.total(part, f"{module}.dense", settings.hidden, bias=settings.dense_bias)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """[heads, new, head_size] of queries [heads, new, ...], those of the last tokens of keys and values [kv heads, all, ...].
+        """Attend with queries [heads, new, head_size], of the last tokens, to keys and values [kv heads, all, head_size].
 
-        Each sees `window` positions, its own the last.
+        Each token sees `window` positions, of which its own is the last. Returns [heads, new, head_size].
         """
         heads, new, length = len(q), q.shape[1], k.shape[1]
-        # Each key head has several queries' heads, next to one another.
+        # The query heads that share a key head are neighbours.
         q, k, v = q.reshape(len(k), heads // len(k), new, -1) * self.settings.score_scale, k[:, None], v[:, None]
         count = max(self.block_bytes // (4 * heads * length), 1)
         result = torch.empty_like(q)

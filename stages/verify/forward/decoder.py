@@ -1,9 +1,9 @@
-"""A decoder's logits from the files of its ranks, as TensorRT-LLM's classes compute them, in float32 and in little memory.
+"""Compute a decoder's logits from the files of its ranks, as TensorRT-LLM's classes do, in float32 and in little memory.
 
-Partial sums of tensor-parallel ranks are added up, pipeline stages follow one another, kernels' layouts are read as the numbers
-that they stand for. Not emulated: the 8 bits that FP8 kernels round activations to (`activation_scaling_factor`, and `clamp_val` of
-the rowwise ones), an FP8 cache of keys and values, and the 16 bits of everything else. A sequence that grows past long rope's
-trained length is computed anew from its first token, as transformers does; an engine goes on with what it has.
+Partial sums of tensor-parallel ranks are added up, pipeline stages follow one another, and weights in the kernels' layouts are read
+as numbers. Not emulated are the 8 bits that FP8 kernels round activations to (`activation_scaling_factor`, and `clamp_val` of the
+rowwise ones), an FP8 cache of keys and values, and 16-bit arithmetic. A sequence that grows past long rope's trained length is
+computed anew from its first token, as transformers does; an engine keeps the keys and values that it has.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.tensor.checkpoint import Checkpoint
-from stages.verify.forward.attention import Attention, Cache
+from stages.verify.forward.attention import Attention, KeyValueCache
 from stages.verify.forward.experts import FeedForward
 from stages.verify.forward.norms import norm
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage, Weights
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import CheckpointWeights, PipelineStage
 
 BLOCK_BYTES = 64 << 20
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head"
@@ -26,32 +26,32 @@ EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head"
 class Decoder:
     """The model that a checkpoint's config.json describes, over all of its ranks.
 
-    `block_bytes`: of one weight as float32 that is in memory at once (one row at least). `cache_bytes`: of blocks that are kept for
-    the next token; a model whose weights as float32 fit is read once.
+    `block_bytes`: the part of one weight, as float32, that is in memory at once (one row at least). `cache_bytes`: blocks of
+    weights that are kept for the next token; a model whose weights fit, as float32, is read once.
 
-    Raises BadInput naming what of config.json is not computed here. Running it raises VerificationFailed naming a tensor that is
-    missing or of a wrong shape, that must be a copy on every rank and is not, or whose padding is not zeros; `unused` tells those
-    that nothing needed.
+    Raises BadInput naming the keys of config.json that ask for something that is not computed here, and VerificationFailed for
+    another number of rank files. Its methods raise VerificationFailed naming a tensor that is missing or has a wrong shape, that
+    differs between ranks although it must not, or whose padding is not zeros. `unused` names the tensors that nothing needed.
     """
 
     def __init__(self, checkpoint: Checkpoint, block_bytes: int = BLOCK_BYTES, cache_bytes: int = 0) -> None:
-        self.settings = settings = Settings(checkpoint.config)
+        self.settings = settings = DecoderSettings(checkpoint.config)
         if len(checkpoint.ranks) != settings.tp * settings.pp:
             expected = f"{settings.tp * settings.pp}: tp_size {settings.tp} * pp_size {settings.pp}"
             raise VerificationFailed([Problem("config.json: mapping", f"{len(checkpoint.ranks)} rank files", expected)])
-        self._weights = Weights(checkpoint, block_bytes, cache_bytes)
-        self._stages = [Stage(self._weights, range(n * settings.tp, (n + 1) * settings.tp)) for n in range(settings.pp)]
+        self._weights = CheckpointWeights(checkpoint, block_bytes, cache_bytes)
+        self._stages = [PipelineStage(self._weights, range(n * settings.tp, (n + 1) * settings.tp)) for n in range(settings.pp)]
         self._attention, self._mlp = Attention(settings, block_bytes), FeedForward(settings)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """float32 [tokens, vocab_size] of one sequence, int [tokens]: row n is what token n is followed by."""
-        return self.step(tokens, Cache())
+        """The logits of one sequence, int [tokens]: float32 [tokens, vocab_size], where row n predicts the token behind token n."""
+        return self.step(tokens, KeyValueCache())
 
-    def step(self, tokens: Tensor, cache: Cache, last: int | None = None) -> Tensor:
-        """float32 [last, vocab_size]: logits of the last of new tokens (default: of all), int [tokens], behind those of the cache.
+    def step(self, tokens: Tensor, cache: KeyValueCache, last: int | None = None) -> Tensor:
+        """The logits of the `last` new tokens (default: of all): float32 [last, vocab_size].
 
-        The same as the last rows of `logits` of all tokens. The cache then has the new tokens too; a fresh `Cache()` has none.
-        Raises BadInput for no tokens, and such as are not in the vocabulary.
+        `tokens`: int [tokens], which follow those of the cache, and are added to it. The logits are the last rows of `logits` of
+        all tokens. Raises BadInput for no tokens, and for tokens outside the vocabulary.
         """
         settings = self.settings
         if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= settings.vocab:
@@ -73,13 +73,13 @@ class Decoder:
         return result
 
     def unused(self) -> list[str]:
-        """Tensors that nothing has asked for so far, each after its file's name: after a run, those that the model does not need.
+        """The tensors that nothing has read so far, each after its file's name: after a run, those that the model does not need.
 
-        What config.json's model has no use for must not be there. The loader's own buffers are not among them.
+        A checkpoint must have none. Buffers that the loader computes itself are not among them.
         """
         return self._weights.unused()
 
-    def _layer(self, stage: Stage, module: str, layer: int, x: Tensor, cache: Cache) -> Tensor:
+    def _layer(self, stage: PipelineStage, module: str, layer: int, x: Tensor, cache: KeyValueCache) -> Tensor:
         settings = self.settings
         between = settings.norms_between
         inner = self._attention(stage, f"{module}.attention", layer, norm(stage, f"{module}.input_layernorm", settings, x), cache)
@@ -93,7 +93,7 @@ class Decoder:
         return x + inner * settings.residual_scale
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """[tokens, hidden]: the tokens' own rows of the table alone, which may be split by rows or by columns."""
+        """The tokens' rows of the embedding, [tokens, hidden]; no other rows are read. Ranks may share its rows or its columns."""
         settings, weights, ranks = self.settings, self._weights, self._stages[0].ranks
         module = EMBEDDING.removesuffix(".weight")
         parallel, dim = settings.config.get("use_parallel_embedding", False), settings.config.get("embedding_sharding_dim", 0)
@@ -113,6 +113,7 @@ class Decoder:
         return result
 
     def _lookup(self, rank: int, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Rows of a rank's embedding, which must have a `shape`: [tokens, shape[1]]."""
         table = self._weights.matrix(rank, EMBEDDING.removesuffix(".weight"))
         if table.shape != shape:
             subject = f"rank{rank}.safetensors: {EMBEDDING}"
@@ -121,7 +122,7 @@ class Decoder:
         return torch.cat([rows[token] for token in tokens.tolist()]) if rows else torch.empty(0, shape[1])
 
     def _head(self, x: Tensor) -> Tensor:
-        """[tokens, vocab_size]: each rank has as many rows of lm_head, the last of which are padding."""
+        """The logits before scaling, [tokens, vocab_size]. Each rank has as many rows of lm_head; the last of all are padding."""
         settings, stage = self.settings, self._stages[-1]
         rows = -(-settings.vocab // settings.tp)
         biased = settings.layer_norm and stage.has(f"{HEAD}.bias")

@@ -1,4 +1,4 @@
-"""The MLP over the ranks, dense or a mixture of experts, which are computed for the tokens alone that go to them."""
+"""The MLP over the ranks: dense, or a mixture of experts, each of which is computed only for the tokens that are routed to it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import Problem, VerificationFailed
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
-    """TensorRT-LLM's GELU, by all of its names."""
+    """GELU with tanh, which TensorRT-LLM computes under both of its names."""
     return functional.gelu(x, approximate="tanh")
 
 
@@ -27,19 +27,19 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def halves(x: Tensor) -> Tensor:
-    """One projection for both: the factor, then what is activated (quantized or not, `swiglu`)."""
+    """SwiGLU of a projection [..., 2 * features], whose first half is the factor and whose second half is activated."""
     factor, activated = x.chunk(2, -1)
     return factor * functional.silu(activated)
 
 
 class FeedForward:
-    """The MLP of every layer."""
+    """Computes the MLP of every layer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
 
-    def __call__(self, stage: Stage, module: str, x: Tensor) -> Tensor:
-        """[tokens, hidden] of tokens [tokens, hidden]."""
+    def __call__(self, stage: PipelineStage, module: str, x: Tensor) -> Tensor:
+        """The output of MLP `module` for activations `x`, both float32 [tokens, hidden]."""
         settings = self.settings
         if settings.experts:
             return self._mixture(stage, module, x)
@@ -53,12 +53,13 @@ class FeedForward:
 
         return stage.total(part, f"{module}.proj", settings.hidden, bias=settings.mlp_bias)
 
-    def _fused(self, stage: Stage, module: str, x: Tensor, inner: int) -> Tensor:
+    def _fused(self, stage: PipelineStage, module: str, x: Tensor, inner: int) -> Tensor:
+        """An MLP whose `fc` is both projections; `inner`: its intermediate features on a rank."""
         return stage.total(
             lambda rank: halves(stage.part(rank, x, f"{module}.fc", 2 * inner)), f"{module}.proj", self.settings.hidden
         )
 
-    def _mixture(self, stage: Stage, module: str, x: Tensor) -> Tensor:
+    def _mixture(self, stage: PipelineStage, module: str, x: Tensor) -> Tensor:
         shares = route(stage.copied(x, f"{module}.router", self.settings.experts), self.settings)
         result, inner = torch.zeros_like(x), self.settings.expert_inner
         count = self.settings.experts // self.settings.ep
@@ -77,10 +78,11 @@ class FeedForward:
             result += self._fused(stage, f"{module}.shared_expert", x, self.settings.shared_inner) * gate
         return result
 
-    def _check_stacks(self, stage: Stage, rank: int, module: str, count: int) -> None:
+    def _check_stacks(self, stage: PipelineStage, rank: int, module: str, count: int) -> None:
+        """Raise VerificationFailed where a rank does not stack `count` experts."""
         for name in ("fc", "proj"):
             shape = stage.weights.tensor(rank, f"{module}.{name}.weight").shape
-            # No token may go to an expert, so that nothing else asks for it.
+            # Expert 0 is read here, as it may be that no token is routed to any expert of the rank.
             stage.weights.matrix(rank, f"{module}.{name}", 0)
             if len(shape) != 3 or shape[0] != count:
                 subject = f"rank{rank}.safetensors: {module}.{name}.weight"
@@ -88,8 +90,8 @@ class FeedForward:
                 raise VerificationFailed([Problem(subject, f"shape {list(shape)}", expected)])
 
 
-def route(scores: Tensor, settings: Settings) -> Tensor:
-    """How much of each expert's output each token takes: [tokens, experts] of router's scores, 0 where it does not go there."""
+def route(scores: Tensor, settings: DecoderSettings) -> Tensor:
+    """Compute each expert's share in each token's output from the router's scores: both [tokens, experts], 0 for unused experts."""
     count = int(settings.moe["top_k"])
     if settings.routing == 2:
         return sparse_mixer(scores, count, 2 * float(settings.moe["sparse_mixer_epsilon"]))
@@ -100,7 +102,11 @@ def route(scores: Tensor, settings: Settings) -> Tensor:
 
 
 def sparse_mixer(scores: Tensor, count: int, margin: float) -> Tensor:
-    """One expert after the other: its share among those that score nearly as much, less those already chosen."""
+    """Choose `count` experts one by one: each has its share among the remaining ones that score nearly as much.
+
+    `scores`: [tokens, experts]. `margin`: the relative distance from the best score within which experts share. Returns their
+    shares, [tokens, experts].
+    """
     result, left = torch.zeros_like(scores), scores
     for _ in range(count):
         top = left.max(-1, keepdim=True)

@@ -1,19 +1,19 @@
-"""Tokens that a decoder goes on with, one at a time."""
+"""Generate tokens with a decoder, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from stages.verify.forward.attention import Cache
+from stages.verify.forward.attention import KeyValueCache
 from stages.verify.forward.decoder import Decoder
 
 
 def generate(
     decoder: Decoder,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[int],
     count: int,
     *,
     stop: Collection[int] = (),
@@ -21,14 +21,14 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """At most `count` tokens behind a prompt's, int [tokens], each when it is known; the first one of `stop` is the last.
+    """Yield at most `count` tokens that continue a prompt's, int [tokens], each when it is computed; a token of `stop` is the last.
 
-    The likeliest each time, or, at a `temperature` above 0, one drawn by its share among the `top_k` likeliest (0: among all), the
-    same ones for the same `seed`. Costs one pass over the weights for the prompt and one for each token but the last.
-    Raises what Decoder.step raises.
+    At temperature 0 each token is the likeliest. Above 0 it is drawn by its share among the `top_k` likeliest (0: among all), and
+    the same `seed` draws the same tokens. One pass over the weights is made for the prompt, and one for each token but the last.
+    Raises what `Decoder.step` raises.
     """
     generator = torch.Generator().manual_seed(seed)
-    cache, new = Cache(), tokens
+    cache, new = KeyValueCache(), torch.as_tensor(tokens)
     for _ in range(count):
         token = _choose(decoder.step(new, cache, last=1)[0], temperature, top_k, generator)
         yield token
@@ -38,6 +38,7 @@ def generate(
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Choose a token by its logits, float32 [vocabulary]."""
     if temperature <= 0:
         return int(logits.argmax())
     kept, tokens = logits.topk(min(top_k, len(logits))) if top_k else (logits, torch.arange(len(logits)))

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint's ranks put together again, by Hugging Face's names: what transformers can run."""
+"""Join the weights of a checkpoint's ranks again, under Hugging Face's names, so that transformers can run them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,47 @@ from torch import Tensor
 
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.verify.matrices import matrix
-from stages.verify.roundtrip.origin import Piece
+from stages.verify.roundtrip.origin import Origin
 from stages.verify.values import read
 
 
-class Joined:
-    """`shapes`: of the source's tensors, of which `pieces` say where each part is. Quantized weights are given as numbers."""
+class JoinedWeights:
+    """The ranks' weights by the source's names, quantized ones as numbers.
 
-    def __init__(self, checkpoint: Checkpoint, pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    `origins`: of the ranks' tensors in the source's. `shapes`: of the source's tensors by name.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, origins: Iterable[Origin], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.checkpoint, self.shapes = checkpoint, shapes
-        self.pieces: dict[str, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            if piece.source:
-                self.pieces[piece.source].append(piece)
+        self.origins: dict[str, list[Origin]] = defaultdict(list)
+        for origin in origins:
+            if origin.source:
+                self.origins[origin.source].append(origin)
 
     def names(self) -> tuple[str, ...]:
-        """The tensors of the source that the ranks hold."""
-        return tuple(name for name in self.shapes if name in self.pieces)
+        """The names of the source's tensors that the ranks hold."""
+        return tuple(name for name in self.shapes if name in self.origins)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the source's tensor."""
         return self.shapes[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, ...]: gathered from the ranks; of copies, any."""
+        """Rows [start, stop), float32 [stop - start, ...], gathered from the ranks; of copies, any one."""
         result = torch.zeros(stop - start, *self.shapes[name][1:])
-        for piece in self.pieces[name]:
-            first, last = max(start, piece.source_rows[0]), min(stop, piece.source_rows[1])
+        for origin in self.origins[name]:
+            first, last = max(start, origin.source_rows[0]), min(stop, origin.source_rows[1])
             if first < last:
-                row = piece.rows[0] + first - piece.source_rows[0]
-                values = self._read(piece, row, row + last - first) - piece.added
+                row = origin.rows[0] + first - origin.source_rows[0]
+                values = self._read(origin, row, row + last - first) - origin.added
                 place = result[first - start : last - start]
-                (place[:, slice(*piece.columns)] if piece.columns else place).copy_(values)
+                (place[:, slice(*origin.columns)] if origin.columns else place).copy_(values)
         return result
 
-    def _read(self, piece: Piece, start: int, stop: int) -> Tensor:
-        tensor = self.checkpoint.ranks[piece.rank][piece.tensor]
+    def _read(self, origin: Origin, start: int, stop: int) -> Tensor:
+        tensor = self.checkpoint.ranks[origin.rank][origin.tensor]
         if len(tensor.shape) == 1:
             return read(tensor, ((start, stop),)).float()
-        held = matrix(self.checkpoint, piece.rank, piece.module, piece.expert)
-        values = held.rows(start, stop)
-        return values if held.prequant is None else values * held.prequant
+        stored = matrix(self.checkpoint, origin.rank, origin.module, origin.expert)
+        values = stored.rows(start, stop)
+        return values if stored.prequant is None else values * stored.prequant

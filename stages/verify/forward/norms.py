@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.verify.forward.settings import Settings
-from stages.verify.forward.weights import Stage
+from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.weights import PipelineStage
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[..., features] of the same shape, weight [features]."""
+    """The RMS norm of `x`, [..., features], with a weight [features]."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def norm(stage: Stage, module: str, settings: Settings, x: Tensor) -> Tensor:
-    """[tokens, hidden] by a norm of which every rank has a copy."""
+def norm(stage: PipelineStage, module: str, settings: DecoderSettings, x: Tensor) -> Tensor:
+    """Apply the norm `module`, of which every rank has a copy, to [tokens, hidden]."""
     weight = stage.vector(f"{module}.weight", settings.hidden)
     if not settings.layer_norm:
         return rms_norm(x, weight, settings.epsilon)

@@ -1,7 +1,7 @@
-"""reference: the source's own model, run by transformers layer by layer.
+"""reference: run the source's own model with transformers, layer by layer.
 
-Only one decoder layer's weights are in memory at a time, of the embedding the rows of the prompt's tokens, of lm_head a block of
-rows: a model runs that is far larger than the machine.
+In memory are one decoder layer's weights at a time, the embedding's rows of the prompt's tokens, and a block of lm_head's rows: so
+a model can run that is far larger than the machine's memory.
 """
 
 from __future__ import annotations
@@ -11,35 +11,28 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from stages.verify.named_weights import NamedWeights
 
 BLOCK_BYTES = 32 << 20  # of float32, read at once
-# Not the model's: how its weights were stored, and how somebody ran it.
+# Keys that do not describe the model, but how its weights were stored or how it was run.
 DROPPED = ("quantization_config", "compression_config", "auto_map", "torch_dtype", "dtype", "transformers_version")
-# What transformers calls models that the Hub calls otherwise.
+# The names of transformers' classes that differ from the architecture in config.json.
 CLASSES = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}
 # How transformers 5 holds the experts of a layer: [E, 2 I, H], the activated half first, and [E, H, I].
 STACKS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
 ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")  # block_sparse_moe.gate in files
 
 
-class Weights(Protocol):
-    """A model's weights by Hugging Face's parameter names, experts one by one; rows of them on demand."""
-
-    def names(self) -> Sequence[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
-
-
 @dataclass(frozen=True)
-class Part:
-    """A weight, and the part of a parameter that it fills: `place` as an index, of `shape`."""
+class ParameterPart:
+    """A weight and the part of a parameter that it fills: the index `place`, which has a `shape`."""
 
     name: str
     place: tuple[int | slice, ...]
@@ -47,11 +40,12 @@ class Part:
 
 
 class Reference:
-    """transformers' model of `config` with `weights`, on the CPU, in float32."""
+    """transformers' model for `config` with some `weights`, on the CPU, in float32."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
-        """Raises VerificationFailed naming every parameter without a weight, every weight without a parameter and every weight
-        of another shape; BadInput where transformers is not installed or does not know the model.
+    def __init__(self, config: Mapping[str, Any], weights: NamedWeights) -> None:
+        """Raises VerificationFailed naming parameters without a weight, and weights without a parameter or of another shape.
+
+        Raises BadInput where transformers is not installed, or does not know the model.
         """
         self._weights = weights
         with _quiet():
@@ -70,7 +64,10 @@ class Reference:
         self._head.forward = self._logits
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """float32 [n, vocabulary] of one sequence of tokens, int64 [n]. Raises IndexError for tokens beyond the embedding."""
+        """The logits of one sequence of tokens, int64 [tokens]: float32 [tokens, vocabulary].
+
+        Raises IndexError for no tokens, and for tokens beyond the embedding.
+        """
         rows = self._weights.shape(self._parts[self._embedding_name][0].name)[0]
         if tokens.ndim != 1 or not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= rows:
             raise IndexError(f"tokens of shape {list(tokens.shape)}; expected one sequence of tokens 0 to {rows - 1}")
@@ -78,32 +75,32 @@ class Reference:
             result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
         return result
 
-    def _matched(self, tied: bool) -> dict[str, list[Part]]:
-        """The parts of each parameter."""
+    def _matched(self, tied: bool) -> dict[str, list[ParameterPart]]:
+        """Match the weights with the model's parameters; returns the parts of each parameter by its name."""
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         names = {id(module): name for name, module in self._model.named_modules()}
         self._embedding_name = f"{names[id(self._embedding)]}.weight"
         self._head_name = f"{names[id(self._head)]}.weight"
-        given = set(self._weights.names())
+        weight_names = set(self._weights.names())
         result, problems = {}, []
         for name, parameter in parameters.items():
-            stands_in = self._embedding_name if name == self._head_name and name not in given and tied else name
-            result[name] = _parts(stands_in, tuple(parameter.shape), given)
+            weight_name = self._embedding_name if name == self._head_name and name not in weight_names and tied else name
+            result[name] = _parts(weight_name, tuple(parameter.shape), weight_names)
             for part in result[name]:
-                found = self._weights.shape(part.name) if part.name in given else None
-                if found is None:
+                shape = self._weights.shape(part.name) if part.name in weight_names else None
+                if shape is None:
                     problems.append(Problem(part.name, "no such weight", f"one of shape {list(part.shape)}, as the model has it"))
-                elif tuple(found) != part.shape:
-                    problems.append(Problem(part.name, f"shape {list(found)}", f"{list(part.shape)}, as the model has it"))
+                elif tuple(shape) != part.shape:
+                    problems.append(Problem(part.name, f"shape {list(shape)}", f"{list(part.shape)}, as the model has it"))
         used = {part.name for parts in result.values() for part in parts}
-        extra = sorted(given - used)
+        extra = sorted(weight_names - used)
         problems += [Problem(name, "a weight that the model has no place for", "the model's parameters alone") for name in extra]
         if problems:
             raise VerificationFailed(problems)
         return result
 
     def _on_demand(self, layer: nn.Module, names: Sequence[str]) -> None:
-        """Have a layer's parameters in memory while it runs."""
+        """Keep a layer's parameters in memory only while it runs."""
         empty = {name: self._model.get_parameter(name) for name in names}
 
         def load(*_: Any) -> None:
@@ -117,6 +114,7 @@ class Reference:
         layer.register_forward_hook(drop)
 
     def _fill(self, names: Sequence[str]) -> None:
+        """Read some parameters from the weights."""
         for name in names:
             values = torch.empty(self._model.get_parameter(name).shape)
             for part in self._parts[name]:
@@ -132,7 +130,7 @@ class Reference:
             into[start:stop] = self._weights.rows(name, start, stop)
 
     def _embed(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the rows of the prompt's tokens, and the tokens' places among them."""
+        """Before the embedding runs, set its rows to those of the prompt's tokens, and replace the tokens by their places there."""
         used, places = torch.unique(arguments[0], return_inverse=True)
         name = self._parts[self._embedding_name][0].name
         rows = [self._weights.rows(name, token, token + 1).float() for token in used.tolist()]
@@ -140,7 +138,7 @@ class Reference:
         return (places, *arguments[1:])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """lm_head, some of its rows at a time."""
+        """Compute lm_head of `hidden` [..., hidden], some of its rows at a time."""
         (part,) = self._parts[self._head_name]
         result = torch.empty(*hidden.shape[:-1], part.shape[0])
         for start, stop in _blocks(part.shape):
@@ -150,22 +148,22 @@ class Reference:
         return result + bias if isinstance(bias, Tensor) else result
 
 
-def _parts(name: str, shape: tuple[int, ...], given: set[str]) -> list[Part]:
-    """What fills a parameter: the weight of its name, or those that files have in its place."""
-    if name in given:
-        return [Part(name, (), shape)]
+def _parts(name: str, shape: tuple[int, ...], weight_names: set[str]) -> list[ParameterPart]:
+    """The weights that fill a parameter: the one of its name, or those that files have in its place."""
+    if name in weight_names:
+        return [ParameterPart(name, (), shape)]
     for router in ROUTERS:
-        found = name.replace(router, ".block_sparse_moe.gate.weight")
-        if name.endswith(router) and found in given:
-            return [Part(found, (), shape)]
+        renamed = name.replace(router, ".block_sparse_moe.gate.weight")
+        if name.endswith(router) and renamed in weight_names:
+            return [ParameterPart(renamed, (), shape)]
     front, _, leaf = name.rpartition(".")
     if not front.endswith(".mlp.experts") or leaf not in STACKS or len(shape) != 3:
-        return [Part(name, (), shape)]
+        return [ParameterPart(name, (), shape)]
     numbered = f"{front.removesuffix('.mlp.experts')}.block_sparse_moe.experts"
-    style = 0 if any(weight.startswith(f"{numbered}.") for weight in given) else 1
+    style = 0 if any(weight.startswith(f"{numbered}.") for weight in weight_names) else 1
     projections, rows = STACKS[leaf], shape[1] // len(STACKS[leaf])
     return [
-        Part(
+        ParameterPart(
             f"{front if style else numbered}.{expert}.{projection[style]}.weight",
             (expert, slice(n * rows, (n + 1) * rows)),
             (rows, shape[2]),
@@ -176,14 +174,14 @@ def _parts(name: str, shape: tuple[int, ...], given: set[str]) -> list[Part]:
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) of an array of float32, in blocks of at most BLOCK_BYTES, or of one row."""
+    """The rows [start, stop) of blocks of a float32 array, each of at most BLOCK_BYTES, or of one row."""
     row_bytes = 4 * torch.Size(shape[1:]).numel()
     step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
     yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _build(config: Mapping[str, Any]) -> Any:
-    """The model, its parameters on the meta device and its buffers computed."""
+    """Build the model, with its parameters on the meta device and its buffers computed."""
     transformers = _transformers()
     architecture = str((config.get("architectures") or [None])[0])
     kind: Any = getattr(transformers, CLASSES.get(architecture, architecture), None)
@@ -204,21 +202,21 @@ def _build(config: Mapping[str, Any]) -> Any:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as transformers 5 takes it; a copy, as that writes in it."""
+    """A copy of the configuration in the form that transformers 5 reads, which also writes in it."""
     plain = copy.deepcopy({key: value for key, value in config.items() if key not in DROPPED})
     scaling = plain.get("rope_scaling")
-    # Early Phi-3 models call it so; transformers forgets the trained length when it renames it itself.
+    # Early Phi-3 models call longrope "su"; where transformers renames it, it loses the trained length.
     if isinstance(scaling, dict) and scaling.get("type") == "su":
         scaling["type"] = "longrope"
     return plain
 
 
 def _compute_buffers(model: Any) -> None:
-    """Rotary frequencies and the like: made by the model's own initialization, as when it is loaded from files."""
+    """Compute rotary frequencies and other buffers by the model's own initialization, as when it is loaded from files."""
     for name, module in model.named_modules():
         buffers = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for key in buffers:
-            # Whatever is not computed then shows.
+            # NaN, so that a buffer that is not computed shows.
             module._buffers[key] = torch.full_like(module._buffers[key], float("nan"), device="cpu")
         if buffers:
             model._init_weights(module)
@@ -229,6 +227,7 @@ def _compute_buffers(model: Any) -> None:
 
 
 def _transformers() -> Any:
+    """The library. Raises BadInput where it is not installed."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
@@ -238,7 +237,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks, of which a run over known models has nothing to learn."""
+    """Silence transformers' warnings, which are about models that are loaded in other ways."""
     logging = _transformers().logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Rotary positions as TensorRT-LLM computes them: the angle by which each pair of a head's features is turned at a position.
+"""Rotate the features of heads by position as TensorRT-LLM does: the angle of each pair of features at a position.
 
 Facts: checkpoint format, section 4; `RopeEmbeddingUtils` and `Attention.create_attention_const_params` of TensorRT-LLM for yarn and
 long rope; the attention kernels for dynamic scaling, which begins behind `max_position_embeddings`.
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import BadInput, Problem
-from stages.verify.forward.settings import Settings
+from stages.verify.forward.settings import DecoderSettings
 
 FLOAT32 = np.dtype(np.float32)
 SCALINGS = ("linear", "llama3", "dynamic", "yarn")
 
 
 class Rotation:
-    """Turns heads by their positions. Raises BadInput naming a kind of positions that is not computed here."""
+    """Rotates heads by their positions. Raises BadInput naming keys of config.json that ask for another kind of rotation."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         self.settings = settings
         self.scaling: Mapping[str, Any] = settings.config.get("rotary_scaling") or {}
         self.kind = self.scaling.get("type", self.scaling.get("rope_type"))
@@ -34,10 +34,11 @@ class Rotation:
             raise BadInput(problems)
         self._tables: dict[tuple[bool, bool], tuple[Tensor, Tensor]] = {}
 
-    def turn(self, heads: Tensor, start: int, length: int, *, local: bool = False) -> Tensor:
-        """Heads [..., tokens, head_size] whose first token is at position `start` of a sequence that now has `length`.
+    def rotate(self, heads: Tensor, start: int, length: int, *, local: bool = False) -> Tensor:
+        """Rotate heads [..., tokens, head_size] whose first token is at position `start` of a sequence of `length` tokens.
 
-        The first `rotary_embedding_dim` features of each are turned, the first half of these against the second.
+        The first `rotary_embedding_dim` features of each are rotated: feature i of their first half with feature i of their second.
+        `local`: by the frequencies of local layers.
         """
         size = self.settings.rotary_size
         cos, sin = (table[start : start + heads.shape[-2]] for table in self._table(length, local))
@@ -45,11 +46,11 @@ class Rotation:
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     def changes(self, before: int, after: int) -> bool:
-        """Whether a sequence that grows from one length to another is turned otherwise from its first token on."""
+        """Whether growing from one length to another changes the rotation of every token, from the first one on."""
         return self.long_rope and self._which(before) != self._which(after)
 
     def inverse_frequencies(self, length: int, *, local: bool = False) -> np.ndarray:
-        """float32 [rotary_embedding_dim / 2]: the angle of one position, for a sequence of `length`."""
+        """The angle from one position to the next, in radians, for a sequence of `length`: float32 [rotary_embedding_dim / 2]."""
         config, size = self.settings.config, self.settings.rotary_size
         base = float(config["rope_local_base_freq"] if local else config.get("rotary_base", 10000.0))
         powers = (base ** (np.arange(0, size, 2) / size)).astype(FLOAT32)
@@ -65,7 +66,7 @@ class Rotation:
         return 1 / powers
 
     def magnitude(self, length: int) -> float:
-        """What turned values are multiplied by."""
+        """The factor of rotated values for a sequence of `length`."""
         config = self.settings.config
         if self.long_rope and self.settings.architecture == "PhiMoEForCausalLM":
             return float(config[f"longrope_{self._which(length)}_mscale"])
@@ -80,6 +81,7 @@ class Rotation:
         return 1.0
 
     def _unknown(self) -> list[Problem]:
+        """Problems of keys that are missing or ask for rotations that are not computed here."""
         config = self.settings.config
         kind = config.get("position_embedding_type", "rope_gpt_neox")
         problems = []
@@ -97,26 +99,30 @@ class Rotation:
         return problems + self._disputed()
 
     def _disputed(self) -> list[Problem]:
-        """What TensorRT-LLM and transformers read differently, so that no engine would be the model."""
+        """Problems of keys that TensorRT-LLM and transformers read differently, so that no engine computes the model."""
         scaling = self.scaling
-        found = {}
+        expected_values = {}
         if self.kind == "dynamic" and scaling.get("alpha") is not None:
-            found["alpha"] = "none"
+            expected_values["alpha"] = "none"
         if self.kind == "yarn":
             if not scaling.get("truncate", True):
-                found["truncate"] = "true, as TensorRT-LLM reads no other"
+                expected_values["truncate"] = "true, as TensorRT-LLM reads no other"
             if scaling.get("original_max_position_embeddings") is None:
-                found["original_max_position_embeddings"] = "a value, as TensorRT-LLM takes 4096 in its place"
+                expected_values["original_max_position_embeddings"] = "a value, as TensorRT-LLM takes 4096 in its place"
             factor, ours, all_ = scaling.get("factor", 1.0), scaling.get("mscale"), scaling.get("mscale_all_dim")
             theirs = scaling.get("attention_factor")
             if theirs is None:
                 theirs = _yarn_scale(factor, ours) / _yarn_scale(factor, all_) if ours and all_ else _yarn_scale(factor, 1.0)
             if not math.isclose(theirs, self.magnitude(0), rel_tol=1e-6):
                 key = "mscale" if scaling.get("attention_factor") is None else "attention_factor"
-                found[key] = f"{self.magnitude(0):g} times what is turned, as TensorRT-LLM has it, not {theirs:g}"
-        return [Problem(f"config.json: rotary_scaling.{key}", repr(scaling.get(key)), expected) for key, expected in found.items()]
+                expected_values[key] = f"{self.magnitude(0):g} times what is turned, as TensorRT-LLM has it, not {theirs:g}"
+        return [
+            Problem(f"config.json: rotary_scaling.{key}", repr(scaling.get(key)), expected)
+            for key, expected in expected_values.items()
+        ]
 
     def _which(self, length: int) -> str:
+        """Which factors long rope uses for a sequence of `length`."""
         return "long" if length > self.settings.config["original_max_position_embeddings"] else "short"
 
     def _table(self, length: int, local: bool) -> tuple[Tensor, Tensor]:
@@ -126,18 +132,18 @@ class Rotation:
             expected = f"at most max_position_embeddings {self.settings.max_positions}: dynamic scaling begins behind them"
             raise BadInput([Problem("config.json: rotary_scaling", found, expected)])
         key = local, self.long_rope and self._which(length) == "long"
-        held = self._tables.get(key)
-        if held is None or len(held[0]) < length:
-            # Twice as many, so that a sequence that grows by one is not computed anew each time.
+        table = self._tables.get(key)
+        if table is None or len(table[0]) < length:
+            # Twice as many positions as are needed, so that the table is not computed anew for each token.
             positions = torch.arange(2 * length, dtype=torch.float32)
             angles = positions[:, None] * torch.from_numpy(self.inverse_frequencies(length, local=local))
             scale = self.magnitude(length)
-            held = self._tables[key] = angles.cos() * scale, angles.sin() * scale
-        return held
+            table = self._tables[key] = angles.cos() * scale, angles.sin() * scale
+        return table
 
 
 def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Long waves are stretched, short ones are not, and those between in part."""
+    """LLaMA 3's scaling of frequencies [n]: long waves are stretched, short ones are not, those between are in part."""
     factor, low = scaling.get("factor", 8.0), scaling.get("low_freq_factor", 1.0)
     high, trained = scaling.get("high_freq_factor", 4.0), scaling.get("original_max_position_embeddings", 8192)
     share = np.clip((trained * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
@@ -146,7 +152,7 @@ def _llama3(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(powers: np.ndarray, base: float, size: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """The same by the number of a frequency: those from `low` to `high` are stretched in part."""
+    """Yarn's frequencies [size / 2]: by their number, up to `low` they are kept, from `high` on stretched, between in part."""
     trained = scaling.get("original_max_position_embeddings", 4096)
 
     def number(turns: float) -> float:
@@ -161,4 +167,5 @@ def _yarn(powers: np.ndarray, base: float, size: int, scaling: Mapping[str, Any]
 
 
 def _yarn_scale(factor: float, scale: float) -> float:
+    """Yarn's factor of rotated values."""
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

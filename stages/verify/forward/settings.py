@@ -1,4 +1,4 @@
-"""What config.json says that the model computes, with the values that TensorRT-LLM's classes give to keys that are not there.
+"""Read from config.json what the model computes, with TensorRT-LLM's own defaults for missing keys.
 
 Facts: checkpoint format, sections 1, 5 and 6, and the other families.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from stages.verify.forward.rank_layout import RankLayout
 
 LLAMA = (
     "LlamaForCausalLM",
@@ -24,19 +25,17 @@ QWEN = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3Moe
 GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # of a gated MLP; TensorRT-LLM knows one GELU, by both names
-ROUTINGS = (None, 0, 1, 2)  # shares as they are (twice), made to sum to one, sparse mixer
+ROUTINGS = (None, 0, 1, 2)  # None and 0: shares as they are; 1: shares that sum to one; 2: sparse mixer
 NEEDED = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "mapping")
 WITHOUT = "a model that is computed without it"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """config.json as the model's classes read it. Raises BadInput naming keys that are missing or ask for what is not known here.
+class DecoderSettings(RankLayout):
+    """config.json as the model's classes read it.
 
-    `config`: the whole of it.
+    Raises BadInput naming keys that are missing, or that ask for something that the decoder does not compute.
     """
-
-    config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         missing = [Problem(f"config.json: {key}", "nothing", "a value") for key in NEEDED if key not in self.config]
@@ -48,10 +47,10 @@ class Settings:
 
     def _unknown(self) -> list[Problem]:
         moe = self.experts > 0
-        known = (*LLAMA, *QWEN, *GEMMA, *PHI)
+        architectures = (*LLAMA, *QWEN, *GEMMA, *PHI)
         activations = ("swiglu",) if moe or self.architecture in PHI else ACTIVATIONS
         wrong = [
-            ("architecture", self.architecture, self.architecture in known, f"one of {', '.join(known)}"),
+            ("architecture", self.architecture, self.architecture in architectures, f"one of {', '.join(architectures)}"),
             ("hidden_act", self.config["hidden_act"], self.config["hidden_act"] in activations, f"one of {', '.join(activations)}"),
             ("moe.normalization_mode", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}"),
             ("mapping.tp_size", self.tp, self.moe_tp * self.ep == self.tp, f"moe_tp_size {self.moe_tp} * moe_ep_size {self.ep}"),
@@ -64,48 +63,16 @@ class Settings:
         ]
         return [Problem(f"config.json: {key}", repr(found), expected) for key, found, right, expected in wrong if not right]
 
-    # The ranks
-
-    def _mapping(self, key: str, default: int) -> int:
-        value = int(self.config["mapping"].get(key, default))
-        return value if value > 0 else default  # -1 stands for the default
-
-    @property
-    def tp(self) -> int:
-        """Ranks of a pipeline stage."""
-        return self._mapping("tp_size", 1)
-
-    @property
-    def pp(self) -> int:
-        """Pipeline stages."""
-        return self._mapping("pp_size", 1)
-
-    @property
-    def ep(self) -> int:
-        """Into how many blocks the experts are split over a stage's ranks."""
-        return self._mapping("moe_ep_size", 1)
-
-    @property
-    def moe_tp(self) -> int:
-        """Into how many parts each expert is split."""
-        return self._mapping("moe_tp_size", self.tp // self.ep)
-
-    def layers_of(self, stage: int) -> range:
-        """The layers of a pipeline stage, by their number in the model: the first stages have one more where they are uneven."""
-        each, more = divmod(int(self.config["num_hidden_layers"]), self.pp)
-        first = stage * each + min(stage, more)
-        return range(first, first + each + (stage < more))
-
     # Sizes
 
     @property
     def architecture(self) -> str:
-        """The class's name."""
+        """The name of the model's class."""
         return str(self.config["architecture"])
 
     @property
     def vocab(self) -> int:
-        """Tokens, without padding."""
+        """The number of tokens, without padding."""
         return int(self.config["vocab_size"])
 
     @property
@@ -130,23 +97,23 @@ class Settings:
 
     @property
     def inner(self) -> int:
-        """Features of a rank inside a dense MLP."""
+        """The intermediate features of a dense MLP on a rank."""
         return int(self.config.get("intermediate_size") or 4 * self.hidden) // self.tp
 
     @property
     def rotary_size(self) -> int:
-        """Features of a head, from the first, that are turned by position."""
-        given = self.config.get("rotary_embedding_dim")
-        return int(self.head_size * self.config.get("rotary_pct", 1.0)) if given is None else int(given)
+        """The first features of a head, which are rotated by position."""
+        size = self.config.get("rotary_embedding_dim")
+        return int(self.head_size * self.config.get("rotary_pct", 1.0)) if size is None else int(size)
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that the model says it is for."""
+        """The longest sequence that the model is made for; 0 where config.json does not say."""
         return int(self.config.get("max_position_embeddings") or 0)
 
     @property
     def epsilon(self) -> float:
-        """Of the norms."""
+        """The epsilon of the norms."""
         return float(self.config.get("norm_epsilon", 1e-5))
 
     # What the classes compute
@@ -158,101 +125,101 @@ class Settings:
 
     @property
     def dense_bias(self) -> bool:
-        """Whether the attention's last projection has one: never in Qwen's class."""
+        """Whether the attention's output projection has a bias: never in Qwen's class."""
         return self.qkv_bias and self.architecture not in QWEN
 
     @property
     def mlp_bias(self) -> bool:
-        """Whether the MLP's projections have them."""
+        """Whether the MLP's projections have biases."""
         return bool(self.config.get("mlp_bias", False))
 
     @property
     def layer_norm(self) -> bool:
-        """Whether norms take the mean off and have biases, and lm_head may have one."""
+        """Whether norms are layer norms, with biases; lm_head may then have a bias, too."""
         return self.architecture == "PhiMoEForCausalLM"
 
     @property
     def norms_heads(self) -> bool:
-        """Whether q and k are normalized by head. The classes know it by these, whatever `qk_layernorm` says."""
+        """Whether q and k are normalized by head: the model's type decides, whatever `qk_layernorm` says."""
         return self.config.get("qwen_type") in ("qwen3", "qwen3_moe") or self.architecture == "Gemma3ForCausalLM"
 
     @property
     def norms_between(self) -> bool:
-        """Whether what attention and MLP give is normalized before it is added."""
+        """Whether the outputs of attention and MLP are normalized before they are added."""
         return bool(self.config.get("inter_layernorms", False))
 
     @property
     def fused_mlp(self) -> bool:
-        """Whether a dense MLP has one projection for the factor and what is activated."""
+        """Whether a dense MLP has one projection for both the factor and the activated half."""
         return self.architecture in PHI
 
     @property
     def embedding_scale(self) -> float:
-        """Embeddings are multiplied by it. Gemma's class does by itself."""
+        """The factor of embeddings. Gemma's class computes it itself."""
         return math.sqrt(self.hidden) if self.architecture in GEMMA else float(self.config.get("embedding_multiplier", 1.0))
 
     @property
     def score_scale(self) -> float:
-        """Attention scores are multiplied by it: 1 / (sqrt(head_size) * q_scaling)."""
+        """The factor of attention scores: 1 / (sqrt(head_size) * q_scaling)."""
         if self.config.get("query_pre_attn_scalar") is not None and self.architecture in GEMMA:
             return 1 / math.sqrt(self.config["query_pre_attn_scalar"])
         return float(self.config.get("attention_multiplier", 1.0)) / math.sqrt(self.head_size)
 
     @property
     def score_cap(self) -> float:
-        """Attention scores are softly capped there; 0 for not at all. Gemma 3's class has none."""
+        """The soft cap of attention scores; 0 for none. Gemma 3's class has none."""
         capped = self.architecture == "Gemma2ForCausalLM"
         return float(self.config.get("attn_logit_softcapping") or 0) if capped else 0.0
 
     @property
     def residual_scale(self) -> float:
-        """What attention and MLP give is multiplied by it before it is added."""
+        """The factor of the outputs of attention and MLP, before they are added."""
         return float(self.config.get("residual_multiplier", 1.0))
 
     @property
     def logit_scale(self) -> float:
-        """Logits are multiplied by it."""
+        """The factor of logits."""
         return float(self.config.get("output_multiplier_scale", 1.0))
 
     @property
     def logit_cap(self) -> float:
-        """Logits are softly capped there; 0 for not at all."""
+        """The soft cap of logits; 0 for none."""
         return float(self.config.get("final_logit_softcapping") or 0)
 
     @property
     def window(self) -> int:
-        """How many positions, its own among them, a token of a local layer sees; 0 where there are no local layers."""
+        """The number of positions, its own included, that a token of a local layer sees; 0 where there are no local layers."""
         return int(self.config.get("sliding_window") or 0) if self.config.get("_sliding_window_pattern") else 0
 
     def is_local(self, layer: int) -> bool:
-        """Whether a layer, by its number in the model, sees the window alone: all but each `_sliding_window_pattern`-th."""
+        """Whether a layer, by its number in the model, sees only the window: all but every `_sliding_window_pattern`-th."""
         return bool(self.window and (layer + 1) % int(self.config["_sliding_window_pattern"]))
 
     # Experts
 
     @property
     def moe(self) -> Mapping[str, Any]:
-        """config.json's block of experts; nothing in a dense model's that lacks it."""
+        """config.json's `moe`; empty for a dense model that lacks it."""
         return self.config.get("moe") or {}
 
     @property
     def experts(self) -> int:
-        """Experts of a layer; 0 in a dense model."""
+        """The number of experts of a layer; 0 in a dense model."""
         return int(self.moe.get("num_experts", 0))
 
     @property
     def routing(self) -> int | None:
-        """`normalization_mode`: what is made of the shares of the experts that a token goes to."""
+        """`normalization_mode`: how the shares of a token's experts are normalized."""
         mode: int | None = self.moe.get("normalization_mode")
         return mode
 
     @property
     def expert_inner(self) -> int:
-        """Features of a rank inside each of its experts."""
+        """The intermediate features of an expert on a rank."""
         return int(self.config.get("moe_intermediate_size") or self.config.get("intermediate_size") or 0) // self.moe_tp
 
     @property
     def shared_inner(self) -> int:
-        """Features of a rank inside the expert that every token goes through; 0 where there is none."""
+        """The intermediate features of the shared expert on a rank; 0 where there is none."""
         size = self.config.get("moe_shared_expert_intermediate_size") or self.moe.get("shared_expert_intermediate_size") or 0
         return int(size) // self.tp if self.experts else 0

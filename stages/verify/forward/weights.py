@@ -1,7 +1,7 @@
-"""What the ranks' modules make of activations, reading a block of one weight at a time.
+"""Apply the ranks' modules to activations, reading one block of one weight at a time.
 
-A module is what all ranks of a pipeline stage hold of it: a column-parallel one has a part of its outputs on each rank, a
-row-parallel one a partial sum of all of them, and a copied one is the same on each. That it is, is checked byte by byte.
+All ranks of a pipeline stage together hold a module: each rank computes a part of the outputs of a column-parallel one, a partial
+sum of all outputs of a row-parallel one, and has a copy of every other. That copies are equal is checked byte by byte.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stages.verify.values import read
 
 T = TypeVar("T")
 BYTES = np.dtype(np.uint8)
-# What a module may have beside its numbers: the precision of activations and of the cache, which are not emulated.
+# Parameters beside a module's numbers, for the precision of activations and of the cache, which are not emulated.
 BESIDE = ("activation_scaling_factor", "clamp_val", "kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
 # The loader computes these itself, whatever the file says (checkpoint format, section 4).
 BUFFERS = tuple(
@@ -32,11 +32,11 @@ BUFFERS = tuple(
 )
 
 
-class Weights:
-    """The tensors of a checkpoint as they are asked for. Raises VerificationFailed naming those that are missing or wrong.
+class CheckpointWeights:
+    """Reads the tensors of a checkpoint when they are needed. Raises VerificationFailed naming those that are missing or wrong.
 
-    `block_bytes`: of a weight that is in memory at once, as float32. `cache_bytes`: of blocks that are kept for the next use, the
-    first ones until there is no more room. Vectors (norms, biases) are kept in any case.
+    `block_bytes`: the part of a weight that is in memory at once, as float32. `cache_bytes`: room for blocks that are kept for the
+    next use, the first ones that are read. Vectors (norms, biases) are always kept.
     """
 
     def __init__(self, checkpoint: Checkpoint, block_bytes: int, cache_bytes: int = 0) -> None:
@@ -48,40 +48,43 @@ class Weights:
         self._padded: set[tuple[int, str]] = set()
 
     def tensor(self, rank: int, name: str) -> FileTensor:
-        """A tensor as it is stored."""
+        """A tensor as the file stores it."""
         return self._find(rank, name, lambda: self.checkpoint.ranks[rank][name])
 
     def matrix(self, rank: int, module: str, expert: int | None = None) -> Matrix:
-        """A module of a rank, or one of the rank's own experts."""
-        found = self._find(rank, f"{module}.weight", lambda: matrix(self.checkpoint, rank, module, expert))
-        self._used[rank].update(f"{module}.{parameter}" for parameter in found.tensors)
-        return found
+        """The matrix of a module of a rank; `expert` counts the rank's own from 0."""
+        module_matrix = self._find(rank, f"{module}.weight", lambda: matrix(self.checkpoint, rank, module, expert))
+        self._used[rank].update(f"{module}.{parameter}" for parameter in module_matrix.tensors)
+        return module_matrix
 
     def vector(self, rank: int, name: str, size: int) -> Tensor:
-        """float32 [size]: a parameter that has one axis."""
+        """A parameter with one axis, float32 [size]."""
         if (rank, name) not in self._vectors:
-            found = self._find(rank, name, lambda: vector(self.checkpoint, rank, name))
-            if found.shape != (size,):
-                raise _failed(rank, name, f"shape {list(found.shape)}", f"[{size}]")
-            self._vectors[rank, name] = found
+            values = self._find(rank, name, lambda: vector(self.checkpoint, rank, name))
+            if values.shape != (size,):
+                raise _failed(rank, name, f"shape {list(values.shape)}", f"[{size}]")
+            self._vectors[rank, name] = values
             self._used[rank].add(name)
         return self._vectors[rank, name]
 
     def product(self, x: Tensor, rank: int, module: str, out: int, *, expert: int | None = None) -> Tensor:
-        """[tokens, out]: activations [tokens, in] times a module's matrix [out, in], block by block of its rows."""
-        held = self.matrix(rank, module, expert)
+        """Multiply activations [tokens, in_features] by a module's matrix [out, in_features]; returns [tokens, out].
+
+        The matrix is read in blocks of rows.
+        """
+        weight = self.matrix(rank, module, expert)
         expected = (out, x.shape[-1])
-        if held.shape != expected:
-            raise _failed(rank, f"{module}.weight", f"a matrix {list(held.shape)}", f"{list(expected)}, [out, in]")
-        smooth = held.prequant
+        if weight.shape != expected:
+            raise _failed(rank, f"{module}.weight", f"a matrix {list(weight.shape)}", f"{list(expected)}, [out, in]")
+        smooth = weight.prequant
         x = x if smooth is None else x * smooth
-        result = x.new_empty(len(x), held.shape[0])
-        for start, stop in self._steps(held.shape):
-            result[:, start:stop] = x @ self._rows(held, (rank, module, expert, start), stop).T
+        result = x.new_empty(len(x), weight.shape[0])
+        for start, stop in self._steps(weight.shape):
+            result[:, start:stop] = x @ self._rows(weight, (rank, module, expert, start), stop).T
         return result
 
     def same(self, ranks: Sequence[int], name: str) -> None:
-        """Check, once, that a tensor is the same on some ranks."""
+        """Check, once, that a tensor has the same bytes on some ranks."""
         if (ranks[0], name) in self._same:
             return
         first, *others = (self.tensor(rank, name) for rank in ranks)
@@ -96,28 +99,29 @@ class Weights:
         self._same.add((ranks[0], name))
 
     def zeros(self, rank: int, name: str, first: int) -> None:
-        """Check, once, that the rows of a tensor from `first` are zeros: what a vocabulary is padded with."""
+        """Check, once, that a tensor's rows from `first` on, which pad the vocabulary, are zeros."""
         tensor = self.tensor(rank, name)
         if (rank, name) in self._padded:
             return
-        rest = tuple((0, size) for size in tensor.shape[1:])
+        other_axes = tuple((0, size) for size in tensor.shape[1:])
         for row in range(max(first, 0), tensor.shape[0]):
-            if read(tensor, ((row, row + 1), *rest)).float().any():
+            if read(tensor, ((row, row + 1), *other_axes)).float().any():
                 raise _failed(rank, name, f"values in row {row}", f"zeros in the rows from {max(first, 0)}: they are padding")
         self._padded.add((rank, name))
 
     def unused(self) -> list[str]:
-        """Tensors that nothing asked for so far, each after its file's name."""
+        """The tensors that nothing has read so far, each after its file's name."""
         result = []
-        for rank, (held, used) in enumerate(zip(self.checkpoint.ranks, self._used, strict=True)):
+        for rank, (stored, used) in enumerate(zip(self.checkpoint.ranks, self._used, strict=True)):
             owners = {owner for name in used for owner in _owners(name)}
-            for name in sorted(held.keys() - used - set(BUFFERS)):
+            for name in sorted(stored.keys() - used - set(BUFFERS)):
                 owner, _, parameter = name.rpartition(".")
                 if parameter not in BESIDE or owner not in owners:
                     result.append(f"rank{rank}.safetensors: {name}")
         return result
 
     def _find(self, rank: int, name: str, get: Callable[[], T]) -> T:
+        """Call `get`, and raise VerificationFailed where it does not find tensor `name`."""
         try:
             return get()
         except KeyError:
@@ -127,10 +131,10 @@ class Weights:
         count = max(self.block_bytes // (4 * shape[1]), 1)
         return ((start, min(start + count, shape[0])) for start in range(0, shape[0], count))
 
-    def _rows(self, held: Matrix, key: tuple[int, str, int | None, int], stop: int) -> Tensor:
+    def _rows(self, weight: Matrix, key: tuple[int, str, int | None, int], stop: int) -> Tensor:
         if key in self._blocks:
             return self._blocks[key]
-        rows = held.rows(key[3], stop)
+        rows = weight.rows(key[3], stop)
         if rows.nbytes <= self.cache_bytes:
             self.cache_bytes -= rows.nbytes
             self._blocks[key] = rows
@@ -143,21 +147,21 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """The ranks of one pipeline stage."""
 
-    weights: Weights
+    weights: CheckpointWeights
     ranks: range
 
     def part(self, rank: int, x: Tensor, module: str, out: int, *, bias: bool = False) -> Tensor:
-        """[tokens, out]: what a rank has of the outputs of a module that is split by rows."""
+        """A rank's outputs, [tokens, out], of a column-parallel module, for activations `x` [tokens, in_features]."""
         result = self.weights.product(x, rank, module, out)
         return result + self.weights.vector(rank, f"{module}.bias", out) if bias else result
 
     def total(self, part: Callable[[int], Tensor], module: str, out: int, *, bias: bool = False) -> Tensor:
-        """[tokens, out]: a module that is split by columns, summed over the ranks; `part` gives a rank's activations.
+        """The outputs, [tokens, out], of a row-parallel module: the sum over its ranks, whose activations `part` computes.
 
-        Its bias is a copy on every rank, and counts once.
+        Its bias is a copy on every rank, and is added once.
         """
         result = self.weights.product(part(self.ranks[0]), self.ranks[0], module, out)
         for rank in self.ranks[1:]:
@@ -165,21 +169,22 @@ class Stage:
         return result + self.vector(f"{module}.bias", out) if bias else result
 
     def copied(self, x: Tensor, module: str, out: int) -> Tensor:
-        """[tokens, out]: the outputs of a module of which every rank has a copy."""
+        """The outputs, [tokens, out], of a module of which every rank has a copy."""
         self.weights.same(self.ranks, f"{module}.weight")
         return self.weights.product(x, self.ranks[0], module, out)
 
     def vector(self, name: str, size: int) -> Tensor:
-        """float32 [size]: a parameter of which every rank has a copy."""
+        """A parameter, float32 [size], of which every rank has a copy."""
         self.weights.same(self.ranks, name)
         return self.weights.vector(self.ranks[0], name, size)
 
     def has(self, name: str) -> bool:
-        """Whether the stage's ranks hold a tensor."""
+        """Whether any of the stage's ranks holds a tensor."""
         return any(name in self.weights.checkpoint.ranks[rank] for rank in self.ranks)
 
 
 def _owners(name: str) -> Iterator[str]:
+    """The modules around a tensor, the outermost first."""
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts)))
 

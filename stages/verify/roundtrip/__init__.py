@@ -1,1 +1,1 @@
-"""Round trip: every value of the rank files against the source's, by an independent reading of both."""
+"""Round trip: compare every value of the rank files with the source's, by an independent reading of both."""

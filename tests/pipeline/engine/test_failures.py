@@ -194,7 +194,8 @@ def test_a_run_that_is_stopped_ends_its_builder(
     assert build(checkpoint, engine).code == 0
 
 
-@pytest.mark.parametrize("scheduler", ["threads", "local"])
+# Its builder is given ten seconds to end.
+@pytest.mark.parametrize("scheduler", [pytest.param("threads", marks=pytest.mark.nightly), "local"])
 def test_a_run_that_is_killed_takes_its_builder_with_it(checkpoint: Path, engine: Path, tmp_path: Path, scheduler: str) -> None:
     running, pids = hanging(checkpoint, engine, tmp_path / "state", scheduler)
     running.kill()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.cli.build import split_words
 from pipeline.planning.builder_options import (
-    Option,
+    BuilderOption,
     arguments,
     check_options,
     command_words,
@@ -38,12 +38,12 @@ def help_text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("columns", ["50", "80", "200"])
 def test_help_is_read_whatever_its_width(help_text: dict[str, str], columns: str) -> None:
     options = parse_help(help_text[columns])
-    assert options["max_batch_size"] == Option("one", "int")
+    assert options["max_batch_size"] == BuilderOption("one", "int")
     assert options["strip_plan"].values == "none"
-    assert options["lora_dir"] == Option("many", "path")
+    assert options["lora_dir"] == BuilderOption("many", "path")
     assert options["lora_target_modules"].choices == ("attn_qkv", "attn_q", "mlp_gate")
     assert options["gemm_plugin"].choices == ("auto", "float16", "float32", "bfloat16", "int32", "fp8", "nvfp4", "disable")
-    assert options["max_decoder_seq_len"] == options["max_seq_len"] == Option("one", "int")
+    assert options["max_decoder_seq_len"] == options["max_seq_len"] == BuilderOption("one", "int")
     assert options["dry_run"].refused
     assert options["workers"].inert
 

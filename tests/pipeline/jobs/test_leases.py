@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import sqlalchemy as sa
-from hypothesis import Phase, settings
+from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -22,6 +22,7 @@ from pipeline.jobs.leases import LEASE_SECONDS
 from pipeline.jobs.rows import ACTIVE, BAD, BEFORE, GOOD, AttemptRow, RunRow, State
 from pipeline.jobs.store import SERVE, Store
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
+from tests.support.examples import examples
 
 # Each job with the resources that it writes: most share some.
 JOBS = (("a",), ("b",), ("a", "b"), ("b", "c"), ("a", "c"), ("d",))
@@ -203,7 +204,7 @@ class Machine(RuleBasedStateMachine):
 
 TestLaws = Machine.TestCase
 # What fails is not made smaller: that would take minutes.
-TestLaws.settings = settings(max_examples=25, stateful_step_count=30, phases=(Phase.explicit, Phase.generate))
+TestLaws.settings = examples(10, stateful_step_count=30, phases=(Phase.explicit, Phase.generate))
 
 
 def test_a_lease_is_not_taken_from_one_who_is_late_but_alive_unless_it_is_wanted(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from pipeline import convert
 from pipeline.jobs import process
 from pipeline.jobs.rows import ACTIVE, RunRow
@@ -139,7 +137,6 @@ class Night:
         return run
 
 
-@pytest.mark.slow
 def test_a_night(tmp_path: Path) -> None:
     night = Night(tmp_path)
     store = night.store

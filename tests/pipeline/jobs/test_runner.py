@@ -175,7 +175,7 @@ def test_projected_memory_bounds_how_many_run_but_one_always_does(store: Store, 
 
 
 def test_disks_bound_how_many_run(store: Store, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.sinks.output.free_bytes", lambda _: 15)
+    monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 15)
     for name in "ab":
         queued(store, name, str(tmp_path / name))  # of 10 bytes each
     stage.step(2)

@@ -91,7 +91,6 @@ def daemon(folder: Path, port: int, *more: str) -> Iterator[Daemon]:
         process.wait()
 
 
-@pytest.mark.slow
 def test_a_daemon_with_everything(folder: Path) -> None:
     with receiving() as receiver:
         (folder / "schedule.toml").write_text(SCHEDULE.format(url=receiver.url))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from pipeline import convert
@@ -16,6 +16,7 @@ from pipeline.jobs.rows import Unit
 from pipeline.jobs.units import make_units
 from pipeline.planning.job import make_job
 from tests.support import checkpoints, quantized_checkpoints
+from tests.support.examples import examples
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_conversions_of_a_dense_source_share_nothing(models: Path, tmp_path: Pat
 OPTIONS = st.fixed_dictionaries({"model": st.sampled_from("ab"), "tp_size": st.sampled_from([1, 2, 3, 4]), "sync": st.booleans()})
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(OPTIONS, max_size=6))
 def test_every_job_is_in_one_conversion_and_sources_are_together(
     models: Path, tmp_path: Path, options: list[dict[str, Any]]

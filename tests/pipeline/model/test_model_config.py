@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import BadInput
-from pipeline.model.model_config import ModelConfig, lookup, model_config
+from pipeline.model.config_values import lookup
+from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import families, find_family
 from tests.support.checkpoints import LLAMA, MIXTRAL
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import Provenance
-from pipeline.reporting.html.scale import STEPS, scale
-from pipeline.reporting.html.sizes import part, sizes, tensor_bytes
-from pipeline.reporting.html.summary import Summary, TensorError, parse_summary
+from pipeline.reporting.html.scale import STEPS, colour_scale
+from pipeline.reporting.html.sizes import part, sizes
+from pipeline.reporting.html.summary import TensorError, VerificationSummary, parse_summary
 from pipeline.reporting.html.words import duration, percent, runs, together, visible
+from pipeline.tensor.tensors import tensor_bytes
 from tests.support import report_pages
 
 decibels = st.floats(-300, 300, allow_nan=False)
@@ -77,7 +78,7 @@ def test_what_turns_text_around_is_escaped() -> None:
 
 @given(st.lists(decibels, min_size=1, max_size=30))
 def test_every_figure_is_in_its_step_of_the_legend(values: list[float]) -> None:
-    made = scale(values)
+    made = colour_scale(values)
     legend = {css: label for css, _, label in made.legend}
     assert 1 <= made.count == len(legend) <= STEPS
     for value in values:
@@ -95,22 +96,22 @@ def _range(label: str) -> tuple[float, float]:
 
 @given(st.lists(decibels, min_size=1, max_size=30))
 def test_worse_is_never_a_better_step(values: list[float]) -> None:
-    made = scale(values)
+    made = colour_scale(values)
     marks = [int(made.mark(value, exact=False)[1][1:]) for value in sorted(values, reverse=True)]
     assert marks == sorted(marks)
 
 
 def test_what_is_no_number_is_the_worst_or_best_step() -> None:
-    made = scale([20.0, 30.0, math.nan, math.inf])
+    made = colour_scale([20.0, 30.0, math.nan, math.inf])
     assert made.mark(math.nan, exact=False) == ("nan", f"s{STEPS - 1}")
     assert made.mark(-math.inf, exact=False) == ("-inf", f"s{STEPS - 1}")
     assert made.mark(math.inf, exact=False) == ("inf", "s0")
     assert made.mark(None, exact=True) == ("=", "exact")
     assert made.mark(55.7, exact=True) == ("55", "once")
-    assert scale([math.nan]).legend == []
+    assert colour_scale([math.nan]).legend == []
 
 
-def round_trip(**changes: object) -> Summary:
+def round_trip(**changes: object) -> VerificationSummary:
     made = report_pages.summary(32)
     return parse_summary({**made, "round_trip": {**made["round_trip"], **changes}})
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import convert
 from pipeline.errors import BadInput
-from pipeline.reporting.html import default_output, render
+from pipeline.reporting.html import default_report_path, render_report
 from pipeline.reporting.verification import verify
 from pipeline.tensor.checkpoint import Checkpoint
 from tests.support import checkpoints, quantized_checkpoints, report_pages
 from tests.support.commands import headrace, tree
+from tests.support.examples import examples
 from tests.support.places import DATA
 
 HOSTILE = "</style></code>\"'><script>alert(1)</script><img src=x onerror=alert(2)>&lt;{{ 7 * 7 }}{% endif %}\u202e\x00\ud800"
@@ -85,7 +86,7 @@ def test_it_is_written_again_in_its_place(output: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_asks_for_nothing() -> None:
-    text = render(report_pages.checkpoint(cuts=("unpack",)), report_pages.failed())
+    text = render_report(report_pages.checkpoint(cuts=("unpack",)), report_pages.failed())
     made = Page(text)
     assert {"script", "iframe", "object", "embed", "base", "form"}.isdisjoint(tag for tag, _ in made.tags)
     links = [value for name, value in made.values if name in ("src", "href", "srcset", "action", "data", "background")]
@@ -147,11 +148,11 @@ def test_a_recorded_source_that_changed_is_not_compared(output: Path, tmp_path: 
 def test_what_nvidia_wrote(tmp_path: Path) -> None:
     out = Path(shutil.copytree(DATA / "dense/expected/gqa_tp2", tmp_path / "out"))
     assert headrace("report", out).code == 0
-    text = Page(default_output(out).read_text()).text
+    text = Page(default_report_path(out).read_text()).text
     assert "another program wrote this directory" in text
     assert "The values were not compared with the source's" in text
     assert headrace("report", out, "--source", DATA / "dense/models/gqa_fp16").code == 0
-    assert "hold the source's values bit for bit" in Page(default_output(out).read_text()).text
+    assert "hold the source's values bit for bit" in Page(default_report_path(out).read_text()).text
 
 
 def test_a_verification_from_a_file(output: Path, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_a_page_that_cannot_be_written(output: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("level", ["integrity", "round_trip", "logits", "source", "none"])
 @pytest.mark.parametrize("provenance", [True, False])
 def test_parts_may_be_missing(level: str, provenance: bool) -> None:
-    made = Page(render(report_pages.checkpoint(provenance=provenance), {**report_pages.summary(), level: None}))
+    made = Page(render_report(report_pages.checkpoint(provenance=provenance), {**report_pages.summary(), level: None}))
     assert ("another program wrote" in made.text) is not provenance
     assert ("Round trip : not done" in made.text) is (level == "round_trip")
     assert ("Integrity : not checked" in made.text) is (level == "integrity")
@@ -232,21 +233,21 @@ def test_parts_may_be_missing(level: str, provenance: bool) -> None:
 
 
 def test_without_a_verification() -> None:
-    assert "Not verified" in Page(render(report_pages.checkpoint())).text
+    assert "Not verified" in Page(render_report(report_pages.checkpoint())).text
 
 
 def test_values_that_were_rounded_once() -> None:
     summary = report_pages.summary(2)
     for tensor in summary["round_trip"]["tensors"]:
         tensor["exact"] = True
-    text = Page(render(report_pages.checkpoint(2), summary)).text
+    text = Page(render_report(report_pages.checkpoint(2), summary)).text
     assert "rounded once to the type that it is stored in" in text
     assert "10 rounded once and no more" in text
 
 
 def test_very_many_findings_and_tensors_do_not_make_the_page_endless() -> None:
     findings = [{**report_pages.FINDING, "subject": f"tensor {n}"} for n in range(500)]
-    text = render(report_pages.checkpoint(), report_pages.summary(300, ok=False, findings=findings))
+    text = render_report(report_pages.checkpoint(), report_pages.summary(300, ok=False, findings=findings))
     made = Page(text)
     assert "Something is wrong: 500 findings" in made.text
     assert "tensor 99 " in made.text
@@ -260,7 +261,7 @@ def test_very_many_findings_and_tensors_do_not_make_the_page_endless() -> None:
 def test_entries_that_headrace_does_not_write_are_named_and_left_out(key: str) -> None:
     checkpoint = report_pages.checkpoint()
     broken = Checkpoint(checkpoint.directory, checkpoint.config, checkpoint.ranks, {**checkpoint.provenance, key: 1.5})
-    assert f"not what headrace writes: {key} of" in Page(render(broken, report_pages.summary())).text
+    assert f"not what headrace writes: {key} of" in Page(render_report(broken, report_pages.summary())).text
 
 
 def hostile(value: Any, text: str) -> Any:
@@ -282,11 +283,11 @@ def attacked(text: str) -> tuple[Checkpoint, dict[str, Any]]:
     return Checkpoint(Path("/out"), config, ranks, told), hostile(report_pages.failed(4), text)
 
 
-PLAIN = Page(render(*attacked("plain")))
+PLAIN = Page(render_report(*attacked("plain")))
 
 
 def test_text_of_files_is_text_of_the_page() -> None:
-    attack = Page(render(*attacked(HOSTILE)))
+    attack = Page(render_report(*attacked(HOSTILE)))
     assert [tag for tag in attack.tags if tag != ("wbr", [])] == PLAIN.tags
     assert "<script>alert(1)</script>" in attack.text
     assert "{{ 7 * 7 }}" in attack.text
@@ -294,13 +295,13 @@ def test_text_of_files_is_text_of_the_page() -> None:
     assert "49" not in {part.strip() for part in attack.parts} - {part.strip() for part in PLAIN.parts}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.text(alphabet=st.sampled_from("<>&\"'/={}%;:-_!x \n\u2028\ud800\x00\u202e"), min_size=1, max_size=12))
 def test_no_text_changes_a_tag(text: str) -> None:
-    made = Page(render(*attacked(text)))
+    made = Page(render_report(*attacked(text)))
     assert [tag for tag in made.tags if tag != ("wbr", [])] == PLAIN.tags
 
 
 def test_a_summary_of_another_shape_is_refused() -> None:
     with pytest.raises(BadInput, match="tensors"):
-        render(report_pages.checkpoint(), {**report_pages.summary(), "round_trip": {"seconds": 1, "bytes": 1}})
+        render_report(report_pages.checkpoint(), {**report_pages.summary(), "round_trip": {"seconds": 1, "bytes": 1}})

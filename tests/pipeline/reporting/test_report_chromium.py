@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from pipeline.reporting.html import render
+from pipeline.reporting.html import render_report
 from tests.pipeline.reporting.test_report import HOSTILE, attacked
 from tests.support import report_pages
 
@@ -133,10 +133,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of every kind."""
     folder = tmp_path_factory.mktemp("pages")
     texts = {
-        "passed": render(report_pages.checkpoint(), report_pages.summary()),
-        "failed": render(report_pages.checkpoint(cuts=("unpack",)), report_pages.failed()),
-        "large": render(report_pages.checkpoint(80, tp=8, pp=4), report_pages.summary(80, 32, snr=19.0, storage="groupwise")),
-        "bare": render(report_pages.checkpoint(provenance=False)),
+        "passed": render_report(report_pages.checkpoint(), report_pages.summary()),
+        "failed": render_report(report_pages.checkpoint(cuts=("unpack",)), report_pages.failed()),
+        "large": render_report(
+            report_pages.checkpoint(80, tp=8, pp=4), report_pages.summary(80, 32, snr=19.0, storage="groupwise")
+        ),
+        "bare": render_report(report_pages.checkpoint(provenance=False)),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text)
@@ -225,7 +227,7 @@ def test_it_prints(browser: Browser, pages: dict[str, Path]) -> None:
 
 
 def test_text_of_files_runs_nothing(browser: Browser, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(render(*attacked(HOSTILE)))
+    (tmp_path / "page.html").write_text(render_report(*attacked(HOSTILE)))
     browser.open(tmp_path / "page.html", PHONE)
     assert len(browser.said("Network.requestWillBeSent")) == 1
     for event in ("Runtime.consoleAPICalled", "Log.entryAdded", "Page.javascriptDialogOpening"):

@@ -5,7 +5,9 @@ Dense ranks agree with transformers running the source itself, to float32 roundi
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,6 @@ from pipeline.errors import BadInput
 from pipeline.reporting.verification import verify
 from tests.end_to_end.test_family_forward import CASES, Case, build
 from tests.support import quantized_checkpoints
-
-pytestmark = pytest.mark.slow
 
 # Every axis of every rank is a multiple of 64 at TP 2, so that kernels take it.
 SIZES: dict[str, Any] = {
@@ -53,6 +53,19 @@ FORMATS = {
 # A stack of experts has no place for what these hold (docs/quantization.md).
 EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
 NO_EXPERTS = ("fp8", "compressed fp8", "fp8 rowwise", "modelopt awq")
+
+
+# Of fused tensors, biases and experts: these are tried in every form by `make test`, and every family in one.
+FEW = ("qwen2", "phi3", "qwen2_moe")
+
+
+def pairs(forms: Iterable[str]) -> list[Any]:
+    """Each family in each form; those that wait for the night are marked."""
+    usual, *_ = forms
+    return [
+        pytest.param(family, form, marks=() if form == usual or family in FEW else pytest.mark.nightly)
+        for family, form in itertools.product(FAMILIES, forms)
+    ]
 
 
 def sized(name: str) -> Case:
@@ -93,8 +106,7 @@ def checked(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize("form", FROM_NUMBERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), pairs(FROM_NUMBERS))
 def test_numbers_quantized_on_the_way(family: str, form: str, models: dict[str, Path], tmp_path: Path) -> None:
     if form in NO_EXPERTS and family in EXPERT_FAMILIES:
         with pytest.raises(BadInput, match="expert"):
@@ -105,8 +117,7 @@ def test_numbers_quantized_on_the_way(family: str, form: str, models: dict[str, 
     assert stored == {"dense"} | ({form if form.startswith("fp8") else "weight-only"} if form != "dense" else set())
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), pairs(FORMATS))
 def test_quantized_sources(family: str, form: str, models: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((models[family] / "config.json").read_text())
     tensors = load_file(models[family] / "model.safetensors")

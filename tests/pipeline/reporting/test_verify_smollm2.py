@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline import convert
-from pipeline.reporting.verification import generate_text, verify
+from pipeline.reporting.generation import generate_text
+from pipeline.reporting.verification import verify
 from tests.support.places import SMOLLM2 as MODEL
 
 PROMPT = "The capital of France is"
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

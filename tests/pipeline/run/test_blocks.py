@@ -12,7 +12,8 @@ import pytest
 from distributed import LocalCluster
 
 from pipeline import convert
-from pipeline.planning.make_plan import make_plan as planning
+from pipeline.planning import compose
+from pipeline.planning import make_plan as planning
 from pipeline.planning.memory import budget
 from tests.support import checkpoints, gguf_files
 
@@ -59,7 +60,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, block_bytes: int, piece_bytes: int) -> 
     def chosen(*arguments: Any) -> Any:
         return replace(budget(*arguments), piece_bytes=piece_bytes)
 
-    monkeypatch.setattr(planning, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(compose, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(planning, "block_bytes", lambda *_: block_bytes)
     monkeypatch.setattr(planning, "budget", chosen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -100,8 +101,16 @@ def start(model: Path, output: Path, scheduler: str) -> subprocess.Popen[str]:
     return running
 
 
-@pytest.mark.parametrize("scheduler", ["threads", "local", "synchronous"])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+STOPPED = (("threads", signal.SIGINT), ("local", signal.SIGINT), ("local", signal.SIGKILL), ("synchronous", signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sent"),
+    [
+        pytest.param(*pair, marks=() if pair in STOPPED else pytest.mark.nightly, id=f"{pair[0]}-{pair[1].name}")
+        for pair in itertools.product(("threads", "local", "synchronous"), (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+    ],
+)
 def test_a_run_that_is_stopped_leaves_partial_files_and_the_next_one_ends_right(
     large: Path, expected: dict[str, str], tmp_path: Path, scheduler: str, sent: signal.Signals
 ) -> None:

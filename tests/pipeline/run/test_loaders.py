@@ -119,7 +119,7 @@ def test_values_are_made_of_blocks_and_pieces_of_any_size(tmp_path: Path, monkey
     for block, piece in ((1000, 1), (30_000, 700), (1000, 1 << 20)):
         monkeypatch.setattr("pipeline.run.loaders.PIECE_BYTES", piece)
         monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda *_, size=block: size)
-        monkeypatch.setattr("pipeline.planning.make_plan.ROW_MULTIPLE", 1)
+        monkeypatch.setattr("pipeline.planning.compose.ROW_MULTIPLE", 1)
         every_rank(load_from_hf_checkpoint, tmp_path / "model", tmp_path / "out", options)
 
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import stages.write
 from benchmarks.models import make
 from pipeline import BadInput, WriteFailed, convert
 from pipeline.sinks.journal import Journal
+from tests.pipeline.run.test_interruption import write_sparse
 from tests.support import checkpoints
 from tests.support.directories import contents
 
@@ -45,10 +48,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("after", ["none", "unpack,shard"])
-def test_a_failure_at_every_store(tiny: Path, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [31, pytest.param(7, marks=pytest.mark.nightly)])
+def test_a_failure_at_any_store(tiny: Path, step: int, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: 20_000)
     whole, resumed = stages.write._write_all, 0
-    for failing in range(0, 400, 7):
+    for failing in range(0, 400, step):
         count = iter(range(10**9))
 
         def fail(descriptor: int, data: memoryview, offset: int, count: Any = count, failing: int = failing) -> None:
@@ -71,7 +75,7 @@ def test_a_failure_at_every_store(tiny: Path, after: str, tmp_path: Path, monkey
         assert outputs(directory) == outputs(tiny)
         shutil.rmtree(directory)
     assert failing > 100, "the plan has many stores, and each was made to fail"
-    assert resumed > failing, "later runs took up what earlier ones had done"
+    assert resumed > 7 * failing / step, "later runs took up what earlier ones had done, seven tasks and more each"
 
 
 def test_torn_lines_are_dropped_and_done_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +95,16 @@ def test_torn_lines_are_dropped_and_done_again(tiny: Path, tmp_path: Path, monke
         result = convert(**{**options, **{"target": job(tmp_path / "again")["target"]}})
         assert result.resumed_tasks <= max(len(torn.splitlines()) - 1, 0)
         assert outputs(tmp_path / "again") == outputs(tiny)
+
+
+large = partial(make, shape="8B", layers=1, sparse=True)
+
+# What is killed, by its number: what a plan writes to, and who writes.
+KILLED = (
+    ("--scheduler", "threads"),
+    ("--scheduler", "local"),
+    ("--scheduler", "threads", "--scratch_after", "unpack"),
+)
 
 
 def _commit_each(self: pipeline.sinks.journal.Committer) -> None:
@@ -155,34 +169,37 @@ def test_checksums_are_those_of_the_tensors(tiny: Path) -> None:
                     data = data[nbytes:]
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    make(tmp_path / "model", "8B", layers=1, sparse=True)
+@pytest.mark.parametrize(
+    ("number", "most", "write"),
+    [
+        (2, 2, write_sparse),
+        *(pytest.param(number, 8, large, marks=pytest.mark.nightly) for number in range(3)),
+    ],
+)
+def test_killed_at_random_moments(number: int, most: int, write: Callable[[Path], object], tmp_path: Path) -> None:
+    write(tmp_path / "model")
     script = "import pipeline.sinks.journal as j; j.COMMIT_SECONDS = 0.1\nfrom pipeline.cli import main; main()"
     command = [sys.executable, "-c", script, "convert", "--quiet", "--model_dir", str(tmp_path / "model")]
-    chance = random.Random(0)
-    plans = [["--scheduler", "threads"], ["--scheduler", "local"], ["--scheduler", "threads", "--scratch_after", "unpack"]]
-    kills = 0
-    for number, options in enumerate(plans):
-        reference, output = tmp_path / "reference", tmp_path / f"out{number}"
-        shutil.rmtree(reference, ignore_errors=True)
-        started = time.monotonic()
-        subprocess.run([*command, "--output_dir", str(reference), "--tp_size", str(2**number), *options], check=True)
-        seconds = time.monotonic() - started
-        for _ in range(8):
-            process = subprocess.Popen([*command, "--output_dir", str(output), "--tp_size", str(2**number), *options])
-            try:
-                process.wait(timeout=chance.uniform(0.3, 0.9) * seconds)
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
-        subprocess.run([*command, "--output_dir", str(output), "--tp_size", str(2**number), *options], check=True)
-        for path in reference.iterdir():
-            if path.name != "headrace.json":
-                assert subprocess.run(["cmp", path, output / path.name], check=False).returncode == 0
-        ours, theirs = (json.loads((place / "headrace.json").read_text())["xxh3"] for place in (output, reference))
-        assert ours == theirs
-        shutil.rmtree(output)
-    assert kills >= 6
+    command += ["--tp_size", str(2**number), *KILLED[number]]
+    reference, output, chance, kills = tmp_path / "reference", tmp_path / "out", random.Random(number), 0
+    started = time.monotonic()
+    subprocess.run([*command, "--output_dir", str(reference)], check=True)
+    seconds = time.monotonic() - started
+    for _ in range(most):
+        process = subprocess.Popen([*command, "--output_dir", str(output)])
+        try:
+            process.wait(timeout=chance.uniform(0.3, 0.8) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run([*command, "--output_dir", str(output)], check=True)
+    for path in reference.iterdir():
+        if path.name != "headrace.json":
+            assert subprocess.run(["cmp", path, output / path.name], check=False).returncode == 0
+    ours, theirs = (json.loads((place / "headrace.json").read_text())["xxh3"] for place in (output, reference))
+    assert ours == theirs
+    shutil.rmtree(output)
+    shutil.rmtree(reference)
+    assert kills > 0

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sinks.output import check_space
+from pipeline.sinks.output_checks import check_space
 from tests.support import checkpoints
 from tests.support.commands import headrace
 
 # What the disk says at the last moment, where the check before it was wrong.
-LYING = "import pipeline.sinks.output\npipeline.output.free_bytes = lambda _: 1 << 60\n"
+LYING = "import pipeline.sinks.output_checks\npipeline.sinks.output_checks.free_bytes = lambda _: 1 << 60\n"
 
 
 def on_small_disk(size: str, mount: Path, arguments: list[str], prelude: str = "") -> subprocess.CompletedProcess[str]:
@@ -71,9 +71,9 @@ def test_what_goes_while_room_is_counted_takes_none(tmp_path: Path, monkeypatch:
     held = (output / "rank0.safetensors.partial").stat().st_blocks * 512
     listed = [(str(output), [], ["headrace.json.partial", "rank0.safetensors.partial"])]
     places = iter([tmp_path / "gone", output])
-    monkeypatch.setattr("pipeline.sinks.output.os.walk", lambda _: listed)
-    monkeypatch.setattr("pipeline.sinks.output.existing", lambda _: next(places, output))
-    monkeypatch.setattr("pipeline.sinks.output.free_bytes", lambda _: 100)
+    monkeypatch.setattr("pipeline.sinks.output_checks.os.walk", lambda _: listed)
+    monkeypatch.setattr("pipeline.sinks.output_checks.existing", lambda _: next(places, output))
+    monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 100)
     assert check_space({output: held + 100}) == []
     (problem,) = check_space({output: held + 101})
     assert problem.found == "100 bytes free"

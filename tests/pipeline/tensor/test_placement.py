@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import Region, extent, intersect, pieces, runs, shift, size, slices, whole
+from tests.support.examples import examples
 from tests.support.strategies import regions, shapes
 
 Case = tuple[tuple[int, ...], Region]
@@ -57,7 +58,7 @@ def test_shift_moves_and_moves_back(case: Case, by: list[int]) -> None:
     assert shift(moved, by, -1) == region
 
 
-@settings(max_examples=300)
+@examples(300)
 @cutting
 def test_pieces_tile_a_region_in_order(case: Case, itemsize: int, limit: int, multiple: int) -> None:
     shape, region = case
@@ -69,7 +70,7 @@ def test_pieces_tile_a_region_in_order(case: Case, itemsize: int, limit: int, mu
     assert np.concatenate(found).tolist() == elements.ravel().tolist()
 
 
-@settings(max_examples=300)
+@examples(300)
 @cutting
 def test_pieces_obey_the_limit_down_to_one_group_of_rows(case: Case, itemsize: int, limit: int, multiple: int) -> None:
     _, region = case
@@ -82,7 +83,7 @@ def test_pieces_obey_the_limit_down_to_one_group_of_rows(case: Case, itemsize: i
         assert height == 1 or columns == width
 
 
-@settings(max_examples=300)
+@examples(300)
 @cutting
 def test_pieces_cut_rows_at_multiples(case: Case, itemsize: int, limit: int, multiple: int) -> None:
     _, region = case

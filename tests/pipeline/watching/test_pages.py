@@ -35,7 +35,6 @@ def values(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 @browser.needed
-@pytest.mark.slow
 def test_the_page_beside_the_dashboard_follows_the_run(source: Path, tmp_path: Path) -> None:
     targets = [{"output_dir": tmp_path / "tp2", "tp_size": 2}, {"output_dir": tmp_path / "pp3", "pp_size": 3}]
     with browser.browser() as tab:

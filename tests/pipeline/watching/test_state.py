@@ -1,4 +1,4 @@
-"""What a Watch says of a run: totals, shares of ranks, throughput, time left."""
+"""What a RunWatch says of a run: totals, shares of ranks, throughput, time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.run.execute import execute
 from pipeline.watching import state
 from pipeline.watching.listener import Silent
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
-from pipeline.watching.state import Watch
+from pipeline.watching.state import RunWatch
 from stages.write import Checksum, Written
 from tests.pipeline.watching.held import several_blocks
 
@@ -34,13 +34,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_before_the_start() -> None:
-    now = Watch().snapshot()
+    now = RunWatch().snapshot()
     assert (now.state, now.tasks, now.eta_seconds, now.samples) == ("starting", 0, None, ())
 
 
 def test_throughput_is_the_recent_one(source: Path, tmp_path: Path) -> None:
     clock = Clock()
-    watch = Watch(clock)
+    watch = RunWatch(clock)
     watch.started(plan(model_dir=source, output_dir=tmp_path / "out"), "", 10_000, 1_000, 1)
     assert watch.snapshot().bytes_per_second is None
     clock.now += 100
@@ -60,7 +60,7 @@ def test_throughput_is_the_recent_one(source: Path, tmp_path: Path) -> None:
 
 def test_samples_are_few_however_long_it_takes(source: Path, tmp_path: Path) -> None:
     clock = Clock()
-    watch = Watch(clock)
+    watch = RunWatch(clock)
     watch.started(plan(model_dir=source, output_dir=tmp_path / "out"), "", 10**9, 0, 0)
     for _ in range(5 * state.MAX_SAMPLES):
         clock.now += 1
@@ -74,7 +74,7 @@ def test_samples_are_few_however_long_it_takes(source: Path, tmp_path: Path) -> 
 
 def test_a_sample_a_second_at_most(source: Path, tmp_path: Path) -> None:
     clock = Clock()
-    watch = Watch(clock)
+    watch = RunWatch(clock)
     watch.started(plan(model_dir=source, output_dir=tmp_path / "out"), "", 10**9, 0, 0)
     for _ in range(100):
         clock.now += 0.1
@@ -83,9 +83,9 @@ def test_a_sample_a_second_at_most(source: Path, tmp_path: Path) -> None:
 
 
 class Looking(Silent):
-    """Keeps what a run's own Watch says after each task, and interrupts it after some."""
+    """Keeps what a run's own RunWatch says after each task, and interrupts it after some."""
 
-    def __init__(self, watch: Watch, stop_after: int = -1) -> None:
+    def __init__(self, watch: RunWatch, stop_after: int = -1) -> None:
         self.watch, self.left = watch, stop_after
         self.seen: list[state.Snapshot] = []
 
@@ -98,7 +98,7 @@ class Looking(Silent):
 
 def run(stop_after: int = -1, **options: object) -> Looking:
     """Convert while looking at it."""
-    looking = Looking(Watch(), stop_after)
+    looking = Looking(RunWatch(), stop_after)
     if stop_after < 0:
         execute(plan(**options), looking, watch=looking.watch)
     else:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
@@ -16,6 +16,7 @@ from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize, requantize
 from stages.quantization.sources import awq as awq_format
 from stages.quantization.sources import gptq as gptq_format
+from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.packed_tensors import CHUNKS, awq, gptq, opened, part, random_codes, random_scales
 from tests.support.strategies import regions
@@ -84,7 +85,7 @@ def naive_groups(weight: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]
     return codes, scales
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), size=st.sampled_from([2, 4, 16]), seed=st.integers(0, 99))
 def test_any_part_of_what_is_quantized_again(data: st.DataObject, chunk: int, size: int, seed: int) -> None:
     weight = weights((data.draw(st.integers(1, 7)), size * data.draw(st.integers(1, 4))), seed)

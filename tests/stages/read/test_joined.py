@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.model.dtypes import BY_SAFETENSORS
@@ -17,6 +17,7 @@ from pipeline.tensor.tensors import Block
 from stages.read import read
 from stages.read.joined import JoinedTensor
 from stages.read.mapped import MappedTensor
+from tests.support.examples import examples
 from tests.support.lazy import Held, values
 from tests.support.strategies import regions, shapes
 
@@ -38,7 +39,7 @@ def splits(draw: st.DrawFn, least: int = 1) -> tuple[tuple[int, ...], int, list[
     return shape, axis, sorted(draw(st.lists(st.integers(0, shape[axis]), min_size=least - 1, max_size=5)))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.data(), splits(), st.sampled_from(["I32", "BF16", "U8"]), st.sampled_from([0, 1]))
 def test_any_region_is_that_of_the_whole(
     data: st.DataObject, split: tuple[tuple[int, ...], int, list[int]], kind: str, least: int
@@ -60,7 +61,7 @@ def test_any_region_is_that_of_the_whole(
         assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(st.data(), splits())
 def test_what_lies_within_a_region_tiles_it(data: st.DataObject, split: tuple[tuple[int, ...], int, list[int]]) -> None:
     shape, axis, at = split
@@ -76,7 +77,7 @@ def test_what_lies_within_a_region_tiles_it(data: st.DataObject, split: tuple[tu
     np.testing.assert_array_equal(covered, expected)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(splits(), st.integers(1, 100), st.sampled_from([1, 4]))
 def test_dask_arrays_of_it_hold_the_whole(split: tuple[tuple[int, ...], int, list[int]], limit: int, multiple: int) -> None:
     shape, axis, at = split
@@ -85,7 +86,7 @@ def test_dask_arrays_of_it_hold_the_whole(split: tuple[tuple[int, ...], int, lis
     np.testing.assert_array_equal(values(lazy), array)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.data(), splits(least=3))
 def test_joined_tensors_can_be_joined(data: st.DataObject, split: tuple[tuple[int, ...], int, list[int]]) -> None:
     shape, axis, at = split

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,11 +29,12 @@ from torch.distributed.tensor import distribute_tensor
 from pipeline.errors import BadInput
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import find_family
-from pipeline.sinks.output import check_source
+from pipeline.sinks.output_checks import check_source
 from pipeline.tensor.placement import extent, slices, whole
 from pipeline.tensor.tensors import Source
 from stages.read import live_model, open_source, read
 from stages.read.live_model import LiveTensor, open_model
+from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.places import ROOT
 from tests.support.strategies import regions, shapes
@@ -408,7 +409,7 @@ def test_no_output_directory_holds_the_model(tmp_path: Path, monkeypatch: pytest
     assert source.companions == ()
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     st.data(),
     shapes(least=0),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -21,6 +21,7 @@ from stages.read import chunk_sizes, mapped, open_source, read
 from stages.read.mapped import MappedTensor
 from stages.read.safetensors import open_file
 from tests.support import checkpoints
+from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.strategies import regions, shapes
 
@@ -36,7 +37,7 @@ def random(shape: tuple[int, ...], kind: str, seed: int = 0) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.lists(st.tuples(st.sampled_from(TYPES), shapes(least=0)), min_size=1, max_size=5))
 def test_bytes_are_unchanged(table: list[tuple[str, tuple[int, ...]]]) -> None:
     arrays = {f"t{n}": random(shape, kind, n) for n, (kind, shape) in enumerate(table)}
@@ -51,7 +52,7 @@ def test_bytes_are_unchanged(table: list[tuple[str, tuple[int, ...]]]) -> None:
             assert (found.dtype, found.shape, found.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.data(), shapes(), st.sampled_from(["F32", "BF16", "U8"]), st.integers(0, 9), st.sampled_from([0, 1]))
 def test_slices_are_those_of_numpy(data: st.DataObject, shape: tuple[int, ...], kind: str, offset: int, least: int) -> None:
     array = random(shape, kind)

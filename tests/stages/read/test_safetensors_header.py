@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
@@ -17,6 +17,7 @@ from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.placement import whole
 from stages.read.safetensors import open_file
+from tests.support.examples import examples
 
 SIZES = {name: row.numpy.itemsize for name, row in BY_SAFETENSORS.items()}
 VALID = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(5, np.float16)}, metadata={"format": "pt"})
@@ -100,7 +101,7 @@ def test_random_header_bytes(scratch: Path, header: bytes, data_bytes: int) -> N
     check_never_laxer(scratch, blob(header, data_bytes))
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(header=headers | json_values, data_bytes=st.integers(0, 24))
 def test_random_json(scratch: Path, header: Any, data_bytes: int) -> None:
     check_never_laxer(scratch, blob(json.dumps(header), data_bytes))
@@ -129,7 +130,7 @@ def test_whole_files_are_read_and_a_byte_more_or_less_is_refused(
     assert library_accepts(scratch) is whole_file
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(data=st.data())
 def test_mutated_valid_files(scratch: Path, data: st.DataObject) -> None:
     content = bytearray(VALID)

@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import Region, extent, size, slices, whole
@@ -30,6 +30,7 @@ from stages.read.strided import StridedTensor, contiguous, span, windows
 from stages.read.torch_pickle import MAGIC, PROTOCOL, open_file
 from tests.support import checkpoints
 from tests.support.commands import convert
+from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.strategies import regions, shapes
 
@@ -168,7 +169,7 @@ def strided_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, Region]:
     return base.as_strided(shape, strides, offset), draw(regions(shape))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.data(), strided_tensors(), st.booleans(), st.sampled_from([4, 16, 64, 300, strided.WINDOW_BYTES]))
 def test_regions_of_any_strides_are_those_of_torch(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, made: tuple[torch.Tensor, Region], zipped: bool, window: int

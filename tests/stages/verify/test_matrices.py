@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.read.ranks import open_checkpoint
 from stages.verify.matrices import Matrix, matrix, unarrange
 from stages.verify.values import read, to_torch
+from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, arrange
 from tests.support.kernel_oracle import unarrange as oracle
 from tests.support.places import DATA
@@ -55,7 +56,7 @@ def test_any_rows_are_rows_of_the_whole(case: str) -> None:
         assert held.rows(start, stop).equal(whole[start:stop])
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     bits=st.sampled_from([4, 8]), groups=st.integers(1, 3), tiles=st.integers(1, 3), hopper=st.booleans(), seed=st.integers(0, 99)
 )

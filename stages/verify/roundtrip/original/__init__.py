@@ -1,6 +1,6 @@
-"""original: a source as numbers under Hugging Face's names, rows on demand.
+"""original: a source's weights as numbers under Hugging Face's names, rows on demand.
 
-Each weight is what the source's own format says, read anew and by no code of the stages that convert.
+Each weight is read as the source's own format says, by no code of the stages that convert.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor, Source
+from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.config import canonical_config
 from stages.verify.roundtrip.original.names import canonical
-from stages.verify.roundtrip.original.numbers import Numbers, Stored
-from stages.verify.roundtrip.original.packed import Memo, unpack
+from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
+from stages.verify.roundtrip.original.packed import unpack
 
 KEY = "quantization_config"
 # Models whose queries, keys and values have biases that config.json does not speak of.
@@ -29,8 +30,8 @@ ATTENTION = (*QKV, "o_proj", "wqkv", "wo", "out_proj")
 class Original:
     """A source's weights by Hugging Face's parameter names, as numbers.
 
-    Experts are named one by one, whatever they are stored in. Packed weights are dequantized, as `<module>.weight`; parts of a
-    fused module keep their own scales. Biases of zeros that a quantizer gives to modules that have none are left out.
+    Experts are named one by one, however they are stored. Packed weights are dequantized, and named `<module>.weight`. Biases of
+    zeros that a quantizer adds to modules without a bias are left out.
     """
 
     def __init__(self, source: Source) -> None:
@@ -42,10 +43,11 @@ class Original:
         self._numbers = canonical(source.container, source.architecture, self.config, numbers)
 
     def names(self) -> tuple[str, ...]:
-        """Every weight. A tied lm_head that the source does not hold is none."""
+        """The name of every weight. A tied lm_head that the source does not store is not among them."""
         return tuple(self._numbers)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight: [out_features, in_features] of a matrix."""
         return self._numbers[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -58,33 +60,34 @@ class Original:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first axis, of type `dtype(name)`. Raises IndexError where there are no such rows."""
-        held = self._numbers[name]
-        if not 0 <= start <= stop <= held.shape[0]:
-            raise IndexError(f"{name}: rows {start} to {stop} of {held.shape[0]}")
-        return held.rows(start, stop) if start < stop else torch.empty((0, *held.shape[1:]), dtype=held.dtype)
+        numbers = self._numbers[name]
+        if not 0 <= start <= stop <= numbers.shape[0]:
+            raise IndexError(f"{name}: rows {start} to {stop} of {numbers.shape[0]}")
+        return numbers.rows(start, stop) if start < stop else torch.empty((0, *numbers.shape[1:]), dtype=numbers.dtype)
 
     def _unpacked(self, settings: Mapping[str, Any]) -> dict[str, Numbers]:
+        """Every tensor as numbers, by the source's own names. Raises BadInput naming each that no format explains."""
         modules: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
         for name, tensor in self._source.tensors.items():
             module, _, parameter = name.rpartition(".")
             modules[module][parameter] = tensor
-        memo, result, problems = Memo(), dict[str, Numbers](), list[Problem]()
+        last_block, result, problems = LastBlock(), dict[str, Numbers](), list[Problem]()
         for module, parameters in modules.items():
             try:
-                found = unpack(module, parameters, settings, memo)
+                numbers = unpack(module, parameters, settings, last_block)
             except BadInput as error:
                 problems += error.problems
                 continue
-            packed = "weight" in found and not found["weight"].exact
-            if packed and "bias" in found and not self._has_bias(module) and not _any(found["bias"]):
-                del found["bias"]
-            result |= {f"{module}.{parameter}" if module else parameter: held for parameter, held in found.items()}
+            packed = "weight" in numbers and not numbers["weight"].exact
+            if packed and "bias" in numbers and not self._has_bias(module) and not _any(numbers["bias"]):
+                del numbers["bias"]
+            result |= {f"{module}.{parameter}" if module else parameter: values for parameter, values in numbers.items()}
         if problems:
             raise BadInput(problems)
         return result
 
     def _has_bias(self, module: str) -> bool:
-        """Whether the architecture has a bias there."""
+        """Whether the architecture gives a bias to a module."""
         last = module.rpartition(".")[2]
         if last in QKV and self._source.architecture in BIASED:
             return True
@@ -94,5 +97,6 @@ class Original:
 
 
 def _any(bias: Numbers) -> bool:
-    assert isinstance(bias, Stored), "no format packs a bias"
+    """Whether any value is not zero."""
+    assert isinstance(bias, StoredNumbers), "no format packs a bias"
     return bool(bias.rows(0, bias.shape[0]).any())

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import Source
 
-# What a quantizer adds, and where remote code is found.
+# Keys that do not describe the model: a quantizer's, and where remote code is.
 NOT_THE_MODELS = ("quantization_config", "compression_config", "auto_map")
 EXAONE = {"num_layers": "num_hidden_layers", "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps"}
 # Hugging Face's key, and GGUF's of architecture `llama`, less its prefix.
@@ -39,9 +39,9 @@ META = {
     "vocab_size": "vocab_size",
 }
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# Those of Meta's code, of llama.cpp and of LLaMA itself.
+# The defaults of Meta's code, of llama.cpp and of LLaMA itself.
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-# What Meta's code does for `use_scaled_rope`: its constants, but for a factor that params.json names.
+# The scaling of Meta's code for `use_scaled_rope`; params.json may name another factor.
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -52,34 +52,36 @@ LLAMA3_SCALING = {
 
 
 def canonical_config(source: Source) -> dict[str, Any]:
-    """config.json of the model that Hugging Face's names make of `source`: LLaMA's or Mixtral's where it is not their own.
+    """The config.json by which transformers runs a source's weights under Hugging Face's names.
 
-    Raises BadInput naming the sizes that a source of another container does not say.
+    Meta's, GGUF's, InternLM2's and Exaone's become LLaMA's or Mixtral's; others stay as they are. Raises BadInput naming the sizes
+    of the model that a GGUF file or Meta's params.json lacks.
     """
-    given = {key: value for key, value in source.config.items() if key not in NOT_THE_MODELS}
+    values = {key: value for key, value in source.config.items() if key not in NOT_THE_MODELS}
     if source.container == "meta":
-        config = _translated(source, given, META)
-        if given.get("use_scaled_rope"):
-            config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(given.get("rope_scaling_factor") or 8.0)}
+        config = _translated(source, values, META)
+        if values.get("use_scaled_rope"):
+            config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(values.get("rope_scaling_factor") or 8.0)}
         return _llama(config, "output.weight" not in source.tensors)
     if source.container == "gguf":
-        config = _translated(source, given, GGUF)
+        config = _translated(source, values, GGUF)
         return _llama(config, not any(name.startswith("output.") for name in source.tensors))
     if source.architecture == "InternLM2ForCausalLM":
-        return _llama({**given, "attention_bias": bool(given.get("bias"))}, given.get("tie_word_embeddings", False))
+        return _llama({**values, "attention_bias": bool(values.get("bias"))}, values.get("tie_word_embeddings", False))
     if source.architecture == "ExaoneForCausalLM":
-        renamed = {EXAONE.get(key, key): value for key, value in given.items()}
-        return _llama(renamed, given.get("tie_word_embeddings", False))
-    return given
+        renamed = {EXAONE.get(key, key): value for key, value in values.items()}
+        return _llama(renamed, values.get("tie_word_embeddings", False))
+    return values
 
 
-def _translated(source: Source, given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    found = {ours: given[theirs] for ours, theirs in keys.items() if given.get(theirs) is not None}
-    absent = [keys[ours] for ours in NEEDED if ours not in found]
+def _translated(source: Source, values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The values of another container under Hugging Face's keys. Raises BadInput naming the missing sizes."""
+    translated = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
+    absent = [keys[ours] for ours in NEEDED if ours not in translated]
     if absent:
         raise BadInput([Problem(f"{source.config_name}: {key}", "nothing", "a size of the model") for key in absent])
-    found.setdefault("num_key_value_heads", found["num_attention_heads"])
-    return {**DEFAULTS, **found}
+    translated.setdefault("num_key_value_heads", translated["num_attention_heads"])
+    return {**DEFAULTS, **translated}
 
 
 def _llama(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:

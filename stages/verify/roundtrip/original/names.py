@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from stages.verify.roundtrip.original.numbers import Numbers, Stored, Ungrouped, Unpermuted
+from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
 
-# Computed by whoever runs the model, whatever a source holds of them.
+# Rotary buffers, which whoever runs the model computes; a source's own are ignored.
 COMPUTED = re.compile(r"(.+\.)?(rotary_emb|rotary|rope)\.(inv_freq|freqs)|rope_freqs\.weight")
 # Models whose experts are called w1 (the activated projection), w3 and w2; others say gate_proj, up_proj and down_proj.
 NUMBERED = ("MixtralForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
@@ -22,11 +22,11 @@ ROUTER = re.compile(r"(.+)\.mlp\.(gate|router)\.weight")
 
 
 @dataclass(frozen=True)
-class Names:
+class FamilyNames:
     """A family's names for LLaMA's modules.
 
-    `layer`: what a layer's modules begin with, its number as the first group. `modules`: by the name after that, or the whole
-    name outside of layers, Hugging Face's. `turned`: those whose heads have their rotary halves interleaved.
+    `layer`: matches the front of a layer's names, with the layer's number as its first group. `modules`: Hugging Face's name of
+    each module by the family's, without that front. `turned`: modules whose heads have their rotary halves interleaved.
     """
 
     layer: re.Pattern[str]
@@ -34,7 +34,7 @@ class Names:
     turned: tuple[str, ...] = ()
 
 
-META = Names(
+META = FamilyNames(
     re.compile(r"layers\.(\d+)\."),
     {
         "tok_embeddings": "model.embed_tokens",
@@ -52,7 +52,7 @@ META = Names(
     },
     ("attention.wq", "attention.wk"),
 )
-GGUF = Names(
+GGUF = FamilyNames(
     re.compile(r"blk\.(\d+)\."),
     {
         "token_embd": "model.embed_tokens",
@@ -71,7 +71,7 @@ GGUF = Names(
     },
     ("attn_q", "attn_k"),
 )
-INTERNLM2 = Names(
+INTERNLM2 = FamilyNames(
     re.compile(r"model\.layers\.(\d+)\."),
     {
         "model.tok_embeddings": "model.embed_tokens",
@@ -85,7 +85,7 @@ INTERNLM2 = Names(
         "feed_forward.w2": "mlp.down_proj",
     },
 )
-EXAONE = Names(
+EXAONE = FamilyNames(
     re.compile(r"transformer\.h\.(\d+)\."),
     {
         "transformer.wte": "model.embed_tokens",
@@ -107,82 +107,87 @@ GGUF_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.wei
 
 
 def canonical(container: str, architecture: str, config: Mapping[str, Any], numbers: Mapping[str, Numbers]) -> dict[str, Numbers]:
-    """A source's weights under Hugging Face's names for a model that `config` (as `canonical_config` gives it) describes.
+    """Give a source's weights Hugging Face's names, for the model that `config` (from `canonical_config`) describes.
 
-    What no name is known for keeps its own. Raises BadInput where two tensors are one weight.
+    Tensors whose name no table has keep theirs. Raises BadInput where two tensors become one weight.
     """
     heads = int(config.get("num_attention_heads") or 1)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
-    kept = {name: held for name, held in numbers.items() if not COMPUTED.fullmatch(name)}
+    kept = {name: tensor_numbers for name, tensor_numbers in numbers.items() if not COMPUTED.fullmatch(name)}
     result: dict[str, Numbers] = {}
     origins: dict[str, str] = {}
-    for origin, held in kept.items():
+    for origin, tensor_numbers in kept.items():
         if container == "meta":
-            found = _renamed(origin, held, META, size)
+            renamed = _renamed(origin, tensor_numbers, META, size)
         elif container == "gguf":
-            found = _gguf_experts(origin, held) or _renamed(origin, held, GGUF, size)
+            renamed = _gguf_experts(origin, tensor_numbers) or _renamed(origin, tensor_numbers, GGUF, size)
         elif architecture == "InternLM2ForCausalLM":
-            found = _wqkv(origin, held, kv_heads, size) or _renamed(origin, held, INTERNLM2, size)
+            renamed = _wqkv(origin, tensor_numbers, kv_heads, size) or _renamed(origin, tensor_numbers, INTERNLM2, size)
         elif architecture == "ExaoneForCausalLM":
-            found = _renamed(origin, held, EXAONE, size)
+            renamed = _renamed(origin, tensor_numbers, EXAONE, size)
         else:
-            found = _experts(origin, held, architecture in NUMBERED)
-        twice = [name for name in found if name in result]
+            renamed = _experts(origin, tensor_numbers, architecture in NUMBERED)
+        twice = [name for name in renamed if name in result]
         if twice:
             raise BadInput([Problem(origin, f"{twice[0]}, which {origins[twice[0]]} is too", "one tensor for a weight")])
-        result |= found
-        origins |= dict.fromkeys(found, origin)
+        result |= renamed
+        origins |= dict.fromkeys(renamed, origin)
     return result
 
 
-def _renamed(name: str, held: Numbers, names: Names, head_size: int) -> dict[str, Numbers]:
+def _renamed(name: str, numbers: Numbers, names: FamilyNames, head_size: int) -> dict[str, Numbers]:
     layer = names.layer.match(name)
     module, _, parameter = name[layer.end() if layer else 0 :].rpartition(".")
-    theirs = names.modules.get(module)
-    # Modules of a layer are none outside of one, and the other way round.
-    if theirs is None or bool(layer) == theirs.startswith(("model.", "lm_head")):
-        return {name: held}
-    front = f"model.layers.{layer[1]}." if layer else ""
-    return {f"{front}{theirs}.{parameter}": Unpermuted(held, head_size) if module in names.turned else held}
+    canonical_module = names.modules.get(module)
+    # A layer's module outside a layer, or the other way round, is no module of the table.
+    if canonical_module is None or bool(layer) == canonical_module.startswith(("model.", "lm_head")):
+        return {name: numbers}
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    return {f"{prefix}{canonical_module}.{parameter}": Unpermuted(numbers, head_size) if module in names.turned else numbers}
 
 
-def _wqkv(name: str, held: Numbers, groups: int, head_size: int) -> dict[str, Numbers]:
-    found = re.fullmatch(r"model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)", name)
-    if not found:
+def _wqkv(name: str, numbers: Numbers, groups: int, head_size: int) -> dict[str, Numbers]:
+    match = re.fullmatch(r"model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)", name)
+    if not match:
         return {}
-    front = f"model.layers.{found[1]}.self_attn."
-    return {f"{front}{part}_proj.{found[2]}": Ungrouped(held, part, groups, head_size) for part in "qkv"}
+    prefix = f"model.layers.{match[1]}.self_attn."
+    return {f"{prefix}{part}_proj.{match[2]}": Ungrouped(numbers, part, groups, head_size) for part in "qkv"}
 
 
-def _experts(name: str, held: Numbers, numbered: bool) -> dict[str, Numbers]:
-    """Hugging Face's own names; of transformers 5's stacks [E, 2 I, H] and [E, H, I], those of the single experts."""
+def _experts(name: str, numbers: Numbers, numbered: bool) -> dict[str, Numbers]:
+    """Hugging Face's own names, and those of the single experts for transformers 5's stacks.
+
+    The stacks are [experts, 2 * intermediate, hidden] of gate and up, and [experts, hidden, intermediate] of down.
+    """
     stack = STACK.fullmatch(name)
-    if stack and isinstance(held, Stored) and len(held.shape) == 3:
-        rows = held.shape[1]
+    if stack and isinstance(numbers, StoredNumbers) and len(numbers.shape) == 3:
+        rows = numbers.shape[1]
         block = "block_sparse_moe" if numbered else "mlp"
-        front = f"{stack[1]}.{block}.experts"
+        prefix = f"{stack[1]}.{block}.experts"
         parts = [("down", 0, rows)] if stack[2] == "down_proj" else [("gate", 0, rows // 2), ("up", rows // 2, rows // 2)]
-        return _split(front, held, parts, _numbered if numbered else lambda part: f"{part}_proj")
+        return _split(prefix, numbers, parts, _numbered if numbered else lambda part: f"{part}_proj")
     router = ROUTER.fullmatch(name) if numbered else None
-    return {f"{router[1]}.block_sparse_moe.gate.weight" if router else name: held}
+    return {f"{router[1]}.block_sparse_moe.gate.weight" if router else name: numbers}
 
 
-def _gguf_experts(name: str, held: Numbers) -> dict[str, Numbers]:
-    found = GGUF_EXPERTS.fullmatch(name)
-    if not found:
+def _gguf_experts(name: str, numbers: Numbers) -> dict[str, Numbers]:
+    match = GGUF_EXPERTS.fullmatch(name)
+    if not match:
         return {}
-    front = f"model.layers.{found[1]}.block_sparse_moe.experts"
-    if found[3]:
-        return {f"{front}.{found[3]}.{_numbered(found[2])}.weight": held}
-    assert isinstance(held, Stored), "what a GGUF file holds is stored"
-    return _split(front, held, [(found[2], 0, held.shape[1])], _numbered)
+    prefix = f"model.layers.{match[1]}.block_sparse_moe.experts"
+    if match[3]:
+        return {f"{prefix}.{match[3]}.{_numbered(match[2])}.weight": numbers}
+    assert isinstance(numbers, StoredNumbers), "what a GGUF file holds is stored"
+    return _split(prefix, numbers, [(match[2], 0, numbers.shape[1])], _numbered)
 
 
-def _split(front: str, stack: Stored, parts: list[tuple[str, int, int]], called: Callable[[str], str]) -> dict[str, Numbers]:
-    """`parts`, each (projection, first row, rows), of every expert of a stack."""
+def _split(
+    prefix: str, stack: StoredNumbers, parts: list[tuple[str, int, int]], called: Callable[[str], str]
+) -> dict[str, Numbers]:
+    """Split the stack [experts, rows, columns] into `parts`, each (projection, first row, rows), of every expert."""
     return {
-        f"{front}.{expert}.{called(part)}.weight": stack.part(expert, first, count)
+        f"{prefix}.{expert}.{called(part)}.weight": stack.part(expert, first, count)
         for expert in range(stack.shape[0])
         for part, first, count in parts
     }

@@ -1,4 +1,4 @@
-"""Arrays of a source as numbers, rows on demand: as they are stored, a part of a stack, or in another order of rows."""
+"""Weights of a source as numbers, rows on demand: as they are stored, a part of a stack, or with rows in another order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Numbers(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers: [out_features, in_features] of a matrix."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,11 +37,11 @@ class Numbers(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, ...]: rows of the first axis."""
+        """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`."""
 
 
 @dataclass(frozen=True)
-class Stored(Numbers):
+class StoredNumbers(Numbers):
     """A tensor as it is; or, with `front`, rows `first` to `first + count` of one matrix of a stack."""
 
     tensor: LazyTensor
@@ -54,8 +56,8 @@ class Stored(Numbers):
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.tensor.dtype.name)  # torch calls each type as NumPy does
-        return found
+        dtype: torch.dtype = getattr(torch, self.tensor.dtype.name)  # torch calls each type as NumPy does
+        return dtype
 
     @property
     def exact(self) -> bool:
@@ -76,15 +78,13 @@ class Stored(Numbers):
 
 
 @dataclass(frozen=True)
-class Blocks(Stored):
-    """GGUF's packed rows, uint8 [rows, bytes] or [experts, rows, bytes] of type `kind`, by the gguf package's dequantizers."""
+class GgufNumbers(StoredNumbers):
+    """GGUF's packed rows as float32: uint8 [rows, bytes] or [experts, rows, bytes] of GGUF's type `kind`, dequantized by gguf."""
 
     kind: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        import gguf
-
         elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
         *front, packed = super().shape
         return (*front, packed // size * elements)
@@ -98,15 +98,13 @@ class Blocks(Stored):
         return False
 
     def rows(self, start: int, stop: int) -> Tensor:
-        import gguf
-
         packed = self._read(start, stop).numpy()
         values: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[self.kind])
         return torch.from_numpy(np.ascontiguousarray(values))
 
 
 @dataclass(frozen=True)
-class Gathered(Numbers):
+class ReorderedNumbers(Numbers):
     """`base` with its rows in another order, or some of them."""
 
     base: Numbers
@@ -124,21 +122,21 @@ class Gathered(Numbers):
         return self.base.exact
 
     def rows(self, start: int, stop: int) -> Tensor:
-        wanted, order = self.index(torch.arange(start, stop)).sort()
-        cuts = (wanted.diff() > NEAR).nonzero().flatten() + 1
-        found = [self.base.rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in wanted.tensor_split(cuts)]
-        return torch.cat(found)[order.argsort()]
+        base_rows, order = self.index(torch.arange(start, stop)).sort()
+        cuts = (base_rows.diff() > NEAR).nonzero().flatten() + 1
+        runs = [self.base.rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in base_rows.tensor_split(cuts)]
+        return torch.cat(runs)[order.argsort()]
 
     @abstractmethod
     def index(self, rows: Tensor) -> Tensor:
-        """int64 [n]: which rows of `base` the rows of these numbers, int64 [n], are."""
+        """The rows of `base`, int64 [n], that some rows of these numbers, int64 [n], are."""
 
 
 @dataclass(frozen=True)
-class Unpermuted(Gathered):
-    """Each head's rotary halves one behind the other, of rows where they alternate: Meta's order and llama.cpp's.
+class Unpermuted(ReorderedNumbers):
+    """Heads with their rotary halves one behind the other, of rows where the halves alternate: Meta's and llama.cpp's order.
 
-    Row (half, i) of a head of Hugging Face is row (i, half) there (checkpoint format, section 3).
+    Row (half, i) of a head in Hugging Face's order is row (i, half) in theirs (checkpoint format, section 3).
     """
 
     head_size: int
@@ -149,10 +147,10 @@ class Unpermuted(Gathered):
 
 
 @dataclass(frozen=True)
-class Ungrouped(Gathered):
-    """`part` ("q", "k" or "v") of InternLM2's wqkv: `groups` kv heads, of each its G queries, its key and its value.
+class Ungrouped(ReorderedNumbers):
+    """The rows of `part` ("q", "k" or "v") of InternLM2's wqkv, which has `groups` groups of Q query heads, a key and a value head.
 
-    Head s of group j begins at row (j * (G + 2) + s) * head_size (families, InternLM2).
+    Head s of group j begins at row (j * (Q + 2) + s) * head_size (families, InternLM2).
     """
 
     part: str
@@ -165,11 +163,12 @@ class Ungrouped(Gathered):
 
     @property
     def _queries(self) -> int:
+        """The number of a group's query heads."""
         return self.base.shape[0] // self.head_size // self.groups - 2
 
     @property
     def _heads(self) -> int:
-        """Of a group's heads, how many are of this part."""
+        """The number of a group's heads that are of this part."""
         return self._queries if self.part == "q" else 1
 
     def index(self, rows: Tensor) -> Tensor:

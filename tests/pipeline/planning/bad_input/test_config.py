@@ -100,7 +100,7 @@ def test_more_experts_a_token_than_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["num_attention_heads", "num_hidden_layers", "num_local_experts"])
 def test_absurd_sizes_end_in_a_report_not_in_a_loop(tmp_path: Path, key: str) -> None:
     model = model_of(tmp_path, MIXTRAL, head_dim=8, **{key: 2**33})
-    ran = limited("RLIMIT_CPU", LOOP_SECONDS, "plan", "--model_dir", model, "--output_dir", tmp_path / "out")
+    ran = limited({"RLIMIT_CPU": LOOP_SECONDS}, "plan", "--model_dir", model, "--output_dir", tmp_path / "out")
     assert ran.code == 2, "killed, as it did not end" if ran.code < 0 else ran
     assert "headrace: " in ran.err
 

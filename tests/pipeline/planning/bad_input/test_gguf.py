@@ -9,11 +9,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.pipeline.planning.bad_input.gguf_files import HIDDEN, INNER, KV_HEADS, TENSORS, VOCAB, header_end, write
 from tests.support.commands import LOOP_SECONDS, convert, headrace, limited, one, refused
+from tests.support.examples import examples
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_file_cut_short_in_its_data(path: Path, sound: bytes, header_bytes: in
     assert all(problem.startswith(f"{path}: found ") for problem in refused(path))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_truncation_is_refused(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
     path = tmp_path / "model.gguf"
@@ -56,7 +57,7 @@ def test_every_truncation_is_refused(tmp_path: Path, sound: bytes, data: st.Data
     assert plan(path) == 2
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_in_the_header(tmp_path: Path, sound: bytes, header_bytes: int, data: st.DataObject) -> None:
     content = bytearray(sound)
@@ -103,7 +104,7 @@ def test_an_array_of_numbers_longer_than_the_file(path: Path, shift: int) -> Non
     content = write(path, metadata={"general.name": "n" * shift}).read_bytes()
     at = array_length(content, "tokenizer.ggml.scores")
     path.write_bytes(content[:at] + struct.pack("<Q", 2**40) + content[at + 8 :])
-    ran = limited("RLIMIT_CPU", LOOP_SECONDS, "plan", "--model_dir", path, "--output_dir", path.parent / "out")
+    ran = limited({"RLIMIT_CPU": LOOP_SECONDS}, "plan", "--model_dir", path, "--output_dir", path.parent / "out")
     assert ran.code == 2
     assert f"{path}: found " in ran.err
 

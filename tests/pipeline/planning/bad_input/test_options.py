@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import distributed
 import pytest
 
 from pipeline.planning.job import Job
@@ -187,8 +188,9 @@ def test_a_scheduler_address_that_is_none(model: Path, address: str) -> None:
     assert address in one(refused(model, "--scheduler", address))
 
 
-@pytest.mark.slow
-def test_a_scheduler_that_does_not_answer(model: Path) -> None:
+def test_a_scheduler_that_does_not_answer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distributed.Client
+    monkeypatch.setattr(distributed, "Client", lambda address, timeout: whole(address, timeout=timeout / 20))
     problem = one(refused(model, "--scheduler", "tcp://127.0.0.1:1"))
     assert problem.startswith("--scheduler tcp://127.0.0.1:1: found no answer")
 

@@ -106,7 +106,7 @@ def test_an_output_inside_the_source_directory_is_fine(model: Path) -> None:
 def with_files_of(limit_bytes: int, model: Path, output: Path) -> Ran:
     """Convert where no file may become larger than so many bytes: as on a full disk, the reserving of a file's space fails."""
     arguments = ("convert", "--model_dir", model, "--output_dir", output, "--scheduler", "threads")
-    return limited("RLIMIT_FSIZE", limit_bytes, *arguments)
+    return limited({"RLIMIT_FSIZE": limit_bytes}, *arguments)
 
 
 def test_no_room_for_the_files_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
@@ -130,6 +130,6 @@ def test_room_enough_is_enough(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sinks.output.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 1000)
     problem = one(refused(model))
     assert problem.startswith(f"--output_dir {model.parent / 'out'}: found 1,000 bytes free; expected 28")

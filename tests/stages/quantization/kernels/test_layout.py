@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.quantization.kernels.layout import ALIGNMENT, GENERATIONS, KernelLayout, kernel_layout
+from tests.support.examples import examples
 from tests.support.kernel_oracle import TILE, A, P, arrange, gather, source_row, stream, unarrange
 
 LAYOUTS = [(bits, name, KernelLayout(bits, 16 // bits if name == A else 1)) for bits in (8, 4) for name in (A, P)]
@@ -28,7 +29,7 @@ def random_codes(shape: tuple[int, int], bits: int, seed: int = 0) -> np.ndarray
 
 
 @each_layout
-@settings(max_examples=40)
+@examples(40)
 @given(shape=sizes, seed=st.integers(0, 99))
 def test_every_element_is_where_the_maps_put_it(
     bits: int, name: str, layout: KernelLayout, shape: tuple[int, int], seed: int

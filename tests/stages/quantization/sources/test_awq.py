@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.awq import accepts, check, unpack
 from stages.unpack import format_of
+from tests.support.examples import examples
 from tests.support.lazy import held, values
 from tests.support.packed_tensors import (
     CHUNKS,
@@ -35,7 +36,7 @@ def module(n: int, k: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.n
     return random_codes((n, k), 4, seed), random_codes((groups, n), 4, seed + 1), random_scales((groups, n), seed)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(data=st.data(), size=shapes(8, 2), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_and_zero_points(data: st.DataObject, size: tuple[int, int, int], chunk: int, seed: int) -> None:
     codes, zeros, scales = module(*size, seed)
@@ -58,7 +59,7 @@ def test_every_code_in_every_place_of_a_word() -> None:
     assert np.array_equal(values(result["offsets"]), 8 - zeros)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), size=shapes(8, 2), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_the_weight_is_code_less_zero_point_times_scale(
     data: st.DataObject, size: tuple[int, int, int], chunk: int, seed: int

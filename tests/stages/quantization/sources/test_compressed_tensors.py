@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.compressed_tensors import accepts, check, unpack
 from stages.unpack import format_of
+from tests.support.examples import examples
 from tests.support.lazy import held, values
 from tests.support.packed_tensors import (
     CHUNKS,
@@ -44,7 +45,7 @@ def int8_module(n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_scales_and_zero_points(
     bits: int, symmetric: bool, data: st.DataObject, chunk: int, seed: int
@@ -91,7 +92,7 @@ def test_the_weight_is_code_less_zero_point_times_scale(bits: int, symmetric: bo
     assert np.array_equal(values(dequantize(result)), naive_weight(codes, points, scales))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), n=st.integers(1, 7), k=st.integers(1, 9))
 def test_any_part_of_an_int8_weight(data: st.DataObject, chunk: int, n: int, k: int) -> None:
     source = int8_module(n, k)

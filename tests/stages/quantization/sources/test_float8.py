@@ -8,13 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.float8 import accepts, check, unpack
 from stages.unpack import format_of
+from tests.support.examples import examples
 from tests.support.lazy import held, values
 from tests.support.packed_tensors import CHUNKS, opened, part
 from tests.support.strategies import regions
@@ -37,7 +38,7 @@ def test_every_code_is_the_number_that_torch_has_for_it() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("by_row", [True, False])
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data(), n=st.integers(2, 9), k=st.integers(1, 9), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_is_code_times_scale(
     dtype: type, by_row: bool, data: st.DataObject, n: int, k: int, chunk: int, seed: int

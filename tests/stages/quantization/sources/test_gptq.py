@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.gptq import accepts, act_order, check, unpack
 from stages.unpack import format_of
+from tests.support.examples import examples
 from tests.support.lazy import held, values
 from tests.support.packed_tensors import (
     CHUNKS,
@@ -37,7 +38,7 @@ def module(n: int, k: int, groups: int, bits: int = 4, seed: int = 0) -> tuple[n
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_and_zero_points(bits: int, data: st.DataObject, chunk: int, seed: int) -> None:
     packed = 32 // bits
@@ -116,7 +117,7 @@ def test_which_version_the_zeros_are_is_asked_of_all_of_them(chunk: int) -> None
         assert np.array_equal(part(result["offsets"], region), expected[slices(region)])
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), seed=st.integers(0, 99), bits=st.sampled_from([4, 8]), chunk=st.sampled_from(CHUNKS))
 def test_groups_in_the_order_of_the_activations_are_dequantized(data: st.DataObject, seed: int, bits: int, chunk: int) -> None:
     n, k, groups = data.draw(shapes(32 // bits, 32 // bits))

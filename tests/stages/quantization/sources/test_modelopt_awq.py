@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.modelopt_awq import accepts, check, unpack
 from stages.unpack import format_of
+from tests.support.examples import examples
 from tests.support.lazy import held, values
 from tests.support.packed_tensors import (
     CHUNKS,
@@ -33,7 +34,7 @@ def module(n: int, k: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.n
     return random_codes((n, k), 4, seed), random_scales((groups, n), seed, np.float32)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(data=st.data(), size=shapes(2, 2), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_and_scales(data: st.DataObject, size: tuple[int, int, int], chunk: int, seed: int) -> None:
     codes, scales = module(*size, seed)

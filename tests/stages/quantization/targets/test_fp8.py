@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.targets.fp8 import largest, pack_channels, pack_tensor, quantize_channels
+from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.packed_tensors import CHUNKS, opened, part
 from tests.support.strategies import regions
@@ -103,7 +104,7 @@ def test_scales_have_a_least_and_weights_a_bound() -> None:
     assert values(scales)[2:, 0].tolist() == [np.float32(600 / 448)] * 2
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_and_each_share_of_a_row_by_itself(data: st.DataObject, chunk: int, seed: int) -> None:
     """Quantizing with segments is quantizing each rank's slice, stacks of experts matrix by matrix."""
@@ -148,7 +149,7 @@ def fused(scales: list[float], seed: int = 0, rows: int = 3) -> tuple[list[np.nd
     return codes, parts
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(scales=st.lists(st.floats(2**-20, 2**10, width=32), min_size=2, max_size=3), seed=st.integers(0, 99), data=st.data())
 def test_parts_are_brought_to_the_largest_of_their_scales(scales: list[float], seed: int, data: st.DataObject) -> None:
     """Multiplied, divided, then converted once; the largest activation scale is everyone's."""

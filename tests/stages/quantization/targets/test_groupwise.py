@@ -8,13 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.sources import modelopt_awq
 from stages.quantization.targets.groupwise import cast, pack_awq, pack_gptq
+from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, arrange
 from tests.support.lazy import block, values
 from tests.support.packed_tensors import CHUNKS, expected_codes, modelopt, opened, part, random_codes, random_scales
@@ -45,7 +46,7 @@ def packed(
 
 
 @pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (4, A), (4, P)])
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_a_weight_in_the_kernels_order(bits: int, name: str, data: st.DataObject, chunk: int, seed: int) -> None:
     out, features, groups = data.draw(st.sampled_from([(16, 128, 2), (64, 64, 1), (24, 192, 3)]))
@@ -112,7 +113,7 @@ def test_a_scale_too_large_for_float16_is_infinite_as_in_torch() -> None:
 
 
 @each_type
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99), smooth=st.booleans())
 def test_awq_is_what_modelopt_packs(dtype: np.dtype, data: st.DataObject, chunk: int, seed: int, smooth: bool) -> None:
     out, features = 2 * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 6))

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
@@ -19,6 +19,7 @@ from pipeline.tensor.placement import slices
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets import weight_only
 from stages.quantization.targets.weight_only import _HALF, pack, quantize, row_scales
+from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, arrange
 from tests.support.lazy import values
 from tests.support.packed_tensors import CHUNKS, opened, part
@@ -146,7 +147,7 @@ def test_rows_of_zeros(bits: int, dtype: np.dtype) -> None:
 
 @each_width
 @each_type
-@settings(max_examples=30)
+@examples(30)
 @given(rows=st.integers(1, 6), share=st.integers(1, 9), segments=st.integers(1, 4), seed=st.integers(0, 99))
 def test_each_share_of_a_row_is_quantized_by_itself(
     bits: int, dtype: np.dtype, rows: int, share: int, segments: int, seed: int
@@ -163,7 +164,7 @@ def test_each_share_of_a_row_is_quantized_by_itself(
 
 
 @pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (4, A), (4, P)])
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, chunk: int, seed: int) -> None:
     dtype = data.draw(st.sampled_from([FP16, BF16]))

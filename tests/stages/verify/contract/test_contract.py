@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import convert
 from stages.read.ranks import open_checkpoint
-from stages.verify.contract import Expected, contract
+from stages.verify.contract import ExpectedTensor, contract
 from stages.verify.contract.integrity import check_tensor, checksums, headers
 from tests.end_to_end.test_family_forward import CASES, TARGETS, WANTED, build, exaone, internlm2
 from tests.support import checkpoints
@@ -181,7 +181,7 @@ def test_rotary_buffers_are_allowed_and_not_asked_for() -> None:
 # --- by law
 
 
-def elements(each: Expected) -> int:
+def elements(each: ExpectedTensor) -> int:
     return math.prod(each.forms[0].shape)
 
 

@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from stages.verify.contract import contract
 from tests.stages.verify.contract.test_contract import GEMMA_3, LLAMA, MIXTURE, PHI_MOE, QWEN_MOE, mapped
+from tests.support.examples import examples
 from tests.support.places import DATA
 
 CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in sorted(DATA.glob("*/expected/*/config.json"))}
@@ -218,7 +219,7 @@ VALUES = st.recursive(
 BASES = [*CONFIGS.values(), mapped({**PHI_MOE, **LONG}), mapped(GEMMA_3), mapped(QWEN_MOE)]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@examples(400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(BASES), st.data())
 def test_nothing_makes_it_raise(base: dict[str, Any], data: st.DataObject) -> None:
     config = copy.deepcopy(base)

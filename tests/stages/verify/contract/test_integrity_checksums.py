@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline import convert
 from pipeline.errors import Problem
-from pipeline.planning.make_plan import make_plan as planning
+from pipeline.planning import make_plan as planning
 from stages.read.ranks import open_checkpoint
 from stages.verify.contract import integrity
 from stages.verify.contract.integrity import check_tensor, checksums, headers

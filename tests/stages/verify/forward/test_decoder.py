@@ -12,19 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import BadInput
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.ranks import open_checkpoint
-from stages.verify.forward.attention import Cache
+from stages.verify.forward.attention import KeyValueCache
 from stages.verify.forward.decoder import Decoder
 from stages.verify.matrices import Matrix
 from tests.end_to_end.test_family_forward import CASES, SIZES, TOLERANCE, WANTED, build, difference, ranks_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.support.examples import examples
 
 Ranks = Callable[[str, str], Checkpoint]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(4))
@@ -84,7 +83,7 @@ def test_blocks_of_any_size_give_the_same(name: str, ranks: Ranks, monkeypatch: 
 def test_step_by_step_is_all_at_once(name: str, ranks: Ranks) -> None:
     """Also where a sequence grows past long rope's trained length, and past a window."""
     decoder = Decoder(ranks(name, WANTED[name][0]))
-    cache, done = Cache(), 0
+    cache, done = KeyValueCache(), 0
     for count in (3, 1, 1, 8, 1, 1, 1, 1, 3):
         new = TOKENS[done : done + count]
         done += count
@@ -93,11 +92,11 @@ def test_step_by_step_is_all_at_once(name: str, ranks: Ranks) -> None:
     assert done == len(TOKENS)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(cuts=st.sets(st.integers(1, len(TOKENS) - 1), max_size=6), block=st.integers(2_000, 50_000))
 def test_wherever_a_sequence_is_cut(cuts: set[int], block: int, ranks: Ranks) -> None:
     checkpoint = ranks("qwen3", "tp4")
-    decoder, cache = Decoder(checkpoint, block_bytes=block), Cache()
+    decoder, cache = Decoder(checkpoint, block_bytes=block), KeyValueCache()
     bounds = [0, *sorted(cuts), len(TOKENS)]
     parts = [decoder.step(TOKENS[a:b], cache) for a, b in itertools.pairwise(bounds)]
     assert difference(torch.cat(parts), Decoder(checkpoint).logits(TOKENS)) < TOLERANCE
@@ -105,7 +104,7 @@ def test_wherever_a_sequence_is_cut(cuts: set[int], block: int, ranks: Ranks) ->
 
 def test_the_last_rows_alone(ranks: Ranks) -> None:
     decoder = Decoder(ranks("llama", "rows"))
-    some = decoder.step(TOKENS, Cache(), last=2)
+    some = decoder.step(TOKENS, KeyValueCache(), last=2)
     assert some.shape == (2, SIZES["vocab_size"])
     assert difference(some, decoder.logits(TOKENS)[-2:]) < TOLERANCE
 
@@ -114,7 +113,7 @@ def test_what_is_kept_is_read_once(ranks: Ranks, monkeypatch: pytest.MonkeyPatch
     checkpoint = ranks("llama", "tp4pp2")
     whole = Decoder(checkpoint).logits(TOKENS)
     reads = Reads(monkeypatch)
-    decoder, cache = Decoder(checkpoint, cache_bytes=1 << 30), Cache()
+    decoder, cache = Decoder(checkpoint, cache_bytes=1 << 30), KeyValueCache()
     assert difference(decoder.step(TOKENS[:-1], cache)[-1], whole[-2]) < TOLERANCE
     reads.blocks.clear()
     assert difference(decoder.step(TOKENS[-1:], cache), whole[-1:]) < TOLERANCE

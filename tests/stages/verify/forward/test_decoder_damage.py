@@ -20,8 +20,6 @@ from stages.verify.forward.decoder import Decoder
 from tests.end_to_end.test_family_forward import CASES, SIZES, TOLERANCE, build, difference, ranks_of
 from tests.support.lazy import Held
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Arrays = dict[str, np.ndarray]
 TOKENS = torch.randint(SIZES["vocab_size"], (20,), generator=torch.Generator().manual_seed(5))
 LAYER = "transformer.layers.1."

@@ -21,8 +21,6 @@ from stages.verify.forward.decoder import Decoder
 from tests.end_to_end.test_family_forward import TOLERANCE, difference
 from tests.support.places import DATA
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # One rounding of the source's numbers to 16 bits; of Gemma's norms, whose 1 has been added.
 ROUNDED = {"mha_tp1": 2e-3, "gemma_": 2e-3, "gemma2_tp": 1e-2, "gemma3_": 2e-2}
 # Biases of the MLP are lost; the shares of Qwen3's experts do not sum to one.

@@ -10,12 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from stages.read.ranks import open_checkpoint
-from stages.verify.forward.attention import Cache
+from stages.verify.forward.attention import KeyValueCache
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.generation import generate
 from tests.end_to_end.test_family_forward import CASES, SIZES, build, ranks_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = torch.randint(SIZES["vocab_size"], (9,), generator=torch.Generator().manual_seed(7))
 COUNT = 14  # past the trained length of long rope, and past a window
@@ -66,7 +64,7 @@ def test_tokens_come_one_at_a_time(llama: Decoder, monkeypatch: pytest.MonkeyPat
     steps: list[int] = []
     step = Decoder.step
 
-    def counted(self: Decoder, tokens: torch.Tensor, cache: Cache, last: int | None = None) -> torch.Tensor:
+    def counted(self: Decoder, tokens: torch.Tensor, cache: KeyValueCache, last: int | None = None) -> torch.Tensor:
         steps.append(len(tokens))
         assert last == 1
         return step(self, tokens, cache, last)

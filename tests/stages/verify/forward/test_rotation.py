@@ -18,10 +18,8 @@ from pipeline.errors import BadInput
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.rotation import Rotation
-from stages.verify.forward.settings import Settings
+from stages.verify.forward.settings import DecoderSettings
 from tests.end_to_end.test_family_forward import SIZES, TOLERANCE, Case, build, difference, old_style, ranks_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE, POSITIONS, BASE = 32, 4096, 50_000.0
 CONFIG: dict[str, Any] = {
@@ -44,7 +42,7 @@ LONG = {
 
 
 def rotation(scaling: dict[str, Any] | None = None, **more: Any) -> Rotation:
-    return Rotation(Settings({**CONFIG, "rotary_scaling": scaling, **more}))
+    return Rotation(DecoderSettings({**CONFIG, "rotary_scaling": scaling, **more}))
 
 
 def agrees(scaling: dict[str, Any]) -> None:
@@ -122,7 +120,7 @@ def test_what_is_not_the_same_in_both_is_refused_by_name(subject: str) -> None:
     if config["architecture"] != CONFIG["architecture"]:
         config["hidden_act"] = "gelu"
     with pytest.raises(BadInput, match=f"config.json: {subject}"):
-        Rotation(Settings(config))
+        Rotation(DecoderSettings(config))
 
 
 def test_an_attention_factor_that_yarn_has_in_any_case() -> None:
@@ -131,9 +129,9 @@ def test_an_attention_factor_that_yarn_has_in_any_case() -> None:
 
 def test_dynamic_behind_its_length_is_refused() -> None:
     ours, heads = rotation({"type": "dynamic", "factor": 2.0}, max_position_embeddings=9), torch.ones(1, 1, SIZE)
-    ours.turn(heads, 8, 9)
+    ours.rotate(heads, 8, 9)
     with pytest.raises(BadInput, match="a sequence of 10 tokens; expected at most max_position_embeddings 9"):
-        ours.turn(heads, 9, 10)
+        ours.rotate(heads, 9, 10)
 
 
 @pytest.mark.parametrize("more", [{}, {"rotary_scaling": YARN}, LONG, {"rotary_embedding_dim": 8}, {"rotary_pct": 0.25}], ids=str)
@@ -143,12 +141,12 @@ def test_scores_depend_on_distances(more: dict[str, Any]) -> None:
     q, k = (torch.randn(2, 1, SIZE, generator=generator) for _ in range(2))
     if "rotary_scaling" not in more and more is not LONG:
         rest = 8 if more else SIZE
-        assert ours.turn(q, 11, 14)[..., rest:].equal(q[..., rest:])
-        assert not torch.isclose(ours.turn(q, 11, 14)[..., :rest], q[..., :rest]).any()
-    scores = [(ours.turn(q, at + 3, 14) * ours.turn(k, at, 14)).sum(-1) for at in (0, 5, 10)]
+        assert ours.rotate(q, 11, 14)[..., rest:].equal(q[..., rest:])
+        assert not torch.isclose(ours.rotate(q, 11, 14)[..., :rest], q[..., :rest]).any()
+    scores = [(ours.rotate(q, at + 3, 14) * ours.rotate(k, at, 14)).sum(-1) for at in (0, 5, 10)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores[2], scores[0], rtol=1e-4, atol=1e-5)
-    assert not torch.isclose((ours.turn(q, 4, 14) * ours.turn(k, 0, 14)).sum(-1), scores[0]).any()
+    assert not torch.isclose((ours.rotate(q, 4, 14) * ours.rotate(k, 0, 14)).sum(-1), scores[0]).any()
 
 
 def test_long_rope_is_another_behind_the_trained_length() -> None:

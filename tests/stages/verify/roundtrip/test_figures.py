@@ -7,16 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.verify.roundtrip.figures import Figures, Where, rounding
+from stages.verify.roundtrip.figures import BlockPlace, Figures, rounding
+from tests.support.examples import examples
 
 
 def test_figures_are_those_of_the_definitions() -> None:
     wanted, got = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, -2.5, 3.0])
     figures = Figures()
-    figures.compare(got, wanted, 0.4, Where(10))
+    figures.compare(got, wanted, 0.4, BlockPlace(10))
     summary = figures.summary()
     assert summary["elements"] == 3
     assert summary["max_abs"] == 0.5
@@ -48,7 +49,7 @@ def test_what_is_not_finite_is_wrong(value: float) -> None:
     assert figures.worst > 1
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.floats(-6e4, 6e4, width=32), min_size=1), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_a_value_rounded_once_is_inside_and_the_next_one_is_not(values: list[float], kind: torch.dtype) -> None:
     wanted = torch.tensor(np.array(values, np.float32))

@@ -6,10 +6,12 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 
 from stages.verify.roundtrip.matching import uncovered
-from stages.verify.roundtrip.origin import Piece, cut_of, origins, split
+from stages.verify.roundtrip.model_split import model_split, split
+from stages.verify.roundtrip.origin import Origin, origins
+from tests.support.examples import examples
 from tests.support.rank_oracle import Arrays, Case, cases, oracle, sources
 
 LOCAL = {
@@ -63,7 +65,7 @@ def config_of(case: Case) -> dict[str, Any]:
     }
 
 
-def filled(piece: Piece, source: Arrays, into: np.ndarray) -> None:
+def filled(piece: Origin, source: Arrays, into: np.ndarray) -> None:
     rows = into if piece.expert is None else into[piece.expert]
     if not piece.source:
         rows[slice(*piece.rows)] = 0
@@ -72,13 +74,13 @@ def filled(piece: Piece, source: Arrays, into: np.ndarray) -> None:
     rows[slice(*piece.rows)] = values if piece.columns is None else values[:, slice(*piece.columns)]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(cases().filter(lambda case: not case.stacked))
 def test_the_pieces_make_every_tensor_of_every_rank(case: Case) -> None:
     renamed = sources(case)
     source = hugging_face(renamed)
     config = config_of(case)
-    cut = cut_of(config)
+    cut = model_split(config)
     ranks = [oracle(case, renamed, number) for number in range(cut.tp * cut.pp)]
     pieces = origins(config, {name: values.shape for name, values in source.items()}, [rank.keys() for rank in ranks])
     made = [{name: np.full_like(values, -1) for name, values in rank.items()} for rank in ranks]
@@ -104,9 +106,9 @@ def test_a_tied_head_is_the_embedding() -> None:
     shapes = {"model.embed_tokens.weight": (7, 4), "model.norm.weight": (4,)}
     pieces = origins(config, shapes, [["lm_head.weight"]] * 2)
     assert pieces == [
-        Piece(0, "lm_head.weight", (0, 4), "model.embed_tokens.weight", (0, 4)),
-        Piece(1, "lm_head.weight", (0, 3), "model.embed_tokens.weight", (4, 7)),
-        Piece(1, "lm_head.weight", (3, 4), ""),
+        Origin(0, "lm_head.weight", (0, 4), "model.embed_tokens.weight", (0, 4)),
+        Origin(1, "lm_head.weight", (0, 3), "model.embed_tokens.weight", (4, 7)),
+        Origin(1, "lm_head.weight", (3, 4), ""),
     ]
 
 

@@ -20,7 +20,7 @@ from pipeline.tensor.placement import Region, size
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read import open_model, open_source
 from stages.verify.roundtrip.original import Original
-from stages.verify.roundtrip.original.numbers import Numbers, Stored, Ungrouped, Unpermuted
+from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
 from stages.verify.values import to_torch
 from tests.end_to_end.test_family_forward import CASES, build, exaone, internlm2
 from tests.support import checkpoints, gguf_files, meta_files
@@ -220,12 +220,12 @@ def test_of_a_stack_one_expert_is_read(tmp_path: Path) -> None:
 
 ROWS = np.arange(96 * 3, dtype=np.float32).reshape(96, 3)
 VIEWS: dict[str, Numbers] = {
-    "stored": Stored(Held(ROWS)),
-    "part of a stack": Stored(Held(ROWS.reshape(4, 24, 3))).part(2, 5, 17),
-    "halves": Unpermuted(Stored(Held(ROWS)), 12),
-    "queries": Ungrouped(Stored(Held(ROWS)), "q", 3, 8),
-    "keys": Ungrouped(Stored(Held(ROWS)), "k", 3, 8),
-    "values": Ungrouped(Stored(Held(ROWS)), "v", 3, 8),
+    "stored": StoredNumbers(Held(ROWS)),
+    "part of a stack": StoredNumbers(Held(ROWS.reshape(4, 24, 3))).part(2, 5, 17),
+    "halves": Unpermuted(StoredNumbers(Held(ROWS)), 12),
+    "queries": Ungrouped(StoredNumbers(Held(ROWS)), "q", 3, 8),
+    "keys": Ungrouped(StoredNumbers(Held(ROWS)), "k", 3, 8),
+    "values": Ungrouped(StoredNumbers(Held(ROWS)), "v", 3, 8),
 }
 
 

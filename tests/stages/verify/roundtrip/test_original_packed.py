@@ -11,12 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from stages.read import open_source
 from stages.verify.roundtrip.original import Original, packed
+from stages.verify.roundtrip.original import grouped as grouped_formats
+from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.numbers import Numbers
 from tests.stages.verify.roundtrip.test_original import Counted
 from tests.support import quantized_checkpoints
@@ -98,7 +100,7 @@ def test_what_others_wrote_is_near_the_model_that_they_quantized(name: str, boun
 
 
 def module(parameters: Mapping[str, np.ndarray], said: Mapping[str, Any] | None = None) -> Numbers:
-    found = packed.unpack("m", held(parameters), said or {}, packed.Memo())
+    found = packed.unpack("m", held(parameters), said or {}, LastBlock())
     assert found.keys() == {"weight"}
     return found["weight"]
 
@@ -221,7 +223,6 @@ MODULES: dict[str, dict[str, np.ndarray]] = {
 
 
 @given(name=st.sampled_from(sorted(MODULES)), data=st.data())
-@settings(deadline=None)
 def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None:
     weight = module(MODULES[name], {"sym": False})
     assert weight.shape == (48, 64)
@@ -234,7 +235,7 @@ def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_columns_are_unpacked_a_block_at_a_time_and_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "AHEAD_BYTES", 1)  # 64 out-features, the least
+    monkeypatch.setattr(grouped_formats, "AHEAD_BYTES", 1)  # 64 out-features, the least
     codes, zeros, scales = grouped(RANDOM.standard_normal((200, 64), dtype=np.float32), 4, 16, False, np.dtype(np.float16))
     order, axis = ((), 0) if name == "gptq" else ((0, 2, 4, 6, 1, 3, 5, 7), 1)
     stored = {
@@ -243,7 +244,7 @@ def test_columns_are_unpacked_a_block_at_a_time_and_once(name: str, monkeypatch:
         "scales": scales.T,
     }
     tensors = {key: Counted(Held(array)) for key, array in stored.items()}
-    weight = packed.unpack("m", tensors, {"sym": False}, packed.Memo())["weight"]
+    weight = packed.unpack("m", tensors, {"sym": False}, LastBlock())["weight"]
     whole = tensors["qweight"].shape[0] * tensors["qweight"].shape[1]
     assert not tensors["qweight"].elements
     rows = [weight.rows(start, start + 10) for start in range(0, 60, 10)]
@@ -257,7 +258,7 @@ def test_columns_are_unpacked_a_block_at_a_time_and_once(name: str, monkeypatch:
 
 def test_a_block_is_kept_until_another_is_asked_for_by_each_thread() -> None:
     made: list[int] = []
-    memo = packed.Memo()
+    memo = LastBlock()
 
     def ask() -> None:
         for key in (1, 1, 2, 1):

@@ -1,0 +1,61 @@
+"""Look up single values in a model's configuration, by the keys that a family's table lists, and check their types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import Problem
+from pipeline.model.tables import Family
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """Return `config[key]`; a key `a.b` that is not there itself means `config["a"]["b"]`. None where there is no value."""
+    if config.get(key) is not None:
+        return config[key]
+    head, _, rest = key.partition(".")
+    inner = config.get(head)
+    return lookup(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def typed_value(config: Mapping[str, Any], keys: tuple[str, ...], kind: str) -> Any:
+    """Return the value of the first of `keys` that has one, as `kind` ("int", "float", "str" or "bool"); None where none has.
+
+    Of several booleans one that is true is enough. Raises TypeError for a value of another type, ValueError or OverflowError for a
+    number that is not whole where `kind` is "int".
+    """
+    values = [value for value in (lookup(config, key) for key in keys) if value is not None]
+    if not values:
+        return None
+    if kind == "bool":
+        if not all(isinstance(value, bool) for value in values):
+            raise TypeError
+        return any(values)
+    value = values[0]
+    if kind == "str":
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    if kind == "int" and value != int(value):
+        raise ValueError
+    # A float keeps the type that the file gave it (10000 or 10000.0): TensorRT-LLM compares values, not spellings.
+    return int(value) if kind == "int" else value
+
+
+def wrong_type(file: str, keys: tuple[str, ...], config: Mapping[str, Any], kind: str) -> Problem:
+    """Return the problem of the first of `keys` that has a value, which is not of `kind`."""
+    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}[kind]
+    key = next(key for key in keys if lookup(config, key) is not None)
+    return Problem(f"{file}: {key}", repr(lookup(config, key)), expected)
+
+
+def family_settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return each of the family's settings: its value in the configuration, None for null, the default where no key is there."""
+    result = {}
+    for name, keys in family.settings.items():
+        values = [value for key in keys if (value := lookup(config, key)) is not None]
+        absent = not values and not any(key in config for key in keys)
+        result[name] = values[0] if values else family.defaults.get(name) if absent else None
+    return result

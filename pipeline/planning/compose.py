@@ -1,0 +1,111 @@
+"""The second stage of planning: the stages composed. Nothing is read meanwhile; arrays stay lazy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import Problem
+from pipeline.model.dtypes import auto_dtype, of_numpy
+from pipeline.model.quantization import Quantization
+from pipeline.planning.choose_algorithm import Packing, choose
+from pipeline.planning.cuts import Cuts
+from pipeline.planning.job import Shape, TargetOptions
+from pipeline.planning.opening import OpenedSource
+from pipeline.tensor.blocks import read_block
+from pipeline.tensor.names import TensorName, by_module
+from pipeline.tensor.placement import Placement, RankTensor
+from pipeline.tensor.tensors import LazyTensor, TensorMap
+from stages import rope
+from stages.cast import cast
+from stages.quantization import numbers
+from stages.quantize import CODES, Entry, quantize, signal_to_noise
+from stages.read import read
+from stages.rename import rename
+from stages.shard import Sharding, rank_tensors, shard
+from stages.unpack import unpack
+
+ROW_MULTIPLE = 64  # rows: chunks of a matrix are cut at multiples of it, and of a head
+
+
+@dataclass(frozen=True)
+class TargetTensors:
+    """What the stages make of a source for one target: its arrays, where their regions go, and the ranks' tensors."""
+
+    options: TargetOptions
+    sharding: Sharding
+    quantization: Quantization
+    dtype: str
+    entries: Mapping[TensorName, Entry]
+    arrays: TensorMap
+    placements: Mapping[TensorName, tuple[Placement, ...]]
+    ranks: tuple[RankTensor, ...]
+
+
+def choose_all(
+    targets: Sequence[Shape], packing: Packing, tensors: Mapping[TensorName, LazyTensor]
+) -> tuple[tuple[Quantization, ...], tuple[Problem, ...]]:
+    """The quantization of each target, and what contradicts itself in the options for it, each problem once."""
+    chosen = [choose(options, packing, tensors) for options in targets]
+    problems = dict.fromkeys(problem for _, found in chosen for problem in found)
+    return tuple(quantization for quantization, _ in chosen), tuple(problems)
+
+
+def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int) -> TensorMap:
+    """read, rename and unpack, with the cuts that the job asks for: canonical parameters under TensorRT-LLM's names.
+
+    `chunk_bytes`: the most that a chunk holds of its tensor.
+    """
+    tensors = cuts.cut("read", read(opened.source.named, chunk_bytes, math.lcm(ROW_MULTIPLE, opened.model.head_size)))
+    tensors = cuts.cut("rename", rename(tensors, opened.matches, opened.model))
+    return cuts.cut("unpack", unpack(tensors, opened.packing.settings))
+
+
+def compose_target(
+    options: TargetOptions,
+    sharding: Sharding,
+    quantization: Quantization,
+    tensors: TensorMap,
+    opened: OpenedSource,
+    block_bytes: int,
+) -> TargetTensors:
+    """cast, quantize and shard the canonical tensors for one target."""
+    dtype = auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+    entries = quantize(cast(tensors, sharding.layout, dtype), sharding, quantization, dtype, opened.matches.origin)
+    arrays = {name: entry.array for name, entry in entries.items()}
+    placements = {name: shard(name, entry.slot, entry.parameter, sharding) for name, entry in entries.items()}
+    ranks = tuple(_rank_tensors(entries, sharding))
+    if options.write_rope_buffers:
+        buffers = rope.rope_buffers(sharding.model)
+        arrays |= read(buffers, block_bytes, 1)
+        placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
+        ranks += rope.rank_tensors(buffers, sharding.parallelism)
+    return TargetTensors(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
+
+
+def _rank_tensors(entries: Mapping[TensorName, Entry], sharding: Sharding) -> Iterator[RankTensor]:
+    """The ranks' tensors: one of a fused module's parts, or of a stack's experts, stands for the tensor that they share."""
+    shared = {(entry.slot.module.name, entry.slot.layer, name.parameter): name for name, entry in entries.items()}
+    for name in shared.values():
+        entry = entries[name]
+        yield from rank_tensors(name, entry.slot, entry.parameter, sharding, of_numpy(entry.array.dtype).target)
+
+
+def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], block_bytes: int) -> tuple[str, ...]:
+    """The error that quantizing again adds, measured on the first rows of one tensor, which it reads of the source itself."""
+    sizes = {each.group_size for each in chosen if each.algorithm == "W4A16_GPTQ" and each.from_numbers}
+    if not opened.job.requantize or not sizes:
+        return ()
+    # Scratch is still empty: what planning looks at comes from the source itself.
+    tensors = unpack(rename(read(opened.source.named, block_bytes, 1), opened.matches, opened.model), opened.packing.settings)
+    packed = ((module, parameters) for module, parameters in by_module(tensors).items() if not parameters.keys().isdisjoint(CODES))
+    module, parameters = next(packed, ("", {}))
+    if not parameters:
+        return ()
+    weight = numbers.dequantize(parameters)
+    again = numbers.dequantize(numbers.requantize(weight, min(sizes)))
+    rows = ((0, min(64, weight.shape[0])), (0, weight.shape[1]))
+    before, after = (read_block(array, (0, 0)).read(rows) for array in (weight, again))
+    error = signal_to_noise(after, before)
+    return (f"quantized again: {error:.1f} dB of signal to noise against the source's own weights, in the first rows of {module}",)

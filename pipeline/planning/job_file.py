@@ -1,0 +1,86 @@
+"""Read a job file in TOML, and make the paths of a job absolute."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput, Problem
+from pipeline.planning import engine_options
+
+PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}  # options that are paths
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def absolute_path(value: Any) -> Any:
+    """Return a path made absolute from the current directory, links left as they are; anything but a string or path unchanged.
+
+    Raises ValueError for an empty string.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    if not str(value):
+        raise ValueError("a path that is not empty")
+    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+
+
+def model_name(value: Any) -> Any:
+    """Return the id of a model on the Hugging Face Hub as it is, where no such path exists; any other value as an absolute path."""
+    if isinstance(value, str) and HUB_ID.fullmatch(value) and not Path(value).exists():
+        return value
+    return absolute_path(value)
+
+
+def scratch_root(value: Any) -> Any:
+    """Return a URL without a trailing slash, or the absolute path of a directory or `file://` URL, as a string."""
+    if not isinstance(value, str | Path):
+        return value
+    if isinstance(value, str) and "://" in value:
+        return value.removeprefix("file://").rstrip("/") if value.startswith("file://") else value.rstrip("/")
+    return str(absolute_path(value))
+
+
+def read_job_file(file: Path) -> dict[str, Any]:
+    """Read the options of a TOML job file, with paths relative to the file made absolute.
+
+    A `[scratch]` table becomes the options `scratch`, `scratch_after` and `keep_scratch`. Values are not checked here. Raises
+    BadInput where the file cannot be read, is not TOML, or its `[scratch]` table has an unknown key.
+    """
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise BadInput([Problem(str(file), error.strerror or "an error", "a job file")]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput([Problem(str(file), f"text that is not TOML ({error})", "a job file")]) from None
+    scratch = values.pop("scratch", None)
+    if isinstance(scratch, dict):
+        names = {"dir": "scratch", "after": "scratch_after", "keep": "keep_scratch"}
+        unknown = sorted(set(scratch) - set(names))
+        if unknown:
+            raise BadInput([Problem(f"{file}: scratch.{unknown[0]}", "an option that headrace does not have", ", ".join(names))])
+        values |= {names[key]: value for key, value in scratch.items()}
+    elif scratch is not None:
+        values["scratch"] = scratch
+    return anchored(values, file.absolute().parent)
+
+
+def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return options with their paths made absolute from `folder`, that of the file which they are from.
+
+    `[[target]]` and `[engine]` tables are included. A `model_dir` that is no path there may be a model on the Hub, and is kept.
+    """
+    result = dict(values)
+    if isinstance(values.get("target"), list):
+        result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
+    if isinstance(values.get("engine"), dict):
+        result["engine"] = engine_options.anchored(values["engine"], folder)
+    for key in PATHS & set(values):
+        if isinstance(values[key], str) and "://" not in values[key]:
+            path = folder / Path(values[key]).expanduser()
+            if key != "model_dir" or path.exists() or not HUB_ID.fullmatch(values[key]):
+                result[key] = path
+    return result

@@ -1,0 +1,140 @@
+"""Check, before anything is written, whether output directories can be written to, and whether their disks have room."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.errors import Problem
+from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
+
+# The names of the files that headrace itself writes into an output directory.
+_OWN_FILES = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
+
+
+def check_output(directory: Path, overwrite: bool) -> list[Problem]:
+    """Check that an output can go to `directory`: it can be written, and holds nothing but what headrace wrote.
+
+    `overwrite`: a TensorRT-LLM checkpoint that headrace did not write may be replaced. Returns the problems found.
+    """
+    if not directory.exists():
+        return _writable(directory)
+    if not directory.is_dir():
+        return [Problem(f"--output_dir {directory}", "a file", "a directory")]
+    names = {path.name for path in directory.iterdir()}
+    if not names:
+        return _writable(directory)
+    copied = _copied(directory)
+    foreign = sorted(name for name in names if not _OWN_FILES.fullmatch(name) and name not in copied)
+    if foreign:
+        found = f"files that headrace did not write ({', '.join(foreign[:4])})"
+        return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Choose another --output_dir")]
+    if names & {PROVENANCE, JOURNAL} or overwrite:
+        return _writable(directory)
+    found = "a checkpoint that headrace did not write"
+    return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Give --overwrite to replace it")]
+
+
+def check_source(directory: Path, files: Iterable[Path]) -> list[Problem]:
+    """Check that `directory` holds none of the source's `files`: replacing an output would remove them."""
+    real = directory.resolve()
+    if any(path.resolve().parent == real or path.parent == directory for path in files):
+        expected = "another directory than the source's"
+        return [Problem(f"--output_dir {directory}", "files of the source", expected, "Choose another --output_dir")]
+    return []
+
+
+def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
+    """Check that no output replaces a conversion, finished or not, of another source or other options without `overwrite`."""
+    problems = []
+    for output in outputs:
+        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
+        if overwrite or output.complete or not (finished.exists() or begun.exists()):
+            continue
+        if finished.exists() or _owner(begun).get("id", output.id) != output.id:
+            found = f"{'a finished' if finished.exists() else 'an unfinished'} conversion of another source or with other options"
+            remedy = "Give --overwrite to start afresh"
+            problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
+    return problems
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Return the object on the first line of a journal; empty where there is no valid line."""
+    try:
+        with path.open("rb") as file:
+            digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
+        return dict(json.loads(text)) if xxhash.xxh3_64_hexdigest(text).encode() == digest else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _copied(directory: Path) -> set[str]:
+    """Return the names of the files that a conversion, finished or not, has copied beside the ranks in `directory`."""
+    try:
+        finished = json.loads((directory / PROVENANCE).read_text()).get("copied", [])
+    except (OSError, ValueError, AttributeError):
+        finished = []
+    return {*finished, *_owner(directory / JOURNAL).get("copied", [])}
+
+
+def check_space(needs: Mapping[Path, int]) -> list[Problem]:
+    """Check that each file system has room for what goes to the directories on it; `needs` are bytes by directory."""
+    needed: dict[int, int] = defaultdict(int)
+    names: dict[int, Path] = {}
+    for directory, nbytes in needs.items():
+        device = _nearest(directory, lambda path: path.stat().st_dev)
+        # The space that an earlier run reserved there is reused or freed.
+        needed[device] += nbytes - _occupied_bytes(directory)
+        names[device] = directory
+    problems = []
+    for device, nbytes in needed.items():
+        free = free_bytes(names[device])
+        if nbytes > free:
+            found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
+            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy, passing=True))
+    return problems
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the free bytes of the file system that `directory` is on, or would be on once it is made."""
+    return _nearest(directory, lambda path: shutil.disk_usage(path).free)
+
+
+def _occupied_bytes(directory: Path) -> int:
+    """Return the disk space that a directory's files occupy; files that vanish meanwhile, as a running job's do, do not count."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(folder) / name).lstat().st_blocks * 512
+    return total
+
+
+def _nearest(path: Path, measure: Callable[[Path], int]) -> int:
+    """Return `measure` of the nearest directory that exists, from `path` upwards; where that one vanishes meanwhile, try again."""
+    while True:
+        with suppress(FileNotFoundError):
+            return measure(existing(path))
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest path that exists, from `path` itself upwards."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _writable(directory: Path) -> list[Problem]:
+    nearest = existing(directory)
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return []
+    return [Problem(f"--output_dir {directory}", f"{nearest}, which cannot be written", "a directory that can be written")]

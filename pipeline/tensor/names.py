@@ -1,0 +1,40 @@
+"""TensorName: the key of a tensor on its way through the stages, its module and its parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class TensorName(NamedTuple):
+    """A tensor by its module (`model.layers.0.mlp.up_proj`) and the parameter that it is there (`weight`).
+
+    Files and people know it as one text, `str(name)`; `split_name` takes such a text apart where tensors come in.
+    """
+
+    module: str
+    parameter: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+def split_name(text: str) -> TensorName:
+    """The name that a file gives a tensor, taken apart: its parameter stands behind the last dot."""
+    module, _, parameter = text.rpartition(".")
+    return TensorName(module, parameter) if module else TensorName("", text)
+
+
+def split_names(tensors: Mapping[str, T]) -> dict[TensorName, T]:
+    """Tensors under their names taken apart, in the same order."""
+    return {split_name(text): tensor for text, tensor in tensors.items()}
+
+
+def by_module(tensors: Mapping[TensorName, T]) -> dict[str, dict[str, T]]:
+    """Tensors by module, then by parameter."""
+    modules: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        modules.setdefault(name.module, {})[name.parameter] = tensor
+    return modules

@@ -1,0 +1,76 @@
+"""Compare the logits that the ranks compute with those of transformers running the source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import Problem
+from pipeline.tensor.checkpoint import Checkpoint
+from stages.verify.forward.agreement import agreement
+from stages.verify.forward.decoder import Decoder
+from stages.verify.forward.joined import JoinedWeights
+from stages.verify.forward.reference import Reference
+from stages.verify.roundtrip.matching import SourceMatch
+from stages.verify.roundtrip.original import Original
+
+# Of the largest logit: float32 sums in another order, over as many layers as models have.
+ROUNDING = 1e-3
+
+
+def compare_logits(
+    checkpoint: Checkpoint,
+    original: Original,
+    matched: SourceMatch,
+    lossless: bool,
+    prompt: Sequence[int] | None,
+    count: int,
+    advance: Callable[[str, int, int], None],
+) -> tuple[list[Problem], dict[str, Any]]:
+    """Run a checkpoint and its source on the same tokens and compare their logits.
+
+    Where quantization or rounding changed values, the source's logits may differ by any amount: then transformers runs the ranks'
+    own weights, joined, too, and these logits must agree.
+
+    `original`: the source's weights as numbers. `matched`: the ranks' tensors by the source's. `lossless`: every value of the ranks
+    is the source's own. `prompt`: the tokens of a text; None for `count` random ones, the same every time. `advance`: called with
+    ("logits", runs done, runs in all). Returns the problems, and the facts of the level as plain values.
+    """
+    started = time.perf_counter()
+    ids = _random_tokens(checkpoint.config["vocab_size"], count) if prompt is None else torch.tensor(prompt)
+    steps = 2 if lossless else 3
+    decoder = Decoder(checkpoint)
+    actual = decoder.logits(ids)
+    advance("logits", 1, steps)
+    expected = Reference(original.config, original).logits(ids)
+    advance("logits", 2, steps)
+    comparisons = [{"against": "source", **agreement(actual, expected), "bound": ROUNDING if lossless else None}]
+    if not lossless:
+        shapes = {name: original.shape(name) for name in original.names()}
+        joined = JoinedWeights(checkpoint, (origin for task in matched.tasks for origin in task.origins), shapes)
+        expected = Reference(original.config, joined).logits(ids)
+        comparisons.append({"against": "joined ranks", **agreement(actual, expected), "bound": ROUNDING})
+        advance("logits", 3, steps)
+    problems = [
+        Problem(str(checkpoint.directory), _difference(each), f"at most {each['bound']:g} of the largest logit")
+        for each in comparisons
+        if each["bound"] is not None and not each["max_relative"] <= each["bound"]
+    ]
+    problems += [Problem(name, "a tensor that the model's computation does not use", "none") for name in decoder.unused()]
+    return problems, {"tokens": len(ids), "seconds": round(time.perf_counter() - started, 3), "comparisons": comparisons}
+
+
+def _difference(figures: Mapping[str, Any]) -> str:
+    return (
+        f"logits that differ by {figures['max_relative']:.2g} of the largest from those of transformers "
+        f"running the {figures['against']}"
+    )
+
+
+def _random_tokens(vocab_size: int, count: int) -> Tensor:
+    """`count` tokens, int64 [count], the same every time."""
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,32 @@
+"""A model's weights by Hugging Face's parameter names: the protocols that the round trip and transformers' model read through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class NamedWeights(Protocol):
+    """Weights by Hugging Face's parameter names, experts one by one; rows are read when they are asked for."""
+
+    def names(self) -> Sequence[str]:
+        """The name of every weight."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight: `[out_features, in_features]` of a matrix, `[features]` of a vector."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a weight's first axis."""
+        ...
+
+
+class SourceWeights(NamedWeights, Protocol):
+    """The weights of a source, which may be packed."""
+
+    def exact(self, name: str) -> bool:
+        """Whether the source stores a weight's numbers themselves, and not codes of them."""
+        ...

@@ -1,0 +1,126 @@
+"""GPTQ's and AutoAWQ's weights as numbers. Facts: quantized layouts, sections 5 and 6."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import LazyTensor
+from stages.verify.roundtrip.original.codes import LastBlock, dequantize, divides_evenly, explicit_groups, unpack_codes, word_bytes
+from stages.verify.roundtrip.original.numbers import Numbers
+from stages.verify.values import read
+
+AHEAD_BYTES = 8 << 20  # of codes, uint8, that are unpacked at once where they are packed along columns
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of its eight columns
+
+
+def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
+    """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
+    (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
+    bits = 32 * tensors["qzeros"].shape[1] // columns if columns else 0
+    if words == columns and bits in (4, 8) and divides_evenly(rows * 32 // bits, groups):
+        return GptqNumbers(module, tensors, bits, settings, last_block)
+    if 8 * words == columns and divides_evenly(rows, groups):
+        return AwqNumbers(module, tensors, rows, last_block)
+    found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 4 or 8 bits, or AutoAWQ's gemm")])
+
+
+class GroupedNumbers(Numbers):
+    """GPTQ's and AutoAWQ's weights [out_features, in_features]: (code - zero) * scale of each in-feature's group.
+
+    Codes are packed with out-features as columns, p of them a word: `qzeros` int32 [groups, out_features / p], `scales`
+    [groups, out_features], `g_idx` int32 [in_features].
+    """
+
+    def __init__(self, module: str, tensors: Mapping[str, LazyTensor], features: int, last_block: LastBlock) -> None:
+        self.module, self.tensors, self.features, self.last_block = module, tensors, features, last_block
+        self.block = max(AHEAD_BYTES // features // 64, 1) * 64  # out-features at once
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensors["scales"].shape[1], self.features
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        blocks = []
+        for first in range(start - start % self.block, stop, self.block):
+            last = min(first + self.block, self.shape[0])
+            codes = self.last_block.get((self.module, first), partial(self.codes, first, last))
+            blocks.append(codes[max(start - first, 0) : stop - first])
+        groups = self.tensors["scales"].shape[0]
+        scales = read(self.tensors["scales"], ((0, groups), (start, stop))).float()
+        index = read(self.tensors["g_idx"]).long() if "g_idx" in self.tensors else None
+        return dequantize(torch.cat(blocks), self.zeros(start, stop).T.float(), scales.T, explicit_groups(index, groups))
+
+    @abstractmethod
+    def codes(self, start: int, stop: int) -> Tensor:
+        """The codes of out-features [start, stop), uint8 [stop - start, in_features]; `start` is the first of a block."""
+
+    @abstractmethod
+    def zeros(self, start: int, stop: int) -> Tensor:
+        """The zero points of out-features [start, stop), int16 [groups, stop - start]."""
+
+
+class GptqNumbers(GroupedNumbers):
+    """GPTQ: `qweight` int32 [in_features / p, out_features], p = 32 / bits consecutive in-features a word.
+
+    Zero points are stored less one, except in format v2.
+    """
+
+    def __init__(
+        self, module: str, tensors: Mapping[str, LazyTensor], bits: int, settings: Mapping[str, Any], last_block: LastBlock
+    ) -> None:
+        super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
+        self.bits = bits
+        self.named_v2 = settings.get("checkpoint_format") == "gptq_v2"
+        self.symmetric = settings.get("sym", True) is not False
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        words = read(self.tensors["qweight"], ((0, self.tensors["qweight"].shape[0]), (start, stop)))
+        return unpack_codes(words.T, self.bits)
+
+    def zeros(self, start: int, stop: int) -> Tensor:
+        return self._stored_zeros(start, stop).to(torch.int16) + (0 if self._is_v2 else 1)
+
+    @cached_property
+    def _is_v2(self) -> bool:
+        """Whether zero points are stored as they are: in format v2, and in files of format v1 that hold v2's zero points.
+
+        A symmetric zero point is the middle of the range: a module that stores just that throughout can only be v2's.
+        """
+        if self.named_v2 or not self.symmetric:
+            return self.named_v2
+        return bool((self._stored_zeros(0, self.shape[0]) == 1 << (self.bits - 1)).all())
+
+    def _stored_zeros(self, start: int, stop: int) -> Tensor:
+        packed = 32 // self.bits
+        first, last = start // packed, -(-stop // packed)
+        words = read(self.tensors["qzeros"], ((0, self.tensors["qzeros"].shape[0]), (first, last)))
+        return unpack_codes(words, self.bits)[:, start - first * packed : stop - first * packed]
+
+
+class AwqNumbers(GroupedNumbers):
+    """AutoAWQ's gemm: `qweight` int32 [in_features, out_features / 8], `qzeros` int32 [groups, out_features / 8].
+
+    A word holds eight out-features, in the order of AWQ_PLACES.
+    """
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        return self._columns("qweight", start, stop)
+
+    def zeros(self, start: int, stop: int) -> Tensor:
+        return self._columns("qzeros", start, stop).T.to(torch.int16)
+
+    def _columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) of a packed tensor as rows, uint8 [stop - start, rows]."""
+        first, last = start // 8, -(-stop // 8)
+        words = read(self.tensors[name], ((0, self.tensors[name].shape[0]), (first, last)))
+        data = word_bytes(words.T).reshape(last - first, -1, 4)
+        nibbles = torch.stack([(data[..., place // 2] >> (4 * (place % 2))) & 15 for place in AWQ_PLACES], 1)
+        return nibbles.flatten(0, 1)[start - 8 * first : stop - 8 * first]

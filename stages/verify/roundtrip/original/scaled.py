@@ -1,0 +1,76 @@
+"""Weights of float8 or small integers beside their scales, as numbers. Facts: quantized layouts, sections 5 to 7."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import LazyTensor
+from stages.verify.roundtrip.original.codes import divides_evenly
+from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
+from stages.verify.values import read
+
+
+def scaled_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:
+    """The weight of a module with a weight_scale. Raises BadInput for values or scales of another type or shape."""
+    weight = tensors["weight"]
+    kind = weight.dtype.name
+    if len(weight.shape) != 2 or kind not in ("float8_e4m3fn", "int8", "uint8"):
+        found = f"a weight_scale beside values of type {kind}, {list(weight.shape)}"
+        raise BadInput([Problem(f"{module}.weight", found, "a matrix of float8_e4m3fn, int8, or pairs of int4 in uint8")])
+    numbers = ScaledNumbers(tensors, kind == "uint8")
+    out, features = numbers.shape
+    for name in ("weight_scale", "weight_zero_point"):
+        shape = tensors[name].shape if name in tensors else ()
+        one = math.prod(shape) == 1
+        if not one and not (shape and shape[0] == out and len(shape) <= 2 and divides_evenly(features, math.prod(shape[1:]))):
+            expected = f"one scale, or one for each of {out} out-features, or groups of their {features} in-features"
+            raise BadInput([Problem(f"{module}.{name}", f"shape {list(shape)}", expected)])
+    return numbers
+
+
+@dataclass(frozen=True)
+class ScaledNumbers(Numbers):
+    """weight * weight_scale, of float8 or int8 [out_features, in_features]; `pre_quant_scale` [in_features] is multiplied in.
+
+    `weight_scale`: one value, or [out_features], [out_features, 1] or [out_features, groups]. `pairs`: ModelOpt's int4, uint8
+    [out_features / 2, in_features] with row 2 i in the low half of a byte and row 2 i + 1 in the high one, in two's complement.
+    """
+
+    tensors: Mapping[str, LazyTensor]
+    pairs: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        out, features = self.tensors["weight"].shape
+        return (2 * out if self.pairs else out), features
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        codes = self._paired(start, stop) if self.pairs else StoredNumbers(self.tensors["weight"]).rows(start, stop)
+        values = codes.float()
+        if "weight_zero_point" in self.tensors:
+            values = values - self._spread("weight_zero_point", start, stop)
+        values = values * self._spread("weight_scale", start, stop)
+        smooth = self.tensors.get("pre_quant_scale")
+        return values if smooth is None else values * read(smooth).float().reshape(1, -1)
+
+    def _spread(self, name: str, start: int, stop: int) -> Tensor:
+        """A scale or zero point of rows [start, stop): float32 [1 or rows, 1 or in_features]."""
+        tensor, (out, features) = self.tensors[name], self.shape
+        count = math.prod(tensor.shape)
+        if count == 1 and out > 1:
+            return read(tensor).float().reshape(1, 1)
+        rows = StoredNumbers(tensor).rows(start, stop).float().reshape(stop - start, -1)
+        return rows if count == out else rows.repeat_interleave(features * out // count, 1)
+
+    def _paired(self, start: int, stop: int) -> Tensor:
+        """The codes of rows [start, stop) of ModelOpt's int4: int8 [stop - start, in_features]."""
+        first, last = start // 2, -(-stop // 2)
+        data = StoredNumbers(self.tensors["weight"]).rows(first, last)
+        both = torch.stack([data & 15, data >> 4], 1).reshape(-1, data.shape[1]).to(torch.int8)
+        return ((both ^ 8) - 8)[start - 2 * first : stop - 2 * first]

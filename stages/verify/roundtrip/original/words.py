@@ -1,0 +1,74 @@
+"""compressed-tensors' pack-quantized weights as numbers. Facts: quantized layouts, section 9b."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import LazyTensor
+from stages.verify.roundtrip.original.codes import dequantize, divides_evenly, explicit_groups, unpack_codes
+from stages.verify.roundtrip.original.numbers import Numbers
+from stages.verify.values import read
+
+
+class PackedWords(Numbers):
+    """compressed-tensors' pack-quantized weights: `weight_packed` int32 [out_features, in_features / p], p codes a word.
+
+    `weight_scale` [out_features, groups]. Codes are unsigned; zero is the middle of the range, or `weight_zero_point` int32
+    [out_features / p, groups]. Raises BadInput for another width than 4 or 8 bits, and groups that do not divide the in-features.
+    """
+
+    def __init__(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        words = tensors["weight_packed"].shape[1]
+        if "weight_shape" in tensors:
+            self.features = int(read(tensors["weight_shape"]).reshape(-1)[-1])
+            self.bits = next((bits for bits in (4, 8) if -(-self.features * bits // 32) == words), 0)
+        else:
+            self.bits = configured_bits(settings)
+            self.features = words * 32 // max(self.bits, 1)
+        scales = tensors["weight_scale"].shape
+        if self.bits not in (4, 8) or len(scales) != 2 or not divides_evenly(self.features, scales[1]):
+            found = f"{words} words and scales {list(scales)} for {self.features} in-features"
+            raise BadInput([Problem(f"{module}.weight_packed", found, "words of 4 or 8 bits, and scales by group")])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensors["weight_packed"].shape[0], self.features
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        words, scales = self.tensors["weight_packed"], self.tensors["weight_scale"]
+        codes = unpack_codes(read(words, ((start, stop), (0, words.shape[1]))), self.bits)[:, : self.features]
+        by_group = read(scales, ((start, stop), (0, scales.shape[1]))).float()
+        return dequantize(codes, self._zeros(start, stop).float(), by_group, self._groups())
+
+    def _zeros(self, start: int, stop: int) -> Tensor:
+        """The zero points of rows [start, stop), int16 [stop - start, groups]."""
+        groups, zeros = self.tensors["weight_scale"].shape[1], self.tensors.get("weight_zero_point")
+        if zeros is None:
+            return torch.full((stop - start, groups), 1 << (self.bits - 1), dtype=torch.int16)
+        packed = 32 // self.bits
+        first, last = start // packed, -(-stop // packed)
+        codes = unpack_codes(read(zeros, ((first, last), (0, groups))).T, self.bits).T
+        return codes[start - first * packed : stop - first * packed].to(torch.int16)
+
+    def _groups(self) -> Tensor | None:
+        """The group of each in-feature, int64 [in_features], or None for consecutive ones. A weight_g_idx of -1 has no meaning."""
+        if "weight_g_idx" not in self.tensors:
+            return None
+        index = read(self.tensors["weight_g_idx"]).long()
+        valid = index.numel() == self.features and bool((index >= 0).all())
+        return explicit_groups(index, self.tensors["weight_scale"].shape[1]) if valid else None
+
+
+def configured_bits(settings: Mapping[str, Any]) -> int:
+    """The bits of a code by compressed-tensors' settings; 0 where they name none, or several."""
+    schemes = settings.get("config_groups")
+    groups = schemes.values() if isinstance(schemes, Mapping) else ()
+    widths = {group["weights"].get("num_bits") for group in groups if isinstance(group, Mapping) and group.get("weights")}
+    bits = widths.pop() if len(widths) == 1 else 0
+    return bits if isinstance(bits, int) else 0
