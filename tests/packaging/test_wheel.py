@@ -29,7 +29,7 @@ CLIENT = """
 from pathlib import Path
 
 import headrace
-from headrace import BuildOptions, Inspection, Job, JobOptions, Plan, Report, Result, Summary
+from headrace import BuildOptions, Inspection, Job, JobOptions, Plan, Report, Result, VerificationSummary
 
 options: JobOptions = {"model_dir": "model", "tp_size": 2, "memory_limit": "1GiB", "scratch_after": ["read", "shard"]}
 job = Job(output_dir="out", dtype="bfloat16", target=[{"output_dir": "a", "engine": {"max_batch_size": 8}}])
@@ -39,7 +39,7 @@ engine: BuildOptions = {"output_dir": "engine", "gemm_plugin": "auto", "remove_i
 def work(job: Job) -> float:
     planned: Plan = headrace.plan(job, tp_size=2)
     result: Result = headrace.convert(Path("job.toml"), **options)
-    found: Summary = headrace.verify("out", "model", logits=True)
+    found: VerificationSummary = headrace.verify("out", "model", logits=True)
     told: Inspection = headrace.inspect("model")
     page: Report = headrace.report("out", verification=found)
     weights = headrace.load_from_hf_checkpoint("model", tp_size=2, tp_rank=1, dtype="float16", use_weight_only=True)
