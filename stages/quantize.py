@@ -1,7 +1,7 @@
 """quantize: dequantize(quantize(x)) is x within the format's error; commutes with the split into ranks, as it is computed by rank.
 
 Makes of each linear module's canonical parameters those of the target: codes are kept where the target's algorithm is the source's,
-otherwise weights are numbers, or made numbers, and quantized. Facts: quantized layouts, sections 4, 8 and 10.
+otherwise weights are numbers, or made numbers, and quantized. Facts: docs/format/quantized-layouts.md, sections 4, 8 and 10.
 """
 
 from __future__ import annotations
@@ -258,7 +258,10 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
 
 
 def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[Problem]:
-    """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow (quantized layouts, section 10)."""
+    """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow.
+
+    Facts: docs/format/quantized-layouts.md, section 10.
+    """
     if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
         return []
     fitting = aligned(sharding, quantization, tp_sizes)
@@ -278,7 +281,7 @@ def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) ->
     """The axes of quantized modules whose share of a rank is not whole tiles or groups: (axis, share, what it must divide by).
 
     The loader pads both axes of a linear to whole tiles or groups for each of tp_size ranks, whichever is split, and asks for
-    tensors of the padded shape (section 8). Its class of experts pads none.
+    tensors of the padded shape (docs/format/quantized-layouts.md, section 8). Its class of experts pads none.
     """
     sizes, model = sharding.parallelism, sharding.model
     seen = set()

@@ -1,6 +1,6 @@
 """rope: compute the rotary position buffers from the model's configuration; they are the same on every rank.
 
-TensorRT-LLM's loader computes them itself, so they are written only on request. Facts: TensorRT-LLM checkpoint format, section 4.
+TensorRT-LLM's loader computes them itself, so they are written only on request. Facts: docs/format/checkpoint.md, section 4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """shard: gather(shard(x)) == x; placements of a rank tensor tile it exactly, with no gap and no overlap.
 
 Pure arithmetic on shapes. Each axis of a source is cut for a rank into one interval and where it goes; a placement is the product
-of its axes' cuts. Facts: TensorRT-LLM checkpoint format, section 2.
+of its axes' cuts. Facts: docs/format/checkpoint.md, section 2.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _whole(cuts: Iterator[Cut | None] | Sequence[Cut | None]) -> list[Cut]:
 
 
 def divisibility(sharding: Sharding) -> list[Problem]:
-    """What the parallel sizes do not divide, each with the sizes that would work (checkpoint-format, section 12)."""
+    """What the parallel sizes do not divide, each with the sizes that would work (docs/format/checkpoint.md, section 12)."""
     model, sizes = sharding.model, sharding.parallelism
     problems = []
 

@@ -55,5 +55,8 @@ def of_numpy(dtype: np.dtype) -> DType:
 
 
 def auto_dtype(source: str | None) -> str:
-    """Return the dtype that `--dtype auto` means: the source's; float16 for float32 or None (checkpoint-format, section 5)."""
+    """Return the dtype that `--dtype auto` means: the source's; float16 for float32 or None.
+
+    Facts: docs/format/checkpoint.md, section 5.
+    """
     return "float16" if source in (None, "", "float32") else str(source)

@@ -1,7 +1,7 @@
 """ModelConfig: a model's sizes and settings, read from config.json, GGUF metadata or params.json by the family's table.
 
 config.json is read in both styles: top-level `rope_theta` / `rope_scaling` / `torch_dtype`, and transformers 5's
-`rope_parameters` / `dtype` (checkpoint-format, section 12).
+`rope_parameters` / `dtype` (docs/format/checkpoint.md, section 12).
 """
 
 from __future__ import annotations

@@ -59,7 +59,10 @@ class Parallelism:
         return range(start, start + size + (pp_rank < extra))
 
     def mapping(self) -> dict[str, int]:
-        """Return config.json's `mapping`: the keys that all versions from 0.13 to 1.2.1 accept (checkpoint-format, section 12)."""
+        """Return config.json's `mapping`: the keys that all versions from 0.13 to 1.2.1 accept.
+
+        Facts: docs/format/checkpoint.md, section 12.
+        """
         return {
             "world_size": self.world_size,
             "gpus_per_node": 8,

@@ -1,4 +1,7 @@
-"""Quantization of a target: the algorithm by TensorRT-LLM's name, and its block in config.json (quantized layouts, section 9)."""
+"""Quantization of a target: the algorithm by TensorRT-LLM's name, and its block in config.json.
+
+Facts: docs/format/quantized-layouts.md, section 9.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Make TensorRT-LLM's config.json from the layout's template and the model's values (checkpoint-format, sections 5 and 6)."""
+"""Make TensorRT-LLM's config.json from the layout's template and the model's values.
+
+Facts: docs/format/checkpoint.md, sections 5 and 6.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Lay out rank{N}.safetensors before a byte is written, in the order in which the safetensors library writes it.
 
-Facts: TensorRT-LLM checkpoint format, section 1.
+Facts: docs/format/checkpoint.md, section 1.
 """
 
 from __future__ import annotations

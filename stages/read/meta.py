@@ -1,6 +1,6 @@
 """Read Meta's checkpoints: params.json, and consolidated.NN.pth, each one model-parallel rank's share of every tensor.
 
-Facts: TensorRT-LLM checkpoint format, section 3.
+Facts: docs/format/checkpoint.md, section 3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Linear modules of a rank as numbers, however they are stored; rows on demand.
 
-Facts: quantized layouts, sections 2 to 7, read backwards from the closed forms and by no code of stages/quantization.
+Facts: docs/format/quantized-layouts.md, sections 2 to 7, read backwards from the closed forms and by no code of
+stages/quantization.
 """
 
 from __future__ import annotations
@@ -156,7 +157,10 @@ def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
 
 
 def _order(bits: int, columns: int) -> Tensor:
-    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: section 3's steps 1, 3 and 5."""
+    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: steps 1, 3 and 5.
+
+    Facts: docs/format/quantized-layouts.md, section 3.
+    """
     group, word = 128 // bits, len(SHUFFLE[bits])
     halves, run, stride = group // 8, 2, 8
     place = [0] * (columns * TILE)

@@ -21,7 +21,7 @@ CASES = {case["case"]: case for case in json.loads((FAMILIES / "cases.json").rea
 # The reference lost this model's second layer: its last stage holds the first one again.
 REPEATS_A_LAYER = "exaone_pp2"
 LAYER = "transformer.layers."
-# checkpoint-format, section 12. The reference's InternLM2 script writes the sizes alone.
+# docs/format/checkpoint.md, section 12. The reference's InternLM2 script writes the sizes alone.
 MAPPING_KEYS = ["world_size", "gpus_per_node", "cp_size", "tp_size", "pp_size", "moe_tp_size", "moe_ep_size"]
 
 

@@ -16,7 +16,7 @@ from tests.support.rank_oracle import model_of, sharding_of
 
 
 def fits(sharding: Sharding) -> bool:
-    """Sections 2 and 12: what the sizes must divide."""
+    """The sizes must divide what is split (docs/format/checkpoint.md, sections 2 and 12)."""
     model, sizes = sharding.model, sharding.parallelism
     t, kv_heads, experts = sizes.tp_size, model.num_key_value_heads, model.num_experts
     split_hidden = sharding.embedding.parallel and sharding.embedding.dim == 1

@@ -1,4 +1,7 @@
-"""The kernels' weight layouts by their closed-form maps alone (quantized layouts, section 3), one element at a time."""
+"""The kernels' weight layouts by their closed-form maps alone, one element at a time.
+
+Facts: docs/format/quantized-layouts.md, section 3.
+"""
 
 from __future__ import annotations
 

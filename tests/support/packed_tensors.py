@@ -1,5 +1,5 @@
-"""Packed modules as their quantizers write them, packed word by word from the formats' descriptions (quantized layouts, sections 5
-to 9b), and any part of what is unpacked.
+"""Packed modules as their quantizers write them, packed word by word from the formats' descriptions
+(docs/format/quantized-layouts.md, sections 5 to 9b), and any part of what is unpacked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What every rank must hold, in plain NumPy straight from the checkpoint format (section 2), and models to ask it for."""
+"""What every rank must hold, in plain NumPy straight from the checkpoint format (docs/format/checkpoint.md, section 2), and models
+to ask it for.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,7 @@ def sources(case: Case) -> Arrays:
 
 
 def oracle(case: Case, given: Arrays, number: int) -> Arrays:
-    """The tensors of one rank, by section 2 of the checkpoint format and nothing of headrace's."""
+    """The tensors of one rank, by the checkpoint format (docs/format/checkpoint.md, section 2) and nothing of headrace's."""
     model, sizes, embedding = case.sharding.model, case.sharding.parallelism, case.sharding.embedding
     t, stages, ep, mtp = sizes.tp_size, sizes.pp_size, sizes.moe_ep_size, sizes.moe_tp_size
     r, stage = number % t, number // t

@@ -3,7 +3,7 @@
 A linear has K in-features and N out-features. Its codes come as one stream of bits a row, [N, K * bits / 8] bytes in the order of K
 (int4: even k in the low nibble), biased to unsigned (code + 2 ** (bits - 1)). They leave in the kernel's order, [N / C, C * K *
 bits / 8] bytes: rows of C out-features, so that any C rows are a contiguous range of the whole, and any tile of K a contiguous
-part of a row. Facts: quantized layouts, sections 2 and 3, for 16-bit activations.
+part of a row. Facts: docs/format/quantized-layouts.md, sections 2 and 3, for 16-bit activations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AutoAWQ's `gemm` format: 4 bits, groups of in-features, zero points.
 
 qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]; of word j, nibble i is column 8 j + (0 2 4 6 1 3 5 7)[i].
-weight = (code - zero) * scale. Facts: quantized layouts, section 6.
+weight = (code - zero) * scale. Facts: docs/format/quantized-layouts.md, section 6.
 """
 
 from __future__ import annotations

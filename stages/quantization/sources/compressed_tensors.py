@@ -2,7 +2,7 @@
 
 Packed: weight_packed int32 [N, K / p], p = 32 / bits unsigned codes of consecutive in-features a word, lowest first; weight_scale
 [N, G]; weight_shape; asymmetric: weight_zero_point int32 [N / p, G], packed along N. int8: weight [N, K], weight_scale [N, 1].
-Facts: quantized layouts, sections 9b and 10.
+Facts: docs/format/quantized-layouts.md, sections 9b and 10.
 """
 
 from __future__ import annotations

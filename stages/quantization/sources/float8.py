@@ -2,7 +2,7 @@
 
 weight float8_e4m3fn [N, K]; weight_scale of the whole ([] or [1]) or of each out-feature ([N, 1] or [N]); input_scale where the
 activations' is static; k_scale and v_scale of the cache; input_scale_ub, fbgemm's bound of dynamic ones, which the settings say
-too. Facts: quantized layouts, sections 7 and 9b.
+too. Facts: docs/format/quantized-layouts.md, sections 7 and 9b.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 qweight int32 [K / p, N], p = 32 / bits codes of consecutive in-features a word, lowest first; qzeros int32 [G, N / p]; scales [G,
 N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero - 1) * scale; format v2 stores the zero itself.
-Facts: quantized layouts, section 5.
+Facts: docs/format/quantized-layouts.md, section 5.
 """
 
 from __future__ import annotations

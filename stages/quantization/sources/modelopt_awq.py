@@ -2,7 +2,7 @@
 
 weight uint8 [N / 2, K]: out-feature 2 i in the low nibble, 2 i + 1 in the high one, two's complement; weight_scale float32 [N, K
 / g]; pre_quant_scale [K], by which the activations are multiplied, where it is not folded into the module before.
-Facts: quantized layouts, section 7.
+Facts: docs/format/quantized-layouts.md, section 7.
 """
 
 from __future__ import annotations

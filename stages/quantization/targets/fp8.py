@@ -1,6 +1,6 @@
 """FP8 and FP8_PER_CHANNEL_PER_TOKEN: float8 weights, row-major, with one scale or one for each out-feature.
 
-Facts: quantized layouts, sections 4b, 4c, 7 and 8.
+Facts: docs/format/quantized-layouts.md, sections 4b, 4c, 7 and 8.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """W4A16_GPTQ, W8A16_GPTQ and W4A16_AWQ: integer codes with scales by groups of in-features, as they come from GPTQ, AWQ and their
 like.
 
-Facts: quantized layouts, sections 5 to 7. GPTQ's weights are in the kernel's layout and pass for the model's type; AWQ's are in
-ModelOpt's portable form, which the builder arranges: int8 [N / 2, K], scales float32 [N, K / g].
+Facts: docs/format/quantized-layouts.md, sections 5 to 7. GPTQ's weights are in the kernel's layout and pass for the model's type;
+AWQ's are in ModelOpt's portable form, which the builder arranges: int8 [N / 2, K], scales float32 [N, K / g].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """W8A16 and W4A16: int8 or int4 codes with a scale for each out-feature, from 16-bit weights, in the kernel's layout.
 
-Facts: quantized layouts, section 4a. Weights are quantized as each rank holds them: a row-parallel linear has a scale for each
-out-feature and each rank's share of the in-features (a segment).
+Facts: docs/format/quantized-layouts.md, section 4a. Weights are quantized as each rank holds them: a row-parallel linear has a
+scale for each out-feature and each rank's share of the in-features (a segment).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """contract: every tensor that TensorRT-LLM 1.2.1's loader asks for, rank by rank, derived from config.json alone.
 
-Nothing here knows how headrace plans or writes: names, shapes and types follow the descriptions of the format (checkpoint format,
-families, quantized layouts). A config.json of any version from 0.13 on is understood.
+Nothing here knows how headrace plans or writes: names, shapes and types follow the descriptions of the format
+(docs/format/checkpoint.md, docs/format/families.md and docs/format/quantized-layouts.md). A config.json of any version from 0.13 on
+is understood.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The modules of a model on a rank, by its class, and the tensors that the loader asks for in each.
 
-Facts: checkpoint format, section 2; families; quantized layouts, section 7 for what FP8 by row adds. All tensor-parallel ranks of a
-stage hold tensors of the same names and shapes.
+Facts: docs/format/checkpoint.md, section 2; docs/format/families.md; docs/format/quantized-layouts.md, section 7 for what FP8 by
+row adds. All tensor-parallel ranks of a stage hold tensors of the same names and shapes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def _norm(settings: ContractSettings, name: str) -> Iterator[tuple[str, Expected
 
 
 def _buffers(settings: ContractSettings) -> Iterator[tuple[str, ExpectedTensor]]:
-    """The rotary buffers, which every rank may have and none needs: the loader computes them (checkpoint format, section 4)."""
+    """The rotary buffers, which every rank may have and none needs: the loader computes them.
+
+    Facts: docs/format/checkpoint.md, section 4.
+    """
     size, positions = settings.rotary_size, settings.positions
     names = [("", "")]
     names += [("", "_local")] if settings.architecture == "Gemma3ForCausalLM" else []
@@ -123,7 +126,8 @@ def _buffers(settings: ContractSettings) -> Iterator[tuple[str, ExpectedTensor]]
 
 
 def unaligned_matrices(settings: ContractSettings) -> Iterator[Problem]:
-    """Report matrices that the loader would pad, so that it would ask for other shapes (quantized layouts, section 8).
+    """Report matrices that the loader would pad, so that it would ask for other shapes
+    (docs/format/quantized-layouts.md, section 8).
 
     Both axes of the whole matrix, even the one that is not split, must be a multiple of the kernels' unit times tp_size. Experts
     are not padded: their matrix on the rank must consist of whole tiles and groups.

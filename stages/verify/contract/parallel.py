@@ -1,6 +1,6 @@
 """Read config.json's `mapping`: the number of ranks, and the sizes of the parallel axes.
 
-Facts: checkpoint format, sections 1 and 6.
+Facts: docs/format/checkpoint.md, sections 1 and 6.
 """
 
 from __future__ import annotations

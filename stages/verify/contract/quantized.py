@@ -1,7 +1,7 @@
 """config.json's `quantization`, and the tensors that a linear has under each algorithm.
 
-Facts: checkpoint format, section 5; quantized layouts, sections 1, 4 to 8. Weights of GPTQ are in the kernel's order and pass for
-the model's type; AWQ's are in ModelOpt's form, the one that every loader takes.
+Facts: docs/format/checkpoint.md, section 5; docs/format/quantized-layouts.md, sections 1, 4 to 8. Weights of GPTQ are in the
+kernel's order and pass for the model's type; AWQ's are in ModelOpt's form, the one that every loader takes.
 """
 
 from __future__ import annotations

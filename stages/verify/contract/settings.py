@@ -1,6 +1,7 @@
 """Read and check what the loader's model classes take from config.json.
 
-Facts: checkpoint format, sections 5 and 6; families. Where a value that shapes depend on is wrong, there are no settings.
+Facts: docs/format/checkpoint.md, sections 5 and 6; docs/format/families.md. Where a value that shapes depend on is wrong, there are
+no settings.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
 
 
 def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:
-    """Check that sizes can be split over the ranks (checkpoint format, sections 2 and 12)."""
+    """Check that sizes can be split over the ranks (docs/format/checkpoint.md, sections 2 and 12)."""
     parallel = settings.parallel
     tp = parallel.tp
     shares = [("num_attention_heads", settings.heads, "tp_size", tp)]

@@ -1,7 +1,7 @@
 """Rotate the features of heads by position as TensorRT-LLM does: the angle of each pair of features at a position.
 
-Facts: checkpoint format, section 4; `RopeEmbeddingUtils` and `Attention.create_attention_const_params` of TensorRT-LLM for yarn and
-long rope; the attention kernels for dynamic scaling, which begins behind `max_position_embeddings`.
+Facts: docs/format/checkpoint.md, section 4; `RopeEmbeddingUtils` and `Attention.create_attention_const_params` of TensorRT-LLM for
+yarn and long rope; the attention kernels for dynamic scaling, which begins behind `max_position_embeddings`.
 """
 
 from __future__ import annotations

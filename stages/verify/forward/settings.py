@@ -1,6 +1,6 @@
 """Read from config.json what the model computes, with TensorRT-LLM's own defaults for missing keys.
 
-Facts: checkpoint format, sections 1, 5 and 6, and the other families.
+Facts: docs/format/checkpoint.md, sections 1, 5 and 6; docs/format/families.md.
 """
 
 from __future__ import annotations

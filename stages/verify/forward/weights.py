@@ -24,7 +24,7 @@ T = TypeVar("T")
 BYTES = np.dtype(np.uint8)
 # Parameters beside a module's numbers, for the precision of activations and of the cache, which are not emulated.
 BESIDE = ("activation_scaling_factor", "clamp_val", "kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
-# The loader computes these itself, whatever the file says (checkpoint format, section 4).
+# The loader computes these itself, whatever the file says (docs/format/checkpoint.md, section 4).
 BUFFERS = tuple(
     prefix + name
     for name in ("rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention")

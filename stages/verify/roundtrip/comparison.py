@@ -109,7 +109,7 @@ def _compare_numbers(actual: Tensor, expected: Tensor, origin: Origin, exact: bo
         figures.compare(torch.full(expected.shape, torch.nan), expected.float(), 0.0, place)
         return
     if origin.added:
-        # An addition in float16 is rounded there (families, Gemma).
+        # An addition in float16 is rounded there (docs/format/families.md, section 7).
         expected = expected + origin.added if expected.dtype == torch.float16 else expected.float() + origin.added
     rounded = expected.to(actual.dtype)
     same = same_bits(actual, rounded)

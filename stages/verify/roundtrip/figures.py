@@ -1,6 +1,6 @@
 """Errors of stored values against those that they stand for: figures that add up over blocks, and the error that a format allows.
 
-The bounds follow quantized layouts, sections 4 to 8: an element may be off by its format's rounding, and no more.
+The bounds follow docs/format/quantized-layouts.md, sections 4 to 8: an element may be off by its format's rounding, and no more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trace each value of a rank file to the source: which rectangle of which source tensor each rectangle of a rank's tensor holds.
 
-The rules follow the checkpoint format (sections 2, 6 and 12; families) backwards, from a rank's rows to the source's. config.json
-alone says how the model is split. Names of the source are Hugging Face's; where a model has several names for a module, the one
-that the source has is taken.
+The rules follow the checkpoint format (docs/format/checkpoint.md, sections 2, 6 and 12; docs/format/families.md) backwards, from a
+rank's rows to the source's. config.json alone says how the model is split. Names of the source are Hugging Face's; where a model
+has several names for a module, the one that the source has is taken.
 """
 
 from __future__ import annotations

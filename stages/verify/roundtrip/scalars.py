@@ -2,7 +2,8 @@
 
 Each must be the source's own value, or the one that the format prescribes.
 
-Facts: quantized layouts, sections 4e, 7 and 8. A rank's `activation_scaling_factor` is the largest of those of its source modules.
+Facts: docs/format/quantized-layouts.md, sections 4e, 7 and 8. A rank's `activation_scaling_factor` is the largest of those of its
+source modules.
 """
 
 from __future__ import annotations

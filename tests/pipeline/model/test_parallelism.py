@@ -1,4 +1,7 @@
-"""Ranks, their places and their layers, against torch and the checkpoint format's own formulas (sections 1 and 6)."""
+"""Ranks, their places and their layers, against torch and the checkpoint format's own formulas.
+
+Facts: docs/format/checkpoint.md, sections 1 and 6.
+"""
 
 from __future__ import annotations
 

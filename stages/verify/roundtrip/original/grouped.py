@@ -1,4 +1,4 @@
-"""GPTQ's and AutoAWQ's weights as numbers. Facts: quantized layouts, sections 5 and 6."""
+"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5 and 6."""
 
 from __future__ import annotations
 

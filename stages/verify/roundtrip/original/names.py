@@ -1,6 +1,6 @@
 """The names of a source's weights as Hugging Face has them, whichever container they come from.
 
-Facts: checkpoint format, sections 3 and 10; families, InternLM2 and Exaone; GGUF's names are llama.cpp's.
+Facts: docs/format/checkpoint.md, sections 3 and 10; docs/format/families.md, sections 8 and 9; GGUF's names are llama.cpp's.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class ReorderedNumbers(Numbers):
 class Unpermuted(ReorderedNumbers):
     """Heads with their rotary halves one behind the other, of rows where the halves alternate: Meta's and llama.cpp's order.
 
-    Row (half, i) of a head in Hugging Face's order is row (i, half) in theirs (checkpoint format, section 3).
+    Row (half, i) of a head in Hugging Face's order is row (i, half) in theirs (docs/format/checkpoint.md, section 3).
     """
 
     head_size: int
@@ -150,7 +150,7 @@ class Unpermuted(ReorderedNumbers):
 class Ungrouped(ReorderedNumbers):
     """The rows of `part` ("q", "k" or "v") of InternLM2's wqkv, which has `groups` groups of Q query heads, a key and a value head.
 
-    Head s of group j begins at row (j * (Q + 2) + s) * head_size (families, InternLM2).
+    Head s of group j begins at row (j * (Q + 2) + s) * head_size (docs/format/families.md, section 8).
     """
 
     part: str

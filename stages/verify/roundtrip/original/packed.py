@@ -1,6 +1,6 @@
 """Recognize the packed formats of quantized sources, module by module, and give their weights as numbers.
 
-Facts: quantized layouts, sections 5 to 7 and 9b, written down here anew and by no code of stages/quantization.
+Facts: docs/format/quantized-layouts.md, sections 5 to 7 and 9b, written down here anew and by no code of stages/quantization.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of float8 or small integers beside their scales, as numbers. Facts: quantized layouts, sections 5 to 7."""
+"""Weights of float8 or small integers beside their scales, as numbers. Facts: docs/format/quantized-layouts.md, sections 5 to 7."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors' pack-quantized weights as numbers. Facts: quantized layouts, section 9b."""
+"""compressed-tensors' pack-quantized weights as numbers. Facts: docs/format/quantized-layouts.md, section 9b."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_codes_of_a_source_on_other_ranks(name: str, model: str, target: str, so
 @pytest.mark.parametrize("target", ["tp1", "tp2"])
 @pytest.mark.parametrize("name", ONE_SCALE)
 def test_one_scale_for_q_k_and_v(name: str, target: str, tmp_path: Path) -> None:
-    """Those of smaller scales are rounded again, by the largest (quantized layouts, section 7)."""
+    """Those of smaller scales are rounded again, by the largest (docs/format/quantized-layouts.md, section 7)."""
     kind = FORMATS[name]
     weights = source.write(tmp_path / "model", LLAMA, kind)
     stored = load_file(tmp_path / "model/model.safetensors")
@@ -152,7 +152,10 @@ def test_one_scale_for_q_k_and_v(name: str, target: str, tmp_path: Path) -> None
 
 
 def integers(bits: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What integers of a share [out, in] stand for: half away from zero, by a scale that is then rounded (section 4a)."""
+    """What integers of a share [out, in] stand for: half away from zero, by a scale that is then rounded.
+
+    Facts: docs/format/quantized-layouts.md, section 4a.
+    """
 
     def quantized(share: np.ndarray) -> np.ndarray:
         scale = np.abs(share).max(axis=1, keepdims=True) / np.float32(2 ** (bits - 1))
@@ -163,7 +166,7 @@ def integers(bits: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def float8(share: np.ndarray) -> np.ndarray:
-    """What float8 codes of a share [out, in] stand for (section 4b)."""
+    """What float8 codes of a share [out, in] stand for (docs/format/quantized-layouts.md, section 4b)."""
     clamped = np.clip(share, -1200, 1200)
     scale = np.maximum(np.abs(clamped).max(axis=1, keepdims=True) / np.float32(448), np.float32(1 / (448 * 512)))
     return np.clip(clamped / scale, -448, 448).astype(FP8).astype(np.float32) * scale

@@ -1,6 +1,6 @@
 """Reading a checkpoint: PretrainedConfig, the parameters that each class of model has, and the loader, which wants them exactly.
 
-Facts: TensorRT-LLM checkpoint format, sections 2, 5, 6 and 11, and its quantized layouts. Headers are read, not tensors.
+Facts: docs/format/checkpoint.md, sections 2, 5, 6 and 11; docs/format/quantized-layouts.md. Headers are read, not tensors.
 """
 
 from __future__ import annotations
