@@ -12,10 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.run.lower import lower
+
 from benchmarks.measure import machine, run
 from benchmarks.models import make
 from pipeline import plan
-from pipeline.run.lower import lower
 from pipeline.run.schedulers import runner
 from pipeline.tensor.tensors import Block
 from stages.write import BlockWrite, Written

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
 from pipeline.tensor.tensors import Block
@@ -32,7 +35,7 @@ class Delivery:
 
     The values of the block's region `source` go, in C order, to the bytes from `offset` of the file at `path`. Where `offset` is
     -1, `path` is the URL of a Zarr array, and the values go to the region `source` moved by `origin`. `rank`: the output rank that
-    the file belongs to; -1 for scratch, which has no checksums.
+    the file belongs to. `chunk`, `file_bytes`: of a chunk of scratch, as in Located.
     """
 
     path: str
@@ -40,6 +43,8 @@ class Delivery:
     source: Region
     rank: int
     origin: tuple[int, ...] = ()
+    chunk: str = ""
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,17 @@ class BlockWrite:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """The 64-bit xxh3 of `nbytes` bytes from `offset` of a rank's file; `sink`: the position of its sink among those written."""
+    """The 64-bit xxh3 of `nbytes` bytes from `offset` of a rank's file, or of a chunk of scratch that it names.
+
+    `sink`: the position of its sink among those written.
+    """
 
     sink: int
     rank: int
     offset: int
     nbytes: int
     xxh3: str
+    chunk: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +103,20 @@ class Written:
     paths: tuple[str, ...]
     checksums: tuple[Checksum, ...]
 
+    @property
+    def chunk_parts(self) -> Mapping[str, Sequence[Part]]:
+        """The parts that it wrote of each chunk of scratch, by the chunk's name."""
+        parts: dict[str, list[Part]] = {}
+        for checksum in self.checksums:
+            if checksum.chunk:
+                parts.setdefault(checksum.chunk, []).append((checksum.offset, checksum.nbytes, checksum.xxh3))
+        return parts
+
 
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
-def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, checksummed: bool) -> tuple[Delivery, ...]:
+def deliveries(placements: Sequence[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
     """Return the deliveries of a source's block to one sink.
 
     Parameters
@@ -109,8 +127,6 @@ def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, 
         The block's region of the source.
     locate
         A function of (rank, tensor, region) that yields where the region's bytes lie in the sink.
-    checksummed
-        Whether the sink keeps checksums.
     """
     result = []
     for placement in placements:
@@ -123,8 +139,27 @@ def deliveries(placements: Sequence[Placement], region: Region, locate: Locate, 
         origin = [start for start, _ in region]
         for place in locate(placement.rank, placement.tensor, target):
             source = shift(shift(place.region[lead:], move, -1), origin, -1)
-            result.append(Delivery(place.path, place.offset, source, placement.rank if checksummed else -1, tuple(origin)))
+            corner = tuple(origin) if place.offset < 0 else ()
+            delivery = Delivery(place.path, place.offset, source, placement.rank, corner, place.chunk, place.file_bytes)
+            result.append(delivery)
     return tuple(result)
+
+
+def write_group(
+    number: int,
+    work: Sequence[BlockWrite],
+    opened: StageOfGroup,
+    keys: Sequence[Sequence[Any]],
+    *inputs: Any,
+    synchronize: bool = False,
+) -> Written:
+    """Write a group of blocks: what the tasks `write` and `scratch` of a graph run.
+
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `keys[i]`: for each sink of `work[i]`, the key of its
+    block. `inputs`: those of `make_blocks`. The others are `write_blocks`' own.
+    """
+    blocks = make_blocks(opened, *inputs)
+    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize)
 
 
 def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False) -> Written:
@@ -156,7 +191,7 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
     with collect() as metrics, ExitStack() as stack:
         files: dict[str, int] = {}
         for item, versions in zip(work, blocks, strict=True):
-            hashes = [[xxhash.xxh3_64() if delivery.rank >= 0 else None for delivery in sink] for sink in item.deliveries]
+            hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
             for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
                 # Sinks that take the same block share one reading of each piece.
                 values: dict[int, np.ndarray] = {}
@@ -170,12 +205,18 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
         return Written(number, work[-1].name, read, written, dict(metrics), tuple(files), tuple(checksums))
 
 
-def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64 | None]]) -> list[Checksum]:
+def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:
     return [
-        Checksum(number, delivery.rank, delivery.offset, size(delivery.source) * block.dtype.itemsize, digest.hexdigest())
+        Checksum(
+            number,
+            delivery.rank,
+            max(delivery.offset, 0),
+            size(delivery.source) * block.dtype.itemsize,
+            digest.hexdigest(),
+            delivery.chunk,
+        )
         for number, (block, sink, digests) in enumerate(zip(versions, item.deliveries, hashes, strict=True))
         for delivery, digest in zip(sink, digests, strict=True)
-        if digest is not None
     ]
 
 
@@ -184,7 +225,7 @@ def _write_piece(
     piece: Region,
     read: dict[int, np.ndarray],
     sink: Sequence[Delivery],
-    hashes: Sequence[xxhash.xxh3_64 | None],
+    hashes: Sequence[xxhash.xxh3_64],
     files: dict[str, int],
     stack: ExitStack,
 ) -> int:
@@ -198,29 +239,45 @@ def _write_piece(
             read[id(block)] = block.read(piece)
         part = read[id(block)][slices(shift(common, [start for start, _ in piece], -1))]
         if delivery.offset < 0:
-            _put(delivery, common, part)
+            _put(delivery, common, part, digest)
             written += part.nbytes
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
         if delivery.path not in files:
-            files[delivery.path] = os.open(delivery.path, os.O_WRONLY)
+            files[delivery.path] = _opened(delivery)
             stack.callback(os.close, files[delivery.path])
-        if digest is not None:
-            with meter("checksum", len(data)):
-                digest.update(data)
+        with meter("checksum", len(data)):
+            digest.update(data)
         with meter("write", len(data)):
             _write_all(files[delivery.path], data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
         written += len(data)
     return written
 
 
-def _put(delivery: Delivery, common: Region, values: np.ndarray) -> None:
+def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.xxh3_64) -> None:
     """Store a piece, which is a whole chunk, in the Zarr array of a delivery without an offset."""
     import zarr
 
     array = zarr.open_array(delivery.path, mode="r+")
+    values = np.ascontiguousarray(values)
+    with meter("checksum", values.nbytes):
+        digest.update(values.reshape(-1).view(np.uint8).data)
     with meter("write", values.nbytes):
-        array[slices(shift(common, delivery.origin))] = np.ascontiguousarray(values).view(array.dtype)
+        array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
+
+
+def _opened(delivery: Delivery) -> int:
+    """Open the file of a delivery; a chunk's is made, at its full size, by the first task that writes to it."""
+    if not delivery.file_bytes:
+        return os.open(delivery.path, os.O_WRONLY)
+    Path(delivery.path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(delivery.path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, delivery.file_bytes)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(error.errno, error.strerror, delivery.path) from None
+    return descriptor
 
 
 def _first(part: Region, region: Region) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import auto_dtype, of_numpy
@@ -25,6 +26,9 @@ from stages.read import read
 from stages.rename import rename
 from stages.shard import Sharding, rank_tensors, shard
 from stages.unpack import unpack
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 ROW_MULTIPLE = 64  # rows: chunks of a matrix are cut at multiples of it, and of a head
 
@@ -52,14 +56,31 @@ def choose_all(
     return tuple(quantization for quantization, _ in chosen), tuple(problems)
 
 
-def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int) -> TensorMap:
+def mark(stage_of: dict[str, str], stage: str, arrays: Iterable[da.Array]) -> None:
+    """Note which stage made the layers of arrays that no earlier stage has made."""
+    for array in arrays:
+        for layer in array.dask.layers:
+            stage_of.setdefault(layer, stage)
+
+
+def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict[str, str]) -> TensorMap:
     """read, rename and unpack, with the cuts that the job asks for: canonical parameters under TensorRT-LLM's names.
 
-    `chunk_bytes`: the most that a chunk holds of its tensor.
+    `chunk_bytes`: the most that a chunk holds of its tensor. `stage_of` is told which stage made which layer of the arrays.
     """
-    tensors = cuts.cut("read", read(opened.source.named, chunk_bytes, math.lcm(ROW_MULTIPLE, opened.model.head_size)))
-    tensors = cuts.cut("rename", rename(tensors, opened.matches, opened.model))
-    return cuts.cut("unpack", unpack(tensors, opened.packing.settings))
+    row_multiple = math.lcm(ROW_MULTIPLE, opened.model.head_size)
+    stages: dict[str, Callable[[TensorMap], TensorMap]] = {
+        "read": lambda _: read(opened.source.named, chunk_bytes, row_multiple),
+        "rename": lambda tensors: rename(tensors, opened.matches, opened.model),
+        "unpack": lambda tensors: unpack(tensors, opened.packing.settings),
+    }
+    tensors: TensorMap = {}
+    for stage, made in stages.items():
+        tensors = made(tensors)
+        mark(stage_of, stage, tensors.values())
+        tensors = cuts.cut(stage, tensors)
+        mark(stage_of, "scratch", tensors.values())
+    return tensors
 
 
 def compose_target(
@@ -69,16 +90,21 @@ def compose_target(
     tensors: TensorMap,
     opened: OpenedSource,
     block_bytes: int,
+    stage_of: dict[str, str],
 ) -> TargetTensors:
-    """cast, quantize and shard the canonical tensors for one target."""
+    """cast, quantize and shard the canonical tensors for one target. `stage_of` is told which stage made which layer."""
     dtype = auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
-    entries = quantize(cast(tensors, sharding.layout, dtype), sharding, quantization, dtype, opened.matches.origin)
+    tensors = cast(tensors, sharding.layout, dtype)
+    mark(stage_of, "cast", tensors.values())
+    entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)
     arrays = {name: entry.array for name, entry in entries.items()}
+    mark(stage_of, "quantize", arrays.values())
     placements = {name: shard(name, entry.slot, entry.parameter, sharding) for name, entry in entries.items()}
     ranks = tuple(_rank_tensors(entries, sharding))
     if options.write_rope_buffers:
         buffers = rope.rope_buffers(sharding.model)
         arrays |= read(buffers, block_bytes, 1)
+        mark(stage_of, "read", arrays.values())
         placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
         ranks += rope.rank_tensors(buffers, sharding.parallelism)
     return TargetTensors(options, sharding, quantization, dtype, entries, arrays, placements, ranks)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.planning.job import SCRATCH_STAGES, Job
+from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Phase, Store, group_blocks
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stages.rename import Matches
 
 Group = ScratchGroup | RemoteGroup
+ALWAYS = ("read", "rename")  # the stages that every group passes, whether or not they do anything there
 ReadBack = Callable[[str, Mapping[str, Any]], Mapping[str, "da.Array"]]
 
 
@@ -55,6 +57,7 @@ class Cuts:
             matches,
         )
         self.keep = job.keep_scratch
+        self.window = scratch_window(job.threads) + 2  # blocks, and those being written and read
         self.phases: list[Phase] = []
         self.groups: list[Group] = []
 
@@ -69,7 +72,7 @@ class Cuts:
         shapes = {(0, str(name)): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
         group = self._group(stage, shapes)
         stores = tuple(self._store(name, tensors) for name in first.values())
-        self._add(stage, stores, (group,))
+        self._add(stage, stores, (group,), before=stage)
         back = self.read_back(stage, {name: array for (_, name), array in group.arrays.items()})
         return {name: back[str(first[array.name])] for name, array in tensors.items()}
 
@@ -94,7 +97,7 @@ class Cuts:
                 placement = Placement(rank, name, whole(array.shape), whole(array.shape))
                 placements = tuple((placement,) if other == number else () for other in range(len(ranks)))
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
-        self._add("shard", stores, tuple(groups))
+        self._add("shard", stores, tuple(groups), before="shard")
         return tuple(again)
 
     def reasons(self) -> dict[str, str]:
@@ -134,7 +137,7 @@ class Cuts:
         for (rank, name), (shape, chunks, dtype) in shapes.items():
             folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
             arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
-        return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays)
+        return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays, self.window * self.block_bytes)
 
     def _origin(self, tensor: str) -> str:
         """The source tensor that a scratch array comes from."""
@@ -146,10 +149,17 @@ class Cuts:
         region = whole(array.shape)
         return Store(str(name), (array,), ((Placement(0, str(name), region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
 
-    def _add(self, stage: str, stores: tuple[Store, ...], sinks: tuple[Group, ...]) -> None:
+    def passes(self, before: str = "write") -> tuple[str, ...]:
+        """The stages that every group passes since the last cut, up to the cut after the stage `before`, or the writing."""
+        done = [stage for phase in self.phases for stage in phase.passes]
+        upto = ALWAYS[: ALWAYS.index(before) + 1] if before in ALWAYS else ALWAYS
+        return tuple(stage for stage in upto if stage not in done)
+
+    def _add(self, stage: str, stores: tuple[Store, ...], sinks: tuple[Group, ...], before: str) -> None:
         self.groups += sinks
         here = self.carried and stage == "read"
-        self.phases.append(Phase(f"scratch after {stage}", stores, sinks, group_blocks(stores, self.block_bytes), here))
+        groups = group_blocks(stores, self.block_bytes)
+        self.phases.append(Phase(f"scratch after {stage}", stores, sinks, groups, self.passes(before), here))
 
 
 _UNNEEDED = {

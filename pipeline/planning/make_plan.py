@@ -8,7 +8,7 @@ from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import unused
-from pipeline.planning.compose import canonical, choose_all, compose_target, requantization_notes
+from pipeline.planning.compose import canonical, choose_all, compose_target, mark, requantization_notes
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Job
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
@@ -17,7 +17,7 @@ from pipeline.planning.plans import Phase, Plan, group_blocks
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
 from stages.quantize import sizes_agree
-from stages.read import read_scratch
+from stages.read.scratch_chunks import read_scratch
 
 
 def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
@@ -45,28 +45,31 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     identity = plan_identity(opened)
     cuts = Cuts(job, opened.source, identity, size, read_scratch, opened.matches)
     chunk = _chunk_bytes(opened, size)
-    tensors = canonical(opened, cuts, chunk)
+    stage_of: dict[str, str] = {}
+    tensors = canonical(opened, cuts, chunk, stage_of)
     wrong = [*request, *opened.matches.problems, *check_canonical(opened, tensors)]
     _refuse(wrong, check_targets(opened, chosen, tensors, sound=not wrong))
     _refuse((), wrong)
 
     asked = zip(job.targets, opened.shardings, chosen, strict=True)
-    targets = [compose_target(*each, tensors, opened, size) for each in asked]
+    targets = [compose_target(*each, tensors, opened, size, stage_of) for each in asked]
     _refuse((), [problem for target in targets for problem in sizes_agree(target.entries, opened.matches.origin)])
     stores = make_stores(tensors, targets, opened, bool(cuts.phases))
     stores = cuts.cut_ranks(stores, [target.ranks for target in targets], {name: row.numpy for name, row in BY_TARGET.items()})
-
+    mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
     notes = requantization_notes(opened, chosen, size)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
-    write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size))
+    write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
     needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
     limits = budget(job.memory_limit, job.threads, needs, max(len(phase.groups) for phase in phases))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
-    return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
+    return Plan(
+        job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed, stage_of
+    )
 
 
 def _refuse(also: Any, problems: Any) -> None:

@@ -55,6 +55,11 @@ def block_bytes(total_bytes: int) -> int:
     return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 16))
 
 
+def scratch_window(workers: int) -> int:
+    """How many groups of blocks a cut that is not kept may be ahead of what reads it: enough that no worker waits."""
+    return 2 * workers + 2
+
+
 def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int) -> Budget:
     """Choose the piece size for a limit. Raises BadInput naming the tensor that needs most where nothing fits, and what would."""
     needs = list(needs)

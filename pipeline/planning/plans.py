@@ -45,7 +45,6 @@ class Sink(Protocol):
     def local_bytes(self) -> int: ...
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
     def begin(self, tasks: int, fresh: bool) -> Journal: ...
-    def finish(self, journal: Journal, entries: Any, timings: Mapping[str, Any]) -> None: ...
     def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
 
@@ -94,15 +93,17 @@ Group = tuple[tuple[Store, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Phase:
-    """Stores that can run in any order, and the tasks that do them. A phase begins when the one before it has ended.
+    """Stores that can run in any order, and the groups of their blocks. Those of a later phase read the chunks that it writes.
 
-    `here`: its tasks run in this process, whatever the scheduler, as they read what is in its memory.
+    `passes`: the stages that each of its groups passes, whether or not they do anything there. `here`: its tasks run in this
+    process, whatever the scheduler, as they read what is in its memory.
     """
 
     name: str
     stores: tuple[Store, ...]
     sinks: tuple[Sink, ...]
     groups: tuple[Group, ...] = field(repr=False)
+    passes: tuple[str, ...] = ()
     here: bool = False
 
     @property
@@ -135,7 +136,7 @@ def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]
 class Plan:
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked.
+    `packed`: some of the source's modules are unpacked. `stage_of`: the stage that made each layer of the arrays.
     """
 
     job: Job
@@ -151,10 +152,15 @@ class Plan:
     left_out: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
     packed: bool = False
+    stage_of: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> int:
         return sum(len(phase.groups) for phase in self.phases)
+
+    def first_group(self, phase: int) -> int:
+        """The number of a phase's first group: groups are numbered through all phases."""
+        return sum(len(each.groups) for each in self.phases[:phase])
 
     @cached_property
     def bytes_read(self) -> int:

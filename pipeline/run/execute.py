@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Interrupted, WriteFailed
+from pipeline.planning.dask_graph import BoundGroup, Finish, bind, stage_graph
 from pipeline.planning.listen import parse_listen
+from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Phase, Plan, Sink
-from pipeline.run.lower import lower
-from pipeline.run.schedulers import Run, Session, run_threads, runner
+from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.sinks.journal import Committer, Journal
+from pipeline.sinks.output import Output
+from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.reserve import missing
+from pipeline.sinks.scratch import ScratchGroup, chunk_parts
+from pipeline.tensor.blocks import Part
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
 
 if TYPE_CHECKING:
-    pass
+    from stages.write import Written
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ def execute(
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
     if plan.up_to_date and not plan.job.overwrite:
-        for cut in plan.scratch:  # a run that was stopped between its last output and this
+        for target in plan.targets:  # a run that was stopped between its last output and this
+            target.output.forget_journal()
+        for cut in plan.scratch:
             cut.release()
         return Result(outputs, 0, 0, time.perf_counter() - started, peak_memory_bytes(), {}, up_to_date=True)
     obstacles = plan.obstacles()
@@ -84,17 +90,15 @@ def execute(
     listener = listener or Silent()
     run = _Run(plan, listener, started, watch or RunWatch())
     try:
-        with nullcontext(session) if session else open_session(plan, run.watch) as (compute, dashboard, _), ExitStack() as stack:
-            phases = run.begun = [_begin(phase, plan, stack) for phase in plan.phases]
-            run.announce(phases, dashboard)
-            for phase in phases:
-                run.do(phase, compute)
+        with nullcontext(session) if session else open_session(plan, run.watch) as at_hand, ExitStack() as stack:
+            run.begin(stack)
+            run.announce(at_hand.dashboard)
+            run.do(at_hand)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {_places(plan)} is not complete: run the same command again to go on") from None
     except BadInput:
         # Values that no target can hold show when they are read: nothing of the outputs is left then.
-        for begun in run.begun:
-            begun.abandon()
+        run.abandon()
         raise
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
@@ -118,24 +122,26 @@ def execute(
     )
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A phase under way: the numbers of the sinks it writes to, their journals, and the tasks that are done."""
+@dataclass
+class _PhaseRun:
+    """What is left to do of a phase: the numbers of its sinks that are written, and its groups.
 
+    `journals` and `created` are by the sinks' numbers: the open journal, and the topmost directory that its beginning made.
+    """
+
+    number: int
     phase: Phase
-    sinks: tuple[int, ...]
-    journals: Mapping[int, Journal]
-    done: frozenset[int]
-    created: Mapping[int, Path | None]
+    sinks: tuple[int, ...] = ()
+    groups: tuple[BoundGroup, ...] = ()
+    journals: dict[int, Journal] = field(default_factory=dict)
+    created: dict[int, Path | None] = field(default_factory=dict)
 
-    def abandon(self) -> None:
-        """Remove what the phase has made of sinks that are not whole."""
-        for number, journal in self.journals.items():
-            if not self.phase.sinks[number].complete:
-                self.phase.sinks[number].abandon(journal, self.created[number])
+    @property
+    def is_scratch(self) -> bool:
+        return not isinstance(self.phase.sinks[0], Output)
 
     def written(self) -> dict[tuple[int, int], int]:
-        """The bytes of ranks that an earlier run has written: {(place of the sink among `sinks`, rank): bytes}."""
+        """The bytes of ranks that an earlier run has written: {(place of the sink among those written, rank): bytes}."""
         totals: dict[tuple[int, int], int] = {}
         for place, journal in enumerate(self.journals.values()):
             for entry in journal.entries:
@@ -143,28 +149,13 @@ class _Begun:
                     totals[place, rank] = totals.get((place, rank), 0) + nbytes
         return totals
 
+    def total_bytes(self) -> int:
+        """The bytes that the phase writes to its sinks, those that an earlier run wrote included."""
+        return self.phase.written_bytes(self.sinks)
+
     def done_bytes(self) -> int:
-        share = self.phase.written_bytes(self.sinks) * len(self.done)
-        return share // max(len(self.phase.groups), 1)
-
-
-def _begin(phase: Phase, plan: Plan, stack: ExitStack) -> _Begun:
-    """Begin a phase's sinks; what is begun is undone where a later one cannot be."""
-    is_scratch = phase is not plan.phases[-1]
-    sinks = tuple(range(len(phase.sinks))) if plan.job.overwrite and not is_scratch else phase.pending
-    # A cut is of use only to outputs that are not whole yet.
-    journals: dict[int, Journal] = {}
-    made: dict[int, Path | None] = {}
-    for number in sinks:
-        sink = phase.sinks[number]
-        created = made[number] = missing(sink.directory)
-        journal = sink.begin(len(phase.groups), fresh=plan.job.overwrite and not is_scratch)
-        journals[number] = journal
-        stack.callback(journal.close)
-        if not journal.entries:
-            stack.enter_context(_Undo(sink, journal, created))
-    done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in journals.values()]
-    return _Begun(phase, sinks, journals, frozenset.intersection(*done) if done else frozenset(), made)
+        count = len(self.phase.groups)
+        return self.total_bytes() * (count - len(self.groups)) // max(count, 1) if self.sinks else 0
 
 
 class _Undo:
@@ -182,43 +173,161 @@ class _Undo:
 
 
 class _Run:
-    """The totals of a run as its phases are done."""
+    """A run: what is left to do of each phase, and its totals."""
 
     def __init__(self, plan: Plan, listener: Listener, started: float, watch: RunWatch) -> None:
         self.plan, self.listener, self.started, self.watch = plan, listener, started, watch
+        self.began = time.time() - (time.perf_counter() - started)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
-        self.begun: list[_Begun] = []
+        self.left = [_PhaseRun(number, phase) for number, phase in enumerate(plan.phases)]
+        self.known: dict[str, list[Part]] = {}
+        self.readers: dict[str, set[int]] = {}  # of chunks that are removed when nothing reads them any more
+        self.owners: dict[str, ScratchGroup | RemoteGroup] = {}
 
-    def announce(self, phases: list[_Begun], dashboard: str) -> None:
-        total = sum(begun.phase.written_bytes(begun.sinks) for begun in phases)
-        self.resumed_tasks = sum(len(begun.done) for begun in phases)
-        done = sum(begun.done_bytes() for begun in phases)
+    def begin(self, stack: ExitStack) -> None:
+        """Begin the outputs that are not whole, or take them up; then find which chunks they need, and which are there."""
+        layers: dict[str, Mapping[Any, Any]] = {}
+        for phase in reversed(self.left):
+            if phase.is_scratch:
+                self._begin_scratch(phase, stack, layers)
+            else:
+                self._begin_outputs(phase, stack, layers)
+
+    def _begin_outputs(self, left: _PhaseRun, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+        overwrite = self.plan.job.overwrite
+        left.sinks = tuple(range(len(left.phase.sinks))) if overwrite else left.phase.pending
+        for number in left.sinks:
+            self._begin_sink(left, number, overwrite, stack)
+        done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
+        todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
+        left.groups = tuple(bind(self.plan, left.number, index, left.sinks, layers) for index in todo)
+
+    def _begin_scratch(self, left: _PhaseRun, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+        """Begin a cut of which chunks are needed: those that the groups left to do read, or all, where it is kept and not whole.
+
+        Presence decides: a chunk that is there, and of which the checksums are known, is not made again.
+        """
+        cuts = [sink for sink in left.phase.sinks if isinstance(sink, ScratchGroup | RemoteGroup)]
+        readers = self.left[left.number + 1].groups
+        needed = {chunk for group in readers for chunk in group.reads}
+        known = {chunk: parts for cut in cuts for chunk, parts in cut.recorded().items()}
+        whole = all(cut.complete for cut in cuts)
+        sinks = tuple(range(len(cuts)))
+        if not needed or (whole and all(self._there(cuts, chunk, known) for chunk in needed)):
+            self.known |= known
+            return
+        left.sinks = sinks
+        for number in sinks:
+            self._begin_sink(left, number, False, stack)
+        known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
+        groups = [bind(self.plan, left.number, index, sinks, layers) for index in range(len(left.phase.groups))]
+        keep = any(cut.keep for cut in cuts)
+        wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
+        absent = {chunk for chunk in wanted if not self._there(cuts, chunk, known)}
+        left.groups = tuple(group for group in groups if absent.intersection(group.writes))
+        again = {chunk for group in left.groups for chunk in group.writes}
+        self.known |= {chunk: parts for chunk, parts in known.items() if chunk not in again}
+        if not keep:
+            for group in readers:
+                for chunk in group.reads:
+                    self.readers.setdefault(chunk, set()).add(group.number)
+                    self.owners[chunk] = _owner(cuts, chunk)
+
+    def _there(self, cuts: Sequence[ScratchGroup | RemoteGroup], chunk: str, known: Mapping[str, Sequence[Part]]) -> bool:
+        return _owner(cuts, chunk).has(chunk, known.get(chunk, ()))
+
+    def _begin_sink(self, left: _PhaseRun, number: int, fresh: bool, stack: ExitStack) -> None:
+        sink = left.phase.sinks[number]
+        created = left.created[number] = missing(sink.directory)
+        journal = left.journals[number] = sink.begin(len(left.phase.groups), fresh)
+        stack.callback(journal.close)
+        if not journal.entries:
+            stack.enter_context(_Undo(sink, journal, created))
+
+    def abandon(self) -> None:
+        """Remove what the run has made of sinks that are not whole."""
+        for left in self.left:
+            for number, journal in left.journals.items():
+                if not left.phase.sinks[number].complete:
+                    left.phase.sinks[number].abandon(journal, left.created[number])
+
+    def announce(self, dashboard: str) -> None:
+        active = [left for left in self.left if left.sinks]
+        total = sum(left.total_bytes() for left in active)
+        done = sum(left.done_bytes() for left in active)
+        self.resumed_tasks = sum(len(left.phase.groups) - len(left.groups) for left in active)
         for listener in (self.watch, self.listener):
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
+        outputs = self.left[-1]
+        self.watch.entered(outputs.phase, outputs.sinks, outputs.written())
 
-    def do(self, begun: _Begun, compute: Run) -> None:
-        if not begun.sinks:
-            return
-        began = time.perf_counter()
-        self.watch.entered(begun.phase, begun.sinks, begun.written())
-        elsewhere = self.plan.job.elsewhere and not begun.phase.here
-        graph = lower(begun.phase, self.plan.budget.piece_bytes, begun.sinks, begun.done, synchronize=elsewhere)
-        if begun.phase.here:
-            compute = partial(run_threads, workers=self.plan.budget.workers)
-        with Committer(dict(enumerate(begun.journals.values()))) as committer:
-            for written in compute(graph):
-                committer.add(written)
-                self.watch.advanced(written)
-                self.listener.advanced(written)
-        self.phases[begun.phase.name] = time.perf_counter() - began
-        timings = {
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "stages": self.watch.stages,
-            "phases": self.phases,
-        }
-        for number, journal in begun.journals.items():
-            begun.phase.sinks[number].finish(journal, journal.entries, timings)
+    def do(self, session: Session) -> None:
+        """Run what is left: first what only this process can read, then the one graph of all the rest."""
+        with ExitStack() as stack:
+            committers = [stack.enter_context(Committer(dict(enumerate(left.journals.values())))) for left in self.left]
+            elsewhere = self.plan.job.elsewhere
+            here = [left for left in self.left if left.phase.here and left.groups]
+            for left in here:
+                graph = stage_graph(left.groups, known=self.known, name=thread_name)
+                for written in self._take(run_threads(graph, self.plan.budget.workers), committers):
+                    self.known |= {chunk: list(parts) for chunk, parts in written.chunk_parts.items()}
+            groups = [group for left in self.left if left not in here for group in left.groups]
+            graph = stage_graph(
+                groups,
+                self._finishes(),
+                known=self.known,
+                window=None if session.client is None else scratch_window(self.plan.budget.workers),
+                name=int if session.client is not None else thread_name,
+                synchronize=elsewhere,
+            )
+            for _ in self._take(session.run(graph), committers):
+                pass
+        outputs = self.left[-1]
+        for number, journal in outputs.journals.items():
+            if outputs.phase.sinks[number].complete:
+                journal.remove()
+        for left in self.left[:-1]:
+            for number, journal in left.journals.items():
+                cut = left.phase.sinks[number]
+                if isinstance(cut, ScratchGroup | RemoteGroup) and cut.keep:
+                    cut.finish(journal)
+                else:
+                    journal.remove()
+
+    def _finishes(self) -> list[Finish]:
+        outputs = self.left[-1]
+        return [
+            Finish(number, place, sink, tuple(journal.entries), self.began)
+            for place, (number, journal) in enumerate(outputs.journals.items())
+            if isinstance(sink := outputs.phase.sinks[number], Output)
+        ]
+
+    def _take(self, results: Iterator[Written | int], committers: Sequence[Committer]) -> Iterator[Written]:
+        """Take in the results of tasks as they end: into the journals, and to those who watch. Gives those of groups on."""
+        for result in results:
+            if isinstance(result, int):  # an output is whole
+                continue
+            number = max(n for n in range(len(self.left)) if self.plan.first_group(n) <= result.number)
+            committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))
+            self.phases[self.plan.phases[number].name] = time.perf_counter() - self.started
+            self.watch.advanced(result)
+            self.listener.advanced(result)
+            self._free(result.number)
+            yield result
+
+    def _free(self, number: int) -> None:
+        """Remove the chunks that only this group was still to read."""
+        for chunk in [chunk for chunk, readers in self.readers.items() if number in readers]:
+            self.readers[chunk].discard(number)
+            if not self.readers[chunk]:
+                del self.readers[chunk]
+                self.owners[chunk].free(chunk)
+
+
+def _owner(cuts: Sequence[ScratchGroup | RemoteGroup], chunk: str) -> ScratchGroup | RemoteGroup:
+    """The cut that a chunk is of, by its name, which begins with the cut's place."""
+    return next(cut for cut in cuts if chunk.startswith(f"{cut.place}/"))
 
 
 def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | None = None) -> AbstractContextManager[Session]:

@@ -5,8 +5,8 @@ Each is a function that runs a graph and yields the tasks' results as they end.
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 import queue
 import threading
 import warnings
@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import BadInput, Problem, WriteFailed
+from pipeline.planning.dask_graph import StageGraph
 from pipeline.planning.listen import Listen
-from pipeline.run.lower import Graph
 
 if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
-    from stages.write import Written
 
-BATCH = 64  # tasks submitted at once
-IN_FLIGHT = 3  # batches that the scheduler knows of
-
-Run = Callable[[Graph], "Iterator[Written]"]
+Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
+Run = Callable[[Graph], Iterator[Any]]
 
 
 class Session(NamedTuple):
@@ -70,7 +67,7 @@ def runner(
             port = client.scheduler_info()["services"].get("dashboard")
             url = Listen((listen or Listen()).host, port).url
             dashboard = f"{url}/status" if port else ""
-            yield Session(lambda graph: run_distributed(client, graph, here=True), dashboard, client)
+            yield Session(lambda graph: run_distributed(client, graph), dashboard, client)
     elif scheduler in ("threads", "synchronous"):
         run = run_synchronous if scheduler == "synchronous" else lambda graph: run_threads(graph, workers)
         with _page(watch, listen) as page:
@@ -80,19 +77,47 @@ def runner(
             yield Session(lambda graph: run_distributed(client, graph), client.dashboard_link, client)
 
 
-def run_synchronous(graph: Graph) -> Iterator[Written]:
-    """One task after another in this thread: the debugger's scheduler."""
-    import dask
-
-    for key, task in graph.items():
-        yield dask.get({key: task}, key)
+def thread_name(number: int) -> str:
+    """The name of a group in the keys of tasks that Dask's threads run: they order equals by their names, the last first."""
+    return f"{999_999 - number:06d}"
 
 
-def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
-    """Dask's threads take the tasks in the order of its own choice; results come through a queue as tasks end."""
+def _tasks(graph: Graph) -> tuple[dict[Any, Any], frozenset[Any]]:
+    """The tasks of a graph, and the keys of those whose results are wanted."""
+    if isinstance(graph, StageGraph):
+        return graph.tasks, frozenset(graph.results)
+    return dict(graph), frozenset(graph)
+
+
+def run_synchronous(graph: Graph) -> Iterator[Any]:
+    """One task after another in this thread, in the order that Dask's threads would take: the debugger's scheduler."""
+    from dask.order import order
+
+    tasks, wanted = _tasks(graph)
+    readers = dict.fromkeys(tasks, 0)
+    for task in tasks.values():
+        for dependency in task.dependencies:
+            readers[dependency] += 1
+    values: dict[Any, Any] = {}
+    for key in sorted(tasks, key=order(tasks).__getitem__):
+        task = tasks[key]
+        value = task({dependency: values[dependency] for dependency in task.dependencies})
+        if readers[key]:
+            values[key] = value
+        for dependency in task.dependencies:
+            readers[dependency] -= 1
+            if not readers[dependency]:
+                del values[dependency]
+        if key in wanted:
+            yield value
+
+
+def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
+    """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
     from dask.callbacks import Callback
 
+    tasks, wanted = _tasks(graph)
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -100,10 +125,14 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
         if stop.is_set():
             raise KeyboardInterrupt
 
+    def after(key: Any, value: Any, *_: Any) -> None:
+        if key in wanted:
+            results.put(value)
+
     def work() -> None:
         try:
-            with Callback(pretask=before, posttask=lambda *ended: results.put(ended[1])):
-                dask.threaded.get(graph, list(graph), num_workers=workers)
+            with Callback(pretask=before, posttask=after):
+                dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers)
         except BaseException as error:
             results.put(error)
         else:
@@ -121,76 +150,32 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Written]:
         thread.join()
 
 
-def run_distributed(
-    client: Any, graph: Graph, resources: Mapping[str, float] | None = None, here: bool = False
-) -> Iterator[Written]:
-    """Submit a few batches ahead of the work, so that the scheduler's memory does not grow with the model.
+def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
+    """Submit a graph whole, and give results as they end.
 
-    `resources`: of a worker, that a task takes while it runs. `here`: the workers are in this process, so that tasks need not be
-    copied to them.
+    Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.
+    `resources`: of a worker, that each task takes while it runs.
     """
+    from dask.highlevelgraph import HighLevelGraph
     from distributed import CancelledError, KilledWorker, as_completed
 
-    tasks = iter(graph.items())
-    waiting = as_completed(with_results=True, raise_errors=True)
-    submitted: list[int] = []
-
-    def submit() -> None:
-        batch = dict(itertools.islice(tasks, BATCH))
-        if batch:
-            # Keys are given and results are wanted once: hashing what each task is made of would take longer than scheduling it.
-            held = [(_Here if here else _Held)(task) for task in batch.values()]
-            submitted.extend(map(id, held))
-            waiting.update(client.map(_call, held, key=list(batch), pure=False, resources=resources))
-
-    for _ in range(IN_FLIGHT):
-        submit()
+    tasks, wanted = _tasks(graph)
+    if not tasks:
+        return
+    layered = graph.highlevel() if isinstance(graph, StageGraph) else HighLevelGraph.from_collections("tasks", tasks)
+    futures = client.get(layered, list(tasks), sync=False, resources=resources)
     try:
-        for done, (future, value) in enumerate(waiting, 1):
+        ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=True)
+        for _, value in ended:
             if isinstance(value, CancelledError):  # the scheduler is gone, or forgot the task
                 raise value
-            future.release()
-            if done % BATCH == 0:
-                submit()
             yield value
     except (KilledWorker, CancelledError) as error:
         raise WriteFailed(
             f"the cluster lost a worker ({error}); the outputs are not complete: run the same command again"
         ) from error
     finally:
-        for future in list(waiting.futures):
-            future.cancel()
-        for number in submitted:
-            _HERE.pop(number, None)
-
-
-class _Held:
-    """A task as a plain value, which Dask does not look into."""
-
-    def __init__(self, task: Any) -> None:
-        self.task = task
-
-
-class _Here(_Held):
-    """The same for workers in this process, who find the task where it is: pickling one takes longer than scheduling it."""
-
-    def __reduce__(self) -> tuple[Callable[[int], _Here], tuple[int]]:
-        _HERE[id(self)] = self
-        return _find, (id(self),)
-
-
-_HERE: dict[int, _Here] = {}  # until they have run
-
-
-def _find(number: int) -> _Here:
-    return _HERE[number]
-
-
-def _call(held: _Held) -> Any:
-    try:
-        return held.task()
-    finally:
-        _HERE.pop(id(held), None)
+        client.cancel(futures)
 
 
 @contextmanager
@@ -234,6 +219,8 @@ def _local_cluster(
             ) as cluster,
             Client(cluster) as client,
         ):
+            # The worker takes tasks by their priority; handing them over a few at a time would cost seconds.
+            cluster.scheduler.WORKER_SATURATION = math.inf
             attend(cluster, watch, listen)
             yield client
 

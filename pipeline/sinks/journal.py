@@ -113,8 +113,8 @@ def boot_id() -> str:
 
 
 def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, Any]:
-    """Return a journal entry: the numbers of finished tasks, and the checksums of what they wrote."""
-    return {"done": list(numbers), "sums": [[c.rank, c.offset, c.nbytes, c.xxh3] for c in checksums]}
+    """Return a journal entry: the numbers of finished tasks, and the checksums of what they wrote, by rank or by chunk."""
+    return {"done": list(numbers), "sums": [[c.chunk or c.rank, c.offset, c.nbytes, c.xxh3] for c in checksums]}
 
 
 class Committer:
@@ -164,7 +164,7 @@ class Committer:
         """Flush the files of all committed tasks to disk, and note that in every journal."""
         paths, self._unsynced = self._unsynced, set()
         if paths:
-            sync_files(paths)
+            sync_files(paths, missing_ok=True)
             for journal in self.journals.values():
                 journal.synced()
 
@@ -181,10 +181,18 @@ class Committer:
                 return
 
 
-def sync_files(paths: Iterable[str | Path]) -> None:
-    """Flush the contents of files to disk. Raises OSError where one cannot be opened or flushed."""
+def sync_files(paths: Iterable[str | Path], missing_ok: bool = False) -> None:
+    """Flush the contents of files to disk. Raises OSError where one cannot be opened or flushed.
+
+    `missing_ok`: leave out files that are gone meanwhile: chunks of scratch that are freed, rank files that got their final names.
+    """
     for path in sorted(map(str, paths)):
-        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            descriptor = os.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            if missing_ok:
+                continue
+            raise
         try:
             os.fdatasync(descriptor)
         finally:

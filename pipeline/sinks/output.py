@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,14 +134,15 @@ class Output:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=full)]) from None
 
-    def finish(self, journal: Journal, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
+    def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.
 
-        `entries` are the journal's; `timings` go into headrace.json as they are. Raises OSError where the disk fails.
+        `entries` are the journal's; `timings` go into headrace.json as they are. Stopped half-way, it can be done again. Raises OSError
+        where the disk fails.
         """
         checksums = self._checksums(entries)
         if self.sync:
-            sync_files(file.partial for file in self.files)
+            sync_files(file.partial if file.partial.exists() else file.path for file in self.files)
         for file in self.files:
             file.finish()
         for path in self.copies:
@@ -149,7 +151,13 @@ class Output:
         provenance = {**self.provenance, "id": self.id, "copied": copied, "timings": dict(timings), "xxh3": checksums}
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
             _replace(self.directory / name, text, self.sync)
-        journal.remove()
+
+    def forget_journal(self) -> None:
+        """Remove the journal that a run left which ended between config.json and it; not that of a run under way."""
+        path = self.directory / JOURNAL
+        if path.exists():
+            with suppress(BadInput, OSError):
+                Journal(path).remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
         """Undo a `begin` that failed. `created`: the topmost directory that it made, or None."""

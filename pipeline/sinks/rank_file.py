@@ -81,8 +81,9 @@ class RankFile:
             return False
 
     def finish(self) -> None:
-        """Rename the complete file to its final name."""
-        self.partial.replace(self.path)
+        """Rename the complete file to its final name; a file that has it already is left."""
+        if self.partial.exists() or not self.path.exists():
+            self.partial.replace(self.path)
 
 
 def partial_name(path: Path) -> Path:

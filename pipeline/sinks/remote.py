@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import add_array
+from pipeline.sinks.scratch import SUMS, add_array, chunk_parts, sums_entry, update_attributes
+from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
 
 
@@ -29,6 +31,10 @@ class RemoteArray:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def chunk_name(self, index: tuple[int, ...]) -> str:
+        """The name of a chunk in the results of tasks: its URL, by Zarr's default key encoding."""
+        return "/".join([self.url, "c", *map(str, index)])
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,11 @@ class RemoteGroup:
     def locate(self, _rank: int, tensor: str, region: Region) -> Iterator[Located]:
         """Yield the region itself, at the array's URL and with offset -1: zarr addresses chunks by region, not by bytes."""
         array = self.arrays[0, tensor]
-        yield Located(array.url, -1, region)
+        index = tuple(start // chunk for (start, _), chunk in zip(region, array.chunk_shape, strict=True))
+        yield Located(array.url, -1, region, array.chunk_name(index))
 
-    def begin(self, tasks: int, fresh: bool) -> Journal:
-        """Create the group and its arrays, or resume what an interrupted run left.
+    def begin(self, tasks: int, fresh: bool = False) -> Journal:
+        """Create the group and its arrays, or take up what an earlier run left of it.
 
         Raises BadInput where another job of this machine is at work on it, or the store cannot be written.
         """
@@ -83,24 +90,54 @@ class RemoteGroup:
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
         if not fresh and journal.owner == owner and self._attributes().get("id") == self.id:
             return journal
+        recorded = {} if fresh else self.recorded()
         try:
-            attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
-            group = zarr.create_group(
-                self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
-            )
-            for (_, name), array in self.arrays.items():
-                add_array(group, name, array)
+            if recorded:
+                update_attributes(self.url, {"complete": False})
+            else:
+                attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
+                group = zarr.create_group(
+                    self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
+                )
+                for (_, name), array in self.arrays.items():
+                    add_array(group, name, array)
         except (OSError, ValueError, ImportError) as error:
             journal.remove()
             raise BadInput([Problem(f"--scratch {self.url}", str(error), "a store that can be written")]) from None
         journal.start(owner)
+        if recorded:
+            journal.append(sums_entry(recorded))
         return journal
 
-    def finish(self, journal: Journal, *_: object) -> None:
-        """Mark the cut as complete, and so as reusable."""
-        import zarr
+    def recorded(self) -> dict[str, list[Part]]:
+        """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
+        attributes = self._attributes()
+        if attributes.get("id") != self.id or not attributes.get("complete"):
+            return {}
+        sums = attributes.get(SUMS, {})
+        return {
+            f"{self.url}/{name}": [(int(part[0]), int(part[1]), str(part[2])) for part in parts] for name, parts in sums.items()
+        }
 
-        zarr.open_group(self.url, mode="r+").attrs["complete"] = True
+    def has(self, chunk: str, parts: Sequence[Part]) -> bool:
+        """Whether a chunk is there, of which `parts` are known. Whether its bytes are those is seen when it is read."""
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(chunk)
+        return bool(parts) and bool(files.exists(path))
+
+    def free(self, chunk: str) -> None:
+        """Remove a chunk that nothing reads any more."""
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(chunk)
+        with suppress(FileNotFoundError):
+            files.rm(path)
+
+    def finish(self, journal: Journal) -> None:
+        """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""
+        sums = {chunk.removeprefix(f"{self.url}/"): parts for chunk, parts in chunk_parts(journal.entries).items()}
+        update_attributes(self.url, {SUMS: sums, "complete": True})
         journal.remove()
 
     def abandon(self, journal: Journal, _created: Path | None = None) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.reserve import missing, reserve
+from pipeline.sinks.reserve import missing
+from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
 
 JOURNAL = "headrace.journal"
+SUMS = "xxh3"  # the attribute of a group that says the checksums of its chunks
 DEFAULT_ROOT = ".headrace-scratch"  # beside the outputs
 
 
@@ -59,6 +61,10 @@ class ScratchArray:
         """Return the file of the chunk at `index`, by Zarr's default key encoding."""
         return self.directory.joinpath("c", *map(str, index))
 
+    def chunk_name(self, index: tuple[int, ...]) -> str:
+        """The name of a chunk in the results of tasks: the path of its file."""
+        return str(self.path(index))
+
     def locate(self, region: Region) -> Iterator[Located]:
         """Yield the contiguous runs of bytes that hold a region, chunk by chunk."""
         ranges = [range(start // chunk, -(-stop // chunk)) for (start, stop), chunk in zip(region, self.chunk_shape, strict=True)]
@@ -69,7 +75,8 @@ class ScratchArray:
             if common is None:
                 continue
             for first, part in contiguous(self.chunk_shape, shift(common, origin, -1)):
-                yield Located(str(self.path(index)), first * self.dtype.itemsize, shift(part, origin))
+                path = str(self.path(index))
+                yield Located(path, first * self.dtype.itemsize, shift(part, origin), path, self.chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class ScratchGroup:
     source: str
     keep: bool
     arrays: Mapping[tuple[int, str], ScratchArray] = field(repr=False)
+    bound_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -97,8 +105,8 @@ class ScratchGroup:
 
     @property
     def local_bytes(self) -> int:
-        """The space that it needs on a local disk."""
-        return self.size_bytes
+        """The most space that it needs on a local disk: of a cut that is not kept, chunks are freed while others are written."""
+        return self.size_bytes if self.keep else min(self.bound_bytes, self.size_bytes)
 
     @property
     def complete(self) -> bool:
@@ -110,10 +118,11 @@ class ScratchGroup:
         """Yield where the bytes of a region of a tensor lie."""
         return self.arrays[rank, tensor].locate(region)
 
-    def begin(self, tasks: int, fresh: bool) -> Journal:
-        """Create the group and reserve every chunk's file, or resume what an interrupted run left.
+    def begin(self, tasks: int, fresh: bool = False) -> Journal:
+        """Create the group, or take up what an earlier run left of it. Chunks' files are made by the tasks that write them.
 
-        Raises BadInput where another job is at work on it, it cannot be written, or there is no room.
+        The journal's entries say the checksums of the chunks that an earlier run wrote; whether these are there, `has` says.
+        Raises BadInput where another job is at work on it, or it cannot be written.
         """
         created = missing(self.directory)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
@@ -123,26 +132,49 @@ class ScratchGroup:
             journal = Journal(self.directory / JOURNAL)
             if not fresh and journal.owner == owner:
                 return journal
-            for path in self.directory.iterdir():
-                if path.name != JOURNAL:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self._create()
+            recorded = {} if fresh else self.recorded()
+            if recorded:
+                update_attributes(self.directory, {"complete": False})
+            else:
+                for path in self.directory.iterdir():
+                    if path.name != JOURNAL:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._create()
             journal.start(owner)
+            if recorded:
+                journal.append(sums_entry(recorded))
             return journal
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
-            expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
+            expected = "a directory that can be written"
             remedy = "Free space, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise BadInput([Problem(subject, found, expected, remedy, passing=full)]) from None
 
-    def finish(self, journal: Journal, *_: object) -> None:
-        """Mark the cut as complete, and so as reusable."""
-        import zarr
+    def recorded(self) -> dict[str, list[Part]]:
+        """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
+        attributes = _attributes(self.directory)
+        if attributes.get("id") != self.id or not attributes.get("complete"):
+            return {}
+        return {str(self.directory / name): parts for name, parts in recorded_parts(attributes).items()}
 
-        zarr.open_group(self.directory, mode="r+").attrs["complete"] = True
+    def has(self, chunk: str, parts: Sequence[Part]) -> bool:
+        """Whether a chunk is there, of which `parts` are known. Whether its bytes are those is seen when it is read."""
+        try:
+            return bool(parts) and Path(chunk).stat().st_size >= max(offset + nbytes for offset, nbytes, _ in parts)
+        except OSError:
+            return False
+
+    def free(self, chunk: str) -> None:
+        """Remove a chunk that nothing reads any more."""
+        Path(chunk).unlink(missing_ok=True)
+
+    def finish(self, journal: Journal) -> None:
+        """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""
+        sums = {str(Path(chunk).relative_to(self.directory)): parts for chunk, parts in chunk_parts(journal.entries).items()}
+        update_attributes(self.directory, {SUMS: sums, "complete": True})
         journal.remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
@@ -166,10 +198,37 @@ class ScratchGroup:
         group = zarr.create_group(self.directory, zarr_format=3, attributes=attributes)
         for array in self.arrays.values():
             add_array(group, str(array.directory.relative_to(self.directory)), array)
-            for index in array.chunks():
-                path = array.path(index)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                reserve(path, array.chunk_bytes)
+
+
+def chunk_parts(entries: Iterable[Mapping[str, Any]]) -> dict[str, list[Part]]:
+    """The parts that were written of each chunk, by a journal's entries; of a part that was written twice, the last word counts."""
+    parts: dict[str, dict[int, Part]] = {}
+    for entry in entries:
+        for chunk, *part in entry["sums"]:
+            parts.setdefault(chunk, {})[part[0]] = _part(part)
+    return {chunk: sorted(by_offset.values()) for chunk, by_offset in parts.items()}
+
+
+def recorded_parts(attributes: Mapping[str, Any]) -> dict[str, list[Part]]:
+    """The parts of chunks that a group's attributes say, by the chunks' names in the group."""
+    return {name: list(map(_part, parts)) for name, parts in attributes.get(SUMS, {}).items()}
+
+
+def sums_entry(parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+    """A journal's entry that says the checksums of chunks."""
+    return {"done": [], "sums": [[chunk, *part] for chunk, each in parts.items() for part in each]}
+
+
+def update_attributes(place: Path | str, values: Mapping[str, Any]) -> None:
+    """Set attributes of a Zarr group."""
+    import zarr
+
+    zarr.open_group(place, mode="r+").attrs.update(dict(values))
+
+
+def _part(values: Sequence[Any]) -> Part:
+    offset, nbytes, digest = values
+    return int(offset), int(nbytes), str(digest)
 
 
 def add_array(group: Any, name: str, array: Any) -> None:

@@ -1,26 +1,80 @@
-"""The blocks of lazy arrays: the tasks that make one, and one block by itself, without a scheduler."""
+"""The blocks of lazy arrays: the small tasks that make one, and a stage's share of them for a group of blocks.
+
+A Dask array of the stages is made of small tasks, one a block and stage, that cost a scheduler more than they do. A graph that is
+run has one task for a stage of a *group* of blocks instead (pipeline/planning/dask_graph.py), which runs the small ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import dask.array as da
 
+    from pipeline.tensor.tensors import Block
+
+CHECKSUMS = "checksums"  # what a small task that opens a chunk of scratch depends on, beside blocks
+Part = tuple[int, int, str]  # of a chunk: byte offset, bytes, and their 64-bit xxh3 in hexadecimal digits
+
+
+class ChunksWritten(Protocol):
+    """The result of a task that wrote to scratch."""
+
+    @property
+    def chunk_parts(self) -> Mapping[str, Sequence[Part]]:
+        """The parts that it wrote of each chunk, by the chunk's name."""
+
+
+@dataclass(frozen=True)
+class StageOfGroup:
+    """What a stage does for one group of blocks.
+
+    Attributes
+    ----------
+    tasks
+        Key and small task of each block that the stage makes, those first that others of the stage need.
+    keep
+        The keys of the blocks that the stages behind it need, those that this stage leaves as they are included.
+    known
+        The parts of chunks of scratch that an earlier run wrote, by the chunk's name.
+    """
+
+    tasks: tuple[tuple[Any, Any], ...] = ()
+    keep: tuple[Any, ...] = ()
+    known: tuple[tuple[str, tuple[Part, ...]], ...] = ()
+
+
+def make_blocks(stage: StageOfGroup, *inputs: Mapping[Any, Block] | ChunksWritten) -> dict[Any, Block]:
+    """Make the blocks of a stage: what its Dask task runs. No value is read; blocks are made when a region of them is asked for.
+
+    `inputs`: the blocks of the stage before it, and the results of the tasks that wrote the chunks of scratch that it opens.
+    """
+    values: dict[Any, Any] = {}
+    parts: dict[str, list[Part]] = {name: list(known) for name, known in stage.known}
+    for each in inputs:
+        if isinstance(each, Mapping):
+            values.update(each)
+            continue
+        for name, written in each.chunk_parts.items():
+            parts.setdefault(name, []).extend(written)
+    values[CHECKSUMS] = parts
+    for key, task in stage.tasks:
+        values[key] = task(values)
+    return {key: values[key] for key in stage.keep}
+
 
 def read_block(array: da.Array, index: Sequence[int]) -> Any:
     """The block of an array at a chunk index: still unread, as no stage reads before it is asked for values."""
-    from dask._task_spec import Task
-
     needed: dict[Any, Any] = {}
     key = (array.name, *index)
     collect(key, array, {}, needed)
-    return Task.fuse(*needed.values(), key=key)()
+    return make_blocks(StageOfGroup(tuple(needed.items()), (key,)))[key]
 
 
 def collect(key: Any, array: da.Array, layers: dict[str, Mapping[Any, Any]], needed: dict[Any, Any]) -> None:
-    """Add the tasks that make the block `key` to `needed`, sources first, following the array's layers."""
+    """Add the small tasks that make the block `key` to `needed`, sources first, following the array's layers."""
     if key in needed:
         return
     name = key[0]
@@ -28,5 +82,6 @@ def collect(key: Any, array: da.Array, layers: dict[str, Mapping[Any, Any]], nee
         layers[name] = dict(array.dask.layers[name])
     task = layers[name][key]
     for dependency in task.dependencies:
-        collect(dependency, array, layers, needed)
+        if dependency != CHECKSUMS:
+            collect(dependency, array, layers, needed)
     needed[key] = task

@@ -140,11 +140,17 @@ def runs(shape: Sequence[int], region: Region) -> Iterator[tuple[int, tuple[int,
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A contiguous part of a tensor on disk: `region` of the tensor is the bytes from `offset` of the file at `path`."""
+    """A contiguous part of a tensor on disk: `region` of the tensor is the bytes from `offset` of the file at `path`.
+
+    `chunk`: the name of the chunk of scratch that it is in, "" in a rank file. `file_bytes`: the size of a chunk's file, which is
+    made by the first task that writes to it; 0 for a file that is there.
+    """
 
     path: str
     offset: int
     region: Region
+    chunk: str = ""
+    file_bytes: int = 0
 
 
 def contiguous(shape: Sequence[int], region: Region) -> Iterator[tuple[int, Region]]:

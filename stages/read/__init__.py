@@ -16,11 +16,9 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.extensions import extensions
-from pipeline.tensor.placement import Region, chunk_regions, shift
+from pipeline.tensor.placement import Region, chunk_regions
 from pipeline.tensor.tensors import Block, LazyTensor, Source
-from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
-from stages.read.zarr_store import StoreTensor
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -112,33 +110,6 @@ def _exists(location: Path) -> bool:
 def read(tensors: Mapping[Name, LazyTensor], block_bytes: int, row_multiple: int) -> dict[Name, da.Array]:
     """Every tensor as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
     return {name: _array(str(name), tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
-
-
-def read_scratch(stage: str, arrays: Mapping[Name, Any]) -> dict[Name, da.Array]:
-    """Tensors of a cut as Dask arrays, a chunk a chunk: chunk files are mapped, remote ones fetched through zarr."""
-    import dask.array as da
-    from dask._task_spec import Task
-
-    result = {}
-    for name, array in arrays.items():
-        key = f"scratch-{stage}-{name}"
-        graph = {}
-        counts = [-(-n // chunk) for n, chunk in zip(array.shape, array.chunk_shape, strict=True)]
-        for index in np.ndindex(*counts):
-            corner = [i * chunk for i, chunk in zip(index, array.chunk_shape, strict=True)]
-            # A chunk at the edge is stored whole and holds fewer rows of the tensor.
-            region = tuple((0, min(c, n - start)) for start, c, n in zip(corner, array.chunk_shape, array.shape, strict=True))
-            if hasattr(array, "url"):
-                remote = StoreTensor(array.url, array.shape, array.dtype)
-                graph[(key, *index)] = Task((key, *index), open_block, remote, shift(region, corner))
-                continue
-            tensor = MappedTensor(str(array.path(index)), 0, array.chunk_shape, array.dtype)
-            graph[(key, *index)] = Task((key, *index), open_block, tensor, region)
-        chunks = tuple(
-            tuple(min(c, n - start) for start in range(0, n, c)) for c, n in zip(array.chunk_shape, array.shape, strict=True)
-        )
-        result[name] = da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=array.dtype))
-    return result
 
 
 def open_block(tensor: LazyTensor, region: Region) -> Block:

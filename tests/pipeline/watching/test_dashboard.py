@@ -7,8 +7,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from pipeline import plan
 from pipeline.run.lower import lower
+
+from pipeline import plan
 from pipeline.run.schedulers import _local_cluster, run_distributed
 from tests.support import checkpoints
 from tests.support.places import SMOLLM2 as MODEL
