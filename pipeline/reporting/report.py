@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.reporting.html import check_report_path, default_report_path, describe_directory, render_report, write_report
 from pipeline.reporting.html.provenance import recorded_source
 from pipeline.reporting.html.summary import VerificationSummary, load_summary, parse_summary
+from pipeline.reporting.tasks import Advance
 from pipeline.reporting.verification import open_output, verify
-
-Advance = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

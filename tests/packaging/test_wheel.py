@@ -76,6 +76,14 @@ def build(hook: str, source: Path, folder: Path) -> Path:
     return folder / ran.stdout.splitlines()[-1]
 
 
+def install(wheel: Path, folder: Path) -> Path:
+    """Make an environment with nothing but a wheel in it; returns its interpreter."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin/python"
+    run(folder, sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    return python
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packaging")
@@ -98,11 +106,7 @@ def wheel(sdist: Path, place: Path) -> Path:
 def python(wheel: Path, place: Path) -> Path:
     """The interpreter of a fresh environment in which the wheel is installed."""
     folder = place / "environment"
-    venv.create(folder, symlinks=True)
-    python = folder / "bin/python"
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel]
-    ran = subprocess.run(install, capture_output=True, text=True, check=False, env=environment())
-    assert ran.returncode == 0, ran.stderr
+    python = install(wheel, folder)
     here = Path(sysconfig.get_path("purelib"))
     there = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     present = {path.name for path in there.iterdir()}
@@ -123,9 +127,10 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
-def run(folder: Path, *words: object) -> str:
-    """Run a command of the fresh environment in a folder; returns what it prints."""
-    ran = subprocess.run(list(map(str, words)), cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+def run(folder: Path, *words: object, **more: str) -> str:
+    """Run a command in a folder, with more variables of its environment; returns what it prints."""
+    variables = {**environment(), **more}
+    ran = subprocess.run(list(map(str, words)), cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
@@ -209,3 +214,18 @@ def test_a_type_checker_sees_each_mistake(python: Path, tmp_path: Path) -> None:
     errors = [line for line in said if ": error: " in line]
     first = WRONG.splitlines().index("import headrace") + 2
     assert sorted({int(line.split(":")[1]) for line in errors}) == list(range(first, first + len(WRONG.splitlines()) - 2)), said
+
+
+def test_an_editable_install_is_the_repository_unless_another_is_named(place: Path, tmp_path: Path) -> None:
+    python = install(build("build_editable", ROOT, place / "editable"), tmp_path / "environment")
+    where = [python, "-P", "-c", "import headrace, pipeline; print(headrace.__file__, pipeline.__file__)"]
+    assert run(tmp_path, *where).split() == [str(ROOT / "headrace.py"), str(ROOT / "pipeline/__init__.py")]
+    assert run(tmp_path, python, "-P", "-c", "import pipeline.model.tables as t; print(t.CONFIGS)").split() == [
+        str(ROOT / "configs")
+    ]
+    other = tmp_path / "other"
+    for name in ("headrace.py", "pipeline/__init__.py"):
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        (other / name).touch()
+    found = run(tmp_path, *where, PYTHONPATH=str(other)).split()
+    assert found == [str(other / "headrace.py"), str(other / "pipeline/__init__.py")]

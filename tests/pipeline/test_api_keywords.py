@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from pipeline.planning.builder_options import SWITCH, Option, known_options
+from pipeline.planning.builder_options import SWITCH, BuilderOption, known_options
 from pipeline.planning.engine_options import EngineOptions, anchored
 from pipeline.planning.job import Job, Shape, TargetOptions
 from pipeline.planning.keywords import BuildOptions, JobOptions, LoadOptions, ShapeOptions, Switch, TargetTable
@@ -91,7 +91,7 @@ def test_no_keyword_must_be_given() -> None:
     assert not any(each.__required_keys__ for each in (JobOptions, BuildOptions, LoadOptions, ShapeOptions, TargetTable))
 
 
-def builders_type(option: Option) -> Any:
+def builders_type(option: BuilderOption) -> Any:
     """The type of one of trtllm-build's options."""
     if option.values == "none":
         return bool
