@@ -120,7 +120,7 @@ class Daemon:
         return directory
 
     def _queue(self, trigger: Trigger, request: dict[str, Any], source: str) -> None:
-        """Queue the jobs that a trigger asks for. An error in the whole request is recorded as a refused run, so that people see it."""
+        """Queue the jobs that a trigger asks for. An error in the whole of it is recorded as a refused run."""
         bounds = {"folder": str(self.schedule.folder), "max_memory": self.schedule.max_memory}
         try:
             units = self._aside.units({**bounds, **request})

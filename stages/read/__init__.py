@@ -142,7 +142,7 @@ def read_scratch(stage: str, arrays: Mapping[Name, Any]) -> dict[Name, da.Array]
 
 
 def open_block(tensor: LazyTensor, region: Region) -> Block:
-    """What a read task runs: nothing is touched yet."""
+    """Run a read task: make a block of a tensor, without touching its bytes."""
     return tensor.block(region)
 
 
