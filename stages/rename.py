@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.model.operations import OPERATIONS
 from pipeline.model.tables import Family, Layout, RenameRow, Slot
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
-from pipeline.tensor.tensors import NO_OUT, PACKED_OUT, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
+from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -104,11 +105,13 @@ def match(
     model: ModelConfig,
     keep: frozenset[str],
     zeros: Collection[TensorName] = (),
+    packed: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType({}),
 ) -> Matches:
     """Find every tensor's row. A tensor that no row consumes, or two of one name, is a problem.
 
     `keep` holds the flags (such as "mlp_bias") whose omitted parameters are wanted all the same. `zeros` are biases of nothing but
-    zeros, which go where the model has no such bias.
+    zeros, which go where the model has no such bias. `packed`: the axes of packed modules' parameters, by module and local
+    name; any other parameter has `out` first.
     """
     rows, ignored = family.rows(), family.ignored()
     names: dict[TensorName, Renamed] = {}
@@ -135,8 +138,9 @@ def match(
         if reason:
             left_out[source] = reason
             continue
-        axis = PACKED_OUT.get(parameter, 0) + slots[0].stacked
-        whole = len(slots) == 1 or parameter in NO_OUT
+        axes = packed.get(module, {}).get(parameter, ("out",))
+        whole = len(slots) == 1 or "out" not in axes
+        axis = 0 if whole else axes.index("out") + slots[0].stacked
         parts = [Renamed(source, row)] * len(slots) if whole else _parts(source, row, slots, axis, model)
         for target, renamed in zip(targets, parts, strict=True):
             name = TensorName(target, parameter)

@@ -1,16 +1,12 @@
 """unpack: the inverse of the format's packing; leaves dense modules alone.
 
-Works module by module on local parameter names, so that it knows no family. Each module of
-`stages/quantization/sources` is a format; adding a format is adding a file there.
+Works module by module on local parameter names, so that it knows no family. What a format is,
+`PackedFormat` says (stages/quantization/packed_format.py).
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,19 +15,13 @@ from pipeline.errors import Problem
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
-from stages.quantization import sources
+from stages.quantization.packed_format import PackedFormat
+from stages.quantization.sources import format_named, formats
 
 
-@cache
-def formats() -> tuple[ModuleType, ...]:
-    """The packed formats, in the order of their file names."""
-    found = [importlib.import_module(f"{sources.__name__}.{module.name}") for module in pkgutil.iter_modules(sources.__path__)]
-    return tuple(module for module in found if hasattr(module, "accepts"))
-
-
-def format_of(parameters: Mapping[str, Any]) -> ModuleType | None:
+def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
     """The format whose parameters (by local name; anything with a shape and a dtype) a module's are; None for a dense module."""
-    return next((module for module in formats() if module.accepts(parameters)), None)
+    return next((each for each in formats() if each.accepts(parameters)), None)
 
 
 def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
@@ -45,6 +35,12 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
         for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
             result[TensorName(module, parameter)] = array
     return result
+
+
+def axes(formats_: Mapping[str, str]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The axes of packed modules' parameters, by module (`formats_`: module -> its format) and local name."""
+    known = {name: {key: held.axes for key, held in format_named(name).parameters.items()} for name in set(formats_.values())}
+    return {module: known[name] for module, name in formats_.items()}
 
 
 def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str, str]) -> list[TensorName]:
@@ -64,9 +60,9 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
         packing = format_of(parameters)
         if packing is None:
             continue
-        found[module] = packing.NAME
+        found[module] = packing.name
         wrong = packing.check(module, parameters, settings)
         problems += wrong
-        if not wrong and hasattr(packing, "act_order") and packing.act_order(parameters):
+        if not wrong and packing.act_order(parameters):
             ordered.append(module)
     return found, ordered, problems

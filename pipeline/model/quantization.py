@@ -5,7 +5,6 @@ Facts: docs/format/quantized-layouts.md, section 9.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +78,3 @@ class Quantization:
     def config_set(self) -> dict[str, Any]:
         """Return the entries of that block that differ from DEFAULTS, and `quant_algo` in any case."""
         return {key: value for key, value in self.config().items() if key == "quant_algo" or value != DEFAULTS[key]}
-
-
-def packing_bits(settings: Mapping[str, Any]) -> int:
-    """Return the bits of a weight's code by the settings of compressed-tensors, 4 by default; 0 where `num_bits` is no integer."""
-    groups = settings.get("config_groups")
-    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-    weights = first.get("weights") if isinstance(first, Mapping) else None
-    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
-    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0

@@ -15,6 +15,7 @@ from pipeline.model.tables import Family, Module, Slot
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantization.sources import format_named
 from stages.quantize import alignment, unfit, without_kernel
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
@@ -45,7 +46,7 @@ def check_request(opened: OpenedSource) -> list[Problem]:
 def check_canonical(opened: OpenedSource, tensors: TensorMap) -> list[Problem]:
     """What is wrong with the tensors after unpacking: fused rows, names, shapes and types, and tied copies that are none."""
     source, matches = opened.source, opened.matches
-    fused = check_fused(source, matches)
+    fused = check_fused(source, matches, opened.packing.formats)
     return [*(fused or check_tensors(tensors, matches, opened.shardings[0], opened.family)), *check_ties(source, matches.copies)]
 
 
@@ -150,14 +151,15 @@ def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Shar
     return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))
 
 
-def check_fused(source: Source, matches: Matches) -> list[Problem]:
-    """A fused source has just the rows of its parts: more would be lost."""
+def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> list[Problem]:
+    """A fused source has just the rows of its parts: more would be lost. `packed`: packed module -> its format."""
     rows = {renamed.source: (renamed.axis, renamed.total) for renamed in matches.names.values() if renamed.rows}
     problems = []
     for name, (axis, total) in rows.items():
         shape = source.named[name].shape
-        rows_a_byte = 2 if source.named[name].dtype == np.uint8 else 1  # a weight of packed codes
-        if name.parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_a_byte != total):
+        described = format_named(packed[name.module]).parameters.get(name.parameter) if name.module in packed else None
+        rows_each = described.rows if described else 1
+        if name.parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_each != total):
             problems.append(Problem(str(name), f"shape {list(shape)}", f"{total} rows by the model's configuration"))
     return problems
 

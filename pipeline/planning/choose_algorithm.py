@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization, packing_bits
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
 from pipeline.planning.job import Shape
-from pipeline.tensor.names import TensorName
+from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor
+from stages.quantization.packed_format import PackedParameter
+from stages.quantization.sources import format_named
 
 BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
 NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8)
@@ -33,34 +35,19 @@ class Packing:
 
     @property
     def format(self) -> str | None:
-        """The format of the source's modules; None where they are numbers already (GGUF's are made numbers by unpacking)."""
-        return next((name for name in self.formats.values() if name != "gguf"), None)
+        """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
+        numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
+        return next((name for name in self.formats.values() if name not in numbers), None)
 
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
     """TensorRT-LLM's algorithm that takes the source's codes as they are, and their group size; None where there is none."""
-    module = next((name for name, kind in packing.formats.items() if kind != "gguf"), None)
-    if module is None:
+    kind = packing.format
+    if kind is None:
         return None, 0
-    kind = packing.formats[module]
-    if kind in ("gptq", "awq"):
-        words, scales = tensors[TensorName(module, "qweight")].shape, tensors[TensorName(module, "scales")].shape
-        bits = 4 if kind == "awq" else 32 * tensors[TensorName(module, "qzeros")].shape[-1] // scales[-1]
-        features = words[0] if kind == "awq" else words[0] * 32 // bits
-        return f"W{bits}A16_GPTQ", features // scales[0]
-    if kind == "modelopt-awq":
-        return AWQ, tensors[TensorName(module, "weight")].shape[1] // tensors[TensorName(module, "weight_scale")].shape[1]
-    if kind == "compressed-tensors":
-        if TensorName(module, "weight_packed") not in tensors:
-            return None, 0
-        packed, scales = tensors[TensorName(module, "weight_packed")].shape, tensors[TensorName(module, "weight_scale")].shape
-        bits = packing_bits(packing.settings)
-        if bits not in (4, 8):
-            return None, 0
-        return f"W{bits}A16_GPTQ", packed[1] * 32 // bits // scales[1]
-    # One scale of the activations in every module, or else none is of use.
-    static = all(TensorName(name, "input_scale") in tensors for name, kind in packing.formats.items() if kind == "float8")
-    return (FP8 if static else FP8_ROWWISE), 0
+    parameters = by_module(tensors)
+    modules = {module: parameters[module] for module, name in packing.formats.items() if name == kind}
+    return format_named(kind).native(modules, packing.settings)
 
 
 def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[Quantization, list[Problem]]:
@@ -150,7 +137,10 @@ def _act_order(packing: Packing, options: Shape) -> list[Problem]:
     count = len(packing.ordered)
     found = f"groups in the order of the activations (desc_act), in {count} modules"
     remedy = "Give --requantize to quantize again by round-to-nearest, which adds error, or --dequantize"
-    return [Problem(f"{packing.ordered[0]}.g_idx", found, "groups of consecutive in-features: the kernels read no g_idx", remedy)]
+    known = format_named(packing.formats[packing.ordered[0]]).parameters
+    index = next((name for name, held in known.items() if held.becomes == "group_index"), "group_index")
+    expected = f"groups of consecutive in-features: the kernels read no {index}"
+    return [Problem(f"{packing.ordered[0]}.{index}", found, expected, remedy)]
 
 
 def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,13 +157,15 @@ def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: S
     cache = any(quantization.fp8_kv_cache for quantization in chosen)
     static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
     reasons = {
-        "g_idx": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
-        "k_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
-        "v_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
+        "group_index": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
+        "kv_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
         "input_scale": "" if static else "the activations are not FP8 with one scale",
-        "input_scale_ub": "the bound of activations is written from the settings",
-        "weight_shape": "the shape is that of the model's configuration",
     }
-    given = {parameter: reason for parameter, reason in reasons.items() if reason}
-    names = {TensorName(module, parameter): reason for module in packing.formats for parameter, reason in given.items()}
-    return {name: reason for name, reason in names.items() if name in tensors}
+    by_name, result = by_module(tensors), dict[TensorName, str]()
+    for module, name in packing.formats.items():
+        known = format_named(name).parameters
+        for parameter in by_name[module]:
+            described = known.get(parameter, PackedParameter(()))
+            if reason := described.dropped or reasons.get(described.becomes or parameter, ""):
+                result[TensorName(module, parameter)] = reason
+    return result

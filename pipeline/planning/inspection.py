@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -20,11 +21,14 @@ from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source, tensor_bytes
+from stages.quantization.packed_format import PackedFormat
+from stages.quantization.sources import formats
 from stages.quantize import aligned
 from stages.read import find_source, sources
+from stages.read.source_reader import SourceReader
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import check, format_of, formats
+from stages.unpack import check, format_of
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -76,15 +80,16 @@ def list_families() -> list[dict[str, Any]]:
 
 
 def list_formats() -> dict[str, list[dict[str, str]]]:
-    """The sources that can be read and the quantized formats that can be unpacked, each with the first line of its module."""
+    """The sources that can be read and the quantized formats that can be unpacked, each with the first line of its file."""
     return {
-        "sources": [_described(module) for module in sources()],
-        "quantized": [_described(module) for module in formats()],
+        "sources": [_described(source) for source in sources()],
+        "quantized": [_described(packing) for packing in formats()],
     }
 
 
-def _described(module: Any) -> dict[str, str]:
-    return {"name": module.__name__.rpartition(".")[2], "is": (module.__doc__ or "").strip().splitlines()[0].rstrip(".")}
+def _described(known: PackedFormat | SourceReader) -> dict[str, str]:
+    file = sys.modules[type(known).__module__]
+    return {"name": known.name, "is": next(iter((file.__doc__ or known.title).strip().splitlines())).rstrip(".")}
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def _facts(source: Source) -> dict[str, Any]:
 
 def _quantization(source: Source) -> str | None:
     """The format that most packed modules show, or the method that the configuration names; None for a model that has neither."""
-    found = Counter(packing.NAME for parameters in by_module(source.named).values() if (packing := format_of(parameters)))
+    found = Counter(packing.name for parameters in by_module(source.named).values() if (packing := format_of(parameters)))
     method = clean_settings(source.config).get("quant_method")
     return found.most_common(1)[0][0] if found else str(method) if method else None
 

@@ -13,10 +13,11 @@ from pipeline.planning.choose_algorithm import Packing, clean_settings
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.tensors import Source
+from stages.quantization.sources import formats as known_formats
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
-from stages.unpack import check, zero_biases
+from stages.unpack import axes, check, zero_biases
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         model,
         packing,
         (*packing_problems, *_unknown_quantization(source, formats)),
-        match(source.named, family, layout(family.layout), declared, kept, zeros),
+        match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
         tuple(outputs),
     )
@@ -120,5 +121,5 @@ def _unknown_quantization(source: Source, packed: Mapping[str, str]) -> list[Pro
         return []
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
     subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"
-    known = "GPTQ, AWQ, compressed-tensors, ModelOpt FP8 or INT4-AWQ, fbgemm FP8, or none"
+    known = ", ".join(each.title for each in known_formats()) + ", or none"
     return [Problem(subject, f"quant_method {method}, and no module packed in a known way", known, remedy)]

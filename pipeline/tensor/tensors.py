@@ -49,11 +49,6 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "input_scale": ("one",),
     "kv_scale": ("one",),
 }
-# Where packed parameters of sources have the axis `out`, when it is not the first.
-PACKED_OUT = {"qweight": 1, "qzeros": 1, "scales": 1}
-# Those that have none: what they say, they say of all rows.
-NO_OUT = ("g_idx", "weight_g_idx", "weight_shape", "pre_quant_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale")
-
 
 AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns
 

@@ -1,6 +1,6 @@
 """read: the bytes of every tensor, unchanged (packed formats stay packed); a slice touches only its own rows.
 
-Each module of this package that has `detect` and `open_source` is a source; adding a source is adding a module.
+Each module of this package with a `READER` is a source (`SourceReader`, source_reader.py); others may add theirs, by entry points.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import math
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.extensions import extensions
 from pipeline.tensor.placement import Region, chunk_regions, shift
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.mapped import MappedTensor
+from stages.read.source_reader import SourceReader
 from stages.read.zarr_store import StoreTensor
 
 if TYPE_CHECKING:
@@ -27,15 +28,22 @@ if TYPE_CHECKING:
 Name = TypeVar("Name")  # a text, or a TensorName
 
 
-def sources() -> Iterator[ModuleType]:
-    """The source modules of this package, each imported when it is asked for.
+GROUP = "headrace.sources"
 
-    Where several accept a directory, Hugging Face's own format comes first.
+
+def sources() -> Iterator[SourceReader]:
+    """The kinds of checkpoint that can be read, each module imported when it is asked for: our own, then other packages'.
+
+    Where several accept a directory, Hugging Face's own format comes first. Raises BadInput, after our own, where another package's
+    is none.
     """
+    names = []
     for name in sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name != "huggingface"):
-        module = importlib.import_module(f"{__name__}.{name}")
-        if hasattr(module, "detect"):
-            yield module
+        reader: SourceReader | None = getattr(importlib.import_module(f"{__name__}.{name}"), "READER", None)
+        if reader is not None:
+            names.append(reader.name)
+            yield reader
+    yield from extensions(GROUP, SourceReader, names)
 
 
 def find_source(
@@ -59,7 +67,7 @@ def _find_source(
 
         if not _exists(meta_ckpt_dir):
             raise BadInput([Problem(str(meta_ckpt_dir), "no such directory", "a Meta checkpoint")])
-        return meta.open_source(meta_ckpt_dir)
+        return meta.READER.open_source(meta_ckpt_dir)
     if isinstance(model_dir, str):
         from stages.read import hub
 
@@ -84,12 +92,13 @@ def open_source(location: Path) -> Source:
     """Open a checkpoint by what it is. Raises BadInput where nothing is there, or nothing that headrace reads."""
     if not _exists(location):
         raise BadInput([Problem(str(location), "no such file or directory", "a checkpoint")])
-    for module in sources():
-        if module.detect(location):
-            source: Source = module.open_source(location)
-            return source
+    titles = []
+    for reader in sources():
+        if reader.detect(location):
+            return reader.open_source(location)
+        titles.append(reader.title)
     names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) if location.is_dir() else "another file"
-    expected = "a Hugging Face directory, a Meta directory, or a GGUF file"
+    expected = f"{', '.join(titles[:-1])}, or {titles[-1]}"
     raise BadInput([Problem(str(location), names or "an empty directory", expected)])
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
+from stages.read.source_reader import SourceReader
 
 MAGIC = b"GGUF"
 SHORT_ARRAY = 1024  # of a metadata array with more values than this only the length is read
@@ -28,63 +29,68 @@ PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
-def detect(location: Path) -> bool:
-    """Return whether `location` is a GGUF file or a directory that has any."""
-    if location.is_file():
-        with location.open("rb") as file:
-            return file.read(4) == MAGIC or location.suffix == ".gguf"
-    return location.is_dir() and any(location.glob("*.gguf"))
+class GgufFiles(SourceReader):
+    """Files, and directories of them."""
 
+    name = "gguf"
+    title = "a GGUF file"
 
-def open_source(location: Path) -> Source:
-    """Open a file, or all files of a model that was split into several. Raises BadInput with all problems found."""
-    problems: list[Problem] = []
-    tensors: dict[str, LazyTensor] = {}
-    bytes_by_type: Counter[str] = Counter()
-    unpackable: dict[str, bool] = {}
-    files: list[SourceFile] = []
-    metadata: dict[str, Any] = {}
-    for path in _parts(location):
-        try:
-            reader = _open(path)
-        except BadInput as error:
-            problems += error.problems
-            continue
-        metadata = metadata or _metadata(reader)
-        for tensor in reader.tensors:
-            kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape.tolist()))
-            module, _, parameter = tensor.name.rpartition(".")
-            name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
-            if name in tensors:
-                problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
-            if kind not in PLAIN and parameter != "weight":
-                problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
-            if kind not in PLAIN and kind not in unpackable:
-                unpackable[kind] = not _undecodable(kind)
-            if not unpackable.get(kind, True):
-                problems.append(Problem(tensor.name, f"type {kind}", "a type of weights that the gguf package unpacks"))
-            if len(shape) > 1:
-                bytes_by_type[kind] += int(tensor.n_bytes)
-            dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
-            stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
-            tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
-        files.append(_source_file(path, int(reader.data_offset)))
-    if problems:
-        raise BadInput(problems)
-    architecture = str(metadata.get("general.architecture", ""))
-    config = _config(metadata, architecture, tensors, location)
-    commonest = bytes_by_type.most_common(1)[0][0] if bytes_by_type else ""
-    return Source(
-        kind=f"GGUF ({commonest})",
-        location=location,
-        container="gguf",
-        architecture=architecture + ("+experts" if config.get("expert_count") else ""),
-        config=config,
-        config_name=str(location),
-        tensors=tensors,
-        files=tuple(files),
-        dtype=(PLAIN[commonest].target or None) if commonest in PLAIN else None,
-    )
+    def detect(self, location: Path) -> bool:
+        """Return whether `location` is a GGUF file or a directory that has any."""
+        if location.is_file():
+            with location.open("rb") as file:
+                return file.read(4) == MAGIC or location.suffix == ".gguf"
+        return location.is_dir() and any(location.glob("*.gguf"))
+
+    def open_source(self, location: Path) -> Source:
+        """Open a file, or all files of a model that was split into several. Raises BadInput with all problems found."""
+        problems: list[Problem] = []
+        tensors: dict[str, LazyTensor] = {}
+        bytes_by_type: Counter[str] = Counter()
+        unpackable: dict[str, bool] = {}
+        files: list[SourceFile] = []
+        metadata: dict[str, Any] = {}
+        for path in _parts(location):
+            try:
+                reader = _open(path)
+            except BadInput as error:
+                problems += error.problems
+                continue
+            metadata = metadata or _metadata(reader)
+            for tensor in reader.tensors:
+                kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape.tolist()))
+                module, _, parameter = tensor.name.rpartition(".")
+                name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
+                if name in tensors:
+                    problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
+                if kind not in PLAIN and parameter != "weight":
+                    problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
+                if kind not in PLAIN and kind not in unpackable:
+                    unpackable[kind] = not _undecodable(kind)
+                if not unpackable.get(kind, True):
+                    problems.append(Problem(tensor.name, f"type {kind}", "a type of weights that the gguf package unpacks"))
+                if len(shape) > 1:
+                    bytes_by_type[kind] += int(tensor.n_bytes)
+                dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
+                stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
+                tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
+            files.append(_source_file(path, int(reader.data_offset)))
+        if problems:
+            raise BadInput(problems)
+        architecture = str(metadata.get("general.architecture", ""))
+        config = _config(metadata, architecture, tensors, location)
+        commonest = bytes_by_type.most_common(1)[0][0] if bytes_by_type else ""
+        return Source(
+            kind=f"GGUF ({commonest})",
+            location=location,
+            container="gguf",
+            architecture=architecture + ("+experts" if config.get("expert_count") else ""),
+            config=config,
+            config_name=str(location),
+            tensors=tensors,
+            files=tuple(files),
+            dtype=(PLAIN[commonest].target or None) if commonest in PLAIN else None,
+        )
 
 
 def _parts(location: Path) -> list[Path]:
@@ -236,3 +242,6 @@ def _source_file(path: Path, header_bytes: int) -> SourceFile:
 
 def _damaged(path: Path, found: str) -> Problem:
     return Problem(str(path), found, "a whole GGUF file", "The file is damaged or cut short: fetch it again")
+
+
+READER = GgufFiles()

@@ -13,6 +13,7 @@ from pipeline.model.dtypes import MODEL_DTYPES
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.json_file import json_file
 from stages.read.quantizer import KEY, quantizer_settings
+from stages.read.source_reader import SourceReader
 
 
 @dataclass(frozen=True)
@@ -61,34 +62,39 @@ TOKENIZER = (
 )
 
 
-def detect(location: Path) -> bool:
-    """Return whether `location` is a directory with a config.json or with weights in one of FORMATS."""
-    return location.is_dir() and ((location / "config.json").exists() or any(known.is_in(location) for known in FORMATS))
+class HuggingFace(SourceReader):
+    """Directories as Hugging Face tools write them."""
 
+    name = "huggingface"
+    title = "a Hugging Face directory"
 
-def open_source(location: Path) -> Source:
-    """Open a directory: read config.json, the index, and every shard's header. Raises BadInput with all problems found."""
-    config, config_file = _config(location / "config.json")
-    settings, described = quantizer_settings(location, config)
-    config = {**config, KEY: settings} if settings else config
-    problems: list[Problem] = []
-    tensors, files = open_tensors(location, problems)
-    architecture = _architecture(config, config_file.path, problems)
-    dtype = _dtype(config, config_file.path, problems)
-    if problems:
-        raise BadInput(problems)
-    return Source(
-        kind=_format(location).kind,
-        location=location,
-        container="huggingface",
-        architecture=architecture,
-        config=config,
-        config_name=str(config_file.path),
-        tensors=tensors,
-        files=(config_file, *described, *files),
-        dtype=dtype,
-        companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
-    )
+    def detect(self, location: Path) -> bool:
+        """Return whether `location` is a directory with a config.json or with weights in one of FORMATS."""
+        return location.is_dir() and ((location / "config.json").exists() or any(known.is_in(location) for known in FORMATS))
+
+    def open_source(self, location: Path) -> Source:
+        """Open a directory: read config.json, the index, and every shard's header. Raises BadInput with all problems found."""
+        config, config_file = _config(location / "config.json")
+        settings, described = quantizer_settings(location, config)
+        config = {**config, KEY: settings} if settings else config
+        problems: list[Problem] = []
+        tensors, files = open_tensors(location, problems)
+        architecture = _architecture(config, config_file.path, problems)
+        dtype = _dtype(config, config_file.path, problems)
+        if problems:
+            raise BadInput(problems)
+        return Source(
+            kind=_format(location).kind,
+            location=location,
+            container="huggingface",
+            architecture=architecture,
+            config=config,
+            config_name=str(config_file.path),
+            tensors=tensors,
+            files=(config_file, *described, *files),
+            dtype=dtype,
+            companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
+        )
 
 
 def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, LazyTensor], tuple[SourceFile, ...]]:
@@ -187,3 +193,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name too long for the file system
         return False
+
+
+READER = HuggingFace()

@@ -18,6 +18,7 @@ from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read import torch_pickle
 from stages.read.joined import JoinedTensor
 from stages.read.json_file import json_file
+from stages.read.source_reader import SourceReader
 
 PARAMS = "params.json"
 # At most three digits: each missing part up to the highest number is reported, so that number must not be huge.
@@ -31,42 +32,49 @@ _MULTIPLE = 256  # Meta's code makes hidden_dim a multiple of this where params.
 _COMPARED_BYTES = 8 << 20  # of two tensors, compared at a time
 
 
-def detect(location: Path) -> bool:
-    """Return whether `location` is a directory with parts. A missing params.json is reported by `open_source`."""
-    return location.is_dir() and bool(_numbered(location))
+class Meta(SourceReader):
+    """Directories as Meta publishes them."""
 
+    name = "meta"
+    title = "a Meta directory"
 
-def open_source(location: Path) -> Source:
-    """Open a directory: read params.json and the index of every part. Raises BadInput with all problems found."""
-    if not (location / PARAMS).is_file():
-        raise BadInput([Problem(str(location / PARAMS), "no such file", "the model's parameters", "Fetch it with the checkpoint")])
-    params, params_file = json_file(location / PARAMS)
-    problems: list[Problem] = []
-    parts, files = _open_parts(_parts(location), problems)
-    if problems:
-        raise BadInput(problems)
-    tensors = {name: _join(name, parts, params.get("dim"), problems) for name in parts[0]}
-    for number, part in enumerate(parts[1:], 1):
-        for names, found in (
-            (parts[0].keys() - part.keys(), f"no such tensor in part {number}"),
-            (part.keys() - parts[0].keys(), f"a tensor of part {number} that part 0 does not have"),
-        ):
-            problems += [Problem(name, found, "a share in every part") for name in sorted(names)]
-    config = _config(params, tensors, params_file.path, problems)
-    if problems:
-        raise BadInput(problems)
-    return Source(
-        kind=f"Meta checkpoint ({len(parts)} part{'s' if len(parts) > 1 else ''})",
-        location=location,
-        container="meta",
-        architecture="LlamaForCausalLM",
-        config=config,
-        config_name=str(params_file.path),
-        tensors=tensors,
-        files=(params_file, *files),
-        dtype="bfloat16",  # whatever the files have, as in NVIDIA's converter
-        companions=tuple(path for path in [location / "tokenizer.model"] if path.is_file()),
-    )
+    def detect(self, location: Path) -> bool:
+        """Return whether `location` is a directory with parts. A missing params.json is reported by `open_source`."""
+        return location.is_dir() and bool(_numbered(location))
+
+    def open_source(self, location: Path) -> Source:
+        """Open a directory: read params.json and the index of every part. Raises BadInput with all problems found."""
+        if not (location / PARAMS).is_file():
+            raise BadInput(
+                [Problem(str(location / PARAMS), "no such file", "the model's parameters", "Fetch it with the checkpoint")]
+            )
+        params, params_file = json_file(location / PARAMS)
+        problems: list[Problem] = []
+        parts, files = _open_parts(_parts(location), problems)
+        if problems:
+            raise BadInput(problems)
+        tensors = {name: _join(name, parts, params.get("dim"), problems) for name in parts[0]}
+        for number, part in enumerate(parts[1:], 1):
+            for names, found in (
+                (parts[0].keys() - part.keys(), f"no such tensor in part {number}"),
+                (part.keys() - parts[0].keys(), f"a tensor of part {number} that part 0 does not have"),
+            ):
+                problems += [Problem(name, found, "a share in every part") for name in sorted(names)]
+        config = _config(params, tensors, params_file.path, problems)
+        if problems:
+            raise BadInput(problems)
+        return Source(
+            kind=f"Meta checkpoint ({len(parts)} part{'s' if len(parts) > 1 else ''})",
+            location=location,
+            container="meta",
+            architecture="LlamaForCausalLM",
+            config=config,
+            config_name=str(params_file.path),
+            tensors=tensors,
+            files=(params_file, *files),
+            dtype="bfloat16",  # whatever the files have, as in NVIDIA's converter
+            companions=tuple(path for path in [location / "tokenizer.model"] if path.is_file()),
+        )
 
 
 def _numbered(location: Path) -> dict[int, list[Path]]:
@@ -186,3 +194,6 @@ def _hidden_dim(params: Mapping[str, Any], file: Path, problems: list[Problem]) 
             found = ", ".join(f"{key} {value!r}" for key, value in given.items())
             problems.append(Problem(f"{file}: hidden_dim", f"none, and {found}", "the rows of w1, or numbers that give them"))
     return None
+
+
+READER = Meta()

@@ -92,8 +92,8 @@ def test_a_format_is_known_by_its_parameters() -> None:
     assert format_of(held({"weight": weight, "bias": bias})) is None
     found = format_of(held({"gguf_Q4_0": packed("Q4_0", (2, 1)), "bias": bias}))
     assert found is not None
-    assert found.NAME == "gguf"
-    assert [module.NAME for module in formats()] == ["awq", "compressed-tensors", "float8", "gguf", "gptq", "modelopt-awq"]
+    assert found.name == "gguf"
+    assert [each.name for each in formats()] == ["awq", "compressed-tensors", "float8", "gguf", "gptq", "modelopt-awq"]
 
 
 SIZES = (16, 8, 2)  # out-features, in-features, groups

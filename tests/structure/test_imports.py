@@ -25,6 +25,7 @@ FLOORS = (
     ("stages",),
     ("pipeline.model",),
     ("pipeline.tensor",),
+    ("pipeline.extensions",),
     ("pipeline.errors",),
 )
 # The order of verification: each level may use those before it.

@@ -16,49 +16,63 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
 from stages.quantization.sources.gptq import no_groups, no_words
 
 if TYPE_CHECKING:
     import dask.array as da
 
-NAME = "awq"
 _PACKED = ("qweight", "qzeros", "scales")
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
 _LOW = np.uint32(0x0F0F0F0F)
 
 
-def accepts(parameters: Mapping[str, Any]) -> bool:
-    """Whether a module's parameters are AWQ's: eight columns of scales for one of words."""
-    shapes = [parameters[name].shape for name in _PACKED if name in parameters]
-    return [len(shape) for shape in shapes] == [2, 2, 2] and 8 * shapes[0][1] == shapes[2][1]
+class Awq(PackedFormat):
+    """AutoAWQ's modules."""
 
+    name = "awq"
+    title = "AWQ"
+    parameters: Mapping[str, PackedParameter] = {
+        "qweight": PackedParameter(("in", "out")),
+        "qzeros": PackedParameter(("group", "out")),
+        "scales": PackedParameter(("group", "out")),
+    }
 
-def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-    """What of a module cannot be unpacked: another width or version of the format."""
-    problems = no_words(module, tensors, ("qweight", "qzeros"))
-    if settings.get("bits", settings.get("w_bit", 4)) != 4:
-        problems.append(Problem(f"{module}.qweight", f"bits {settings.get('bits', settings.get('w_bit'))}", "4"))
-    if str(settings.get("version", "gemm")).lower() != "gemm":
-        problems.append(Problem(f"{module}.qweight", f"version {settings['version']}", "gemm", "Export the model as gemm"))
-    (features, words), groups = tensors["qweight"].shape, tensors["scales"].shape[0]
-    if features % 2:
-        problems.append(Problem(f"{module}.qweight", f"{features} in-features", "an even number of them"))
-    problems += no_groups(module, features, groups, settings.get("group_size", settings.get("q_group_size")))
-    if tensors["qzeros"].shape != (groups, words):
-        expected = f"[{groups}, {words}], as the scales have it"
-        problems.append(Problem(f"{module}.qzeros", f"shape {list(tensors['qzeros'].shape)}", expected))
-    return problems
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's parameters are AWQ's: eight columns of scales for one of words."""
+        shapes = [parameters[name].shape for name in _PACKED if name in parameters]
+        return [len(shape) for shape in shapes] == [2, 2, 2] and 8 * shapes[0][1] == shapes[2][1]
 
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """What of a module cannot be unpacked: another width or version of the format."""
+        problems = no_words(module, tensors, ("qweight", "qzeros"))
+        if settings.get("bits", settings.get("w_bit", 4)) != 4:
+            problems.append(Problem(f"{module}.qweight", f"bits {settings.get('bits', settings.get('w_bit'))}", "4"))
+        if str(settings.get("version", "gemm")).lower() != "gemm":
+            problems.append(Problem(f"{module}.qweight", f"version {settings['version']}", "gemm", "Export the model as gemm"))
+        (features, words), groups = tensors["qweight"].shape, tensors["scales"].shape[0]
+        if features % 2:
+            problems.append(Problem(f"{module}.qweight", f"{features} in-features", "an even number of them"))
+        problems += no_groups(module, features, groups, settings.get("group_size", settings.get("q_group_size")))
+        if tensors["qzeros"].shape != (groups, words):
+            expected = f"[{groups}, {words}], as the scales have it"
+            problems.append(Problem(f"{module}.qzeros", f"shape {list(tensors['qzeros'].shape)}", expected))
+        return problems
 
-def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG001
-    """`codes4`, `scales` and `offsets`; the rest stays."""
-    words, zeros, scales = (parameters[name] for name in _PACKED)
-    shape = (scales.shape[1], words.shape[0] // 2)
-    ahead = AHEAD_BYTES // shape[1]
-    codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=np.dtype(np.uint8), ahead=ahead)
-    offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=np.dtype(np.int16))
-    rest = {name: array for name, array in parameters.items() if name not in _PACKED}
-    return {"codes4": codes, "scales": scales, "offsets": offsets, **rest}
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+        """`codes4`, `scales` and `offsets`; the rest stays."""
+        words, zeros, scales = (parameters[name] for name in _PACKED)
+        shape = (scales.shape[1], words.shape[0] // 2)
+        ahead = AHEAD_BYTES // shape[1]
+        codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=np.dtype(np.uint8), ahead=ahead)
+        offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=np.dtype(np.int16))
+        rest = {name: array for name, array in parameters.items() if name not in _PACKED}
+        return {"codes4": codes, "scales": scales, "offsets": offsets, **rest}
+
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
+        """W4A16_GPTQ, whose kernel takes AWQ's zero points too."""
+        first = next(iter(modules.values()))
+        return "W4A16_GPTQ", first["qweight"].shape[0] // first["scales"].shape[0]
 
 
 def read_codes(region: Region, words: Block) -> np.ndarray:
@@ -87,3 +101,6 @@ def read_offsets(region: Region, zeros: Block) -> np.ndarray:
         for i, column in enumerate(_COLUMNS):
             result[..., column] = 8 - ((words >> (4 * i)) & 15).astype(np.int16)
     return result.reshape(words.shape[0], -1)[:, region[1][0] - 8 * first : region[1][1] - 8 * first]
+
+
+FORMAT = Awq()

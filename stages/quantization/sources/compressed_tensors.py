@@ -13,61 +13,106 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import packing_bits
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import Block, LazyTensor
-from stages.quantization.sources.float8 import flat
+from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
+from stages.quantization.sources.fp8_scaled import flat
 from stages.quantization.sources.gptq import no_words
 
 if TYPE_CHECKING:
     import dask.array as da
 
-NAME = "compressed-tensors"
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
 _OWN = {"weight_packed", "weight_shape", "weight_zero_point", "weight_scale", "weight_g_idx", "weight"}
 
 
-def accepts(parameters: Mapping[str, Any]) -> bool:
-    """Whether a module's weight is packed, or int8 with a scale a row."""
-    if "weight_scale" not in parameters:
-        return False
-    return "weight_packed" in parameters or ("weight" in parameters and parameters["weight"].dtype == np.int8)
+class CompressedTensors(PackedFormat):
+    """compressed-tensors' modules of integers."""
 
+    name = "compressed-tensors"
+    title = "compressed-tensors"
+    parameters: Mapping[str, PackedParameter] = {
+        "weight_packed": PackedParameter(("out", "in")),
+        "weight_scale": PackedParameter(("out", "group")),
+        "weight_zero_point": PackedParameter(("out", "group")),
+        "weight_g_idx": PackedParameter(("in",)),
+        "weight_shape": PackedParameter(("axis",), dropped="the shape is that of the model's configuration"),
+        "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
+    }
 
-def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-    """What of a module cannot be unpacked: a width other than 4 or 8, shapes that do not fit one another, an order of its own."""
-    scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
-    assert weight is not None, "accepted"
-    name = "weight_packed" if "weight_packed" in tensors else "weight"
-    if len(weight.shape) != 2:
-        return [Problem(f"{module}.{name}", f"shape {list(weight.shape)}", "a matrix")]
-    if name == "weight":
-        return _check_scale(module, scale, weight.shape[0], weight.shape[1]) + _check_zero(module, tensors.get("weight_zero_point"))
-    if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
-        return wrong
-    (rows, words), bits = weight.shape, packing_bits(settings)
-    said = (
-        _values(tensors["weight_shape"]).reshape(-1).tolist() if "weight_shape" in tensors else [rows, words * 32 // max(bits, 1)]
-    )
-    if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
-        found = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
-        return [Problem(f"{module}.weight_packed", found, "4 or 8 bits each")]
-    if wrong := _check_scale(module, scale, rows, said[1]):
-        return wrong
-    groups = scale.shape[1]
-    zeros = tensors.get("weight_zero_point")
-    if zeros is not None and zeros.shape != (-(-rows * bits // 32), groups):
-        expected = f"[{-(-rows * bits // 32)}, {groups}], packed along the rows"
-        return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
-    if zeros is None and _asymmetric(settings):
-        return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
-    # Groups of -1 mean none of its own.
-    index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else np.full(1, -1)
-    if not np.all(index == -1) and not np.array_equal(index, np.arange(said[1]) // (said[1] // groups)):
-        return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
-    return []
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's weight is packed, or int8 with a scale a row."""
+        if "weight_scale" not in parameters:
+            return False
+        return "weight_packed" in parameters or ("weight" in parameters and parameters["weight"].dtype == np.int8)
+
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """What of a module cannot be unpacked: a width other than 4 or 8, shapes that do not fit one another, an order."""
+        scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
+        assert weight is not None, "accepted"
+        name = "weight_packed" if "weight_packed" in tensors else "weight"
+        if len(weight.shape) != 2:
+            return [Problem(f"{module}.{name}", f"shape {list(weight.shape)}", "a matrix")]
+        if name == "weight":
+            points = tensors.get("weight_zero_point")
+            return _check_scale(module, scale, *weight.shape) + _check_zero(module, points)
+        if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
+            return wrong
+        (rows, words), bits = weight.shape, _bits(settings)
+        said = (
+            _values(tensors["weight_shape"]).reshape(-1).tolist()
+            if "weight_shape" in tensors
+            else [rows, words * 32 // max(bits, 1)]
+        )
+        if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
+            found = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
+            return [Problem(f"{module}.weight_packed", found, "4 or 8 bits each")]
+        if wrong := _check_scale(module, scale, rows, said[1]):
+            return wrong
+        groups = scale.shape[1]
+        zeros = tensors.get("weight_zero_point")
+        if zeros is not None and zeros.shape != (-(-rows * bits // 32), groups):
+            expected = f"[{-(-rows * bits // 32)}, {groups}], packed along the rows"
+            return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
+        if zeros is None and _asymmetric(settings):
+            return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
+        # Groups of -1 mean none of its own.
+        index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else np.full(1, -1)
+        if not np.all(index == -1) and not np.array_equal(index, np.arange(said[1]) // (said[1] // groups)):
+            return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
+        return []
+
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+        """`codes4` or `codes8`, `scales` and `offsets`; the rest stays."""
+        scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
+                        dtype=parameters["weight_scale"].dtype)  # fmt: skip
+        rest = {name: array for name, array in parameters.items() if name not in _OWN}
+        if "input_scale" in rest:
+            rest["input_scale"] = derive("unpack", flat, {"values": rest["input_scale"]}, shape=(1,), dtype=np.dtype(np.float32))
+        if "weight_packed" not in parameters:
+            weight = parameters["weight"]
+            codes = derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=weight.chunks[0])
+            offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
+            return {"codes8": codes, "scales": scales, "offsets": offsets, **rest}
+        words, bits = parameters["weight_packed"], _bits(settings)
+        codes = derive(
+            "unpack", as_bytes, {"words": words}, shape=(words.shape[0], 4 * words.shape[1]), dtype=UINT8, rows=words.chunks[0]
+        )
+        zeros = parameters.get("weight_zero_point")
+        if zeros is None:
+            offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
+        else:
+            offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, bits=bits)
+        return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **rest}
+
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
+        """W4A16_GPTQ or W8A16_GPTQ for packed weights, by the first module; nothing for int8 with a scale a row."""
+        first, bits = next(iter(modules.values())), _bits(settings)
+        if "weight_packed" not in first or bits not in (4, 8):
+            return None, 0
+        return f"W{bits}A16_GPTQ", first["weight_packed"].shape[1] * 32 // bits // first["weight_scale"].shape[1]
 
 
 def _check_scale(module: str, scale: LazyTensor, rows: int, features: int) -> list[Problem]:
@@ -82,6 +127,15 @@ def _check_zero(module: str, zeros: LazyTensor | None) -> list[Problem]:
     return [Problem(f"{module}.weight_zero_point", "zero points of an int8 weight", "none, or zeros")]
 
 
+def _bits(settings: Mapping[str, Any]) -> int:
+    """The width of the weights, as the settings say; 0 where that is no width."""
+    groups = settings.get("config_groups")
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
+    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0
+
+
 def _asymmetric(settings: Mapping[str, Any]) -> bool:
     """Whether all that the settings say of weights is that they have zero points."""
     groups = settings.get("config_groups")
@@ -93,30 +147,6 @@ def _asymmetric(settings: Mapping[str, Any]) -> bool:
 
 def _values(tensor: LazyTensor) -> np.ndarray:
     return np.asarray(tensor.block(whole(tensor.shape)))
-
-
-def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
-    """`codes4` or `codes8`, `scales` and `offsets`; the rest stays."""
-    scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
-                    dtype=parameters["weight_scale"].dtype)  # fmt: skip
-    rest = {name: array for name, array in parameters.items() if name not in _OWN}
-    if "input_scale" in rest:
-        rest["input_scale"] = derive("unpack", flat, {"values": rest["input_scale"]}, shape=(1,), dtype=np.dtype(np.float32))
-    if "weight_packed" not in parameters:
-        weight = parameters["weight"]
-        codes = derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=weight.chunks[0])
-        offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
-        return {"codes8": codes, "scales": scales, "offsets": offsets, **rest}
-    words, bits = parameters["weight_packed"], packing_bits(settings)
-    codes = derive(
-        "unpack", as_bytes, {"words": words}, shape=(words.shape[0], 4 * words.shape[1]), dtype=UINT8, rows=words.chunks[0]
-    )
-    zeros = parameters.get("weight_zero_point")
-    if zeros is None:
-        offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
-    else:
-        offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, bits=bits)
-    return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **rest}
 
 
 def transposed(region: Region, values: Block) -> np.ndarray:
@@ -152,3 +182,6 @@ def read_offsets(region: Region, zeros: Block, bits: int) -> np.ndarray:
         stored = stored.reshape(-1, words.shape[1]).T.astype(np.int16)
         result = ((1 << (bits - 1)) - stored).astype(np.int16)
     return np.ascontiguousarray(result[:, region[1][0] - first * packed : region[1][1] - first * packed])
+
+
+FORMAT = CompressedTensors()

@@ -10,38 +10,46 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, map_blocks
+from stages.quantization.packed_format import PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
     import dask.array as da
 
-NAME = "gguf"
 PREFIX = "gguf_"
 
 
-def accepts(parameters: Mapping[str, Any]) -> bool:
-    """Whether one of a module's parameters is a packed GGUF weight, `gguf_` and the name of its type."""
-    return any(parameter.startswith(PREFIX) for parameter in parameters)
+class Gguf(PackedFormat):
+    """GGUF's modules."""
 
+    name = "gguf"
+    title = "GGUF"
+    numbers = True
+    parameters: Mapping[str, PackedParameter] = {}
 
-def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:  # noqa: ARG001
-    """Nothing: the reader has seen that the types can be unpacked."""
-    return []
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether one of a module's parameters is a packed GGUF weight, `gguf_` and the name of its type."""
+        return any(parameter.startswith(PREFIX) for parameter in parameters)
 
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:  # noqa: ARG002
+        """Nothing: the reader has seen that the types can be unpacked."""
+        return []
 
-def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG001
-    """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
-    import gguf
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+        """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
+        import gguf
 
-    result = {}
-    for parameter, array in parameters.items():
-        if not parameter.startswith(PREFIX):
-            result[parameter] = array
-            continue
-        kind = parameter.removeprefix(PREFIX)
-        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-        columns = array.shape[-1] // size * elements
-        result["weight"] = map_blocks(array, dequantize, dtype=np.dtype(np.float32), columns=columns, kind=kind, elements=columns)
-    return result
+        result = {}
+        for parameter, array in parameters.items():
+            if not parameter.startswith(PREFIX):
+                result[parameter] = array
+                continue
+            kind = parameter.removeprefix(PREFIX)
+            elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            columns = array.shape[-1] // size * elements
+            result["weight"] = map_blocks(
+                array, dequantize, dtype=np.dtype(np.float32), columns=columns, kind=kind, elements=columns
+            )
+        return result
 
 
 def dequantize(block: Block, kind: str, elements: int) -> Block:
@@ -60,3 +68,6 @@ class Dequantize:
 
         result: np.ndarray = gguf.quants.dequantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[self.kind])
         return result
+
+
+FORMAT = Gguf()

@@ -17,45 +17,82 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
     import dask.array as da
 
-NAME = "gptq"
 _PACKED = ("qweight", "qzeros", "scales")
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
 
 
-def accepts(parameters: Mapping[str, Any]) -> bool:
-    """Whether a module's parameters are GPTQ's: as many columns of words as of scales."""
-    shapes = [parameters[name].shape for name in _PACKED if name in parameters]
-    return [len(shape) for shape in shapes] == [2, 2, 2] and shapes[0][1] == shapes[2][1]
+class Gptq(PackedFormat):
+    """GPTQ's modules."""
 
+    name = "gptq"
+    title = "GPTQ"
+    parameters: Mapping[str, PackedParameter] = {
+        "qweight": PackedParameter(("in", "out")),
+        "qzeros": PackedParameter(("group", "out")),
+        "scales": PackedParameter(("group", "out")),
+        "g_idx": PackedParameter(("in",), becomes="group_index"),
+    }
 
-def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-    """What of a module cannot be unpacked, or only by dequantizing: other widths, groups that follow the activations."""
-    zeros, scales = tensors["qzeros"], tensors["scales"]
-    if wrong := no_words(module, tensors, ("qweight", "qzeros")):
-        return wrong
-    bits = _bits(zeros.shape[1], scales.shape[1])
-    subject = f"{module}.qweight"
-    if bits not in (4, 8) or settings.get("bits", bits) != bits:
-        named = f", and bits {settings['bits']} in the settings" if "bits" in settings else ""
-        return [Problem(subject, f"{bits:g} bits by its shape{named}", "4 or 8 bits, alike")]
-    features, groups = tensors["qweight"].shape[0] * 32 // int(bits), scales.shape[0]
-    if wrong := no_groups(module, features, groups, settings.get("group_size")):
-        return wrong
-    if zeros.shape[0] != groups:
-        expected = f"[{groups}, {zeros.shape[1]}], as the scales have it"
-        return [Problem(f"{module}.qzeros", f"shape {list(zeros.shape)}", expected)]
-    if settings.get("desc_act") is True and "g_idx" not in tensors and groups > 1:
-        expected = "the group of each in-feature, as the settings say desc_act: true"
-        return [Problem(f"{module}.g_idx", "no such tensor", expected)]
-    index = _index(tensors)
-    outside = index[(index < 0) | (index >= groups)]
-    if outside.size:
-        return [Problem(f"{module}.g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
-    return []
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's parameters are GPTQ's: as many columns of words as of scales."""
+        shapes = [parameters[name].shape for name in _PACKED if name in parameters]
+        return [len(shape) for shape in shapes] == [2, 2, 2] and shapes[0][1] == shapes[2][1]
+
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """What of a module cannot be unpacked, or only by dequantizing: other widths, groups that follow the activations."""
+        zeros, scales = tensors["qzeros"], tensors["scales"]
+        if wrong := no_words(module, tensors, ("qweight", "qzeros")):
+            return wrong
+        bits = _bits(zeros.shape[1], scales.shape[1])
+        subject = f"{module}.qweight"
+        if bits not in (4, 8) or settings.get("bits", bits) != bits:
+            named = f", and bits {settings['bits']} in the settings" if "bits" in settings else ""
+            return [Problem(subject, f"{bits:g} bits by its shape{named}", "4 or 8 bits, alike")]
+        features, groups = tensors["qweight"].shape[0] * 32 // int(bits), scales.shape[0]
+        if wrong := no_groups(module, features, groups, settings.get("group_size")):
+            return wrong
+        if zeros.shape[0] != groups:
+            expected = f"[{groups}, {zeros.shape[1]}], as the scales have it"
+            return [Problem(f"{module}.qzeros", f"shape {list(zeros.shape)}", expected)]
+        if settings.get("desc_act") is True and "g_idx" not in tensors and groups > 1:
+            expected = "the group of each in-feature, as the settings say desc_act: true"
+            return [Problem(f"{module}.g_idx", "no such tensor", expected)]
+        index = _index(tensors)
+        outside = index[(index < 0) | (index >= groups)]
+        if outside.size:
+            return [Problem(f"{module}.g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
+        return []
+
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+        """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
+        words, zeros, scales = (parameters[name] for name in _PACKED)
+        bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
+        features = words.shape[0] * 32 // bits
+        symmetric = bool(settings.get("sym", False))
+        second = settings.get("checkpoint_format") == "gptq_v2"
+        shape = (words.shape[1], features * bits // 8)
+        codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=UINT8, ahead=AHEAD_BYTES // shape[1])
+        arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
+        offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
+        rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
+        index = {"group_index": parameters["g_idx"]} if "g_idx" in parameters else {}
+        return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **index, **rest}
+
+    def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether a module's groups are not consecutive in-features (`desc_act`): then it can only be dequantized."""
+        index, groups = _index(tensors), tensors["scales"].shape[0]
+        return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
+
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
+        """W4A16_GPTQ or W8A16_GPTQ, by the first module."""
+        words, zeros, scales = (next(iter(modules.values()))[name].shape for name in _PACKED)
+        bits = 32 * zeros[-1] // scales[-1]
+        return f"W{bits}A16_GPTQ", words[0] * 32 // bits // scales[0]
 
 
 def no_words(module: str, tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> list[Problem]:
@@ -74,28 +111,6 @@ def no_groups(module: str, features: int, groups: int, size: Any) -> list[Proble
         return []
     expected = f"groups of {said}" if said else "groups of one size"
     return [Problem(f"{module}.scales", f"{groups} groups of {features} in-features", expected)]
-
-
-def act_order(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether a module's groups are not consecutive in-features (`desc_act`): then it can only be dequantized."""
-    index, groups = _index(tensors), tensors["scales"].shape[0]
-    return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
-
-
-def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
-    """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
-    words, zeros, scales = (parameters[name] for name in _PACKED)
-    bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
-    features = words.shape[0] * 32 // bits
-    symmetric = bool(settings.get("sym", False))
-    second = settings.get("checkpoint_format") == "gptq_v2"
-    shape = (words.shape[1], features * bits // 8)
-    codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=UINT8, ahead=AHEAD_BYTES // shape[1])
-    arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
-    offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
-    rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
-    index = {"group_index": parameters["g_idx"]} if "g_idx" in parameters else {}
-    return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **index, **rest}
 
 
 def read_codes(region: Region, words: Block) -> np.ndarray:
@@ -144,3 +159,6 @@ def _index(tensors: Mapping[str, LazyTensor]) -> np.ndarray:
 def _bits(words: int, columns: int) -> float:
     """How many bits a code has where `columns` of them take `words` words of 32 bits."""
     return 32 * words / max(columns, 1)
+
+
+FORMAT = Gptq()

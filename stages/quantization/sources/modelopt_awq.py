@@ -13,45 +13,64 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.model.quantization import AWQ
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
+from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 from stages.quantization.sources.compressed_tensors import no_offsets, transposed
 
 if TYPE_CHECKING:
     import dask.array as da
 
-NAME = "modelopt-awq"
 
+class ModelOptAwq(PackedFormat):
+    """ModelOpt's modules."""
 
-def accepts(parameters: Mapping[str, Any]) -> bool:
-    """Whether a module's weight is packed two out-features a byte, with scales by group."""
-    return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == np.uint8
+    name = "modelopt-awq"
+    title = "ModelOpt INT4-AWQ"
+    parameters: Mapping[str, PackedParameter] = {
+        "weight": PackedParameter(("out", "in"), rows=2),
+        "weight_scale": PackedParameter(("out", "group")),
+        "pre_quant_scale": PackedParameter(("in",), becomes="prequant"),
+        "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
+        "k_scale": PackedParameter(OF_ALL),
+        "v_scale": PackedParameter(OF_ALL),
+    }
 
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's weight is packed two out-features a byte, with scales by group."""
+        return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == np.uint8
 
-def check(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-    """What of a module cannot be unpacked: shapes that do not fit one another, or the settings."""
-    shape, scales = tensors["weight"].shape, tensors["weight_scale"].shape
-    if len(shape) != 2 or shape[1] % 2:
-        return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]
-    half, features = shape
-    size = settings.get("group_size") or (features // scales[-1] if scales and scales[-1] else 0)
-    if len(scales) != 2 or scales[0] != 2 * half or not size or scales[1] * size != features:
-        return [Problem(f"{module}.weight_scale", f"shape {list(scales)}", f"[{2 * half}, {features} / {size or 'group size'}]")]
-    return []
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """What of a module cannot be unpacked: shapes that do not fit one another, or the settings."""
+        shape, scales = tensors["weight"].shape, tensors["weight_scale"].shape
+        if len(shape) != 2 or shape[1] % 2:
+            return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]
+        half, features = shape
+        size = settings.get("group_size") or (features // scales[-1] if scales and scales[-1] else 0)
+        if len(scales) != 2 or scales[0] != 2 * half or not size or scales[1] * size != features:
+            return [
+                Problem(f"{module}.weight_scale", f"shape {list(scales)}", f"[{2 * half}, {features} / {size or 'group size'}]")
+            ]
+        return []
 
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+        """`codes4`, `scales`, `offsets`, and `prequant` where the module has one; the rest stays."""
+        weight, scale = parameters["weight"], parameters["weight_scale"]
+        shape = (2 * weight.shape[0], weight.shape[1] // 2)
+        codes = derive("unpack", read_codes, {"packed": weight}, shape=shape, dtype=np.dtype(np.uint8))
+        scales = derive("unpack", transposed, {"values": scale}, shape=scale.shape[::-1], dtype=scale.dtype)
+        offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=np.dtype(np.int16))
+        rest = {("prequant" if name == "pre_quant_scale" else name): array for name, array in parameters.items()}
+        return {**{name: array for name, array in rest.items() if name not in ("weight", "weight_scale")},
+                "codes4": codes, "scales": scales, "offsets": offsets}  # fmt: skip
 
-def unpack(parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG001
-    """`codes4`, `scales`, `offsets`, and `prequant` where the module has one; the rest stays."""
-    weight, scale = parameters["weight"], parameters["weight_scale"]
-    shape = (2 * weight.shape[0], weight.shape[1] // 2)
-    codes = derive("unpack", read_codes, {"packed": weight}, shape=shape, dtype=np.dtype(np.uint8))
-    scales = derive("unpack", transposed, {"values": scale}, shape=scale.shape[::-1], dtype=scale.dtype)
-    offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=np.dtype(np.int16))
-    rest = {("prequant" if name == "pre_quant_scale" else name): array for name, array in parameters.items()}
-    return {**{name: array for name, array in rest.items() if name not in ("weight", "weight_scale")},
-            "codes4": codes, "scales": scales, "offsets": offsets}  # fmt: skip
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
+        """W4A16_AWQ."""
+        first = next(iter(modules.values()))
+        return AWQ, first["weight"].shape[1] // first["weight_scale"].shape[1]
 
 
 def read_codes(region: Region, packed: Block) -> np.ndarray:
@@ -66,3 +85,6 @@ def read_codes(region: Region, packed: Block) -> np.ndarray:
         result[:, 1] = (even >> 4) | (odd & 0xF0)
     rows = result.reshape(-1, even.shape[1])[region[0][0] - 2 * first : region[0][1] - 2 * first]
     return rows[:, slice(*region[1])]
+
+
+FORMAT = ModelOptAwq()

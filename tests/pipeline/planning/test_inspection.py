@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import tomllib
@@ -402,18 +403,22 @@ def test_families_as_a_table() -> None:
         assert all(word in line for word in (own["container"], own["layout"], *own["architectures"]))
 
 
-def modules(package: Any, function: str) -> set[str]:
-    (folder,) = package.__path__
-    return {path.stem for path in Path(folder).glob("*.py") if f"\ndef {function}(" in path.read_text()}
+def names_of(package: Any, constant: str) -> set[str]:
+    """What the files of a package call what they have under a name."""
+    files = [Path(path) for folder in package.__path__ for path in Path(folder).glob("*.py")]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{path.stem}") for path in files if f"\n{constant} = " in path.read_text()
+    ]
+    return {getattr(module, constant).name for module in modules}
 
 
 def test_formats_lists_every_module() -> None:
     said = json.loads(headrace("formats", "--json").out)
     assert list(said) == ["sources", "quantized"]
     names = {kind: [row["name"] for row in rows] for kind, rows in said.items()}
-    assert set(names["sources"]) == modules(stages.read, "detect")
+    assert set(names["sources"]) == names_of(stages.read, "READER")
     assert {"huggingface", "gguf", "meta"} <= set(names["sources"])
-    assert set(names["quantized"]) == modules(stages.quantization.sources, "accepts")
+    assert set(names["quantized"]) == names_of(stages.quantization.sources, "FORMAT")
     assert all(len(rows) == len(set(rows)) for rows in names.values())
     assert all(row["is"] and not row["is"].endswith(".") for rows in said.values() for row in rows)
 

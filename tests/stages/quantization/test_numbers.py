@@ -43,7 +43,7 @@ def test_gptq_as_its_library_has_it(bits: int, ordered: bool, chunk: int) -> Non
     if ordered:
         index = np.random.default_rng(3).permutation(index)
     source = {**gptq(codes, stored, scales, bits), "g_idx": index}
-    ours = values(dequantize(gptq_format.unpack(opened(source, chunk), {})))
+    ours = values(dequantize(gptq_format.FORMAT.unpack(opened(source, chunk), {})))
     assert np.array_equal(ours, as_libraries_do(source["qweight"], source["qzeros"], scales, index, bits))
 
 
@@ -59,7 +59,7 @@ def test_awq_as_its_library_has_it() -> None:
     points = columns(source["qzeros"]).repeat_interleave(16, dim=0)
     steps = torch.from_numpy(scales).float().repeat_interleave(16, dim=0)
     expected = ((columns(source["qweight"]) - points) * steps).T.contiguous().numpy()
-    assert np.array_equal(values(dequantize(awq_format.unpack(opened(source), {}))), expected)
+    assert np.array_equal(values(dequantize(awq_format.FORMAT.unpack(opened(source), {}))), expected)
 
 
 def weights(shape: tuple[int, int], seed: int, spread: float = 0.02) -> np.ndarray:
@@ -145,7 +145,7 @@ def test_a_value_that_has_no_step_is_refused_by_name(wrong: float, what: str) ->
 def test_scales_of_any_type_are_numbers_first(dtype: type) -> None:
     """The product is that of float32, whatever the type that the scales are stored in."""
     codes, scales = random_codes((8, 16), 4, 0), random_scales((2, 8), 1, dtype)
-    ours = values(dequantize(gptq_format.unpack(opened(gptq(codes, np.full((2, 8), 7), scales, 4)), {})))
+    ours = values(dequantize(gptq_format.FORMAT.unpack(opened(gptq(codes, np.full((2, 8), 7), scales, 4)), {})))
     expected = (codes - 8).astype(np.float32) * scales.astype(np.float32).T.repeat(8, axis=1)
     assert ours.dtype == np.float32
     assert ours.tobytes() == expected.tobytes()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
-from stages.quantization.sources.awq import accepts, check, unpack
+from stages.quantization.sources.awq import FORMAT
 from stages.unpack import format_of
 from tests.support.examples import examples
 from tests.support.lazy import held, values
@@ -40,7 +40,7 @@ def module(n: int, k: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.n
 @given(data=st.data(), size=shapes(8, 2), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_and_zero_points(data: st.DataObject, size: tuple[int, int, int], chunk: int, seed: int) -> None:
     codes, zeros, scales = module(*size, seed)
-    result = unpack(opened(awq(codes, zeros, scales), chunk), {})
+    result = FORMAT.unpack(opened(awq(codes, zeros, scales), chunk), {})
     assert result.keys() == {"codes4", "scales", "offsets"}
     wanted = expected_codes(codes, 4)
     region = data.draw(regions(wanted.shape))
@@ -54,7 +54,7 @@ def test_any_part_of_the_codes_and_zero_points(data: st.DataObject, size: tuple[
 def test_every_code_in_every_place_of_a_word() -> None:
     codes = np.stack([np.roll(np.arange(16), n) for n in range(8)])
     zeros = np.arange(8)[None] + np.array([[0], [8]])
-    result = unpack(opened(awq(codes, zeros, np.ones((2, 8), np.float16))), {})
+    result = FORMAT.unpack(opened(awq(codes, zeros, np.ones((2, 8), np.float16))), {})
     assert np.array_equal(values(result["codes4"]), expected_codes(codes, 4))
     assert np.array_equal(values(result["offsets"]), 8 - zeros)
 
@@ -66,7 +66,7 @@ def test_the_weight_is_code_less_zero_point_times_scale(
 ) -> None:
     codes, zeros, scales = module(*size, seed)
     arrays = opened({**awq(codes, zeros, scales), "bias": np.arange(size[0], dtype=np.float16)}, chunk)
-    result = unpack(arrays, {})
+    result = FORMAT.unpack(arrays, {})
     assert result["bias"] is arrays["bias"]
     expected = naive_weight(codes, zeros, scales)
     region = data.draw(regions(expected.shape))
@@ -77,7 +77,7 @@ def test_the_weight_is_code_less_zero_point_times_scale(
 def test_one_block_read_in_pieces_in_any_order(chunk: int) -> None:
     """A task reads a block a few rows at a time, and may begin anywhere."""
     codes, zeros, scales = module(40, 16, 2)
-    (block,) = blocks(unpack(opened(awq(codes, zeros, scales), chunk), {})["codes4"])
+    (block,) = blocks(FORMAT.unpack(opened(awq(codes, zeros, scales), chunk), {})["codes4"])
     expected = expected_codes(codes, 4)
     for first, last in [(0, 7), (7, 14), (14, 40), (3, 9), (39, 40), (0, 40), (5, 6)]:
         for columns in ((0, 8), (2, 5)):
@@ -89,15 +89,15 @@ def test_it_is_known_by_its_shapes() -> None:
     for tensors in (awq(*sizes), gptq(*sizes, 4)):
         packing = format_of(held(tensors))
         assert packing is not None
-        found.append(packing.NAME)
+        found.append(packing.name)
     assert found == ["awq", "gptq"]
     tensors = held(awq(*sizes))
-    assert accepts(tensors)
-    assert not accepts({name: tensor for name, tensor in tensors.items() if name != "scales"})
+    assert FORMAT.accepts(tensors)
+    assert not FORMAT.accepts({name: tensor for name, tensor in tensors.items() if name != "scales"})
 
 
 def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
-    (problem,) = check("a.b", held(tensors), settings_ or {})
+    (problem,) = FORMAT.check("a.b", held(tensors), settings_ or {})
     return str(problem)
 
 
@@ -112,7 +112,7 @@ def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = N
     ],
 )
 def test_what_is_right_is_not_refused(settings_: dict[str, Any]) -> None:
-    assert check("a.b", held(awq(*module(16, 8, 2))), settings_) == []
+    assert FORMAT.check("a.b", held(awq(*module(16, 8, 2))), settings_) == []
 
 
 @pytest.mark.parametrize(

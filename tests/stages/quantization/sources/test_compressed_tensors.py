@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize
-from stages.quantization.sources.compressed_tensors import accepts, check, unpack
+from stages.quantization.sources.compressed_tensors import FORMAT
 from stages.unpack import format_of
 from tests.support.examples import examples
 from tests.support.lazy import held, values
@@ -54,7 +54,7 @@ def test_any_part_of_the_codes_scales_and_zero_points(
     n, k, groups = data.draw(shapes(1 if symmetric else packed, packed))
     codes, zeros, scales = module(n, k, groups, bits, seed)
     source = compressed(codes, None if symmetric else zeros, scales, bits)
-    result = unpack(opened(source, chunk), bits_of(bits))
+    result = FORMAT.unpack(opened(source, chunk), bits_of(bits))
     assert result.keys() == {f"codes{bits}", "scales", "offsets"}
     middle = 1 << (bits - 1)
     offsets = np.zeros_like(zeros) if symmetric else middle - zeros
@@ -69,7 +69,7 @@ def test_any_part_of_the_codes_scales_and_zero_points(
 def test_every_code_in_every_place_of_a_word(bits: int) -> None:
     count, packed = 1 << bits, 32 // bits
     codes = np.stack([np.roll(np.arange(count), n) for n in range(packed)])
-    result = unpack(opened(compressed(codes, None, np.ones((1, packed), np.float16), bits)), bits_of(bits))
+    result = FORMAT.unpack(opened(compressed(codes, None, np.ones((1, packed), np.float16), bits)), bits_of(bits))
     assert np.array_equal(values(result[f"codes{bits}"]), expected_codes(codes, bits))
 
 
@@ -77,8 +77,8 @@ def test_rows_that_do_not_fill_a_word_of_zero_points() -> None:
     codes, zeros, scales = module(11, 16, 2)
     padded = np.concatenate([zeros, np.zeros((2, 5), dtype=zeros.dtype)], axis=1)
     source = {**compressed(codes, None, scales, 4), "weight_zero_point": compressed(codes, padded, scales, 4)["weight_zero_point"]}
-    assert check("a.b", held(source), bits_of(4)) == []
-    assert np.array_equal(values(unpack(opened(source), bits_of(4))["offsets"]), 8 - zeros)
+    assert FORMAT.check("a.b", held(source), bits_of(4)) == []
+    assert np.array_equal(values(FORMAT.unpack(opened(source), bits_of(4))["offsets"]), 8 - zeros)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -86,7 +86,7 @@ def test_rows_that_do_not_fill_a_word_of_zero_points() -> None:
 def test_the_weight_is_code_less_zero_point_times_scale(bits: int, symmetric: bool) -> None:
     codes, zeros, scales = module(16, 24, 3, bits)
     arrays = opened({**compressed(codes, None if symmetric else zeros, scales, bits), "bias": np.arange(16, dtype=np.float16)}, 40)
-    result = unpack(arrays, bits_of(bits))
+    result = FORMAT.unpack(arrays, bits_of(bits))
     assert result["bias"] is arrays["bias"]
     points = np.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
     assert np.array_equal(values(dequantize(result)), naive_weight(codes, points, scales))
@@ -96,7 +96,7 @@ def test_the_weight_is_code_less_zero_point_times_scale(bits: int, symmetric: bo
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), n=st.integers(1, 7), k=st.integers(1, 9))
 def test_any_part_of_an_int8_weight(data: st.DataObject, chunk: int, n: int, k: int) -> None:
     source = int8_module(n, k)
-    result = unpack(opened(source, chunk), {})
+    result = FORMAT.unpack(opened(source, chunk), {})
     assert result.keys() == {"codes8", "scales", "offsets"}
     expected = source["weight"].astype(int) + 128
     region = data.draw(regions(expected.shape))
@@ -107,7 +107,7 @@ def test_any_part_of_an_int8_weight(data: st.DataObject, chunk: int, n: int, k: 
 
 def test_every_int8_value() -> None:
     weight = np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
-    result = unpack(opened({"weight": weight, "weight_scale": np.ones((2, 1), np.float32)}), {})
+    result = FORMAT.unpack(opened({"weight": weight, "weight_scale": np.ones((2, 1), np.float32)}), {})
     assert np.array_equal(values(result["codes8"]), np.arange(256).reshape(2, 128))
     assert np.array_equal(values(dequantize(result)), weight.astype(np.float32))
 
@@ -116,13 +116,13 @@ def test_it_is_known_by_its_parameters() -> None:
     for source in (compressed(*module(16, 8, 2), 4), int8_module(4, 4)):
         found = format_of(held(source))
         assert found is not None
-        assert found.NAME == "compressed-tensors"
-        assert not accepts(held({name: array for name, array in source.items() if name != "weight_scale"}))
-    assert not accepts(held({"weight": np.ones((2, 2), np.float16), "weight_scale": np.ones((2, 1))}))
+        assert found.name == "compressed-tensors"
+        assert not FORMAT.accepts(held({name: array for name, array in source.items() if name != "weight_scale"}))
+    assert not FORMAT.accepts(held({"weight": np.ones((2, 2), np.float16), "weight_scale": np.ones((2, 1))}))
 
 
 def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
-    (problem,) = check("a.b", held(tensors), bits_of(4) if settings_ is None else settings_)
+    (problem,) = FORMAT.check("a.b", held(tensors), bits_of(4) if settings_ is None else settings_)
     return str(problem)
 
 
@@ -130,12 +130,12 @@ def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = N
 def test_what_is_right_is_not_refused(more: dict[str, np.ndarray]) -> None:
     codes, zeros, scales = module(16, 8, 2)
     for points in (zeros, None):
-        assert check("a.b", held({**compressed(codes, points, scales, 4), **more}), bits_of(4)) == []
-    assert check("a.b", held(compressed(*module(16, 8, 2, 8), 8)), bits_of(8)) == []
+        assert FORMAT.check("a.b", held({**compressed(codes, points, scales, 4), **more}), bits_of(4)) == []
+    assert FORMAT.check("a.b", held(compressed(*module(16, 8, 2, 8), 8)), bits_of(8)) == []
     without = {name: array for name, array in compressed(codes, None, scales, 4).items() if name != "weight_shape"}
-    assert check("a.b", held(without), {}) == []
-    assert check("a.b", held(int8_module(3, 5)), {}) == []
-    assert check("a.b", held({**int8_module(3, 5), "weight_zero_point": np.zeros((3, 1), np.int8)}), {}) == []
+    assert FORMAT.check("a.b", held(without), {}) == []
+    assert FORMAT.check("a.b", held(int8_module(3, 5)), {}) == []
+    assert FORMAT.check("a.b", held({**int8_module(3, 5), "weight_zero_point": np.zeros((3, 1), np.int8)}), {}) == []
 
 
 @pytest.mark.parametrize("index", [[0, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
@@ -183,7 +183,7 @@ def test_zero_points_that_the_settings_promise() -> None:
     expected = "a.b.weight_zero_point: found no such tensor; expected zero points, as the settings say symmetric: false"
     assert refusal(tensors, said) == expected
     said["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": True}}
-    assert check("a.b", held(tensors), said) == [], "it may be one of the others"
+    assert FORMAT.check("a.b", held(tensors), said) == [], "it may be one of the others"
 
 
 def test_zero_points_of_another_type() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
-from stages.quantization.sources.gptq import accepts, act_order, check, unpack
+from stages.quantization.sources.gptq import FORMAT
 from stages.unpack import format_of
 from tests.support.examples import examples
 from tests.support.lazy import held, values
@@ -44,7 +44,7 @@ def test_any_part_of_the_codes_and_zero_points(bits: int, data: st.DataObject, c
     packed = 32 // bits
     n, k, groups = data.draw(shapes(packed, packed))
     codes, stored, scales = module(n, k, groups, bits, seed)
-    result = unpack(opened(gptq(codes, stored, scales, bits), chunk), {})
+    result = FORMAT.unpack(opened(gptq(codes, stored, scales, bits), chunk), {})
     assert result.keys() == {f"codes{bits}", "scales", "offsets"}
     wanted = expected_codes(codes, bits)
     region = data.draw(regions(wanted.shape))
@@ -61,7 +61,7 @@ def test_every_code_in_every_place_of_a_word(bits: int) -> None:
     packed, count = 32 // bits, 1 << bits
     codes = np.stack([np.roll(np.arange(count), n) for n in range(packed)])
     stored = np.zeros((1, packed), dtype=int)
-    result = unpack(opened(gptq(codes, stored, np.ones((1, packed), np.float16), bits)), {})
+    result = FORMAT.unpack(opened(gptq(codes, stored, np.ones((1, packed), np.float16), bits)), {})
     assert np.array_equal(values(result[f"codes{bits}"]), expected_codes(codes, bits))
 
 
@@ -73,7 +73,7 @@ def test_every_stored_zero_point_of_both_versions(bits: int, settings_: dict[str
     stored = np.arange(count)[None]
     codes = random_codes((count, packed), bits, 0)
     scales = np.full((1, count), 0.5, np.float16)
-    result = unpack(opened(gptq(codes, stored, scales, bits)), settings_)
+    result = FORMAT.unpack(opened(gptq(codes, stored, scales, bits)), settings_)
     assert values(result["offsets"])[0].tolist() == [count // 2 - z - one for z in range(count)]
     assert np.array_equal(values(dequantize(result)), naive_weight(codes, stored + one, scales))
 
@@ -90,7 +90,7 @@ def test_a_symmetric_source_is_centred_whichever_version_its_zeros_are(
     middle = 1 << (bits - 1)
     codes, _, scales = module(32, 32, 4, bits)
     stored = np.full(scales.shape, middle + stored_as)
-    result = unpack(opened(gptq(codes, stored, scales, bits), chunk), {"sym": True, **version})
+    result = FORMAT.unpack(opened(gptq(codes, stored, scales, bits), chunk), {"sym": True, **version})
     assert not values(result["offsets"]).any()
     assert np.array_equal(values(dequantize(result)), naive_weight(codes, np.full(scales.shape, middle), scales))
 
@@ -100,7 +100,7 @@ def test_an_asymmetric_source_of_the_first_version_keeps_the_middle_as_it_is_sto
     middle = 1 << (bits - 1)
     codes, _, scales = module(8, 8, 1, bits)
     stored = np.full(scales.shape, middle)
-    result = unpack(opened(gptq(codes, stored, scales, bits)), {"sym": False})
+    result = FORMAT.unpack(opened(gptq(codes, stored, scales, bits)), {"sym": False})
     assert np.array_equal(values(result["offsets"]), np.full(scales.shape, -1))
 
 
@@ -110,7 +110,7 @@ def test_which_version_the_zeros_are_is_asked_of_all_of_them(chunk: int) -> None
     codes, _, scales = module(16, 8, 4)
     stored = np.full(scales.shape, 8)
     stored[3, 15] = 7
-    result = unpack(opened(gptq(codes, stored, scales, 4), chunk), {"sym": True})
+    result = FORMAT.unpack(opened(gptq(codes, stored, scales, 4), chunk), {"sym": True})
     expected = 8 - (stored + 1)
     assert np.array_equal(values(result["offsets"]), expected)
     for region in (((0, 1), (0, 8)), ((0, 4), (0, 15)), ((3, 4), (8, 16))):
@@ -125,13 +125,13 @@ def test_groups_in_the_order_of_the_activations_are_dequantized(data: st.DataObj
     index = np.random.default_rng(seed).permutation(np.arange(k) // (k // groups)).astype(np.int32)
     source = {**gptq(codes, stored, scales, bits), "g_idx": index, "bias": np.arange(n, dtype=np.float16)}
     arrays = opened(source, chunk)
-    result = unpack(arrays, {})
+    result = FORMAT.unpack(arrays, {})
     assert result.keys() == {f"codes{bits}", "scales", "offsets", "group_index", "bias"}
     assert result["bias"] is arrays["bias"]
     expected = naive_weight(codes, stored + 1, scales, index)
     region = data.draw(regions(expected.shape))
     assert np.array_equal(part(dequantize(result), region), expected[slices(region)])
-    assert act_order(held(source)) == (not np.array_equal(index, np.sort(index)))
+    assert FORMAT.act_order(held(source)) == (not np.array_equal(index, np.sort(index)))
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_groups_in_the_order_of_the_activations_are_dequantized(data: st.DataObj
 )
 def test_only_consecutive_groups_of_one_size_are_in_order(index: list[int] | None, ordered: bool) -> None:
     tensors = gptq(*module(8, 8, 2), 4) | ({} if index is None else {"g_idx": np.array(index, dtype=np.int32)})
-    assert act_order(held(tensors)) is ordered
+    assert FORMAT.act_order(held(tensors)) is ordered
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_one_block_read_in_pieces_in_any_order(chunk: int) -> None:
     """A task reads a block a few rows at a time, and may begin anywhere."""
     codes, stored, scales = module(40, 16, 2)
-    array = unpack(opened(gptq(codes, stored, scales, 4), chunk), {})["codes4"]
+    array = FORMAT.unpack(opened(gptq(codes, stored, scales, 4), chunk), {})["codes4"]
     (block,) = blocks(array)
     expected = expected_codes(codes, 4)
     for first, last in [(0, 7), (7, 14), (14, 40), (3, 9), (39, 40), (0, 40), (5, 6)]:
@@ -163,24 +163,24 @@ def test_one_block_read_in_pieces_in_any_order(chunk: int) -> None:
 
 def test_it_is_known_by_its_shapes() -> None:
     tensors = held(gptq(*module(16, 8, 2), 4))
-    assert accepts(tensors)
+    assert FORMAT.accepts(tensors)
     found = format_of(tensors)
     assert found is not None
-    assert found.NAME == "gptq"
-    assert not accepts({name: tensor for name, tensor in tensors.items() if name != "qzeros"})
-    assert not accepts(held({"weight": np.ones((8, 8)), "scales": np.ones((2, 8))}))
+    assert found.name == "gptq"
+    assert not FORMAT.accepts({name: tensor for name, tensor in tensors.items() if name != "qzeros"})
+    assert not FORMAT.accepts(held({"weight": np.ones((8, 8)), "scales": np.ones((2, 8))}))
 
 
 def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
-    (problem,) = check("a.b", held(tensors), settings_ or {})
+    (problem,) = FORMAT.check("a.b", held(tensors), settings_ or {})
     return str(problem)
 
 
 @pytest.mark.parametrize("settings_", [{}, {"bits": 4, "group_size": 4}, {"group_size": -1}, {"group_size": None, "sym": True}])
 def test_what_is_right_is_not_refused(settings_: dict[str, Any]) -> None:
     tensors = gptq(*module(16, 8, 2), 4) | {"g_idx": (np.arange(8) // 4).astype(np.int32)}
-    assert check("a.b", held(tensors), settings_) == []
-    assert check("a.b", held(gptq(*module(8, 8, 1, 8), 8)), {"bits": 8}) == []
+    assert FORMAT.check("a.b", held(tensors), settings_) == []
+    assert FORMAT.check("a.b", held(gptq(*module(8, 8, 1, 8), 8)), {"bits": 8}) == []
 
 
 def test_other_widths_are_refused() -> None:
@@ -228,13 +228,13 @@ def test_an_order_that_the_settings_promise() -> None:
     """Without it nobody knows which group an in-feature belongs to, where there are several."""
     expected = "a.b.g_idx: found no such tensor; expected the group of each in-feature, as the settings say desc_act: true"
     assert refusal(gptq(*module(8, 16, 2), 4), {"desc_act": True}) == expected
-    assert check("a.b", held(gptq(*module(8, 16, 1), 4)), {"desc_act": True}) == []
-    assert check("a.b", held(gptq(*module(8, 16, 2), 4)), {"desc_act": False}) == []
+    assert FORMAT.check("a.b", held(gptq(*module(8, 16, 1), 4)), {"desc_act": True}) == []
+    assert FORMAT.check("a.b", held(gptq(*module(8, 16, 2), 4)), {"desc_act": False}) == []
 
 
 @pytest.mark.parametrize("name", ["qweight", "qzeros", "scales"])
 def test_a_tensor_without_its_axes_is_none_of_the_format(name: str) -> None:
     for shape in ((), (8,), (1, 1, 8)):
         tensors = {**gptq(*module(8, 8, 1), 4), name: np.zeros(shape, dtype=np.int32)}
-        assert not accepts(held(tensors))
+        assert not FORMAT.accepts(held(tensors))
         assert format_of(held(tensors)) is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize
-from stages.quantization.sources.modelopt_awq import accepts, check, unpack
+from stages.quantization.sources.modelopt_awq import FORMAT
 from stages.unpack import format_of
 from tests.support.examples import examples
 from tests.support.lazy import held, values
@@ -38,7 +38,7 @@ def module(n: int, k: int, groups: int, seed: int = 0) -> tuple[np.ndarray, np.n
 @given(data=st.data(), size=shapes(2, 2), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_the_codes_and_scales(data: st.DataObject, size: tuple[int, int, int], chunk: int, seed: int) -> None:
     codes, scales = module(*size, seed)
-    result = unpack(opened(modelopt(codes, scales), chunk), {})
+    result = FORMAT.unpack(opened(modelopt(codes, scales), chunk), {})
     assert result.keys() == {"codes4", "scales", "offsets"}
     wanted = {"codes4": expected_codes(codes, 4), "scales": scales, "offsets": np.zeros(scales.shape, np.int16)}
     for name, expected in wanted.items():
@@ -50,7 +50,7 @@ def test_any_part_of_the_codes_and_scales(data: st.DataObject, size: tuple[int, 
 def test_every_pair_of_codes() -> None:
     low, high = np.repeat(np.arange(16), 16), np.tile(np.arange(16), 16)
     codes = np.stack([low, high])
-    result = unpack(opened(modelopt(codes, np.ones((1, 2), np.float32))), {})
+    result = FORMAT.unpack(opened(modelopt(codes, np.ones((1, 2), np.float32))), {})
     assert np.array_equal(values(result["codes4"]), expected_codes(codes, 4))
 
 
@@ -61,7 +61,7 @@ def test_the_weight_is_code_times_scale_times_what_the_activations_are_multiplie
     factors = np.linspace(0.5, 2, 12).astype(np.float16)
     source = modelopt(codes, scales) | ({"pre_quant_scale": factors} if smooth else {}) | {"bias": np.ones(8, np.float16)}
     arrays = opened(source, chunk)
-    result = unpack(arrays, {})
+    result = FORMAT.unpack(arrays, {})
     assert result.keys() == {"codes4", "scales", "offsets", "bias"} | ({"prequant"} if smooth else set())
     assert result["bias"] is arrays["bias"]
     expected = naive_weight(codes, np.full(scales.shape, 8), scales, smooth=factors if smooth else None)
@@ -73,18 +73,18 @@ def test_it_is_known_by_its_parameters() -> None:
     tensors = held(modelopt(*module(4, 4, 1)))
     found = format_of(tensors)
     assert found is not None
-    assert found.NAME == "modelopt-awq"
-    assert not accepts({"weight": tensors["weight"]})
+    assert found.name == "modelopt-awq"
+    assert not FORMAT.accepts({"weight": tensors["weight"]})
 
 
 def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
-    (problem,) = check("a.b", held(tensors), settings_ or {})
+    (problem,) = FORMAT.check("a.b", held(tensors), settings_ or {})
     return str(problem)
 
 
 @pytest.mark.parametrize("settings_", [{}, {"group_size": 4}, {"group_size": None}])
 def test_what_is_right_is_not_refused(settings_: dict[str, Any]) -> None:
-    assert check("a.b", held(modelopt(*module(8, 8, 2))), settings_) == []
+    assert FORMAT.check("a.b", held(modelopt(*module(8, 8, 2))), settings_) == []
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,6 @@ def test_awq_is_what_modelopt_packs(dtype: np.dtype, data: st.DataObject, chunk:
 
 def test_awq_unpacked_and_packed_again_is_the_same() -> None:
     source = modelopt(random_codes((16, 32), 4, 0), random_scales((2, 16), 0, np.float32))
-    result = pack_awq(modelopt_awq.unpack(opened(source, 40), {}), FP16)
+    result = pack_awq(modelopt_awq.FORMAT.unpack(opened(source, 40), {}), FP16)
     assert values(result["weight"][0]).tobytes() == source["weight"].tobytes()
     assert values(result["weights_scaling_factor"][0]).tobytes() == source["weight_scale"].tobytes()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
-from stages.quantization.sources.float8 import accepts, check, unpack
+from stages.quantization.sources.fp8_scaled import FORMAT
 from stages.unpack import format_of
 from tests.support.examples import examples
 from tests.support.lazy import held, values
@@ -31,7 +31,7 @@ def codes(n: int, k: int, seed: int = 0) -> np.ndarray:
 
 def test_every_code_is_the_number_that_torch_has_for_it() -> None:
     weight = np.arange(256, dtype=np.uint8).view(F8).reshape(2, 128)
-    result = unpack(opened({"weight": weight, "weight_scale": np.ones((), np.float32)}), {})
+    result = FORMAT.unpack(opened({"weight": weight, "weight_scale": np.ones((), np.float32)}), {})
     expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy().reshape(2, 128)
     np.testing.assert_array_equal(values(dequantize(result)), expected)
 
@@ -46,7 +46,7 @@ def test_any_part_is_code_times_scale(
     shape = data.draw(st.sampled_from([(n,), (n, 1)] if by_row else [(), (1,), (1, 1)]))
     weight = codes(n, k, seed)
     scale = np.random.default_rng(seed).uniform(1e-4, 1e-1, shape).astype(dtype)
-    result = unpack(opened({"weight": weight, "weight_scale": scale}, chunk), {})
+    result = FORMAT.unpack(opened({"weight": weight, "weight_scale": scale}, chunk), {})
     kind = "channel_scale" if by_row else "tensor_scale"
     assert result.keys() == {"fp8", kind}
     assert result[kind].dtype == np.float32
@@ -60,12 +60,12 @@ def test_any_part_is_code_times_scale(
 
 def test_part_of_the_scales_of_the_rows() -> None:
     scale = np.arange(1, 9, dtype=np.float32).reshape(8, 1)
-    result = unpack(opened({"weight": codes(8, 4), "weight_scale": scale}), {})["channel_scale"]
+    result = FORMAT.unpack(opened({"weight": codes(8, 4), "weight_scale": scale}), {})["channel_scale"]
     assert part(result, ((3, 6),)).tolist() == [4.0, 5.0, 6.0]
 
 
 def test_a_matrix_of_one_row_has_one_scale() -> None:
-    result = unpack(opened({"weight": codes(1, 4), "weight_scale": np.ones((1, 1), np.float32)}), {})
+    result = FORMAT.unpack(opened({"weight": codes(1, 4), "weight_scale": np.ones((1, 1), np.float32)}), {})
     assert result.keys() == {"fp8", "tensor_scale"}
 
 
@@ -76,7 +76,7 @@ def test_scales_of_activations_and_of_the_cache(shape: tuple[int, ...], name: st
     source |= {"input_scale": np.full(shape, 0.25, BF16), name: np.full(shape, 0.5, np.float32)}
     source |= {"input_scale_ub": np.full((1,), 1200, np.float32)}
     arrays = opened(source)
-    result = unpack(arrays, {})
+    result = FORMAT.unpack(arrays, {})
     assert result.keys() == {"fp8", "tensor_scale", "input_scale", "kv_scale", "bias"}
     for key, value in (("input_scale", 0.25), ("kv_scale", 0.5)):
         assert result[key].dtype == np.float32
@@ -88,14 +88,14 @@ def test_it_is_known_by_its_parameters() -> None:
     tensors = held({"weight": codes(2, 2), "weight_scale": np.ones((), np.float32)})
     found = format_of(tensors)
     assert found is not None
-    assert found.NAME == "float8"
-    assert not accepts({"weight": tensors["weight"]})
-    assert not accepts(held({"weight": np.ones((2, 2), np.float16), "weight_scale": np.ones(())}))
+    assert found.name == "float8"
+    assert not FORMAT.accepts({"weight": tensors["weight"]})
+    assert not FORMAT.accepts(held({"weight": np.ones((2, 2), np.float16), "weight_scale": np.ones(())}))
 
 
 def problems(source: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> list[str]:
     tensors = {"weight": codes(8, 16), "weight_scale": np.ones((8, 1), np.float32), **source}
-    return [str(problem) for problem in check("a.b", held(tensors), settings_ or {})]
+    return [str(problem) for problem in FORMAT.check("a.b", held(tensors), settings_ or {})]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (8,), (8, 1)])

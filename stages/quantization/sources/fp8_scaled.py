@@ -1,0 +1,93 @@
+"""Float8 weights with their scales: ModelOpt's and compressed-tensors' FP8, and fbgemm's (Llama-3.1-405B-FP8).
+
+weight float8_e4m3fn [N, K]; weight_scale of the whole ([] or [1]) or of each out-feature ([N, 1] or [N]); input_scale where the
+activations' is static; k_scale and v_scale of the cache; input_scale_ub, fbgemm's bound of dynamic ones, which the settings say
+too. Facts: docs/format/quantized-layouts.md, sections 7 and 9b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from pipeline.errors import Problem
+from pipeline.model.quantization import CLAMP, FP8, FP8_ROWWISE
+from pipeline.tensor.derived import derive
+from pipeline.tensor.placement import Region, whole
+from pipeline.tensor.tensors import Block, LazyTensor
+from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+FLOAT32 = np.dtype(np.float32)
+_RENAMED = {"weight": "fp8", "input_scale": "input_scale", "k_scale": "kv_scale", "v_scale": "kv_scale"}
+
+
+class ScaledFp8(PackedFormat):
+    """Modules of float8 weights."""
+
+    name = "float8"
+    title = "FP8 of ModelOpt or compressed-tensors or fbgemm"
+    parameters: Mapping[str, PackedParameter] = {
+        "weight_scale": PackedParameter(("out", "one")),
+        "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
+        "input_scale_ub": PackedParameter(OF_ALL, dropped="the bound of activations is written from the settings"),
+        "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
+        "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
+    }
+
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's weight is float8 and has a scale."""
+        return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == ml_dtypes.float8_e4m3fn
+
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """What of a module cannot be unpacked: scales by block, a bound of activations that the settings do not say."""
+        shape, scale = tensors["weight"].shape, tensors["weight_scale"]
+        if len(shape) != 2:
+            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix")]
+        rows, problems = shape[0], []
+        if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+            found = f"shape {list(scale.shape)}"
+            problems.append(Problem(f"{module}.weight_scale", found, f"one scale, or one for each of {rows} out-features"))
+        for name in ("input_scale", "k_scale", "v_scale", "input_scale_ub"):
+            if name in tensors and math.prod(tensors[name].shape) != 1:
+                problems.append(Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", "one scale"))
+        if "input_scale_ub" in tensors and not problems:
+            bound = float(np.asarray(tensors["input_scale_ub"].block(whole(tensors["input_scale_ub"].shape))).reshape(-1)[0])
+            said = settings.get("activation_scale_ub")
+            said = float(said) if isinstance(said, int | float) else CLAMP
+            if bound != said:
+                expected = f"{said:g}, activation_scale_ub of the settings or its default"
+                problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", expected))
+        return problems
+
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+        """`fp8` with `tensor_scale` or `channel_scale`, and the scales of activations and cache, all float32; the rest stays."""
+        rows = parameters["weight"].shape[0]
+        result = {}
+        for name, array in parameters.items():
+            if name == "weight_scale":
+                kind = "channel_scale" if array.size == rows and rows > 1 else "tensor_scale"
+                result[kind] = derive("unpack", flat, {"values": array}, shape=(array.size,), dtype=FLOAT32)
+            elif name in ("input_scale", "k_scale", "v_scale"):
+                result[_RENAMED[name]] = derive("unpack", flat, {"values": array}, shape=(1,), dtype=FLOAT32)
+            elif name != "input_scale_ub":
+                result[_RENAMED.get(name, name)] = array
+        return result
+
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
+        """FP8 where every module has one scale of the activations, which else are of no use; then FP8_PER_CHANNEL_PER_TOKEN."""
+        return (FP8 if all("input_scale" in tensors for tensors in modules.values()) else FP8_ROWWISE), 0
+
+
+def flat(region: Region, values: Block) -> np.ndarray:
+    """float32 [n]: one or more scales, whatever their shape and type."""
+    return np.asarray(values.read(whole(values.shape))).astype(np.float32).reshape(-1)[slice(*region[0])]
+
+
+FORMAT = ScaledFp8()

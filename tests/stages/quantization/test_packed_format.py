@@ -1,0 +1,70 @@
+"""Packed formats: the axes that each gives are true, so that a fused module can be taken apart before it is unpacked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.tensor.tensors import AXES
+from stages.quantization.packed_format import PackedParameter
+from stages.quantization.sources import formats
+from stages.unpack import axes, check, format_of
+from tests.support import quantized_checkpoints as source
+from tests.support.lazy import held, values
+from tests.support.packed_tensors import opened
+
+KINDS = source.formats()
+WEIGHT = np.random.default_rng(8).normal(0, 0.1, (256, 128)).astype(np.float32)
+MODULE = "model.layers.0.self_attn.v_proj"
+
+
+def first_half(array: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
+    """The first half of an array on its axis `out`; all of what stands for all rows."""
+    if "out" not in known or array.ndim <= known.index("out") or array.shape[known.index("out")] == 1:
+        return array
+    axis = known.index("out")
+    return np.ascontiguousarray(np.take(array, range(array.shape[axis] // 2), axis))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_half_of_the_rows_unpacked_is_half_of_what_is_unpacked(name: str) -> None:
+    kind = KINDS[name]
+    stored = {key: np.ascontiguousarray(array) for key, array in kind.quantizer(MODULE, WEIGHT).parameters.items()}
+    packing = format_of(held(stored))
+    assert packing is not None
+    default = PackedParameter(("out",))
+    half = {key: first_half(array, packing.parameters.get(key, default).axes) for key, array in stored.items()}
+    whole, part = (packing.unpack(opened(given), kind.settings) for given in (stored, half))
+    assert part.keys() == whole.keys()
+    for key, array in whole.items():
+        np.testing.assert_array_equal(values(part[key]), first_half(values(array), AXES[key]))
+    assert any(values(part[key]).shape != values(whole[key]).shape for key in whole)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tensorrt_llms_algorithm(name: str) -> None:
+    kind = KINDS[name]
+    tensors = held(kind.quantizer(MODULE, WEIGHT).parameters)
+    packing = format_of(tensors)
+    assert packing is not None
+    algorithm, group = packing.native({MODULE: tensors}, kind.settings)
+    assert algorithm == (kind.algorithm or None)
+    assert bool(group) == ("GPTQ" in kind.algorithm or "AWQ" in kind.algorithm)
+    if group:
+        groups = tensors["scales"].shape[0] if "scales" in tensors else tensors["weight_scale"].shape[1]
+        assert group * groups == WEIGHT.shape[1]
+
+
+def test_axes_by_module() -> None:
+    stored = {f"{MODULE}.{key}": array for key, array in KINDS["gptq"].quantizer(MODULE, WEIGHT).parameters.items()}
+    found, _, problems = check(held({**stored, "model.norm.weight": np.ones(4, np.float16)}), KINDS["gptq"].settings)
+    assert problems == []
+    known = axes(found)
+    assert known.keys() == {MODULE}
+    assert known[MODULE] == {"qweight": ("in", "out"), "qzeros": ("group", "out"), "scales": ("group", "out"), "g_idx": ("in",)}
+
+
+def test_what_is_left_out_or_may_be_is_said_once() -> None:
+    described = [held for each in formats() for held in each.parameters.values()]
+    assert all(not (held.becomes and held.dropped) for held in described)
+    assert {held.becomes for held in described} - {""} <= AXES.keys()
