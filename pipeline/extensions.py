@@ -1,4 +1,4 @@
-"""What other packages add to headrace: objects behind a protocol, which their entry points name."""
+"""Loads the objects that other packages add to headrace: each fulfils a protocol, and an entry point names it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _methods(protocol: type) -> list[str]:
 
 
 def _loaded(point: EntryPoint, protocol: type) -> Any:
-    """What an entry point names; or, as text, what is wrong with it."""
+    """The object that an entry point names; or, as text, the reason why it is not one of the protocol."""
     try:
         found = point.load()
     except Exception as error:  # whatever the other package's import raises

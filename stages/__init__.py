@@ -1,1 +1,1 @@
-"""What happens to tensors: one file a stage. Stages are pure; they import values from `pipeline`, never how work is run."""
+"""The stages that tensors pass through, one file each. Pure: they import values from `pipeline`, never how work is run."""

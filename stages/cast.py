@@ -25,22 +25,22 @@ def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:
         if name.parameter not in ("weight", "bias"):
             result[name] = array  # codes and scales have types of their own
             continue
-        wanted = BY_TARGET[target_dtype(name, layout, dtype)].numpy
-        result[name] = array if array.dtype == wanted else map_blocks(array, as_type, dtype=wanted, wanted=wanted)
+        stored = BY_TARGET[target_dtype(name, layout, dtype)].numpy
+        result[name] = array if array.dtype == stored else map_blocks(array, as_type, dtype=stored, to=stored)
     return result
 
 
-def as_type(block: Block, wanted: np.dtype) -> Block:
+def as_type(block: Block, to: np.dtype) -> Block:
     """A block whose values are cast as they are read."""
-    return Applied(block, AsType(wanted), stage="cast", dtype=wanted)
+    return Applied(block, AsType(to), stage="cast", dtype=to)
 
 
 @dataclass(frozen=True)
 class AsType:
     """Values in another type. Too large for float16 becomes infinity, as in torch."""
 
-    wanted: np.dtype
+    to: np.dtype
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            return values.astype(self.wanted)
+            return values.astype(self.to)

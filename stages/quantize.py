@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Target:
-    """What packing needs to know of a target."""
+    """The properties of a target that packing depends on."""
 
     sharding: Sharding
     quantization: Quantization
@@ -72,7 +72,7 @@ def linear(module: Module) -> bool:
     return module.in_layer and bool(module.in_) and module.split in ("column", "row")
 
 
-def wanted(slot: Slot, quantization: Quantization, layers: int) -> bool:
+def is_quantized(slot: Slot, quantization: Quantization, layers: int) -> bool:
     """Whether a target quantizes a slot's module. Meta's recipe leaves attention and the first and last layers as they are."""
     if quantization.algorithm is None or not linear(slot.module):
         return False
@@ -99,7 +99,7 @@ def quantize(
         slot = sharding.layout.find(name)
         if slot is None:
             raise KeyError(name)
-        if not wanted(slot, quantization, layers):
+        if not is_quantized(slot, quantization, layers):
             entries |= _entries(name, slot, _dense(slot, parameters, target))
         elif quantization.algorithm == FP8:
             # The parts of a fused module have one scale, so that they are packed together.
@@ -163,7 +163,7 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]])
 
 
 def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
-    """What is the same for all of a module's linears: FP8's bounds of activations by layer, and the scale of the cache."""
+    """The small arrays that no linear owns: the clamps of activations in FP8 by row, and the scale of an FP8 cache."""
     quantization, sharding = target.quantization, target.sharding
     entries: dict[TensorName, Entry] = {}
     names: list[str] = []
@@ -178,8 +178,8 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
                 for name in names
             )
         if quantization.fp8_kv_cache:
-            held = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
-            scales = [scale for scale in held if scale is not None]
+            of_parts = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
+            scales = [scale for scale in of_parts if scale is not None]
             name = TensorName(f"{base}.attention", "kv_cache_scaling_factor")
             # Both or neither: of one alone the reference takes no notice.
             array = fp8.largest(scales) if len(scales) == 2 else constant(str(name), (1.0,))
@@ -201,21 +201,21 @@ def _weight(parameters: Mapping[str, da.Array]) -> da.Array:
 def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
     if array.dtype == dtype:
         return array
-    return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], wanted=dtype)
+    return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], to=dtype)
 
 
 def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Problem]:
-    """What TensorRT-LLM cannot load of experts.
+    """Refuse quantizations in which TensorRT-LLM cannot load experts.
 
     Its class of them refuses to be built with float8 with a scale a row, and with groups of 8-bit codes; its loader brings AWQ's
     factors of activations to one row, where each expert has its own.
     """
     if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ):
         return []
-    found = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
+    experts = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
     expected = "a model without experts, as TensorRT-LLM 1.2.1 cannot load theirs"
     remedy = "Give --use_weight_only (with --dequantize, where the source is quantized), or neither for 16 bits"
-    return [Problem("quantization", found, expected, remedy)]
+    return [Problem("quantization", experts, expected, remedy)]
 
 
 def unfit(
@@ -227,29 +227,29 @@ def unfit(
     problems = []
     for name, parameters in by_module(tensors).items():
         slot = sharding.layout.find(name)
-        if slot and wanted(slot, quantization, sharding.model.num_hidden_layers):
-            found = _misfit(slot, parameters, quantization, sharding)
-            if found:
+        if slot and is_quantized(slot, quantization, sharding.model.num_hidden_layers):
+            misfit = _misfit(slot, parameters, quantization, sharding)
+            if misfit:
                 source = str(origin(TensorName(name, next(iter(parameters)))))
                 expected = f"what {quantization.algorithm} keeps in every linear"
-                problems.append(Problem(source, found, expected, "Give --dequantize, and quantize again where wanted"))
+                problems.append(Problem(source, misfit, expected, "Give --dequantize, and quantize again where wanted"))
     return problems
 
 
 def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:
-    """What of a module is of another kind than the target's; "" for nothing."""
-    held = next((name for name in CODES if name in parameters), "")
-    if quantization.algorithm == FP8_ROWWISE and not held:
+    """How a module's weights differ from the kind that the target keeps; "" where they do not."""
+    codes = next((name for name in CODES if name in parameters), "")
+    if quantization.algorithm == FP8_ROWWISE and not codes:
         return ""  # its numbers can be quantized by row, as no activations need calibration
-    if not held:
+    if not codes:
         return "weights that are not quantized"
     if quantization.bits:
-        if held != f"codes{quantization.bits}":
-            return f"{'float8 weights' if held == 'fp8' else f'codes of {held[-1]} bits'}"
+        if codes != f"codes{quantization.bits}":
+            return f"{'float8 weights' if codes == 'fp8' else f'codes of {codes[-1]} bits'}"
         size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
         return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
-    if held != "fp8":
-        return f"codes of {held[-1]} bits"
+    if codes != "fp8":
+        return f"codes of {codes[-1]} bits"
     if quantization.algorithm == FP8 and slot.module.experts:
         return "float8 experts with a scale a matrix, which a stack of experts has no place for"
     if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
@@ -258,7 +258,7 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
 
 
 def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[Problem]:
-    """What the kernels' alignment and the groups forbid, and which of `tp_sizes` they allow.
+    """Refuse a tp_size that cuts modules within a kernel's tile or a group; the remedy lists those of `tp_sizes` that do not.
 
     Facts: docs/format/quantized-layouts.md, section 10.
     """
@@ -325,8 +325,8 @@ def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorNam
     expected = "all parts of a fused module alike"
     return [
         Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
-        for held in kinds.values()
-        if len(names := list(held.values())) > 1
+        for by_kind in kinds.values()
+        if len(names := list(by_kind.values())) > 1
     ]
 
 

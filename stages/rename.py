@@ -83,8 +83,8 @@ class Matches:
             return tensor_bytes(sources[self.ties[name]])
         exact = [self.names[name]] if name in self.names else []
         packed = [renamed for renamed in self._modules.get(name.module, []) if renamed.source.parameter != "bias"]
-        held = packed if name.parameter in ("weight", *CODES) else exact
-        return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in held)
+        origins = packed if name.parameter in ("weight", *CODES) else exact
+        return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in origins)
 
     def find(self, name: TensorName) -> Renamed | None:
         """Where a tensor comes from; for an unpacked one, where the packed parameters of its module do. None for a tie."""
@@ -109,7 +109,7 @@ def match(
 ) -> Matches:
     """Find every tensor's row. A tensor that no row consumes, or two of one name, is a problem.
 
-    `keep` holds the flags (such as "mlp_bias") whose omitted parameters are wanted all the same. `zeros` are biases of nothing but
+    `keep` holds the flags (such as "mlp_bias") whose omitted parameters are kept all the same. `zeros` are biases of nothing but
     zeros, which go where the model has no such bias. `packed`: the axes of packed modules' parameters, by module and local
     name; any other parameter has `out` first.
     """
@@ -121,11 +121,11 @@ def match(
         module, parameter = source
         if ignored.find(module) or ignored.find(str(source)):
             continue
-        found = rows.find(module)
-        if found is None:
+        row_match = rows.find(module)
+        if row_match is None:
             problems.append(_unconsumed(source, f"no row for it in the table of family {family.name}"))
             continue
-        row, numbers = found
+        row, numbers = row_match
         targets = [to.format(**numbers) for to in row.to]
         slots = [slot for slot in map(layout.find, targets) if slot]
         if not slots or (slots[0].layer is not None and slots[0].layer >= model.num_hidden_layers):
@@ -171,7 +171,7 @@ def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMa
 
 
 def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:
-    """What each of several names of a row has of the source: its own rows."""
+    """Divide the rows of a fused source among the names of a table's row: one Renamed, with its own rows, for each."""
     groups = model.dimension(row.groups) if row.groups else 1
     sizes = [model.dimension(slot.out) // groups for slot in slots]
     starts, group = [0, *accumulate(sizes)], sum(sizes)

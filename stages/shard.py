@@ -206,7 +206,7 @@ def _whole(cuts: Iterator[Cut | None] | Sequence[Cut | None]) -> list[Cut]:
 
 
 def divisibility(sharding: Sharding) -> list[Problem]:
-    """What the parallel sizes do not divide, each with the sizes that would work (docs/format/checkpoint.md, section 12)."""
+    """Refuse parallel sizes that do not divide the model, naming sizes that do (docs/format/checkpoint.md, section 12)."""
     model, sizes = sharding.model, sharding.parallelism
     problems = []
 
@@ -215,14 +215,14 @@ def divisibility(sharding: Sharding) -> list[Problem]:
         problems.append(Problem(f"--{option} {value}", what, f"one of: {choice}"))
 
     if sizes.moe_tp_size * sizes.moe_ep_size != sizes.tp_size:
-        found = f"--moe_tp_size {sizes.moe_tp_size} x --moe_ep_size {sizes.moe_ep_size}"
-        problems.append(Problem(found, str(sizes.moe_tp_size * sizes.moe_ep_size), f"--tp_size {sizes.tp_size}"))
+        product = f"--moe_tp_size {sizes.moe_tp_size} x --moe_ep_size {sizes.moe_ep_size}"
+        problems.append(Problem(product, str(sizes.moe_tp_size * sizes.moe_ep_size), f"--tp_size {sizes.tp_size}"))
     fitting = tp_sizes(model, sharding)
     if tp_obstacle(model, sharding, sizes.tp_size):
         refuse("tp_size", sizes.tp_size, tp_obstacle(model, sharding, sizes.tp_size), fitting)
     if sizes.pp_size > model.num_hidden_layers:
-        found = f"{model.num_hidden_layers} layers"
-        problems.append(Problem(f"--pp_size {sizes.pp_size}", found, f"at most {model.num_hidden_layers}"))
+        layers = f"{model.num_hidden_layers} layers"
+        problems.append(Problem(f"--pp_size {sizes.pp_size}", layers, f"at most {model.num_hidden_layers}"))
     if model.num_experts:
         pairs = expert_sizes(model, sizes.tp_size)
         experts = [ep for _, ep in pairs]
@@ -261,7 +261,7 @@ def expert_sizes(model: ModelConfig, tp_size: int) -> list[tuple[int, int]]:
 
 
 def tp_obstacle(model: ModelConfig, sharding: Sharding, tp_size: int) -> str:
-    """What `tp_size` does not divide, with its size; "" where it divides all that is split."""
+    """The first dimension of the model that `tp_size` does not divide, with its size; "" where it divides all that is split."""
     kv_heads = model.num_key_value_heads
     if model.num_attention_heads % tp_size:
         return f"num_attention_heads {model.num_attention_heads}"

@@ -1,7 +1,7 @@
 """unpack: the inverse of the format's packing; leaves dense modules alone.
 
-Works module by module on local parameter names, so that it knows no family. What a format is,
-`PackedFormat` says (stages/quantization/packed_format.py).
+Works module by module on local parameter names, so that it knows no family. `PackedFormat` says what a format is
+(stages/quantization/packed_format.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
 
 def axes(formats_: Mapping[str, str]) -> dict[str, dict[str, tuple[str, ...]]]:
     """The axes of packed modules' parameters, by module (`formats_`: module -> its format) and local name."""
-    known = {name: {key: held.axes for key, held in format_named(name).parameters.items()} for name in set(formats_.values())}
+    known = {name: {key: packed.axes for key, packed in format_named(name).parameters.items()} for name in set(formats_.values())}
     return {module: known[name] for module, name in formats_.items()}
 
 
@@ -50,19 +50,19 @@ def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str,
 
 
 def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
-    """What planning must know of the packed modules of a source, by their own names.
+    """Examine the packed modules of a source, by the source's own names.
 
-    Gives each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and what
-    cannot be unpacked at all. Reads the small tensors that say so.
+    Returns each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and a
+    problem for each module that cannot be unpacked. Reads the small tensors that decide it.
     """
-    found, ordered, problems = {}, [], []
+    formats_, ordered, problems = {}, [], []
     for module, parameters in by_module(tensors).items():
         packing = format_of(parameters)
         if packing is None:
             continue
-        found[module] = packing.name
+        formats_[module] = packing.name
         wrong = packing.check(module, parameters, settings)
         problems += wrong
         if not wrong and packing.act_order(parameters):
             ordered.append(module)
-    return found, ordered, problems
+    return formats_, ordered, problems

@@ -8,7 +8,9 @@ from __future__ import annotations
 import atexit
 import gc
 import itertools
+import json
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -49,9 +51,6 @@ def _say(error: HeadraceError) -> None:
     if "__log_format=json" not in words and ("__log_format", "json") not in itertools.pairwise(words):
         print(f"headrace: {error}", file=sys.stderr)
         return
-    import json
-    from dataclasses import asdict
-
     problems = [asdict(problem) for problem in getattr(error, "problems", ())]
     event = {"event": "error", "exit_code": error.exit_code, "message": str(error), "problems": problems}
     print(json.dumps(event), file=sys.stderr)

@@ -24,7 +24,7 @@ from pipeline.jobs.rows import STATES
 if TYPE_CHECKING:
     from pipeline.jobs.requests import Asked
     from pipeline.jobs.runner import Runner
-    from pipeline.jobs.store import Store
+    from pipeline.jobs.store import JobStore
 
 app = typer.Typer()
 jobs_app = typer.Typer(help="List the jobs of a store, look at one, cancel or retry one.")
@@ -37,7 +37,7 @@ LISTED = "Values of that option in the matrix, with commas between."
 
 
 @contextmanager
-def opened(path: Path | None, create: bool = True) -> Iterator[Store]:
+def opened(path: Path | None, create: bool = True) -> Iterator[JobStore]:
     """Open the jobs' store at `path` (None: the default place), yield it, and close it at the end.
 
     Without `create`, a store that `path` names must exist, and jobs whose processes are gone are marked as ended. Raises BadInput
@@ -203,7 +203,7 @@ def retry_command(context: typer.Context, number: JobNumber, store: StorePath = 
         _show_job(jobs_store, number, json_)
 
 
-def _show_job(store: Store, number: int, as_json: bool) -> None:
+def _show_job(store: JobStore, number: int, as_json: bool) -> None:
     from pipeline.jobs import report
 
     _show(report.job(store, store.job(number)), as_json, "job_table")

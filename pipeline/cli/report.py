@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.levels import levels
+from pipeline.errors import VerificationFailed
+
 app = typer.Typer()
 
 
@@ -27,8 +30,6 @@ def report_command(
     The page needs no other file and no network. Exit codes: 0 done, 2 bad request (nothing written), 3 the page could not be
     written, 5 the page is written, and something is wrong with the output.
     """
-    from pipeline.cli.levels import levels
-    from pipeline.errors import VerificationFailed
     from pipeline.reporting.report import make_report
 
     with levels(quiet=False) as advance:

@@ -20,7 +20,7 @@ class AppriseChannel:
         self._service = service
 
     def prepare(self, message: Message) -> Any:
-        """What the service is told."""
+        """The arguments of the service's `notify`: title, body and type."""
         return {"title": message.title, "body": message.body or message.title, "notify_type": _TYPES[message.kind]}
 
     def send(self, prepared: Any) -> None:

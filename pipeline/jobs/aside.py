@@ -1,6 +1,6 @@
-"""Work beside the daemon, in processes whose memory is given back: planning a batch, fetching a checkpoint.
+"""Runs work beside the daemon in processes of its own, whose memory is given back: planning a batch, fetching a checkpoint.
 
-A module run so reads a request, one JSON object, from standard input and prints one.
+A module that is run like this reads its request, one JSON object, from standard input and prints its answer, another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class Aside:
         self._closed = False
 
     def run(self, module: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a module answers. Raises BadInput with its problems, Interrupted where `close` ended it, HeadraceError otherwise."""
+        """Run a module on a request and return its answer.
+
+        Raises BadInput with the problems that it reports, Interrupted where `close` ended it, HeadraceError for any other failure.
+        """
         with self._lock:
             if self._closed:
                 raise Interrupted(f"{module}: interrupted")
@@ -64,7 +67,7 @@ class Aside:
 
 
 def answer(work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Be such a module: do the work for the request on standard input."""
+    """Do the work for the request on standard input and print its answer: the main program of such a module."""
     end_with_parent()
     try:
         said = work(json.load(sys.stdin))

@@ -14,7 +14,7 @@ from pipeline.jobs.limits import Limits
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import GOOD, RunRow, Unit
 from pipeline.jobs.runner import Runner
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 from pipeline.jobs.submit import submit
 
 # Exit codes, the worst last: what running it again may mend, what is not as it should be, what somebody must mend, a bug.
@@ -22,8 +22,8 @@ _WORSE = (0, 3, 5, 2, 1)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One job of a batch: what came of it, and by which run of the store."""
+class BatchEntry:
+    """The result of one job of a batch, and the number of its run in the store."""
 
     name: str
     outputs: tuple[str, ...]
@@ -35,9 +35,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a batch: of the jobs as they were asked for, and of the conversions that were made for them."""
+    """The results of a batch: of the jobs as they were asked for, and of the conversions that were made for them."""
 
-    jobs: tuple[Entry, ...]
+    jobs: tuple[BatchEntry, ...]
     conversions: tuple[dict[str, Any], ...]
     seconds: float
 
@@ -60,7 +60,7 @@ class Summary:
 class Batch:
     """Units to be done, in a queue of their own."""
 
-    def __init__(self, store: Store, hub: Hub, units: Sequence[Unit], limits: Limits, retry: Retry | None = None) -> None:
+    def __init__(self, store: JobStore, hub: Hub, units: Sequence[Unit], limits: Limits, retry: Retry | None = None) -> None:
         self.store, self.hub, self.units = store, hub, units
         self.queue = store.register("batch").id
         self.runner = Runner(store, hub, self.queue, self.queue, limits, retry)
@@ -77,7 +77,7 @@ class Batch:
         return _summary(self.store, self.queue, self.units, runs, time.monotonic() - started)
 
 
-def _summary(store: Store, queue: str, units: Sequence[Unit], runs: Sequence[RunRow], seconds: float) -> Summary:
+def _summary(store: JobStore, queue: str, units: Sequence[Unit], runs: Sequence[RunRow], seconds: float) -> Summary:
     by_outputs = {run.outputs: run for run in reversed(store.runs(queue=queue, limit=None))}
     entries = []
     for unit, before in zip(units, runs, strict=True):
@@ -86,12 +86,12 @@ def _summary(store: Store, queue: str, units: Sequence[Unit], runs: Sequence[Run
             own = by_outputs.get(part.conversion.outputs, run) if run.state == "split" else run
             outcome = "up_to_date" if part.up_to_date and own.state == "done" else own.state
             code = 0 if own.state in GOOD else own.exit_code or 3
-            entries.append(Entry(part.members[0], part.conversion.outputs, outcome, code, own.id, own.error))
+            entries.append(BatchEntry(part.members[0], part.conversion.outputs, outcome, code, own.id, own.error))
     conversions = tuple(_figures(store, run) for run in sorted(by_outputs.values(), key=lambda run: run.id))
     return Summary(tuple(entries), conversions, seconds)
 
 
-def _figures(store: Store, run: RunRow) -> dict[str, Any]:
+def _figures(store: JobStore, run: RunRow) -> dict[str, Any]:
     attempts = store.attempts(run.id)
     return {
         "run": run.id,

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments: str) -> list[str]:
-    """What starts a module of ours by this interpreter. -P: a folder `pipeline` in the current directory must not stand in."""
+    """The command that runs a module of headrace with this interpreter."""
+    # -P: a folder named `pipeline` in the current directory must not be imported instead.
     return [sys.executable, "-P", "-m", *arguments]
 
 
@@ -99,7 +100,7 @@ class Process:
         return code
 
     def report(self) -> str:
-        """What was wrong, in its own words: its report, or the last lines that it said."""
+        """The process's own account of what went wrong: the error that it reported, or else the last lines that it printed."""
         return str(self.error.get("message") or "\n".join(self.tail))
 
     @property

@@ -1,4 +1,4 @@
-"""What happens to jobs, as events, and the hub that tells whoever listens.
+"""The events of jobs, and the hub that passes them on to its subscribers.
 
 An event is published in the process that does the work (`headrace batch` or `headrace serve`), after the store has recorded it.
 Another process learns the same from the store.
@@ -17,7 +17,7 @@ Outcome = Literal["done", "up_to_date", "refused", "failed", "crashed", "cancell
 
 @dataclass(frozen=True)
 class Event:
-    """What every event says: when (seconds since 1970), of which job and run of the store, and the job's name."""
+    """The fields of every event: its time (seconds since 1970), the numbers of job and run in the store, and the job's name."""
 
     time: float
     job: int

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.aside import answer
 
 
 def fetch(request: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the files of a prefix, without what lies deeper; returns how many bytes came. Raises BadInput."""
-    import fsspec
-
     directory = Path(request["directory"])
     came = 0
     try:

@@ -28,7 +28,7 @@ from pipeline.jobs.events import Hub
 from pipeline.jobs.listening import DEFAULT, Http
 from pipeline.jobs.overview import Overseer
 from pipeline.jobs.overview_page import overview_page
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 from pipeline.planning.listen import PAGE, parse_listen
 from pipeline.watching import server
 from pipeline.watching.metrics import Metrics
@@ -38,7 +38,7 @@ LEAST_TOKEN = 16  # characters
 
 @contextmanager
 def serving(
-    options: Http, hub: Hub, store: Store, *, memory_limit: int | None = None, changed: Callable[[], None] = lambda: None
+    options: Http, hub: Hub, store: JobStore, *, memory_limit: int | None = None, changed: Callable[[], None] = lambda: None
 ) -> Iterator[str]:
     """Serve all of it while the context lasts; yields the page's address.
 
@@ -65,7 +65,10 @@ def serving(
 
 
 def health(overseer: Overseer) -> dict[str, Any]:
-    """What `/health` says: that the store can be read, how many jobs are in each state, and who makes no progress."""
+    """The answer to `/health`: how many runs are in each state, and for how long each running one has written nothing.
+
+    Reading these shows that the store can be read.
+    """
     now = overseer.look()
     return {
         "status": "ok",
@@ -77,9 +80,9 @@ def health(overseer: Overseer) -> dict[str, Any]:
 
 
 class ApiHandler(RequestHandler):
-    """What all answers have in common."""
+    """The part that all handlers of `/api` share: answers and errors as JSON."""
 
-    def initialize(self, store: Store, token: str, changed: Callable[[], None]) -> None:
+    def initialize(self, store: JobStore, token: str, changed: Callable[[], None]) -> None:
         self.store, self.token, self.changed = store, token, changed
 
     def say(self, values: Any, status: int = 200) -> None:

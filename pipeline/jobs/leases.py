@@ -1,7 +1,7 @@
 """Leases: who may write where. One attempt at a time holds an output directory, or a scratch that several runs share.
 
 A lease is good for LEASE_SECONDS and is renewed every HEARTBEAT_SECONDS. One whose time is over still belongs to its holder until
-somebody takes it, which happens only after the holder's process is known to be gone (`Store.lose`): so that a daemon that was
+somebody takes it, which happens only after the holder's process is known to be gone (`JobStore.lose`): so that a daemon that was
 suspended for an hour and a new one never write side by side. Each taking has a new token.
 
 The functions work inside the caller's transaction.

@@ -23,7 +23,7 @@ class Limits:
 
     @classmethod
     def of(cls, max_jobs: int | None, max_memory: int | None) -> Limits:
-        """What was asked for, or what the machine is good for: a conversion for every eight cores, four fifths of its memory."""
+        """The user's limits; for None, a conversion for every eight cores and four fifths of the machine's memory."""
         cores = os.cpu_count() or 1
         return cls(max_jobs or max(cores // THREADS, 1), max_memory or machine_memory() * 4 // 5)
 

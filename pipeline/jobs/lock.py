@@ -1,4 +1,4 @@
-"""One daemon a store: a lock that goes with the process that holds it, however that ends."""
+"""Allows one daemon for each store, by a lock that the system releases when the daemon's process ends, however it ends."""
 
 from __future__ import annotations
 

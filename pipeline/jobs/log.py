@@ -30,7 +30,7 @@ class Log:
             self.write(f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.name}: {text}")
 
     def say(self, event: str, text: str) -> None:
-        """Say what is no event of a job."""
+        """Write a line about the daemon itself, which is no event of a job."""
         moment = time.time()
         line = {"event": event, "time": round(moment, 3), "message": text}
         self.write(json.dumps(line) if self.as_json else f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}")

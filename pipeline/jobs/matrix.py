@@ -71,7 +71,7 @@ def expand(table: Mapping[str, Any], folder: Path, where: str, patterns: bool = 
 
 
 def placeholders(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What a directory's name may have in braces: `model`, the last part of the source's name, and every option."""
+    """Values for the braces in an output directory's name: every option, and `model`, the last part of the source's path."""
     source = next((str(chosen[key]) for key in SOURCES if key in chosen), "")
     path = source.rstrip("/").rpartition("/")[2]
     return {**chosen, "model": path.removesuffix(".gguf")}

@@ -1,4 +1,4 @@
-"""What is said of events to people and programs elsewhere: which events, and in which words."""
+"""Turns events into notifications: which events are worth one, and its words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Message:
 
 
 def message(event: Event) -> Message | None:
-    """What an event is worth saying; None for nothing.
+    """The notification of an event; None where it needs none.
 
     A run's last attempt counts: not one that will be repeated, and not what somebody cancelled, what the daemon's own end
     interrupted, or what was up to date.

@@ -1,4 +1,4 @@
-"""Telling people and programs elsewhere how jobs end: `[notify]` of a schedule file, and what listens to the hub for it."""
+"""Tells people and programs elsewhere how jobs end: `[notify]` of a schedule file, and the subscriber that sends notifications."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class WebhookOptions(Table):
 
 
 class Notify(Table):
-    """`[notify]`: of what is told, and to whom. `apprise`: where Apprise's URLs are, apart by white space; they hold secrets."""
+    """`[notify]`: which events are told, and to whom.
+
+    `apprise`: the place of Apprise's URLs, separated by white space. They hold secrets.
+    """
 
     on: tuple[Kind, ...] = ("failure", "stall")
     webhook: WebhookOptions | None = None
@@ -71,7 +74,7 @@ class Notify(Table):
 
 
 class Notifier:
-    """Sends what a hub's events are worth saying; never holds up or fails the publisher."""
+    """Sends notifications of a hub's events; never delays its publisher or makes it fail."""
 
     def __init__(self, kinds: Sequence[Kind], outboxes: Sequence[Outbox]) -> None:
         self._kinds, self._outboxes = frozenset(kinds), tuple(outboxes)

@@ -46,7 +46,7 @@ class Overview:
 
 @dataclass
 class _Counters:
-    """What only grows: of attempts that have ended, and stalls."""
+    """Totals over the attempts that have ended, and the number of stalls: they never decrease."""
 
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     stalls: int = 0

@@ -23,7 +23,10 @@ FAILURES = 10
 
 
 def overview_page(look: Callable[[], Overview], memory_limit: int | None = None) -> Callable[[Any], None]:
-    """What fills a Bokeh document with what `look` sees; `memory_limit`: bytes that all jobs together may use."""
+    """Make a function that builds the page in a Bokeh document and keeps it up to date with `look`.
+
+    `memory_limit`: bytes that all jobs together may use.
+    """
 
     def fill(document: Any) -> None:
         head, jobs, failures = (Div(stylesheets=[STYLE], sizing_mode="stretch_width") for _ in range(3))

@@ -1,4 +1,4 @@
-"""What ties a child process to its parent: the word with which it may begin, and its end with the parent's."""
+"""Ties a child process to its parent: it waits for the parent's word before it begins, and ends when the parent ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def word(parent: int) -> bytes:
-    """The bytes with which the parent of this pid has its child begin."""
+    """The line that the parent with this pid writes to its child's standard input to let it begin."""
     return f"go {parent}\n".encode()
 
 

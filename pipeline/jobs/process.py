@@ -1,4 +1,7 @@
-"""What the system says: of processes, whose births go with their pids, as a pid may stand for another a moment later; of memory."""
+"""Facts from the operating system: whether a process is still running, and how much memory there is.
+
+A pid is used again after its process has ended. Next to each pid goes the `birth` of its process, so that the two are not confused.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ KILL_SECONDS = 10.0  # for a killed process to be gone
 
 
 def birth(pid: int) -> str:
-    """What tells a process from every other that has had or will have its pid: the start of the machine, who numbers it, its own
-    start. "" where it is gone, a zombie, or the system does not say."""
+    """A text that is different for each process that ever has this pid; "" where it is gone, a zombie, or cannot be seen.
+
+    It holds the id of the machine's boot, the pid namespace and the time at which the process started.
+    """
     try:
         # The command, in brackets, may hold blanks and brackets itself.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -25,7 +30,7 @@ def birth(pid: int) -> str:
 
 
 def alive(pid: int, born: str) -> bool:
-    """Whether the process still runs; true where that cannot be seen, as in another container that has numbers of its own."""
+    """Whether the process still runs; true where that cannot be seen, as for one in another container."""
     boot, namespace, _ = born.split(" ") if born else ("", "", "")
     if not born or (boot == boot_id() and namespace != _namespace()):
         return True
@@ -33,9 +38,9 @@ def alive(pid: int, born: str) -> bool:
 
 
 def kill(pid: int | None, born: str) -> bool:
-    """Kill a process, if it is still that one; returns False where it cannot be killed.
+    """Kill the process with this pid and birth, if it still runs; returns False where it cannot be killed.
 
-    One that cannot be seen is not ours to kill: the lock of the directory that it writes keeps others out.
+    One that cannot be seen is left alone: the lock of the directory that it writes keeps others out.
     """
     end = time.monotonic() + KILL_SECONDS
     while pid is not None and born and birth(pid) == born:
@@ -48,7 +53,7 @@ def kill(pid: int | None, born: str) -> bool:
 
 
 def _namespace() -> str:
-    """Who numbers the processes that this one sees."""
+    """The pid namespace of this process; "-" where the system does not say."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

@@ -1,4 +1,7 @@
-"""What the store says: jobs, runs, attempts and counts, as frozen rows. Any thread, any process; nobody waits for a writer."""
+"""Reads the store: jobs, runs, attempts and counts, as frozen rows.
+
+From any thread and any process; readers do not wait for writers.
+"""
 
 from __future__ import annotations
 

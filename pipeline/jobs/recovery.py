@@ -1,20 +1,20 @@
-"""After workers that are gone: what they held is taken from them, once nothing of theirs runs any more."""
+"""Recovers from workers that are gone: their leases are freed once none of their processes runs any more."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from pipeline.jobs import process
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 
 
-def recover(store: Store) -> None:
-    """Have the store say what is: end attempts and workers that are gone."""
+def recover(store: JobStore) -> None:
+    """End the attempts and workers whose processes are gone, so that the store says what is really running."""
     take_over(store)
     store.bury()
 
 
-def take_over(store: Store, wanted: Collection[int] = (), mine: Collection[int] = ()) -> bool:
+def take_over(store: JobStore, wanted: Collection[int] = (), mine: Collection[int] = ()) -> bool:
     """End attempts whose workers are gone, and those of `wanted` whose workers are late, but none of `mine`; whether any was.
 
     First the process is killed, then its leases are free: in the other order two could write for a moment.

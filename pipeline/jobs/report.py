@@ -1,4 +1,4 @@
-"""What the commands about jobs say: plain values for --json, and the tables that are made of them."""
+"""The output of the commands about jobs: plain values for --json, and tables made of those values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.jobs.rows import JobRow, Unit
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 from pipeline.watching.units import human_bytes
 
 _COLOURS = {"done": "green", "up_to_date": "green", "running": "cyan", "queued": "cyan", "waiting": "yellow", "cancelled": "yellow"}
 
 
 def unit(planned: Unit) -> dict[str, Any]:
-    """A conversion that a batch would make."""
+    """A conversion that a batch would make, as plain values."""
     conversion = planned.conversion
     state = "refused" if planned.error else "up_to_date" if planned.up_to_date else "to do"
     return {
@@ -37,7 +37,7 @@ def unit(planned: Unit) -> dict[str, Any]:
 
 
 def units_table(units: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """What `headrace batch --dry_run` says: the conversions in their order."""
+    """The output of `headrace batch --dry_run`: the conversions in their order."""
     table = _table("conversion", "jobs", "state", "writes", "peak memory")
     for each in units:
         sizes = (human_bytes(each["bytes"]), human_bytes(each["peak_memory_bytes"]))
@@ -49,7 +49,7 @@ def units_table(units: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def summary_table(said: Mapping[str, Any]) -> RenderableType:
-    """What a batch ends with."""
+    """The table that a batch ends with: its jobs and their results."""
     made = {each["run"]: each for each in said["conversions"]}
     table = _table("job", "outcome", "run", "attempts", "seconds", "written")
     for each in said["jobs"]:
@@ -62,7 +62,7 @@ def summary_table(said: Mapping[str, Any]) -> RenderableType:
 
 
 def jobs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """What `headrace jobs` says."""
+    """The output of `headrace jobs`: a line for each job."""
     table = _table("job", "name", "state", "updated", "outputs", "error")
     for row in rows:
         outputs = (
@@ -77,14 +77,14 @@ def jobs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def job(store: Store, row: JobRow) -> dict[str, Any]:
+def job(store: JobStore, row: JobRow) -> dict[str, Any]:
     """A job with its runs and their attempts, the newest run first."""
     runs = [{**asdict(run), "attempt_list": [asdict(each) for each in store.attempts(run.id)]} for run in store.runs(job=row.id)]
     return {**asdict(row), "runs": runs}
 
 
 def job_table(said: Mapping[str, Any]) -> RenderableType:
-    """What `headrace jobs show` says."""
+    """The output of `headrace jobs show`: a job, its runs and their attempts."""
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -111,7 +111,7 @@ def job_table(said: Mapping[str, Any]) -> RenderableType:
 
 
 def collected_table(said: Mapping[str, Any]) -> RenderableType:
-    """What `headrace gc` says."""
+    """The output of `headrace gc`: the scratch removed, and the number of runs forgotten."""
     verb = "would be " if said["dry_run"] else ""
     lines = [escape(f"{verb}removed {place}") for place in said["scratch"]]
     return Group(*lines, f"{said['runs']} runs {verb}forgotten")

@@ -1,4 +1,4 @@
-"""What a batch asks for: job files, directories of them, patterns, and batch files, as single jobs in the order of their naming.
+"""Finds the jobs that a batch asks for in job files, directories of them, patterns and batch files, in the order of their naming.
 
 A batch file is TOML (configs/batches/), whose jobs come in this order:
 
@@ -11,7 +11,7 @@ A batch file is TOML (configs/batches/), whose jobs come in this order:
     output_dir = "/ranks/a"
     [[matrix]]                              # see matrix.py
 
-What is wrong with the batch itself is raised before anything begins. What is wrong with one job is that job's affair.
+An error in the batch itself is raised before anything begins. An error in one job leaves the other jobs as they are.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _paths(name: str, folder: Path) -> list[Path]:
 
 
 def _file(path: Path, above: frozenset[Path]) -> Asked:
-    """What a file asks for; a job file that is wrong is a request that is."""
+    """The jobs that a file asks for. A job file that is wrong becomes a request with its problems."""
     try:
         values = read_toml(path, "a job file or a batch file")
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""What is kept, and for how long: the scratch of runs that failed, and the store's own records."""
+"""Removes what has been kept for long enough: the scratch of runs that failed, and old records of the store."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pydantic import Field
 from pipeline.errors import BadInput
 from pipeline.jobs.files import Table
 from pipeline.jobs.rows import GOOD, RunRow
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 from pipeline.sinks.scratch import DEFAULT_ROOT, remove_scratch
 
 DAY = 86_400.0
 
 
 class Retention(Table):
-    """How many days what is kept: scratch of failed runs, and the records of runs that have ended."""
+    """How many days the scratch of failed runs and the records of ended runs are kept."""
 
     failed_scratch_days: Annotated[float, Field(ge=0)] = 7.0
     record_days: Annotated[float, Field(ge=0)] = 90.0
@@ -27,13 +27,13 @@ class Retention(Table):
 
 @dataclass(frozen=True)
 class Collected:
-    """What was removed, or would be: places of scratch, and the number of runs forgotten."""
+    """The result of `collect`: places of the scratch that was removed (or would be), and the number of runs forgotten."""
 
     scratch: tuple[str, ...]
     runs: int
 
 
-def collect(store: Store, retention: Retention, dry_run: bool = False) -> Collected:
+def collect(store: JobStore, retention: Retention, dry_run: bool = False) -> Collected:
     """Remove the scratch that runs left long ago and no other may still use; forget runs that ended long ago.
 
     What a run that failed leaves is for its next attempt. A run is not forgotten while its scratch is there. Output directories,
@@ -53,7 +53,7 @@ def collect(store: Store, retention: Retention, dry_run: bool = False) -> Collec
     return Collected(tuple(removed), store.forget(old))
 
 
-def release(store: Store, run: RunRow) -> None:
+def release(store: JobStore, run: RunRow) -> None:
     """After a run that ended well: remove the cuts that it shared with others, where all of these have ended well too."""
     latest = {each.job: each for each in reversed(store.runs(limit=None)) if run.scratch}
     for place in run.scratch:

@@ -1,4 +1,4 @@
-"""When a conversion that ended badly is tried again: what may pass, after longer and longer waits; never bad input, never a bug."""
+"""Decides when a failed conversion is tried again: after longer and longer waits, and never for bad input or a bug."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ BAD: tuple[State, ...] = ("refused", "failed", "crashed", "interrupted")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a job is to convert, as it is given to the store: a source and the directories to write.
+    """A conversion as it is given to the store: a source and the directories to write.
 
     `options` are a Job's fields as plain values. As planned: `peak_memory_bytes`, `room` (bytes needed, by directory) and `scratch`
     (the places of cuts). `resources` are what no two attempts may hold at the same time: the outputs, and scratch that is shared.

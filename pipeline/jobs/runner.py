@@ -1,6 +1,6 @@
-"""Does what waits in a queue of the store: begins conversions as limits allow, hears them, ends them, tries again what may pass.
+"""Does the runs of a queue: starts conversions as the limits allow, follows and stops them, and tries again what may succeed.
 
-One thread does all of it, step by step, so that what a conversion is to the store and to the system never differ for long.
+One thread does all of it, step by step, so that the store never differs for long from the processes that really run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.jobs.recovery import recover, take_over
 from pipeline.jobs.retention import release
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import GOOD, AttemptRow, RunRow, State
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 
 BUSY_SECONDS, IDLE_SECONDS = 0.2, 1.0  # between two steps
 STALL_SECONDS = 600.0
@@ -66,7 +66,7 @@ class Ended:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What the process measured, by the names of the store's columns."""
+        """The measurements of the process, by the names of the store's columns."""
         said = self.process.finished if self.process else {}
         names = ("bytes_read", "bytes_written", "peak_memory_bytes")
         found: dict[str, Any] = {name: said.get(name, 0) for name in names}
@@ -75,11 +75,14 @@ class Ended:
 
 
 class Runner:
-    """What works off `queue` for a worker. `step` must always be called from one thread, which the conversions end with."""
+    """Does the runs of `queue` for a worker.
+
+    All calls of `step` must come from one thread, and it must live on: the conversions end when it ends.
+    """
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         hub: Hub,
         worker: str,
         queue: str,
@@ -270,5 +273,5 @@ class Runner:
         self.hub.publish(event)
 
     def _of(self, run: RunRow) -> tuple[float, int, int, str]:
-        """What every event begins with."""
+        """The first fields of every event of this run: time, job, run and name."""
         return self.store.clock(), run.job, run.id, run.name

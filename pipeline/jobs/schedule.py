@@ -65,7 +65,7 @@ Files = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Trigger(Table):
-    """What all triggers have."""
+    """The part that all triggers share."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$", description="Its name in the store, by which it is known again.")]
 
@@ -125,7 +125,7 @@ class Watch(Trigger):
 
 
 class Schedule(Table):
-    """What a daemon does, and within what bounds. Times in seconds. `folder`: what the paths in it are relative to."""
+    """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from."""
 
     timezone: TimeZone = "UTC"
     max_jobs: Annotated[int | None, Field(ge=1)] = None

@@ -48,7 +48,7 @@ class Secret(Table):
 
 
 def _no_text(value: Any) -> Any:
-    """What is no reference becomes an empty one: it is the secret itself, perhaps, and errors say what they are about."""
+    """An empty table for anything but a reference to a secret: it may be the secret itself, and errors print their input."""
     return value if isinstance(value, Secret) or (isinstance(value, dict) and set(value) <= {"env", "file"}) else {}
 
 

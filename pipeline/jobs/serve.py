@@ -30,7 +30,7 @@ from pipeline.jobs.retention import DAY, collect
 from pipeline.jobs.rows import Conversion, Unit
 from pipeline.jobs.runner import Runner
 from pipeline.jobs.schedule import Cron, Interval, Schedule, Trigger, Watch, first_time, trigger_of
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 from pipeline.jobs.submit import submit
 from pipeline.jobs.watch import Arrival, Watcher
 
@@ -40,7 +40,7 @@ Service = Callable[["Daemon"], AbstractContextManager[Any]]
 class Daemon:
     """A daemon on a store. `services` are entered before the first job and left after the last: pages, metrics, notifiers."""
 
-    def __init__(self, schedule: Schedule, store: Store, log: Log | None = None) -> None:
+    def __init__(self, schedule: Schedule, store: JobStore, log: Log | None = None) -> None:
         """Raises BadInput where a watch cannot be kept."""
         self.schedule, self.store, self.log = schedule, store, log
         self.hub, self.stop, self.services = Hub(), threading.Event(), list[Service]()
@@ -90,7 +90,7 @@ class Daemon:
         return scheduler
 
     def _guarded(self, name: str, work: Callable[..., object], *arguments: Any) -> None:
-        """Have a trigger work; what goes wrong is said, and it works again the next time."""
+        """Do a trigger's work; an error is logged, and the trigger works again the next time."""
         try:
             work(*arguments)
         except Interrupted:
@@ -120,7 +120,7 @@ class Daemon:
         return directory
 
     def _queue(self, trigger: Trigger, request: dict[str, Any], source: str) -> None:
-        """Queue what a trigger asks for. What is wrong with the whole of it is a refused run, so that it shows."""
+        """Queue the jobs that a trigger asks for. An error in the whole of it is recorded as a refused run."""
         bounds = {"folder": str(self.schedule.folder), "max_memory": self.schedule.max_memory}
         try:
             units = self._aside.units({**bounds, **request})

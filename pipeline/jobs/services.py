@@ -1,4 +1,4 @@
-"""What a daemon does beside its jobs: its page with metrics and the rest of HTTP, and notifications."""
+"""The services that a daemon offers beside its jobs: its page, metrics and the rest of HTTP; and notifications."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.jobs.serve import Daemon, Service
 
 
 def services(daemon: Daemon) -> list[Service]:
-    """Those that its schedule asks for."""
+    """The services that the daemon's schedule asks for."""
     return [_page, *([_notifying] if daemon.schedule.notify else [])]
 
 

@@ -1,4 +1,4 @@
-"""The store: jobs, runs and attempts, and what may become of them. Each method is one transaction, whole or not at all.
+"""The store of jobs, runs and attempts, and the changes of state they may go through. Each method is one transaction.
 
 A run goes from state to state by rows.BEFORE and no other way. An attempt is begun by `claim`, which gives it leases of everything
 that it writes, and ended once, by `finish` or by `lose`. What lies between is in `heartbeat`.
@@ -34,12 +34,12 @@ def default_path() -> Path:
     return (Path(state) if Path(state).is_absolute() else Path.home() / ".local/state") / "headrace/jobs.db"
 
 
-def open_store(path: Path | None = None, clock: Callable[[], float] = time.time) -> Store:
+def open_store(path: Path | None = None, clock: Callable[[], float] = time.time) -> JobStore:
     """Open a store, creating it where it is not there. Raises BadInput where it cannot be used."""
-    return Store((path or default_path()).absolute(), clock)
+    return JobStore((path or default_path()).absolute(), clock)
 
 
-class Store(Reader):
+class JobStore(Reader):
     """A store that is read and written. Safe from any thread and with any number of processes beside."""
 
     def register(self, kind: Literal["batch", "serve"]) -> WorkerRow:
@@ -91,7 +91,7 @@ class Store(Reader):
         return self.enqueue(self.conversion(latest), SERVE, "retry")[0]
 
     def conversion(self, run: RunRow) -> Conversion:
-        """What a run converts."""
+        """The conversion that a run is for."""
         row = self.job(run.job)
         planned = (run.resources, run.room, run.peak_memory_bytes, run.scratch, run.parts)
         return Conversion(row.name, row.source, row.outputs, row.options, *planned)
@@ -222,7 +222,10 @@ class Store(Reader):
         return True
 
     def bury(self, is_alive: Callable[[int, str], bool] = IS_ALIVE) -> list[WorkerRow]:
-        """Say of workers that are gone that they have ended; what waited in a batch's queue is interrupted. Returns them."""
+        """Record that workers whose processes are gone have ended, and interrupt the runs that waited in their batches' queues.
+
+        Returns these workers.
+        """
         gone = [row for row in self.workers() if row.ended is None and not is_alive(row.pid, row.birth)]
         error = "the batch that it belonged to is gone"
         with self._writing() as (connection, now):
@@ -305,7 +308,7 @@ def _job(connection: sa.Connection, wanted: Conversion, now: float) -> int:
 
 
 def _key(wanted: Conversion) -> str:
-    """What a job is told from others by: its options."""
+    """The key of a job: a hash of its options, which tell it from all others."""
     return hashlib.sha256(json.dumps(wanted.options, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Units into a queue of the store."""
+"""Puts units into a queue of the store."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 
 from pipeline.jobs.events import Hub, JobFinished
 from pipeline.jobs.rows import ACTIVE, GOOD, RunRow, Unit
-from pipeline.jobs.store import Store
+from pipeline.jobs.store import JobStore
 
 
-def submit(store: Store, hub: Hub, units: Sequence[Unit], queue: str, cause: str, repeat: bool = True) -> list[RunRow]:
+def submit(store: JobStore, hub: Hub, units: Sequence[Unit], queue: str, cause: str, repeat: bool = True) -> list[RunRow]:
     """Queue what is to be done; record what is refused or up to date as the run that it would have been. One row a unit.
 
     Without `repeat`, as for a trigger that finds the same every minute, what ended the same the last time is not recorded again.

@@ -1,4 +1,4 @@
-"""From jobs to conversions: those of one source become one, and all are put in the order in which they are done.
+"""Turns jobs into conversions: jobs of one source become one conversion, and all are put in the order in which they are done.
 
 Jobs that differ by their targets alone become one conversion with a [[target]] for each: the source is read and unpacked once.
 Each is planned by itself first, so that one that is refused does not take the others with it. Conversions of one source that

@@ -48,7 +48,7 @@ class Watcher:
         self._seen: dict[str, tuple[Listing, float]] = {}
 
     def look(self) -> list[Arrival]:
-        """What has arrived and is not known yet. Raises OSError where the place cannot be read now."""
+        """The checkpoints that have arrived and are not known yet. Raises OSError where the place cannot be read now."""
         self._files.invalidate_cache()
         now, before = self.clock(), self._seen
         self._seen = {}

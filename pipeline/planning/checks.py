@@ -1,4 +1,4 @@
-"""What planning checks before anything is written: that source, configuration and target agree, tensor by tensor."""
+"""Checks that source, configuration and target agree, tensor by tensor, before anything is written."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ SCHEMES = {
 
 
 def check_request(opened: OpenedSource) -> list[Problem]:
-    """What is wrong with the output directories and the options, whatever the tensors hold."""
+    """Check the output directories and the options that can be judged without the tensors; returns the problems."""
     problems = [*opened.output_problems, *_refused_biases(opened), *_unfit_options(opened)]
     of_shapes = (problem for sharding in opened.shardings for problem in (*divisibility(sharding), *embedding_options(sharding)))
     return [*problems, *dict.fromkeys(of_shapes)]
 
 
 def check_canonical(opened: OpenedSource, tensors: TensorMap) -> list[Problem]:
-    """What is wrong with the tensors after unpacking: fused rows, names, shapes and types, and tied copies that are none."""
+    """Check the unpacked tensors: fused rows, names, shapes and types, and that copies of tied weights are equal to them."""
     source, matches = opened.source, opened.matches
     fused = check_fused(source, matches, opened.packing.formats)
     return [*(fused or check_tensors(tensors, matches, opened.shardings[0], opened.family)), *check_ties(source, matches.copies)]
 
 
 def check_targets(opened: OpenedSource, chosen: Sequence[Quantization], tensors: TensorMap, sound: bool) -> list[Problem]:
-    """What TensorRT-LLM's classes and kernels would not take of each target: codes of another kind, shares that are no whole tiles.
+    """Check that TensorRT-LLM can load each target: the kind of its codes, and that every share is whole tiles.
 
-    `sound`: nothing else is wrong with the tensors, so that their values and shares can be asked after.
+    `sound`: the tensors have passed all other checks, so that their values and shares can be looked at.
     """
     problems: list[Problem] = []
     for quantization, sharding in zip(chosen, opened.shardings, strict=True):
@@ -181,7 +181,7 @@ def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
 
 
 def source_name(name: TensorName, family: Family) -> str:
-    """What a family's checkpoints call a renamed tensor."""
+    """The name that a renamed tensor has in checkpoints of its family."""
     found = family.sources().find(name.module)
     if found is None:
         return str(name)

@@ -23,10 +23,10 @@ _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_
 
 @dataclass(frozen=True)
 class Packing:
-    """What a source's packed modules are, by the source's own names.
+    """The packed modules of a source, by the source's own names.
 
-    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `settings`: what the quantizer
-    says.
+    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `settings`: the source's
+    quantization settings.
     """
 
     formats: Mapping[str, str]
@@ -144,7 +144,7 @@ def _act_order(packing: Packing, options: Shape) -> list[Problem]:
 
 
 def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a source's configuration says of its quantization, flat; nothing where it says nothing."""
+    """The quantization settings in a source's configuration, as one flat table; empty where it has none."""
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping):
         return {}
@@ -153,7 +153,7 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: Sequence[Quantization]) -> dict[TensorName, str]:
-    """What of a packed source no target has a place for, and why: scales that are not asked for, and orders that say nothing."""
+    """The tensors of a packed source that no target has a place for, each with the reason."""
     cache = any(quantization.fp8_kv_cache for quantization in chosen)
     static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
     reasons = {

@@ -98,7 +98,7 @@ class EngineRequest:
 
 
 class EngineTarget(Protocol):
-    """What an engine's request needs to know of a target of a job."""
+    """The part of a job's target that an engine's request depends on."""
 
     @property
     def output_dir(self) -> Path: ...

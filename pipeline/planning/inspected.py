@@ -33,7 +33,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is.
+    """The facts about a checkpoint that `inspect` reports.
 
     `family` and what follows from it (`model`, `tied_embeddings`, the sizes) are None or empty where headrace does not know the
     architecture, and `problems` says so. It can be cut to any of `tp_sizes` with any number of stages from `pp_sizes[0]` to

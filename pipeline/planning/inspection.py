@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what headrace knows: `headrace inspect`, `families` and `formats`. Opens headers only."""
+"""Describes a checkpoint, and the families and formats known: `headrace inspect`, `families`, `formats`. Opens headers only."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from stages.unpack import check, format_of
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values. Raises BadInput where it cannot be opened.
+    """Describe a checkpoint as plain values. Raises BadInput where it cannot be opened.
 
-    What keeps it from being converted is said among `problems`: an unknown family, tensors that do not fit, and so on.
+    `problems` lists the reasons why it cannot be converted: an unknown family, tensors that do not fit, and so on.
     """
     with tempfile.TemporaryDirectory() as place:
         # Planning writes nothing: the directory is never made.
@@ -63,7 +63,7 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
 
 
 def _refusals(job: Job) -> list[str]:
-    """What `convert` would refuse, with no options but the source."""
+    """The problems with which `convert` would refuse this source, given no other options."""
     try:
         make_plan(job)
     except BadInput as error:
@@ -131,7 +131,7 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
 
 
 def _quantized(source: Source, job: Job) -> Quantization:
-    """What a target would be quantized with if no option said otherwise."""
+    """The quantization of a target where no option chooses another."""
     settings = clean_settings(source.config)
     formats_, ordered, problems = check(source.named, settings)
     return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.named)[0]

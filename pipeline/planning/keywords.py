@@ -48,7 +48,7 @@ class ShapeOptions(_Common, total=False):
 
 
 class LoadOptions(_Common, total=False):
-    """What the loaders take beside their own arguments."""
+    """The keywords that loaders take beside their own arguments."""
 
     revision: str | None
     mlp_bias: Literal["omit", "keep", "refuse"]

@@ -48,7 +48,7 @@ class OpenedSource:
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """What config.json says of ties: the source's word, or, where it has none, whether lm_head had to be tied."""
+        """The value for config.json: the source's own, or, where it has none, whether lm_head had to be tied."""
         if self.model.tie_word_embeddings is not None:
             return self.model.tie_word_embeddings
         rows = self.family.sources()

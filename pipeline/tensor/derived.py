@@ -65,12 +65,12 @@ class Mosaic(Block):
 
     def read(self, region: Region) -> np.ndarray:
         touched = [(intersect(region, place), place, block) for place, block in zip(self.regions, self.blocks, strict=True)]
-        found = [(common, place, block) for common, place, block in touched if common is not None]
-        if len(found) == 1:
-            common, place, block = found[0]
+        parts = [(common, place, block) for common, place, block in touched if common is not None]
+        if len(parts) == 1:
+            common, place, block = parts[0]
             return block.read(shift(common, [start for start, _ in place], -1))
         result = np.empty(extent(region), dtype=self.dtype)
-        for common, place, block in found:
+        for common, place, block in parts:
             part = block.read(shift(common, [start for start, _ in place], -1))
             result[slices(shift(common, [start for start, _ in region], -1))] = part
         return result
@@ -155,7 +155,7 @@ def _open(
     arguments: Mapping[str, Any],
     ahead: int,
 ) -> Block:
-    """What a derived block's task runs: nothing is read yet."""
+    """Run a derived block's task: put the block together from the blocks of its inputs, without reading them."""
     inputs = {
         key: blocks[0] if len(blocks) == 1 else Mosaic(places[key][0], places[key][1], places[key][2], blocks)
         for key, blocks in parts.items()

@@ -30,7 +30,7 @@ def size(region: Region) -> int:
 
 
 def intersect(a: Region, b: Region) -> Region | None:
-    """What two regions of one array share; None where they share nothing."""
+    """The region that two regions of one array have in common; None where they share nothing."""
     common = tuple((max(x0, y0), min(x1, y1)) for (x0, x1), (y0, y1) in zip(a, b, strict=True))
     return None if any(start >= stop for start, stop in common) else common
 

@@ -151,9 +151,9 @@ class Applied(Block):
         start, stop = region[0]
         first = start - start % self.period
         last = min(-(-stop // self.period) * self.period, self.shape[0])
-        wanted = ((first, last), *region[1:])
+        periods = ((first, last), *region[1:])
         # The last axis is asked for whole where its length changes: packed columns are cut after they are unpacked.
-        source = wanted if self.columns is None else (*wanted[:-1], (0, self.base.shape[-1]))
+        source = periods if self.columns is None else (*periods[:-1], (0, self.base.shape[-1]))
         values = self.base.read(source)
         with meter(self.stage, values.nbytes):
             result = self.function(values)
@@ -175,7 +175,7 @@ class LazyTensor(Protocol):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a source as it was when it was opened: what tells a changed source from an unchanged one."""
+    """A file of a source as it was when it was opened: a changed source differs from it."""
 
     path: Path
     size_bytes: int

@@ -1,1 +1,1 @@
-"""Quantization: what sources pack (`sources/`), what targets hold (`targets/`), and the kernels' order (`kernels/`)."""
+"""Quantization: packed formats of sources (`sources/`), algorithms of targets (`targets/`), and the kernels' order (`kernels/`)."""

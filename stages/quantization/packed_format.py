@@ -50,7 +50,10 @@ class PackedFormat(Protocol):
         ...
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of an accepted module cannot be unpacked. `settings`: what the quantizer says. May read small tensors."""
+        """The reasons why an accepted module cannot be unpacked, none where it can.
+
+        `settings`: the source's quantization settings. May read small tensors.
+        """
         ...
 
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:

@@ -113,7 +113,7 @@ def read(tensors: Mapping[Name, LazyTensor], block_bytes: int, row_multiple: int
 
 
 def open_block(tensor: LazyTensor, region: Region) -> Block:
-    """What a read task runs: nothing is touched yet."""
+    """Run a read task: make a block of a tensor, without touching its bytes."""
     return tensor.block(region)
 
 

@@ -63,6 +63,8 @@ def accepted(model: type[BaseModel], values: Callable[[Any], Mapping[str, Any]])
 def agree(hint: Any, taken: list[Any]) -> None:
     """Hold a keyword's type against the values that its field takes: each one of a list of choices, else their types."""
     hinted = [value for value in VALUES if takes(hint, value)]
+    if True in hinted and bool not in members(hint):  # it equals a choice of 1: some versions of pydantic take it, some do not
+        hinted, taken = ([value for value in values if value is not True] for values in (hinted, taken))
     assert {type(value) for value in hinted} == {type(value) for value in taken}
     if not {str, int} & set(members(hint)):  # of texts and numbers a field may refuse some
         assert hinted == taken

@@ -44,7 +44,7 @@ class Awq(PackedFormat):
         return [len(shape) for shape in shapes] == [2, 2, 2] and 8 * shapes[0][1] == shapes[2][1]
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of a module cannot be unpacked: another width or version of the format."""
+        """Refuse another width or version of the format, and shapes that do not fit one another."""
         problems = no_words(module, tensors, ("qweight", "qzeros"))
         if settings.get("bits", settings.get("w_bit", 4)) != 4:
             problems.append(Problem(f"{module}.qweight", f"bits {settings.get('bits', settings.get('w_bit'))}", "4"))

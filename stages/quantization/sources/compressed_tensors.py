@@ -49,7 +49,7 @@ class CompressedTensors(PackedFormat):
         return "weight_packed" in parameters or ("weight" in parameters and parameters["weight"].dtype == np.int8)
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of a module cannot be unpacked: a width other than 4 or 8, shapes that do not fit one another, an order."""
+        """Refuse a width other than 4 or 8, shapes that do not fit one another, and groups in an order of their own."""
         scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
         assert weight is not None, "accepted"
         name = "weight_packed" if "weight_packed" in tensors else "weight"
@@ -67,8 +67,8 @@ class CompressedTensors(PackedFormat):
             else [rows, words * 32 // max(bits, 1)]
         )
         if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
-            found = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
-            return [Problem(f"{module}.weight_packed", found, "4 or 8 bits each")]
+            shape = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
+            return [Problem(f"{module}.weight_packed", shape, "4 or 8 bits each")]
         if wrong := _check_scale(module, scale, rows, said[1]):
             return wrong
         groups = scale.shape[1]

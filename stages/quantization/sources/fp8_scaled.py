@@ -46,14 +46,14 @@ class ScaledFp8(PackedFormat):
         return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == ml_dtypes.float8_e4m3fn
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of a module cannot be unpacked: scales by block, a bound of activations that the settings do not say."""
+        """Refuse scales by block, and a bound of activations other than that of the settings."""
         shape, scale = tensors["weight"].shape, tensors["weight_scale"]
         if len(shape) != 2:
             return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix")]
         rows, problems = shape[0], []
         if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-            found = f"shape {list(scale.shape)}"
-            problems.append(Problem(f"{module}.weight_scale", found, f"one scale, or one for each of {rows} out-features"))
+            expected = f"one scale, or one for each of {rows} out-features"
+            problems.append(Problem(f"{module}.weight_scale", f"shape {list(scale.shape)}", expected))
         for name in ("input_scale", "k_scale", "v_scale", "input_scale_ub"):
             if name in tensors and math.prod(tensors[name].shape) != 1:
                 problems.append(Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", "one scale"))

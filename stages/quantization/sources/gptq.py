@@ -44,7 +44,7 @@ class Gptq(PackedFormat):
         return [len(shape) for shape in shapes] == [2, 2, 2] and shapes[0][1] == shapes[2][1]
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of a module cannot be unpacked, or only by dequantizing: other widths, groups that follow the activations."""
+        """Refuse other widths, shapes that do not fit one another, and groups that are missing or that the scales do not have."""
         zeros, scales = tensors["qzeros"], tensors["scales"]
         if wrong := no_words(module, tensors, ("qweight", "qzeros")):
             return wrong
@@ -105,7 +105,7 @@ def no_words(module: str, tensors: Mapping[str, LazyTensor], names: Sequence[str
 
 
 def no_groups(module: str, features: int, groups: int, size: Any) -> list[Problem]:
-    """What is wrong with a number of groups: they are of one size, the one that the settings say, where they say one."""
+    """Refuse a number of groups that does not divide the in-features evenly, or not into groups of the settings' size."""
     said = size if isinstance(size, int) and size > 0 else 0
     if groups and features and not features % groups and said * groups in (0, features):
         return []

@@ -44,7 +44,7 @@ class ModelOptAwq(PackedFormat):
         return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == np.uint8
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """What of a module cannot be unpacked: shapes that do not fit one another, or the settings."""
+        """Refuse shapes that do not fit one another or the settings."""
         shape, scales = tensors["weight"].shape, tensors["weight_scale"].shape
         if len(shape) != 2 or shape[1] % 2:
             return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]

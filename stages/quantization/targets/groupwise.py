@@ -43,8 +43,8 @@ def pack_gptq(
     group = Fraction(scales.shape[-2], width) * per_feature
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
     like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, "columns": scales.chunks[-1] if not front else None}
-    factors = derive("quantize", cast, {"values": scales}, **like, wanted=dtype)
-    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, wanted=dtype)
+    factors = derive("quantize", cast, {"values": scales}, **like, to=dtype)
+    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, to=dtype)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
         header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
@@ -63,9 +63,9 @@ def pack_awq(parameters: Mapping[str, da.Array], dtype: np.dtype) -> dict[str, t
     factors = derive("quantize", transposed_float, {"values": scales}, shape=scales.shape[::-1], dtype=FLOAT32)
     smooth = parameters.get("prequant")
     if smooth is None:
-        smooth = derive("quantize", ones, {"codes": codes}, shape=(features,), dtype=dtype, wanted=dtype)
+        smooth = derive("quantize", ones, {"codes": codes}, shape=(features,), dtype=dtype, to=dtype)
     else:
-        smooth = derive("quantize", cast, {"values": smooth}, shape=smooth.shape, dtype=dtype, wanted=dtype)
+        smooth = derive("quantize", cast, {"values": smooth}, shape=smooth.shape, dtype=dtype, to=dtype)
     return {
         "weight": (weight, Parameter(axes=(("out", Fraction(1, 2)), ("in", ONE)), working_bytes=3)),
         "weights_scaling_factor": (factors, Parameter(axes=(("out", ONE), ("group", Fraction(scales.shape[-2], features))))),
@@ -80,17 +80,17 @@ def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
         return layout.arrange(stream).reshape(*shape, -1)[..., slice(*region[-1])]
 
 
-def zero_of(region: Region, offsets: Block, scales: Block, wanted: np.dtype) -> np.ndarray:
+def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype) -> np.ndarray:
     """[groups, n]: offset * scale, both in the model's type, rounded once; too large for float16 becomes infinity, as in torch."""
     with np.errstate(over="ignore", invalid="ignore"):
-        factors = np.asarray(scales.read(region)).astype(wanted)
-        return np.asarray(np.asarray(offsets.read(region)).astype(wanted) * factors)
+        factors = np.asarray(scales.read(region)).astype(to)
+        return np.asarray(np.asarray(offsets.read(region)).astype(to) * factors)
 
 
-def cast(region: Region, values: Block, wanted: np.dtype) -> np.ndarray:
+def cast(region: Region, values: Block, to: np.dtype) -> np.ndarray:
     """The region in another type; too large for float16 becomes infinity, as in torch."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(values.read(region)).astype(wanted)
+        return np.asarray(values.read(region)).astype(to)
 
 
 def transposed_float(region: Region, values: Block) -> np.ndarray:
@@ -98,9 +98,9 @@ def transposed_float(region: Region, values: Block) -> np.ndarray:
     return np.ascontiguousarray(values.read((region[1], region[0])).T).astype(np.float32)
 
 
-def ones(region: Region, codes: Block, wanted: np.dtype) -> np.ndarray:  # noqa: ARG001
+def ones(region: Region, codes: Block, to: np.dtype) -> np.ndarray:  # noqa: ARG001
     """Factors that change nothing."""
-    return np.ones(region[0][1] - region[0][0], dtype=wanted)
+    return np.ones(region[0][1] - region[0][0], dtype=to)
 
 
 def paired(region: Region, codes: Block) -> np.ndarray:

@@ -133,7 +133,7 @@ def row_scales(values: np.ndarray, bits: int, segments: int, name: str) -> np.nd
 
 
 def not_finite(name: str) -> Problem:
-    """What is wrong with a weight that holds NaN or infinities: no scale fits it."""
+    """The problem of a weight that holds NaN or infinities: no scale fits it."""
     return Problem(
         name, "a value that is not finite (NaN or infinity)", "finite weights, as no scale fits it", "Mend the checkpoint"
     )

@@ -12,7 +12,7 @@ from pipeline.jobs.events import Event, Hub
 from pipeline.jobs.limits import Limits
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.runner import Runner
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 
 GIB = 1 << 30
 
@@ -58,7 +58,7 @@ class Fake:
 class Stage:
     """A runner on a store, with fakes for processes, by the names of the directories that they write."""
 
-    def __init__(self, store: Store, limits: Limits | None = None, retry: Retry | None = None, queue: str = SERVE) -> None:
+    def __init__(self, store: JobStore, limits: Limits | None = None, retry: Retry | None = None, queue: str = SERVE) -> None:
         self.store, self.hub, self.events, self.made = store, Hub(), list[Event](), list[Fake]()
         self.hub.subscribe(self.events.append)
         self.worker = store.register("serve").id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.jobs.rows import Conversion
-from pipeline.jobs.store import Store, open_store
+from pipeline.jobs.store import JobStore, open_store
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def fresh(directory: Path, clock: Clock | None = None) -> Store:
+def fresh(directory: Path, clock: Clock | None = None) -> JobStore:
     return open_store(directory / "jobs.db", clock or Clock())
 
 

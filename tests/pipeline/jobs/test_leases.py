@@ -20,7 +20,7 @@ from pipeline.errors import BadInput
 from pipeline.jobs import tables
 from pipeline.jobs.leases import LEASE_SECONDS
 from pipeline.jobs.rows import ACTIVE, BAD, BEFORE, GOOD, AttemptRow, RunRow, State
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
 from tests.support.examples import examples
 
@@ -316,7 +316,7 @@ def test_processes_exclude_one_another_also_when_some_are_killed(tmp_path: Path)
         each.stdout.close()
     assert set(codes[2:]) == {0}
     assert not (tmp_path / "overlap").exists()
-    store = Store(tmp_path / "jobs.db", time.time)
+    store = JobStore(tmp_path / "jobs.db", time.time)
     ended = [attempt for run in store.runs(limit=None) for attempt in store.attempts(run.id)]
     for resource in ("/ranks/a", "/ranks/b"):
         mine = sorted((each.started, each.ended or 0) for each in ended if store.run(each.run).resources == (resource,))

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline import convert
 from pipeline.jobs import process
 from pipeline.jobs.rows import ACTIVE, RunRow
-from pipeline.jobs.store import Store, open_store
+from pipeline.jobs.store import JobStore, open_store
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.directories import contents
@@ -106,7 +106,7 @@ class Night:
         (place / "site/sitecustomize.py").write_text(WITNESS)
         (place / "batch.toml").write_text(BATCH.format(out=place / "out", disk=place / "disk"))
         (place / "schedule.toml").write_text(SCHEDULE)
-        self.store: Store = open_store(place / "jobs.db")
+        self.store: JobStore = open_store(place / "jobs.db")
 
     def daemon(self) -> subprocess.Popen[bytes]:
         """A daemon that sees a small disk at `disk`."""

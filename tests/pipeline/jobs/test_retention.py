@@ -12,7 +12,7 @@ import pytest
 from pipeline import Interrupted, convert
 from pipeline.jobs.retention import DAY, Retention, collect, release, remove_cut
 from pipeline.jobs.rows import AttemptRow, State
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 from pipeline.sinks.journal import Journal
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
 from tests.pipeline.run.test_interruption import Meddler
@@ -28,7 +28,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Store:
+def store(tmp_path: Path, clock: Clock) -> JobStore:
     return fresh(tmp_path, clock)
 
 
@@ -47,7 +47,7 @@ def cut(tmp_path: Path) -> Path:
     return found
 
 
-def ended(store: Store, name: str, state: State, *places: object, resources: bool = False) -> int:
+def ended(store: JobStore, name: str, state: State, *places: object, resources: bool = False) -> int:
     """A run that ended so, with its scratch."""
     made = dataclasses.replace(conversion(name), scratch=tuple(map(str, places)))
     if resources:
@@ -60,7 +60,7 @@ def ended(store: Store, name: str, state: State, *places: object, resources: boo
     return run.id
 
 
-def test_scratch_of_failed_runs_is_kept_so_long_and_then_removed(store: Store, clock: Clock, cut: Path) -> None:
+def test_scratch_of_failed_runs_is_kept_so_long_and_then_removed(store: JobStore, clock: Clock, cut: Path) -> None:
     ended(store, "a", "failed", cut)
     clock.now += 7 * DAY - 1
     assert collect(store, KEEP).scratch == ()
@@ -74,7 +74,7 @@ def test_scratch_of_failed_runs_is_kept_so_long_and_then_removed(store: Store, c
 
 
 @pytest.mark.parametrize("state", ["running", "waiting"])
-def test_what_another_run_may_use_stays(store: Store, clock: Clock, cut: Path, state: State) -> None:
+def test_what_another_run_may_use_stays(store: JobStore, clock: Clock, cut: Path, state: State) -> None:
     ended(store, "a", "failed", cut)
     clock.now += 8 * DAY
     ended(store, "b", state, cut)
@@ -82,7 +82,7 @@ def test_what_another_run_may_use_stays(store: Store, clock: Clock, cut: Path, s
     assert cut.exists()
 
 
-def test_what_a_job_by_hand_is_at_work_on_stays(store: Store, clock: Clock, cut: Path) -> None:
+def test_what_a_job_by_hand_is_at_work_on_stays(store: JobStore, clock: Clock, cut: Path) -> None:
     ended(store, "a", "failed", cut)
     clock.now += 8 * DAY
     held = Journal(cut / "headrace.journal")
@@ -92,7 +92,7 @@ def test_what_a_job_by_hand_is_at_work_on_stays(store: Store, clock: Clock, cut:
     assert collect(store, KEEP).scratch == (str(cut),)
 
 
-def test_what_is_no_cut_is_never_removed(store: Store, clock: Clock, tmp_path: Path) -> None:
+def test_what_is_no_cut_is_never_removed(store: JobStore, clock: Clock, tmp_path: Path) -> None:
     mine = tmp_path / "mine.zarr"
     mine.mkdir()
     (mine / "zarr.json").write_text(json.dumps({"attributes": {"made by": "somebody else"}}))
@@ -102,7 +102,7 @@ def test_what_is_no_cut_is_never_removed(store: Store, clock: Clock, tmp_path: P
     assert (mine / "zarr.json").exists()
 
 
-def test_shared_scratch_goes_with_the_last_that_ends_well(store: Store, cut: Path) -> None:
+def test_shared_scratch_goes_with_the_last_that_ends_well(store: JobStore, cut: Path) -> None:
     first = ended(store, "a", "done", cut, resources=True)
     second, _ = store.enqueue(dataclasses.replace(conversion("b"), scratch=(str(cut),)), SERVE, "test")
     release(store, store.run(first))
@@ -116,7 +116,7 @@ def test_shared_scratch_goes_with_the_last_that_ends_well(store: Store, cut: Pat
     assert store.run(first).scratch == ()
 
 
-def test_remote_scratch_is_removed_too(store: Store, clock: Clock) -> None:
+def test_remote_scratch_is_removed_too(store: JobStore, clock: Clock) -> None:
     files = fsspec.filesystem("memory")
     files.pipe_file("/cuts/x.zarr/zarr.json", b"{}")
     ended(store, "a", "cancelled", "memory://cuts/x.zarr")
@@ -125,7 +125,7 @@ def test_remote_scratch_is_removed_too(store: Store, clock: Clock) -> None:
     assert not files.exists("/cuts/x.zarr")
 
 
-def test_records_are_forgotten_but_not_before_their_scratch(store: Store, clock: Clock, cut: Path) -> None:
+def test_records_are_forgotten_but_not_before_their_scratch(store: JobStore, clock: Clock, cut: Path) -> None:
     ended(store, "a", "failed", cut)
     ended(store, "b", "done")
     clock.now += 31 * DAY
@@ -138,7 +138,7 @@ def test_records_are_forgotten_but_not_before_their_scratch(store: Store, clock:
 
 
 def test_the_command(tmp_path: Path, cut: Path) -> None:
-    store = Store(tmp_path / "jobs.db", Clock(0.0))
+    store = JobStore(tmp_path / "jobs.db", Clock(0.0))
     ended(store, "a", "failed", cut)
     store.close()
     arguments = ("gc", "--store", tmp_path / "jobs.db")

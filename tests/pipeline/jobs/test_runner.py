@@ -17,7 +17,7 @@ from pipeline.jobs.leases import HEARTBEAT_SECONDS, LEASE_SECONDS
 from pipeline.jobs.limits import Limits
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.rows import AttemptRow
-from pipeline.jobs.store import SERVE, Store
+from pipeline.jobs.store import SERVE, JobStore
 from tests.pipeline.jobs.fakes import GIB, Stage
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
 
@@ -30,20 +30,20 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Store:
+def store(tmp_path: Path, clock: Clock) -> JobStore:
     return fresh(tmp_path, clock)
 
 
 @pytest.fixture
-def stage(store: Store) -> Stage:
+def stage(store: JobStore) -> Stage:
     return Stage(store, retry=RETRY)
 
 
-def queued(store: Store, name: str = "a", *resources: str, queue: str = SERVE) -> int:
+def queued(store: JobStore, name: str = "a", *resources: str, queue: str = SERVE) -> int:
     return store.enqueue(conversion(name, *resources), queue, "test")[0].id
 
 
-def test_a_conversion_is_started_heard_and_recorded(store: Store, stage: Stage) -> None:
+def test_a_conversion_is_started_heard_and_recorded(store: JobStore, stage: Stage) -> None:
     run = queued(store)
     stage.step()
     (fake,) = stage.made
@@ -81,7 +81,7 @@ def test_what_is_tried_again_and_when(
         assert before is None or wait in (before, longest) or wait == pytest.approx(before * factor)
 
 
-def test_failures_are_tried_again_after_longer_and_longer_waits(store: Store, stage: Stage, clock: Clock) -> None:
+def test_failures_are_tried_again_after_longer_and_longer_waits(store: JobStore, stage: Stage, clock: Clock) -> None:
     run = queued(store)
     waits = []
     for attempt in range(1, 4):
@@ -114,7 +114,7 @@ def test_failures_are_tried_again_after_longer_and_longer_waits(store: Store, st
         (5, False, "crashed", False),
     ],
 )
-def test_what_each_exit_code_is(store: Store, stage: Stage, code: int, passing: bool, outcome: Outcome, again: bool) -> None:
+def test_what_each_exit_code_is(store: JobStore, stage: Stage, code: int, passing: bool, outcome: Outcome, again: bool) -> None:
     run = queued(store)
     stage.step()
     stage.made[0].code, stage.made[0].passing = code, passing
@@ -126,7 +126,7 @@ def test_what_each_exit_code_is(store: Store, stage: Stage, code: int, passing: 
     assert ("SIGKILL" in ended.error) == (code == -9)
 
 
-def test_nothing_to_do_is_told_apart(store: Store, stage: Stage) -> None:
+def test_nothing_to_do_is_told_apart(store: JobStore, stage: Stage) -> None:
     run = queued(store)
     stage.step()
     stage.made[0].code, stage.made[0].finished = 0, {"up_to_date": True}
@@ -134,7 +134,7 @@ def test_nothing_to_do_is_told_apart(store: Store, stage: Stage) -> None:
     assert store.run(run).state == "up_to_date"
 
 
-def test_a_refused_conversion_of_several_jobs_is_taken_apart(store: Store, stage: Stage) -> None:
+def test_a_refused_conversion_of_several_jobs_is_taken_apart(store: JobStore, stage: Stage) -> None:
     merged = replace(conversion("m (2 jobs)", "/ranks/x", "/ranks/y"), parts=(("x", 1), ("y", 1)))
     run, _ = store.enqueue(merged, SERVE, "night")
     stage.step()
@@ -155,7 +155,7 @@ def test_a_refused_conversion_of_several_jobs_is_taken_apart(store: Store, stage
     assert sorted(store.run(each.id).state for each in parts) == ["done", "refused"]
 
 
-def test_jobs_and_memory_bound_how_many_run(store: Store) -> None:
+def test_jobs_and_memory_bound_how_many_run(store: JobStore) -> None:
     stage = Stage(store, Limits(2, 100 * GIB))
     runs = [queued(store, name) for name in "abc"]
     stage.step(3)
@@ -166,7 +166,7 @@ def test_jobs_and_memory_bound_how_many_run(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("memory", "running"), [(250, 2), (199, 1), (50, 1)])
-def test_projected_memory_bounds_how_many_run_but_one_always_does(store: Store, memory: int, running: int) -> None:
+def test_projected_memory_bounds_how_many_run_but_one_always_does(store: JobStore, memory: int, running: int) -> None:
     stage = Stage(store, Limits(100, memory))
     for name in "abc":
         queued(store, name)  # of 100 bytes each
@@ -174,7 +174,7 @@ def test_projected_memory_bounds_how_many_run_but_one_always_does(store: Store, 
     assert stage.runner.running == running
 
 
-def test_disks_bound_how_many_run(store: Store, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disks_bound_how_many_run(store: JobStore, stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 15)
     for name in "ab":
         queued(store, name, str(tmp_path / name))  # of 10 bytes each
@@ -186,7 +186,7 @@ def test_disks_bound_how_many_run(store: Store, stage: Stage, monkeypatch: pytes
     assert len(stage.made) == 2
 
 
-def test_what_others_write_is_waited_for(store: Store, stage: Stage) -> None:
+def test_what_others_write_is_waited_for(store: JobStore, stage: Stage) -> None:
     other = Stage(store, queue="batch")
     first, second = queued(store, "one", "/ranks/a", queue="batch"), queued(store, "two", "/ranks/a")
     other.step()
@@ -198,7 +198,7 @@ def test_what_others_write_is_waited_for(store: Store, stage: Stage) -> None:
     assert store.run(second).state == "running"
 
 
-def test_cancelled_while_it_runs(store: Store, stage: Stage) -> None:
+def test_cancelled_while_it_runs(store: JobStore, stage: Stage) -> None:
     run = queued(store)
     stage.step()
     store.cancel(store.run(run).job)
@@ -208,7 +208,7 @@ def test_cancelled_while_it_runs(store: Store, stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("queue", "state"), [(SERVE, "queued"), ("batch", "interrupted")])
-def test_stopped_in_order_it_can_be_taken_up_again(store: Store, queue: str, state: str) -> None:
+def test_stopped_in_order_it_can_be_taken_up_again(store: JobStore, queue: str, state: str) -> None:
     stage = Stage(store, queue=queue)
     run = queued(store, queue=queue)
     stage.step()
@@ -217,7 +217,7 @@ def test_stopped_in_order_it_can_be_taken_up_again(store: Store, queue: str, sta
     assert (store.run(run).state, store.attempts(run)[0].outcome) == (state, "interrupted")
 
 
-def test_one_that_does_not_stop_is_killed(store: Store, stage: Stage) -> None:
+def test_one_that_does_not_stop_is_killed(store: JobStore, stage: Stage) -> None:
     run = queued(store)
     stage.step()
     stage.made[0].on_stop = None
@@ -226,7 +226,7 @@ def test_one_that_does_not_stop_is_killed(store: Store, stage: Stage) -> None:
     assert store.run(run).state == "queued"
 
 
-def test_a_stall_is_told_once_until_it_moves(store: Store, stage: Stage) -> None:
+def test_a_stall_is_told_once_until_it_moves(store: JobStore, stage: Stage) -> None:
     queued(store)
     stage.step()
     fake = stage.made[0]
@@ -239,7 +239,7 @@ def test_a_stall_is_told_once_until_it_moves(store: Store, stage: Stage) -> None
     assert stage.heard(Stalled)[0].seconds >= 51
 
 
-def test_what_was_lost_is_stopped_and_its_end_not_recorded(store: Store, stage: Stage, clock: Clock) -> None:
+def test_what_was_lost_is_stopped_and_its_end_not_recorded(store: JobStore, stage: Stage, clock: Clock) -> None:
     run = queued(store)
     stage.step()
     clock.now += LEASE_SECONDS + 1
@@ -254,7 +254,7 @@ def test_what_was_lost_is_stopped_and_its_end_not_recorded(store: Store, stage: 
     assert store.run(run).state == "running"
 
 
-def test_a_process_is_not_let_go_where_its_attempt_was_lost_before(store: Store, clock: Clock) -> None:
+def test_a_process_is_not_let_go_where_its_attempt_was_lost_before(store: JobStore, clock: Clock) -> None:
     stage = Stage(store)
     run = queued(store)
     start = stage.runner.start
@@ -270,7 +270,7 @@ def test_a_process_is_not_let_go_where_its_attempt_was_lost_before(store: Store,
     assert stage.runner.running == 0
 
 
-def test_a_process_that_cannot_be_started_is_tried_again(store: Store, stage: Stage) -> None:
+def test_a_process_that_cannot_be_started_is_tried_again(store: JobStore, stage: Stage) -> None:
     run = queued(store)
 
     def fail(*_: object) -> object:
@@ -281,7 +281,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(store: Store, stage: St
     assert (store.run(run).state, store.run(run).failures) == ("waiting", 1)
 
 
-def test_work_ends_when_nothing_waits_or_when_it_is_told_to(store: Store) -> None:
+def test_work_ends_when_nothing_waits_or_when_it_is_told_to(store: JobStore) -> None:
     stage = Stage(store)
     stage.runner.work(threading.Event(), until_idle=True)
     run, stop = queued(store), threading.Event()
@@ -290,7 +290,7 @@ def test_work_ends_when_nothing_waits_or_when_it_is_told_to(store: Store) -> Non
     assert store.run(run).state == "queued"
 
 
-def test_a_listener_that_fails_harms_nobody(store: Store, stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_listener_that_fails_harms_nobody(store: JobStore, stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("mine")
 
@@ -306,7 +306,7 @@ def test_a_listener_that_fails_harms_nobody(store: Store, stage: Stage, caplog: 
     assert not caplog.records
 
 
-def test_a_second_word_ends_it_at_once(store: Store) -> None:
+def test_a_second_word_ends_it_at_once(store: JobStore) -> None:
     stage = Stage(store)
     stage.runner.stop_seconds = 3600.0
     queued(store)

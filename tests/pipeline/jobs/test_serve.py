@@ -19,7 +19,7 @@ from pipeline.jobs.events import Event, JobFinished, JobQueued
 from pipeline.jobs.rows import ACTIVE, RunRow
 from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
-from pipeline.jobs.store import Store, open_store
+from pipeline.jobs.store import JobStore, open_store
 from tests.support import checkpoints
 from tests.support.commands import COMMAND, headrace
 from tests.support.directories import contents
@@ -35,7 +35,7 @@ def wait(until: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[JobStore]:
     opened = open_store(tmp_path / "jobs.db")
     yield opened
     opened.close()
@@ -60,7 +60,7 @@ def often(tmp_path: Path, every: float = 3600) -> Path:
 
 
 @contextlib.contextmanager
-def serving(schedule: Path, store: Store, *listeners: Callable[[Event], None]) -> Iterator[Daemon]:
+def serving(schedule: Path, store: JobStore, *listeners: Callable[[Event], None]) -> Iterator[Daemon]:
     """A daemon in a thread of its own."""
     daemon = Daemon(read_schedule(schedule), store)
     for listener in listeners:
@@ -76,7 +76,7 @@ def serving(schedule: Path, store: Store, *listeners: Callable[[Event], None]) -
 
 
 @contextlib.contextmanager
-def process(schedule: Path, store: Store) -> Iterator[subprocess.Popen[str]]:
+def process(schedule: Path, store: JobStore) -> Iterator[subprocess.Popen[str]]:
     """A daemon in a process of its own."""
     command = [*COMMAND, "serve", str(schedule), "--store", str(store.path), "--log_format", "json"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
@@ -84,16 +84,16 @@ def process(schedule: Path, store: Store) -> Iterator[subprocess.Popen[str]]:
         started.kill()
 
 
-def state(store: Store, name: str) -> str:
+def state(store: JobStore, name: str) -> str:
     return next((job.state for job in store.jobs() if job.name == name), "")
 
 
-def only(store: Store) -> RunRow:
+def only(store: JobStore) -> RunRow:
     (run,) = store.runs()
     return run
 
 
-def test_a_trigger_fires_and_sigterm_ends_in_order(tmp_path: Path, store: Store, model: Path) -> None:
+def test_a_trigger_fires_and_sigterm_ends_in_order(tmp_path: Path, store: JobStore, model: Path) -> None:
     schedule = often(tmp_path)
     with process(schedule, store) as started:
         wait(lambda: state(store, "job") == "done")
@@ -113,7 +113,9 @@ def test_a_trigger_fires_and_sigterm_ends_in_order(tmp_path: Path, store: Store,
     assert only(store).cause == "often"
 
 
-def test_what_was_missed_is_made_up_for_and_what_is_done_is_not_recorded_again(tmp_path: Path, store: Store, model: Path) -> None:
+def test_what_was_missed_is_made_up_for_and_what_is_done_is_not_recorded_again(
+    tmp_path: Path, store: JobStore, model: Path
+) -> None:
     schedule, heard = often(tmp_path), list[Event]()
     convert(model_dir=model, output_dir=tmp_path / "out", tp_size=2, scheduler="threads")
     for _ in range(2):
@@ -124,7 +126,7 @@ def test_what_was_missed_is_made_up_for_and_what_is_done_is_not_recorded_again(t
     assert [type(event) for event in heard] == [JobFinished]
 
 
-def test_sigterm_in_the_middle_leaves_a_conversion_that_the_next_daemon_ends(tmp_path: Path, store: Store, model: Path) -> None:
+def test_sigterm_in_the_middle_leaves_a_conversion_that_the_next_daemon_ends(tmp_path: Path, store: JobStore, model: Path) -> None:
     schedule = often(tmp_path)
     with process(schedule, store) as started:
         wait(lambda: store.runs(states=("running",)))
@@ -139,7 +141,7 @@ def test_sigterm_in_the_middle_leaves_a_conversion_that_the_next_daemon_ends(tmp
     assert model.exists()
 
 
-def test_people_can_cancel_and_retry_while_it_runs(tmp_path: Path, store: Store, model: Path) -> None:
+def test_people_can_cancel_and_retry_while_it_runs(tmp_path: Path, store: JobStore, model: Path) -> None:
     schedule, heard = often(tmp_path), list[Event]()
     with serving(schedule, store, heard.append):
         wait(lambda: store.runs(states=("running",)))
@@ -153,7 +155,7 @@ def test_people_can_cancel_and_retry_while_it_runs(tmp_path: Path, store: Store,
     assert model.exists()
 
 
-def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(tmp_path: Path, store: Store) -> None:
+def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(tmp_path: Path, store: JobStore) -> None:
     write(tmp_path / "batch.toml", "[[matrix]]\nmodel_dir = 3\n")
     text = '[[interval]]\nname = "bad"\nevery_seconds = 1\nfiles = ["batch.toml"]\n'
     heard: list[Event] = []
@@ -167,7 +169,7 @@ def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(tmp_path: Path, store
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["directory", "URL"])
-def test_what_arrives_is_converted_once(tmp_path: Path, store: Store, remote: bool) -> None:
+def test_what_arrives_is_converted_once(tmp_path: Path, store: JobStore, remote: bool) -> None:
     (tmp_path / "in").mkdir()
     place = f'path = "file://{tmp_path}/in"\nfetch_to = "fetched"' if remote else 'path = "in"'
     text = f"""
@@ -193,7 +195,7 @@ def test_what_arrives_is_converted_once(tmp_path: Path, store: Store, remote: bo
     assert len(store.runs()) == 1, "also the next daemon knows it"
 
 
-def test_services_are_there_for_as_long_as_there_is_work(tmp_path: Path, store: Store, model: Path) -> None:
+def test_services_are_there_for_as_long_as_there_is_work(tmp_path: Path, store: JobStore, model: Path) -> None:
     order: list[str] = []
 
     @contextlib.contextmanager

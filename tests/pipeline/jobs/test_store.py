@@ -14,11 +14,11 @@ import pytest
 from pipeline.errors import BadInput
 from pipeline.jobs import tables
 from pipeline.jobs.rows import STATES, RunRow
-from pipeline.jobs.store import SERVE, Store, default_path, open_store
+from pipeline.jobs.store import SERVE, JobStore, default_path, open_store
 from tests.pipeline.jobs.stores import Clock, conversion, fresh
 
 
-def running(store: Store, name: str = "a", queue: str = SERVE) -> tuple[RunRow, int]:
+def running(store: JobStore, name: str = "a", queue: str = SERVE) -> tuple[RunRow, int]:
     """A run under way, and its attempt."""
     run, _ = store.enqueue(conversion(name), queue, "test")
     attempt = store.claim(run.id, store.register("serve").id)

@@ -7,14 +7,14 @@ from typing import Any
 
 from pipeline.jobs.events import Hub, JobFinished, JobStarted, Progress
 from pipeline.jobs.rows import AttemptRow, Conversion, RunRow
-from pipeline.jobs.store import SERVE, Store, open_store
+from pipeline.jobs.store import SERVE, JobStore, open_store
 
 
 class Told:
     """One worker's store and hub."""
 
     def __init__(self, directory: Path) -> None:
-        self.store: Store = open_store(directory / "jobs.db")
+        self.store: JobStore = open_store(directory / "jobs.db")
         self.hub = Hub()
         self.worker = self.store.register("serve").id
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.tensor.names import split_names
 from pipeline.tensor.tensors import AXES
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import formats
@@ -57,7 +58,7 @@ def test_tensorrt_llms_algorithm(name: str) -> None:
 
 def test_axes_by_module() -> None:
     stored = {f"{MODULE}.{key}": array for key, array in KINDS["gptq"].quantizer(MODULE, WEIGHT).parameters.items()}
-    found, _, problems = check(held({**stored, "model.norm.weight": np.ones(4, np.float16)}), KINDS["gptq"].settings)
+    found, _, problems = check(split_names(held({**stored, "model.norm.weight": np.ones(4, np.float16)})), KINDS["gptq"].settings)
     assert problems == []
     known = axes(found)
     assert known.keys() == {MODULE}

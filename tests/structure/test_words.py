@@ -1,0 +1,204 @@
+"""Habits of the text itself: a class's name means one thing, docstrings say it plainly, imports stand at the top of a module."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from tests.support.places import ROOT
+
+FOLDERS = ("pipeline", "stages")
+REWRITTEN = (
+    "pipeline/planning/compose.py",
+    "pipeline/planning/cuts.py",
+    "pipeline/planning/make_plan.py",
+    "pipeline/planning/memory.py",
+    "pipeline/planning/plans.py",
+    "pipeline/planning/stores.py",
+    "pipeline/planning/targets.py",
+    "pipeline/run/",
+    "pipeline/watching/state.py",
+)
+
+# Imports inside functions, by module: the first name of another package, the whole name of a module of ours.
+LATE_IMPORTS: Mapping[str, set[str]] = {
+    # `import headrace` loads neither numpy nor pydantic: a call of the API does.
+    "pipeline/api.py": {
+        "pipeline.engine.log",
+        "pipeline.engine.requests",
+        "pipeline.engine.run",
+        "pipeline.planning.engine_options",
+        "pipeline.planning.inspected",
+        "pipeline.planning.inspection",
+        "pipeline.planning.job",
+        "pipeline.planning.make_plan",
+        "pipeline.reporting.report",
+        "pipeline.run.execute",
+    },
+    # Help, completion and refusals of the command line stay quick: a command loads its own work when it is called.
+    "pipeline/cli/__init__.py": {"pipeline"},  # the version: importlib.metadata
+    "pipeline/cli/build.py": {"pipeline.engine.run"},
+    "pipeline/cli/convert.py": {
+        "numpy",
+        "pipeline.engine.run",
+        "pipeline.planning.make_plan",
+        "pipeline.reporting.terminal",
+        "pipeline.run.execute",
+    },
+    "pipeline/cli/facts.py": {"pipeline.planning.inspection", "pipeline.reporting"},
+    "pipeline/cli/jobs.py": {
+        "pipeline.jobs",
+        "pipeline.jobs.batch",
+        "pipeline.jobs.files",
+        "pipeline.jobs.limits",
+        "pipeline.jobs.recovery",
+        "pipeline.jobs.requests",
+        "pipeline.jobs.retention",
+        "pipeline.jobs.store",
+        "pipeline.jobs.units",
+        "pipeline.reporting.terminal",
+        "sqlalchemy",
+    },
+    "pipeline/cli/levels.py": {"rich"},
+    "pipeline/cli/report.py": {"pipeline.reporting.report"},
+    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch"},
+    "pipeline/cli/serve.py": {
+        "pipeline.jobs.files",
+        "pipeline.jobs.listening",
+        "pipeline.jobs.schedule",
+        "pipeline.jobs.serve",
+        "pipeline.jobs.services",
+    },
+    "pipeline/cli/verify.py": {"pipeline.reporting.generation", "pipeline.reporting.terminal", "pipeline.reporting.verification"},
+    # A child waits for its parent's word before it loads anything.
+    "pipeline/cli/child.py": {"pipeline.cli"},
+    # An extra that need not be installed.
+    "pipeline/jobs/apprise_channels.py": {"apprise"},
+    "stages/read/tokenizer.py": {"transformers"},
+    # Dask is slow to import, and nothing that only opens headers needs it.
+    "pipeline/tensor/blocks.py": {"dask"},
+    "pipeline/tensor/derived.py": {"dask"},
+    "pipeline/tensor/tensors.py": {"dask"},
+    "stages/rename.py": {"dask"},
+    # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
+    "stages/quantization/sources/gguf.py": {"gguf"},
+    "stages/read/__init__.py": {"dask", "stages.read"},
+    "stages/read/gguf.py": {"gguf"},
+    "stages/read/hub.py": {"huggingface_hub"},
+    "stages/read/live_model.py": {"torch"},
+    "stages/read/zarr_store.py": {"zarr"},
+    # Only scratch and object storage need zarr and fsspec.
+    "pipeline/jobs/retention.py": {"fsspec"},
+    "pipeline/sinks/remote.py": {"fsspec", "zarr"},
+    "pipeline/sinks/scratch.py": {"zarr"},
+    "stages/write.py": {"zarr"},
+    # Only pages and dashboards need bokeh and distributed, only a terminal rich.
+    "pipeline/jobs/services.py": {"pipeline.jobs.http"},
+    "pipeline/watching/conversion.py": {"pipeline.watching.metrics", "pipeline.watching.page"},
+    "pipeline/watching/dashboard.py": {"distributed"},
+    "pipeline/watching/progress.py": {"rich"},
+    "pipeline/watching/server.py": {"bokeh"},
+}
+
+
+def texts() -> dict[str, str]:
+    """Path -> text, of every module of the product."""
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
+
+
+def ruled(modules: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in modules.items() if not name.startswith(REWRITTEN)}
+
+
+def repeated_classes(modules: Mapping[str, str]) -> list[str]:
+    """Public names of classes that two modules have, or one module twice."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, text in modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    return [f"{name}: {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
+
+
+def riddles(modules: Mapping[str, str]) -> list[str]:
+    """Docstrings that begin with "What": they circle round a thing where a noun or a verb would name it."""
+    result = []
+    for name, text in modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                said = (ast.get_docstring(node) or "").partition("\n")[0]
+                result += [f"{name}: {said}"] if said.startswith("What ") else []
+    return result
+
+
+def late_imports(text: str) -> set[str]:
+    """The imports inside functions, as LATE_IMPORTS names them."""
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {name for function in functions for node in ast.walk(function) for name in imported(node)}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+    for name in names:
+        root = name.partition(".")[0]
+        yield name if root in FOLDERS else root
+
+
+def unlisted(modules: Mapping[str, str], listed: Mapping[str, set[str]]) -> list[str]:
+    """Imports inside functions that are not listed, and listed ones that are gone: "+" and "-"."""
+    found = {name: late_imports(text) for name, text in modules.items()}
+    every: Sequence[str] = sorted({*found, *listed})
+    result = []
+    for name in every:
+        has, may = found.get(name, set()), listed.get(name, set())
+        result += [f"+ {name}: {each}" for each in sorted(has - may)] + [f"- {name}: {each}" for each in sorted(may - has)]
+    return result
+
+
+def test_a_public_name_of_a_class_means_one_thing() -> None:
+    assert repeated_classes(texts()) == []
+
+
+def test_a_docstring_says_what_a_thing_is_or_does() -> None:
+    assert riddles(ruled(texts())) == []
+
+
+def test_imports_stand_at_the_top_but_for_those_with_a_reason() -> None:
+    assert unlisted(ruled(texts()), LATE_IMPORTS) == []
+
+
+def test_every_module_is_looked_at() -> None:
+    assert len(ruled(texts())) > 140
+    assert "pipeline/jobs/store.py" in ruled(texts())
+
+
+def test_a_repeated_class_is_seen() -> None:
+    made = {
+        "a.py": "class Store: ...\nclass _Row: ...",
+        "b.py": "def make():\n    class Store: ...",
+        "c.py": "class _Row: ...\nclass Other: ...",
+    }
+    assert repeated_classes(made) == ["Store: a.py, b.py"]
+
+
+def test_a_riddle_is_seen() -> None:
+    made = {
+        "a.py": '"""What is kept."""',
+        "b.py": '"""Keeps things."""\nclass A:\n    """What all have."""\n    async def b(self):\n        """What it gives."""',
+        "c.py": 'def c():\n    """Whatever comes.\n\n    What is left.\n    """',
+    }
+    assert riddles(made) == ["a.py: What is kept.", "b.py: What all have.", "b.py: What it gives."]
+
+
+def test_a_late_import_that_is_not_listed_is_seen_and_a_listed_one_that_is_gone() -> None:
+    text = "import json\nclass A:\n    async def b(self):\n"
+    text += "        if self:\n            import dask.array as da\n        from stages.read import hub"
+    listed = {"a.py": {"dask", "stages.read"}}
+    assert unlisted({"a.py": text}, listed) == []
+    assert unlisted({"a.py": f"{text}\n        import zarr"}, listed) == ["+ a.py: zarr"]
+    assert unlisted({"a.py": text, "b.py": "def b():\n    from rich.table import Table"}, listed) == ["+ b.py: rich"]
+    assert unlisted({"a.py": text.replace("import dask.array as da", "pass")}, listed) == ["- a.py: dask"]
+    assert unlisted({}, {"gone.py": {"rich"}}) == ["- gone.py: rich"]
