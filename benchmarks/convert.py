@@ -11,14 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from pipeline.run.lower import lower
+from typing import Any
 
 from benchmarks.measure import machine, run
 from benchmarks.models import make
 from pipeline import plan
-from pipeline.run.schedulers import runner
-from pipeline.tensor.tensors import Block
+from pipeline.planning.dask_graph import bind, stage_graph
+from pipeline.run.schedulers import runner, thread_name
 from stages.write import BlockWrite, Written
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
@@ -41,8 +40,8 @@ def memory(work: Path) -> None:
             )
 
 
-def nothing(number: int, work: Sequence[BlockWrite], _blocks: Sequence[Sequence[Block]]) -> Written:
-    """Stand in for `write_blocks` without reading or writing."""
+def nothing(number: int, work: Sequence[BlockWrite], *_: Any) -> Written:
+    """Stand in for `write_group` without reading or writing."""
     return Written(number, work[-1].name, 0, 0, {}, (), ())
 
 
@@ -54,8 +53,13 @@ def overhead(work: Path) -> None:
             start = time.perf_counter()
             planned = plan(model_dir=source, output_dir=work / "none", **sizes)
             ready = time.perf_counter()
-            with runner(scheduler, planned.budget.workers) as (execute, *_):
-                tasks = sum(1 for _ in execute(lower(planned.phases[-1], planned.budget.piece_bytes, [0], run=nothing)))
+            with runner(scheduler, planned.budget.workers) as session:
+                layers: dict[str, Any] = {}
+                groups = [bind(planned, 0, index, (0,), layers) for index in range(planned.tasks)]
+                graph = stage_graph(groups, name=int if session.client else thread_name, run=nothing)
+                tasks = len(graph)
+                done = sum(1 for _ in session.run(graph))
+                assert done == planned.tasks
             end = time.perf_counter()
             text = f"planned in {ready - start:.1f} s, {tasks} tasks scheduled in {end - ready:.1f} s (cluster started and stopped)"
             print(f"{shape} {sizes}, no-op I/O, {scheduler}: {text}", flush=True)

@@ -35,7 +35,7 @@ ROW_MULTIPLE = 64  # rows: chunks of a matrix are cut at multiples of it, and of
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """What the stages make of a source for one target: its arrays, where their regions go, and the ranks' tensors."""
+    """The outcome of the stages for one target: its arrays, where their regions go, and the ranks' tensors."""
 
     options: TargetOptions
     sharding: Sharding

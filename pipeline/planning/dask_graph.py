@@ -32,7 +32,7 @@ Key = tuple[str, Any]
 
 @dataclass(frozen=True)
 class BoundGroup:
-    """What is to be done with one group of a plan.
+    """The work of one group of a plan, bound to the sinks that it is for.
 
     Attributes
     ----------

@@ -27,7 +27,7 @@ PACKED_COPIES = 8
 
 @dataclass(frozen=True)
 class Need:
-    """What one tensor's smallest piece needs: its bytes, and how many copies of it are held."""
+    """The memory of one tensor's smallest piece: its bytes, and how many copies of it are held."""
 
     name: str
     least_piece_bytes: int

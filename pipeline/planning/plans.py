@@ -183,14 +183,14 @@ class Plan:
         return all(target.output.complete for target in self.targets)
 
     def obstacles(self) -> list[Problem]:
-        """What would keep `convert` from starting now: another conversion in the way, or a disk without room."""
+        """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
         outputs = [target.output for target in self.targets]
         sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
         needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
         return check_taken(outputs, self.job.overwrite) or check_space(needs)
 
     def summary(self) -> dict[str, Any]:
-        """What `headrace plan --json` prints."""
+        """The plan as plain values, as `headrace plan --json` prints it."""
         source, model = self.source, self.model
         return {
             "source": {

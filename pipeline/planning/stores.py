@@ -56,7 +56,7 @@ def _row_multiple(name: TensorName, matches: Matches, sharding: Sharding) -> int
 
 
 def need(store: Store, whole_chunks: bool) -> Need:
-    """What a store's smallest piece takes of memory; of a whole chunk, where `whole_chunks` says that it is moved as one."""
+    """The memory that a store's smallest piece takes; a whole chunk, where `whole_chunks` says that it is moved as one."""
     array = store.arrays[0]
     if whole_chunks:
         # On object storage a chunk is put and fetched whole.

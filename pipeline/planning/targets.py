@@ -1,4 +1,4 @@
-"""What a target's directory will hold: the layout of its rank files, the text of config.json, and what headrace.json says."""
+"""Plan a target's directory: the layout of its rank files, the text of config.json, and what headrace.json says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.tensor.placement import RankTensor
 
 
 def plan_identity(opened: OpenedSource) -> list[Any]:
-    """What all bytes of a plan depend on beside a target's own options, as plain values."""
+    """Everything that the bytes of a plan depend on beside a target's own options, as plain values."""
     files = [file.fingerprint() for file in opened.source.files]
     return [VERSION, opened.family.name, opened.job.source_identity(), files]
 

@@ -42,7 +42,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. Sizes in bytes, times in seconds.
+    """The outcome of a conversion. Sizes in bytes, times in seconds.
 
     `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
     `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built after it.
@@ -124,7 +124,7 @@ def execute(
 
 @dataclass
 class _PhaseRun:
-    """What is left to do of a phase: the numbers of its sinks that are written, and its groups.
+    """The rest of a phase that is to be done: the numbers of its sinks that are written, and its groups.
 
     `journals` and `created` are by the sinks' numbers: the open journal, and the topmost directory that its beginning made.
     """
@@ -260,7 +260,7 @@ class _Run:
         for listener in (self.watch, self.listener):
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left[-1]
-        self.watch.entered(outputs.phase, outputs.sinks, outputs.written())
+        self.watch.entered(outputs.sinks, outputs.written())
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""

@@ -137,8 +137,8 @@ class Output:
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.
 
-        `entries` are the journal's; `timings` go into headrace.json as they are. Stopped half-way, it can be done again. Raises OSError
-        where the disk fails.
+        `entries` are the journal's; `timings` go into headrace.json as they are. Stopped half-way, it can be done again.
+        Raises OSError where the disk fails.
         """
         checksums = self._checksums(entries)
         if self.sync:

@@ -29,7 +29,7 @@ class ChunksWritten(Protocol):
 
 @dataclass(frozen=True)
 class StageOfGroup:
-    """What a stage does for one group of blocks.
+    """The part of a stage in one group of blocks.
 
     Attributes
     ----------

@@ -18,7 +18,7 @@ from pipeline.tensor.placement import size
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from pipeline.planning.plans import Phase, Plan
+    from pipeline.planning.plans import Plan
     from stages.write import Written
 
 SAMPLE_SECONDS = 1.0  # the least time between two samples
@@ -108,26 +108,24 @@ class RunWatch:
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:  # noqa: ARG002
         with self._lock:
-            self._plan, self._state = plan, "running"
+            self._plan, self._state, self._phase = plan, "running", plan.phases[0].name
             self._tasks, self._done_tasks = plan.tasks, done_tasks
             self._total, self._done, self._resumed = total_bytes, done_bytes, done_bytes
             self._begun = self._last = self._clock()
             self._sample()
 
-    def entered(self, phase: Phase, sinks: tuple[int, ...], written: Mapping[tuple[int, int], int]) -> None:
-        """Note that a phase has begun.
+    def entered(self, sinks: tuple[int, ...], written: Mapping[tuple[int, int], int]) -> None:
+        """Note which outputs are written.
 
         Parameters
         ----------
-        phase
-            The phase.
         sinks
-            The indices, in `phase.sinks`, of the sinks that it writes to.
+            The indices of the outputs among the sinks of the plan's last phase.
         written
             The bytes that an earlier run has written, by (position in `sinks`, rank).
         """
         with self._lock:
-            self._phase, self._sinks, self._ranks, self._shares = phase.name, sinks, dict(written), None
+            self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
     def advanced(self, written: Written) -> None:
         with self._lock:
@@ -138,7 +136,12 @@ class RunWatch:
             for (stage, unit), value in written.metrics.items():
                 totals = self.stages.setdefault(stage, {})
                 totals[unit] = totals.get(unit, 0.0) + value
+            if self._plan:
+                phases = self._plan.phases
+                self._phase = next(phase.name for n, phase in enumerate(phases) if written.number < self._plan.first_group(n + 1))
             for part in written.checksums:
+                if part.chunk:  # of scratch
+                    continue
                 key = part.sink, part.rank
                 self._ranks[key] = self._ranks.get(key, 0) + part.nbytes
             self._sample()
@@ -201,15 +204,13 @@ class RunWatch:
 
     def _progress(self, plan: Plan) -> tuple[Share, ...]:
         if self._shares is None:
-            self._shares = tuple(_shares(plan, self._phase, self._sinks))
+            self._shares = tuple(_shares(plan, self._sinks))
         return tuple(Share(target, key[1], min(self._ranks.get(key, 0), total), total) for key, target, total in self._shares)
 
 
-def _shares(plan: Plan, phase_name: str, sinks: tuple[int, ...]) -> list[tuple[tuple[int, int], str, int]]:
-    """Return ((position of the sink, rank), name of the target, bytes to write) of each rank; none before the last phase."""
+def _shares(plan: Plan, sinks: tuple[int, ...]) -> list[tuple[tuple[int, int], str, int]]:
+    """Return ((position of the sink, rank), name of the target, bytes to write) of each rank."""
     phase = plan.phases[-1]
-    if phase.name != phase_name:
-        return []
     totals: dict[tuple[int, int], int] = {}
     for store in phase.stores:
         for place, sink in enumerate(sinks):

@@ -42,7 +42,7 @@ class ScratchChunk:
 
 
 def open_chunk(chunk: ScratchChunk, parts: Mapping[str, Sequence[Part]]) -> Block:
-    """What a small task runs to open a chunk: nothing is read yet. `parts`: those of each chunk, by its name."""
+    """Open a chunk, as a small task does; nothing is read yet. `parts`: those of each chunk, by its name."""
     return CheckedBlock(chunk, sorted(parts.get(chunk.name, ())))
 
 
