@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.planning.job import SCRATCH_STAGES, Job
 from pipeline.planning.memory import scratch_window
-from pipeline.planning.plans import Phase, Store, group_blocks
+from pipeline.planning.phases import Phase, Store, group_blocks
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensor.names import TensorName, split_name

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.planning.plans import Plan
+from pipeline.planning.phases import Phased
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, collect, make_blocks
@@ -63,7 +63,7 @@ class BoundGroup:
     openers: Mapping[str, str] = field(default_factory=dict)  # chunk -> the stage that opens it, "" for the last task
 
 
-def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
+def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
     """Bind a group to its sinks: the small tasks of its blocks by stage, and where its bytes go.
 
     Parameters
@@ -76,18 +76,12 @@ def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers
         The small tasks of arrays' layers that were looked up before: a cache for the groups of a plan.
     """
     phase = plan.phases[phase_number]
-    group = phase.groups[index]
-    needed: dict[Any, Any] = {}
-    work, blocks = [], []
-    for store, chunk in group:
-        region = store.region(chunk)
-        bound = tuple(deliveries(store.placements[sink], region, phase.sinks[sink].locate) for sink in sinks)
+    work = []
+    for store, chunk in phase.groups[index]:
+        bound = tuple(deliveries(store.placements[sink], store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-        keys = tuple((store.arrays[sink].name, *chunk) for sink in sinks)
-        for key, sink in zip(keys, sinks, strict=True):
-            collect(key, store.arrays[sink], layers, needed)
-        blocks.append(keys)
-    stages, opened, openers = _by_stage(needed, plan.stage_of, phase.passes, {key for keys in blocks for key in keys})
+    blocks = block_keys(plan, phase_number, index, sinks)
+    stages, opened, openers = stages_of_group(plan, phase_number, index, sinks, layers)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
         plan.first_group(phase_number) + index,
@@ -96,12 +90,34 @@ def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers
         stages,
         opened,
         tuple(work),
-        tuple(blocks),
+        blocks,
         tuple(openers),
         tuple(writes),
         phase_number == len(plan.phases) - 1,
         openers,
     )
+
+
+def block_keys(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+    """For each block of a group, the keys of its small tasks as each sink takes it."""
+    group = plan.phases[phase_number].groups[index]
+    return tuple(tuple((store.arrays[sink].name, *chunk) for sink in sinks) for store, chunk in group)
+
+
+def stages_of_group(
+    plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]
+) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str]]:
+    """The stages that a group passes, what its last task opens itself, and which stage opens each chunk of scratch.
+
+    Arguments are those of `bind`. A chunk that the last task opens has the stage "".
+    """
+    phase = plan.phases[phase_number]
+    keys = block_keys(plan, phase_number, index, sinks)
+    needed: dict[Any, Any] = {}
+    for (store, _), each in zip(phase.groups[index], keys, strict=True):
+        for key, sink in zip(each, sinks, strict=True):
+            collect(key, store.arrays[sink], layers, needed)
+    return _by_stage(needed, plan.stage_of, phase.passes, {key for each in keys for key in each})
 
 
 def _by_stage(
@@ -263,6 +279,17 @@ def stage_graph(
         add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)))
     ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
     return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups})
+
+
+def whole_graph(plan: Phased, outputs: Sequence[Output]) -> StageGraph:
+    """Make the graph of all groups of a plan, as if nothing had been done before. `outputs`: the sinks of its last phase."""
+    layers: dict[str, Mapping[Any, Any]] = {}
+    groups = [
+        bind(plan, number, index, range(len(phase.sinks)), layers)
+        for number, phase in enumerate(plan.phases)
+        for index in range(len(phase.groups))
+    ]
+    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)])
 
 
 def _last(group: BoundGroup) -> str:

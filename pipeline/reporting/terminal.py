@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import BadInput
 from pipeline.watching.units import human_bytes
@@ -31,6 +32,7 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_row("family", f"{source['family']} ({source['architecture']})")
     for phase in summary["phases"]:
         facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")
+    facts.add_row("graph", Text(plan.graph().line()))
     block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
     facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
     peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])

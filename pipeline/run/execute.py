@@ -13,7 +13,8 @@ from pipeline.errors import BadInput, Interrupted, WriteFailed
 from pipeline.planning.dask_graph import BoundGroup, Finish, bind, stage_graph
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
-from pipeline.planning.plans import Phase, Plan, Sink
+from pipeline.planning.phases import Phase, Sink
+from pipeline.planning.plans import Plan
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.sinks.journal import Committer, Journal
 from pipeline.sinks.output import Output
