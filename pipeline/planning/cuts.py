@@ -102,7 +102,7 @@ class Cuts:
 
     def reasons(self) -> dict[str, str]:
         """For each stage, whether tensors are cut after it, why, and what it costs or would cost."""
-        chosen = {phase.name.rpartition(" ")[2]: sum(sink.size_bytes for sink in phase.sinks) for phase in self.phases}
+        chosen = {phase.name.rpartition(" ")[2]: phase.written_bytes(range(len(phase.sinks))) for phase in self.phases}
         result = {}
         for stage in SCRATCH_STAGES:
             if stage == "read" and self.carried:

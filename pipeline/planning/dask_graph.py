@@ -19,7 +19,11 @@ from pipeline.planning.phases import Phased
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, collect, make_blocks
+from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.placement import size
+from stages.read import open_block
 from stages.read.scratch_chunks import ScratchChunk
+from stages.rope import RopeBuffer
 from stages.write import BlockWrite, deliveries, write_group
 
 if TYPE_CHECKING:
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
 STAGES = ("read", "rename", "unpack", "cast", "quantize")
 RESULTS = ("scratch", "write", "finish")  # the stages whose tasks give results, and not blocks
 Key = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at."""
+
+    source: Mapping[Any, int]
+    scratch: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class BoundGroup:
     writes: tuple[str, ...]
     is_last: bool
     openers: Mapping[str, str] = field(default_factory=dict)  # chunk -> the stage that opens it, "" for the last task
+    inputs: Inputs = field(default_factory=lambda: Inputs({}, {}))
 
 
 def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
@@ -81,7 +94,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], laye
         bound = tuple(deliveries(store.placements[sink], store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
     blocks = block_keys(plan, phase_number, index, sinks)
-    stages, opened, openers = stages_of_group(plan, phase_number, index, sinks, layers)
+    stages, opened, openers, inputs = stages_of_group(plan, phase_number, index, sinks, layers)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
         plan.first_group(phase_number) + index,
@@ -95,6 +108,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], laye
         tuple(writes),
         phase_number == len(plan.phases) - 1,
         openers,
+        inputs,
     )
 
 
@@ -106,8 +120,8 @@ def block_keys(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]
 
 def stages_of_group(
     plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]
-) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str]]:
-    """The stages that a group passes, what its last task opens itself, and which stage opens each chunk of scratch.
+) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs]:
+    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, and what it reads.
 
     Arguments are those of `bind`. A chunk that the last task opens has the stage "".
     """
@@ -117,7 +131,36 @@ def stages_of_group(
     for (store, _), each in zip(phase.groups[index], keys, strict=True):
         for key, sink in zip(each, sinks, strict=True):
             collect(key, store.arrays[sink], layers, needed)
-    return _by_stage(needed, plan.stage_of, phase.passes, {key for each in keys for key in each})
+    return (*_by_stage(needed, plan.stage_of, phase.passes, {key for each in keys for key in each}), _inputs(needed))
+
+
+def _inputs(needed: Mapping[Any, Any]) -> Inputs:
+    """List what some small tasks read: a task that opens a block of the source, or a chunk, says of which tensor and region."""
+    source: dict[Any, int] = {}
+    scratch: dict[str, int] = {}
+    for key, task in needed.items():
+        if task.func is open_block:
+            tensor, region = task.args
+            if isinstance(tensor, RopeBuffer):  # computed, not read
+                continue
+            source[key] = size(region) * tensor.dtype.itemsize
+        elif isinstance(task.args[0], ScratchChunk):
+            chunk = task.args[0]
+            scratch[chunk.name] = size(chunk.region) * chunk.tensor.dtype.itemsize
+    return Inputs(source, scratch)
+
+
+def all_inputs(plan: Phased) -> Inputs:
+    """List what all groups of a plan read."""
+    layers: dict[str, Mapping[Any, Any]] = {}
+    source: dict[Any, int] = {}
+    scratch: dict[str, int] = {}
+    for number, phase in enumerate(plan.phases):
+        for index in range(len(phase.groups)):
+            inputs = stages_of_group(plan, number, index, range(len(phase.sinks)), layers)[-1]
+            source |= inputs.source
+            scratch |= inputs.scratch
+    return Inputs(source, scratch)
 
 
 def _by_stage(
@@ -169,7 +212,8 @@ class Finish:
     """An output that a graph makes whole.
 
     `number`: of its target. `sink`: its position among the sinks that are written. `earlier`: the entries of its journal.
-    `started`: when the run began, in seconds since the epoch.
+    `started`: when the run began, in seconds since the epoch. `stages`: seconds and bytes by stage of tasks that are not in the
+    graph, as they were run before it.
     """
 
     number: int
@@ -177,6 +221,9 @@ class Finish:
     output: Output
     earlier: tuple[Mapping[str, Any], ...]
     started: float
+    bytes_read: int = 0
+    scratch_bytes_read: int = 0
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -274,9 +321,9 @@ def stage_graph(
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
         waits = {"after": List(*map(TaskRef, held_back[group.number]))} if group.number in held_back else {}
         add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **waits, **arguments)
-    written = list(layers.get("write", ()))
+    written, stored = list(layers.get("write", ())), list(layers.get("scratch", ()))
     for finish in finishes:
-        add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)))
+        add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
     ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
     return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups})
 
@@ -335,13 +382,22 @@ def _window(groups: Sequence[BoundGroup], window: int | None, name: Callable[[in
     return result
 
 
-def finish_output(finish: Finish, written: Sequence[Any]) -> int:
-    """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target."""
+def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] = ()) -> int:
+    """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target.
+
+    `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch.
+    """
     entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
-    stages: dict[str, dict[str, float]] = {}
-    for each in written:
+    stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
+    for each in (*stored, *written):
         for (stage, unit), value in each.metrics.items():
             totals = stages.setdefault(stage, {})
             totals[unit] = totals.get(unit, 0.0) + value
-    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), "stages": stages})
+    moved = {
+        "bytes_read": finish.bytes_read,
+        "scratch_bytes_read": finish.scratch_bytes_read,
+        "bytes_written": stage_bytes(stages, "write"),
+        "scratch_bytes_written": stage_bytes(stages, "write_scratch"),
+    }
+    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, "stages": stages})
     return finish.number

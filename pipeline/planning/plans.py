@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
-from pipeline.planning.dask_graph import whole_graph
+from pipeline.planning.dask_graph import Inputs, all_inputs, whole_graph
 from pipeline.planning.engine_options import job_requests
 from pipeline.planning.graph import PlanGraph, collapse
 from pipeline.planning.graph_nodes import GraphNode
@@ -72,13 +72,27 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes read of the source and of scratch, each tensor once a phase."""
-        return sum(store.source_bytes for phase in self.phases for store in phase.stores)
+        """The bytes of the source that are read, each once, however often stages look at it."""
+        return sum(self._inputs.source.values())
+
+    @cached_property
+    def scratch_bytes_read(self) -> int:
+        """The bytes of scratch that are read back, each once."""
+        return sum(self._inputs.scratch.values())
 
     @cached_property
     def bytes_written(self) -> int:
-        """The total size of the rank files, headers included."""
-        return sum(target.output.size_bytes for target in self.targets)
+        """The bytes that tasks write into rank files: without the files' headers, and without padding, which is reserved."""
+        return self.phases[-1].written_bytes(range(len(self.targets)))
+
+    @cached_property
+    def scratch_bytes_written(self) -> int:
+        """The bytes that tasks write to scratch."""
+        return sum(phase.written_bytes(range(len(phase.sinks))) for phase in self.phases[:-1])
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        return all_inputs(self)
 
     @cached_property
     def id(self) -> str:
@@ -153,7 +167,10 @@ class Plan:
             "targets": [_target_summary(target, self.job.overwrite) for target in self.targets],
             "phases": [{"name": phase.name, "tensors": len(phase.stores), "tasks": len(phase.groups)} for phase in self.phases],
             "scratch": [
-                {"stage": cut.stage, "path": cut.place, "bytes": cut.size_bytes, "reused": cut.complete} for cut in self.scratch
+                {"stage": cut.stage, "path": cut.place, "bytes": phase.written_bytes((number,)), "reused": cut.complete}
+                for phase in self.phases[:-1]
+                for number, cut in enumerate(phase.sinks)
+                if isinstance(cut, ScratchGroup | RemoteGroup)
             ],
             "scratch_reasons": dict(self.scratch_reasons),
             "tasks": self.tasks,
@@ -163,7 +180,9 @@ class Plan:
             "peak_memory_bytes": self.budget.peak_bytes,
             "memory_limit_bytes": self.budget.limit_bytes,
             "bytes_read": self.bytes_read,
+            "scratch_bytes_read": self.scratch_bytes_read,
             "bytes_written": self.bytes_written,
+            "scratch_bytes_written": self.scratch_bytes_written,
             "scheduler": self.job.scheduler,
             "plan_id": self.id,
             "obstacles": [str(problem) for problem in self.obstacles()],

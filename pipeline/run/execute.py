@@ -22,6 +22,7 @@ from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.scratch import ScratchGroup, chunk_parts
 from pipeline.tensor.blocks import Part
+from pipeline.tensor.metering import stage_bytes
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
@@ -45,6 +46,8 @@ class Built:
 class Result:
     """The outcome of a conversion. Sizes in bytes, times in seconds.
 
+    `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
+    apart, and what an earlier, interrupted run moved is in none of them.
     `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
     `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built after it.
     """
@@ -59,6 +62,8 @@ class Result:
     up_to_date: bool = False
     resumed_tasks: int = 0
     engines: tuple[Built, ...] = ()
+    scratch_bytes_read: int = 0
+    scratch_bytes_written: int = 0
 
 
 def execute(
@@ -114,12 +119,14 @@ def execute(
     return Result(
         outputs,
         run.watch.bytes_read,
-        plan.bytes_written,
+        stage_bytes(run.watch.stages, "write"),
         seconds,
         peak_memory_bytes(),
         run.watch.stages,
         run.phases,
         resumed_tasks=run.resumed_tasks,
+        scratch_bytes_read=run.watch.scratch_bytes_read,
+        scratch_bytes_written=stage_bytes(run.watch.stages, "write_scratch"),
     )
 
 
@@ -261,7 +268,8 @@ class _Run:
         for listener in (self.watch, self.listener):
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left[-1]
-        self.watch.entered(outputs.sinks, outputs.written())
+        inputs = {group.number: group.inputs for left in self.left for group in left.groups}
+        self.watch.entered(outputs.sinks, outputs.written(), inputs)
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -298,8 +306,14 @@ class _Run:
 
     def _finishes(self) -> list[Finish]:
         outputs = self.left[-1]
+        source: dict[Any, int] = {}
+        scratch: dict[str, int] = {}
+        for group in (group for left in self.left for group in left.groups):
+            source |= group.inputs.source
+            scratch |= group.inputs.scratch
+        read, again = sum(source.values()), sum(scratch.values())
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began)
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages))
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
