@@ -69,7 +69,7 @@ def collapse(plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engi
         edges |= {GraphEdge(f"{number}.{a}", f"{number}.{b}"): None for a, b in passed.edges}
         edges |= {GraphEdge(source.id, node.id): None for node in stages if node.name == "read"}
         edges |= {GraphEdge(cuts[place].id, f"{number}.{stage}"): None for place, stage in passed.opens}
-        row = [*([(source,)] if not rows else []), *((stage,) for stage in stages)]
+        row: list[tuple[GraphNode, ...]] = [*([(source,)] if not rows else []), *((stage,) for stage in stages)]
         if last == "write":
             finish = GraphNode(f"{number}.finish", "stage", "finish", len(outputs), done=done)
             row += [(finish,), tuple(outputs)]
