@@ -256,7 +256,7 @@ def _write_piece(
             stack.callback(os.close, files[delivery.path])
         with meter("checksum", len(data)):
             digest.update(data)
-        with meter("write", len(data)):
+        with meter("write_scratch" if delivery.chunk else "write", len(data)):
             _write_all(files[delivery.path], data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
         written += len(data)
     return written
@@ -270,7 +270,7 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
     values = np.ascontiguousarray(values)
     with meter("checksum", values.nbytes):
         digest.update(values.reshape(-1).view(np.uint8).data)
-    with meter("write", values.nbytes):
+    with meter("write_scratch", values.nbytes):
         array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,7 +60,9 @@ def convert_command(
             "event": "finished",
             "outputs": [str(path) for path in result.outputs],
             "bytes_read": result.bytes_read,
+            "scratch_bytes_read": result.scratch_bytes_read,
             "bytes_written": result.bytes_written,
+            "scratch_bytes_written": result.scratch_bytes_written,
             "seconds": round(result.seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,
             "up_to_date": result.up_to_date,
@@ -80,12 +83,24 @@ def convert_command(
 
 @app.command("plan", no_args_is_help=True)
 @job_options
-def plan_command(job: Job, json_: Json = False) -> None:
-    """Say what convert would do with the same arguments; writes nothing."""
+def plan_command(
+    job: Job,
+    json_: Json = False,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the plan's graph into a file named *.svg, *.html or *.dot.")
+    ] = None,
+) -> None:
+    """Say what convert would do with the same arguments; writes nothing but the picture that --graph asks for."""
+    if graph:
+        from pipeline.reporting.graph_drawing import check_graph_path, draw_graph
+
+        check_graph_path(graph)
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
 
     plan = make_plan(job)
+    if graph:
+        draw_graph(plan.graph(), graph)
     engines = [
         {
             "path": str(request.engine),

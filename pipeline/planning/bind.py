@@ -6,12 +6,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.planning.plans import Plan
+from pipeline.planning.phases import Phased
 from pipeline.tensor.blocks import StageOfGroup, collect
+from pipeline.tensor.placement import size
+from stages.read import open_block
 from stages.read.scratch_chunks import ScratchChunk
+from stages.rope import RopeBuffer
 from stages.write import BlockWrite, deliveries
 
 STAGES = ("read", "rename", "unpack", "cast", "quantize")  # those that make blocks, in order
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at."""
+
+    source: Mapping[Any, int]
+    scratch: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,10 @@ class BoundGroup:
     writes: tuple[str, ...]
     is_last: bool
     openers: Mapping[str, str] = field(default_factory=dict)  # chunk -> the stage that opens it, "" for the last task
+    inputs: Inputs = field(default_factory=lambda: Inputs({}, {}))
 
 
-def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
+def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
     """Bind a group to its sinks: the small tasks of its blocks by stage, and where its bytes go.
 
     Parameters
@@ -60,18 +72,12 @@ def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers
         The small tasks of arrays' layers that were looked up before: a cache for the groups of a plan.
     """
     phase = plan.phases[phase_number]
-    group = phase.groups[index]
-    needed: dict[Any, Any] = {}
-    work, blocks = [], []
-    for store, chunk in group:
-        region = store.region(chunk)
-        bound = tuple(deliveries(store.placements[sink], region, phase.sinks[sink].locate) for sink in sinks)
+    work = []
+    for store, chunk in phase.groups[index]:
+        bound = tuple(deliveries(store.placements[sink], store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-        keys = tuple((store.arrays[sink].name, *chunk) for sink in sinks)
-        for key, sink in zip(keys, sinks, strict=True):
-            collect(key, store.arrays[sink], layers, needed)
-        blocks.append(keys)
-    stages, opened, openers = _by_stage(needed, plan.stage_of, phase.passes, {key for keys in blocks for key in keys})
+    blocks = block_keys(plan, phase_number, index, sinks)
+    stages, opened, openers, inputs = stages_of_group(plan, phase_number, index, sinks, layers)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
         plan.first_group(phase_number) + index,
@@ -80,12 +86,64 @@ def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers
         stages,
         opened,
         tuple(work),
-        tuple(blocks),
+        blocks,
         tuple(openers),
         tuple(writes),
         phase_number == len(plan.phases) - 1,
         openers,
+        inputs,
     )
+
+
+def block_keys(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+    """For each block of a group, the keys of its small tasks as each sink takes it."""
+    group = plan.phases[phase_number].groups[index]
+    return tuple(tuple((store.arrays[sink].name, *chunk) for sink in sinks) for store, chunk in group)
+
+
+def stages_of_group(
+    plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]
+) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs]:
+    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, and what it reads.
+
+    Arguments are those of `bind`. A chunk that the last task opens has the stage "".
+    """
+    phase = plan.phases[phase_number]
+    keys = block_keys(plan, phase_number, index, sinks)
+    needed: dict[Any, Any] = {}
+    for (store, _), each in zip(phase.groups[index], keys, strict=True):
+        for key, sink in zip(each, sinks, strict=True):
+            collect(key, store.arrays[sink], layers, needed)
+    return (*_by_stage(needed, plan.stage_of, phase.passes, {key for each in keys for key in each}), _inputs(needed))
+
+
+def _inputs(needed: Mapping[Any, Any]) -> Inputs:
+    """List what some small tasks read: a task that opens a block of the source, or a chunk, says of which tensor and region."""
+    source: dict[Any, int] = {}
+    scratch: dict[str, int] = {}
+    for key, task in needed.items():
+        if task.func is open_block:
+            tensor, region = task.args
+            if isinstance(tensor, RopeBuffer):  # computed, not read
+                continue
+            source[key] = size(region) * tensor.dtype.itemsize
+        elif isinstance(task.args[0], ScratchChunk):
+            chunk = task.args[0]
+            scratch[chunk.name] = size(chunk.region) * chunk.tensor.dtype.itemsize
+    return Inputs(source, scratch)
+
+
+def all_inputs(plan: Phased) -> Inputs:
+    """List what all groups of a plan read."""
+    layers: dict[str, Mapping[Any, Any]] = {}
+    source: dict[Any, int] = {}
+    scratch: dict[str, int] = {}
+    for number, phase in enumerate(plan.phases):
+        for index in range(len(phase.groups)):
+            inputs = stages_of_group(plan, number, index, range(len(phase.sinks)), layers)[-1]
+            source |= inputs.source
+            scratch |= inputs.scratch
+    return Inputs(source, scratch)
 
 
 def _by_stage(

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.planning.job import SCRATCH_STAGES, Job
 from pipeline.planning.memory import scratch_window
-from pipeline.planning.plans import Phase, Store, group_blocks
+from pipeline.planning.phases import Phase, Store, group_blocks
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensor.names import TensorName, split_name
@@ -102,7 +102,7 @@ class Cuts:
 
     def reasons(self) -> dict[str, str]:
         """For each stage, whether tensors are cut after it, why, and what it costs or would cost."""
-        chosen = {phase.name.rpartition(" ")[2]: sum(sink.size_bytes for sink in phase.sinks) for phase in self.phases}
+        chosen = {phase.name.rpartition(" ")[2]: phase.written_bytes(range(len(phase.sinks))) for phase in self.phases}
         result = {}
         for stage in SCRATCH_STAGES:
             if stage == "read" and self.carried:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.planning.bind import STAGES, BoundGroup
+from pipeline.planning.bind import STAGES, BoundGroup, bind
+from pipeline.planning.phases import Phased
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
+from pipeline.tensor.metering import stage_bytes
 from stages.write import write_group
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ class Finish:
     """An output that a graph makes whole.
 
     `number`: of its target. `sink`: its position among the sinks that are written. `earlier`: the entries of its journal.
-    `started`: when the run began, in seconds since the epoch.
+    `started`: when the run began, in seconds since the epoch. `stages`: seconds and bytes by stage of tasks that are not in the
+    graph, as they were run before it.
     """
 
     number: int
@@ -41,6 +44,9 @@ class Finish:
     output: Output
     earlier: tuple[Mapping[str, Any], ...]
     started: float
+    bytes_read: int = 0
+    scratch_bytes_read: int = 0
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,11 +148,22 @@ def stage_graph(
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
         waits = {"after": List(*map(TaskRef, held_back[group.number]))} if group.number in held_back else {}
         add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **waits, **arguments)
-    written = list(layers.get("write", ()))
+    written, stored = list(layers.get("write", ())), list(layers.get("scratch", ()))
     for finish in finishes:
-        add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)))
+        add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
     ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
     return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups})
+
+
+def whole_graph(plan: Phased, outputs: Sequence[Output]) -> StageGraph:
+    """Make the graph of all groups of a plan, as if nothing had been done before. `outputs`: the sinks of its last phase."""
+    layers: dict[str, Mapping[Any, Any]] = {}
+    groups = [
+        bind(plan, number, index, range(len(phase.sinks)), layers)
+        for number, phase in enumerate(plan.phases)
+        for index in range(len(phase.groups))
+    ]
+    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)])
 
 
 def _last(group: BoundGroup) -> str:
@@ -192,13 +209,22 @@ def _window(groups: Sequence[BoundGroup], window: int | None, name: Callable[[in
     return result
 
 
-def finish_output(finish: Finish, written: Sequence[Any]) -> int:
-    """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target."""
+def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] = ()) -> int:
+    """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target.
+
+    `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch.
+    """
     entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
-    stages: dict[str, dict[str, float]] = {}
-    for each in written:
+    stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
+    for each in (*stored, *written):
         for (stage, unit), value in each.metrics.items():
             totals = stages.setdefault(stage, {})
             totals[unit] = totals.get(unit, 0.0) + value
-    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), "stages": stages})
+    moved = {
+        "bytes_read": finish.bytes_read,
+        "scratch_bytes_read": finish.scratch_bytes_read,
+        "bytes_written": stage_bytes(stages, "write"),
+        "scratch_bytes_written": stage_bytes(stages, "write_scratch"),
+    }
+    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, "stages": stages})
     return finish.number

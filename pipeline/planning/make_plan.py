@@ -13,7 +13,8 @@ from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Job
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
-from pipeline.planning.plans import Phase, Plan, group_blocks
+from pipeline.planning.phases import Phase, group_blocks
+from pipeline.planning.plans import Plan
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
 from stages.quantize import sizes_agree

@@ -1,51 +1,35 @@
-"""Plan, Phase, Store, Target: what a conversion will do, as frozen data."""
+"""Plan, Target: what a conversion will do, as frozen data."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
+from pipeline.planning.bind import Inputs, all_inputs
+from pipeline.planning.dask_graph import whole_graph
+from pipeline.planning.engine_options import job_requests
+from pipeline.planning.graph import PlanGraph, collapse
+from pipeline.planning.graph_nodes import GraphNode
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.planning.memory import Budget
-from pipeline.sinks.journal import Journal
+from pipeline.planning.phases import Phase
 from pipeline.sinks.output import Output
 from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
-from pipeline.tensor.placement import Located, Placement, Region, chunk_region, size
 from pipeline.tensor.tensors import Source
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from dask.highlevelgraph import HighLevelGraph
 
 VERSION = metadata.version("headrace")
-
-
-class Sink(Protocol):
-    """Where a phase's tensors go: an output directory or a scratch group."""
-
-    @property
-    def complete(self) -> bool: ...
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def local_bytes(self) -> int: ...
-    def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
-    def begin(self, tasks: int, fresh: bool) -> Journal: ...
-    def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -55,81 +39,6 @@ class Target:
     options: TargetOptions
     dtype: str
     output: Output
-
-
-@dataclass(frozen=True)
-class Store:
-    """One tensor on its way through a phase.
-
-    `arrays[s]` is its Dask array as sink s wants it, `placements[s]` where its regions go there (for tied embeddings, to two
-    tensors). `itemsize` is that of the widest form its values take on the way; rows are cut at multiples of `row_multiple`.
-    """
-
-    name: str
-    arrays: tuple[da.Array, ...]
-    placements: tuple[tuple[Placement, ...], ...]
-    itemsize: int
-    row_multiple: int
-    source_bytes: int
-
-    def block_bytes(self, index: Sequence[int]) -> int:
-        """The bytes of the source that the block at a chunk index stands for."""
-        array = self.arrays[0]
-        elements = math.prod(axis[i] for axis, i in zip(array.chunks, index, strict=True))
-        return int(self.source_bytes * elements // max(array.size, 1))
-
-    def region(self, index: Sequence[int]) -> Region:
-        """The region of the tensor that the block at a chunk index covers."""
-        return chunk_region(self.arrays[0].chunks, index)
-
-    def written_bytes(self, sink: int) -> int:
-        """The bytes that tasks write to a sink; padding is reserved, not written."""
-        itemsize = self.arrays[sink].dtype.itemsize
-        return sum(size(placement.target) * itemsize for placement in self.placements[sink] if placement.source is not None)
-
-
-Group = tuple[tuple[Store, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Stores that can run in any order, and the groups of their blocks. Those of a later phase read the chunks that it writes.
-
-    `passes`: the stages that each of its groups passes, whether or not they do anything there. `here`: its tasks run in this
-    process, whatever the scheduler, as they read what is in its memory.
-    """
-
-    name: str
-    stores: tuple[Store, ...]
-    sinks: tuple[Sink, ...]
-    groups: tuple[Group, ...] = field(repr=False)
-    passes: tuple[str, ...] = ()
-    here: bool = False
-
-    @property
-    def pending(self) -> tuple[int, ...]:
-        """The numbers of the sinks that are not whole yet."""
-        return tuple(number for number, sink in enumerate(self.sinks) if not sink.complete)
-
-    def written_bytes(self, sinks: Sequence[int]) -> int:
-        """The bytes that tasks write to some of the sinks."""
-        return sum(store.written_bytes(sink) for store in self.stores for sink in sinks)
-
-
-def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]:
-    """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order."""
-    groups: list[Group] = []
-    group: list[tuple[Store, tuple[int, ...]]] = []
-    filled = 0
-    for store in stores:
-        for index in np.ndindex(*store.arrays[0].numblocks):
-            nbytes = store.block_bytes(index)
-            if group and filled + nbytes > block_bytes:
-                groups.append(tuple(group))
-                group, filled = [], 0
-            group.append((store, index))
-            filled += nbytes
-    return (*groups, tuple(group)) if group else tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -164,13 +73,27 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes read of the source and of scratch, each tensor once a phase."""
-        return sum(store.source_bytes for phase in self.phases for store in phase.stores)
+        """The bytes of the source that are read, each once, however often stages look at it."""
+        return sum(self._inputs.source.values())
+
+    @cached_property
+    def scratch_bytes_read(self) -> int:
+        """The bytes of scratch that are read back, each once."""
+        return sum(self._inputs.scratch.values())
 
     @cached_property
     def bytes_written(self) -> int:
-        """The total size of the rank files, headers included."""
-        return sum(target.output.size_bytes for target in self.targets)
+        """The bytes that tasks write into rank files: without the files' headers, and without padding, which is reserved."""
+        return self.phases[-1].written_bytes(range(len(self.targets)))
+
+    @cached_property
+    def scratch_bytes_written(self) -> int:
+        """The bytes that tasks write to scratch."""
+        return sum(phase.written_bytes(range(len(phase.sinks))) for phase in self.phases[:-1])
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        return all_inputs(self)
 
     @cached_property
     def id(self) -> str:
@@ -181,6 +104,44 @@ class Plan:
     def up_to_date(self) -> bool:
         """Whether every output directory already holds what this plan would write."""
         return all(target.output.complete for target in self.targets)
+
+    def graph(self) -> PlanGraph:
+        """The plan's graph as people look at it: a node for each stage with all its tasks, and for each place of bytes."""
+        source, whole = self.source, not self.job.overwrite
+        what = f"{self.family.name}, {source.dtype or 'packed'}"
+        origin = GraphNode("source", "source", source.location.name, 0, source.nbytes, str(source.location), what)
+        outputs = [
+            GraphNode(
+                f"output.{n}",
+                "output",
+                target.output.directory.name,
+                0,
+                target.output.size_bytes,
+                str(target.output.directory),
+                f"{target.dtype}, {len(target.output.files)} rank{'' if len(target.output.files) == 1 else 's'}",
+                whole and target.output.complete,
+            )
+            for n, target in enumerate(self.targets)
+        ]
+        numbers = {target.output.directory: n for n, target in enumerate(self.targets)}
+        requests = job_requests(self.job.targets, self.job.engine)
+        engines = [
+            (
+                numbers[each.checkpoint],
+                GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"),
+            )
+            for n, each in enumerate(requests)
+        ]
+        return collapse(self, origin, outputs, engines)
+
+    @property
+    def dask(self) -> HighLevelGraph:
+        """The Dask graph of all that the plan does, a layer a stage: what runs where nothing has been done before.
+
+        It is there to be looked at (`plan.dask.visualize("graph.svg")`, or `dask.visualize(plan.dask)` with every task). Computing
+        it does not convert: `convert` begins the outputs first.
+        """
+        return whole_graph(self, [target.output for target in self.targets]).highlevel()
 
     def obstacles(self) -> list[Problem]:
         """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
@@ -207,7 +168,10 @@ class Plan:
             "targets": [_target_summary(target, self.job.overwrite) for target in self.targets],
             "phases": [{"name": phase.name, "tensors": len(phase.stores), "tasks": len(phase.groups)} for phase in self.phases],
             "scratch": [
-                {"stage": cut.stage, "path": cut.place, "bytes": cut.size_bytes, "reused": cut.complete} for cut in self.scratch
+                {"stage": cut.stage, "path": cut.place, "bytes": phase.written_bytes((number,)), "reused": cut.complete}
+                for phase in self.phases[:-1]
+                for number, cut in enumerate(phase.sinks)
+                if isinstance(cut, ScratchGroup | RemoteGroup)
             ],
             "scratch_reasons": dict(self.scratch_reasons),
             "tasks": self.tasks,
@@ -217,7 +181,9 @@ class Plan:
             "peak_memory_bytes": self.budget.peak_bytes,
             "memory_limit_bytes": self.budget.limit_bytes,
             "bytes_read": self.bytes_read,
+            "scratch_bytes_read": self.scratch_bytes_read,
             "bytes_written": self.bytes_written,
+            "scratch_bytes_written": self.scratch_bytes_written,
             "scheduler": self.job.scheduler,
             "plan_id": self.id,
             "obstacles": [str(problem) for problem in self.obstacles()],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.planning.memory import DENSE_COPIES, PACKED_COPIES, Need
-from pipeline.planning.plans import Store
+from pipeline.planning.phases import Store
 
 if TYPE_CHECKING:
     from pipeline.planning.compose import TargetTensors

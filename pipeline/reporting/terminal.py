@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import BadInput
-from pipeline.watching.units import human_bytes
+from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
@@ -31,12 +32,13 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_row("family", f"{source['family']} ({source['architecture']})")
     for phase in summary["phases"]:
         facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")
+    facts.add_row("graph", Text(plan.graph().line()))
     block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
     facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
     peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
     facts.add_row("memory", f"{peak} projected, {limit} allowed")
-    facts.add_row("reads", human_bytes(summary["bytes_read"]))
-    facts.add_row("writes", human_bytes(summary["bytes_written"]))
+    facts.add_row("reads", _moved(summary["bytes_read"], "of the source", summary["scratch_bytes_read"], "of scratch"))
+    facts.add_row("writes", _moved(summary["bytes_written"], "into rank files", summary["scratch_bytes_written"], "to scratch"))
     for stage, reason in summary["scratch_reasons"].items():
         facts.add_row("scratch", f"after {stage}: {reason}")
     for cut in summary["scratch"]:
@@ -61,13 +63,18 @@ def result_table(plan: Plan, result: Result) -> RenderableType:
             table.add_row(str(file.path.name), str(len(file.tensors)), human_bytes(file.size_bytes))
         table.add_row("config.json", "", human_bytes(len(target.output.config)))
         parts += [str(target.output.directory), table]
-    speed, peak = result.bytes_written / result.seconds / 1e9, human_bytes(result.peak_memory_bytes)
-    read, written = human_bytes(result.bytes_read), human_bytes(result.bytes_written)
-    parts.append(f"{read} read, {written} written, {speed:.2f} GB/s, peak memory {peak}")
+    parts.append(f"read {_moved(result.bytes_read, 'of the source', result.scratch_bytes_read, 'of scratch')}")
+    parts.append(f"wrote {_moved(result.bytes_written, 'into rank files', result.scratch_bytes_written, 'to scratch')}")
+    speed = human_rate((result.bytes_written + result.scratch_bytes_written) / result.seconds)
+    parts.append(f"{speed} written, peak memory {human_bytes(result.peak_memory_bytes)}")
     stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
     parts.append(f"phases: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in result.phases.items())}")
     parts.append(f"stages, summed over workers: {stages}")
     return Group(*parts)
+
+
+def _moved(nbytes: int, where: str, scratch: int, there: str) -> str:
+    return f"{human_bytes(nbytes)} {where}" + (f", {human_bytes(scratch)} {there}" if scratch else "")
 
 
 def scratch_table(cuts: Sequence[ScratchCut]) -> RenderableType:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Interrupted, WriteFailed
 from pipeline.planning.dask_graph import Finish, stage_graph
@@ -18,6 +18,7 @@ from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
+from pipeline.tensor.metering import stage_bytes
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
@@ -41,6 +42,8 @@ class Built:
 class Result:
     """The outcome of a conversion. Sizes in bytes, times in seconds.
 
+    `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
+    apart, and what an earlier, interrupted run moved is in none of them.
     `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
     `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built after it.
     """
@@ -55,6 +58,8 @@ class Result:
     up_to_date: bool = False
     resumed_tasks: int = 0
     engines: tuple[Built, ...] = ()
+    scratch_bytes_read: int = 0
+    scratch_bytes_written: int = 0
 
 
 def execute(
@@ -110,12 +115,14 @@ def execute(
     return Result(
         outputs,
         run.watch.bytes_read,
-        plan.bytes_written,
+        stage_bytes(run.watch.stages, "write"),
         seconds,
         peak_memory_bytes(),
         run.watch.stages,
         run.phases,
         resumed_tasks=run.resumed_tasks,
+        scratch_bytes_read=run.watch.scratch_bytes_read,
+        scratch_bytes_written=stage_bytes(run.watch.stages, "write_scratch"),
     )
 
 
@@ -137,7 +144,8 @@ class _Run:
         for listener in (self.watch, self.listener):
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
-        self.watch.entered(outputs.sinks, outputs.written())
+        inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
+        self.watch.entered(outputs.sinks, outputs.written(), inputs)
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -165,8 +173,14 @@ class _Run:
 
     def _finishes(self) -> list[Finish]:
         outputs = self.left.phases[-1]
+        source: dict[Any, int] = {}
+        scratch: dict[str, int] = {}
+        for group in (group for left in self.left.phases for group in left.groups):
+            source |= group.inputs.source
+            scratch |= group.inputs.scratch
+        read, again = sum(source.values()), sum(scratch.values())
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began)
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages))
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]

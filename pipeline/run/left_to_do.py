@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
-from pipeline.planning.plans import Phase, Plan, Sink
+from pipeline.planning.phases import Phase, Sink
+from pipeline.planning.plans import Plan
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
 from pipeline.sinks.remote import RemoteGroup

@@ -28,7 +28,8 @@ from pipeline.tensor.placement import Placement, Region, extent, intersect, piec
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.planning.plans import Plan, Store
+    from pipeline.planning.phases import Store
+    from pipeline.planning.plans import Plan
 
 PIECE_BYTES = 4 << 20
 

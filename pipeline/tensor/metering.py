@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 _local = threading.local()
@@ -43,3 +43,8 @@ def meter(stage: str, nbytes: int) -> Iterator[None]:
         if totals is not None:
             totals[stage, "seconds"] = totals.get((stage, "seconds"), 0.0) + seconds
             totals[stage, "bytes"] = totals.get((stage, "bytes"), 0.0) + nbytes
+
+
+def stage_bytes(stages: Mapping[str, Mapping[str, float]], stage: str) -> int:
+    """The bytes that a stage has handled, of seconds and bytes by stage."""
+    return int(stages.get(stage, {}).get("bytes", 0))

@@ -13,7 +13,7 @@ from bokeh.models import CustomJS, Div
 
 from pipeline.watching.figures import BLUE, TEAL, Bars, Timeline
 from pipeline.watching.state import Sample, Snapshot
-from pipeline.watching.units import human_bytes
+from pipeline.watching.units import human_bytes, human_rate
 
 MILLISECONDS = 1000
 
@@ -87,10 +87,12 @@ def header(now: Snapshot) -> str:
         return "<h1>headrace</h1><p class=sub>reading the source's headers</p>"
     share = now.done_bytes / now.total_bytes if now.total_bytes else 1.0
     facts = [
-        (f"{human_bytes(now.done_bytes)} of {human_bytes(now.total_bytes)}", "written"),
-        ("-" if now.bytes_per_second is None else f"{human_bytes(now.bytes_per_second)}/s", "throughput"),
+        (f"{human_bytes(now.done_bytes)} of {human_bytes(now.total_bytes)}", "written in all"),
+        ("-" if now.bytes_per_second is None else human_rate(now.bytes_per_second), "throughput"),
         ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"),
         (duration(now.seconds), "elapsed"),
+        (of_scratch(now.bytes_read, now.scratch_bytes_read), "read of the source"),
+        (of_scratch(now.bytes_written, now.scratch_bytes_written), "written into rank files"),
         (f"{now.done_tasks} of {now.tasks}", "tasks"),
         (f"{now.phase or '-'} ({', '.join(now.phases)})" if len(now.phases) > 1 else now.phase or "-", "phase"),
         (f"{human_bytes(now.peak_memory_bytes)} of {human_bytes(now.memory_limit_bytes)}", "peak memory"),
@@ -102,6 +104,11 @@ def header(now: Snapshot) -> str:
         f"<p class=sub>{escape(now.source)} → {escape(', '.join(now.outputs))}</p>"
         f"<div class=bar><div style='width:{100 * share:.1f}%'></div></div>{fact_list(facts)}"
     )
+
+
+def of_scratch(nbytes: int, scratch: int) -> str:
+    """Bytes, and those of scratch beside them where there are any."""
+    return f"{human_bytes(nbytes)} (+ {human_bytes(scratch)} scratch)" if scratch else human_bytes(nbytes)
 
 
 def fact_list(facts: Sequence[tuple[str, str]]) -> str:
@@ -130,8 +137,8 @@ def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tu
 
 def stage_order(stage: str) -> tuple[int, str]:
     """Return a sort key for stages in processing order; unknown stages come just before `checksum` and `write`."""
-    known = ("read", "rename", "unpack", "cast", "quantize", "shard")
-    last = ("checksum", "write")
+    known = ("read", "read_scratch", "rename", "unpack", "cast", "quantize", "shard")
+    last = ("checksum", "write_scratch", "write")
     place = known.index(stage) if stage in known else 100 + last.index(stage) if stage in last else 50
     return place, stage
 

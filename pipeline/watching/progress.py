@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pipeline.planning.listen import PAGE, parse_listen
 from pipeline.watching.listener import Listener, Silent
-from pipeline.watching.units import human_bytes
+from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
@@ -91,7 +91,7 @@ class ProgressLines:
         rate = (self.done - self.resumed) / max(now - self.begun, 1e-9)
         eta = (self.total - self.done) / max(rate, 1)
         place = layer(written.name)
-        text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {rate / 1e9:.2f} GB/s, {eta:.0f} s left, {place}"
+        text = f"{human_bytes(self.done)} of {human_bytes(self.total)}, {human_rate(rate)}, {eta:.0f} s left, {place}"
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
         self._say("progress", text, **values, layer=place, **(_snapshot_fields(self.watch) if self.watch else {}))
 
@@ -103,6 +103,10 @@ def _snapshot_fields(watch: RunWatch) -> dict[str, Any]:
     """Return the fields of a JSON line that come from a snapshot; `ranks` are [target, rank, bytes written, total bytes]."""
     now = watch.snapshot()
     return {
+        "bytes_read": now.bytes_read,
+        "scratch_bytes_read": now.scratch_bytes_read,
+        "bytes_written": now.bytes_written,
+        "scratch_bytes_written": now.scratch_bytes_written,
         "tasks": now.tasks,
         "done_tasks": now.done_tasks,
         "memory_bytes": now.memory_bytes,
@@ -113,7 +117,7 @@ def _snapshot_fields(watch: RunWatch) -> dict[str, Any]:
 
 
 class ProgressBar:
-    """A listener with rich's progress bar: bytes, bytes per second, time left, and the layer that was last written."""
+    """A listener with rich's progress bar: bytes written (binary units), bytes per second (decimal), time left, the last layer."""
 
     def __init__(self, stream: IO[str]) -> None:
         from rich.console import Console
@@ -122,7 +126,7 @@ class ProgressBar:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
+            DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=Console(file=stream),

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.tensor.metering import stage_bytes
 from pipeline.tensor.placement import size
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from pipeline.planning.bind import Inputs
     from pipeline.planning.plans import Plan
     from stages.write import Written
 
@@ -51,9 +53,10 @@ class Sample:
 class Snapshot:
     """A run at one moment. Sizes are in bytes, times in seconds.
 
-    `stages`: bytes and seconds by stage, summed over workers. `resumed_bytes`: what an earlier run had written. `eta_seconds` and
-    `bytes_per_second` are None until they can be estimated. `idle_seconds`: time since the last task ended. `memory_bytes` is -1
-    where the system does not report it.
+    `done_bytes` of `total_bytes` are written, into rank files and to scratch. `bytes_read` of the source and `bytes_written` into
+    rank files are this run's; those of scratch are apart. `stages`: bytes and seconds by stage, summed over workers.
+    `resumed_bytes`: what an earlier run had written. `eta_seconds` and `bytes_per_second` are None until they can be estimated.
+    `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
     """
 
     name: str = ""
@@ -68,6 +71,9 @@ class Snapshot:
     done_bytes: int = 0
     resumed_bytes: int = 0
     bytes_read: int = 0
+    scratch_bytes_read: int = 0
+    bytes_written: int = 0
+    scratch_bytes_written: int = 0
     seconds: float = 0.0
     idle_seconds: float = 0.0
     bytes_per_second: float | None = None
@@ -87,7 +93,8 @@ class Snapshot:
 class RunWatch:
     """A listener of a run (see `pipeline.watching.listener`) that gives snapshots of it to any thread.
 
-    `stages`: seconds and bytes by stage, summed over workers; `bytes_read`: bytes read from the source and from scratch.
+    `stages`: seconds and bytes by stage, summed over workers. `bytes_read`, `scratch_bytes_read`: bytes of the source and of
+    scratch that tasks which have ended have read, each byte once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -98,7 +105,9 @@ class RunWatch:
         self._state: State = "starting"
         self._begun = self._last = clock()
         self._tasks = self._done_tasks = self._total = self._done = self._resumed = 0
-        self.bytes_read = 0
+        self.bytes_read = self.scratch_bytes_read = 0
+        self._inputs: Mapping[int, Inputs] = {}
+        self._seen: set[Any] = set()
         self.stages: dict[str, dict[str, float]] = {}
         self._phase = ""
         self._ranks: dict[tuple[int, int], int] = {}
@@ -114,7 +123,9 @@ class RunWatch:
             self._begun = self._last = self._clock()
             self._sample()
 
-    def entered(self, sinks: tuple[int, ...], written: Mapping[tuple[int, int], int]) -> None:
+    def entered(
+        self, sinks: tuple[int, ...], written: Mapping[tuple[int, int], int], inputs: Mapping[int, Inputs] | None = None
+    ) -> None:
         """Note which outputs are written.
 
         Parameters
@@ -123,8 +134,11 @@ class RunWatch:
             The indices of the outputs among the sinks of the plan's last phase.
         written
             The bytes that an earlier run has written, by (position in `sinks`, rank).
+        inputs
+            What each group that is left to do reads, by its number.
         """
         with self._lock:
+            self._inputs = inputs or {}
             self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
     def advanced(self, written: Written) -> None:
@@ -132,7 +146,7 @@ class RunWatch:
             self._last = self._clock()
             self._done += written.bytes_written
             self._done_tasks += 1
-            self.bytes_read += written.bytes_read
+            self._count(written.number)
             for (stage, unit), value in written.metrics.items():
                 totals = self.stages.setdefault(stage, {})
                 totals[unit] = totals.get(unit, 0.0) + value
@@ -145,6 +159,14 @@ class RunWatch:
                 key = part.sink, part.rank
                 self._ranks[key] = self._ranks.get(key, 0) + part.nbytes
             self._sample()
+
+    def _count(self, number: int) -> None:
+        """Count what a group reads that no other has read before."""
+        inputs = self._inputs.get(number)
+        if inputs:
+            self.bytes_read += sum(nbytes for key, nbytes in inputs.source.items() if key not in self._seen)
+            self.scratch_bytes_read += sum(nbytes for key, nbytes in inputs.scratch.items() if key not in self._seen)
+            self._seen.update(inputs.source, inputs.scratch)
 
     def finished(self) -> None:
         with self._lock:
@@ -175,6 +197,9 @@ class RunWatch:
                 done_bytes=self._done,
                 resumed_bytes=self._resumed,
                 bytes_read=self.bytes_read,
+                scratch_bytes_read=self.scratch_bytes_read,
+                bytes_written=stage_bytes(self.stages, "write"),
+                scratch_bytes_written=stage_bytes(self.stages, "write_scratch"),
                 seconds=now - self._begun,
                 idle_seconds=now - self._last,
                 bytes_per_second=rate,

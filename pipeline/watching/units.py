@@ -1,12 +1,14 @@
-"""Format numbers with their units, for people."""
+"""Numbers with their units, for people: sizes in binary units, as file managers show them, rates in decimal ones, as disks do."""
 
 from __future__ import annotations
 
+from pipeline.tensor.units import human_bytes
 
-def human_bytes(count: float) -> str:
-    """Format bytes with a binary unit and one decimal: `512 B`, `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+__all__ = ["human_bytes", "human_rate"]
+
+
+def human_rate(bytes_per_second: float) -> str:
+    """Format bytes per second with a decimal unit: `850 kB/s`, `71.4 MB/s`, `1.52 GB/s`."""
+    if bytes_per_second < 1e6:
+        return f"{bytes_per_second / 1e3:.0f} kB/s"
+    return f"{bytes_per_second / 1e6:.1f} MB/s" if bytes_per_second < 1e9 else f"{bytes_per_second / 1e9:.2f} GB/s"

@@ -27,13 +27,14 @@ class MappedTensor:
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+    stage: str = "read"  # that its bytes are metered as
 
     def block(self, region: Region) -> Block:
         return MappedBlock(self, region)
 
     def viewed(self, shape: tuple[int, ...], dtype: np.dtype) -> MappedTensor:
         """The same bytes as an array of another shape and type."""
-        return MappedTensor(self.path, self.offset, shape, dtype)
+        return MappedTensor(self.path, self.offset, shape, dtype, self.stage)
 
 
 class MappedBlock(Block):
@@ -83,7 +84,7 @@ class MappedBlock(Block):
         start = tensor.offset + first * tensor.dtype.itemsize
         nbytes = count * tensor.dtype.itemsize
         aligned = start - start % mmap.ALLOCATIONGRANULARITY
-        with meter("read", nbytes):
+        with meter(self.tensor.stage, nbytes):
             descriptor = os.open(tensor.path, os.O_RDONLY)
             try:
                 if os.fstat(descriptor).st_size < start + nbytes:

@@ -24,6 +24,7 @@ from stages.read.zarr_store import StoreTensor
 if TYPE_CHECKING:
     import dask.array as da
 
+READ_SCRATCH = "read_scratch"  # the stage that reading chunks back is metered as
 HASHED_BYTES = 4 << 20  # mapped and summed at a time
 
 
@@ -134,5 +135,5 @@ def _chunk(array: Any, index: tuple[int, ...], region: Region) -> ScratchChunk:
     """The chunk at an index, whose values are `region` of the tensor; one at the edge is stored whole and holds fewer rows."""
     name = array.chunk_name(index)
     if hasattr(array, "url"):
-        return ScratchChunk(name, StoreTensor(array.url, array.shape, array.dtype), region, remote=True)
-    return ScratchChunk(name, MappedTensor(name, 0, array.chunk_shape, array.dtype), whole(extent(region)))
+        return ScratchChunk(name, StoreTensor(array.url, array.shape, array.dtype, READ_SCRATCH), region, remote=True)
+    return ScratchChunk(name, MappedTensor(name, 0, array.chunk_shape, array.dtype, READ_SCRATCH), whole(extent(region)))

@@ -18,6 +18,7 @@ class StoreTensor:
     url: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    stage: str = "read"  # that its bytes are metered as
 
     def block(self, region: Region) -> Block:
         return StoreBlock(self, region)
@@ -35,6 +36,6 @@ class StoreBlock(Block):
         import zarr
 
         in_array = shift(region, [start for start, _ in self.region])
-        with meter("read", size(region) * self.dtype.itemsize):
+        with meter(self.tensor.stage, size(region) * self.dtype.itemsize):
             bits = np.asarray(zarr.open_array(self.tensor.url, mode="r")[slices(in_array)])
             return bits.view(self.dtype)

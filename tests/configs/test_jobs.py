@@ -23,5 +23,5 @@ def test_every_example_plans(job: Path, tmp_path: Path, monkeypatch: pytest.Monk
     model = MODEL if job.stem == "smollm2" else tmp_path / "model"
     made = plan(job, model_dir=model)
     assert len(made.targets) == 2
-    assert made.bytes_written == sum(file.size_bytes for target in made.targets for file in target.output.files)
+    assert 0 < made.bytes_written < sum(file.size_bytes for target in made.targets for file in target.output.files)
     assert [phase.name for phase in made.phases][-1] == "write"

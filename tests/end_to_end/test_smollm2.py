@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline import convert
+from tests.support.directories import values_bytes
 from tests.support.places import SMOLLM2 as MODEL
 
 HEADS, KV_HEADS, HEAD_SIZE, LAYERS = 9, 3, 64, 30
@@ -67,7 +68,7 @@ def rank_tensors(reference: dict[str, np.ndarray], tp_size: int, rank: int) -> d
 @pytest.mark.parametrize("tp_size", [1, 3])
 def test_ranks_equal_an_independent_dequantization(tp_size: int, reference: dict[str, np.ndarray], tmp_path: Path) -> None:
     result = convert(model_dir=MODEL, output_dir=tmp_path / "out", tp_size=tp_size)
-    assert result.bytes_written == sum(path.stat().st_size for path in (tmp_path / "out").glob("rank*"))
+    assert result.bytes_written == values_bytes(tmp_path / "out")
     for rank in range(tp_size):
         ours, expected = load_file(tmp_path / f"out/rank{rank}.safetensors"), rank_tensors(reference, tp_size, rank)
         assert ours.keys() == expected.keys()

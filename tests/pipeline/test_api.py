@@ -33,6 +33,7 @@ from headrace import (
 from tests.support import checkpoints
 from tests.support.commands import headrace as command
 from tests.support.commands import tree
+from tests.support.directories import values_bytes
 from tests.support.places import ROOT
 
 
@@ -54,7 +55,7 @@ def test_what_a_conversion_returns(model: Path, output: Path) -> None:
     )
     assert set(result.outputs) == set(output.iterdir())
     assert result.bytes_read == sum(array.nbytes for array in checkpoints.values(checkpoints.LLAMA).values())
-    assert result.bytes_written == sum(path.stat().st_size for path in output.glob("rank*"))
+    assert result.bytes_written == values_bytes(output)
     assert result.seconds > 0
     assert result.peak_memory_bytes > 10 << 20
     assert result.up_to_date is False

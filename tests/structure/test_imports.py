@@ -48,6 +48,7 @@ OPEN_TEXT = (
     "pipeline/planning/job_file.py",
     "pipeline/planning/builder_options.py",
     "pipeline/reporting/html/",
+    "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",

@@ -32,6 +32,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "numpy",
         "pipeline.engine.run",
         "pipeline.planning.make_plan",
+        "pipeline.reporting.graph_drawing",
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
     },

@@ -12,6 +12,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "headrace.json"}
 
 
+def values_bytes(directory: Path) -> int:
+    """The bytes of the rank files in and below a directory without their headers, padding included."""
+    total = 0
+    for path in directory.rglob("rank*.safetensors"):
+        with path.open("rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return total
+
+
 def tensors(directory: Path) -> dict[str, dict[str, object]]:
     """The tensors of every rank."""
     return {path.name: dict(load_file(path)) for path in sorted(directory.glob("*.safetensors"))}

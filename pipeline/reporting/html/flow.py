@@ -10,7 +10,10 @@ from pipeline.reporting.html.words import count, duration, rate, size
 from pipeline.tensor.checkpoint import Checkpoint
 
 # Stages in the order of use; those of MAIN are always shown.
-ORDER = ("read", "rename", "unpack", "dequantize", "cast", "quantize", "shard", "rope", "checksum", "write")
+ORDER = (
+    *("read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize"),
+    *("shard", "rope", "checksum", "write_scratch", "write"),
+)
 MAIN = ("read", "rename", "unpack", "cast", "quantize", "shard", "write")
 CUT = "scratch after "
 WIDE, NARROW = 10, 6  # boxes in a row of the picture, at most
@@ -95,6 +98,8 @@ def _stage_tasks(checkpoint: Checkpoint, provenance: Provenance) -> Mapping[str,
         "shard": f"for {count(len(checkpoint.ranks), 'rank')}: {mapping_words(checkpoint)}"
         if checkpoint.ranks
         else "for each rank",
+        "read_scratch": "chunks of scratch, mapped",
+        "write_scratch": "chunks of scratch",
         "rope": "rotary buffers, computed",
         "checksum": "xxh3 of every tensor",
         "write": count(len(checkpoint.ranks), "rank file") if checkpoint.ranks else "rank files",

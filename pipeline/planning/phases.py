@@ -1,0 +1,130 @@
+"""Phase, Store, Sink: the work of a plan, as tensors that go to sinks in groups of blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pipeline.planning.memory import Budget
+from pipeline.sinks.journal import Journal
+from pipeline.tensor.placement import Located, Placement, Region, chunk_region, size
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+
+class Sink(Protocol):
+    """Where a phase's tensors go: an output directory or a scratch group."""
+
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def local_bytes(self) -> int: ...
+    def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
+    def begin(self, tasks: int, fresh: bool) -> Journal: ...
+    def abandon(self, journal: Journal, created: Path | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Store:
+    """One tensor on its way through a phase.
+
+    `arrays[s]` is its Dask array as sink s wants it, `placements[s]` where its regions go there (for tied embeddings, to two
+    tensors). `itemsize` is that of the widest form its values take on the way; rows are cut at multiples of `row_multiple`.
+    """
+
+    name: str
+    arrays: tuple[da.Array, ...]
+    placements: tuple[tuple[Placement, ...], ...]
+    itemsize: int
+    row_multiple: int
+    source_bytes: int
+
+    def block_bytes(self, index: Sequence[int]) -> int:
+        """The bytes of the source that the block at a chunk index stands for."""
+        return self.share_bytes(self.block_elements(index))
+
+    def block_elements(self, index: Sequence[int]) -> int:
+        """The number of elements of the block at a chunk index."""
+        return math.prod(axis[i] for axis, i in zip(self.arrays[0].chunks, index, strict=True))
+
+    def share_bytes(self, elements: int) -> int:
+        """The bytes of the source that some of its elements stand for."""
+        return int(self.source_bytes * elements // max(self.arrays[0].size, 1))
+
+    def region(self, index: Sequence[int]) -> Region:
+        """The region of the tensor that the block at a chunk index covers."""
+        return chunk_region(self.arrays[0].chunks, index)
+
+    def written_bytes(self, sink: int) -> int:
+        """The bytes that tasks write to a sink; padding is reserved, not written."""
+        itemsize = self.arrays[sink].dtype.itemsize
+        return sum(size(placement.target) * itemsize for placement in self.placements[sink] if placement.source is not None)
+
+
+Group = tuple[tuple[Store, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Stores that can run in any order, and the groups of their blocks. Those of a later phase read the chunks that it writes.
+
+    `passes`: the stages that each of its groups passes, whether or not they do anything there. `here`: its tasks run in this
+    process, whatever the scheduler, as they read what is in its memory.
+    """
+
+    name: str
+    stores: tuple[Store, ...]
+    sinks: tuple[Sink, ...]
+    groups: tuple[Group, ...] = field(repr=False)
+    passes: tuple[str, ...] = ()
+    here: bool = False
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The numbers of the sinks that are not whole yet."""
+        return tuple(number for number, sink in enumerate(self.sinks) if not sink.complete)
+
+    def written_bytes(self, sinks: Sequence[int]) -> int:
+        """The bytes that tasks write to some of the sinks."""
+        return sum(store.written_bytes(sink) for store in self.stores for sink in sinks)
+
+
+def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]:
+    """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order."""
+    groups: list[Group] = []
+    group: list[tuple[Store, tuple[int, ...]]] = []
+    filled = 0
+    for store in stores:
+        for index in np.ndindex(*store.arrays[0].numblocks):
+            nbytes = store.block_bytes(index)
+            if group and filled + nbytes > block_bytes:
+                groups.append(tuple(group))
+                group, filled = [], 0
+            group.append((store, index))
+            filled += nbytes
+    return (*groups, tuple(group)) if group else tuple(groups)
+
+
+class Phased(Protocol):
+    """The part of a plan that says what goes through which stages: what its graphs are made of.
+
+    `stage_of`: the stage that made each layer of the arrays.
+    """
+
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
+    @property
+    def stage_of(self) -> Mapping[str, str]: ...
+    @property
+    def budget(self) -> Budget: ...
+    def first_group(self, phase: int) -> int: ...
