@@ -261,6 +261,7 @@ class _Run:
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left[-1]
         self.watch.entered(outputs.sinks, outputs.written())
+        self.watch.bound(group for left in self.left for group in left.groups)
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -307,6 +308,7 @@ class _Run:
         """Take in the results of tasks as they end: into the journals, and to those who watch. Gives those of groups on."""
         for result in results:
             if isinstance(result, int):  # an output is whole
+                self.watch.whole(result)
                 continue
             number = max(n for n in range(len(self.left)) if self.plan.first_group(n) <= result.number)
             committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))
