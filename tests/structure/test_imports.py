@@ -49,6 +49,7 @@ OPEN_TEXT = (
     "pipeline/planning/builder_options.py",
     "pipeline/reporting/html/",
     "pipeline/engine/check.py",
+    "pipeline/watching/page.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",
 )
