@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks.measure import machine, run
 from benchmarks.models import make
 from pipeline import plan
-from pipeline.planning.dask_graph import bind, stage_graph
+from pipeline.planning.bind import bind
+from pipeline.planning.dask_graph import stage_graph
 from pipeline.run.schedulers import runner, thread_name
 from stages.write import BlockWrite, Written
 

@@ -6,16 +6,18 @@ of its axes' cuts. Facts: docs/format/checkpoint.md, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
+from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism, Rank
 from pipeline.model.tables import FusedPart, Layout, Module, Slot
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.placement import Interval, Placement, RankTensor
+from pipeline.tensor.placement import Interval, Placement, RankTensor, Region
 from pipeline.tensor.tensors import Parameter, plain
 
 ONE = Fraction(1)
@@ -55,13 +57,39 @@ class Sharding:
     def ranks(self, slot: Slot) -> Iterator[tuple[Rank, str]]:
         """The ranks that hold a slot's module, and its name there: layers count from 0 on every pipeline stage."""
         module, sizes = slot.module, self.parallelism
-        for rank in sizes.ranks():
-            if slot.layer is not None:
-                layers = sizes.layers(rank.pp, self.model.num_hidden_layers)
-                if slot.layer in layers:
-                    yield rank, module.name.replace("{layer}", str(slot.layer - layers.start))
-            elif module.ranks == "all" or rank.pp == (0 if module.ranks == "first" else sizes.pp_size - 1):
-                yield rank, module.name
+        if slot.layer is None:
+            for rank in self._ranks:
+                if module.ranks == "all" or rank.pp == (0 if module.ranks == "first" else sizes.pp_size - 1):
+                    yield rank, module.name
+            return
+        stage, layer = self._stages[slot.layer]
+        name = module.name.replace("{layer}", str(layer))
+        for rank in self._ranks[stage * sizes.tp_size : (stage + 1) * sizes.tp_size]:
+            yield rank, name
+
+    @cached_property
+    def _ranks(self) -> tuple[Rank, ...]:
+        return self.parallelism.ranks()
+
+    @cached_property
+    def _stages(self) -> Mapping[int, tuple[int, int]]:
+        """The pipeline stage of each layer, and the layer's number there."""
+        layers = [self.parallelism.layers(stage, self.model.num_hidden_layers) for stage in range(self.parallelism.pp_size)]
+        return {layer: (stage, layer - own.start) for stage, own in enumerate(layers) for layer in own}
+
+    @cached_property
+    def _places(self) -> dict[Any, tuple[tuple[Region | None, Region], ...]]:
+        return {}
+
+    def places(self, slot: Slot, parameter: Parameter, rank: Rank) -> tuple[tuple[Region | None, Region], ...]:
+        """Where a parameter's regions go in its tensor on a rank, without an expert's own axis: (source, target), None for padding.
+
+        It is the same in every layer, for every expert and on every pipeline stage, and computed once for all.
+        """
+        key = (slot.module.name, slot.part.name if slot.part else "", slot.stacked, parameter, rank.tp)
+        if key not in self._places:
+            self._places[key] = tuple(_places(slot, parameter, rank, self))
+        return self._places[key]
 
     def cut(self, axis: str, slot: Slot, rank: Rank, unit: Fraction = ONE) -> Cut | None:
         """The cut of one axis of a source for one rank, `unit` elements a feature; None where the rank has nothing of it.
@@ -139,17 +167,29 @@ def shard(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding
     """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
     placements: list[Placement] = []
     for rank, target in sharding.ranks(slot):
-        names = axes(slot, parameter)
-        cuts = [sharding.cut(axis, slot, rank, unit) for axis, unit in names]
-        target_cuts = list(cuts)
+        front: Region = ()
         if slot.expert is not None:
-            target_cuts.insert(0, sharding.cut("expert", slot, rank))
-        if None in target_cuts:
-            continue
-        offset = _part_offset(slot, rank, sharding) * dict(names).get("out", Fraction(1))
+            place = sharding.cut("expert", slot, rank)
+            if place is None:
+                continue
+            front = (place.target,)
         tensor = f"{target}.{name.parameter}"
-        placements += _place(rank, tensor, [axis for axis, _ in names], _whole(cuts), _whole(target_cuts), int(offset))
+        for source, to in sharding.places(slot, parameter, rank):
+            placements.append(Placement(rank.index, tensor, source, (*front, *to)))
     return tuple(placements)
+
+
+def _places(slot: Slot, parameter: Parameter, rank: Rank, sharding: Sharding) -> Iterator[tuple[Region | None, Region]]:
+    names = axes(slot, parameter)
+    cuts = _whole(sharding.cut(axis, slot, rank, unit) for axis, unit in names)
+    offset = int(_part_offset(slot, rank, sharding) * dict(names).get("out", Fraction(1)))
+    out = next((n for n, (axis, _) in enumerate(names) if axis == "out"), None)
+    target = tuple((cut.target[0] + by, cut.target[1] + by) for n, cut in enumerate(cuts) for by in [offset if n == out else 0])
+    if all(start < stop for start, stop in target):
+        yield tuple(cut.source for cut in cuts), target
+    if out is not None and cuts[out].target[1] < cuts[out].length:
+        padding = (cuts[out].target[1] + offset, cuts[out].length + offset)
+        yield None, (*target[:out], padding, *target[out + 1 :])
 
 
 def rank_tensors(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding, dtype: str) -> Iterator[RankTensor]:
@@ -183,22 +223,6 @@ def _part_offset(slot: Slot, rank: Rank, sharding: Sharding) -> int:
         cut = sharding.cut("out", Slot(slot.module, part, slot.layer, slot.expert), rank)
         offset += cut.length if cut else 0
     return offset
-
-
-def _place(
-    rank: Rank, tensor: str, names: Sequence[str], cuts: Sequence[Cut], target_cuts: Sequence[Cut], offset: int
-) -> Iterator[Placement]:
-    out = len(target_cuts) - len(names) + names.index("out") if "out" in names else None
-    shift = [offset if axis == out else 0 for axis in range(len(target_cuts))]
-    target = tuple((cut.target[0] + by, cut.target[1] + by) for cut, by in zip(target_cuts, shift, strict=True))
-    if all(start < stop for start, stop in target):
-        yield Placement(rank.index, tensor, tuple(cut.source for cut in cuts), target)
-    if out is None:
-        return
-    cut = target_cuts[out]
-    if cut.target[1] < cut.length:
-        padding = (cut.target[1] + offset, cut.length + offset)
-        yield Placement(rank.index, tensor, None, (*target[:out], padding, *target[out + 1 :]))
 
 
 def _whole(cuts: Iterator[Cut | None] | Sequence[Cut | None]) -> list[Cut]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,17 +153,21 @@ def write_group(
     keys: Sequence[Sequence[Any]],
     *inputs: Any,
     synchronize: bool = False,
+    pool: str = "",
 ) -> Written:
-    """Write a group of blocks: what the tasks `write` and `scratch` of a graph run.
+    """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
     `opened`: the blocks that are made here, as chunks of scratch are opened. `keys[i]`: for each sink of `work[i]`, the key of its
-    block. `inputs`: those of `make_blocks`. The others are `write_blocks`' own.
+    block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The
+    others are `write_blocks`' own.
     """
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize)
+    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize, pool)
 
 
-def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False) -> Written:
+def write_blocks(
+    number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False, pool: str = ""
+) -> Written:
     """Scatter source blocks to every rank of every target.
 
     Parameters
@@ -175,6 +180,8 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
         For each item of `work` and each of its sinks, the source block as the sink takes it, such as cast to the target's type.
     synchronize
         Flush the files to disk before returning, for workers whose files no other process can flush.
+    pool
+        A directory of files that new chunks of scratch may take; "" for none.
 
     Returns
     -------
@@ -196,7 +203,7 @@ def write_blocks(number: int, work: Sequence[BlockWrite], blocks: Sequence[Seque
                 # Sinks that take the same block share one reading of each piece.
                 values: dict[int, np.ndarray] = {}
                 for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
-                    written += _write_piece(block, piece, values, sink, digests, files, stack)
+                    written += _write_piece(block, piece, values, sink, digests, files, stack, pool)
             checksums += _checksums(item, versions, hashes)
         if synchronize:
             for descriptor in files.values():
@@ -228,6 +235,7 @@ def _write_piece(
     hashes: Sequence[xxhash.xxh3_64],
     files: dict[str, int],
     stack: ExitStack,
+    pool: str,
 ) -> int:
     """Write what a sink takes of a piece, and return the bytes written. `read`: values of this piece already read, by block."""
     written = 0
@@ -244,7 +252,7 @@ def _write_piece(
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
         if delivery.path not in files:
-            files[delivery.path] = _opened(delivery)
+            files[delivery.path] = _opened(delivery, pool)
             stack.callback(os.close, files[delivery.path])
         with meter("checksum", len(data)):
             digest.update(data)
@@ -266,11 +274,31 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
         array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
 
 
-def _opened(delivery: Delivery) -> int:
+def pooled_name(size_bytes: int) -> str:
+    """A new name for a file of this size in a pool."""
+    return f"{size_bytes}-{uuid.uuid4().hex}"
+
+
+def _take_pooled(path: str, size_bytes: int, pool: str) -> bool:
+    """Give a file of the pool, of just this size, the name of a chunk. Another task may be quicker."""
+    if not pool or Path(path).exists():
+        return False
+    with suppress(FileNotFoundError):
+        for file in Path(pool).iterdir():
+            if file.name.startswith(f"{size_bytes}-"):
+                with suppress(FileNotFoundError):
+                    file.rename(path)
+                    return True
+    return False
+
+
+def _opened(delivery: Delivery, pool: str) -> int:
     """Open the file of a delivery; a chunk's is made, at its full size, by the first task that writes to it."""
     if not delivery.file_bytes:
         return os.open(delivery.path, os.O_WRONLY)
     Path(delivery.path).parent.mkdir(parents=True, exist_ok=True)
+    if _take_pooled(delivery.path, delivery.file_bytes, pool):
+        return os.open(delivery.path, os.O_WRONLY)
     descriptor = os.open(delivery.path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.posix_fallocate(descriptor, 0, delivery.file_bytes)

@@ -11,141 +11,21 @@ A task that opens chunks of scratch depends on the tasks that write these, so th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.planning.plans import Plan
+from pipeline.planning.bind import STAGES, BoundGroup
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
-from pipeline.tensor.blocks import Part, StageOfGroup, collect, make_blocks
-from stages.read.scratch_chunks import ScratchChunk
-from stages.write import BlockWrite, deliveries, write_group
+from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
+from stages.write import write_group
 
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
 
-STAGES = ("read", "rename", "unpack", "cast", "quantize")
 RESULTS = ("scratch", "write", "finish")  # the stages whose tasks give results, and not blocks
 Key = tuple[str, Any]
-
-
-@dataclass(frozen=True)
-class BoundGroup:
-    """The work of one group of a plan, bound to the sinks that it is for.
-
-    Attributes
-    ----------
-    number
-        Of the group, counted through all phases.
-    place
-        How far it is through its phase, from 0 to 1: groups of several phases run in this order.
-    stages
-        The stages that it passes, in order.
-    opened
-        The chunks of scratch that its last task opens itself.
-    blocks
-        For each of `work`, the keys of its block as each sink takes it.
-    reads, writes
-        The names of the chunks of scratch that it reads and writes.
-    """
-
-    number: int
-    phase: int
-    place: float
-    stages: tuple[tuple[str, StageOfGroup], ...]
-    opened: StageOfGroup
-    work: tuple[BlockWrite, ...]
-    blocks: tuple[tuple[Any, ...], ...]
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    is_last: bool
-    openers: Mapping[str, str] = field(default_factory=dict)  # chunk -> the stage that opens it, "" for the last task
-
-
-def bind(plan: Plan, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
-    """Bind a group to its sinks: the small tasks of its blocks by stage, and where its bytes go.
-
-    Parameters
-    ----------
-    index
-        The group's position in its phase.
-    sinks
-        The numbers of the phase's sinks that are to be written.
-    layers
-        The small tasks of arrays' layers that were looked up before: a cache for the groups of a plan.
-    """
-    phase = plan.phases[phase_number]
-    group = phase.groups[index]
-    needed: dict[Any, Any] = {}
-    work, blocks = [], []
-    for store, chunk in group:
-        region = store.region(chunk)
-        bound = tuple(deliveries(store.placements[sink], region, phase.sinks[sink].locate) for sink in sinks)
-        work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-        keys = tuple((store.arrays[sink].name, *chunk) for sink in sinks)
-        for key, sink in zip(keys, sinks, strict=True):
-            collect(key, store.arrays[sink], layers, needed)
-        blocks.append(keys)
-    stages, opened, openers = _by_stage(needed, plan.stage_of, phase.passes, {key for keys in blocks for key in keys})
-    writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
-    return BoundGroup(
-        plan.first_group(phase_number) + index,
-        phase_number,
-        index / len(phase.groups),
-        stages,
-        opened,
-        tuple(work),
-        tuple(blocks),
-        tuple(openers),
-        tuple(writes),
-        phase_number == len(plan.phases) - 1,
-        openers,
-    )
-
-
-def _by_stage(
-    needed: Mapping[Any, Any], stage_of: Mapping[str, str], passes: Sequence[str], wanted: Collection[Any]
-) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str]]:
-    """A group's small tasks by stage, what each stage passes on, and which stage opens each chunk of scratch.
-
-    `wanted`: the blocks that are written in the end.
-    """
-    tasks: dict[str, list[tuple[Any, Any]]] = {stage: [] for stage in STAGES}
-    chunks = {}
-    for key, task in needed.items():
-        stage = stage_of[key[0]]
-        if stage == "scratch":
-            chunks[key] = task
-        else:
-            tasks[stage].append((key, task))
-    passed = [stage for stage in STAGES if tasks[stage] or stage in passes]
-    # A chunk of scratch is opened by the first stage that needs it, or by the task that writes.
-    opened_by = dict.fromkeys(chunks, "")
-    for stage in reversed(passed):
-        opened_by |= {key: stage for _, task in tasks[stage] for key in task.dependencies if key in chunks}
-    result: list[tuple[str, StageOfGroup]] = []
-    later = set(wanted)
-    for stage in reversed(passed):
-        own = (*((key, chunks[key]) for key, opener in opened_by.items() if opener == stage), *tasks[stage])
-        made = {key for key, _ in own}
-        before = {key for _, task in own for key in task.dependencies if key in needed} - made
-        result.append((stage, StageOfGroup(own, tuple(sorted(later, key=str)))))
-        later = (later - made) | before
-    opened = tuple((key, chunks[key]) for key, opener in opened_by.items() if not opener)
-    openers = {_chunk(chunks[key]).name: opener for key, opener in opened_by.items()}
-    # What the last task opens itself, no stage passes on.
-    own_keys = {key for key, _ in opened}
-    stages = [
-        (stage, StageOfGroup(each.tasks, tuple(k for k in each.keep if k not in own_keys))) for stage, each in reversed(result)
-    ]
-    return tuple(stages), StageOfGroup(opened, tuple(sorted(wanted, key=str))), openers
-
-
-def _chunk(task: Any) -> ScratchChunk:
-    chunk = task.args[0]
-    assert isinstance(chunk, ScratchChunk)
-    return chunk
 
 
 @dataclass(frozen=True)
@@ -184,10 +64,15 @@ class StageGraph:
         return [key for stage in RESULTS for key in self.layers.get(stage, ())]
 
     def highlevel(self) -> HighLevelGraph:
-        """The graph as Dask takes it: a layer a stage, each task with the priority of its group."""
+        """The graph as Dask takes it: a layer a stage, each task with the priority of its group.
+
+        Groups run in the order of the source, and those that read scratch before more is written to it.
+        """
         from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-        priority = Priority(dict(self.places))
+        first = (-1.0, 0)  # an output is made whole as soon as it can be
+        places = {key: first if key[0] == "finish" else self.places[key[1]] for key in self.tasks}
+        priority = Priorities({key: phase * 1e-3 - place * 1e3 for key, (place, phase) in places.items()})
         layers = {name: MaterializedLayer(dict(layer), annotations={"priority": priority}) for name, layer in self.layers.items()}
         dependencies = {
             name: {dependency[0] for task in layer.values() for dependency in task.dependencies} - {name}
@@ -197,14 +82,13 @@ class StageGraph:
 
 
 @dataclass(frozen=True)
-class Priority:
-    """The priority of a task, by its key: groups run in the order of the source, those that read scratch before more is written."""
+class Priorities:
+    """The priority of each task by its key, as an annotation of a graph's layer; the greatest goes first."""
 
-    places: Mapping[Any, tuple[float, int]]
+    by_key: Mapping[Any, float]
 
-    def __call__(self, key: Key) -> float:
-        place, phase = self.places.get(key[1], (2.0, 0)) if key[0] != "finish" else (2.0, 0)
-        return phase * 1e-3 - place * 1e3
+    def __call__(self, key: Any) -> float:
+        return self.by_key[key]
 
 
 def stage_graph(

@@ -64,7 +64,7 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
     needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
-    limits = budget(job.memory_limit, job.threads, needs, max(len(phase.groups) for phase in phases))
+    limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), len(stage_of))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     return Plan(

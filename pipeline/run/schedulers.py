@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import BadInput, Problem, WriteFailed
-from pipeline.planning.dask_graph import StageGraph
+from pipeline.planning.dask_graph import Priorities, StageGraph
 from pipeline.planning.listen import Listen
 from pipeline.watching.conversion import serving
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
@@ -94,7 +94,10 @@ def _tasks(graph: Graph) -> tuple[dict[Any, Any], frozenset[Any]]:
 
 
 def run_synchronous(graph: Graph) -> Iterator[Any]:
-    """One task after another in this thread, in the order that Dask's threads would take: the debugger's scheduler."""
+    """One task after another in this thread: the debugger's scheduler.
+
+    A plan's graph runs in the order that Dask's threads would take, other tasks, which depend on none, in the order given.
+    """
     from dask.order import order
 
     tasks, wanted = _tasks(graph)
@@ -103,7 +106,7 @@ def run_synchronous(graph: Graph) -> Iterator[Any]:
         for dependency in task.dependencies:
             readers[dependency] += 1
     values: dict[Any, Any] = {}
-    for key in sorted(tasks, key=order(tasks).__getitem__):
+    for key in sorted(tasks, key=order(tasks).__getitem__) if isinstance(graph, StageGraph) else tasks:
         task = tasks[key]
         value = task({dependency: values[dependency] for dependency in task.dependencies})
         if readers[key]:
@@ -160,13 +163,17 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
     Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.
     `resources`: of a worker, that each task takes while it runs.
     """
-    from dask.highlevelgraph import HighLevelGraph
+    from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
     from distributed import CancelledError, KilledWorker, as_completed
 
     tasks, wanted = _tasks(graph)
     if not tasks:
         return
-    layered = graph.highlevel() if isinstance(graph, StageGraph) else HighLevelGraph.from_collections("tasks", tasks)
+    if isinstance(graph, StageGraph):
+        layered = graph.highlevel()
+    else:  # in the order given
+        places = Priorities({key: -place for place, key in enumerate(tasks)})
+        layered = HighLevelGraph({"tasks": MaterializedLayer(tasks, annotations={"priority": places})}, {"tasks": set()})
     futures = client.get(layered, list(tasks), sync=False, resources=resources)
     try:
         ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=True)

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +28,12 @@ from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
+from stages.write import pooled_name
 
 JOURNAL = "headrace.journal"
+POOL = ".free"
+POOLED_BYTES = 1 << 20  # smaller files are as quickly made
+POOL_FILES = 8
 SUMS = "xxh3"  # the attribute of a group that says the checksums of its chunks
 DEFAULT_ROOT = ".headrace-scratch"  # beside the outputs
 
@@ -167,9 +172,21 @@ class ScratchGroup:
         except OSError:
             return False
 
+    @property
+    def pool(self) -> Path:
+        """Where the files of freed chunks wait to be written again: over memory that the system still holds for them."""
+        return self.directory / POOL
+
     def free(self, chunk: str) -> None:
-        """Remove a chunk that nothing reads any more."""
-        Path(chunk).unlink(missing_ok=True)
+        """Give up a chunk that nothing reads any more: its file goes to the pool, or, where that is full, away."""
+        path = Path(chunk)
+        with contextlib.suppress(FileNotFoundError):
+            size = path.stat().st_size
+            self.pool.mkdir(exist_ok=True)
+            if size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
+                path.unlink()
+            else:
+                path.rename(self.pool / pooled_name(size))
 
     def finish(self, journal: Journal) -> None:
         """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""

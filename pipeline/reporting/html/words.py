@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pipeline.watching.units import human_bytes
 
 # Unicode categories: controls, halves of surrogate pairs, and characters that turn the direction of the text around them.
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_NAMES = 6
 _UNIT = "\N{NO-BREAK SPACE}"  # between a number and its unit
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
@@ -20,7 +20,7 @@ def visible(text: str) -> str:
     """Escape the characters of a text that are invisible, or that change how others are shown."""
     if text.isprintable():
         return text
-    return "".join(c if c in "\n " or unicodedata.category(c) not in _HIDDEN else ascii(c)[1:-1] for c in text)
+    return "".join(c if c == "\n" or unicodedata.category(c) not in _HIDDEN else ascii(c)[1:-1] for c in text)
 
 
 def count(number: int, noun: str) -> str:

@@ -1,0 +1,182 @@
+"""The rest of a plan that a run does: outputs that are not whole, groups that are not written, the chunks that these need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput
+from pipeline.planning.bind import BoundGroup, bind
+from pipeline.planning.plans import Phase, Plan, Sink
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.output import Output
+from pipeline.sinks.remote import RemoteGroup
+from pipeline.sinks.reserve import missing
+from pipeline.sinks.scratch import ScratchGroup, chunk_parts
+from pipeline.tensor.blocks import Part
+
+
+@dataclass
+class PhaseLeft:
+    """The rest of a phase that is to be done: the numbers of its sinks that are written, and its groups.
+
+    `journals` and `created` are by the sinks' numbers: the open journal, and the topmost directory that its beginning made.
+    """
+
+    number: int
+    phase: Phase
+    sinks: tuple[int, ...] = ()
+    groups: tuple[BoundGroup, ...] = ()
+    journals: dict[int, Journal] = field(default_factory=dict)
+    created: dict[int, Path | None] = field(default_factory=dict)
+
+    @property
+    def is_scratch(self) -> bool:
+        return not isinstance(self.phase.sinks[0], Output)
+
+    def written(self) -> dict[tuple[int, int], int]:
+        """The bytes of ranks that an earlier run has written: {(place of the sink among those written, rank): bytes}."""
+        totals: dict[tuple[int, int], int] = {}
+        for place, journal in enumerate(self.journals.values()):
+            for entry in journal.entries:
+                for rank, _, nbytes, _ in entry["sums"]:
+                    totals[place, rank] = totals.get((place, rank), 0) + nbytes
+        return totals
+
+    def total_bytes(self) -> int:
+        """The bytes that the phase writes to its sinks, those that an earlier run wrote included."""
+        return self.phase.written_bytes(self.sinks)
+
+    def done_bytes(self) -> int:
+        count = len(self.phase.groups)
+        return self.total_bytes() * (count - len(self.groups)) // max(count, 1) if self.sinks else 0
+
+
+class _Undo:
+    """Undoes the beginning of a sink where the run is refused before it starts: then nothing has been written."""
+
+    def __init__(self, sink: Sink, journal: Journal, created: Path | None) -> None:
+        self.sink, self.journal, self.created = sink, journal, created
+
+    def __enter__(self) -> None:
+        """Nothing to do yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, BadInput):
+            self.sink.abandon(self.journal, self.created)
+
+
+class LeftToDo:
+    """The rest of a plan that a run does, its locks and journals, and the chunks of scratch that go when they were read.
+
+    `phases`: of each phase, what is left. `known`: the parts of the chunks of scratch that are there, by the chunk's name.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.phases = [PhaseLeft(number, phase) for number, phase in enumerate(plan.phases)]
+        self.known: dict[str, list[Part]] = {}
+        self._readers: dict[str, set[int]] = {}  # of chunks that are given up when nothing reads them any more
+        self._owners: dict[str, ScratchGroup | RemoteGroup] = {}
+
+    def begin(self, stack: ExitStack) -> None:
+        """Begin the outputs that are not whole, or take them up; then find which chunks they need, and which are there."""
+        layers: dict[str, Mapping[Any, Any]] = {}
+        for phase in reversed(self.phases):
+            if phase.is_scratch:
+                self._begin_scratch(phase, stack, layers)
+            else:
+                self._begin_outputs(phase, stack, layers)
+
+    def _begin_outputs(self, left: PhaseLeft, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+        overwrite = self.plan.job.overwrite
+        left.sinks = tuple(range(len(left.phase.sinks))) if overwrite else left.phase.pending
+        for number in left.sinks:
+            self._begin_sink(left, number, overwrite, stack)
+        done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
+        todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
+        left.groups = tuple(bind(self.plan, left.number, index, left.sinks, layers) for index in todo)
+
+    def _begin_scratch(self, left: PhaseLeft, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+        """Begin a cut of which chunks are needed: those that the groups left to do read, or all, where it is kept and not whole.
+
+        Presence decides: a chunk that is there, and of which the checksums are known, is not made again.
+        """
+        cuts = [sink for sink in left.phase.sinks if isinstance(sink, ScratchGroup | RemoteGroup)]
+        readers = self.phases[left.number + 1].groups
+        needed = {chunk for group in readers for chunk in group.reads}
+        known = {chunk: parts for cut in cuts for chunk, parts in cut.recorded().items()}
+        whole = all(cut.complete for cut in cuts)
+        sinks = tuple(range(len(cuts)))
+        if not needed or (whole and all(self._there(cuts, chunk, known) for chunk in needed)):
+            self.known |= known
+            return
+        left.sinks = sinks
+        for number in sinks:
+            self._begin_sink(left, number, False, stack)
+        known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
+        groups = [bind(self.plan, left.number, index, sinks, layers) for index in range(len(left.phase.groups))]
+        keep = any(cut.keep for cut in cuts)
+        wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
+        absent = {chunk for chunk in wanted if not self._there(cuts, chunk, known)}
+        left.groups = tuple(group for group in groups if absent.intersection(group.writes))
+        again = {chunk for group in left.groups for chunk in group.writes}
+        self.known |= {chunk: parts for chunk, parts in known.items() if chunk not in again}
+        if not keep:
+            for group in readers:
+                for chunk in group.reads:
+                    self._readers.setdefault(chunk, set()).add(group.number)
+                    self._owners[chunk] = _owner(cuts, chunk)
+
+    def _there(self, cuts: Sequence[ScratchGroup | RemoteGroup], chunk: str, known: Mapping[str, Sequence[Part]]) -> bool:
+        return _owner(cuts, chunk).has(chunk, known.get(chunk, ()))
+
+    def _begin_sink(self, left: PhaseLeft, number: int, fresh: bool, stack: ExitStack) -> None:
+        sink = left.phase.sinks[number]
+        created = left.created[number] = missing(sink.directory)
+        journal = left.journals[number] = sink.begin(len(left.phase.groups), fresh)
+        stack.callback(journal.close)
+        if not journal.entries:
+            stack.enter_context(_Undo(sink, journal, created))
+
+    def abandon(self) -> None:
+        """Remove what the run has made of sinks that are not whole."""
+        for left in self.phases:
+            for number, journal in left.journals.items():
+                if not left.phase.sinks[number].complete:
+                    left.phase.sinks[number].abandon(journal, left.created[number])
+
+    def free(self, number: int) -> None:
+        """Give up the chunks that only the group of this number was still to read."""
+        for chunk in [chunk for chunk, readers in self._readers.items() if number in readers]:
+            self._readers[chunk].discard(number)
+            if not self._readers[chunk]:
+                del self._readers[chunk]
+                self._owners[chunk].free(chunk)
+
+    def phase_of(self, number: int) -> int:
+        """The number of the phase that a group is of, by the group's number."""
+        return max(n for n in range(len(self.phases)) if self.plan.first_group(n) <= number)
+
+    def pool(self) -> str:
+        """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none."""
+        cuts = [sink for left in self.phases for sink in left.phase.sinks if isinstance(sink, ScratchGroup) and not sink.keep]
+        return str(cuts[-1].pool) if cuts else ""
+
+    def close(self) -> None:
+        """After a run that ended well: whole outputs need no journal, and a cut that is kept is whole."""
+        for left in self.phases:
+            for number, journal in left.journals.items():
+                sink = left.phase.sinks[number]
+                if isinstance(sink, ScratchGroup | RemoteGroup) and sink.keep:
+                    sink.finish(journal)
+                elif left.is_scratch or sink.complete:
+                    journal.remove()
+
+
+def _owner(cuts: Sequence[ScratchGroup | RemoteGroup], chunk: str) -> ScratchGroup | RemoteGroup:
+    """The cut that a chunk is of, by its name, which begins with the cut's place."""
+    return next(cut for cut in cuts if chunk.startswith(f"{cut.place}/"))

@@ -1,0 +1,159 @@
+"""Scratch while a run goes on: chunks are bounded, freed, made again where they are gone, and never read for what they are not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import Interrupted, WriteFailed, convert, plan
+from pipeline.planning.memory import scratch_window
+from pipeline.run.execute import execute
+from pipeline.watching.listener import Silent
+from stages.write import Written
+from tests.support import checkpoints
+from tests.support.directories import contents
+
+SMALL = 20_000  # bytes of a group, so that there are many
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA | {"num_hidden_layers": 4})
+    monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: SMALL)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def plain(model: Path, tmp_path: Path) -> dict[str, bytes]:
+    convert(model_dir=model, output_dir=tmp_path / "plain", tp_size=2, scheduler="threads")
+    return contents(tmp_path / "plain")
+
+
+def options(model: Path, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    usual = {
+        "model_dir": model,
+        "output_dir": tmp_path / "out",
+        "tp_size": 2,
+        "scheduler": "synchronous",
+        "scratch_after": "unpack",
+    }
+    return usual | more
+
+
+def chunk_files(root: Path) -> list[Path]:
+    return [path for path in root.rglob("c/*") if path.is_file()] + [path for path in root.rglob("c/*/*") if path.is_file()]
+
+
+class Interrupting(Silent):
+    """Stops a run when so many groups have been done; notes the bytes of chunks that there are at any time."""
+
+    def __init__(self, root: Path, after: int = 10**9) -> None:
+        self.root, self.after, self.most_bytes, self.done = root, after, 0, 0
+
+    def advanced(self, written: Written) -> None:  # noqa: ARG002
+        self.done += 1
+        self.most_bytes = max(self.most_bytes, sum(path.stat().st_size for path in chunk_files(self.root)))
+        if self.done >= self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads", "local"])
+def test_scratch_is_bounded_and_gone_after_success(
+    scheduler: str, model: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.sinks.scratch.POOL_FILES", 0)
+    made = plan(**options(model, tmp_path, scheduler=scheduler, workers=1))
+    listener = Interrupting(tmp_path)
+    execute(made, listener)
+    assert contents(tmp_path / "out") == plain
+    total = made.scratch[0].size_bytes
+    largest = max(array.chunk_bytes for array in made.scratch[0].arrays.values())
+    assert made.scratch[0].local_bytes < total
+    if scheduler == "synchronous":  # elsewhere this listener, which looks at every file, is slower than the tasks
+        assert 0 < listener.most_bytes <= (scratch_window(1) + 2) * max(SMALL, largest) < total / 2
+    assert not list(tmp_path.rglob("*.zarr"))
+
+
+@pytest.mark.parametrize("after", ["unpack", "read,rename,unpack,shard"])
+@pytest.mark.parametrize("stop", [1, 5, 9, 14])
+def test_a_run_is_taken_up_with_what_scratch_still_holds(
+    after: str, stop: int, model: Path, plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    asked = options(model, tmp_path, scratch_after=after)
+    with pytest.raises(Interrupted):
+        execute(plan(**asked), Interrupting(tmp_path, stop))
+    result = convert(**asked)
+    assert result.resumed_tasks > 0
+    assert contents(tmp_path / "out") == plain
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "all gone"])
+def test_chunks_that_are_gone_are_made_again(damage: str, model: Path, plain: dict[str, bytes], tmp_path: Path) -> None:
+    asked = options(model, tmp_path, scratch_after="read,unpack")
+    with pytest.raises(Interrupted):
+        execute(plan(**asked), Interrupting(tmp_path, 6))
+    files = chunk_files(tmp_path)
+    assert files
+    for path in files if damage == "all gone" else files[:1]:
+        if damage == "shorter":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            path.unlink()
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_damaged_chunk_is_an_error_and_then_made_again(kept: bool, model: Path, plain: dict[str, bytes], tmp_path: Path) -> None:
+    asked = options(model, tmp_path, keep_scratch=kept)
+    if kept:  # a cut of another job, whole
+        convert(**{**asked, "output_dir": tmp_path / "first"})
+        asked["output_dir"] = tmp_path / "out"
+    else:
+        with pytest.raises(Interrupted):
+            execute(plan(**asked), Interrupting(tmp_path, 5))
+    path = max(chunk_files(tmp_path), key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    path.write_bytes(bytes(data))
+    with pytest.raises(WriteFailed, match=r"not those that were written.*" + path.name):
+        convert(**asked)
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+
+
+def test_one_of_two_outputs_is_deleted(model: Path, plain: dict[str, bytes], tmp_path: Path) -> None:
+    targets = [{"output_dir": tmp_path / "out", "tp_size": 2}, {"output_dir": tmp_path / "four", "tp_size": 4}]
+    asked = {"model_dir": model, "target": targets, "scheduler": "threads", "scratch_after": "unpack"}
+    convert(**asked)
+    four = contents(tmp_path / "four")
+    shutil.rmtree(tmp_path / "out")
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+    assert contents(tmp_path / "four") == four
+
+
+def test_an_output_is_made_whole_again_where_finishing_was_cut_short(
+    model: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the names of rank files and config.json, or between config.json and the end of the journal."""
+    asked = options(model, tmp_path, scratch_after="none")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sinks.output._replace", stop)
+        with pytest.raises(Interrupted):
+            convert(**asked)
+    assert (tmp_path / "out" / "rank0.safetensors").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+    (tmp_path / "out" / "headrace.json.partial").write_text("")
+    assert convert(**asked).up_to_date
+    assert contents(tmp_path / "out") == plain
