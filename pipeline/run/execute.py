@@ -138,7 +138,7 @@ class _Run:
             listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
         self.watch.entered(outputs.sinks, outputs.written())
-        self.watch.bound(group for left in self.left for group in left.groups)
+        self.watch.bound(group for left in self.left.phases for group in left.groups)
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
