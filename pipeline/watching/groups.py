@@ -13,7 +13,8 @@ from typing import Any
 
 from distributed.dashboard.components import scheduler as components
 
-from pipeline.planning.dask_graph import RESULTS, STAGES
+from pipeline.planning.bind import STAGES
+from pipeline.planning.dask_graph import RESULTS
 
 ORDER = {stage: place for place, stage in enumerate((*STAGES, *RESULTS))}
 MILLISECONDS = 200  # between two looks at the scheduler

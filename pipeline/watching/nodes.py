@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.planning.dask_graph import BoundGroup
+    from pipeline.planning.bind import BoundGroup
     from stages.write import Written
 
 SOURCE, SCRATCH, WRITE, FINISH = "source", "scratch", "write", "finish"
@@ -38,7 +38,7 @@ class StageProgress:
 
     def __init__(self, groups: Iterable[BoundGroup] = (), outputs: int = 0) -> None:
         """`groups`: those that the run does. `outputs`: how many directories it makes whole."""
-        from pipeline.planning.dask_graph import STAGES  # with numpy, which the command line's help does without
+        from pipeline.planning.bind import STAGES  # with numpy, which the command line's help does without
 
         self._passed: dict[int, tuple[str, ...]] = {}
         self._tasks: dict[str, int] = {}

@@ -19,7 +19,7 @@ from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:
-    from pipeline.planning.dask_graph import BoundGroup
+    from pipeline.planning.bind import BoundGroup
     from pipeline.planning.plans import Plan
     from stages.write import Written
 

@@ -50,7 +50,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "sqlalchemy",
     },
     "pipeline/cli/levels.py": {"rich"},
-    "pipeline/watching/nodes.py": {"pipeline.planning.dask_graph"},
+    "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
     "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch"},
     "pipeline/cli/serve.py": {
