@@ -12,8 +12,8 @@ from bokeh.models import Div
 
 from pipeline.jobs.overview import Overview
 from pipeline.jobs.rows import RunRow
-from pipeline.watching.figures import BLUE, TEAL, Bars, Timeline
-from pipeline.watching.page import STYLE, document_of, duration, fact_list, rates, stage_rows
+from pipeline.watching.figures import BLUE, STYLE, TEAL, Bars, Timeline, document_of
+from pipeline.watching.page import duration, fact_list, rates, stage_rows
 from pipeline.watching.state import Share
 from pipeline.watching.units import human_bytes
 

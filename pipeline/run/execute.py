@@ -146,6 +146,7 @@ class _Run:
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
+        self.watch.bound(group for left in self.left.phases for group in left.groups)
 
     def do(self, session: Session) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -189,6 +190,7 @@ class _Run:
         """Take in the results of tasks as they end: into the journals, and to those who watch. Gives those of groups on."""
         for result in results:
             if isinstance(result, int):  # an output is whole
+                self.watch.whole(result)
                 continue
             number = self.left.phase_of(result.number)
             committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))

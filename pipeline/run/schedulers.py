@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.dask_graph import Priorities, StageGraph
 from pipeline.planning.listen import Listen
+from pipeline.watching.conversion import serving
+from pipeline.watching.nodes import GRAPH_MAX_ITEMS
+from pipeline.watching.sockets import bound
 
 if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
@@ -58,8 +61,9 @@ def runner(
 ) -> Iterator[Session]:
     """Open a session with `scheduler`; `resources` are those of the in-process cluster's worker.
 
-    `watch` is what headrace's page shows: beside the dashboard of a cluster of our own, or at `listen`. `report`: a file for Dask's
-    performance report. Raises BadInput where a scheduler elsewhere does not answer, or `listen` is taken.
+    `watch` is what headrace's page shows: beside the dashboard of a cluster of our own, at `listen`, or for runs in this process at
+    the usual address where that is free. `report`: a file for Dask's performance report. Raises BadInput where a scheduler
+    elsewhere does not answer, or `listen` is taken.
     """
     if scheduler == "local":
         with _local_cluster(workers, resources, watch, listen) as client, _report(report):
@@ -73,7 +77,7 @@ def runner(
         with _page(watch, listen) as page:
             yield Session(run, page)
     else:
-        with _page(watch, listen), _remote(scheduler) as client, _report(report):
+        with _page(watch if listen else None, listen), _remote(scheduler) as client, _report(report):
             yield Session(lambda graph: run_distributed(client, graph), client.dashboard_link, client)
 
 
@@ -193,11 +197,9 @@ def _local_cluster(
     import dask
     from distributed import Client, LocalCluster
 
-    from pipeline.watching.dashboard import attend
+    from pipeline.watching.dashboard import attended
 
     if listen:
-        from pipeline.watching.server import bound
-
         for sock in bound(listen):  # Dask would take another port without a word
             sock.close()
     # A task's failure is reported by the command, in its own words.
@@ -210,6 +212,8 @@ def _local_cluster(
         "distributed.worker.profile.interval": "100ms",
         "distributed.admin.tick.interval": "200ms",
         "distributed.scheduler.work-stealing": False,
+        # Read when somebody opens the page of the graph, which a plan of thousands of tasks has too.
+        "distributed.dashboard.graph-max-items": GRAPH_MAX_ITEMS,
     }
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a dashboard port in use: another is taken
@@ -228,17 +232,13 @@ def _local_cluster(
         ):
             # The worker takes tasks by their priority; handing them over a few at a time would cost seconds.
             cluster.scheduler.WORKER_SATURATION = math.inf
-            attend(cluster, watch, listen)
-            yield client
+            with attended(cluster, watch):
+                yield client
 
 
 def _page(watch: RunWatch | None, listen: Listen | None) -> AbstractContextManager[str]:
-    """The address of headrace's page on a server of its own; "" where no `listen` asks for one."""
-    if watch is None or listen is None:
-        return nullcontext("")
-    from pipeline.watching import conversion
-
-    return conversion.serving(watch, listen)
+    """The address of headrace's page on a server of its own; "" where it has none."""
+    return nullcontext("") if watch is None else serving(watch, listen)
 
 
 def _report(path: Path | None) -> AbstractContextManager[None]:

@@ -1,33 +1,82 @@
-"""Serve the page, metrics and health of the one conversion that this process runs."""
+"""Serve the page, metrics and health of the one conversion that this process runs.
+
+Nothing of it is loaded before somebody asks for a page: until then there is a socket, or a route, and no server behind it.
+"""
 
 from __future__ import annotations
 
+import selectors
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+from pipeline.errors import BadInput, Interrupted
 from pipeline.planning.listen import PAGE, Listen
-from pipeline.watching import server
+from pipeline.watching.sockets import bound
 from pipeline.watching.state import RunWatch
 
-# (path, link text) of the pages that the conversion's page links to: headrace's own, and those of Dask's dashboard.
-OWN = (("metrics", "metrics"), ("health", "health"))
-DASK = (("status", "Dask's tasks"), ("workers", "workers"), ("system", "system"))
+PARTING_SECONDS = 1.0  # the most that the end of a run waits for pages that are open
 
 
-def join(application: Any, watch: RunWatch, listen: Listen) -> None:
-    """Add the page, `/metrics` and `/health` to a Dask server's application. Call it in that server's event loop."""
-    server.join(application, {PAGE: _page(watch, (*DASK, *OWN))}, _routes(watch), listen)
+class Viewers:
+    """The number of pages that are open: they are shown the end of a run before its process goes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+
+    def count(self, change: int) -> None:
+        """Add to the number."""
+        with self._lock:
+            self._open += change
+
+    def part(self) -> None:
+        """Wait until the last event has gone to every open page, but not for one that does not take it."""
+        end = time.monotonic() + PARTING_SECONDS
+        while self._open and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 @contextmanager
-def serving(watch: RunWatch, listen: Listen) -> Iterator[str]:
+def joined(application: Any, watch: RunWatch) -> Iterator[None]:
+    """Add the page, `/metrics` and `/health` to a Dask server's application; at the end, open pages are told how the run ended.
+
+    The routes take precedence over Dask's of the same paths.
+    """
+    viewers = Viewers()
+    application.add_handlers(".*", _routes(watch, viewers))
+    with _told(watch, viewers):
+        yield
+
+
+@contextmanager
+def serving(watch: RunWatch, listen: Listen | None) -> Iterator[str]:
     """Serve the page, `/metrics` and `/health` without a dashboard, and yield the page's URL.
 
-    Raises BadInput where the address of `listen` is taken or is not this machine's.
+    `listen` is None for the usual address, and for none where that is taken: then "" is yielded. Raises BadInput where the address
+    of `listen` is taken or is not this machine's.
     """
-    with server.serving(listen, {PAGE: _page(watch, OWN)}, _routes(watch)) as url:
-        yield url + PAGE
+    try:
+        sockets = bound(listen or Listen())
+    except BadInput:
+        if listen:
+            raise
+        sockets = []
+    viewers = Viewers()
+    ours, theirs = socket.socketpair()
+    work = threading.Thread(target=_serve_when_asked, args=(sockets, theirs, watch, viewers), name="headrace-pages", daemon=True)
+    work.start()
+    try:
+        with _told(watch, viewers):
+            yield (listen or Listen()).url + PAGE if sockets else ""
+    finally:
+        ours.close()
+        work.join()
+        theirs.close()
 
 
 def health(watch: RunWatch) -> dict[str, Any]:
@@ -47,25 +96,56 @@ def health(watch: RunWatch) -> dict[str, Any]:
     }
 
 
-def _page(watch: RunWatch, links: Sequence[tuple[str, str]]) -> server.Page:
-    """Return the function that fills the page's document."""
-
-    def fill(document: Any) -> None:
-        # Bokeh takes half a second to import, so this waits until somebody opens the page.
-        from pipeline.watching.page import conversion_page
-
-        conversion_page(watch.snapshot, links)(document)
-
-    return fill
-
-
-def _routes(watch: RunWatch) -> list[server.Route]:
-    return server.routes(_metrics(watch), lambda: health(watch))
-
-
-def _metrics(watch: RunWatch) -> Callable[[], bytes] | None:
+@contextmanager
+def _told(watch: RunWatch, viewers: Viewers) -> Iterator[None]:
+    """Tell the watch, and through it the open pages, how what is done inside ends."""
     try:
-        from pipeline.watching.metrics import Metrics, of_conversion
-    except ModuleNotFoundError:  # prometheus_client is installed with the extra `jobs`
-        return None
-    return Metrics(lambda: of_conversion(watch.snapshot())).text
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        watch.end("interrupted")
+        raise
+    except BaseException:
+        watch.end("failed")
+        raise
+    else:
+        watch.end("done")
+    finally:
+        viewers.part()
+
+
+def _serve_when_asked(sockets: Sequence[socket.socket], stop: socket.socket, watch: RunWatch, viewers: Viewers) -> None:
+    """Wait for a connection or the end, which comes when the other end of `stop` is closed; serve from the first one on."""
+    with selectors.DefaultSelector() as selector:
+        for each in (*sockets, stop):
+            selector.register(each, selectors.EVENT_READ)
+        asked = {key.fileobj for key, _ in selector.select()}
+    if stop in asked:
+        for each in sockets:
+            each.close()
+        return
+    from pipeline.watching import server  # Tornado takes a tenth of a second to import
+
+    server.serve(sockets, _routes(watch, viewers), stop)
+
+
+def _routes(watch: RunWatch, viewers: Viewers) -> list[Any]:
+    from pipeline.watching import server
+    from pipeline.watching.live import page_routes
+
+    return [*page_routes(watch, viewers.count), *server.routes(_metrics(watch), lambda: health(watch))]
+
+
+def _metrics(watch: RunWatch) -> Callable[[], bytes | None]:
+    @cache
+    def text() -> Callable[[], bytes] | None:
+        try:
+            from pipeline.watching.metrics import Metrics, of_conversion
+        except ModuleNotFoundError:  # prometheus_client is installed with the extra `jobs`
+            return None
+        return Metrics(lambda: of_conversion(watch.snapshot())).text
+
+    def answer() -> bytes | None:
+        made = text()
+        return made() if made else None
+
+    return answer

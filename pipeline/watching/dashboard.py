@@ -1,13 +1,17 @@
-"""Start Dask's dashboard and headrace's page at the first request for one of them, because Bokeh takes half a second to import."""
+"""Have a cluster's server answer for headrace's page at once, and for Dask's dashboard from the first request for one of its pages.
+
+Dask's pages are Bokeh's, which takes half a second to import.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from tornado import web
+from tornado.ioloop import IOLoop
 
-from pipeline.planning.listen import Listen
 from pipeline.watching import conversion
 from pipeline.watching.state import RunWatch
 
@@ -27,8 +31,8 @@ class OnDemand(web.Application):
         return None
 
 
-def attend(cluster: Any, watch: RunWatch | None, listen: Listen | None) -> None:
-    """Have a cluster's server answer for the dashboard's pages and, where `watch` is given, for headrace's own.
+def attended(cluster: Any, watch: RunWatch | None) -> AbstractContextManager[None]:
+    """Serve the dashboard's pages and, where `watch` is given, headrace's own; at the end open pages are told how the run ended.
 
     Parameters
     ----------
@@ -36,16 +40,22 @@ def attend(cluster: Any, watch: RunWatch | None, listen: Listen | None) -> None:
         A `distributed.LocalCluster` whose scheduler runs in this process.
     watch
         The run that headrace's page shows; None for no page.
-    listen
-        The address that the server was given; None for 127.0.0.1 and the port that the server has.
     """
     scheduler = cluster.scheduler
 
     def connect() -> None:
         import distributed.dashboard.scheduler as pages
+        from distributed.dashboard.core import BokehApplication
 
-        if watch is not None:
-            conversion.join(scheduler.http_application, watch, listen or Listen(port=scheduler.http_server.port))
+        from pipeline.watching.groups import groups_page
+
+        # Before Dask's own page of the same path, which cannot draw a run's stages.
+        variables = pages.template_variables(scheduler)
+        ours = BokehApplication({"/groups": groups_page}, scheduler, template_variables=variables)
+        scheduler.http_application.add_application(ours)
+        ours.initialize(IOLoop.current())
+        ours.start()
         pages.connect(scheduler.http_application, scheduler.http_server, scheduler)
 
     scheduler.http_application.add_application(OnDemand(connect))
+    return nullcontext() if watch is None else conversion.joined(scheduler.http_application, watch)

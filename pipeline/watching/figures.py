@@ -1,13 +1,25 @@
-"""The charts of headrace's pages: a line over time and bars by name. Each has an `update` that shows new values."""
+"""The parts of a page that is a Bokeh document: a line over time and bars by name. Each has an `update` that shows new values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bokeh.core.properties import value
-from bokeh.models import AdaptiveTicker, ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d, Span
+from bokeh.events import ConnectionLost
+from bokeh.layouts import column
+from bokeh.models import (
+    AdaptiveTicker,
+    ColumnDataSource,
+    CustomJS,
+    Div,
+    FactorRange,
+    HoverTool,
+    NumeralTickFormatter,
+    Range1d,
+    Span,
+)
 from bokeh.models.formatters import CustomJSTickFormatter
 from bokeh.plotting import figure
 
@@ -16,6 +28,7 @@ from pipeline.watching.units import human_bytes
 BLUE, TEAL, RED, GREY = "#2563eb", "#0d9488", "#dc2626", "#64748b"
 FONT = "system-ui, sans-serif"
 ROW_PIXELS = 22  # the height of a bar
+MILLISECONDS = 1000
 LONGEST_NAME = 26  # of a longer group name the last characters are shown: they tell more than the first
 
 _BYTES_JS = """
@@ -28,6 +41,28 @@ _SECONDS_JS = """
 const s = Math.round(tick), pad = (n) => String(n).padStart(2, "0");
 const hours = Math.floor(s / 3600), minutes = Math.floor(s / 60) % 60;
 return (hours ? hours + ":" + pad(minutes) : minutes) + ":" + pad(s % 60);
+"""
+
+STYLE = """
+:host { font-family: system-ui, sans-serif; color: #0f172a; }
+.bk-clearfix { width: 100%; }
+h1 { font-size: 20px; margin: 0 0 2px; font-weight: 600; }
+h2 { font-size: 15px; margin: 14px 0 4px; font-weight: 600; }
+.sub { color: #64748b; margin: 0 0 10px; overflow-wrap: anywhere; }
+.bar { height: 14px; border-radius: 7px; background: #e2e8f0; overflow: hidden; margin: 6px 0 12px; }
+.bar > div { height: 100%; background: #2563eb; }
+.facts { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-bottom: 4px; }
+.facts b { display: block; font-size: 17px; font-weight: 600; }
+.facts span { color: #64748b; font-size: 12px; }
+.pill { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 12px; vertical-align: 3px; }
+.pill { background: #dbeafe; color: #1e40af; }
+.pill.ended, .pill.done { background: #dcfce7; color: #166534; }
+.pill.lost, .pill.failed { background: #fee2e2; color: #991b1b; }
+a { color: #2563eb; }
+table { border-collapse: collapse; width: 100%; margin-bottom: 14px; }
+th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
+th { color: #64748b; font-weight: 500; font-size: 12px; }
+pre { white-space: pre-wrap; margin: 0; font-size: 12px; }
 """
 
 
@@ -97,6 +132,21 @@ class Bars:
         # Leave room for the text after the longest bar.
         self._range.end = 1.3 if self._share else max(longest, 1.0) * 1.7
         self._source.data = {"y": names, "x": [value for _, value, _ in rows], "text": [text for _, _, text in rows]}
+
+
+def document_of(document: Any, update: Callable[[], None], head: Div, parts: Sequence[Any]) -> None:
+    """Fill a document with a heading and `parts` below it, and call `update` now and once a second."""
+    update()
+    document.title = "headrace"
+    document.add_root(column(head, *parts, sizing_mode="stretch_width", margin=16))
+    document.js_on_event(ConnectionLost, lost(head))
+    document.add_periodic_callback(update, MILLISECONDS)
+
+
+def lost(head: Div) -> CustomJS:
+    """Return a script that says in the browser, when the connection is lost, that the run's process has ended."""
+    code = "if (!head.text.includes('pill lost')) { head.text += \"<p><span class='pill lost'>the process has ended</span></p>\"; }"
+    return CustomJS(args={"head": head}, code=code)
 
 
 def _shortened(name: str) -> str:

@@ -161,7 +161,7 @@ class Metrics(Collector):
 
 def of_conversion(now: Snapshot) -> Reading:
     """Return the Reading of a process that runs one conversion."""
-    states = {"running": int(now.state != "ended"), "done": int(now.state == "ended" and now.done_bytes >= now.total_bytes)}
+    states = {"running": int(not now.ended), "done": int(now.state == "done")}
     return Reading(
         stages=now.stages,
         states=states,

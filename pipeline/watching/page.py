@@ -1,114 +1,139 @@
-"""The page of one conversion: a Bokeh document that shows a new Snapshot of the run every second."""
+"""The page of one conversion: HTML that a server sends anew once a second while the run goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from itertools import pairwise
-from typing import Any
 
-from bokeh.events import ConnectionLost
-from bokeh.layouts import column, row
-from bokeh.models import CustomJS, Div
-
-from pipeline.watching.figures import BLUE, TEAL, Bars, Timeline
+from pipeline.model.tables import CONFIGS
+from pipeline.watching.charts import bar_rows, timeline
+from pipeline.watching.graph_drawing import graph_svg
+from pipeline.watching.nodes import GRAPH_MAX_ITEMS
+from pipeline.watching.progress import layer
 from pipeline.watching.state import Sample, Snapshot
 from pipeline.watching.units import human_bytes, human_rate
 
-MILLISECONDS = 1000
-
-STYLE = """
-:host { font-family: system-ui, sans-serif; color: #0f172a; }
-.bk-clearfix { width: 100%; }
-h1 { font-size: 20px; margin: 0 0 2px; font-weight: 600; }
-h2 { font-size: 15px; margin: 14px 0 4px; font-weight: 600; }
-.sub { color: #64748b; margin: 0 0 10px; overflow-wrap: anywhere; }
-.bar { height: 14px; border-radius: 7px; background: #e2e8f0; overflow: hidden; margin: 6px 0 12px; }
-.bar > div { height: 100%; background: #2563eb; }
-.facts { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-bottom: 4px; }
-.facts b { display: block; font-size: 17px; font-weight: 600; }
-.facts span { color: #64748b; font-size: 12px; }
-.pill { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 12px; vertical-align: 3px; }
-.pill { background: #dbeafe; color: #1e40af; }
-.pill.ended, .pill.done { background: #dcfce7; color: #166534; }
-.pill.lost, .pill.failed { background: #fee2e2; color: #991b1b; }
-a { color: #2563eb; }
-table { border-collapse: collapse; width: 100%; margin-bottom: 14px; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-th { color: #64748b; font-weight: 500; font-size: 12px; }
-pre { white-space: pre-wrap; margin: 0; font-size: 12px; }
-"""
+CAPTION = (
+    "Seconds are summed over workers; GB/s are those of one. A stage before <i>scratch</i> or <i>write</i> is done with a group of "
+    "blocks when that is. Files are mapped: the disk's time shows in the stage that first looks at the bytes."
+)
+LEAST_SECONDS = 0.5  # between two samples whose difference says something of the throughput
+OWN = (("metrics", "metrics"), ("health", "health"))
+# (path, link text) of Dask's pages, beside that of the graph.
+DASK = (
+    ("groups", "groups"),
+    ("individual-task-stream", "task stream"),
+    ("individual-fine-performance-metrics", "fine performance metrics"),
+    ("status", "status"),
+    ("workers", "workers"),
+    ("system", "system"),
+)
 
 
-def conversion_page(look: Callable[[], Snapshot], links: Sequence[tuple[str, str]]) -> Callable[[Any], None]:
-    """Return a function that fills a Bokeh document with the run that `look` returns snapshots of.
-
-    `links`: (path, text) of other pages of the same server, shown at the bottom.
-    """
-
-    def fill(document: Any) -> None:
-        head = Div(text=header(look()), stylesheets=[STYLE], sizing_mode="stretch_width")
-        throughput = Timeline("Throughput", rate=True, colour=BLUE)
-        memory = Timeline("Memory of the process, and its limit", rate=False, colour=TEAL)
-        stages = Bars("Bytes by stage", share=False, colour=BLUE)
-        ranks = Bars("Rank files", share=True, colour=TEAL)
-        foot = Div(text=" · ".join(f'<a href="{path}">{text}</a>' for path, text in links), stylesheets=[STYLE])
-
-        def update() -> None:
-            now = look()
-            head.text = header(now)
-            throughput.update(rates(now.samples))
-            points = [(sample.seconds, float(sample.memory_bytes)) for sample in now.samples if sample.memory_bytes >= 0]
-            memory.update(points, now.memory_limit_bytes)
-            stages.update(stage_rows(now.stages))
-            ranks.update(rank_rows(now))
-
-        figures = [
-            row(throughput.figure, memory.figure, sizing_mode="stretch_width"),
-            row(stages.figure, ranks.figure, sizing_mode="stretch_width"),
-        ]
-        document_of(document, update, head, [*figures, foot])
-
-    return fill
+def document(now: Snapshot) -> str:
+    """Return the whole page: the run as it is now, and a script that puts in what the server sends later."""
+    html, css, script = _files()
+    return html.replace("@CSS@", css).replace("@SCRIPT@", script).replace("@BODY@", body(now))
 
 
-def document_of(document: Any, update: Callable[[], None], head: Div, parts: Sequence[Any]) -> None:
-    """Fill a document with a heading and `parts` below it, and call `update` now and once a second."""
-    update()
-    document.title = "headrace"
-    document.add_root(column(head, *parts, sizing_mode="stretch_width", margin=16))
-    document.js_on_event(ConnectionLost, lost(head))
-    document.add_periodic_callback(update, MILLISECONDS)
+def policy() -> str:
+    """Return the page's Content-Security-Policy: its own script and styles, and no other server."""
+    digest = base64.b64encode(hashlib.sha256(_files()[2].encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; script-src 'sha256-{digest}'"
+
+
+def news(now: Snapshot) -> str:
+    """Return one message to an open page, as JSON: its new body and title, and whether that is the last."""
+    title = f"{now.state}: {now.name}" if now.ended else f"{_percent(now)} {now.name}" if now.name else "headrace"
+    return json.dumps({"body": body(now), "title": title, "ended": now.ended})
+
+
+@cache
+def _files() -> tuple[str, str, str]:
+    """The page's frame, its styles and its script."""
+    html, css, script = ((CONFIGS / "page" / name).read_text() for name in ("page.html", "page.css", "page.js"))
+    return html, css, script
+
+
+def body(now: Snapshot) -> str:
+    """Return the page's content as HTML."""
+    if not now.name:
+        pill = f" <span class='pill {now.state}'>{now.state}</span>" if now.ended else ""
+        return f"<h1>headrace{pill}</h1><p class=sub>{'nothing was written' if now.ended else 'the outputs are being begun'}</p>"
+    memory = [(sample.seconds, float(sample.memory_bytes)) for sample in now.samples if sample.memory_bytes >= 0]
+    return (
+        f"{header(now)}<section class='wide'><h2>Graph</h2>{graph_svg(now)}<p class=sub>{CAPTION}</p>{dask_links(now)}</section>"
+        f"<div class=two>{timeline('Throughput', rates(now.samples), colour='blue', suffix='/s')}"
+        f"{timeline('Memory of the process, and its limit', memory, colour='teal', limit=now.memory_limit_bytes)}"
+        f"{bar_rows('Bytes by stage', _shares(stage_rows(now.stages)), colour='blue')}"
+        f"{bar_rows('Rank files', rank_rows(now), colour='teal')}</div><footer>{_links(OWN, '')}</footer>"
+    )
 
 
 def header(now: Snapshot) -> str:
     """Return the HTML above the charts: state, source, outputs, progress bar and figures."""
-    if now.state == "starting":
-        return "<h1>headrace</h1><p class=sub>reading the source's headers</p>"
-    share = now.done_bytes / now.total_bytes if now.total_bytes else 1.0
     facts = [
         (f"{human_bytes(now.done_bytes)} of {human_bytes(now.total_bytes)}", "written in all"),
         ("-" if now.bytes_per_second is None else human_rate(now.bytes_per_second), "throughput"),
-        ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"),
         (duration(now.seconds), "elapsed"),
         (of_scratch(now.bytes_read, now.scratch_bytes_read), "read of the source"),
         (of_scratch(now.bytes_written, now.scratch_bytes_written), "written into rank files"),
-        (f"{now.done_tasks} of {now.tasks}", "tasks"),
-        (f"{now.phase or '-'} ({', '.join(now.phases)})" if len(now.phases) > 1 else now.phase or "-", "phase"),
+        (f"{now.done_tasks} of {now.tasks}", "groups of blocks"),
+        (layer(now.layer) if now.layer else "-", "last layer" if now.ended else "current layer"),
         (f"{human_bytes(now.peak_memory_bytes)} of {human_bytes(now.memory_limit_bytes)}", "peak memory"),
     ]
+    if not now.ended:
+        facts.insert(2, ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"))
     if now.resumed_bytes:
         facts.append((human_bytes(now.resumed_bytes), "done by an earlier run"))
+    state = escape(now.state)
     return (
-        f"<h1>{escape(now.name)} <span class='pill {now.state}'>{now.state}</span></h1>"
+        f"<div class=head><h1>{escape(now.name)} <span class='pill {state}'>{state}</span></h1>"
         f"<p class=sub>{escape(now.source)} → {escape(', '.join(now.outputs))}</p>"
-        f"<div class=bar><div style='width:{100 * share:.1f}%'></div></div>{fact_list(facts)}"
+        f"<div class='bar {state}'><div style='width:{_percent(now)}'></div></div>{fact_list(facts)}</div>"
     )
 
 
 def of_scratch(nbytes: int, scratch: int) -> str:
     """Bytes, and those of scratch beside them where there are any."""
     return f"{human_bytes(nbytes)} (+ {human_bytes(scratch)} scratch)" if scratch else human_bytes(nbytes)
+
+
+def dask_links(now: Snapshot) -> str:
+    """Return the links to Dask's own pages of the run, or why there are none, as HTML."""
+    if now.scheduler in ("threads", "synchronous"):
+        text = f"Dask draws no graph of this run: --scheduler {now.scheduler} has no dashboard; the default scheduler has."
+        return f"<p class=sub>{escape(text)}</p>"
+    if now.ended:
+        return "<p class=sub>Dask's own pages went with the run.</p>"
+    base = "" if now.scheduler == "local" else now.dashboard.removesuffix("status")
+    if now.scheduler != "local":  # its own limit is not known here
+        drawn = _links((("graph", "graph"),), base)
+    elif now.graph_tasks > GRAPH_MAX_ITEMS:
+        drawn = f"no graph, as {now.graph_tasks} tasks are more than the {GRAPH_MAX_ITEMS} that its page can show"
+    else:
+        drawn = _links((("graph", f"graph of {now.graph_tasks} tasks"),), base)
+    return f"<p class=sub>Dask shows: {drawn} · {_links(DASK, base)}</p>"
+
+
+def _links(pages: Sequence[tuple[str, str]], base: str) -> str:
+    return " · ".join(f'<a href="{escape(base + path)}">{escape(text)}</a>' for path, text in pages)
+
+
+def _percent(now: Snapshot) -> str:
+    share = now.done_bytes / now.total_bytes if now.total_bytes else float(now.state == "done")
+    return f"{100 * min(share, 1.0):.1f}%"
+
+
+def _shares(rows: Sequence[tuple[str | tuple[str, str], float, str]]) -> list[tuple[str | tuple[str, str], float, str]]:
+    """Rows with each value as a share of the largest."""
+    largest = max([1.0, *(value for _, value, _ in rows)])
+    return [(name, value / largest, text) for name, value, text in rows]
 
 
 def fact_list(facts: Sequence[tuple[str, str]]) -> str:
@@ -121,10 +146,17 @@ def fact_list(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def rates(samples: Sequence[Sample]) -> list[tuple[float, float]]:
-    """Return (seconds, bytes per second) for each two consecutive samples."""
-    return [
-        (b.seconds, (b.done_bytes - a.done_bytes) / (b.seconds - a.seconds)) for a, b in pairwise(samples) if b.seconds > a.seconds
+    """Return (seconds, bytes per second) for each two consecutive samples, and the first rate at the time of the first sample.
+
+    The last sample, which may follow at once on the one before, stands for that too.
+    """
+    kept = (
+        [*samples[:-2], samples[-1]] if len(samples) > 2 and samples[-1].seconds - samples[-2].seconds < LEAST_SECONDS else samples
+    )
+    points = [
+        (b.seconds, (b.done_bytes - a.done_bytes) / (b.seconds - a.seconds)) for a, b in pairwise(kept) if b.seconds > a.seconds
     ]
+    return [(kept[0].seconds, points[0][1]), *points] if points else []
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tuple[str, str], float, str]]:
@@ -137,7 +169,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tu
 
 def stage_order(stage: str) -> tuple[int, str]:
     """Return a sort key for stages in processing order; unknown stages come just before `checksum` and `write`."""
-    known = ("read", "read_scratch", "rename", "unpack", "cast", "quantize", "shard")
+    known = ("read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize", "shard")
     last = ("checksum", "write_scratch", "write")
     place = known.index(stage) if stage in known else 100 + last.index(stage) if stage in last else 50
     return place, stage
@@ -146,7 +178,11 @@ def stage_order(stage: str) -> tuple[int, str]:
 def rank_rows(now: Snapshot) -> list[tuple[str | tuple[str, str], float, str]]:
     """Return ((target, rank), fraction written, text) for each rank file."""
     return [
-        ((share.target, f"rank {share.rank}"), share.done_bytes / max(share.total_bytes, 1), human_bytes(share.done_bytes))
+        (
+            (share.target, f"rank {share.rank}"),
+            share.done_bytes / max(share.total_bytes, 1),
+            f"{human_bytes(share.done_bytes)} of {human_bytes(share.total_bytes)}",
+        )
         for share in now.ranks
     ]
 
@@ -157,9 +193,3 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole // 3600}:{whole // 60 % 60:02} h"
-
-
-def lost(head: Div) -> CustomJS:
-    """Return a script that says in the browser, when the connection is lost, that the run's process has ended."""
-    code = "if (!head.text.includes('pill lost')) { head.text += \"<p><span class='pill lost'>the process has ended</span></p>\"; }"
-    return CustomJS(args={"head": head}, code=code)

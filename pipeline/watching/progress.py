@@ -42,9 +42,9 @@ def layer(name: str) -> str:
 
 def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
     """List what to print at the start of a run: its pages, resumed work, reused scratch, the plan's notes, tensors left out."""
-    result = [f"dashboard {dashboard}"] if dashboard else []
     page = page_address(plan.job, dashboard)
-    result += [f"page {page}"] if page not in ("", dashboard) else []
+    result = [f"page {page}"] if page else []
+    result += [f"dashboard {dashboard}"] if dashboard not in ("", page) else []
     if done_tasks:
         result.append(f"resuming: {done_tasks} of {plan.tasks} tasks were done before")
     result += [f"scratch of {cut.stage} reused" for cut in plan.scratch if cut.complete]
@@ -55,9 +55,11 @@ def notes(plan: Plan, dashboard: str, done_tasks: int) -> list[str]:
 
 
 def page_address(job: Job, dashboard: str) -> str:
-    """Return the URL of headrace's own page: beside a local cluster's dashboard, or at `job.listen`; "" where there is none."""
+    """Return the URL of headrace's own page: beside a local cluster's dashboard, or on its own; "" where there is none."""
     if job.scheduler == "local":
         return dashboard.removesuffix("/status") + PAGE
+    if job.scheduler in ("threads", "synchronous"):
+        return dashboard
     return parse_listen(job.listen).url + PAGE if job.listen else ""
 
 

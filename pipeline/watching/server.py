@@ -1,4 +1,4 @@
-"""Serve pages, metrics and health: on the server of Dask's dashboard, or on a server of their own.
+"""Serve metrics and health, and pages that are Bokeh documents, on a server of their own.
 
 Everything here answers GET requests only and changes nothing.
 """
@@ -6,7 +6,6 @@ Everything here answers GET requests only and changes nothing.
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +14,15 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
-from tornado.netutil import bind_sockets
-from tornado.web import RedirectHandler, RequestHandler
+from tornado.web import Application, RedirectHandler, RequestHandler
 
-from pipeline.errors import BadInput, Problem
 from pipeline.planning.listen import PAGE, Listen
+from pipeline.watching.sockets import bound
 
 Page = Callable[[Any], None]
 Route = tuple[str, type[RequestHandler], dict[str, Any]]
 
+REDIRECT = (r"/", RedirectHandler, {"url": PAGE, "permanent": False})
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_METRICS = "# prometheus_client is not installed: pip install headrace[jobs]\n"
 
@@ -31,16 +30,15 @@ NO_METRICS = "# prometheus_client is not installed: pip install headrace[jobs]\n
 class MetricsHandler(RequestHandler):
     """Answers `GET /metrics` with Prometheus's text format; 501 where prometheus_client is not installed."""
 
-    def initialize(self, metrics: Callable[[], bytes] | None) -> None:
+    def initialize(self, metrics: Callable[[], bytes | None]) -> None:
         self.metrics = metrics
 
     def get(self) -> None:
         self.set_header("Content-Type", METRICS_TYPE)
-        if self.metrics is None:
+        text = self.metrics()
+        if text is None:
             self.set_status(501)
-            self.write(NO_METRICS)
-        else:
-            self.write(self.metrics())
+        self.write(NO_METRICS if text is None else text)
 
 
 class HealthHandler(RequestHandler):
@@ -55,8 +53,8 @@ class HealthHandler(RequestHandler):
         self.write(answer)
 
 
-def routes(metrics: Callable[[], bytes] | None, health: Callable[[], Mapping[str, Any]]) -> list[Route]:
-    """Return the routes `/metrics` and `/health`; where `metrics` is None, `/metrics` says which package is not installed."""
+def routes(metrics: Callable[[], bytes | None], health: Callable[[], Mapping[str, Any]]) -> list[Route]:
+    """Return the routes `/metrics` and `/health`; where `metrics` gives None, `/metrics` says which package is not installed."""
     return [(r"/metrics", MetricsHandler, {"metrics": metrics}), (r"/health", HealthHandler, {"health": health})]
 
 
@@ -89,16 +87,19 @@ def pages_application(pages: Mapping[str, Page], listen: Listen, more: Sequence[
     )
 
 
-def join(application: Any, pages: Mapping[str, Page], extra: Sequence[Route], listen: Listen) -> None:
-    """Add pages and routes to a Dask server's routing application. Call it in that server's event loop.
+def serve(sockets: Sequence[socket.socket], extra: Sequence[Route], stop: socket.socket) -> None:
+    """Answer for routes on sockets that listen, in this thread, until the other end of `stop` is closed. `/` leads to the page."""
 
-    The routes take precedence over Dask's routes of the same paths. The server stops the pages when it stops.
-    """
-    application.add_handlers(".*", list(extra))
-    bokeh = pages_application(pages, listen)
-    application.add_application(bokeh)
-    bokeh.initialize(IOLoop.current())
-    bokeh.start()
+    async def work() -> None:
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(stop, ended.set)
+        server = HTTPServer(Application([REDIRECT, *extra]))
+        server.add_sockets(sockets)
+        await ended.wait()
+        server.stop()
+        await server.close_all_connections()
+
+    asyncio.run(work())
 
 
 @contextmanager
@@ -109,7 +110,6 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, 
     """
     sockets = bound(listen, or_any_port)
     actual = Listen(listen.host, sockets[0].getsockname()[1])
-    redirect = (r"/", RedirectHandler, {"url": PAGE, "permanent": False})
     loops: list[asyncio.AbstractEventLoop] = []
     stop: list[asyncio.Event] = []
     ready = threading.Event()
@@ -117,7 +117,7 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         stop.append(asyncio.Event())
-        bokeh = pages_application(pages, actual, [redirect, *extra])
+        bokeh = pages_application(pages, actual, [REDIRECT, *extra])
         bokeh.initialize(IOLoop.current())
         bokeh.start()
         server = HTTPServer(bokeh)
@@ -136,14 +136,3 @@ def serving(listen: Listen, pages: Mapping[str, Page], extra: Sequence[Any], *, 
     finally:
         loops[0].call_soon_threadsafe(stop[0].set)
         thread.join()
-
-
-def bound(listen: Listen, or_any_port: bool = False) -> list[socket.socket]:
-    """Return sockets that listen at an address. Raises BadInput where it is taken or is not this machine's."""
-    try:
-        return bind_sockets(listen.port, address=listen.host)
-    except OSError as error:
-        if or_any_port and error.errno == errno.EADDRINUSE:
-            return bind_sockets(0, address=listen.host)
-        found = error.strerror or str(error)
-        raise BadInput([Problem(f"--listen {listen.address}", found, "an address of this machine whose port is free")]) from None

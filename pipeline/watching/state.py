@@ -9,17 +9,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.tensor.metering import stage_bytes
-from pipeline.tensor.placement import size
+from pipeline.watching.nodes import LiveNode, StageProgress
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
+from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:
-    from pipeline.planning.bind import Inputs
+    from pipeline.planning.bind import BoundGroup, Inputs
     from pipeline.planning.plans import Plan
     from stages.write import Written
 
@@ -27,12 +28,14 @@ SAMPLE_SECONDS = 1.0  # the least time between two samples
 MAX_SAMPLES = 600  # beyond this, every other sample is dropped
 RECENT_SECONDS = 30.0  # the time span from which the throughput and the time left are estimated
 
-State = Literal["starting", "running", "ended"]
+Outcome = Literal["done", "failed", "interrupted"]
+State = Literal["starting", "running"] | Outcome
+ENDED = ("done", "failed", "interrupted")
 
 
 @dataclass(frozen=True)
 class Share:
-    """The progress of one rank file of one target, in bytes."""
+    """The progress of one rank file of one target, in bytes. `target`: the name that its directory is shown by."""
 
     target: str
     rank: int
@@ -57,12 +60,19 @@ class Snapshot:
     rank files are this run's; those of scratch are apart. `stages`: bytes and seconds by stage, summed over workers.
     `resumed_bytes`: what an earlier run had written. `eta_seconds` and `bytes_per_second` are None until they can be estimated.
     `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
+    `layer`: the tensor that was written last. `nodes`, `edges`: the graph of stages of what this run does, of `graph_tasks` tasks.
+    `whole`: the shown names of the outputs that it has made whole. `dashboard`: as listeners get it.
     """
 
     name: str = ""
     source: str = ""
+    source_kind: str = ""
+    source_bytes: int = 0
     outputs: tuple[str, ...] = ()
+    scheduler: str = ""
+    dashboard: str = ""
     state: State = "starting"
+    layer: str = ""
     phase: str = ""
     phases: tuple[str, ...] = ()
     tasks: int = 0
@@ -84,6 +94,14 @@ class Snapshot:
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     ranks: tuple[Share, ...] = ()
     samples: tuple[Sample, ...] = ()
+    nodes: tuple[LiveNode, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+    graph_tasks: int = 0
+    whole: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
 
     def summary(self) -> dict[str, Any]:
         """Return the snapshot as plain values, for JSON."""
@@ -112,12 +130,17 @@ class RunWatch:
         self._phase = ""
         self._ranks: dict[tuple[int, int], int] = {}
         self._samples: deque[Sample] = deque()
+        self._ended: float | None = None
         self._shares: tuple[tuple[tuple[int, int], str, int], ...] | None = None
         self._sinks: tuple[int, ...] = ()
+        self._progress = StageProgress()
+        self._whole: list[int] = []
+        self._dashboard = self._layer = ""
 
-    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:  # noqa: ARG002
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         with self._lock:
             self._plan, self._state, self._phase = plan, "running", plan.phases[0].name
+            self._dashboard = dashboard
             self._tasks, self._done_tasks = plan.tasks, done_tasks
             self._total, self._done, self._resumed = total_bytes, done_bytes, done_bytes
             self._begun = self._last = self._clock()
@@ -141,11 +164,24 @@ class RunWatch:
             self._inputs = inputs or {}
             self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
+    def bound(self, groups: Iterable[BoundGroup]) -> None:
+        """Note the groups that this run does, after which outputs it writes: they say which stages there are, and their tasks."""
+        with self._lock:
+            self._progress = StageProgress(groups, len(self._sinks))
+
+    def whole(self, sink: int) -> None:
+        """Note that an output is whole; `sink` is its index among the sinks of the plan's last phase."""
+        with self._lock:
+            self._whole.append(sink)
+            self._progress.whole()
+
     def advanced(self, written: Written) -> None:
         with self._lock:
             self._last = self._clock()
             self._done += written.bytes_written
             self._done_tasks += 1
+            self._layer = written.name
+            self._progress.advanced(written)
             self._count(written.number)
             for (stage, unit), value in written.metrics.items():
                 totals = self.stages.setdefault(stage, {})
@@ -169,9 +205,19 @@ class RunWatch:
             self._seen.update(inputs.source, inputs.scratch)
 
     def finished(self) -> None:
+        """Note that the conversion is over, for those who were not told how it ended."""
+        self.end("done" if self._plan is not None and self._done >= self._total else "failed")
+
+    def end(self, outcome: Outcome) -> None:
+        """Note how the run ended; what is said first stays."""
         with self._lock:
-            self._state = "ended"
-            self._sample(force=True)
+            if self._state not in ENDED:
+                self._state, self._ended = outcome, self._clock()
+                self._sample(force=True)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._state in ENDED
 
     def snapshot(self) -> Snapshot:
         """Return the state of the run now."""
@@ -179,15 +225,21 @@ class RunWatch:
             plan = self._plan
             if plan is None:
                 return Snapshot(state=self._state, memory_bytes=memory_bytes())
-            self._sample()
-            now = self._clock()
-            rate = self._rate()
+            if self._ended is None:
+                self._sample()
+            now = self._clock() if self._ended is None else self._ended
+            rate = self._rate(now - self._begun)
             left = self._total - self._done
             outputs = tuple(str(target.output.directory) for target in plan.targets)
             return Snapshot(
                 name=", ".join(Path(path).name for path in outputs),
                 source=str(plan.source.location),
+                source_kind=plan.source.kind,
+                source_bytes=plan.source.nbytes,
                 outputs=outputs,
+                scheduler=plan.job.scheduler,
+                dashboard=self._dashboard,
+                layer=self._layer,
                 state=self._state,
                 phase=self._phase,
                 phases=tuple(phase.name for phase in plan.phases),
@@ -203,13 +255,17 @@ class RunWatch:
                 seconds=now - self._begun,
                 idle_seconds=now - self._last,
                 bytes_per_second=rate,
-                eta_seconds=0.0 if left <= 0 else left / rate if rate else None,
+                eta_seconds=0.0 if left <= 0 else left / rate if rate and self._ended is None else None,
                 memory_bytes=self._samples[-1].memory_bytes,
                 peak_memory_bytes=peak_memory_bytes(),
                 memory_limit_bytes=int(plan.budget.limit_bytes),
                 stages={stage: dict(totals) for stage, totals in self.stages.items()},
-                ranks=self._progress(plan),
+                ranks=self._filled(plan),
                 samples=tuple(self._samples),
+                nodes=self._progress.nodes(),
+                edges=self._progress.edges,
+                graph_tasks=self._progress.graph_tasks,
+                whole=tuple(shown_names(plan, self._sinks)[sink] for sink in self._whole),
             )
 
     def _sample(self, force: bool = False) -> None:
@@ -220,31 +276,18 @@ class RunWatch:
         if len(self._samples) > MAX_SAMPLES:
             self._samples = deque(list(self._samples)[::2])
 
-    def _rate(self) -> float | None:
-        """Return bytes per second over the last RECENT_SECONDS, or since the start of a shorter run; None at its very start."""
-        now = self._clock() - self._begun
+    def _rate(self, now: float) -> float | None:
+        """Return bytes per second over the last RECENT_SECONDS, or since the start of a shorter run or of one that has ended.
+
+        None at its very start. `now`: seconds since the start.
+        """
+        if self._ended is not None:
+            return (self._done - self._resumed) / now if now > 0 else None
         old = (sample for sample in reversed(self._samples) if now - sample.seconds >= RECENT_SECONDS)
         since = next(old, self._samples[0])
         return (self._done - since.done_bytes) / (now - since.seconds) if now > since.seconds else None
 
-    def _progress(self, plan: Plan) -> tuple[Share, ...]:
+    def _filled(self, plan: Plan) -> tuple[Share, ...]:
         if self._shares is None:
-            self._shares = tuple(_shares(plan, self._sinks))
+            self._shares = tuple(rank_sizes(plan, self._sinks))
         return tuple(Share(target, key[1], min(self._ranks.get(key, 0), total), total) for key, target, total in self._shares)
-
-
-def _shares(plan: Plan, sinks: tuple[int, ...]) -> list[tuple[tuple[int, int], str, int]]:
-    """Return ((position of the sink, rank), name of the target, bytes to write) of each rank."""
-    phase = plan.phases[-1]
-    totals: dict[tuple[int, int], int] = {}
-    for store in phase.stores:
-        for place, sink in enumerate(sinks):
-            itemsize = store.arrays[sink].dtype.itemsize
-            for placement in store.placements[sink]:
-                if placement.source is not None:
-                    key = place, placement.rank
-                    totals[key] = totals.get(key, 0) + size(placement.target) * itemsize
-    directories = [phase.sinks[sink].directory for sink in sinks]
-    names = [directory.name for directory in directories]
-    shown = names if len(set(names)) == len(names) else [str(directory) for directory in directories]
-    return [(key, shown[key[0]], total) for key, total in sorted(totals.items())]

@@ -50,6 +50,7 @@ OPEN_TEXT = (
     "pipeline/reporting/html/",
     "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
+    "pipeline/watching/page.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",
 )

@@ -51,6 +51,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "sqlalchemy",
     },
     "pipeline/cli/levels.py": {"rich"},
+    "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
     "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch"},
     "pipeline/cli/serve.py": {
@@ -68,13 +69,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},
-    "pipeline/run/schedulers.py": {
-        "dask",
-        "distributed",
-        "pipeline.watching",
-        "pipeline.watching.dashboard",
-        "pipeline.watching.server",
-    },
+    "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.watching.dashboard"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "stages/read/scratch_chunks.py": {"dask"},
     "pipeline/tensor/derived.py": {"dask"},
@@ -94,8 +89,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/write.py": {"zarr"},
     # Only pages and dashboards need bokeh and distributed, only a terminal rich.
     "pipeline/jobs/services.py": {"pipeline.jobs.http"},
-    "pipeline/watching/conversion.py": {"pipeline.watching.metrics", "pipeline.watching.page"},
-    "pipeline/watching/dashboard.py": {"distributed"},
+    "pipeline/watching/conversion.py": {"pipeline.watching", "pipeline.watching.live", "pipeline.watching.metrics"},
+    "pipeline/watching/dashboard.py": {"distributed", "pipeline.watching.groups"},
     "pipeline/watching/progress.py": {"rich"},
     "pipeline/watching/server.py": {"bokeh"},
 }

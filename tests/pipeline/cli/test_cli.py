@@ -273,7 +273,7 @@ def test_plain_lines_and_the_dashboard_where_there_is_no_terminal(model: Path, o
     assert ran.returncode == 0
     assert "\x1b" not in ran.stdout + ran.stderr
     first, *_, last = ran.stderr.splitlines()
-    assert re.fullmatch(rf"converting {model} in \d+ tasks; dashboard (http://127\.0\.0\.1:\d+)/status; page \1/headrace", first)
+    assert re.fullmatch(rf"converting {model} in \d+ tasks; page (http://127\.0\.0\.1:\d+)/headrace; dashboard \1/status", first)
     assert re.search(r"^276\.9 KiB of 276\.9 KiB, [\d.]+ [kMG]B/s, 0 s left, \w+", last)
     assert "rank0.safetensors" in ran.stdout
     assert str(output) in ran.stdout
@@ -306,7 +306,7 @@ def test_a_bar_on_a_terminal(model: Path, output: Path) -> None:
     text = screen.decode()
     assert "\x1b[" in text
     assert "━" in text
-    assert re.search(r"dashboard http://127\.0\.0\.1:\d+/status", text)
+    assert re.search(r"page http://127\.0\.0\.1:\d+/headrace\r\n.*dashboard http://127\.0\.0\.1:\d+/status", text)
     assert "ln_f" in text  # the layer that it ended in
     assert "rank0.safetensors" in text
 

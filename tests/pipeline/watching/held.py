@@ -65,8 +65,9 @@ def held(source: Path, tasks: int = 3, **options: Any) -> Iterator[Held]:
     assert not raised, raised
 
 
-def several_blocks(directory: Path) -> Path:
-    """A checkpoint of some ten tasks: the smallest block is 8 MiB."""
+def several_blocks(directory: Path, layers: int = checkpoints.LLAMA["num_hidden_layers"]) -> Path:
+    """A checkpoint of some ten tasks, or of more layers of some 30 MiB: the smallest block is 8 MiB."""
     config = {**checkpoints.LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 4096}
+    config["num_hidden_layers"] = layers
     checkpoints.write(directory, {**config, "num_attention_heads": 8, "num_key_value_heads": 4})
     return directory

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import BadInput, convert, plan
 from pipeline.planning.listen import Listen, parse_listen
-from pipeline.watching.page import duration, header, rates, stage_order
+from pipeline.watching.conversion import serving
+from pipeline.watching.nodes import GRAPH_MAX_ITEMS
+from pipeline.watching.page import body, dask_links, duration, header, news, rates, stage_order
 from pipeline.watching.progress import page_address
-from pipeline.watching.state import Sample, Snapshot
+from pipeline.watching.state import RunWatch, Sample, Snapshot
 from tests.pipeline.watching.held import held, several_blocks
 from tests.pipeline.watching.web import fetch, fetch_when_there, free_port
-from tests.support import browser
+from tests.support import browser, checkpoints
+from tests.support.places import ROOT
+
+# The numbers of rows of the tables that a page of Dask's shows.
+ROWS = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource').map(m => m.get_length())"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +57,7 @@ def test_the_page_beside_the_dashboard_follows_the_run(source: Path, tmp_path: P
             text = tab.wait(lambda text: "written" in text and "rank 2" in text)
             assert run.plan is not None
             assert "Llama & <friends>" in text
-            assert f"{len(run.written)} of {run.plan.tasks} tasks" in text
+            assert f"{len(run.written)} of {run.plan.tasks} groups of blocks" in text
             for word in (
                 "running",
                 "Throughput",
@@ -59,8 +71,15 @@ def test_the_page_beside_the_dashboard_follows_the_run(source: Path, tmp_path: P
             ):
                 assert word in text, word
             assert tab.logged == []
-        # The server has gone with the run.
-        assert "the process has ended" in tab.wait(lambda text: "has ended" in text)
+        # The server has gone with the run; the page stays, and says how it ended.
+        text = tab.wait(lambda text: " done " in text)
+        for word in ("last layer", "2 of 2 outputs", "whole"):
+            assert word in text, word
+        assert tab.evaluate("document.title") == "done: tp2, pp3"
+        time.sleep(2)
+        assert tab.text() == text
+        assert tab.evaluate("document.body.className") == ""
+        assert tab.logged == []
 
 
 def test_metrics_beside_the_dashboard(source: Path, tmp_path: Path) -> None:
@@ -103,9 +122,106 @@ def test_a_page_without_a_cluster(source: Path, tmp_path: Path, scheduler: str) 
         fetch(f"http://{listen}/health")
 
 
-def test_no_server_where_none_is_asked_for(source: Path, tmp_path: Path) -> None:
-    with held(source, output_dir=tmp_path / "out", scheduler="threads") as run:
-        assert run.dashboard == ""
+def test_a_page_without_a_cluster_where_the_usual_port_is_free(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setattr("pipeline.watching.conversion.Listen", lambda: Listen(port=port))
+    with held(source, output_dir=tmp_path / "a", scheduler="threads") as run:
+        assert run.dashboard == f"http://127.0.0.1:{port}/headrace"
+        with held(source, output_dir=tmp_path / "b", scheduler="synchronous") as second:
+            assert second.dashboard == ""
+        assert "renames files" in fetch(run.dashboard)[1]
+
+
+def test_a_page_that_nobody_opens_loads_no_server(tmp_path: Path) -> None:
+    """In a process of its own: neither Tornado nor Bokeh, and the end of the run does not wait."""
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    code = f"""
+import sys
+import headrace
+headrace.convert(model_dir={str(tmp_path / "model")!r}, output_dir={str(tmp_path / "out")!r}, scheduler="threads",
+                 listen="127.0.0.1:{free_port()}")
+print(sorted({{"tornado", "bokeh", "distributed", "http.server"}} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout == "[]\n"
+
+
+def test_the_end_reaches_an_open_page_and_the_stream_closes(source: Path, tmp_path: Path) -> None:
+    """Read as a browser reads it: a first event while the run goes on, and a last that says how it ended."""
+    listen = f"127.0.0.1:{free_port()}"
+    lines: list[str] = []
+
+    def read() -> None:
+        with urllib.request.urlopen(f"http://{listen}/headrace/live", timeout=30) as stream:
+            for line in stream:
+                lines.append(line.decode())
+
+    with held(source, output_dir=tmp_path / "out", scheduler="threads", listen=listen):
+        reader = threading.Thread(target=read)
+        reader.start()
+        end = time.monotonic() + 30
+        while not lines:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    reader.join(30)
+    assert not reader.is_alive()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert not events[0]["ended"]
+    assert "<span class='pill running'>" in events[0]["body"]
+    assert events[-1]["ended"]
+    assert "<span class='pill done'>" in events[-1]["body"]
+    assert events[-1]["title"] == "done: out"
+
+
+def test_a_run_that_fails_says_so_on_its_page() -> None:
+    watch = RunWatch()
+    with pytest.raises(OSError, match="disk"), serving(watch, Listen(port=free_port())):
+        raise OSError("the disk has gone")
+    assert json.loads(news(watch.snapshot()))["ended"]
+    assert "<span class='pill failed'>failed</span>" in body(watch.snapshot())
+
+
+@browser.needed
+def test_the_page_follows_dark_mode(source: Path, tmp_path: Path) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    with (
+        held(source, output_dir=tmp_path / "out", scheduler="threads", listen=f"127.0.0.1:{free_port()}") as run,
+        browser.browser() as tab,
+    ):
+        tab.open(run.dashboard)
+        tab.wait(lambda text: "Graph" in text)
+        colours = {}
+        for scheme in ("light", "dark"):
+            tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            colours[scheme] = [int(part) for part in re.findall(r"\d+", tab.evaluate(colour))]
+        assert min(colours["light"]) > 200
+        assert max(colours["dark"]) < 60
+        assert "--scheduler threads has no dashboard" in tab.text()
+
+
+@browser.needed
+def test_dasks_own_pages_of_a_run_with_scratch(tmp_path: Path) -> None:
+    """Of some hundred megabytes: Dask draws each task, each stage and its progress, and our page says where."""
+    before = dask.config.get("distributed.dashboard.graph-max-items", None)
+    source = several_blocks(tmp_path / "model", layers=8)
+    options = {"output_dir": tmp_path / "out", "tp_size": 2, "scratch_after": "rename"}
+    with held(source, 20, **options) as run, browser.browser() as tab:
+        base = run.dashboard.removesuffix("/status")
+        tab.open(f"{base}/headrace")
+        text = tab.wait(lambda text: "Dask shows" in text)
+        (tasks,) = re.findall(r"graph of (\d+) tasks", text)
+        assert tab.evaluate("document.querySelectorAll('svg.graph .edge').length") == 6
+        for page, rows in (("graph", int(tasks)), ("groups", 5), ("status", 5)):
+            tab.open(f"{base}/{page}")
+            end = time.monotonic() + 30
+            while rows not in (tab.evaluate(ROWS) or []):
+                assert time.monotonic() < end, (page, tab.evaluate(ROWS))
+                time.sleep(0.1)
+        assert tab.logged == []
+        assert dask.config.get("distributed.dashboard.graph-max-items") == GRAPH_MAX_ITEMS
+    assert dask.config.get("distributed.dashboard.graph-max-items", None) == before
 
 
 @pytest.mark.parametrize("scheduler", ["local", "threads"])
@@ -180,7 +296,10 @@ def test_the_header_escapes_names() -> None:
 
 def test_rates_are_differences() -> None:
     samples = [Sample(0, 100, 1), Sample(2, 300, 1), Sample(2, 300, 1), Sample(4, 300, 1)]
-    assert rates(samples) == [(2, 100), (4, 0)]
+    assert rates(samples) == [(0, 100), (2, 100), (4, 0)]
+    assert rates(samples[:1]) == []
+    # One that follows at once is not a peak.
+    assert rates([Sample(0, 0, 1), Sample(10, 100, 1), Sample(10.1, 200, 1)]) == [(0, 200 / 10.1), (10.1, 200 / 10.1)]
 
 
 @pytest.mark.parametrize(
@@ -226,3 +345,21 @@ def test_a_cluster_elsewhere_and_the_page_here(source: Path, tmp_path: Path) -> 
         assert "<title>headrace</title>" in fetch(f"http://{listen}/headrace")[1]
         assert values(fetch(f"http://{listen}/metrics")[1])["headrace_job_done_tasks", (("job", "out"),)] == len(run.written)
     assert "Dask Performance Report" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (Snapshot(scheduler="local", graph_tasks=12), ['"graph">graph of 12 tasks', '"individual-task-stream"']),
+        (Snapshot(scheduler="local", graph_tasks=20_001), ["no graph, as 20001 tasks are more than the 20000", '"groups"']),
+        (Snapshot(scheduler="tcp://a:1", dashboard="http://a:8787/status"), ['"http://a:8787/graph"', '"http://a:8787/groups"']),
+        (Snapshot(scheduler="threads"), ["--scheduler threads has no dashboard"]),
+        (Snapshot(scheduler="local", state="done"), ["went with the run"]),
+    ],
+    ids=["ours", "too many", "elsewhere", "threads", "over"],
+)
+def test_where_dask_shows_the_run(now: Snapshot, words: list[str]) -> None:
+    text = dask_links(now)
+    for word in words:
+        assert word in text
+    assert ("<a " in text) == (now.scheduler != "threads" and not now.ended)

@@ -116,7 +116,7 @@ def test_ranks_fill_up_to_their_files_bytes(source: Path, tmp_path: Path) -> Non
     assert looking.seen[0].phase == "scratch after rename"
     assert all(share.done_bytes == 0 < share.total_bytes for share in looking.seen[0].ranks)
     last = looking.watch.snapshot()
-    assert (last.state, last.phase, last.done_tasks) == ("ended", "write", last.tasks)
+    assert (last.state, last.phase, last.done_tasks) == ("done", "write", last.tasks)
     assert last.done_bytes == last.total_bytes
     assert [(share.target, share.rank) for share in last.ranks] == [("two", 0), ("two", 1)] + [("stages", n) for n in range(3)]
     for share in last.ranks:
@@ -155,3 +155,32 @@ def test_directories_of_one_name_are_told_apart(source: Path, tmp_path: Path) ->
 def test_the_memory_of_a_process() -> None:
     assert 10 << 20 < memory_bytes() <= peak_memory_bytes()
     assert memory_bytes(1 << 30) == -1
+
+
+def test_a_run_that_is_over_stands_still(source: Path, tmp_path: Path) -> None:
+    clock = Clock()
+    watch = RunWatch(clock)
+    watch.started(plan(model_dir=source, output_dir=tmp_path / "out"), "", 1_000, 0, 0)
+    clock.now += 4
+    watch.advanced(written(0, 1_000))
+    watch.end("done")
+    clock.now += 100
+    watch.end("failed")  # what was said first stays
+    now = watch.snapshot()
+    assert (now.state, now.ended, now.seconds, now.bytes_per_second, now.eta_seconds) == ("done", True, 4, 250, 0)
+    assert now.samples[-1].seconds == 4
+    assert now == watch.snapshot()
+
+
+@pytest.mark.parametrize(("written_bytes", "state"), [(1_000, "done"), (900, "failed")])
+def test_how_a_run_ended_shows_in_its_bytes_where_nobody_says(source: Path, tmp_path: Path, written_bytes: int, state: str) -> None:
+    watch = RunWatch()
+    watch.started(plan(model_dir=source, output_dir=tmp_path / "out"), "", 1_000, 0, 0)
+    watch.advanced(written(0, written_bytes))
+    watch.finished()
+    assert watch.snapshot().state == state
+
+
+def test_an_interrupted_run_says_so(source: Path, tmp_path: Path) -> None:
+    looking = run(3, model_dir=source, output_dir=tmp_path / "out", scheduler="threads")
+    assert looking.watch.snapshot().state == "interrupted"

@@ -1,0 +1,135 @@
+"""Draw a run's graph as SVG: a box for each stage, with its tasks, seconds and bytes, and arrows between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from textwrap import wrap
+
+from pipeline.watching.nodes import FINISH, SCRATCH, SOURCE, LiveNode
+from pipeline.watching.state import Snapshot
+from pipeline.watching.units import human_bytes
+
+WIDTH, HEIGHT, GAP = 118, 112, 22  # of a stage's box and between two, in pixels
+OUTPUT_WIDTH = 162
+LIFT = 34  # how far an arrow that passes over boxes rises
+MOST_OUTPUTS = 12  # boxes
+KIND_CHARACTERS = 16  # of a line of the source's kind
+CHARACTER = 6.3  # the width of one, about
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box to draw. `share`: how much of its bar is full, from 0 to 1; None for no bar. `look`: its classes."""
+
+    name: str
+    lines: tuple[str, ...]
+    share: float | None
+    look: str
+
+
+def graph_svg(now: Snapshot) -> str:
+    """Return the graph of a run: source, stages, and each output, from left to right."""
+    stages = [source_box(now), *(stage_box(node) for node in now.nodes)]
+    outputs = output_boxes(now)
+    columns = {box.name: place for place, box in enumerate(stages)}
+    arcs = [(columns[a], columns[b]) for a, b in now.edges if a in columns and b in columns]
+    top = LIFT + 4 if any(b != a + 1 for a, b in arcs) else 4
+    height = max(HEIGHT, len(outputs) * (small := HEIGHT // 2 + 8) - 8)
+    middle = top + height / 2
+    parts = [_edge(a, b, middle) for a, b in arcs]
+    parts += [_drawn(box, place * (WIDTH + GAP) + 2, middle - HEIGHT / 2, HEIGHT) for place, box in enumerate(stages)]
+    x = len(stages) * (WIDTH + GAP) + 2
+    first = middle - (len(outputs) * small - 8) / 2
+    for place, box in enumerate(outputs):
+        y = first + place * small
+        if now.nodes:
+            parts.append(_arrow(x - GAP, middle, x, y + (small - 8) / 2))
+        parts.append(_drawn(box, x, y, small - 8, OUTPUT_WIDTH))
+    width = x + OUTPUT_WIDTH + 2 if outputs else x - GAP
+    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    return (
+        f'<svg class="graph" viewBox="0 0 {width} {top + height + 4:.0f}" width="{width}" role="img" aria-label="the graph">'
+        f'<defs>{tip}<path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>{"".join(parts)}</svg>'
+    )
+
+
+def source_box(now: Snapshot) -> Box:
+    """Return the box of the source: its kind, its size, and how much of it has been read."""
+    read = next((node for node in now.nodes if node.name == "read"), None)
+    kind, more = [*wrap(now.source_kind, KIND_CHARACTERS), "", ""][:2]
+    done = f"{human_bytes(read.nbytes)} read" if read else "not read"
+    return Box(SOURCE, (kind, more, human_bytes(now.source_bytes), done), None, "")
+
+
+def stage_box(node: LiveNode) -> Box:
+    """Return the box of a stage."""
+    gigabytes = f"{node.nbytes / node.seconds / 1e9:.2f} GB/s" if node.seconds and node.nbytes else ""
+    if node.name == FINISH:
+        lines: tuple[str, ...] = ("renames files,", "config.json last", "")
+    else:
+        lines = (human_bytes(node.nbytes), f"{node.seconds:.1f} s", gigabytes)
+    unit = "outputs" if node.name == FINISH else "tasks"
+    share = node.done_tasks / node.tasks if node.tasks else 0.0
+    look = "done" if node.done_tasks >= node.tasks else "busy" if node.done_tasks else ""
+    text = f"{node.done_tasks} of {node.tasks} {unit}"
+    return Box(node.name, (*lines, text), share, f"{look} cut" if node.name == SCRATCH else look)
+
+
+def output_boxes(now: Snapshot) -> list[Box]:
+    """Return a small box for each output: the bytes of its ranks."""
+    totals: dict[str, list[int]] = {}
+    for share in now.ranks:
+        total = totals.setdefault(share.target, [0, 0])
+        total[0] += share.done_bytes
+        total[1] += share.total_bytes
+    boxes = []
+    for name, (done, full) in totals.items():
+        whole = name in now.whole
+        text = f"{human_bytes(done)}, whole" if whole else f"{human_bytes(done)} of {human_bytes(full)}"
+        boxes.append(Box(name, (text,), done / max(full, 1), "done" if whole else "busy" if done else ""))
+    more = len(boxes) - MOST_OUTPUTS
+    return boxes if more <= 0 else [*boxes[:MOST_OUTPUTS], Box(f"and {more} more", (), None, "")]
+
+
+def _drawn(box: Box, x: float, y: float, height: float, width: float = WIDTH) -> str:
+    room = width - 16
+    texts = [_text(box.name, x + 10, y + 20, "name", room * 0.88), *_lines(box.lines, x + 10, y + 39, room)]
+    bar = ""
+    if box.share is not None:
+        place = f'x="{x + 10}" y="{y + height - 11:.1f}" height="5" rx="2.5"'
+        full = (width - 20) * min(box.share, 1.0)
+        bar = f'<rect class="track" {place} width="{width - 20}"/><rect class="fill" {place} width="{full:.1f}"/>'
+    frame = f'<rect class="box" x="{x}" y="{y:.1f}" width="{width}" height="{height:.1f}" rx="8"/>'
+    return f'<g class="{box.look}"><title>{escape(box.name)}</title>{frame}{"".join(texts)}{bar}</g>'
+
+
+def _lines(lines: Sequence[str], x: float, y: float, room: float) -> Iterable[str]:
+    for place, line in enumerate(lines):
+        if line:
+            yield _text(line, x, y + 17 * place, "soft", room)
+
+
+def _text(text: str, x: float, y: float, look: str, room: float) -> str:
+    """Return a line of text; of one that is too long the last characters, which tell more than the first."""
+    longest = int(room / CHARACTER)
+    shown = text if len(text) <= longest else f"…{text[1 - longest :]}"
+    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}">{escape(shown)}</text>'
+
+
+def _edge(start: int, end: int, middle: float) -> str:
+    """Return an arrow from one column to another: straight to the next one, else over the boxes between."""
+    step = WIDTH + GAP
+    if end == start + 1:
+        return _arrow(start * step + WIDTH + 2, middle, end * step + 2, middle)
+    top = middle - HEIGHT / 2
+    a, b = start * step + 2 + WIDTH * 0.7, end * step + 2 + WIDTH * 0.3
+    path = f"M{a:.1f} {top:.1f}C{a:.1f} {top - LIFT * 1.2:.1f} {b:.1f} {top - LIFT * 1.2:.1f} {b:.1f} {top:.1f}"
+    return f'<path class="edge" marker-end="url(#tip)" d="{path}"/>'
+
+
+def _arrow(x: float, y: float, to_x: float, to_y: float) -> str:
+    half = (to_x - x) / 2
+    path = f"M{x:.1f} {y:.1f}C{x + half:.1f} {y:.1f} {to_x - half:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
+    return f'<path class="edge" marker-end="url(#tip)" d="{path}"/>'
