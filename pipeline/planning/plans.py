@@ -138,8 +138,8 @@ class Plan:
     def dask(self) -> HighLevelGraph:
         """The Dask graph of all that the plan does, a layer a stage: what runs where nothing has been done before.
 
-        It is there to be looked at (`plan.dask.visualize("graph.svg")`, or `dask.visualize(plan.dask)` with every task). Computing
-        it does not convert: `convert` begins the outputs first.
+        It is there to be looked at: `plan.dask.visualize("layers.svg")`, or with every task `dask.base.visualize_dsk(plan.dask)`.
+        Computing it does not convert: `convert` begins the outputs first.
         """
         return whole_graph(self, [target.output for target in self.targets]).highlevel()
 
@@ -168,7 +168,13 @@ class Plan:
             "targets": [_target_summary(target, self.job.overwrite) for target in self.targets],
             "phases": [{"name": phase.name, "tensors": len(phase.stores), "tasks": len(phase.groups)} for phase in self.phases],
             "scratch": [
-                {"stage": cut.stage, "path": cut.place, "bytes": phase.written_bytes((number,)), "reused": cut.complete}
+                {
+                    "stage": cut.stage,
+                    "path": cut.place,
+                    "bytes": phase.written_bytes((number,)),
+                    "disk_bytes": cut.size_bytes,
+                    "reused": cut.complete,
+                }
                 for phase in self.phases[:-1]
                 for number, cut in enumerate(phase.sinks)
                 if isinstance(cut, ScratchGroup | RemoteGroup)

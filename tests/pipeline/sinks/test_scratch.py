@@ -105,7 +105,9 @@ def test_a_packed_model_is_unpacked_once_for_two_jobs(tmp_path: Path) -> None:
     held_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and path.name != "zarr.json")
     assert 538_060_032 < held_bytes < 1.05 * 538_060_032
     planned = plan(output_dir=tmp_path / "three", tp_size=3, **options).summary()
-    assert planned["scratch"] == [{"stage": "unpack", "path": str(directory), "bytes": held_bytes, "reused": True}]
+    sizes = {"bytes": first.scratch_bytes_written, "disk_bytes": held_bytes}
+    assert planned["scratch"] == [{"stage": "unpack", "path": str(directory), **sizes, "reused": True}]
+    assert first.scratch_bytes_written == 538_060_032
     second = convert(output_dir=tmp_path / "three", tp_size=3, **options)
     assert "unpack" not in second.stages, "the second job reads scratch"
     convert(model_dir=MODEL, output_dir=tmp_path / "plain", tp_size=3, scheduler="threads")
