@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
+from pipeline.tensor.chunk_files import open_chunk_file
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
 from pipeline.tensor.tensors import Block
@@ -252,7 +251,7 @@ def _write_piece(
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
         if delivery.path not in files:
-            files[delivery.path] = _opened(delivery, pool)
+            files[delivery.path] = _open(delivery, pool)
             stack.callback(os.close, files[delivery.path])
         with meter("checksum", len(data)):
             digest.update(data)
@@ -274,38 +273,10 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
         array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
 
 
-def pooled_name(size_bytes: int) -> str:
-    """A new name for a file of this size in a pool."""
-    return f"{size_bytes}-{uuid.uuid4().hex}"
-
-
-def _take_pooled(path: str, size_bytes: int, pool: str) -> bool:
-    """Give a file of the pool, of just this size, the name of a chunk. Another task may be quicker."""
-    if not pool or Path(path).exists():
-        return False
-    with suppress(FileNotFoundError):
-        for file in Path(pool).iterdir():
-            if file.name.startswith(f"{size_bytes}-"):
-                with suppress(FileNotFoundError):
-                    file.rename(path)
-                    return True
-    return False
-
-
-def _opened(delivery: Delivery, pool: str) -> int:
-    """Open the file of a delivery; a chunk's is made, at its full size, by the first task that writes to it."""
-    if not delivery.file_bytes:
-        return os.open(delivery.path, os.O_WRONLY)
-    Path(delivery.path).parent.mkdir(parents=True, exist_ok=True)
-    if _take_pooled(delivery.path, delivery.file_bytes, pool):
-        return os.open(delivery.path, os.O_WRONLY)
-    descriptor = os.open(delivery.path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        os.posix_fallocate(descriptor, 0, delivery.file_bytes)
-    except OSError as error:
-        os.close(descriptor)
-        raise OSError(error.errno, error.strerror, delivery.path) from None
-    return descriptor
+def _open(delivery: Delivery, pool: str) -> int:
+    if delivery.file_bytes:
+        return open_chunk_file(delivery.path, delivery.file_bytes, pool)
+    return os.open(delivery.path, os.O_WRONLY)
 
 
 def _first(part: Region, region: Region) -> int:

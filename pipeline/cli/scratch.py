@@ -17,7 +17,7 @@ ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as giv
 @app.command("ls")
 def scratch_ls(root: ScratchRoot, json_: Json = False) -> None:
     """List the cuts in a scratch directory."""
-    from pipeline.sinks.scratch import list_scratch
+    from pipeline.sinks.scratch_listing import list_scratch
 
     cuts = list_scratch(root)
     if json_:
@@ -43,7 +43,7 @@ def scratch_rm(
     root: ScratchRoot, names: Annotated[list[str] | None, typer.Argument(help="Cuts to remove; all where none is named.")] = None
 ) -> None:
     """Remove cuts; one that a job is at work on is refused."""
-    from pipeline.sinks.scratch import remove_scratch
+    from pipeline.sinks.scratch_listing import remove_scratch
 
     for cut in remove_scratch(root, names or []):
         print(f"removed {cut.directory}")

@@ -13,7 +13,8 @@ from pipeline.errors import BadInput
 from pipeline.jobs.files import Table
 from pipeline.jobs.rows import GOOD, RunRow
 from pipeline.jobs.store import JobStore
-from pipeline.sinks.scratch import DEFAULT_ROOT, remove_scratch
+from pipeline.sinks.scratch import DEFAULT_ROOT
+from pipeline.sinks.scratch_listing import remove_scratch
 
 DAY = 86_400.0
 

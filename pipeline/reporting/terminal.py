@@ -16,7 +16,7 @@ from pipeline.watching.units import human_bytes, human_rate
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
     from pipeline.run.execute import Result
-    from pipeline.sinks.scratch import ScratchCut
+    from pipeline.sinks.scratch_listing import ScratchCut
 
 
 def plan_table(plan: Plan) -> RenderableType:

@@ -12,11 +12,12 @@ from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
 from pipeline.planning.phases import Phase, Sink
 from pipeline.planning.plans import Plan
+from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.reserve import missing
-from pipeline.sinks.scratch import ScratchGroup, chunk_parts
+from pipeline.sinks.scratch import ScratchGroup
 from pipeline.tensor.blocks import Part
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks.chunk_sums import SUMS, chunk_parts, sums_entry
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import SUMS, add_array, chunk_parts, sums_entry, update_attributes
+from pipeline.sinks.scratch import add_array, update_attributes
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
 

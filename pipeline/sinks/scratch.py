@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
+from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
 from pipeline.tensor.blocks import Part
+from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
-from stages.write import pooled_name
 
 JOURNAL = "headrace.journal"
 POOL = ".free"
 POOLED_BYTES = 1 << 20  # smaller files are as quickly made
 POOL_FILES = 8
-SUMS = "xxh3"  # the attribute of a group that says the checksums of its chunks
 DEFAULT_ROOT = ".headrace-scratch"  # beside the outputs
 
 
@@ -116,7 +116,7 @@ class ScratchGroup:
     @property
     def complete(self) -> bool:
         """Whether an earlier run finished the cut with this id."""
-        attributes = _attributes(self.directory)
+        attributes = group_attributes(self.directory)
         return attributes.get("id") == self.id and bool(attributes.get("complete"))
 
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
@@ -160,7 +160,7 @@ class ScratchGroup:
 
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
-        attributes = _attributes(self.directory)
+        attributes = group_attributes(self.directory)
         if attributes.get("id") != self.id or not attributes.get("complete"):
             return {}
         return {str(self.directory / name): parts for name, parts in recorded_parts(attributes).items()}
@@ -201,7 +201,7 @@ class ScratchGroup:
 
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not (self.keep or _attributes(self.directory).get("keep")):
+        if not (self.keep or group_attributes(self.directory).get("keep")):
             shutil.rmtree(self.directory, ignore_errors=True)
             if self.directory.parent.name == DEFAULT_ROOT:
                 with contextlib.suppress(OSError):  # other cuts are in it
@@ -217,35 +217,11 @@ class ScratchGroup:
             add_array(group, str(array.directory.relative_to(self.directory)), array)
 
 
-def chunk_parts(entries: Iterable[Mapping[str, Any]]) -> dict[str, list[Part]]:
-    """The parts that were written of each chunk, by a journal's entries; of a part that was written twice, the last word counts."""
-    parts: dict[str, dict[int, Part]] = {}
-    for entry in entries:
-        for chunk, *part in entry["sums"]:
-            parts.setdefault(chunk, {})[part[0]] = _part(part)
-    return {chunk: sorted(by_offset.values()) for chunk, by_offset in parts.items()}
-
-
-def recorded_parts(attributes: Mapping[str, Any]) -> dict[str, list[Part]]:
-    """The parts of chunks that a group's attributes say, by the chunks' names in the group."""
-    return {name: list(map(_part, parts)) for name, parts in attributes.get(SUMS, {}).items()}
-
-
-def sums_entry(parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
-    """A journal's entry that says the checksums of chunks."""
-    return {"done": [], "sums": [[chunk, *part] for chunk, each in parts.items() for part in each]}
-
-
 def update_attributes(place: Path | str, values: Mapping[str, Any]) -> None:
     """Set attributes of a Zarr group."""
     import zarr
 
     zarr.open_group(place, mode="r+").attrs.update(dict(values))
-
-
-def _part(values: Sequence[Any]) -> Part:
-    offset, nbytes, digest = values
-    return int(offset), int(nbytes), str(digest)
 
 
 def add_array(group: Any, name: str, array: Any) -> None:
@@ -271,45 +247,8 @@ def scratch_id(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class ScratchCut:
-    """A cut found on disk, as `headrace scratch ls` lists it."""
-
-    directory: Path
-    stage: str
-    source: str
-    complete: bool
-    size_bytes: int
-
-
-def list_scratch(root: Path) -> list[ScratchCut]:
-    """List the cuts in a scratch directory, sorted by path."""
-    cuts = []
-    for directory in sorted(root.glob("*.zarr")):
-        attributes = _attributes(directory)
-        if attributes.get("headrace") == "scratch":
-            nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-            cuts.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
-    return cuts
-
-
-def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
-    """Remove the cuts with these directory names, or all where `names` is empty; return those removed.
-
-    Raises BadInput, before any is removed, where a name is unknown or a job is at work on a cut.
-    """
-    cuts = [cut for cut in list_scratch(root) if not names or cut.directory.name in names]
-    unknown = sorted(set(names) - {cut.directory.name for cut in cuts})
-    if unknown:
-        raise BadInput([Problem(str(root / name), "no such cut", "one that `headrace scratch ls` lists") for name in unknown])
-    journals = [Journal(cut.directory / JOURNAL) for cut in cuts]
-    for cut, journal in zip(cuts, journals, strict=True):
-        shutil.rmtree(cut.directory)
-        journal.close()
-    return cuts
-
-
-def _attributes(directory: Path) -> dict[str, Any]:
+def group_attributes(directory: Path) -> dict[str, Any]:
+    """Read the attributes of a Zarr group in a directory; none where there is no group."""
     try:
         return dict(json.loads((directory / "zarr.json").read_text()).get("attributes", {}))
     except (OSError, ValueError):

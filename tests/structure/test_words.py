@@ -53,7 +53,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/levels.py": {"rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
-    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch"},
+    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
     "pipeline/cli/serve.py": {
         "pipeline.jobs.files",
         "pipeline.jobs.listening",

@@ -1,0 +1,49 @@
+"""List and remove the cuts in a scratch directory: `headrace scratch ls` and `rm`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import BadInput, Problem
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import JOURNAL, group_attributes
+
+
+@dataclass(frozen=True)
+class ScratchCut:
+    """A cut found on disk, as `headrace scratch ls` lists it."""
+
+    directory: Path
+    stage: str
+    source: str
+    complete: bool
+    size_bytes: int
+
+
+def list_scratch(root: Path) -> list[ScratchCut]:
+    """List the cuts in a scratch directory, sorted by path."""
+    cuts = []
+    for directory in sorted(root.glob("*.zarr")):
+        attributes = group_attributes(directory)
+        if attributes.get("headrace") == "scratch":
+            nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+            cuts.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
+    return cuts
+
+
+def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
+    """Remove the cuts with these directory names, or all where `names` is empty; return those removed.
+
+    Raises BadInput, before any is removed, where a name is unknown or a job is at work on a cut.
+    """
+    cuts = [cut for cut in list_scratch(root) if not names or cut.directory.name in names]
+    unknown = sorted(set(names) - {cut.directory.name for cut in cuts})
+    if unknown:
+        raise BadInput([Problem(str(root / name), "no such cut", "one that `headrace scratch ls` lists") for name in unknown])
+    journals = [Journal(cut.directory / JOURNAL) for cut in cuts]
+    for cut, journal in zip(cuts, journals, strict=True):
+        shutil.rmtree(cut.directory)
+        journal.close()
+    return cuts
