@@ -119,9 +119,13 @@ def stages_of_group(
 
 def _inputs(needed: Mapping[Any, Any]) -> Inputs:
     """List what some small tasks read: a task that opens a block of the source, or a chunk, says of which tensor and region."""
+    from dask._task_spec import Task
+
     source: dict[Any, int] = {}
     scratch: dict[str, int] = {}
     for key, task in needed.items():
+        if not isinstance(task, Task):  # a second name of another's block
+            continue
         if task.func is open_block:
             tensor, region = task.args
             if isinstance(tensor, RopeBuffer):  # computed, not read

@@ -68,6 +68,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/jobs/apprise_channels.py": {"apprise"},
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
+    "pipeline/planning/bind.py": {"dask"},
     "pipeline/planning/dask_graph.py": {"dask"},
     "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.watching.dashboard"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
