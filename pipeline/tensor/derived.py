@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,14 @@ class Derived(Block):
         self.region, self.shape, self.dtype = region, extent(region), np.dtype(dtype)
         self.make, self.inputs, self.arguments = make, inputs, arguments
         self.ahead, self._first, self._kept = ahead, 0, np.empty(0)
+        self._owner: dict[str, int] = {}
 
     def read(self, region: Region) -> np.ndarray:
         first, last = region[0] if region else (0, 0)
         if last - first >= self.ahead:
+            return self._make(region)
+        # The rows that are kept are those of one thread, until it has read to the end; another makes its own.
+        if self._owner.setdefault("thread", threading.get_ident()) != threading.get_ident():
             return self._make(region)
         if not self._first <= first <= last <= self._first + len(self._kept):
             self._first = first
@@ -51,7 +56,11 @@ class Derived(Block):
         part = self._kept[(slice(first - self._first, last - self._first), *slices(region[1:]))]
         if last == self.shape[0]:  # read to the end, which comes last
             self._kept = np.empty(0)
+            self._owner.clear()
         return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": np.empty(0), "_first": 0, "_owner": {}}
 
     def _make(self, region: Region) -> np.ndarray:
         return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)

@@ -126,6 +126,26 @@ def test_a_damaged_chunk_is_an_error_and_then_made_again(kept: bool, model: Path
     assert contents(tmp_path / "out") == plain
 
 
+@pytest.mark.parametrize("after", ["none", "unpack", "read,shard"])
+@pytest.mark.parametrize("stop", [2, 7, 11, 15])
+def test_a_power_cut_takes_what_was_not_on_the_disk(
+    after: str, stop: int, model: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks were freed and nothing was brought to disk: after another boot all files hold zeros, and all is done again."""
+    asked = options(model, tmp_path, scratch_after=after)
+    with pytest.raises(Interrupted):
+        execute(plan(**asked), Interrupting(tmp_path, stop))
+    for path in chunk_files(tmp_path):
+        path.write_bytes(bytes(path.stat().st_size))
+    for path in (tmp_path / "out").glob("*.safetensors.partial"):
+        data = path.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:header] + bytes(len(data) - header))
+    monkeypatch.setattr("pipeline.sinks.journal.boot_id", lambda: "the boot after")
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+
+
 def test_one_of_two_outputs_is_deleted(model: Path, plain: dict[str, bytes], tmp_path: Path) -> None:
     targets = [{"output_dir": tmp_path / "out", "tp_size": 2}, {"output_dir": tmp_path / "four", "tp_size": 4}]
     asked = {"model_dir": model, "target": targets, "scheduler": "threads", "scratch_after": "unpack"}
