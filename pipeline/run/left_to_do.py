@@ -96,6 +96,8 @@ class LeftToDo:
     def _begin_outputs(self, left: PhaseLeft, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
         overwrite = self.plan.job.overwrite
         left.sinks = tuple(range(len(left.phase.sinks))) if overwrite else left.phase.pending
+        if not left.sinks:  # another run has just made them whole
+            return
         for number in left.sinks:
             self._begin_sink(left, number, overwrite, stack)
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
@@ -123,10 +125,17 @@ class LeftToDo:
         groups = [bind(self.plan, left.number, index, sinks, layers) for index in range(len(left.phase.groups))]
         keep = any(cut.keep for cut in cuts)
         wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
-        absent = {chunk for chunk in wanted if not self._there(cuts, chunk, known)}
+        # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
+        whole_chunks = _offsets(groups)
+        absent = {
+            chunk
+            for chunk in wanted
+            if not whole_chunks[chunk] <= {part[0] for part in known.get(chunk, ())} or not self._there(cuts, chunk, known)
+        }
         left.groups = tuple(group for group in groups if absent.intersection(group.writes))
-        again = {chunk for group in left.groups for chunk in group.writes}
-        self.known |= {chunk: parts for chunk, parts in known.items() if chunk not in again}
+        again = _offsets(left.groups)
+        for chunk, parts in known.items():
+            self.known[chunk] = [part for part in parts if part[0] not in again.get(chunk, ())]
         if not keep:
             for group in readers:
                 for chunk in group.reads:
@@ -166,7 +175,8 @@ class LeftToDo:
     def pool(self) -> str:
         """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none."""
         cuts = [sink for left in self.phases for sink in left.phase.sinks if isinstance(sink, ScratchGroup) and not sink.keep]
-        return str(cuts[-1].pool) if cuts else ""
+        # Padding is what nobody writes: a chunk of rank tensors needs a file of zeros.
+        return str(cuts[-1].pool) if cuts and not any(cut.of_ranks for cut in cuts) else ""
 
     def close(self) -> None:
         """After a run that ended well: whole outputs need no journal, and a cut that is kept is whole."""
@@ -177,6 +187,15 @@ class LeftToDo:
                     sink.finish(journal)
                 elif left.is_scratch or sink.complete:
                     journal.remove()
+
+
+def _offsets(groups: Sequence[BoundGroup]) -> dict[str, set[int]]:
+    """The byte offsets of the parts that groups write of each chunk of scratch, by the chunk's name."""
+    offsets: dict[str, set[int]] = {}
+    for group in groups:
+        for to in (to for item in group.work for sink in item.deliveries for to in sink if to.chunk):
+            offsets.setdefault(to.chunk, set()).add(max(to.offset, 0))
+    return offsets
 
 
 def _owner(cuts: Sequence[ScratchGroup | RemoteGroup], chunk: str) -> ScratchGroup | RemoteGroup:

@@ -173,6 +173,11 @@ class ScratchGroup:
             return False
 
     @property
+    def of_ranks(self) -> bool:
+        """Whether it holds rank tensors, padding included: a cut after `shard`."""
+        return self.stage.startswith("shard")
+
+    @property
     def pool(self) -> Path:
         """Where the files of freed chunks wait to be written again: over memory that the system still holds for them."""
         return self.directory / POOL
@@ -183,7 +188,7 @@ class ScratchGroup:
         with contextlib.suppress(FileNotFoundError):
             size = path.stat().st_size
             self.pool.mkdir(exist_ok=True)
-            if size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
+            if self.of_ranks or size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
                 path.unlink()
             else:
                 path.rename(self.pool / pooled_name(size))

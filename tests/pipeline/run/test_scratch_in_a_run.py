@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,44 @@ def test_a_run_is_taken_up_with_what_scratch_still_holds(
     result = convert(**asked)
     assert result.resumed_tasks > 0
     assert contents(tmp_path / "out") == plain
+
+
+@pytest.mark.parametrize("stop", range(1, 60, 2))
+def test_a_chunk_that_several_groups_write_is_there_when_all_have(
+    stop: int, model: Path, plain: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut after shard, stopped between the groups of one rank tensor: what is missing of its chunks is no zeros."""
+    monkeypatch.setattr("pipeline.run.schedulers.run_synchronous", scratch_first)
+    asked = options(model, tmp_path, scratch_after="shard")
+    with contextlib.suppress(Interrupted):
+        execute(plan(**asked), Interrupting(tmp_path, stop))
+    convert(**asked)
+    assert contents(tmp_path / "out") == plain
+
+
+def scratch_first(graph: Any) -> Iterator[Any]:
+    """Run a graph a stage at a time, as a cluster may: all of scratch is written before any of it is read."""
+    values: dict[Any, Any] = {}
+    stages = ("read", "rename", "unpack", "cast", "quantize", "scratch", "write", "finish")
+    for key in sorted(graph.tasks, key=lambda key: (stages.index(key[0]), str(key[1]))):
+        values[key] = graph.tasks[key](values)
+        if key in graph.results:
+            yield values[key]
+
+
+@pytest.mark.parametrize("after", ["unpack", "shard", "unpack,shard"])
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_files_of_freed_chunks_leave_nothing_in_padding(
+    after: str, scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: SMALL)
+    monkeypatch.setattr("pipeline.sinks.scratch.POOLED_BYTES", 1)
+    source = tmp_path / "odd"
+    checkpoints.write(source, checkpoints.LLAMA | {"vocab_size": 131, "num_hidden_layers": 4})
+    asked = {"model_dir": source, "tp_size": 4, "use_parallel_embedding": True, "scheduler": scheduler}
+    convert(**asked, output_dir=tmp_path / "plain")
+    convert(**asked, output_dir=tmp_path / "cut", scratch_after=after)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("damage", ["gone", "shorter", "all gone"])
