@@ -98,6 +98,7 @@ def test_a_chunk_that_several_groups_write_is_there_when_all_have(
 ) -> None:
     """A cut after shard, stopped between the groups of one rank tensor: what is missing of its chunks is no zeros."""
     monkeypatch.setattr("pipeline.run.schedulers.run_synchronous", scratch_first)
+    monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: 3_000)
     asked = options(model, tmp_path, scratch_after="shard")
     with contextlib.suppress(Interrupted):
         execute(plan(**asked), Interrupting(tmp_path, stop))
