@@ -73,8 +73,13 @@ def linear(module: Module) -> bool:
 
 
 def is_quantized(slot: Slot, quantization: Quantization, layers: int) -> bool:
-    """Whether a target quantizes a slot's module. Meta's recipe leaves attention and the first and last layers as they are."""
+    """Whether a target quantizes a slot's module.
+
+    Not where a list excludes it, and Meta's recipe leaves attention and the first and last layers as they are.
+    """
     if quantization.algorithm is None or not linear(slot.module):
+        return False
+    if quantization.excludes(slot.module.name.replace("{layer}", str(slot.layer))):
         return False
     return not quantization.meta_recipe or (".attention." not in slot.module.name and slot.layer not in (0, layers - 1))
 
@@ -176,6 +181,7 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
             entries |= dict(
                 _constant(TensorName(f"{base}.{name}", "clamp_val"), layer, constant(f"{base}.{name}.clamp_val", bounds))
                 for name in names
+                if not quantization.excludes(f"{base}.{name}")
             )
         if quantization.fp8_kv_cache:
             of_parts = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
@@ -202,20 +208,6 @@ def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
     if array.dtype == dtype:
         return array
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], to=dtype)
-
-
-def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Problem]:
-    """Refuse quantizations in which TensorRT-LLM cannot load experts.
-
-    Its class of them refuses to be built with float8 with a scale a row, and with groups of 8-bit codes; its loader brings AWQ's
-    factors of activations to one row, where each expert has its own.
-    """
-    if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ):
-        return []
-    experts = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
-    expected = "a model without experts, as TensorRT-LLM 1.2.1 cannot load theirs"
-    remedy = "Give --use_weight_only (with --dequantize, where the source is quantized), or neither for 16 bits"
-    return [Problem("quantization", experts, expected, remedy)]
 
 
 def unfit(

@@ -6,6 +6,7 @@ Facts: docs/format/quantized-layouts.md, section 9.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 # The `quantization` block of an unquantized target, in config.json's order; a quantized target replaces some values.
@@ -46,6 +47,8 @@ class Quantization:
         Leave attention and the first and last layers unquantized.
     fp8_kv_cache
         Write scales for an FP8 key-value cache.
+    exclude
+        Patterns of module names that stay unquantized, in the place of TensorRT-LLM's own list; () for that one.
     """
 
     algorithm: str | None = None
@@ -55,11 +58,20 @@ class Quantization:
     clamp: float = CLAMP
     meta_recipe: bool = False
     fp8_kv_cache: bool = False
+    exclude: tuple[str, ...] = ()
 
     @property
     def bits(self) -> int:
         """The width of an integer code in bits; 0 where weights have no integer codes."""
         return {**WEIGHT_ONLY, **GROUPWISE, AWQ: 4}.get(self.algorithm or "", 0)
+
+    def excludes(self, module: str) -> bool:
+        """Whether a pattern names a module, such as `transformer.layers.0.attention.qkv`, or a module around it."""
+        if not self.exclude:
+            return False
+        parts = module.split(".")
+        around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return any(fnmatchcase(name, pattern) for name in around for pattern in self.exclude)
 
     def config(self) -> dict[str, Any]:
         """Return config.json's `quantization` block."""
@@ -72,6 +84,7 @@ class Quantization:
             "use_meta_recipe": self.meta_recipe,
             "has_zero_point": grouped,
             "pre_quant_scale": self.algorithm == AWQ,
+            "exclude_modules": list(self.exclude) or None,
         }
         return {**DEFAULTS, **values}
 

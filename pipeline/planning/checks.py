@@ -16,7 +16,7 @@ from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.sources import format_named
-from stages.quantize import alignment, unfit, without_kernel
+from stages.quantize import alignment, unfit
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def check_targets(opened: OpenedSource, chosen: Sequence[Quantization], tensors:
     """
     problems: list[Problem] = []
     for quantization, sharding in zip(chosen, opened.shardings, strict=True):
-        problems += without_kernel(sharding, quantization)
         if sound and not problems:
             problems += unfit(tensors, sharding, quantization, opened.matches.origin)
         if sound and not problems:

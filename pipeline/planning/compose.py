@@ -83,6 +83,11 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
     return tensors
 
 
+def target_dtype(options: Shape, opened: OpenedSource) -> str:
+    """TensorRT-LLM's name of the type of what a target does not quantize."""
+    return auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+
+
 def compose_target(
     options: TargetOptions,
     sharding: Sharding,
@@ -93,7 +98,7 @@ def compose_target(
     stage_of: dict[str, str],
 ) -> TargetTensors:
     """cast, quantize and shard the canonical tensors for one target. `stage_of` is told which stage made which layer."""
-    dtype = auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+    dtype = target_dtype(options, opened)
     tensors = cast(tensors, sharding.layout, dtype)
     mark(stage_of, "cast", tensors.values())
     entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)

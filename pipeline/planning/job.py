@@ -107,6 +107,10 @@ class Job(Shape):
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
         "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
     )
+    rope_scaling: Literal["auto", "none", "keep"] = Field(
+        "auto",
+        description="Scaling of rotary positions: auto as TensorRT-LLM 1.2 reads it; none: left out; keep: as the source has it.",
+    )
     copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
@@ -155,7 +159,7 @@ class Job(Shape):
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
-        return {"mlp_bias": self.mlp_bias}
+        return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling}
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:

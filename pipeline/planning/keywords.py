@@ -52,6 +52,7 @@ class LoadOptions(_Common, total=False):
 
     revision: str | None
     mlp_bias: Literal["omit", "keep", "refuse"]
+    rope_scaling: Literal["auto", "none", "keep"]
 
 
 class BuildOptions(TypedDict, total=False):
@@ -149,6 +150,7 @@ class JobOptions(ShapeOptions, total=False):
     target: Sequence[TargetTable]
     engine: BuildOptions | None
     mlp_bias: Literal["omit", "keep", "refuse"]
+    rope_scaling: Literal["auto", "none", "keep"]
     copy_tokenizer: bool
     workers: int
     memory_limit: int | str

@@ -9,6 +9,8 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.windows import check_windows, window_notes
+from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
@@ -34,6 +36,8 @@ class OpenedSource:
         One for each target of the job.
     output_problems
         What is wrong with the output directories.
+    notes
+        What is written of the model's settings otherwise than the source or NVIDIA's converter has them.
     """
 
     job: Job
@@ -45,6 +49,7 @@ class OpenedSource:
     matches: Matches
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -70,11 +75,14 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
         family = _family(source)
         declared = model_config(source.config, family, source.architecture, source.config_name)
+        if problems := check_windows(declared, source.config_name):
+            raise BadInput(problems)
     except BadInput as error:
         raise BadInput([*error.problems, *outputs]) from None
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
     omitted: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
-    model = replace(declared, **omitted)
+    scaling, rope_note = written_scaling(declared, job.rope_scaling)
+    model = replace(declared, rotary_scaling=scaling, **omitted)
     settings = clean_settings(source.config)
     formats, ordered, packing_problems = check(source.named, settings)
     packing = Packing(formats, ordered, settings)
@@ -89,6 +97,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
         tuple(outputs),
+        tuple(note for note in (rope_note, *window_notes(model)) if note),
     )
 
 

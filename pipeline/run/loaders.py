@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 << 20
 
+SOURCE_OPTIONS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "mlp_bias", "rope_scaling"}
+
 
 class RankWeights(Mapping[str, "torch.Tensor"]):
     """One rank's tensors by TensorRT-LLM's names, each made anew whenever it is asked for; `config` is config.json."""
@@ -135,7 +137,7 @@ def load_from_hf_checkpoint(
     dtype
         The type of the weights; "auto" is the source's.
     **options
-        Other fields of a Job that say what a target looks like, and `revision` and `mlp_bias`.
+        Other fields of a Job that say what a target looks like, and `revision`, `mlp_bias` and `rope_scaling`.
 
     Returns
     -------
@@ -254,7 +256,7 @@ def load_from_gptq_llama(
 def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:
     from pipeline.planning.make_plan import make_plan
 
-    unknown = set(source) - set(Shape.model_fields) - {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "mlp_bias"}
+    unknown = set(source) - set(Shape.model_fields) - SOURCE_OPTIONS
     if unknown:
         raise BadInput(
             [Problem(name, "an option that loading has no use for", "the source's and the target's") for name in sorted(unknown)]
