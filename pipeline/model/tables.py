@@ -38,7 +38,7 @@ class RenameRow:
 
 @dataclass(frozen=True)
 class Omission:
-    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does unless the job says otherwise.
+    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does where the job asks for it.
 
     `modules`: patterns of renamed modules. `flag`: the field of ModelConfig that says whether the model has such parameters, and
     the option of the job that says whether they are kept. `reason`: what the plan reports of a tensor that is left out.

@@ -105,7 +105,7 @@ class Job(Shape):
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
-        "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
+        "keep", description="Biases of the MLP in the source: keep, omit as NVIDIA's converter does, or refuse the model."
     )
     rope_scaling: Literal["auto", "none", "keep"] = Field(
         "auto",

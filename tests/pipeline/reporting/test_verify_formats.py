@@ -10,6 +10,7 @@ import pytest
 from pipeline import convert
 from pipeline.reporting.verification import verify
 from tests.support import checkpoints, quantized_checkpoints
+from tests.support.commands import headrace
 
 FORMATS = {**quantized_checkpoints.formats(), "gptq act-order": quantized_checkpoints.gptq(index="order", sym=False)}
 INT8 = {"use_weight_only": True}
@@ -45,6 +46,26 @@ def test_biases_that_are_left_out_are_known_to_be(mlp_bias: str, tmp_path: Path)
     options = {"tp_size": 2, "mlp_bias": mlp_bias, "scheduler": "synchronous"}
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ranks", **options)
     verify(tmp_path / "ranks", tmp_path / "model").check()
+
+
+def test_logits_show_biases_that_are_missing_and_no_others(tmp_path: Path) -> None:
+    """Kept biases are what transformers computes with; left out, the ranks are another model, though every value is the source's."""
+    model, config = tmp_path / "model", {**checkpoints.LLAMA, "mlp_bias": True}
+    checkpoints.write(model, config)
+    for mlp_bias in ({}, {"mlp_bias": "omit"}):
+        output = tmp_path / "".join(["ranks", *mlp_bias.values()])
+        convert(model_dir=model, output_dir=output, tp_size=2, scheduler="synchronous", **mlp_bias)
+        ran = headrace("verify", output, "--source", model, "--logits", "--tokens", 7)
+        assert ran.code == (5 if mlp_bias else 0), ran
+        assert headrace("verify", output, "--source", model).code == 0
+    assert "logits" in ran.err
+    zeros = {
+        name: values * 0 if ".mlp." in name and name.endswith("bias") else values
+        for name, values in checkpoints.values(config).items()
+    }
+    checkpoints.save(tmp_path / "zeros", config, zeros)
+    convert(model_dir=tmp_path / "zeros", output_dir=tmp_path / "none", mlp_bias="omit", scheduler="synchronous")
+    assert headrace("verify", tmp_path / "none", "--source", tmp_path / "zeros", "--logits", "--tokens", 7).code == 0
 
 
 def test_quantized_tensors_beside_their_base(tmp_path: Path) -> None:
