@@ -14,6 +14,7 @@ from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family, families, find_family, layout
 from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
@@ -141,7 +142,9 @@ def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:
     """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
     model = sharding.model
     sizes = aligned(sharding, quantization, tp_sizes(model, sharding))
-    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
+    model_class = runtime().classes.get(model.architecture)
+    stages = model.num_hidden_layers if model_class is None or model_class.pipeline_stages else 1
+    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, stages]}
     if model.num_experts:
         result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}
     return result

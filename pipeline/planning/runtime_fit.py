@@ -62,7 +62,7 @@ def _problem(conflict: Conflict, opened: OpenedSource, options: TargetOptions) -
     head, _, rest = conflict.key.partition(".")
     subjects = {
         "mapping": f"--pp_size {options.pp_size}",
-        "quantization": f"quantization {conflict.found.partition(' of ')[0]}" if rest == "quant_algo" else "quantization",
+        "quantization": "quantization",
         "rotary_scaling": f"{opened.source.config_name}: rope_scaling{f'.{rest}' if rest else ''}",
         "position_embedding_type": f"{opened.source.config_name}: rope_scaling",
         "runtime_defaults": f"{opened.source.config_name}: sliding_window",

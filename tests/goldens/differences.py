@@ -46,7 +46,18 @@ def whole_mapping(sizes: dict[str, int]) -> dict[str, int]:
     return {**result, "pp_size": sizes["pp_size"], "moe_tp_size": sizes["tp_size"], "moe_ep_size": 1}
 
 
+def windows(*sizes: int) -> dict[str, list[int]]:
+    """config.json's `runtime_defaults` for layers that see a window (docs/format/runtime-1.2.md, section g)."""
+    return {"max_attention_window": list(sizes)}
+
+
+NO_WINDOWS = "no class of 1.2 sets a window: the executor is told in runtime_defaults, and NVIDIA's converter drops them"
+
 DIFFERENCES = (
+    Difference("dense/mistral_*", "runtime_defaults", None, windows(32), NO_WINDOWS),
+    Difference("families/gemma2_*", "runtime_defaults", None, windows(128, 256), NO_WINDOWS),
+    Difference("families/gemma3_*", "runtime_defaults", None, windows(64), NO_WINDOWS),
+    Difference("families/phi3_longrope*", "runtime_defaults", None, windows(2047), NO_WINDOWS),
     Difference("dense/bias_gqa_tp4", "mlp_bias", False, True, "the class has the biases, the converter never reads the key"),
     Difference(
         "families/internlm2*", "mapping", ["world_size", "tp_size", "pp_size"], whole_mapping, "its script writes the sizes alone"
