@@ -15,7 +15,9 @@ from typing import Any
 from pipeline.model.rotary import yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
-LONG_ROPE, EXPERTS, LOCAL_ROPE = "long rope", "experts", "local rope"  # features; the first two are told from config.json's values
+# Features of the runtime table; the first two are told from config.json's values.
+LONG_ROPE, EXPERTS, LOCAL_ROPE, HEAD_NORMS = "long rope", "experts", "local rope", "q and k norms"
+SCALED_SCORES, CAPPED_SCORES, NORMS_AROUND = "scaled scores", "capped scores", "norms around the MLP"
 
 WITHOUT_OR_KEPT = (
     "Give --rope_scaling none where the model may be run without it (the plan says up to which length that is exact), "
@@ -37,6 +39,12 @@ class Conflict:
     section: str
 
 
+def model_class(config: Mapping[str, Any]) -> ModelClass | None:
+    """Return TensorRT-LLM's class of a model by its config.json; None where the table has none."""
+    architecture = config.get("architecture")
+    return runtime().classes.get(architecture) if isinstance(architecture, str) else None
+
+
 def features(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what a model computes beyond a plain decoder, by its config.json: features of the runtime table."""
     found = list(runtime().features.get(str(config.get("architecture")), ()))
@@ -50,9 +58,10 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
 
     Values of a wrong type are left to others. Nothing is returned for an architecture that the table does not have.
     """
-    if config.get("architecture") not in runtime().classes:
+    own = model_class(config)
+    if own is None:
         return ()
-    return tuple(conflict for check in (_stages, _rope, _attention, _experts, _windows) for conflict in check(config))
+    return (*_stages(config, own), *_rope(config, own), *_attention(config), *_experts(config), *_windows(config))
 
 
 def replaced_attention(config: Mapping[str, Any]) -> AttentionVariant | None:
@@ -74,17 +83,17 @@ def layer_windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...] | N
     return tuple(windows[layer % len(windows)] for layer in range(layers))
 
 
-def _stages(config: Mapping[str, Any]) -> Iterator[Conflict]:
+def _stages(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
     stages = _table(config, "mapping").get("pp_size", 1)
-    if isinstance(stages, int) and stages > 1 and not _class_of(config).pipeline_stages:
+    if isinstance(stages, int) and stages > 1 and not own.pipeline_stages:
         found = f"{stages} pipeline stages of {config['architecture']}"
         expected = "1: its class sends nothing from stage to stage, and has embedding and lm_head on every rank"
         yield Conflict("mapping.pp_size", found, expected, "Give --tp_size instead", "a")
 
 
-def _rope(config: Mapping[str, Any]) -> Iterator[Conflict]:
-    architecture, model_class = config["architecture"], _class_of(config)
-    if config.get("position_embedding_type") == "long_rope" and not model_class.long_rope:
+def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
+    architecture = config["architecture"]
+    if config.get("position_embedding_type") == "long_rope" and not own.long_rope:
         yield Conflict("position_embedding_type", "long_rope", f"rope_gpt_neox: {architecture} reads no factors", "", "b3")
     scaling = config.get("rotary_scaling")
     if scaling is None:
@@ -95,8 +104,8 @@ def _rope(config: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("rotary_scaling", shown, "null: TensorRT-LLM has no such kind", "Give --rope_scaling auto", "b4")
         return
     row = runtime().rope.get(str(kind))
-    if row is None or kind not in model_class.rope or architecture in model_class.unscaled:
-        kinds = () if architecture in model_class.unscaled else model_class.rope
+    if row is None or kind not in own.rope or architecture in own.unscaled:
+        kinds = () if architecture in own.unscaled else own.rope
         expected = f"{'one of ' + ', '.join(kinds) + ', or ' if kinds else ''}null: {architecture}'s class computes no other"
         yield Conflict("rotary_scaling", shown, expected, WITHOUT_OR_KEPT, "b3" if kind in ("longrope", "su") else "b4")
         return
@@ -118,9 +127,12 @@ def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
     if not all(number is None or isinstance(number, int | float) for number in numbers) or numbers[0] is None:
         return
     factor, ours, every, declared = numbers
-    computed = yarn_factor(factor, 1.0 if ours is None else ours) / yarn_factor(factor, every or 0.0)
-    # Without a factor of its own a model has the formula's, in which transformers uses both scales or neither.
-    formula = yarn_factor(factor, ours) / yarn_factor(factor, every) if ours and every else yarn_factor(factor, 1.0)
+    try:
+        computed = yarn_factor(factor, 1.0 if ours is None else ours) / yarn_factor(factor, every or 0.0)
+        # Without a factor of its own a model has the formula's, in which transformers uses both scales or neither.
+        formula = yarn_factor(factor, ours) / yarn_factor(factor, every) if ours and every else yarn_factor(factor, 1.0)
+    except (ZeroDivisionError, OverflowError):
+        computed, formula = math.nan, math.nan
     meant = formula if declared is None else declared
     if not math.isclose(meant, computed, rel_tol=1e-6):
         key = "mscale" if declared is None else "attention_factor"
@@ -174,14 +186,10 @@ def _windows(config: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict(key, "none" if found is None else str(sorted(set(found))), expected, "Convert it again", "g")
 
 
-def _class_of(config: Mapping[str, Any]) -> ModelClass:
-    return runtime().classes[config["architecture"]]
-
-
 def _patterns(quantization: Mapping[str, Any], variant: AttentionVariant) -> tuple[str, ...]:
     """The patterns of modules that keep the class's own form."""
     listed = quantization.get("exclude_modules")
-    patterns = tuple(listed) if isinstance(listed, list) and variant.exclude else ()
+    patterns = tuple(each for each in listed if isinstance(each, str)) if isinstance(listed, list) and variant.exclude else ()
     return (*patterns, *(variant.recipe if quantization.get("use_meta_recipe") else ()))
 
 

@@ -77,6 +77,11 @@ class ModelConfig:
         return int(self.head_size * self.rotary_pct)
 
     @property
+    def own_head_size(self) -> int | None:
+        """The size of a head where it is not the one that TensorRT-LLM computes of the other sizes, else None."""
+        return self.head_size if self.head_size * self.num_attention_heads != self.hidden_size else None
+
+    @property
     def rotary_type(self) -> str:
         """The kind of position scaling by the configuration's name, such as "llama3"; "default" for none."""
         scaling = self.rotary_scaling or {}

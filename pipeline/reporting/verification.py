@@ -29,6 +29,7 @@ from stages.verify.roundtrip.findings import FiguresByTensor
 from stages.verify.roundtrip.matching import SourceMatch, match_source
 from stages.verify.roundtrip.original import Original
 from stages.verify.roundtrip.scalars import check_scalars
+from stages.verify.roundtrip.settings import check_settings
 from stages.verify.values import one_thread_each
 
 TOKENS = 32  # random ones, where there is no prompt
@@ -212,11 +213,11 @@ def _round_trip(
     original = Original(source)
     shapes = {name: original.shape(name) for name in original.names()}
     matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))
-    problems = list(matched.problems)
+    options = checkpoint.provenance.get("options", {})
+    problems = [*matched.problems, *check_settings(checkpoint.config, original.config, options)]
     figures_by_tensor = FiguresByTensor()
     if not problems:
         problems += check_scalars(checkpoint, (origin for task in matched.tasks for origin in task.origins), source.tensors)
-        options = checkpoint.provenance.get("options", {})
         kept = not (options.get("requantize") or options.get("dequantize"))
         work = [(compare, (checkpoint, original, task, kept), task.elements(shapes)) for task in matched.tasks]
         for figures in run_tasks("round trip", work, workers, advance):

@@ -85,7 +85,11 @@ def test_the_keywords_are_the_fields() -> None:
     assert get_type_hints(ShapeOptions).keys() == Shape.model_fields.keys()
     assert get_type_hints(TargetTable).keys() == TargetOptions.model_fields.keys()
     loading = get_type_hints(LoadOptions)
-    assert loading.keys() == (Shape.model_fields.keys() - {"tp_size", "pp_size", "dtype"}) | {"revision", "mlp_bias", "rope_scaling"}
+    assert loading.keys() == (Shape.model_fields.keys() - {"tp_size", "pp_size", "dtype"}) | {
+        "revision",
+        "mlp_bias",
+        "rope_scaling",
+    }
     assert all(hint == JOB[name] for hints in (get_type_hints(ShapeOptions), loading) for name, hint in hints.items())
 
 
