@@ -1,7 +1,7 @@
-"""Outputs of an earlier version that engines of TensorRT-LLM 1.2 would compute as other models, or that no engine could be built of.
+"""Outputs of 0.1.0 that engines of TensorRT-LLM 1.2 would compute as other models, or that no engine could be built of.
 
-tests/data/wrong holds a model and that version's rank files of each. They fail verification for the reason; converted anew, the model
-is right, or it is refused with a remedy that works.
+tests/data/wrong holds a model and that version's rank files of each. They fail verification for the reason; converted anew, the
+model is right, or it is refused with a remedy that works.
 """
 
 from __future__ import annotations

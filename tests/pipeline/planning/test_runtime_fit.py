@@ -1,5 +1,5 @@
-"""Walk over the runtime table: every class by every quantization, kind of rope and split is converted and verified, or refused with the
-reason. Nothing falls through.
+"""Walk over the runtime table: every class by every quantization, kind of rope and split is converted and verified, or refused with
+the reason. Nothing falls through.
 
 What is expected is said here in words of its own, after docs/format/runtime-1.2.md.
 """
