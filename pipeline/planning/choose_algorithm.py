@@ -11,13 +11,14 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
 from pipeline.planning.job import Shape
+from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
+from pipeline.planning.quantizations import asked as asked_for
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
-BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
-NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8)
+NEEDS_CODES = tuple(row.algorithm for row in QUANTIZATIONS.values() if row.calibrated)
 _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_fp8_rowwise"
 
 
@@ -103,11 +104,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
 
 def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
     """The algorithm that the options name, and what is wrong with several."""
-    named = []
-    if options.use_weight_only:
-        named.append(BY_PRECISION[options.weight_only_precision])
-    named += [FP8] if options.use_fp8 else []
-    named += [FP8_ROWWISE] if options.use_fp8_rowwise else []
+    flags = {flag: getattr(options, flag) for flag in UNASKED}
+    named = [str(QUANTIZATIONS[name].algorithm) for name in asked_for(flags)]
     if len(named) > 1:
         return named[0], [Problem(_flag(options), " and ".join(named), "one algorithm")]
     return (named[0] if named else None), []

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
+QuantizationName: TypeAlias = Literal["none", "int8", "int4", "int4_gptq", "int8_gptq", "int4_awq", "fp8", "fp8_rowwise"]
 Switch: TypeAlias = bool | Literal["enable", "disable"]
 Plugin: TypeAlias = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
@@ -25,6 +26,7 @@ class _Common(TypedDict, total=False):
     use_parallel_embedding: bool
     embedding_sharding_dim: Literal[0, 1]
     write_rope_buffers: bool
+    quantization: QuantizationName
     use_weight_only: bool
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"]
     use_fp8: bool

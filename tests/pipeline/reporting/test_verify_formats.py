@@ -49,7 +49,7 @@ def test_biases_that_are_left_out_are_known_to_be(mlp_bias: str, tmp_path: Path)
 
 
 def test_logits_show_biases_that_are_missing_and_no_others(tmp_path: Path) -> None:
-    """Kept biases are what transformers computes with; left out, the ranks are another model, though every value is the source's."""
+    """Kept, transformers computes the same; left out, the ranks are another model, though every value in them is the source's."""
     model, config = tmp_path / "model", {**checkpoints.LLAMA, "mlp_bias": True}
     checkpoints.write(model, config)
     for mlp_bias in ({}, {"mlp_bias": "omit"}):
