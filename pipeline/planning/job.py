@@ -275,7 +275,7 @@ def _precision(job: Job) -> list[Problem]:
     """A precision of weights where nothing has weights quantized."""
     own = [target for target, table in zip(job.targets, job.target, strict=False) if PRECISION in table]
     unused = [target for target in own if not target.use_weight_only]
-    if PRECISION in job.model_fields_set and not any(target.use_weight_only for target in job.targets):
+    if PRECISION in job.model_fields_set and not any(each.use_weight_only for each in (job, *job.targets)):
         unused.append(job.targets[0])
     return list(dict.fromkeys(precision_alone(target.weight_only_precision) for target in unused))
 
