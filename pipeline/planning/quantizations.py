@@ -87,6 +87,8 @@ def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     elif not UNASKED.keys().isdisjoint(over):
         kept = completed(base)
         kept.pop(OPTION, None)
+        if over.get(WEIGHT_ONLY) is False and PRECISION not in base:
+            kept.pop(PRECISION, None)  # it came with the name
     return {**kept, **over}
 
 
