@@ -119,11 +119,16 @@ class Job(Shape):
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
+    expect: dict[str, int | float | str] = Field(
+        {}, description="Values that the model must have, such as num_hidden_layers, or it is refused: an [expect] table."
+    )
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
         "keep", description="Biases of the MLP in the source: keep, omit as NVIDIA's converter does, or refuse the model."
     )
     copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Threads that work at once (in NVIDIA's script ranks at once); 0: one a core, at most 8."
+    )
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
     listen: ListenAddress | None = Field(

@@ -150,6 +150,7 @@ class JobOptions(ShapeOptions, total=False):
     output_dir: str | Path | None
     target: Sequence[TargetTable]
     engine: BuildOptions | None
+    expect: dict[str, int | float | str]
     mlp_bias: Literal["omit", "keep", "refuse"]
     copy_tokenizer: bool
     workers: int

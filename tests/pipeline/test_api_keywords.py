@@ -31,7 +31,11 @@ def takes(hint: Any, value: object) -> bool:
         elif get_origin(kind) is Sequence:
             fits = isinstance(value, tuple) and all(takes(get_args(kind)[0], each) for each in value)
         else:
-            fits = isinstance(value, dict) if is_typeddict(kind) else type(value) is (type(Path()) if kind is Path else kind)
+            fits = (
+                isinstance(value, dict)
+                if is_typeddict(kind) or get_origin(kind) is dict
+                else type(value) is (type(Path()) if kind is Path else kind)
+            )
         if fits:
             return True
     return False
