@@ -119,6 +119,12 @@ class Job(Shape):
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
+    max_position_embeddings: Size | None = Field(
+        None, description="Positions that the model was trained for, where Meta's params.json cannot tell; default: see the plan."
+    )
+    rope_scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Factor of Meta's use_scaled_rope, where params.json cannot tell; default: see the plan."
+    )
     expect: dict[str, int | float | str] = Field(
         {}, description="Values that the model must have, such as num_hidden_layers, or it is refused: an [expect] table."
     )
@@ -175,7 +181,11 @@ class Job(Shape):
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
-        return {"mlp_bias": self.mlp_bias}
+        return {"mlp_bias": self.mlp_bias, **{name: value for name, value in self.unsaid().items() if value is not None}}
+
+    def unsaid(self) -> dict[str, int | float | None]:
+        """Return what the job says of a model whose configuration may not say it; None where it does not."""
+        return {"max_position_embeddings": self.max_position_embeddings, "rope_scaling_factor": self.rope_scaling_factor}
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:

@@ -53,6 +53,8 @@ class LoadOptions(_Common, total=False):
     """The keywords that loaders take beside their own arguments."""
 
     revision: str | None
+    max_position_embeddings: int | None
+    rope_scaling_factor: float | None
     mlp_bias: Literal["omit", "keep", "refuse"]
 
 
@@ -150,6 +152,8 @@ class JobOptions(ShapeOptions, total=False):
     output_dir: str | Path | None
     target: Sequence[TargetTable]
     engine: BuildOptions | None
+    max_position_embeddings: int | None
+    rope_scaling_factor: float | None
     expect: dict[str, int | float | str]
     mlp_bias: Literal["omit", "keep", "refuse"]
     copy_tokenizer: bool

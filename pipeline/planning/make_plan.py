@@ -60,7 +60,7 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
-    notes = requantization_notes(opened, chosen, size)
+    notes = (*opened.notes, *requantization_notes(opened, chosen, size))
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

@@ -6,13 +6,13 @@ or refused with what to do instead.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Problem
+from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS
 from pipeline.model.target_config import target_config
 
@@ -50,7 +50,7 @@ class Understood:
 @cache
 def nvidia_flags() -> Mapping[str, NvidiaFlag]:
     """Load the flags, by name without the leading dashes."""
-    data = tomllib.loads((CONFIGS / "flags" / "convert_checkpoint.toml").read_text())
+    data = load_table(CONFIGS / "flags", "convert_checkpoint")
     lists = ("words", "accepts", "quiet")
     return {
         name: NvidiaFlag(name, **{key: tuple(value) if key in lists else value for key, value in row.items()})
@@ -102,5 +102,7 @@ def check_expected(opened: OpenedSource) -> list[Problem]:
         if value == found or (flag.source and value == own):
             continue
         remedy = f"Leave --{flag.name} out: the model's shape is what its configuration says"
+        if key in opened.job.unsaid() and opened.family.known:
+            remedy = f"Leave --{flag.name} out, or give --{key} {value} where {found} is not the model's"
         problems.append(Problem(f"--{flag.name} {value}", f"{key} {found} in {opened.source.config_name}", f"{value}", remedy))
     return problems

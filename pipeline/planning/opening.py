@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.unsaid import fill_in
 from pipeline.planning.choose_algorithm import Packing, clean_settings
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
@@ -33,7 +34,9 @@ class OpenedSource:
     shardings
         One for each target of the job.
     output_problems
-        What is wrong with the output directories.
+        What is wrong with the output directories, and with options about the source.
+    notes
+        What was taken for values that the source's configuration does not say.
     """
 
     job: Job
@@ -45,6 +48,7 @@ class OpenedSource:
     matches: Matches
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -69,7 +73,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
         family = _family(source)
-        declared = model_config(source.config, family, source.architecture, source.config_name)
+        filled = fill_in(source.config, family, source.config_name, job.unsaid())
+        declared = model_config(filled.config, family, source.architecture, source.config_name)
     except BadInput as error:
         raise BadInput([*error.problems, *outputs]) from None
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
@@ -88,7 +93,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         (*packing_problems, *_unknown_quantization(source, formats)),
         match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
-        tuple(outputs),
+        (*filled.problems, *outputs),
+        filled.notes,
     )
 
 
