@@ -4,17 +4,19 @@ other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
 from pipeline.planning.job import Shape
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.tensors import LazyTensor
+from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
@@ -39,6 +41,23 @@ class Packing:
         """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
         return next((name for name in self.formats.values() if name not in numbers), None)
+
+
+def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str | None:
+    """The type of most of a source's weights, by TensorRT-LLM's name, for a configuration that names none.
+
+    A quantized source has that of its 16-bit tensors, as its scales may have 32. None where no tensor is of a type that models
+    compute in, and for formats that are made numbers by unpacking: their own type is none of these.
+    """
+    if packing.formats and packing.format is None:
+        return None
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[of_numpy(tensor.dtype).target] += tensor_bytes(tensor)
+    found = [name for name in MODEL_DTYPES if sizes[name]]
+    if packing.format:
+        found = [name for name in found if name != "float32"] or found
+    return max(found, key=lambda name: sizes[name], default=None)
 
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:

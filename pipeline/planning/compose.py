@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem
-from pipeline.model.dtypes import auto_dtype, of_numpy
+from pipeline.model.dtypes import of_numpy
 from pipeline.model.quantization import Quantization
 from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
@@ -93,7 +93,7 @@ def compose_target(
     stage_of: dict[str, str],
 ) -> TargetTensors:
     """cast, quantize and shard the canonical tensors for one target. `stage_of` is told which stage made which layer."""
-    dtype = auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+    dtype = opened.auto_dtype if options.dtype == "auto" else options.dtype
     tensors = cast(tensors, sharding.layout, dtype)
     mark(stage_of, "cast", tensors.values())
     entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)

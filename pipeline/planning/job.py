@@ -44,7 +44,7 @@ class Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Type of the weights; auto: the source's (float32 becomes float16)."
+        "auto", description="Type of the weights; auto: the source's, that of its tensors where it names none (float32: float16)."
     )
     tp_size: Size = Field(1, description="Tensor-parallel ranks.")
     pp_size: Size = Field(1, description="Pipeline stages.")

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.dtypes import auto_dtype
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, families, find_family, layout
 from pipeline.model.unsaid import fill_in
-from pipeline.planning.choose_algorithm import Packing, clean_settings
+from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.tensors import Source
@@ -49,6 +50,11 @@ class OpenedSource:
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def auto_dtype(self) -> str:
+        """The type that `--dtype auto` means."""
+        return auto_dtype(self.source.dtype or own_dtype(self.source.named, self.packing))
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -94,7 +100,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
         (*filled.problems, *outputs),
-        filled.notes,
+        (*filled.notes, *_dtype_notes(job, source, packing)),
     )
 
 
@@ -113,6 +119,16 @@ def _family(source: Source) -> Family:
         subject = f"{source.config_name}: architecture"
         raise BadInput([Problem(subject, source.architecture or "none", f"one of {', '.join(known)}")])
     return family
+
+
+def _dtype_notes(job: Job, source: Source, packing: Packing) -> list[str]:
+    """Say which type was taken where the configuration names none, and some target has that of the source."""
+    found = own_dtype(source.named, packing)
+    if source.dtype or not found or all(target.dtype != "auto" for target in job.targets):
+        return []
+    name, came = source.config_name.rpartition("/")[2], auto_dtype(found)
+    told = f"its {'16-bit tensors' if packing.format and came == found else 'weights'} are {found}"
+    return [f"dtype {came}: {name} names none, and {told}; --dtype says another"]
 
 
 def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sharding:
