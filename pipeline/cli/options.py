@@ -86,7 +86,7 @@ def nvidia_parameters() -> list[inspect.Parameter]:
         option = typer.Option(
             f"--{flag.name}", *flag.words, help=meaning, show_default=False, rich_help_panel=NVIDIA_PANEL, hidden=bool(flag.refused)
         )
-        annotation: Any = Annotated[TAKES[flag.takes] | None, option]  # type: ignore[valid-type]
+        annotation: Any = Annotated[TAKES[flag.takes] | None, option]
         parameters.append(inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
     return parameters
 

@@ -51,11 +51,13 @@ class Understood:
 def nvidia_flags() -> Mapping[str, NvidiaFlag]:
     """Load the flags, by name without the leading dashes."""
     data = load_table(CONFIGS / "flags", "convert_checkpoint")
+    return {name: _flag(name, row) for name, row in data.items()}
+
+
+def _flag(name: str, row: Mapping[str, Any]) -> NvidiaFlag:
     lists = ("words", "accepts", "quiet")
-    return {
-        name: NvidiaFlag(name, **{key: tuple(value) if key in lists else value for key, value in row.items()})
-        for name, row in data.items()
-    }
+    values: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in row.items()}
+    return NvidiaFlag(name, **values)
 
 
 def understood(given: Mapping[str, Any], options: Mapping[str, Any]) -> Understood:
