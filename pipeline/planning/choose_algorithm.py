@@ -4,20 +4,23 @@ other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
 from pipeline.planning.job import Shape
+from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
+from pipeline.planning.quantizations import asked as asked_for
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.tensors import LazyTensor
+from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
-BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
-NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8)
+NEEDS_CODES = tuple(row.algorithm for row in QUANTIZATIONS.values() if row.calibrated)
 _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_fp8_rowwise"
 
 
@@ -38,6 +41,23 @@ class Packing:
         """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
         return next((name for name in self.formats.values() if name not in numbers), None)
+
+
+def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str | None:
+    """The type of most of a source's weights, by TensorRT-LLM's name, for a configuration that names none.
+
+    A quantized source has that of its 16-bit tensors, as its scales may have 32. None where no tensor is of a type that models
+    compute in, and for formats that are made numbers by unpacking: their own type is none of these.
+    """
+    if packing.formats and packing.format is None:
+        return None
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[of_numpy(tensor.dtype).target] += tensor_bytes(tensor)
+    found = [name for name in MODEL_DTYPES if sizes[name]]
+    if packing.format:
+        found = [name for name in found if name != "float32"] or found
+    return max(found, key=lambda name: sizes[name], default=None)
 
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
@@ -103,11 +123,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
 
 def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
     """The algorithm that the options name, and what is wrong with several."""
-    named = []
-    if options.use_weight_only:
-        named.append(BY_PRECISION[options.weight_only_precision])
-    named += [FP8] if options.use_fp8 else []
-    named += [FP8_ROWWISE] if options.use_fp8_rowwise else []
+    flags = {flag: getattr(options, flag) for flag in UNASKED}
+    named = [str(QUANTIZATIONS[name].algorithm) for name in asked_for(flags)]
     if len(named) > 1:
         return named[0], [Problem(_flag(options), " and ".join(named), "one algorithm")]
     return (named[0] if named else None), []

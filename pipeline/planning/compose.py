@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem
-from pipeline.model.dtypes import auto_dtype, of_numpy
+from pipeline.model.dtypes import of_numpy
 from pipeline.model.quantization import Quantization
 from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
@@ -85,7 +85,7 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
 
 def target_dtype(options: Shape, opened: OpenedSource) -> str:
     """TensorRT-LLM's name of the type of what a target does not quantize."""
-    return auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+    return opened.auto_dtype if options.dtype == "auto" else options.dtype
 
 
 def compose_target(

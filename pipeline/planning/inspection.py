@@ -16,6 +16,7 @@ from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
 from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
 from pipeline.planning.job import Job, make_job
@@ -45,7 +46,8 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     result = _facts(source)
     family = find_family(source.container, source.architecture)
     try:
-        model = model_config(source.config, family, source.architecture, source.config_name) if family else None
+        config = fill_in(source.config, family, source.config_name, {}).config if family else {}
+        model = model_config(config, family, source.architecture, source.config_name) if family else None
     except BadInput:
         model = None
     if family is None or model is None:

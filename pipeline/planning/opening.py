@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.dtypes import auto_dtype
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
-from pipeline.planning.choose_algorithm import Packing, clean_settings
+from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.tensors import Source
@@ -35,9 +37,9 @@ class OpenedSource:
     shardings
         One for each target of the job.
     output_problems
-        What is wrong with the output directories.
+        What is wrong with the output directories, and with options about the source.
     notes
-        What is written of the model's settings otherwise than the source or NVIDIA's converter has them.
+        What was taken for values that the source does not say, and what is written otherwise than it or NVIDIA has it.
     """
 
     job: Job
@@ -50,6 +52,11 @@ class OpenedSource:
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def auto_dtype(self) -> str:
+        """The type that `--dtype auto` means."""
+        return auto_dtype(self.source.dtype or own_dtype(self.source.named, self.packing))
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -74,7 +81,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
         family = _family(source)
-        declared = model_config(source.config, family, source.architecture, source.config_name)
+        filled = fill_in(source.config, family, source.config_name, job.unsaid())
+        declared = model_config(filled.config, family, source.architecture, source.config_name)
         if problems := check_windows(declared, source.config_name):
             raise BadInput(problems)
     except BadInput as error:
@@ -96,8 +104,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         (*packing_problems, *_unknown_quantization(source, formats)),
         match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
-        tuple(outputs),
-        tuple(note for note in (rope_note, *window_notes(model)) if note),
+        (*filled.problems, *outputs),
+        (*filled.notes, *_dtype_notes(job, source, packing), *filter(None, (rope_note,)), *window_notes(model)),
     )
 
 
@@ -116,6 +124,16 @@ def _family(source: Source) -> Family:
         subject = f"{source.config_name}: architecture"
         raise BadInput([Problem(subject, source.architecture or "none", f"one of {', '.join(known)}")])
     return family
+
+
+def _dtype_notes(job: Job, source: Source, packing: Packing) -> list[str]:
+    """Say which type was taken where the configuration names none, and some target has that of the source."""
+    found = own_dtype(source.named, packing)
+    if source.dtype or not found or all(target.dtype != "auto" for target in job.targets):
+        return []
+    name, came = source.config_name.rpartition("/")[2], auto_dtype(found)
+    told = f"its {'16-bit tensors' if packing.format and came == found else 'weights'} are {found}"
+    return [f"dtype {came}: {name} names none, and {told}; --dtype says another"]
 
 
 def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sharding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,10 @@ def _round_trip(
 ) -> tuple[list[Finding], dict[str, Any], Original, SourceMatch]:
     """Compare every value with the source's; returns the findings, the facts of the level, the source as numbers and the match."""
     started = time.perf_counter()
-    original = Original(source)
+    options = checkpoint.provenance.get("options", {})
+    # Where the conversion was told a factor of scaled positions, the source itself does not say one.
+    told = {key: options[key] for key in ("rope_scaling_factor",) if key in options and source.container == "meta"}
+    original = Original(replace(source, config={**source.config, **told}))
     shapes = {name: original.shape(name) for name in original.names()}
     matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))
     options = checkpoint.provenance.get("options", {})
