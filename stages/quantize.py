@@ -122,12 +122,12 @@ def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Paramet
 
 
 def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
-    """A module as it is; a quantized one as numbers."""
+    """A module as it is; a quantized one as numbers, of the type that the module has in a target."""
     kept = {
         name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
     }
     if any(name in parameters for name in CODES):
-        weight = _cast(numbers.dequantize(parameters), target.numpy)
+        weight = _cast(numbers.dequantize(parameters), BY_TARGET[slot.module.stored_dtype(target.dtype)].numpy)
         kept["weight"] = (weight, replace(plain("weight"), working_bytes=12))
     return kept
 
