@@ -140,7 +140,8 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
         if quantization.from_numbers:
             parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.source(name))
             return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
-        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
+        zeros = quantization.zero_points
+        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:

@@ -49,6 +49,8 @@ class Quantization:
         Write scales for an FP8 key-value cache.
     exclude
         Patterns of module names that stay unquantized, in the place of TensorRT-LLM's own list; () for that one.
+    zero_points
+        Write a zero point for each group beside its scale, in algorithms that take some.
     """
 
     algorithm: str | None = None
@@ -59,6 +61,7 @@ class Quantization:
     meta_recipe: bool = False
     fp8_kv_cache: bool = False
     exclude: tuple[str, ...] = ()
+    zero_points: bool = True
 
     @property
     def bits(self) -> int:
@@ -82,7 +85,7 @@ class Quantization:
             "group_size": self.group_size if grouped or self.algorithm == AWQ else DEFAULTS["group_size"],
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,
-            "has_zero_point": grouped,
+            "has_zero_point": grouped and self.zero_points,
             "pre_quant_scale": self.algorithm == AWQ,
             "exclude_modules": list(self.exclude) or None,
         }

@@ -39,6 +39,11 @@ class Packing:
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
         return next((name for name in self.formats.values() if name not in numbers), None)
 
+    @property
+    def zero_points(self) -> bool:
+        """Whether a target that keeps the source's codes by groups has zero points beside them."""
+        return self.format is None or format_named(self.format).zero_points(self.settings)
+
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
     """TensorRT-LLM's algorithm that takes the source's codes as they are, and their group size; None where there is none."""
@@ -88,15 +93,16 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         flag = "--dequantize" if options.dequantize else "--requantize"
         expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
         problems.append(Problem(flag, found, expected))
-    bound = packing.settings.get("activation_scale_ub")
+    bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
     quantization = Quantization(
         algorithm=algorithm,
-        from_numbers=numbers or options.requantize,
+        from_numbers=from_numbers,
         sm=options.sm,
         group_size=group,
         clamp=float(bound) if isinstance(bound, int | float) else CLAMP,
         meta_recipe=options.use_meta_fp8_rowwise_recipe,
         fp8_kv_cache=options.fp8_kv_cache,
+        zero_points=from_numbers or packing.zero_points,
     )
     return quantization, problems
 

@@ -107,8 +107,9 @@ def matrix(tensors: Arrays, name: str, sm: int = 80) -> np.ndarray:
         scale = own["per_channel_scale"].astype(np.float32)
         bits = 8 * weight.shape[1] // len(scale)
         return codes_of(weight, bits, weight.shape[0], len(scale), 1 if sm == 90 else 16 // bits) * scale[:, None]
-    if "zero" in own:
-        scales, zeros = (own[key].astype(np.float32) for key in ("weights_scaling_factor", "zero"))
+    if "weights_scaling_factor" in own and weight.dtype in (np.float16, ml_dtypes.bfloat16):
+        scales = own["weights_scaling_factor"].astype(np.float32)
+        zeros = own["zero"].astype(np.float32) if "zero" in own else np.zeros_like(scales)
         features, out = weight.shape[0], scales.shape[1]
         bits = 16 * weight.shape[1] // out
         codes = codes_of(weight, bits, features, out, 1 if sm == 90 else 16 // bits)
@@ -211,6 +212,7 @@ def test_every_format_keeps_its_codes(name: str, size: str, tmp_path: Path) -> N
 def check_block(output: Path, name: str) -> None:
     kind = FORMATS[name]
     expected = {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    expected["has_zero_point"] = kind.algorithm.endswith("_GPTQ") and kind.zero
     expected |= {"use_meta_recipe": True} if kind.flags else {}
     expected |= {"group_size": int(name.rpartition(" ")[2])} if "groups of" in name else {}
     found = quantization(output)
@@ -235,7 +237,9 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
     assert found.shape == wanted.shape
     if kind.algorithm.endswith("_GPTQ"):
         # Scales and zeros are rounded to the model's type; a code that is off by one is a whole scale away.
-        assert ours[f"{module}.weight"].dtype == ours[f"{module}.zero"].dtype == np.float16
+        assert ours[f"{module}.weight"].dtype == ours[f"{module}.weights_scaling_factor"].dtype == np.float16
+        assert (f"{module}.zero" in ours) == kind.zero
+        assert not kind.zero or ours[f"{module}.zero"].dtype == np.float16
         scales = ours[f"{module}.weights_scaling_factor"].astype(np.float32)
         scale = np.repeat(scales.T, wanted.shape[1] // len(scales), axis=1)
         assert np.all(np.abs(found - wanted) <= scale * 0.15)
