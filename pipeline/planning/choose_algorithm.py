@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
+from pipeline.planning.generations import no_generation
 from pipeline.planning.job import Shape
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor
@@ -83,6 +84,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem(f"--group_size {options.group_size}", f"groups of {group_size} in the source", "that size, or no option")
         )
+    problems += no_generation(algorithm, options.sm)
     if options.use_meta_fp8_rowwise_recipe and algorithm != FP8_ROWWISE:
         problems.append(Problem("--use_meta_fp8_rowwise_recipe", f"{algorithm or 'no quantization'}", f"{FP8_ROWWISE}"))
     if algorithm and options.dtype == "float32":

@@ -257,8 +257,8 @@ def test_quantizing_again_needs_a_group_size(tmp_path: Path) -> None:
     assert convert(model, tmp_path / "out", "--requantize", "--group_size", 64).code == 0
 
 
-@pytest.mark.parametrize("sm", [70, 75, 88, 0])
-def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int) -> None:
+@pytest.mark.parametrize("sm", [70, 88, 0, "all", "8.0"])
+def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int | str) -> None:
     assert one(refused(dense_model(tmp_path), "--sm", sm)).startswith("--sm: found ")
 
 
