@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from pipeline.errors import Problem
 from pipeline.model.kernels import ANY, alike
 from pipeline.model.quantization import AWQ, GROUPWISE, Quantization
+from pipeline.model.runtime import runtime
 from pipeline.planning.job import Job
-
-# The generations for which the loader of 1.2 itself brings AWQ's weights into another order than the kernels read (section d3).
-MISARRANGED = (120, 121)
 
 
 def no_generation(algorithm: str | None, sm: int | str) -> list[Problem]:
@@ -26,7 +24,7 @@ def no_generation(algorithm: str | None, sm: int | str) -> list[Problem]:
 
 
 def generation_notes(job: Job, chosen: Sequence[Quantization]) -> tuple[str, ...]:
-    """What a plan says of the GPUs that the integer weights of its targets are for, each once."""
+    """Notes on the GPUs that the integer weights of a plan's targets are for, each once."""
     tables = job.target or ({},)
     notes = (
         note
@@ -43,9 +41,10 @@ def _notes(quantization: Quantization, named: bool) -> Iterator[str]:
             f"weights are numbers: TensorRT-LLM's loader quantizes them as {quantization.algorithm} when an engine is built, for the "
             "builder's own GPU; the ranks are as large as unquantized ones"
         )
-    if quantization.algorithm == AWQ and (sm == ANY or sm in MISARRANGED):
+    wrong = runtime().misarranged
+    if quantization.algorithm == AWQ and (sm == ANY or sm in wrong):
         yield (
-            f"TensorRT-LLM 1.2's loader arranges {AWQ} weights wrongly on GPUs of {' and '.join(map(str, MISARRANGED))} (until its pull "
+            f"TensorRT-LLM {runtime().release}'s loader arranges {AWQ} weights wrongly on GPUs of {_listed(wrong)} (until its pull "
             "request 11561): build for these with a later release, or give --dequantize --use_weight_only"
         )
     if quantization.ordered and not named and isinstance(sm, int):
