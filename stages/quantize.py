@@ -147,7 +147,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     layout = kernel_layout(quantization.bits, quantization.sm, module.experts)
     if quantization.algorithm in GROUPWISE:
         if quantization.from_numbers:
-            parameters = numbers.requantize(_weight(parameters), quantization.group_size, source)
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size, source, quantization.bits)
             return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
         zeros = quantization.zero_points
         return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros) | bias

@@ -22,6 +22,10 @@ WITHOUT_OR_KEPT = (
     "or keep for a release that computes it"
 )
 
+OTHER_GROUPS = (
+    "Give --requantize --group_size 128, which dequantizes and quantizes again by round-to-nearest and so adds error, or --dequantize"
+)
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -52,7 +56,7 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     """
     if config.get("architecture") not in runtime().classes:
         return ()
-    return tuple(conflict for check in (_stages, _rope, _attention, _experts, _windows) for conflict in check(config))
+    return tuple(conflict for check in (_stages, _rope, _attention, _experts, _groups, _windows) for conflict in check(config))
 
 
 def replaced_attention(config: Mapping[str, Any]) -> AttentionVariant | None:
@@ -157,6 +161,16 @@ def _experts(config: Mapping[str, Any]) -> Iterator[Conflict]:
         found, why = f"{count} experts a layer, as {algorithm}", runtime().no_experts[algorithm]
         expected = f"a model without experts, as TensorRT-LLM {runtime().release} cannot load theirs: {why}"
         yield Conflict("quantization.quant_algo", found, expected, runtime().experts_remedy, "c")
+
+
+def _groups(config: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Groups of a size that the kernels do not have."""
+    quantization = _table(config, "quantization")
+    algorithm, size = quantization.get("quant_algo"), quantization.get("group_size")
+    sizes = runtime().group_sizes
+    if algorithm in runtime().grouped and isinstance(size, int) and size not in sizes:
+        expected = f"groups of {' or '.join(map(str, sizes))}: TensorRT-LLM's kernels have no others"
+        yield Conflict("quantization.group_size", f"groups of {size} in-features in {algorithm}", expected, OTHER_GROUPS, "i")
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, Quantization
 from pipeline.planning.generations import no_generation
 from pipeline.planning.job import Shape
 from pipeline.tensor.names import TensorName, by_module
@@ -62,8 +62,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     own, group_size = native(packing, tensors)
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
     numbers = packing.format is None or options.dequantize
-    if options.requantize and packing.format:
-        again = asked or "W4A16_GPTQ"
+    if options.requantize and packing.formats:
+        again = asked or (own if own in GROUPWISE else "W4A16_GPTQ")
         algorithm: str | None = again
         problems += _requantized(options, again, group_size)
     elif numbers:
@@ -91,10 +91,12 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem("--dtype float32", f"with {algorithm}", "float16 or bfloat16: the kernels' activations have 16 bits")
         )
-    if (options.dequantize or options.requantize) and packing.format is None:
-        flag = "--dequantize" if options.dequantize else "--requantize"
+    if options.dequantize and packing.format is None:
         expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
-        problems.append(Problem(flag, found, expected))
+        problems.append(Problem("--dequantize", found, expected))
+    if options.requantize and not packing.formats:
+        expected = "a quantized source"
+        problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
     bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
     quantization = Quantization(
         algorithm=algorithm,
@@ -131,10 +133,10 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
     problems = []
     if options.dequantize:
         problems.append(Problem("--requantize", "--dequantize too", "one of them"))
-    if algorithm in (AWQ, FP8, "W8A16_GPTQ"):
-        expected = "int4_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
+    if algorithm in (AWQ, FP8):
+        expected = "int4_gptq, int8_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
         problems.append(Problem(_flag(options), "--requantize", expected))
-    if algorithm == "W4A16_GPTQ" and not (options.group_size or group_size):
+    if algorithm in GROUPWISE and not (options.group_size or group_size):
         problems.append(Problem("--group_size", "nothing, and no groups in the source", "a group size such as 128"))
     return problems
 

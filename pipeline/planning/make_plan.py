@@ -8,7 +8,7 @@ from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import unused
-from pipeline.planning.compose import canonical, choose_all, compose_target, mark, requantization_notes
+from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
@@ -16,6 +16,7 @@ from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
 from pipeline.planning.plans import Plan
+from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity

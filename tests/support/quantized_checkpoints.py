@@ -353,7 +353,6 @@ def formats() -> dict[str, Format]:
         "gptq bf16 scales": gptq(dtype=BF16, sym=False),
         "gptq zero biases": gptq(bias=True),
         "gptq groups of 128": gptq(group=128),
-        "gptq groups of 32": gptq(group=32),
         "gptq 8 bits": gptq(bits=8),
         "gptq 8 bits asymmetric": gptq(bits=8, sym=False),
         "awq": awq(),

@@ -48,7 +48,8 @@ def pack_gptq(
     weight = derive("quantize", arranged, {"codes": codes}, shape=shape, dtype=UINT8, rows=chunks, layout=layout)
     group = Fraction(scales.shape[-2], width) * per_feature
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
-    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, "columns": scales.chunks[-1] if not front else None}
+    grid: dict[str, Any] = {"rows": scales.chunks[0] if front else None, "columns": scales.chunks[-1]}
+    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, **grid}
     factors = derive("quantize", cast, {"values": scales}, **like, to=dtype)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
