@@ -36,7 +36,8 @@ def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], b
         grouped = each.algorithm in GROUPWISE
         note = f"quantized again as {each.algorithm}{f' in groups of {each.group_size}' if grouped else ''}, by round-to-nearest"
         if grouped and weight is not None:
-            note += f": {_error(weight, each):.1f} dB of signal to noise against the source's own weights, in the first rows of {module}"
+            error = f"{_error(weight, each):.1f} dB of signal to noise against the source's own weights"
+            note += f": {error}, in the first rows of {module}"
         notes.append(note)
     return tuple(dict.fromkeys(notes))
 

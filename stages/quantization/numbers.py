@@ -98,7 +98,7 @@ def codes_by_group(region: Region, weight: Block, size: int, bits: int, name: st
         stream = unsigned.reshape(*values.shape[:-1], -1)
         if bits == 4:
             stream = stream[..., 0::2] | (stream[..., 1::2] << 4)
-        return stream[..., slice(*region[-1])]
+        return np.asarray(stream[..., slice(*region[-1])])
 
 
 def scales_by_group(region: Region, weight: Block, size: int, bits: int, name: str) -> np.ndarray:

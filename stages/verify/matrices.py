@@ -158,7 +158,11 @@ def interleaved(bits: int, order: str) -> int:
 
 def unarrange(data: Tensor, features: int, bits: int, order: str) -> Tensor:
     """Undo an order: signed codes int8 [n * columns, features] of uint8 [n, columns * features * bits / 8]."""
-    elements, columns, middle = data if bits == 8 else torch.stack([data & 15, data >> 4], -1), interleaved(bits, order), 1 << (bits - 1)
+    elements, columns, middle = (
+        data if bits == 8 else torch.stack([data & 15, data >> 4], -1),
+        interleaved(bits, order),
+        1 << (bits - 1),
+    )
     if order == "T":
         # Two's complement, element by element where the transposed matrix has it.
         signed = elements.reshape(len(data), features).to(torch.int16)

@@ -1,4 +1,6 @@
-"""`--requantize`: every packed source is quantized again by groups of 64 and 128, by rows in 8 and 4 bits, and passes verification."""
+"""`--requantize`: every packed source is quantized again by groups of 64 and 128 and by rows of 8 and 4 bits, and passes
+verification.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def test_by_groups(name: str, size: int, tmp_path: Path) -> None:
     assert (found["quant_algo"], found["group_size"], found["has_zero_point"]) == (f"W{bits}A16_GPTQ", size, True)
     verify(tmp_path / "out", model).check()
     said = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
-    (note,) = (note for note in said if note.startswith(f"quantized again as W{bits}A16_GPTQ in groups of {size}, by round-to-nearest"))
+    (note,) = (
+        note for note in said if note.startswith(f"quantized again as W{bits}A16_GPTQ in groups of {size}, by round-to-nearest")
+    )
     assert float(re.findall(r"([\d.]+) dB", note)[0]) > (15 if bits == 4 else 38), note
     for rank in range(2 if weights else 0):
         ours = read(tmp_path / f"out/rank{rank}.safetensors")
@@ -92,7 +96,9 @@ def test_by_groups(name: str, size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", BY_ROW)
-@pytest.mark.parametrize("name", ["gptq groups of 32", "awq groups of 32", "compressed 8 bits", "modelopt awq groups of 32", "modelopt fp8"])
+@pytest.mark.parametrize(
+    "name", ["gptq groups of 32", "awq groups of 32", "compressed 8 bits", "modelopt awq groups of 32", "modelopt fp8"]
+)
 def test_by_rows(name: str, to: str, tmp_path: Path) -> None:
     """The same as to dequantize and to quantize the numbers; the plan says that it is again."""
     model, _ = made(tmp_path, name)

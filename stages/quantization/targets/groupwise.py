@@ -38,7 +38,8 @@ def pack_gptq(
 ) -> dict[str, tuple[da.Array, Parameter]]:
     """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
 
-    `zero_points`: whether there is a `zero`; without it, offsets are zeros. `working_bytes`: what a byte of codes takes on its way, more than the codes where they are computed.
+    `zero_points`: whether there is a `zero`; without it, offsets are zeros. `working_bytes`: what a byte of codes takes on its way,
+    more than the codes where they are computed.
     """
     codes, scales, offsets = parameters[f"codes{layout.bits}"], parameters["scales"], parameters["offsets"]
     *front, out, width = codes.shape

@@ -20,7 +20,15 @@ FORMATS = {**quantized_checkpoints.formats(), "gptq act-order": quantized_checkp
 INT8 = {"use_weight_only": True}
 # What is asked beyond the format's own options, by format.
 ASKED: dict[str, list[dict[str, Any]]] = {
-    "gptq asymmetric": [{}, {"sm": 90}, {"sm": 100}, {"dequantize": True}, {"dequantize": True, **INT8}, {"requantize": True}, {"pp_size": 2}],
+    "gptq asymmetric": [
+        {},
+        {"sm": 90},
+        {"sm": 100},
+        {"dequantize": True},
+        {"dequantize": True, **INT8},
+        {"requantize": True},
+        {"pp_size": 2},
+    ],
     "gptq act-order": [{"requantize": True}, {"dequantize": True}, {"dequantize": True, "use_fp8_rowwise": True}],
     "compressed w8a8": [{"dequantize": True}, {"dequantize": True, **INT8}],
     "compressed fp8": [{}, {"dequantize": True}, {"fp8_kv_cache": True}],
