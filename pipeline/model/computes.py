@@ -22,7 +22,10 @@ WITHOUT_OR_KEPT = (
     "or keep for a release that computes it"
 )
 
-OTHER_GROUPS = "Give --requantize --group_size 128, which dequantizes and quantizes again by round-to-nearest and so adds error, or --dequantize"
+OTHER_GROUPS = (
+    "Give --requantize --group_size 128, which dequantizes and quantizes again by round-to-nearest, so that it adds error, or "
+    "--dequantize"
+)
 
 
 @dataclass(frozen=True)
