@@ -44,8 +44,8 @@ def _notes(quantization: Quantization, named: bool) -> Iterator[str]:
     wrong = runtime().misarranged
     if quantization.algorithm == AWQ and (sm == ANY or sm in wrong):
         yield (
-            f"TensorRT-LLM {runtime().release}'s loader arranges {AWQ} weights wrongly on GPUs of {_listed(wrong)} (until pull "
-            "request 11561): build for these with a later release, or give --dequantize --use_weight_only"
+            f"TensorRT-LLM {runtime().release}'s loader arranges {AWQ} weights wrongly on GPUs of {_listed(wrong)} (until "
+            "pull request 11561): build for these with a later release, or give --dequantize --use_weight_only"
         )
     if quantization.ordered and not named and isinstance(sm, int):
         yield (

@@ -23,7 +23,7 @@ _LOW = np.uint32(0x0F0F0F0F)
 class KernelLayout:
     """How codes of `bits` bits are arranged: in groups of `columns` out-features whose tiles alternate (1: no alternation).
 
-    `mixed`: in-features change places within each 16 or 32, and codes stay unsigned; otherwise a row is its stream, of signed codes.
+    `mixed`: in-features change places within each 16 or 32, and codes stay unsigned; otherwise a row is its stream of signed codes.
     """
 
     bits: int
