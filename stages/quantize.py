@@ -75,9 +75,10 @@ def linear(module: Module) -> bool:
 def is_quantized(slot: Slot, quantization: Quantization, layers: int) -> bool:
     """Whether a target quantizes a slot's module.
 
-    Not where a list excludes it, and Meta's recipe leaves attention and the first and last layers as they are.
+    Not where that is left to the loader or a list excludes it, and Meta's recipe leaves attention and the first and last layers as
+    they are.
     """
-    if quantization.algorithm is None or not linear(slot.module):
+    if quantization.algorithm is None or quantization.left_to_loader or not linear(slot.module):
         return False
     if quantization.excludes(slot.module.name.replace("{layer}", str(slot.layer))):
         return False
@@ -122,12 +123,12 @@ def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Paramet
 
 
 def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
-    """A module as it is; a quantized one as numbers."""
+    """A module as it is; a quantized one as numbers, of the type that the module has in a target."""
     kept = {
         name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
     }
     if any(name in parameters for name in CODES):
-        weight = _cast(numbers.dequantize(parameters), target.numpy)
+        weight = _cast(numbers.dequantize(parameters), BY_TARGET[slot.module.stored_dtype(target.dtype)].numpy)
         kept["weight"] = (weight, replace(plain("weight"), working_bytes=12))
     return kept
 
@@ -135,20 +136,22 @@ def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> d
 def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
     quantization, module = target.quantization, slot.module
     bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
-    layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
-    if quantization.algorithm in GROUPWISE:
-        if quantization.from_numbers:
-            parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.source(name))
-            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
-        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
         return fp8.pack_channels(parameters) | bias
-    weight, segments = _cast(_weight(parameters), target.numpy), target.segments(module)
-    source = target.source(name)
+    source, segments = target.source(name), target.segments(module)
     if quantization.algorithm == FP8_ROWWISE:
-        return fp8.quantize_channels(source, weight, segments, quantization.clamp) | bias
+        return fp8.quantize_channels(source, _cast(_weight(parameters), target.numpy), segments, quantization.clamp) | bias
+    assert isinstance(quantization.sm, int), "refused, or left to the loader"
+    layout = kernel_layout(quantization.bits, quantization.sm, module.experts)
+    if quantization.algorithm in GROUPWISE:
+        if quantization.from_numbers:
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size, source, quantization.bits)
+            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
+        zeros = quantization.zero_points
+        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros) | bias
+    weight = _cast(_weight(parameters), target.numpy)
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 

@@ -24,6 +24,11 @@ WITHOUT_OR_KEPT = (
     "or keep for a release that computes it"
 )
 
+OTHER_GROUPS = (
+    "Give --requantize --group_size 128, which dequantizes and quantizes again by round-to-nearest, so that it adds error, or "
+    "--dequantize"
+)
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -61,7 +66,7 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     own = model_class(config)
     if own is None:
         return ()
-    return (*_stages(config, own), *_rope(config, own), *_attention(config), *_experts(config), *_windows(config))
+    return (*_stages(config, own), *_rope(config, own), *_attention(config), *_experts(config), *_groups(config), *_windows(config))
 
 
 def replaced_attention(config: Mapping[str, Any]) -> AttentionVariant | None:
@@ -169,6 +174,16 @@ def _experts(config: Mapping[str, Any]) -> Iterator[Conflict]:
         found, why = f"{count} experts a layer, as {algorithm}", runtime().no_experts[algorithm]
         expected = f"a model without experts, as TensorRT-LLM {runtime().release} cannot load theirs: {why}"
         yield Conflict("quantization.quant_algo", found, expected, runtime().experts_remedy, "c")
+
+
+def _groups(config: Mapping[str, Any]) -> Iterator[Conflict]:
+    """Groups of a size that the kernels do not have."""
+    quantization = _table(config, "quantization")
+    algorithm, size = quantization.get("quant_algo"), quantization.get("group_size")
+    sizes = runtime().group_sizes
+    if algorithm in runtime().grouped and isinstance(size, int) and size not in sizes:
+        expected = f"groups of {' or '.join(map(str, sizes))}: TensorRT-LLM's kernels have no others"
+        yield Conflict("quantization.group_size", f"groups of {size} in-features in {algorithm}", expected, OTHER_GROUPS, "i")
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[Conflict]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pipeline.model.kernels import ANY, Generation
+
 # The `quantization` block of an unquantized target, in config.json's order; a quantized target replaces some values.
 DEFAULTS: dict[str, Any] = {
     "quant_algo": None,
@@ -38,7 +40,7 @@ class Quantization:
     from_numbers
         Quantize from floating-point weights, dequantizing the source first where it is packed; otherwise keep the source's codes.
     sm
-        The GPU generation (80 for SM 8.0) whose kernels the weights are arranged for.
+        The GPU generation (80 for SM 8.0) whose kernels the weights are arranged for; "any" for weights in no order.
     group_size
         The number of in-features that share a scale.
     clamp
@@ -49,16 +51,19 @@ class Quantization:
         Write scales for an FP8 key-value cache.
     exclude
         Patterns of module names that stay unquantized, in the place of TensorRT-LLM's own list; () for that one.
+    zero_points
+        Write a zero point for each group beside its scale, in algorithms that take some.
     """
 
     algorithm: str | None = None
     from_numbers: bool = True
-    sm: int = 80
+    sm: Generation = 80
     group_size: int = 128
     clamp: float = CLAMP
     meta_recipe: bool = False
     fp8_kv_cache: bool = False
     exclude: tuple[str, ...] = ()
+    zero_points: bool = True
 
     @property
     def bits(self) -> int:
@@ -73,6 +78,16 @@ class Quantization:
         around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
         return any(fnmatchcase(name, pattern) for name in around for pattern in self.exclude)
 
+    @property
+    def left_to_loader(self) -> bool:
+        """Whether weights stay numbers, which TensorRT-LLM's loader quantizes (docs/format/runtime-1.2.md, section d4)."""
+        return self.sm == ANY and self.algorithm in WEIGHT_ONLY
+
+    @property
+    def ordered(self) -> bool:
+        """Whether weights are in an order that one kernel reads."""
+        return self.algorithm in GROUPWISE or (self.algorithm in WEIGHT_ONLY and not self.left_to_loader)
+
     def config(self) -> dict[str, Any]:
         """Return config.json's `quantization` block."""
         grouped = self.algorithm in GROUPWISE
@@ -82,7 +97,7 @@ class Quantization:
             "group_size": self.group_size if grouped or self.algorithm == AWQ else DEFAULTS["group_size"],
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,
-            "has_zero_point": grouped,
+            "has_zero_point": grouped and self.zero_points,
             "pre_quant_scale": self.algorithm == AWQ,
             "exclude_modules": list(self.exclude) or None,
         }

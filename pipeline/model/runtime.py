@@ -96,6 +96,14 @@ class AttentionVariant:
 
 
 @dataclass(frozen=True)
+class WeightOrder:
+    """The letters of the orders in which a GPU generation's kernels read integer weights: of a matrix, of a stack of experts."""
+
+    matrix: str
+    stack: str
+
+
+@dataclass(frozen=True)
 class Runtime:
     """The facts on one release of TensorRT-LLM.
 
@@ -115,6 +123,12 @@ class Runtime:
         The algorithms in which it has no experts, each with the reason; `experts_remedy`: what a plan advises.
     group_sizes
         The in-features that may share a scale, in the kernels of GPTQ and AWQ.
+    grouped
+        The algorithms of these kernels.
+    misarranged
+        The GPU generations for which its loader arranges AWQ's weights in another order than the kernels read.
+    orders
+        The order of each GPU generation (80 for SM 8.0).
     windows
         The key of `runtime_defaults` that holds the attention windows of the layers.
     """
@@ -127,6 +141,9 @@ class Runtime:
     no_experts: Mapping[str, str]
     experts_remedy: str
     group_sizes: tuple[int, ...]
+    grouped: tuple[str, ...]
+    misarranged: tuple[int, ...]
+    orders: Mapping[int, WeightOrder]
     windows: str
 
 
@@ -149,6 +166,9 @@ def runtime() -> Runtime:
         no_experts=data["experts"]["refused"],
         experts_remedy=data["experts"]["remedy"],
         group_sizes=tuple(data["kernels"]["group_sizes"]),
+        grouped=tuple(data["kernels"]["grouped"]),
+        misarranged=tuple(data["kernels"]["misarranged"]),
+        orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
         windows=data["windows"]["key"],
     )
 

@@ -191,6 +191,10 @@ class Module:
         """Whether every layer has such a module."""
         return "{layer}" in self.name
 
+    def stored_dtype(self, dtype: str) -> str:
+        """The type of the module's values in a target of type `dtype`: its own where it has one (a router is float32)."""
+        return self.dtype or dtype
+
 
 @dataclass(frozen=True)
 class Slot:

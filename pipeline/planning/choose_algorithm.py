@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.planning.generations import no_generation
 from pipeline.planning.job import Shape
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
@@ -41,6 +42,11 @@ class Packing:
         """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
         return next((name for name in self.formats.values() if name not in numbers), None)
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether a target that keeps the source's codes by groups has zero points beside them."""
+        return self.format is None or format_named(self.format).zero_points(self.settings)
 
 
 def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str | None:
@@ -76,8 +82,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     own, group_size = native(packing, tensors)
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
     numbers = packing.format is None or options.dequantize
-    if options.requantize and packing.format:
-        again = asked or "W4A16_GPTQ"
+    if options.requantize and packing.formats:
+        again = asked or (own if own in GROUPWISE else "W4A16_GPTQ")
         algorithm: str | None = again
         problems += _requantized(options, again, group_size)
     elif numbers:
@@ -98,25 +104,29 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem(f"--group_size {options.group_size}", f"groups of {group_size} in the source", "that size, or no option")
         )
+    problems += no_generation(algorithm, options.sm)
     if options.use_meta_fp8_rowwise_recipe and algorithm != FP8_ROWWISE:
         problems.append(Problem("--use_meta_fp8_rowwise_recipe", f"{algorithm or 'no quantization'}", f"{FP8_ROWWISE}"))
     if algorithm and options.dtype == "float32":
         problems.append(
             Problem("--dtype float32", f"with {algorithm}", "float16 or bfloat16: the kernels' activations have 16 bits")
         )
-    if (options.dequantize or options.requantize) and packing.format is None:
-        flag = "--dequantize" if options.dequantize else "--requantize"
+    if options.dequantize and packing.format is None:
         expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
-        problems.append(Problem(flag, found, expected))
-    bound = packing.settings.get("activation_scale_ub")
+        problems.append(Problem("--dequantize", found, expected))
+    if options.requantize and not packing.formats:
+        expected = "a quantized source"
+        problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
+    bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
     quantization = Quantization(
         algorithm=algorithm,
-        from_numbers=numbers or options.requantize,
+        from_numbers=from_numbers,
         sm=options.sm,
         group_size=group,
         clamp=float(bound) if isinstance(bound, int | float) else CLAMP,
         meta_recipe=options.use_meta_fp8_rowwise_recipe,
         fp8_kv_cache=options.fp8_kv_cache,
+        zero_points=from_numbers or packing.zero_points,
     )
     return quantization, problems
 
@@ -140,10 +150,10 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
     problems = []
     if options.dequantize:
         problems.append(Problem("--requantize", "--dequantize too", "one of them"))
-    if algorithm in (AWQ, FP8, "W8A16_GPTQ"):
-        expected = "int4_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
+    if algorithm in (AWQ, FP8):
+        expected = "int4_gptq, int8_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
         problems.append(Problem(_flag(options), "--requantize", expected))
-    if algorithm == "W4A16_GPTQ" and not (options.group_size or group_size):
+    if algorithm in GROUPWISE and not (options.group_size or group_size):
         problems.append(Problem("--group_size", "nothing, and no groups in the source", "a group size such as 128"))
     return problems
 

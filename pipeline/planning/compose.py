@@ -14,14 +14,12 @@ from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Shape, TargetOptions
 from pipeline.planning.opening import OpenedSource
-from pipeline.tensor.blocks import read_block
-from pipeline.tensor.names import TensorName, by_module
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Placement, RankTensor
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages import rope
 from stages.cast import cast
-from stages.quantization import numbers
-from stages.quantize import CODES, Entry, quantize, signal_to_noise
+from stages.quantize import Entry, quantize
 from stages.read import read
 from stages.rename import rename
 from stages.shard import Sharding, rank_tensors, shard
@@ -121,22 +119,3 @@ def _rank_tensors(entries: Mapping[TensorName, Entry], sharding: Sharding) -> It
     for name in shared.values():
         entry = entries[name]
         yield from rank_tensors(name, entry.slot, entry.parameter, sharding, of_numpy(entry.array.dtype).target)
-
-
-def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], block_bytes: int) -> tuple[str, ...]:
-    """The error that quantizing again adds, measured on the first rows of one tensor, which it reads of the source itself."""
-    sizes = {each.group_size for each in chosen if each.algorithm == "W4A16_GPTQ" and each.from_numbers}
-    if not opened.job.requantize or not sizes:
-        return ()
-    # Scratch is still empty: what planning looks at comes from the source itself.
-    tensors = unpack(rename(read(opened.source.named, block_bytes, 1), opened.matches, opened.model), opened.packing.settings)
-    packed = ((module, parameters) for module, parameters in by_module(tensors).items() if not parameters.keys().isdisjoint(CODES))
-    module, parameters = next(packed, ("", {}))
-    if not parameters:
-        return ()
-    weight = numbers.dequantize(parameters)
-    again = numbers.dequantize(numbers.requantize(weight, min(sizes)))
-    rows = ((0, min(64, weight.shape[0])), (0, weight.shape[1]))
-    before, after = (read_block(array, (0, 0)).read(rows) for array in (weight, again))
-    error = signal_to_noise(after, before)
-    return (f"quantized again: {error:.1f} dB of signal to noise against the source's own weights, in the first rows of {module}",)

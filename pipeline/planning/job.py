@@ -29,12 +29,18 @@ def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
+def _number(value: Any) -> Any:
+    """Make a number of text that is one, as the command line has it beside names; return any other value unchanged."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
 ModelName = Annotated[Path | str, BeforeValidator(model_name)]
 ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
+Generations = Annotated[Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"], BeforeValidator(_number)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
 
@@ -67,7 +73,9 @@ class Shape(BaseModel):
     use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
     fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
     group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
-    sm: Literal[80, 86, 89, 90, 100, 103, 120] = Field(80, description="GPU generation that integer weights are arranged for.")
+    sm: Generations = Field(
+        80, description="GPU generation that integer weights are arranged for; any: int8 and int4 as numbers, quantized at build."
+    )
     dequantize: bool = Field(False, description="Turn a quantized source into numbers before anything else.")
     requantize: bool = Field(
         False, description="Dequantize, and quantize again by round-to-nearest, as for groups in another order."

@@ -34,7 +34,7 @@ class _Common(TypedDict, total=False):
     use_meta_fp8_rowwise_recipe: bool
     fp8_kv_cache: bool
     group_size: int | None
-    sm: Literal[80, 86, 89, 90, 100, 103, 120]
+    sm: Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"]
     dequantize: bool
     requantize: bool
     disable_weight_only_quant_plugin: bool

@@ -8,13 +8,15 @@ from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import unused
-from pipeline.planning.compose import canonical, choose_all, compose_target, mark, requantization_notes
+from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
+from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
 from pipeline.planning.plans import Plan
+from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
@@ -64,7 +66,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
-    notes = (*opened.notes, *runtime_notes, *requantization_notes(opened, chosen, size))
+    of_gpus = generation_notes(job, chosen)
+    notes = (*opened.notes, *runtime_notes, *requantization_notes(opened, chosen, size), *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

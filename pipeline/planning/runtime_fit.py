@@ -67,4 +67,6 @@ def _problem(conflict: Conflict, opened: OpenedSource, options: TargetOptions) -
         "position_embedding_type": f"{opened.source.config_name}: rope_scaling",
         "runtime_defaults": f"{opened.source.config_name}: sliding_window",
     }
+    if rest == "group_size" and options.group_size:
+        subjects[head] = f"--group_size {options.group_size}"
     return Problem(subjects[head], conflict.found, conflict.expected, conflict.remedy)

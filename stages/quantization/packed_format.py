@@ -69,3 +69,7 @@ class PackedFormat(Protocol):
         their group size (0 without groups). None where there is none: then they can only be dequantized.
         """
         return None, 0
+
+    def zero_points(self, settings: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether a target that keeps codes by groups has a `zero` tensor beside each: not where the source says it has none."""
+        return True

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import convert
+from pipeline import convert, verify
 from tests.support import checkpoints, gguf_files
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
@@ -75,9 +75,13 @@ def quantization(output: Path) -> dict[str, Any]:
     return json.loads((output / "config.json").read_text())["quantization"]
 
 
-def codes_of(stored: np.ndarray, bits: int, features: int, out: int, columns: int) -> np.ndarray:
-    """Signed codes [N, K] of a weight in the kernels' layout; `columns`: how many out-features alternate (1 for Hopper)."""
-    data = stored.reshape(-1).view(np.uint8)
+def codes_of(stored: np.ndarray, bits: int, features: int, out: int, sm: int) -> np.ndarray:
+    """Signed codes [N, K] of a weight in the order of a GPU's kernels."""
+    data, columns = stored.reshape(-1).view(np.uint8), 1 if sm == 90 else 16 // bits
+    if sm in (100, 103):  # a plain transpose of signed codes
+        codes = data if bits == 8 else np.stack([data & 15, data >> 4], axis=-1)
+        codes = codes.reshape(out, features).astype(np.int32)
+        return np.where(codes >> (bits - 1), codes - (1 << bits), codes)
     if bits == 8:
         places, order = data.reshape(-1, 4), [0, 2, 1, 3]
     else:
@@ -106,12 +110,13 @@ def matrix(tensors: Arrays, name: str, sm: int = 80) -> np.ndarray:
     if "per_channel_scale" in own and weight.dtype == np.int8:
         scale = own["per_channel_scale"].astype(np.float32)
         bits = 8 * weight.shape[1] // len(scale)
-        return codes_of(weight, bits, weight.shape[0], len(scale), 1 if sm == 90 else 16 // bits) * scale[:, None]
-    if "zero" in own:
-        scales, zeros = (own[key].astype(np.float32) for key in ("weights_scaling_factor", "zero"))
+        return codes_of(weight, bits, weight.shape[0], len(scale), sm) * scale[:, None]
+    if "weights_scaling_factor" in own and weight.dtype in (np.float16, ml_dtypes.bfloat16):
+        scales = own["weights_scaling_factor"].astype(np.float32)
+        zeros = own["zero"].astype(np.float32) if "zero" in own else np.zeros_like(scales)
         features, out = weight.shape[0], scales.shape[1]
         bits = 16 * weight.shape[1] // out
-        codes = codes_of(weight, bits, features, out, 1 if sm == 90 else 16 // bits)
+        codes = codes_of(weight, bits, features, out, sm)
         group = np.arange(features) // (features // len(scales))
         return codes * scales[group].T + zeros[group].T
     if "prequant_scaling_factor" in own:
@@ -211,6 +216,7 @@ def test_every_format_keeps_its_codes(name: str, size: str, tmp_path: Path) -> N
 def check_block(output: Path, name: str) -> None:
     kind = FORMATS[name]
     expected = {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    expected["has_zero_point"] = kind.algorithm.endswith("_GPTQ") and kind.zero
     expected |= {"use_meta_recipe": True} if kind.flags else {}
     expected |= {"group_size": int(name.rpartition(" ")[2])} if "groups of" in name else {}
     found = quantization(output)
@@ -235,7 +241,9 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
     assert found.shape == wanted.shape
     if kind.algorithm.endswith("_GPTQ"):
         # Scales and zeros are rounded to the model's type; a code that is off by one is a whole scale away.
-        assert ours[f"{module}.weight"].dtype == ours[f"{module}.zero"].dtype == np.float16
+        assert ours[f"{module}.weight"].dtype == ours[f"{module}.weights_scaling_factor"].dtype == np.float16
+        assert (f"{module}.zero" in ours) == kind.zero
+        assert not kind.zero or ours[f"{module}.zero"].dtype == np.float16
         scales = ours[f"{module}.weights_scaling_factor"].astype(np.float32)
         scale = np.repeat(scales.T, wanted.shape[1] // len(scales), axis=1)
         assert np.all(np.abs(found - wanted) <= scale * 0.15)
@@ -317,7 +325,7 @@ def test_more_rows_than_a_block(name: str, tmp_path: Path) -> None:
             check_matrix(ours, module, wanted, FORMATS[name], {}, 0)
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_more_rows_than_a_block_of_numbers(precision: str, sm: int, tmp_path: Path) -> None:
     weights = source.values(LARGE)
@@ -414,7 +422,7 @@ def check_integers(ours: Arrays, module: str, wanted: np.ndarray, bits: int, sm:
     assert ours[f"{module}.weight"].shape == (wanted.shape[1], wanted.shape[0] * bits // 8)
     assert ours[f"{module}.per_channel_scale"].dtype == wanted.dtype
     np.testing.assert_array_equal(ours[f"{module}.per_channel_scale"], scales)
-    found = codes_of(ours[f"{module}.weight"], bits, wanted.shape[1], wanted.shape[0], 1 if sm == 90 else 16 // bits)
+    found = codes_of(ours[f"{module}.weight"], bits, wanted.shape[1], wanted.shape[0], sm)
     np.testing.assert_array_equal(found, codes)
 
 
@@ -478,7 +486,8 @@ def test_act_order_is_quantized_again(more: dict[str, Any], tmp_path: Path) -> N
         for module, wanted in cut(weights, LLAMA, rank, tp).items():
             assert signal_to_noise(matrix(ours, module, more.get("sm", 80)), wanted) > 17, module
             assert not np.any(ours[f"{module}.zero"].astype(np.float32))
-    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    note, *of_gpus = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert len(of_gpus) == ("sm" not in more)
     assert 17 < float(re.findall(r"([\d.]+) dB", note)[0]) < 30, note
 
 
@@ -501,26 +510,30 @@ def test_generations(flags: dict[str, Any], tmp_path: Path) -> None:
         checkpoints.save(tmp_path / "model", LLAMA, weights)
     else:
         weights = source.write(tmp_path / "model", LLAMA, FORMATS["gptq asymmetric"])
-    written = {}
-    for sm in (80, 86, 89, 90, 100, 103, 120):
+    written, ranks = {}, {}
+    for sm in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / str(sm), sm=sm, tp_size=2, scheduler="threads", **flags)
         written[sm] = contents(tmp_path / str(sm))
         said = json.loads((tmp_path / str(sm) / "headrace.json").read_text())
         assert said["options"]["sm"] == sm
-    assert all(each == written[80] for sm, each in written.items() if sm != 90)
-    assert written[90]["config.json"] == written[80]["config.json"]
-    assert written[90]["rank0.safetensors"] != written[80]["rank0.safetensors"]
-    hopper, ampere = (read(tmp_path / sm / "rank1.safetensors") for sm in ("90", "80"))
+        verify(tmp_path / str(sm), tmp_path / "model").check()
+        ranks[sm] = read(tmp_path / f"{sm}/rank1.safetensors")
+    for sm, each in written.items():
+        like = {90: 90, 100: 100, 103: 100}.get(sm, 80)
+        assert each == written[like], sm
+        assert each["config.json"] == written[80]["config.json"]
     for module in cut(weights, LLAMA, 1, 2):
-        np.testing.assert_array_equal(matrix(hopper, module, 90), matrix(ampere, module, 80))
-        assert not np.array_equal(hopper[f"{module}.weight"], ampere[f"{module}.weight"])
+        for sm in (90, 100):
+            np.testing.assert_array_equal(matrix(ranks[sm], module, sm), matrix(ranks[80], module, 80))
+        first, *others = (ranks[sm][f"{module}.weight"].tobytes() for sm in (80, 90, 100))
+        assert len({first, *others}) == 3
 
 
 def test_the_generation_does_not_matter_for_float8(tmp_path: Path) -> None:
     source.write(tmp_path / "model", LLAMA, FORMATS["compressed fp8"])
-    for sm in (80, 90):
+    for sm in (80, 90, 100, "any"):
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / str(sm), sm=sm, scheduler="threads")
-    assert contents(tmp_path / "80") == contents(tmp_path / "90")
+    assert contents(tmp_path / "80") == contents(tmp_path / "90") == contents(tmp_path / "100") == contents(tmp_path / "any")
 
 
 # --- the key-value cache
@@ -861,7 +874,7 @@ def expert_matrices(
     return np.concatenate([np.split(up, parts)[part], np.split(gate, parts)[part]]), np.split(down, parts, axis=1)[part]
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_mixtral_weight_only(precision: str, share: str, sm: int, tmp_path: Path) -> None:
@@ -884,7 +897,7 @@ def test_mixtral_weight_only(precision: str, share: str, sm: int, tmp_path: Path
             assert len(ours[f"{names[0]}.weight"]) == MIXTRAL["num_local_experts"] // more.get("moe_ep_size", 1)
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["gptq asymmetric", "awq"])
 def test_mixtral_with_packed_experts(name: str, share: str, sm: int, tmp_path: Path) -> None:

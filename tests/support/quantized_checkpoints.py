@@ -57,7 +57,8 @@ class Format:
     """A way to quantize a checkpoint.
 
     `quantizer(module, weight)` packs a module; `settings` is config.json's quantization_config, `files` are JSON files beside it.
-    `algorithm` is what TensorRT-LLM calls it, "" where it has no kernel for it; `flags` are options that it needs there.
+    `algorithm` is what TensorRT-LLM calls it, "" where it has no kernel for it; `flags` are options that it needs there. `zero`:
+    groups have zero points, as far as a target is concerned.
     """
 
     quantizer: Quantizer
@@ -66,6 +67,7 @@ class Format:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     skip: Callable[[str, int], bool] = lambda module, layers: False  # noqa: ARG005
+    zero: bool = True
 
 
 def linear(name: str) -> bool:
@@ -200,17 +202,19 @@ def gptq(
     return Format(quantize, {} if beside else named, f"W{bits}A16_GPTQ", files={"quantize_config.json": settings} if beside else {})
 
 
-def awq(*, group: int = 64, dtype: np.dtype = FP16) -> Format:
-    """AutoAWQ's gemm format."""
+def awq(*, group: int = 64, dtype: np.dtype = FP16, zero_point: bool = True, stored: bool = True) -> Format:
+    """AutoAWQ's gemm format; without `zero_point`, all are 8, and `stored` or not."""
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
-        codes, zeros, scales = grouped(weight, 4, group, False, dtype)
+        codes, zeros, scales = grouped(weight, 4, group, not zero_point, dtype)
         columns = (0, 2, 4, 6, 1, 3, 5, 7)
         parameters = {"qweight": packed32(codes.T, 4, 1, columns), "qzeros": packed32(zeros.T, 4, 1, columns), "scales": scales.T}
+        if not stored:
+            del parameters["qzeros"]
         return Packed(parameters, numbers(codes, zeros, scales))
 
-    settings = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "quant_method": "awq"}
-    return Format(quantize, {**settings, "modules_to_not_convert": None}, "W4A16_GPTQ")
+    settings = {"bits": 4, "group_size": group, "zero_point": zero_point, "version": "gemm", "quant_method": "awq"}
+    return Format(quantize, {**settings, "modules_to_not_convert": None}, "W4A16_GPTQ", zero=zero_point)
 
 
 def compressed(*, bits: int = 4, group: int = 64, sym: bool = True, dtype: np.dtype = BF16) -> Format:
@@ -349,10 +353,11 @@ def formats() -> dict[str, Format]:
         "gptq bf16 scales": gptq(dtype=BF16, sym=False),
         "gptq zero biases": gptq(bias=True),
         "gptq groups of 128": gptq(group=128),
-        "gptq groups of 32": gptq(group=32),
         "gptq 8 bits": gptq(bits=8),
         "gptq 8 bits asymmetric": gptq(bits=8, sym=False),
         "awq": awq(),
+        "awq without zero points": awq(zero_point=False),
+        "awq without qzeros": awq(zero_point=False, stored=False),
         "compressed w4a16": compressed(),
         "compressed w4a16 asymmetric": compressed(sym=False, dtype=FP16),
         "compressed w8a16": compressed(bits=8),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline import convert
 from pipeline.reporting.verification import verify
@@ -16,7 +20,15 @@ FORMATS = {**quantized_checkpoints.formats(), "gptq act-order": quantized_checkp
 INT8 = {"use_weight_only": True}
 # What is asked beyond the format's own options, by format.
 ASKED: dict[str, list[dict[str, Any]]] = {
-    "gptq asymmetric": [{}, {"sm": 90}, {"dequantize": True}, {"dequantize": True, **INT8}, {"requantize": True}, {"pp_size": 2}],
+    "gptq asymmetric": [
+        {},
+        {"sm": 90},
+        {"sm": 100},
+        {"dequantize": True},
+        {"dequantize": True, **INT8},
+        {"requantize": True},
+        {"pp_size": 2},
+    ],
     "gptq act-order": [{"requantize": True}, {"dequantize": True}, {"dequantize": True, "use_fp8_rowwise": True}],
     "compressed w8a8": [{"dequantize": True}, {"dequantize": True, **INT8}],
     "compressed fp8": [{}, {"dequantize": True}, {"fp8_kv_cache": True}],
@@ -76,3 +88,26 @@ def test_quantized_tensors_beside_their_base(tmp_path: Path) -> None:
     options = {"tp_size": 2, "dtype": "float16", "scheduler": "synchronous"}
     convert(model_dir=tmp_path / "base", quant_ckpt_path=tmp_path / "packed", output_dir=tmp_path / "ranks", **options)
     verify(tmp_path / "ranks", tmp_path / "base", quant_ckpt_path=tmp_path / "packed").check()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_routers(name: str, tmp_path: Path) -> None:
+    """A router is float32 in the ranks, whatever it was in the source; experts are as the format and the options say."""
+    config = {**quantized_checkpoints.MIXTRAL, "num_local_experts": 8, "num_hidden_layers": 1}
+    kind = FORMATS[name]
+    stored, _ = quantized_checkpoints.quantized(quantized_checkpoints.values(config), kind, 1)
+    gate = "model.layers.0.block_sparse_moe.gate"
+    packed = kind.quantizer(gate, stored.pop(f"{gate}.weight").astype(np.float32))
+    stored |= {f"{gate}.{key}": np.ascontiguousarray(values) for key, values in packed.parameters.items()}
+    checkpoints.save(tmp_path / "model", quantized_checkpoints.described(config, kind), stored)
+    for file, content in kind.files.items():
+        (tmp_path / "model" / file).write_text(json.dumps(content))
+    # Experts of these have no kernel (docs/quantization.md).
+    alone = not kind.algorithm.startswith("W4A16_GPTQ") or name == "gptq act-order"
+    options = {"dequantize": alone, "tp_size": 2, "dtype": "bfloat16", "scheduler": "synchronous"}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ranks", **options)
+    verify(tmp_path / "ranks", tmp_path / "model").check()
+    for rank in range(2):
+        router = load_file(tmp_path / f"ranks/rank{rank}.safetensors")["transformer.layers.0.mlp.router.weight"]
+        assert router.dtype == torch.float32
+        np.testing.assert_allclose(router.numpy(), packed.weight, rtol=1e-6, atol=0)

@@ -23,10 +23,11 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
-    bits = 32 * tensors["qzeros"].shape[1] // columns if columns else 0
+    bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
     if words == columns and bits in (4, 8) and divides_evenly(rows * 32 // bits, groups):
         return GptqNumbers(module, tensors, bits, settings, last_block)
-    if 8 * words == columns and divides_evenly(rows, groups):
+    said = "qzeros" in tensors or settings.get("zero_point") is False
+    if 8 * words == columns and divides_evenly(rows, groups) and said:
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 4 or 8 bits, or AutoAWQ's gemm")])
@@ -108,13 +109,15 @@ class GptqNumbers(GroupedNumbers):
 class AwqNumbers(GroupedNumbers):
     """AutoAWQ's gemm: `qweight` int32 [in_features, out_features / 8], `qzeros` int32 [groups, out_features / 8].
 
-    A word holds eight out-features, in the order of AWQ_PLACES.
+    A word holds eight out-features, in the order of AWQ_PLACES. Without `qzeros` every zero point is 8, the middle of the range.
     """
 
     def codes(self, start: int, stop: int) -> Tensor:
         return self._columns("qweight", start, stop)
 
     def zeros(self, start: int, stop: int) -> Tensor:
+        if "qzeros" not in self.tensors:
+            return torch.full((self.tensors["scales"].shape[0], stop - start), 8, dtype=torch.int16)
         return self._columns("qzeros", start, stop).T.to(torch.int16)
 
     def _columns(self, name: str, start: int, stop: int) -> Tensor:

@@ -38,7 +38,7 @@ def unpack(
     kind = next((name for name in unpacked if name.startswith(GGUF)), None)
     if kind:
         packed = GgufNumbers(unpacked.pop(kind), kind=kind.removeprefix(GGUF))
-    elif set(GROUPED[:3]) <= unpacked.keys():
+    elif {"qweight", "scales"} <= unpacked.keys():
         packed = grouped_numbers(module, _take(unpacked, GROUPED), settings, last_block)
     elif "weight_packed" in unpacked:
         packed = PackedWords(module, _take(unpacked, WORDS), settings)

@@ -209,11 +209,40 @@ def test_numbers_need_not_be_made_numbers(tmp_path: Path, flag: str) -> None:
     assert one(refused(dense_model(tmp_path), flag)).startswith(f"{flag}: found a source that is not quantized")
 
 
-def test_a_gguf_file_has_nothing_to_quantize_again(tmp_path: Path) -> None:
+def test_a_gguf_file_is_numbers_in_any_case(tmp_path: Path) -> None:
     from tests.support import gguf_files
 
     gguf_files.write(tmp_path / "model.gguf", LLAMA, source.values(LLAMA), "Q8_0")
-    assert one(refused(tmp_path / "model.gguf", "--requantize")).startswith("--requantize: found ")
+    assert one(refused(tmp_path / "model.gguf", "--dequantize")).startswith("--dequantize: found ")
+    assert one(refused(tmp_path / "model.gguf", "--requantize")).startswith("--group_size: found nothing")
+
+
+GROUPS = {
+    "gptq": source.gptq(group=32),
+    "gptq 8 bits": source.gptq(bits=8, group=32),
+    "gptq one group": source.gptq(group=256),
+    "awq": source.awq(group=32),
+    "compressed": source.compressed(group=32),
+    "modelopt awq": source.modelopt_awq(group=32),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_that_no_kernel_has(name: str, tmp_path: Path) -> None:
+    source.write(tmp_path / "model", source.LLAMA, GROUPS[name])
+    own, size = GROUPS[name].algorithm, 256 if "one" in name else 32
+    problem = one(refused(tmp_path / "model"))
+    assert problem.startswith(f"quantization: found groups of {size} in-features in {own}; expected groups of 64 or 128")
+    assert "Give --requantize --group_size 128" in problem
+    assert one(refused(tmp_path / "model", "--group_size", size)).startswith(f"--group_size {size}: found groups of {size}")
+    assert plans(tmp_path / "model", "--requantize", "--group_size", 128)
+    assert plans(tmp_path / "model", "--dequantize")
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 256])
+def test_groups_that_no_kernel_has_are_not_made_either(size: int, tmp_path: Path) -> None:
+    found = refused(model_of(tmp_path, "gptq", source.LLAMA), "--requantize", "--group_size", size)
+    assert one(found).startswith(f"--group_size {size}: found groups of {size} in-features in W4A16_GPTQ")
 
 
 @pytest.mark.parametrize("flags", [(), (*REQUANTIZED, "int8"), ("--use_fp8",)], ids=str)
@@ -242,7 +271,6 @@ def test_activations_of_32_bits_with_codes_as_they_are(tmp_path: Path, name: str
         (("--dequantize",), "--requantize"),
         (("--use_fp8",), "--use_fp8"),
         ((*REQUANTIZED, "int4_awq"), "--weight_only_precision int4_awq"),
-        ((*REQUANTIZED, "int8_gptq"), "--weight_only_precision int8_gptq"),
     ],
     ids=str,
 )
@@ -257,8 +285,8 @@ def test_quantizing_again_needs_a_group_size(tmp_path: Path) -> None:
     assert convert(model, tmp_path / "out", "--requantize", "--group_size", 64).code == 0
 
 
-@pytest.mark.parametrize("sm", [70, 75, 88, 0])
-def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int) -> None:
+@pytest.mark.parametrize("sm", [70, 88, 0, "all", "8.0"])
+def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int | str) -> None:
     assert one(refused(dense_model(tmp_path), "--sm", sm)).startswith("--sm: found ")
 
 
