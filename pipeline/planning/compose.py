@@ -72,7 +72,7 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
     stages: dict[str, Callable[[TensorMap], TensorMap]] = {
         "read": lambda _: read(opened.source.named, chunk_bytes, row_multiple),
         "rename": lambda tensors: rename(tensors, opened.matches, opened.model),
-        "unpack": lambda tensors: unpack(tensors, opened.packing.settings),
+        "unpack": lambda tensors: unpacked(opened, tensors),
     }
     tensors: TensorMap = {}
     for stage, made in stages.items():
@@ -86,6 +86,13 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
 def target_dtype(options: Shape, opened: OpenedSource) -> str:
     """TensorRT-LLM's name of the type of what a target does not quantize."""
     return auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+
+
+def unpacked(opened: OpenedSource, tensors: TensorMap) -> TensorMap:
+    """The stage `unpack`, which the source's settings of single modules are given by their new names."""
+    own, names = opened.packing.own, opened.matches.names
+    by_name = {name.module: own[row.source.module] for name, row in names.items() if row.source.module in own} if own else {}
+    return unpack(tensors, opened.packing.settings, by_name)
 
 
 def compose_target(
@@ -129,7 +136,7 @@ def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], b
     if not opened.job.requantize or not sizes:
         return ()
     # Scratch is still empty: what planning looks at comes from the source itself.
-    tensors = unpack(rename(read(opened.source.named, block_bytes, 1), opened.matches, opened.model), opened.packing.settings)
+    tensors = unpacked(opened, rename(read(opened.source.named, block_bytes, 1), opened.matches, opened.model))
     packed = ((module, parameters) for module, parameters in by_module(tensors).items() if not parameters.keys().isdisjoint(CODES))
     module, parameters = next(packed, ("", {}))
     if not parameters:

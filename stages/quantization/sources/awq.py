@@ -1,7 +1,7 @@
 """AutoAWQ's `gemm` format: 4 bits, groups of in-features, zero points.
 
 qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]; of word j, nibble i is column 8 j + (0 2 4 6 1 3 5 7)[i].
-weight = (code - zero) * scale. Facts: docs/format/quantized-layouts.md, section 6.
+weight = (code - zero) * scale. Facts: docs/format/quantized-layouts.md, sections 6 and 11.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
-from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
+from stages.quantization.auto_round import module_settings
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row
 from stages.quantization.sources.gptq import no_groups, no_words
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _LOW = np.uint32(0x0F0F0F0F)
 
 
 class Awq(PackedFormat):
-    """AutoAWQ's modules."""
+    """AutoAWQ's modules, and AutoRound's that are packed so."""
 
     name = "awq"
     title = "AWQ"
@@ -59,6 +60,10 @@ class Awq(PackedFormat):
             problems.append(Problem(f"{module}.qzeros", f"shape {list(tensors['qzeros'].shape)}", expected))
         return problems
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With what AutoRound's `extra_config` says of the module."""
+        return module_settings(module, settings)
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
         """`codes4`, `scales` and `offsets`; the rest stays."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
@@ -70,7 +75,13 @@ class Awq(PackedFormat):
         return {"codes4": codes, "scales": scales, "offsets": offsets, **rest}
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
-        """W4A16_GPTQ, whose kernel takes AWQ's zero points too."""
+        """W4A16_GPTQ, whose kernel takes AWQ's zero points too; W4A16 where every row of all modules is one symmetric group."""
+
+        def offsets(tensors: Mapping[str, LazyTensor]) -> np.ndarray:
+            return read_offsets(((0, 1), (0, tensors["scales"].shape[1])), tensors["qzeros"].block(whole(tensors["qzeros"].shape)))
+
+        if one_group_a_row(modules, "scales", 0) and not any(np.any(offsets(tensors)) for tensors in modules.values()):
+            return "W4A16", 0
         first = next(iter(modules.values()))
         return "W4A16_GPTQ", first["qweight"].shape[0] // first["scales"].shape[0]
 
