@@ -7,7 +7,7 @@ otherwise weights are numbers, or made numbers, and quantized. Facts: docs/forma
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, WEIGHT_ONLY, Quantization
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
-from stages.quantization.targets import fp8, groupwise, weight_only
+from stages.quantization.targets import fp8, groupwise, kept_rows, weight_only
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -102,6 +102,8 @@ def quantize(
     fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
     layers = sharding.model.num_hidden_layers
     for name, parameters in modules.items():
+        if parameters.keys() == {"kv_scale"}:
+            continue  # of an attention module, which has no other parameters
         slot = sharding.layout.find(name)
         if slot is None:
             raise KeyError(name)
@@ -115,7 +117,7 @@ def quantize(
             entries |= _entries(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
         entries |= _fused(whole, parts)
-    return entries | _constants(modules, target)
+    return entries | _stacks(fused.values(), target) | _constants(modules, target)
 
 
 def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[TensorName, Entry]:
@@ -145,6 +147,8 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
         return fp8.quantize_channels(source, _cast(_weight(parameters), target.numpy), segments, quantization.clamp) | bias
     assert isinstance(quantization.sm, int), "refused, or left to the loader"
     layout = kernel_layout(quantization.bits, quantization.sm, module.experts)
+    if quantization.algorithm in WEIGHT_ONLY and not quantization.from_numbers:
+        return kept_rows.pack_rows(source, parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm in GROUPWISE:
         if quantization.from_numbers:
             parameters = numbers.requantize(_weight(parameters), quantization.group_size, source, quantization.bits)
@@ -161,13 +165,30 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]])
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
     weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
+    if slot.expert is not None:
+        del shared["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
         entries |= _entries(name, own, packed)
         if "bias" in parameters:
             entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
-    return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
+    return entries | _entries(whole, Slot(slot.module, None, slot.layer, slot.expert), shared)
+
+
+def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, da.Array]]]], target: _Target) -> dict[TensorName, Entry]:
+    """The scales of activations of stacks of experts in FP8: one on each rank, for all experts that it has."""
+    stacks: dict[tuple[str, int], dict[int, list[da.Array]]] = defaultdict(dict)
+    for parts in fused:
+        for slot, parameters in parts.values():
+            if slot.expert is not None and slot.layer is not None:
+                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(parameters["input_scale"])
+    entries = {}
+    for (owner, layer), by_expert in stacks.items():
+        array, size = fp8.pack_stack([by_expert[expert] for expert in sorted(by_expert)], target.sharding.parallelism.moe_ep_size)
+        name = TensorName(owner.replace("{layer}", str(layer)), "activation_scaling_factor")
+        entries[name] = Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
+    return entries
 
 
 def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
@@ -187,13 +208,20 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
                 if not quantization.excludes(f"{base}.{name}")
             )
         if quantization.fp8_kv_cache:
-            of_parts = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
-            scales = [scale for scale in of_parts if scale is not None]
             name = TensorName(f"{base}.attention", "kv_cache_scaling_factor")
-            # Both or neither: of one alone the reference takes no notice.
-            array = fp8.largest(scales) if len(scales) == 2 else constant(str(name), (1.0,))
-            entries |= dict([_constant(name, layer, array)])
+            array = _cache_scale(modules, f"{base}.attention")
+            entries |= dict([_constant(name, layer, constant(str(name), (1.0,)) if array is None else array)])
     return entries
+
+
+def _cache_scale(modules: Mapping[str, Mapping[str, da.Array]], attention: str) -> da.Array | None:
+    """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without."""
+    if "kv_scale" in modules.get(attention, {}):
+        return modules[attention]["kv_scale"]
+    of_parts = [modules.get(f"{attention}.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
+    scales = [scale for scale in of_parts if scale is not None]
+    # Both or neither: of one alone the reference takes no notice.
+    return fp8.largest(scales) if len(scales) == 2 else None
 
 
 def _constant(name: TensorName, layer: int, array: da.Array) -> tuple[TensorName, Entry]:
@@ -242,11 +270,11 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
         if codes != f"codes{quantization.bits}":
             return f"{'float8 weights' if codes == 'fp8' else f'codes of {codes[-1]} bits'}"
         size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
+        if quantization.algorithm in WEIGHT_ONLY:
+            return "" if parameters["scales"].shape[-2] == 1 else f"groups of {size}, beside others of one a row"
         return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
     if codes != "fp8":
         return f"codes of {codes[-1]} bits"
-    if quantization.algorithm == FP8 and slot.module.experts:
-        return "float8 experts with a scale a matrix, which a stack of experts has no place for"
     if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
         return "float8 weights with scales of another kind"
     return ""

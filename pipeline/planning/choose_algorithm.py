@@ -5,8 +5,8 @@ other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import Problem
@@ -18,6 +18,8 @@ from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
+from stages.quantization.cache_scales import PARAMETERS as CACHE
+from stages.quantization.cache_scales import of_integers
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
@@ -29,13 +31,16 @@ _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_
 class Packing:
     """The packed modules of a source, by the source's own names.
 
-    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `settings`: the source's
-    quantization settings.
+    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations, `outside` those of them that are
+    numbers in every target, as a head is. `settings`: the source's
+    quantization settings; `own`: those of modules of which it says something else than of all.
     """
 
     formats: Mapping[str, str]
     ordered: Sequence[str]
     settings: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    outside: Collection[str] = ()
 
     @property
     def format(self) -> str | None:
@@ -159,15 +164,15 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
 
 
 def _act_order(packing: Packing, options: Shape) -> list[Problem]:
-    if not packing.ordered or options.requantize:
+    ordered = [module for module in packing.ordered if module not in packing.outside]
+    if not ordered or options.requantize:
         return []
-    count = len(packing.ordered)
-    found = f"groups in the order of the activations (desc_act), in {count} modules"
+    found = f"groups in the order of the activations (desc_act), in {len(ordered)} modules"
     remedy = "Give --requantize to quantize again by round-to-nearest, which adds error, or --dequantize"
-    known = format_named(packing.formats[packing.ordered[0]]).parameters
+    known = format_named(packing.formats[ordered[0]]).parameters
     index = next((name for name, held in known.items() if held.becomes == "group_index"), "group_index")
     expected = f"groups of consecutive in-features: the kernels read no {index}"
-    return [Problem(f"{packing.ordered[0]}.{index}", found, expected, remedy)]
+    return [Problem(f"{ordered[0]}.{index}", found, expected, remedy)]
 
 
 def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,14 +190,21 @@ def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: S
     static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
     reasons = {
         "group_index": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
-        "kv_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
+        "kv_scale": _unused_cache(packing, cache),
         "input_scale": "" if static else "the activations are not FP8 with one scale",
     }
-    by_name, result = by_module(tensors), dict[TensorName, str]()
-    for module, name in packing.formats.items():
-        known = format_named(name).parameters
-        for parameter in by_name[module]:
-            described = known.get(parameter, PackedParameter(()))
-            if reason := described.dropped or reasons.get(described.becomes or parameter, ""):
+    result = dict[TensorName, str]()
+    for module, parameters in by_module(tensors).items():
+        known = format_named(packing.formats[module]).parameters if module in packing.formats else {}
+        for parameter in parameters:
+            described = CACHE.get(parameter) or known.get(parameter, PackedParameter(()))
+            if reason := described.dropped or ((known or described.becomes) and reasons.get(described.becomes or parameter, "")):
                 result[TensorName(module, parameter)] = reason
     return result
+
+
+def _unused_cache(packing: Packing, cache: bool) -> str:
+    """Why the scales of the source's cache are left out; "" where they are not. `cache`: a target has scales of an FP8 cache."""
+    if of_integers(packing.settings):
+        return "the scale of a cache of integers, which is not that of an FP8 cache"
+    return "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write"

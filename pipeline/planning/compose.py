@@ -70,7 +70,7 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
     stages: dict[str, Callable[[TensorMap], TensorMap]] = {
         "read": lambda _: read(opened.source.named, chunk_bytes, row_multiple),
         "rename": lambda tensors: rename(tensors, opened.matches, opened.model),
-        "unpack": lambda tensors: unpack(tensors, opened.packing.settings),
+        "unpack": lambda tensors: unpacked(opened, tensors),
     }
     tensors: TensorMap = {}
     for stage, made in stages.items():
@@ -84,6 +84,13 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
 def target_dtype(options: Shape, opened: OpenedSource) -> str:
     """TensorRT-LLM's name of the type of what a target does not quantize."""
     return opened.auto_dtype if options.dtype == "auto" else options.dtype
+
+
+def unpacked(opened: OpenedSource, tensors: TensorMap) -> TensorMap:
+    """The stage `unpack`, which the source's settings of single modules are given by their new names."""
+    own, names = opened.packing.own, opened.matches.names
+    by_name = {name.module: own[row.source.module] for name, row in names.items() if row.source.module in own} if own else {}
+    return unpack(tensors, opened.packing.settings, by_name)
 
 
 def compose_target(

@@ -38,8 +38,8 @@ def _notes(quantization: Quantization, named: bool) -> Iterator[str]:
     sm = quantization.sm
     if quantization.left_to_loader:
         yield (
-            f"weights are numbers: TensorRT-LLM's loader quantizes them as {quantization.algorithm} when an engine is built, for the "
-            "builder's own GPU; the ranks are as large as unquantized ones"
+            f"weights are numbers: TensorRT-LLM's loader quantizes them as {quantization.algorithm} when an engine is built, "
+            "for the builder's own GPU; the ranks are as large as unquantized ones"
         )
     wrong = runtime().misarranged
     if quantization.algorithm == AWQ and (sm == ANY or sm in wrong):

@@ -136,8 +136,9 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
 def _quantized(source: Source, job: Job) -> Quantization:
     """The quantization of a target where no option chooses another."""
     settings = clean_settings(source.config)
-    formats_, ordered, problems = check(source.named, settings)
-    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.named)[0]
+    found = check(source.named, settings)
+    packing = Packing(found.formats, found.ordered, settings, found.own)
+    return Quantization() if found.problems else choose(job, packing, source.named)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:

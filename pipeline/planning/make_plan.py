@@ -12,6 +12,7 @@ from pipeline.planning.compose import canonical, choose_all, compose_target, mar
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
+from pipeline.planning.kept_notes import source_notes
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
@@ -67,7 +68,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
     of_gpus = generation_notes(job, chosen)
-    notes = (*opened.notes, *runtime_notes, *requantization_notes(opened, chosen, size), *of_gpus)
+    kept_notes = source_notes(opened, chosen, tensors)
+    notes = (*opened.notes, *runtime_notes, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import auto_dtype
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.tables import Family, Layout, families, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
@@ -18,6 +18,7 @@ from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
+from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -92,17 +93,21 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     scaling, rope_note = written_scaling(declared, job.rope_scaling)
     model = replace(declared, rotary_scaling=scaling, **omitted)
     settings = clean_settings(source.config)
-    formats, ordered, packing_problems = check(source.named, settings)
-    packing = Packing(formats, ordered, settings)
+    examined = check(source.named, settings)
+    formats = examined.formats
     zeros = zero_biases(source.named, formats)
+    target = layout(family.layout)
+    matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
+    outside = _outside(examined.ordered, matches, target)
+    packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
         job,
         source,
         family,
         model,
         packing,
-        (*packing_problems, *_unknown_quantization(source, formats)),
-        match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
+        (*examined.problems, *_unknown_quantization(source, formats)),
+        matches,
         tuple(_sharding(options, family, model) for options in job.targets),
         (*filled.problems, *outputs),
         (*filled.notes, *_dtype_notes(job, source, packing), *filter(None, (rope_note,)), *window_notes(model)),
@@ -139,6 +144,15 @@ def _dtype_notes(job: Job, source: Source, packing: Packing) -> list[str]:
 def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sharding:
     embedding = Embedding(options.use_parallel_embedding, options.embedding_sharding_dim)
     return Sharding(layout(family.layout), model, options.parallelism, embedding)
+
+
+def _outside(ordered: Sequence[str], matches: Matches, target: Layout) -> frozenset[str]:
+    """Those of some packed modules that no target quantizes."""
+    if not ordered:
+        return frozenset()
+    slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
+    found = {module: slots.get(module) for module in ordered}
+    return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
 
 
 def _unknown_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.model.quantization import GROUPWISE, Quantization
+from pipeline.planning.compose import unpacked
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import by_module
@@ -15,7 +16,6 @@ from stages.quantization import numbers
 from stages.quantize import CODES, linear, signal_to_noise
 from stages.read import read
 from stages.rename import rename
-from stages.unpack import unpack
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -45,7 +45,7 @@ def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], b
 def _matrices(opened: OpenedSource, block_bytes: int) -> Iterator[tuple[str, da.Array]]:
     """The source's linear modules, as numbers. Scratch is still empty: these come from the source itself."""
     named = read(opened.source.named, block_bytes, 1)
-    tensors = unpack(rename(named, opened.matches, opened.model), opened.packing.settings)
+    tensors = unpacked(opened, rename(named, opened.matches, opened.model))
     for module, parameters in by_module(tensors).items():
         slot, weight = opened.shardings[0].layout.find(module), _numbers(parameters)
         if slot is not None and linear(slot.module) and weight is not None and weight.ndim == 2:

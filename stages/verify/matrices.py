@@ -73,7 +73,7 @@ class Matrix:
         if self.kind in ("weight-only", "fp8 rowwise"):
             return read(self.tensors["per_channel_scale"], (*self._front(), (start, stop))).float().reshape(-1, 1)
         if self.kind == "fp8":
-            return read(self.tensors["weights_scaling_factor"]).float().reshape(1, 1)
+            return read(self.tensors["weights_scaling_factor"], (*self._front(), (0, 1))).float().reshape(1, 1)
         return self._grouped("weights_scaling_factor", start, stop)
 
     @property

@@ -15,22 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import convert, verify
+from pipeline import BadInput, convert, verify
 from tests.support import checkpoints, gguf_files
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
 from tests.support.quantized_checkpoints import LLAMA, MIXTRAL, Arrays, Format
+from tests.support.rank_files import TYPES, read
 
 FORMATS = source.formats()
 NATIVE = {name: kind for name, kind in FORMATS.items() if kind.algorithm}
-TYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I8": np.int8,
-    "U8": np.uint8,
-}
 BLOCK = {
     "quant_algo": None,
     "kv_cache_quant_algo": None,
@@ -56,19 +49,6 @@ BY_ALGORITHM: dict[str, dict[str, Any]] = {
 
 
 # --- what a rank file holds
-
-
-def read(path: Path) -> Arrays:
-    """The tensors of a safetensors file, of any type."""
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    result = {}
-    for name, row in header.items():
-        if name != "__metadata__":
-            first, last = (8 + length + offset for offset in row["data_offsets"])
-            result[name] = np.frombuffer(data[first:last], TYPES[row["dtype"]]).reshape(row["shape"])
-    return result
 
 
 def quantization(output: Path) -> dict[str, Any]:
@@ -247,6 +227,10 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
         scales = ours[f"{module}.weights_scaling_factor"].astype(np.float32)
         scale = np.repeat(scales.T, wanted.shape[1] // len(scales), axis=1)
         assert np.all(np.abs(found - wanted) <= scale * 0.15)
+    elif kind.algorithm in ("W8A16", "W4A16"):
+        # A scale is rounded once, where the source has it in float32; a code that is off by one is a 128th away.
+        assert (ours[f"{module}.weight"].dtype, ours[f"{module}.per_channel_scale"].dtype) == (np.int8, np.float16)
+        assert np.all(np.abs(found - wanted) <= np.abs(wanted) * 2.0**-11)
     elif kind.algorithm == "FP8" and module.endswith("qkv"):
         # q, k and v are brought to the largest of their scales.
         layer = int(module.split(".")[2]) + stage
@@ -279,6 +263,138 @@ def test_codes_pass_for_the_type_that_is_asked_for(name: str, dtype: str, tmp_pa
         # One code more or less is a whole scale.
         scales = own["weights_scaling_factor"].astype(np.float32)
         assert np.all(np.abs(found - matrix_) <= np.repeat(scales.T, matrix_.shape[1] // len(scales), axis=1) * 0.15)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_int8_by_row_keeps_its_bytes(tp: int, tmp_path: Path) -> None:
+    config = {**LLAMA, "torch_dtype": "bfloat16"}
+    source.write(tmp_path / "model", config, FORMATS["compressed w8a8"])
+    stored, _ = source.quantized(source.values(config), FORMATS["compressed w8a8"], 2)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", tp_size=tp, scheduler="threads")
+    scales = {name.replace("_scale", ""): values for name, values in stored.items() if name.endswith("weight_scale")}
+    for rank in range(tp):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        by_rank = cut({name: stored[name] for name in scales}, config, rank, tp)
+        for module, wanted in by_rank.items():
+            out, features = wanted.shape
+            np.testing.assert_array_equal(codes_of(ours[f"{module}.weight"], 8, features, out, 2), wanted)
+        # A row has one scale on all ranks that share it.
+        columns = cut({name: np.repeat(values, 256, 1) for name, values in scales.items()}, config, rank, tp)
+        for module, wanted in columns.items():
+            assert ours[f"{module}.per_channel_scale"].tobytes() == np.ascontiguousarray(wanted[:, 0]).tobytes()
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "integers of 8 bits, dynamic, by token" in note
+    assert "W8A16" in note
+
+
+def test_static_scales_of_int8_activations_are_left_out_with_a_word(tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, FORMATS["compressed w8a8 static"])
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads")
+    said = json.loads((tmp_path / "out/headrace.json").read_text())
+    left = {name.rpartition(".")[2]: reason for name, reason in said["left_out"].items()}
+    assert left == {
+        "input_scale": "the activations are not FP8 with one scale",
+        "input_zero_point": "activations are not quantized to integers",
+    }
+    assert sum(name.endswith("input_scale") for name in said["left_out"]) == 14
+    assert "integers of 8 bits, static, by tensor" in said["notes"][0]
+
+
+# Codes that the kernels of a scale a row do not read: with zero points, in groups of the activations' order, of several widths.
+MANY = {
+    "asymmetric": source.compressed(group=-1, sym=False),
+    "asymmetric gptq": source.gptq(group=-1, sym=False),
+    "asymmetric int8": source.compressed_int8(sym=False),
+    "in the activations' order": source.compressed(order=True, sym=False),
+    "in the activations' order, 8 bits": source.compressed(order=True, bits=8),
+}
+
+
+@pytest.mark.parametrize("more", [{"dequantize": True}, {"requantize": True, "group_size": 64}], ids=str)
+@pytest.mark.parametrize("name", MANY)
+def test_codes_that_no_kernel_reads_are_made_numbers(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    if "dequantize" in more:
+        check_stands_for(MANY[name], tmp_path, tp_size=2, **more)
+        return
+    weights = source.write(tmp_path / "model", LLAMA, MANY[name])
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2, **more)
+    assert quantization(tmp_path / "out") == {**BLOCK, "quant_algo": "W4A16_GPTQ", **GROUPED}
+    for rank in range(2):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        for module, wanted in cut(weights, LLAMA, rank, 2).items():
+            assert signal_to_noise(matrix(ours, module), wanted) > 15, module
+
+
+@pytest.mark.parametrize("name", ["in the activations' order", "in the activations' order, 8 bits"])
+def test_groups_of_compressed_tensors_in_the_activations_order_are_refused(name: str, tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, MANY[name])
+    with pytest.raises(BadInput) as refused:
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    (problem,) = refused.value.problems
+    assert problem.subject.endswith(".weight_g_idx")
+    assert "desc_act" in problem.found
+    assert "--requantize" in problem.remedy
+    assert "--dequantize" in problem.remedy
+
+
+def several_widths(directory: Path) -> Arrays:
+    """A checkpoint of compressed-tensors whose down projections have 8 bits, a scale a row, and whose others have 4, in groups."""
+    tensors, (four, eight) = source.values(LLAMA), (source.compressed(), source.compressed(bits=8, group=-1))
+    stored, stands_for = source.quantized(tensors, four, 2)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        packed = eight.quantizer(name, tensors[f"{name}.weight"].astype(np.float32))
+        stored |= {f"{name}.{key}": np.ascontiguousarray(values) for key, values in packed.parameters.items()}
+        stands_for[f"{name}.weight"] = packed.weight
+    groups = [kind.settings["config_groups"]["group_0"] for kind in (four, eight)]
+    groups[1] = {**groups[1], "targets": ["re:.*down_proj"]}
+    settings = {**four.settings, "config_groups": {f"group_{n}": group for n, group in enumerate(groups)}}
+    checkpoints.save(directory, {**LLAMA, "quantization_config": settings}, stored)
+    return stands_for
+
+
+def test_several_widths_are_made_numbers_and_else_refused(tmp_path: Path) -> None:
+    weights = several_widths(tmp_path / "model")
+    with pytest.raises(BadInput, match="codes of 8 bits"):
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    source.write_float(tmp_path / "float", LLAMA, weights)
+    options = {"scheduler": "threads", "tp_size": 2}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ours", dequantize=True, **options)
+    convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", **options)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "again", requantize=True, **options)
+    assert quantization(tmp_path / "again") == {**BLOCK, "quant_algo": "W4A16_GPTQ", **GROUPED}
+    for rank in range(2):
+        ours = read(tmp_path / f"again/rank{rank}.safetensors")
+        for module, wanted in cut(weights, LLAMA, rank, 2).items():
+            assert signal_to_noise(matrix(ours, module), wanted) > 17, module
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq"])
+def test_layers_that_auto_round_quantizes_otherwise(packing: str, tmp_path: Path) -> None:
+    """`extra_config`: one in 8 bits, by its name, and one with zero points in the middle, by a pattern."""
+    tensors, kind = source.values(LLAMA), source.auto_round(packing=packing)
+    others = {
+        "model.layers.0.mlp.down_proj": source.auto_round(packing=packing, bits=8, group=128),
+        "model.layers.1.self_attn.q_proj": source.auto_round(packing=packing, sym=True, group=128),
+    }
+    stored, stands_for = source.quantized(tensors, kind, 2)
+    for name, other in others.items():
+        packed = other.quantizer(name, tensors[f"{name}.weight"].astype(np.float32))
+        stored |= {f"{name}.{key}": np.ascontiguousarray(values) for key, values in packed.parameters.items()}
+        stands_for[f"{name}.weight"] = packed.weight
+    extra = {
+        "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 128},
+        r".*layers\.1\.self_attn\.q.*": {"sym": True, "group_size": 128},
+    }
+    checkpoints.save(tmp_path / "model", {**LLAMA, "quantization_config": {**kind.settings, "extra_config": extra}}, stored)
+    with pytest.raises(BadInput, match=r"codes of \d bits"):
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    source.write_float(tmp_path / "float", LLAMA, stands_for)
+    options = {"scheduler": "threads", "tp_size": 2}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ours", dequantize=True, **options)
+    convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", **options)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
 OWN = {
@@ -773,6 +889,23 @@ def test_a_module_that_is_not_quantized_joins_the_others(flags: dict[str, Any], 
             assert signal_to_noise(matrix(ours, target), wanted.astype(np.float32)) > 17
 
 
+def test_numbers_that_no_recipe_keeps_are_spoken_of(tmp_path: Path) -> None:
+    mixed(tmp_path / "model", FORMATS["compressed fp8 dynamic"], "model.layers.1.mlp.down_proj", None)
+    options = {"model_dir": tmp_path / "model", "scheduler": "threads"}
+    convert(output_dir=tmp_path / "out", **options)
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "1 matrices (0 of attention, 1 of the MLP), the first transformer.layers.1.mlp.proj" in note
+    assert "--use_meta_fp8_rowwise_recipe keeps them" in note, "layer 1 is the last"
+    config = {**LLAMA, "num_hidden_layers": 3}
+    stored, _ = source.quantized(source.values(config), FORMATS["compressed fp8 dynamic"], 3)
+    stored = {name: values for name, values in stored.items() if not name.startswith("model.layers.1.mlp.down_proj.")}
+    stored["model.layers.1.mlp.down_proj.weight"] = source.values(config)["model.layers.1.mlp.down_proj.weight"]
+    checkpoints.save(tmp_path / "deep", source.described(config, FORMATS["compressed fp8 dynamic"]), stored)
+    convert(model_dir=tmp_path / "deep", output_dir=tmp_path / "other", scheduler="threads")
+    (note,) = json.loads((tmp_path / "other/headrace.json").read_text())["notes"]
+    assert "no option keeps them" in note
+
+
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
 def test_one_scale_is_one_of_each_row_among_others_that_have_these(module: str, tmp_path: Path) -> None:
     weights = mixed(tmp_path / "model", FORMATS["compressed fp8"], module, source.compressed_float8(dynamic=True))
@@ -789,6 +922,13 @@ def test_without_metas_recipe_all_of_its_checkpoint_is_float8(tmp_path: Path) ->
     weights = source.write(tmp_path / "model", config, kind)
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2)
     assert quantization(tmp_path / "out") == {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    # Attention of three layers (q, k, v and o), and the MLP of the first and the last.
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "18 matrices (12 of attention, 6 of the MLP)" in note
+    assert "modules_to_not_convert" in note
+    assert note.endswith("--use_meta_fp8_rowwise_recipe keeps them in 16 bits")
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "kept", scheduler="threads", **kind.flags)
+    assert json.loads((tmp_path / "kept/headrace.json").read_text())["notes"] == []
     for rank in range(2):
         ours = read(tmp_path / f"out/rank{rank}.safetensors")
         for layer in range(3):
@@ -834,11 +974,12 @@ def test_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path / "out-with") == contents(tmp_path / "out-without")
 
 
-def test_a_quantized_head_is_dequantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["trivial", "order"])
+def test_a_quantized_head_is_dequantized(index: str, tmp_path: Path) -> None:
     kind = source.gptq(sym=False)
     tensors = source.values(LLAMA)
     stored, stands_for = source.quantized(tensors, kind, 2)
-    head = kind.quantizer("lm_head", tensors["lm_head.weight"].astype(np.float32))
+    head = source.gptq(sym=False, index=index).quantizer("lm_head", tensors["lm_head.weight"].astype(np.float32))
     del stored["lm_head.weight"]
     stored |= {f"lm_head.{key}": np.ascontiguousarray(values) for key, values in head.parameters.items()}
     checkpoints.save(tmp_path / "model", source.described(LLAMA, kind), stored)

@@ -2,7 +2,7 @@
 
 qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]; of word j, nibble i is column 8 j + (0 2 4 6 1 3 5 7)[i].
 weight = (code - zero) * scale; without zero points qzeros is left out, or holds 8 throughout.
-Facts: docs/format/quantized-layouts.md, sections 6 and 10.
+Facts: docs/format/quantized-layouts.md, sections 6, 10 and 11.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
-from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
+from stages.quantization.auto_round import module_settings
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row
 from stages.quantization.sources.compressed_tensors import no_offsets
 from stages.quantization.sources.gptq import no_groups, no_words
 
@@ -31,7 +32,7 @@ _MIDDLES = np.uint32(0x88888888)  # a word of zero points in the middle of the r
 
 
 class Awq(PackedFormat):
-    """AutoAWQ's modules."""
+    """AutoAWQ's modules, and AutoRound's that are packed so."""
 
     name = "awq"
     title = "AWQ"
@@ -76,6 +77,10 @@ class Awq(PackedFormat):
         expected = "8 throughout, as the settings say zero_point: false"
         return [Problem(subject, "zero points other than 8", expected, "Set zero_point to true, if the codes were made with them")]
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With what AutoRound's `extra_config` says of the module."""
+        return module_settings(module, settings)
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
         """`codes4`, `scales` and `offsets`; the rest stays."""
         words, scales = parameters["qweight"], parameters["scales"]
@@ -91,7 +96,15 @@ class Awq(PackedFormat):
         return {"codes4": codes, "scales": scales, "offsets": offsets, **rest}
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
-        """W4A16_GPTQ, whose kernel takes AWQ's zero points too."""
+        """W4A16_GPTQ, whose kernel takes AWQ's zero points too; W4A16 where every row of all modules is one symmetric group."""
+
+        def offsets(tensors: Mapping[str, LazyTensor]) -> np.ndarray | int:
+            if "qzeros" not in tensors:
+                return 0
+            return read_offsets(((0, 1), (0, tensors["scales"].shape[1])), tensors["qzeros"].block(whole(tensors["qzeros"].shape)))
+
+        if one_group_a_row(modules, "scales", 0) and not any(np.any(offsets(tensors)) for tensors in modules.values()):
+            return "W4A16", 0
         first = next(iter(modules.values()))
         return "W4A16_GPTQ", first["qweight"].shape[0] // first["scales"].shape[0]
 

@@ -1,8 +1,8 @@
-"""GPTQ, as AutoGPTQ and GPTQModel write it: 4 or 8 bits, groups of in-features, symmetric or not.
+"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 4 or 8 bits, groups of in-features, symmetric or not.
 
 qweight int32 [K / p, N], p = 32 / bits codes of consecutive in-features a word, lowest first; qzeros int32 [G, N / p]; scales [G,
-N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero - 1) * scale; format v2 stores the zero itself.
-Facts: docs/format/quantized-layouts.md, section 5.
+N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero - 1) * scale; format v2, and some of AutoRound's, store
+the zero itself. Facts: docs/format/quantized-layouts.md, sections 5 and 11.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
-from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
+from stages.quantization.auto_round import activation_bits, module_settings, stores_the_zero
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -68,13 +69,17 @@ class Gptq(PackedFormat):
             return [Problem(f"{module}.g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
         return []
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With what AutoRound's `extra_config` says of the module."""
+        return module_settings(module, settings)
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
         """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
         features = words.shape[0] * 32 // bits
         symmetric = bool(settings.get("sym", False))
-        second = settings.get("checkpoint_format") == "gptq_v2"
+        second = stores_the_zero(settings)
         shape = (words.shape[1], features * bits // 8)
         codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=UINT8, ahead=AHEAD_BYTES // shape[1])
         arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
@@ -88,11 +93,32 @@ class Gptq(PackedFormat):
         index, groups = _index(tensors), tensors["scales"].shape[0]
         return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
-    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
-        """W4A16_GPTQ or W8A16_GPTQ, by the first module."""
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
+        """W4A16_GPTQ or W8A16_GPTQ, by the first module; W4A16 or W8A16 where every row of all modules is one symmetric group.
+
+        Settings that say `sym` are believed: quantizing finds out where a zero point says otherwise.
+        """
         words, zeros, scales = (next(iter(modules.values()))[name].shape for name in _PACKED)
         bits = 32 * zeros[-1] // scales[-1]
+        if one_group_a_row(modules, "scales", 0) and (settings.get("sym") is True or not _shifted(modules, settings)):
+            return f"W{bits}A16", 0
         return f"W{bits}A16_GPTQ", words[0] * 32 // bits // scales[0]
+
+    def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
+        """That activations which AutoRound quantized for are left as they are."""
+        bits = activation_bits(settings)
+        return [wide_activations(f"{bits} bits", algorithm)] if bits < 16 else []
+
+
+def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
+    """Whether a module of one group a row has a zero point that is not in the middle of the range. Reads them."""
+    second = stores_the_zero(settings)
+    for tensors in modules.values():
+        stored, columns = tensors["qzeros"], tensors["scales"].shape[1]
+        bits, block = int(_bits(stored.shape[1], columns)), stored.block(whole(stored.shape))
+        if np.any(read_offsets(((0, 1), (0, columns)), block, bits=bits, symmetric=False, second=second)):
+            return True
+    return False
 
 
 def no_words(module: str, tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> list[Problem]:

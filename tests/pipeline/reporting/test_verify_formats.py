@@ -30,7 +30,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         {"pp_size": 2},
     ],
     "gptq act-order": [{"requantize": True}, {"dequantize": True}, {"dequantize": True, "use_fp8_rowwise": True}],
-    "compressed w8a8": [{"dequantize": True}, {"dequantize": True, **INT8}],
+    "compressed w8a8": [{}, {"dequantize": True}, {"dequantize": True, **INT8}],
     "compressed fp8": [{}, {"dequantize": True}, {"fp8_kv_cache": True}],
     "compressed fp8 dynamic": [{}, {"dequantize": True}],
     "modelopt fp8": [{}, {"fp8_kv_cache": True}],

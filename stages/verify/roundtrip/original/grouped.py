@@ -1,4 +1,4 @@
-"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5 and 6."""
+"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5, 6 and 11."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class GroupedNumbers(Numbers):
 class GptqNumbers(GroupedNumbers):
     """GPTQ: `qweight` int32 [in_features / p, out_features], p = 32 / bits consecutive in-features a word.
 
-    Zero points are stored less one, except in format v2.
+    Zero points are stored less one, except in format v2 and in those of AutoRound's that are not AutoGPTQ's.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class GptqNumbers(GroupedNumbers):
     ) -> None:
         super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
         self.bits = bits
-        self.named_v2 = settings.get("checkpoint_format") == "gptq_v2"
+        self.named_v2 = _named_v2(settings)
         self.symmetric = settings.get("sym", True) is not False
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -104,6 +104,18 @@ class GptqNumbers(GroupedNumbers):
         first, last = start // packed, -(-stop // packed)
         words = read(self.tensors["qzeros"], ((0, self.tensors["qzeros"].shape[0]), (first, last)))
         return unpack_codes(words, self.bits)[:, start - first * packed : stop - first * packed]
+
+
+def _named_v2(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings name a format that stores zero points as they are.
+
+    AutoRound names one itself, in `packing_format` or, in older files, in `backend`: AutoGPTQ's is the default.
+    """
+    if "round" not in str(settings.get("quant_method")):
+        return settings.get("checkpoint_format") == "gptq_v2"
+    names = (str(settings.get(key)).replace("auto-round", "auto_round") for key in ("packing_format", "backend"))
+    parts = next((name.split(":") for name in names if name.startswith(("auto_round", "autoround"))), ["", "auto_gptq"])
+    return not {"auto_gptq", "gptq"} & set(parts)
 
 
 class AwqNumbers(GroupedNumbers):

@@ -18,11 +18,14 @@ from stages.verify.roundtrip.original.words import PackedWords
 
 GGUF = "gguf_"
 # Parameters beside the weights of a quantized source: of activations and of the cache.
-BESIDE = ("input_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale", "v_scale")
+BESIDE = (
+    *("input_scale", "input_scale_ub", "input_zero_point", "output_scale", "output_zero_point"),
+    *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point"),
+)
 # The parameters that a format computes its numbers with.
 GROUPED = ("qweight", "qzeros", "scales", "g_idx")
 WORDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-SCALED = ("weight", "weight_scale", "weight_zero_point", "pre_quant_scale")
+SCALED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx", "pre_quant_scale")
 
 
 def unpack(

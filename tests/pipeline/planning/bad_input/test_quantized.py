@@ -121,17 +121,12 @@ def test_an_order_that_the_settings_promise(tmp_path: Path) -> None:
     assert all(".g_idx" in problem for problem in report)
 
 
-def test_integer_activations(tmp_path: Path) -> None:
-    problem = one(refused(model_of(tmp_path, "compressed w8a8")))
-    assert problem.startswith("compressed-tensors: found a source quantized as compressed-tensors; expected")
-    assert "--dequantize" in problem
-
-
 @pytest.mark.parametrize("name", ["gptq", "awq", "compressed w4a16", "compressed fp8", "modelopt awq", "compressed w8a8"])
 def test_what_follows_the_remedy_works(tmp_path: Path, name: str) -> None:
     model = model_of(tmp_path, name)
-    assert refused(model, "--use_weight_only", "--weight_only_precision", "int8")
-    assert convert(model, tmp_path / "out", "--use_weight_only", "--weight_only_precision", "int8", "--dequantize").code == 0
+    other = "int4" if name == "compressed w8a8" else "int8"
+    assert refused(model, "--use_weight_only", "--weight_only_precision", other)
+    assert convert(model, tmp_path / "out", "--use_weight_only", "--weight_only_precision", other, "--dequantize").code == 0
 
 
 CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
@@ -376,7 +371,7 @@ def test_a_width_that_the_shapes_deny(tmp_path: Path, bits: int) -> None:
 
 
 def test_one_group_for_all_in_features(tmp_path: Path) -> None:
-    """The groups of such a model differ from module to module, and TensorRT-LLM has one size for all."""
+    """With zero points, the groups of such a model differ from module to module, and TensorRT-LLM has one size for all."""
 
     def edit(stored: Arrays) -> None:
         for name in [name for name in stored if name.endswith((".scales", ".qzeros"))]:
@@ -384,7 +379,7 @@ def test_one_group_for_all_in_features(tmp_path: Path) -> None:
         for name in [name for name in stored if name.endswith(".g_idx")]:
             stored[name] = np.zeros_like(stored[name])
 
-    report = "\n".join(refused(model_of(tmp_path, "gptq", settings={"group_size": -1}, edit=edit)))
+    report = "\n".join(refused(model_of(tmp_path, "gptq asymmetric", settings={"group_size": -1}, edit=edit)))
     assert "group" in report
     assert "--dequantize" in report
     assert convert(tmp_path / "model", tmp_path / "out", "--dequantize").code == 0
@@ -478,8 +473,7 @@ def test_w4a8_has_a_scale_that_nothing_consumes(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 def test_a_scale_that_nothing_consumes(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
-    flags = ("--dequantize",) if name == "compressed w8a8" else more
-    report = refused(model_of(tmp_path, name, edit=with_tensors(weight_scale_2=np.ones(1, np.float32))), *flags)
+    report = refused(model_of(tmp_path, name, edit=with_tensors(weight_scale_2=np.ones(1, np.float32))), *more)
     assert one(report).startswith(f"{Q}.weight_scale_2: found a tensor that")
 
 
@@ -487,8 +481,7 @@ def test_a_scale_that_nothing_consumes(tmp_path: Path, name: str, more: tuple[st
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 def test_codes_without_their_scale(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
     """Such codes must not pass for weights."""
-    flags = ("--dequantize",) if name == "compressed w8a8" else more
-    report = refused(model_of(tmp_path, name, edit=without(f"{Q}.weight_scale")), *flags)
+    report = refused(model_of(tmp_path, name, edit=without(f"{Q}.weight_scale")), *more)
     assert any(Q in problem for problem in report)
 
 
@@ -523,11 +516,18 @@ def test_zero_points_that_the_settings_promise(tmp_path: Path) -> None:
     assert any(problem.startswith(f"{Q}.weight_zero_point") for problem in report)
 
 
-def test_an_asymmetric_weight_of_integer_activations(tmp_path: Path) -> None:
-    """Zero points must never be dropped."""
+def test_an_asymmetric_weight_among_those_of_one_scale_a_row(tmp_path: Path) -> None:
+    """Zero points must never be dropped: as a kernel of one scale a row reads none, it is that of groups."""
     zeros = np.full((256, 1), 5, np.int8)
-    report = refused(model_of(tmp_path, "compressed w8a8", edit=with_tensors(weight_zero_point=zeros)), "--dequantize")
-    assert any(problem.startswith(f"{Q}.weight_zero_point") for problem in report)
+    model = model_of(tmp_path, "compressed w8a8", edit=with_tensors(weight_zero_point=zeros))
+    report = refused(model)
+    assert any("groups of 256, beside others of 128" in problem and "--dequantize" in problem for problem in report), report
+    assert convert(model, tmp_path / "out", "--dequantize").code == 0
+
+
+def test_scales_of_other_groups_than_the_settings_say(tmp_path: Path) -> None:
+    report = refused(model_of(tmp_path, "compressed w4a16", edit=with_tensors(weight_scale=f16(256, 4))))
+    assert one(report) == f"{Q}.weight_scale: found shape [256, 4]; expected [256, 2 groups of 128]"
 
 
 def test_static_scales_of_integer_activations_do_not_matter_once_dequantized(tmp_path: Path) -> None:
@@ -595,9 +595,10 @@ SHAPES: dict[str, tuple[str, dict[str, np.ndarray]]] = {
     "packed: another shape": ("compressed w4a16", {"weight_shape": np.array([256, 100], np.int64)}),
     "packed: other rows": ("compressed w4a16", {"weight_shape": np.array([200, 128], np.int64)}),
     "packed: zeros too few": ("compressed w4a16 asymmetric", {"weight_zero_point": i32(31, 2)}),
-    "packed: zeros not packed": ("compressed w4a16 asymmetric", {"weight_zero_point": np.zeros((256, 2), np.int8)}),
+    "packed: bytes of zeros too few": ("compressed w4a16 asymmetric", {"weight_zero_point": np.zeros((255, 2), np.int8)}),
     "packed: zeros of one axis": ("compressed w4a16 asymmetric", {"weight_zero_point": i32(64)}),
-    "packed: an order of its own": ("compressed w4a16", {"weight_g_idx": np.arange(128, dtype=np.int32)[::-1] // 64}),
+    "packed: an order of other groups": ("compressed w4a16", {"weight_g_idx": np.arange(128, dtype=np.int32)[::-1] // 32}),
+    "packed: an order of other length": ("compressed w4a16", {"weight_g_idx": i32(64)}),
     "int8: three scales": ("compressed w8a8", {"weight_scale": f32(3, 1)}),
     "int8: no scales": ("compressed w8a8", {"weight_scale": f32(0, 1)}),
     "float8: three scales": ("compressed fp8", {"weight_scale": f32(3)}),
@@ -623,8 +624,6 @@ SHAPES: dict[str, tuple[str, dict[str, np.ndarray]]] = {
 def test_shapes_and_types_that_contradict_one_another(tmp_path: Path, case: str, more: tuple[str, ...]) -> None:
     name, tensors = SHAPES[case]
     report = refused(model_of(tmp_path, name, edit=with_tensors(**tensors)), *more)
-    if name == "compressed w8a8" and not more:
-        return  # refused for what it is
     assert any(problem.startswith(f"{Q}.") for problem in report), report
 
 
@@ -722,9 +721,13 @@ def test_the_405b_s_checkpoint_goes_with_and_without_metas_recipe(tmp_path: Path
     assert convert(model, tmp_path / "out", "--use_meta_fp8_rowwise_recipe").code == 0
 
 
-def test_experts_in_float8_with_one_scale(tmp_path: Path) -> None:
-    report = refused(model_of(tmp_path, "modelopt fp8", MIXTRAL))
-    assert any("experts" in problem and "--dequantize" in problem for problem in report)
+@pytest.mark.parametrize("missing", ["weight_scale", "input_scale"])
+def test_an_expert_in_float8_without_a_scale(tmp_path: Path, missing: str) -> None:
+    name = f"model.layers.1.block_sparse_moe.experts.2.w1.{missing}"
+    report = refused(model_of(tmp_path, "modelopt fp8", MIXTRAL, edit=without(name)))
+    assert any(
+        "--dequantize" in problem or "--use_weight_only" in problem or name.rpartition(".")[0] in problem for problem in report
+    )
 
 
 def test_an_expert_that_is_not_quantized(tmp_path: Path) -> None:
