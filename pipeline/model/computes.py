@@ -132,6 +132,7 @@ def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
     if not all(number is None or isinstance(number, int | float) for number in numbers) or numbers[0] is None:
         return
     factor, ours, every, declared = numbers
+    assert factor is not None
     try:
         computed = yarn_factor(factor, 1.0 if ours is None else ours) / yarn_factor(factor, every or 0.0)
         # Without a factor of its own a model has the formula's, in which transformers uses both scales or neither.

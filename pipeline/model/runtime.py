@@ -152,7 +152,7 @@ def runtime() -> Runtime:
     """Return the table of the release that outputs are written for."""
     data = load_table(CONFIGS / "runtime", TABLE)
     classes = [ModelClass(name, **_frozen(row)) for name, row in data["classes"].items()]
-    attention = {}
+    attention: dict[str, AttentionVariant] = {}
     for name, row in data["attention"].items():
         values = _frozen(row)
         variant = AttentionVariant(**{key: value for key, value in values.items() if key != "algorithms"})

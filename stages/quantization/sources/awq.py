@@ -18,8 +18,8 @@ from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.auto_round import module_settings
+from stages.quantization.integers import no_offsets
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row
-from stages.quantization.sources.compressed_tensors import no_offsets
 from stages.quantization.sources.gptq import no_groups, no_words
 
 if TYPE_CHECKING:

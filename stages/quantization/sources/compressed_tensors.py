@@ -117,7 +117,7 @@ class CompressedTensors(PackedFormat):
             offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=shape, dtype=INT16, bits=bits)
         result |= {f"codes{bits}": codes, "scales": scales, "offsets": offsets}
         if index is not None:
-            arguments = {"groups": shape[0]}
+            arguments: dict[str, Any] = {"groups": shape[0]}
             result["group_index"] = derive("unpack", read_index, {"index": index}, shape=index.shape, dtype=INT32, **arguments)
         return result
 

@@ -136,7 +136,8 @@ def largest_by_share(region: Region, shares: int, counts: tuple[int, ...], **sca
     """float32 [shares]: the largest of the scales of each share's experts. `counts`: how many of the scales each expert has."""
     values = iter([_scalar(scale) for scale in scales.values()])
     by_expert = [max(next(values) for _ in range(count)) for count in counts]
-    return np.array(by_expert, dtype=np.float32).reshape(shares, -1).max(axis=1)[slice(*region[0])]
+    result: np.ndarray = np.array(by_expert, dtype=np.float32).reshape(shares, -1).max(axis=1)[slice(*region[0])]
+    return result
 
 
 def as_scale(values: da.Array) -> da.Array:

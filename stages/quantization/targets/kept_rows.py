@@ -53,4 +53,5 @@ def scale_of(region: Region, scales: Block, offsets: Block, to: np.dtype, name: 
     if np.any(offsets.read(both)):
         raise BadInput([Problem(name, "zero points", "codes that are symmetric", "Give --requantize, or --dequantize")])
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(scales.read(both)).astype(to)[0]
+        result: np.ndarray = np.asarray(scales.read(both)).astype(to)[0]
+    return result
