@@ -51,10 +51,13 @@ def _short(node: GraphNode) -> str:
     return {"source": "source", "scratch": f"zarr {node.name}", "engine": f"engine {node.name}"}.get(node.kind, node.name)
 
 
-def collapse(plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engines: Sequence[tuple[int, GraphNode]]) -> PlanGraph:
-    """Make the graph of a plan's phases between its source and its outputs.
+def collapse(
+    plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engines: Sequence[tuple[int, GraphNode]], builds: int = 0
+) -> PlanGraph:
+    """Make the graph of a plan's phases between its source, its outputs and their engines.
 
-    `outputs`: of the last phase's sinks. `engines`: each with the number of the output that it is built from.
+    `outputs`: of the last phase's sinks. `engines`: each with the number of the output that it is built from. `builds`: the tasks
+    that build them.
     """
     rows: list[Row] = []
     edges: dict[GraphEdge, None] = {}
@@ -75,8 +78,10 @@ def collapse(plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engi
             row += [(finish,), tuple(outputs)]
             edges |= {GraphEdge(stages[-1].id, finish.id): None, **{GraphEdge(finish.id, node.id): None for node in outputs}}
             if engines:
-                row.append(tuple(node for _, node in engines))
-                edges |= {GraphEdge(outputs[of].id, node.id): None for of, node in engines}
+                build = GraphNode(f"{number}.build", "stage", "build", builds)
+                row += [(build,), tuple(node for _, node in engines)]
+                for of, node in engines:
+                    edges |= {GraphEdge(outputs[of].id, build.id): None, GraphEdge(build.id, node.id): None}
         else:
             made = _cuts(phase, len(cuts))
             cuts |= {node.place: node for node in made}

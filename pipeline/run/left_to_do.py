@@ -67,7 +67,7 @@ class _Undo:
         """Nothing to do yet."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BadInput):
+        if kind is not None and issubclass(kind, BadInput) and not self.sink.complete:
             self.sink.abandon(self.journal, self.created)
 
 
@@ -167,6 +167,10 @@ class LeftToDo:
             if not self._readers[chunk]:
                 del self._readers[chunk]
                 self._owners[chunk].free(chunk)
+
+    def whole(self, number: int) -> Journal:
+        """Note that an output is whole, by its number: returns its journal, which nothing here looks at any more."""
+        return self.phases[-1].journals.pop(number)
 
     def phase_of(self, number: int) -> int:
         """The number of the phase that a group is of, by the group's number."""

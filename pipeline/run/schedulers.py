@@ -29,6 +29,15 @@ Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
 Run = Callable[[Graph], Iterator[Any]]
 
 
+class Lost(NamedTuple):
+    """The result of a build that Dask has lost with its workers: `name` is the second part of the task's key, `why` for people."""
+
+    name: str
+    why: str
+    code: int = 1
+    seconds: float = 0.0
+
+
 class Session(NamedTuple):
     """A scheduler at hand. `run` runs a graph; `dashboard` is its address, "" for none; `client`, where it has one, is Dask's."""
 
@@ -154,11 +163,13 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
             yield value
     finally:
         stop.set()
+        if isinstance(graph, StageGraph) and thread.is_alive():
+            graph.halt()
         thread.join()
 
 
 def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
-    """Submit a graph whole, and give results as they end.
+    """Submit a graph whole, and give results as they end; a build that Dask lost with its workers is `Lost`.
 
     Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.
     `resources`: of a worker, that each task takes while it runs.
@@ -176,11 +187,16 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
         layered = HighLevelGraph({"tasks": MaterializedLayer(tasks, annotations={"priority": places})}, {"tasks": set()})
     futures = client.get(layered, list(tasks), sync=False, resources=resources)
     try:
-        ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=True)
-        for _, value in ended:
+        ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=False)
+        for future, value in ended:
             if isinstance(value, CancelledError):  # the scheduler is gone, or forgot the task
                 raise value
-            yield value
+            if future.status != "error":
+                yield value
+            elif future.key[0] == "build":  # no conversion ends with it
+                yield Lost(future.key[1], str(value[1]))
+            else:
+                raise value[1].with_traceback(value[2])
     except (KilledWorker, CancelledError) as error:
         raise WriteFailed(
             f"the cluster lost a worker ({error}); the outputs are not complete: run the same command again"
