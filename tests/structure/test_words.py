@@ -87,7 +87,6 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Only scratch and object storage need zarr and fsspec.
     "pipeline/jobs/retention.py": {"fsspec"},
     "pipeline/sinks/remote.py": {"fsspec", "zarr"},
-    "pipeline/sinks/scratch.py": {"zarr"},
     "stages/write.py": {"zarr"},
     # Only pages and dashboards need bokeh and distributed, only a terminal rich.
     "pipeline/jobs/services.py": {"pipeline.jobs.http"},
