@@ -110,7 +110,7 @@ class Plan:
     def graph(self) -> PlanGraph:
         """The plan's graph as people look at it: a node for each stage with all its tasks, and for each place of bytes."""
         source, whole = self.source, not self.job.overwrite
-        what = f"{self.family.name}, {source.dtype or 'packed'}"
+        what = f"{self.family.name}, {source.dtype or ('packed' if self.packed else 'no type named')}"
         origin = GraphNode("source", "source", source.location.name, 0, source.nbytes, str(source.location), what)
         outputs = [
             GraphNode(
