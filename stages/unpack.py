@@ -6,7 +6,9 @@ Works module by module on local parameter names, so that it knows no family. `Pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import format_named, formats
+
+FEW = 3  # problems of one cause that are still said one by one
 
 
 def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
@@ -53,16 +57,33 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
     """Examine the packed modules of a source, by the source's own names.
 
     Returns each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and a
-    problem for each module that cannot be unpacked. Reads the small tensors that decide it.
+    problem for each module that cannot be unpacked, or one for all where many are alike. Reads the small tensors that decide it.
     """
-    formats_, ordered, problems = {}, [], []
+    formats_, ordered = {}, []
+    problems: list[tuple[str, Problem]] = []
     for module, parameters in by_module(tensors).items():
         packing = format_of(parameters)
         if packing is None:
             continue
         formats_[module] = packing.name
         wrong = packing.check(module, parameters, settings)
-        problems += wrong
+        problems += [(module, problem) for problem in wrong]
         if not wrong and packing.act_order(parameters):
             ordered.append(module)
-    return formats_, ordered, problems
+    return formats_, ordered, _by_cause(problems)
+
+
+def _by_cause(problems: Sequence[tuple[str, Problem]]) -> list[Problem]:
+    """One problem for all modules in which one parameter is wrong in one way; a few modules are named one by one."""
+    causes: dict[tuple[str, str], list[Problem]] = {}
+    for module, problem in problems:
+        # Sizes differ from module to module, but not what is wrong with them.
+        cause = re.sub(r"\d+", "0", f"{problem.found}; {problem.expected}")
+        causes.setdefault((problem.subject.removeprefix(module), cause), []).append(problem)
+    result = []
+    for alike in causes.values():
+        if len(alike) <= FEW:
+            result += alike
+        else:
+            result.append(replace(alike[0], found=f"{alike[0].found}, and the like in {len(alike) - 1} more modules"))
+    return result

@@ -1,4 +1,4 @@
-"""Read the TOML files of families and layouts, which may extend one another."""
+"""Read the TOML files of tables: families and layouts, which may extend one another, and formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def load_table(folder: Path, name: str) -> dict[str, Any]:
-    """Read `{name}.toml` of `configs/families` or `configs/layouts`, merged with the file that it extends.
+    """Read `{name}.toml` of a folder of `configs`, merged with the file that it extends.
 
     Raises FileNotFoundError where there is no such file.
     """

@@ -12,8 +12,10 @@ from pipeline.model.tables import Family, families, find_family, layout
 from pipeline.planning.choose_algorithm import Packing, clean_settings
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
+from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
+from stages.quantization.unread import unread
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -78,6 +80,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     settings = clean_settings(source.config)
     formats, ordered, packing_problems = check(source.named, settings)
     packing = Packing(formats, ordered, settings)
+    unknown = unread(source.config, source.config_name, settings, by_module(source.named), formats)
+    unreadable = unknown or [*packing_problems, *_unknown_quantization(source, formats)]
     zeros = zero_biases(source.named, formats)
     return OpenedSource(
         job,
@@ -85,7 +89,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         family,
         model,
         packing,
-        (*packing_problems, *_unknown_quantization(source, formats)),
+        tuple(unreadable),
         match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
         tuple(_sharding(options, family, model) for options in job.targets),
         tuple(outputs),
