@@ -15,22 +15,23 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, Quantization
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
-from stages.quantization.targets import fp8, groupwise, weight_only
+from stages.quantization.targets import fp8, groupwise, nvfp4, weight_only
 
 if TYPE_CHECKING:
     import dask.array as da
 
     from stages.shard import Sharding
 
-CODES = ("codes4", "codes8", "fp8")  # what a quantized module has in the place of its weight
+CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 BLOCK_ROWS = 8192  # out-features of a block of packed work
+PACK_TOGETHER = {FP8: fp8.pack_tensor, NVFP4: nvfp4.pack}  # the parts of a fused module have a scale in common
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ def quantize(
             raise KeyError(name)
         if not is_quantized(slot, quantization, layers):
             entries |= _entries(name, slot, _dense(slot, parameters, target))
-        elif quantization.algorithm == FP8:
+        elif quantization.algorithm in PACK_TOGETHER:
             # The parts of a fused module have one scale, so that they are packed together.
             whole = name.removesuffix(f".{slot.part.name}") if slot.part else name
             fused[whole][name] = (slot, parameters)
         else:
             entries |= _entries(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
-        entries |= _fused(whole, parts)
+        entries |= _fused(whole, parts, PACK_TOGETHER[str(quantization.algorithm)])
     return entries | _constants(modules, target)
 
 
@@ -147,12 +148,14 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[TensorName, Entry]:
-    """FP8 with one scale for all parts of a module, in the order of its rows."""
+def _fused(
+    whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]], pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]]
+) -> dict[TensorName, Entry]:
+    """FP8 or NVFP4 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
+    weights, shared = pack([parts[name][1] for name in named])
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
@@ -208,9 +211,9 @@ def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Probl
     """Refuse quantizations in which TensorRT-LLM cannot load experts.
 
     Its class of them refuses to be built with float8 with a scale a row, and with groups of 8-bit codes; its loader brings AWQ's
-    factors of activations to one row, where each expert has its own.
+    factors of activations to one row, where each expert has its own. Of NVFP4 its loader takes the scales of matrices alone.
     """
-    if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ):
+    if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ, NVFP4):
         return []
     experts = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
     expected = "a model without experts, as TensorRT-LLM 1.2.1 cannot load theirs"
@@ -245,11 +248,13 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
         return "weights that are not quantized"
     if quantization.bits:
         if codes != f"codes{quantization.bits}":
-            return f"{'float8 weights' if codes == 'fp8' else f'codes of {codes[-1]} bits'}"
+            return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
         size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
         return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
-    if codes != "fp8":
-        return f"codes of {codes[-1]} bits"
+    if codes != ("fp4" if quantization.algorithm == NVFP4 else "fp8"):
+        return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
+    if quantization.algorithm == NVFP4 and ("input_scale" not in parameters or "prequant" in parameters):
+        return "NVFP4 weights without a scale of the activations, or with factors of them"
     if quantization.algorithm == FP8 and slot.module.experts:
         return "float8 experts with a scale a matrix, which a stack of experts has no place for"
     if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
@@ -262,7 +267,7 @@ def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence
 
     Facts: docs/format/quantized-layouts.md, section 10.
     """
-    if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
+    if not _tiled(quantization) or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
         return []
     fitting = aligned(sharding, quantization, tp_sizes)
     choice = ", ".join(map(str, fitting)) or "none: quantize to FP8, or not at all"
@@ -274,7 +279,12 @@ def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence
 
 def aligned(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[int]:
     """Those of `tp_sizes` at which every rank's share of every quantized module is whole tiles and groups."""
-    return [size for size in tp_sizes if not quantization.bits or not list(_misaligned(sharding, quantization, size))]
+    return [size for size in tp_sizes if not _tiled(quantization) or not list(_misaligned(sharding, quantization, size))]
+
+
+def _tiled(quantization: Quantization) -> bool:
+    """Whether a rank must hold whole tiles of integer codes, or whole groups of NVFP4."""
+    return bool(quantization.bits) or quantization.algorithm == NVFP4
 
 
 def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
@@ -297,7 +307,9 @@ def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) ->
         )
         inside = model.dimension(module.in_) / (count if module.split == "row" else 1)
         outs = " + ".join(dict.fromkeys(part.out for part in module.parts)) or module.out
-        if module.experts:
+        if quantization.algorithm == NVFP4:
+            asked = [(module.in_, inside, NVFP4_GROUP)]
+        elif module.experts:
             asked = [(outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group)]
         else:
             whole_in, whole_out = model.dimension(module.in_) / tp_size, model.dimension(module.out or "0") / tp_size

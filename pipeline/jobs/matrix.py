@@ -31,6 +31,7 @@ QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "int4_awq": {"use_weight_only": True, "weight_only_precision": "int4_awq"},
     "fp8": {"use_fp8": True},
     "fp8_rowwise": {"use_fp8_rowwise": True},
+    "nvfp4": {"use_nvfp4": True},
 }
 SOURCES = ("model_dir", "meta_ckpt_dir")
 # An option of these is a list by nature.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, Quantization
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, NVFP4, Quantization
 from pipeline.planning.job import Shape
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor
@@ -17,7 +17,7 @@ from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
 BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
-NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8)
+NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8, NVFP4)
 _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_fp8_rowwise"
 
 
@@ -55,7 +55,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     asked, problems = _asked(options)
     own, group_size = native(packing, tensors)
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
-    numbers = packing.format is None or options.dequantize
+    # Codes that no kernel takes are made numbers without being asked: the plan's notes say so.
+    numbers = own is None or options.dequantize
     if options.requantize and packing.format:
         again = asked or "W4A16_GPTQ"
         algorithm: str | None = again
@@ -68,9 +69,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
             problems.append(Problem(_flag(options), found if not options.dequantize else "a dequantized source", expected, remedy))
     else:
         algorithm = own
-        if own is None:
-            problems.append(Problem(packing.format or "", found, "weights that one of TensorRT-LLM's kernels takes", _DEQUANTIZE))
-        elif asked and asked != own:
+        if asked and asked != own:
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
     group = options.group_size or group_size or 128
@@ -84,10 +83,11 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem("--dtype float32", f"with {algorithm}", "float16 or bfloat16: the kernels' activations have 16 bits")
         )
-    if (options.dequantize or options.requantize) and packing.format is None:
-        flag = "--dequantize" if options.dequantize else "--requantize"
+    if options.dequantize and not packing.formats:
+        problems.append(Problem("--dequantize", found, "a quantized source"))
+    if options.requantize and packing.format is None:
         expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
-        problems.append(Problem(flag, found, expected))
+        problems.append(Problem("--requantize", found, expected))
     bound = packing.settings.get("activation_scale_ub")
     quantization = Quantization(
         algorithm=algorithm,
@@ -108,6 +108,7 @@ def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
         named.append(BY_PRECISION[options.weight_only_precision])
     named += [FP8] if options.use_fp8 else []
     named += [FP8_ROWWISE] if options.use_fp8_rowwise else []
+    named += [NVFP4] if options.use_nvfp4 else []
     if len(named) > 1:
         return named[0], [Problem(_flag(options), " and ".join(named), "one algorithm")]
     return (named[0] if named else None), []
@@ -115,7 +116,7 @@ def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
 
 def _flag(options: Shape) -> str:
     flags = [f"--weight_only_precision {options.weight_only_precision}"] if options.use_weight_only else []
-    flags += [f"--{name}" for name in ("use_fp8", "use_fp8_rowwise") if getattr(options, name)]
+    flags += [f"--{name}" for name in ("use_fp8", "use_fp8_rowwise", "use_nvfp4") if getattr(options, name)]
     return " ".join(flags) or "--use_weight_only"
 
 
@@ -123,7 +124,7 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
     problems = []
     if options.dequantize:
         problems.append(Problem("--requantize", "--dequantize too", "one of them"))
-    if algorithm in (AWQ, FP8, "W8A16_GPTQ"):
+    if algorithm in (AWQ, FP8, NVFP4, "W8A16_GPTQ"):
         expected = "int4_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
         problems.append(Problem(_flag(options), "--requantize", expected))
     if algorithm == "W4A16_GPTQ" and not (options.group_size or group_size):
@@ -152,14 +153,27 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **inner} if isinstance(inner, Mapping) else dict(settings)
 
 
+def dequantization_notes(packing: Packing, chosen: Sequence[Quantization], dequantize: bool) -> tuple[str, ...]:
+    """What formats are made numbers of without being asked to, for the plan. `dequantize`: the option asks for it."""
+    made = [format_named(name) for name in dict.fromkeys(packing.formats.values()) if format_named(name).numbers]
+    first = format_named(packing.format) if packing.format else None
+    if first and all(each.from_numbers for each in chosen):
+        made.append(first)
+    if dequantize or not made:
+        return ()
+    targets = ", ".join(dict.fromkeys(each.algorithm or "a 16-bit target" for each in chosen if each.from_numbers))
+    titles = " and ".join(each.title for each in made)
+    return (f"dequantized: TensorRT-LLM 1.2 has no algorithm that takes {titles} as it is; its numbers become {targets}",)
+
+
 def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: Sequence[Quantization]) -> dict[TensorName, str]:
     """The tensors of a packed source that no target has a place for, each with the reason."""
     cache = any(quantization.fp8_kv_cache for quantization in chosen)
-    static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
+    static = any(quantization.algorithm in (FP8, NVFP4) and not quantization.from_numbers for quantization in chosen)
     reasons = {
         "group_index": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
         "kv_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
-        "input_scale": "" if static else "the activations are not FP8 with one scale",
+        "input_scale": "" if static else "the activations have no scale of their own in the target",
     }
     by_name, result = by_module(tensors), dict[TensorName, str]()
     for module, name in packing.formats.items():

@@ -29,6 +29,7 @@ class _Common(TypedDict, total=False):
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"]
     use_fp8: bool
     use_fp8_rowwise: bool
+    use_nvfp4: bool
     use_meta_fp8_rowwise_recipe: bool
     fp8_kv_cache: bool
     group_size: int | None

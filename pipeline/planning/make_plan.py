@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
-from pipeline.planning.choose_algorithm import unused
+from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark, requantization_notes
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Job
@@ -60,7 +60,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
-    notes = requantization_notes(opened, chosen, size)
+    asked_for = job.dequantize or job.requantize
+    notes = (*dequantization_notes(opened.packing, chosen, asked_for), *requantization_notes(opened, chosen, size))
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

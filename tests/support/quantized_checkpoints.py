@@ -338,6 +338,109 @@ def fbgemm(*, bound: float = 1200.0) -> Format:
     return Format(quantize, settings, "FP8_PER_CHANNEL_PER_TOKEN", flags={"use_meta_fp8_rowwise_recipe": True}, skip=skip)
 
 
+def by_tile(weight: np.ndarray, tile: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float8 codes, the scale of each tile, rounded up at the ends of rows and columns, and what the codes stand for."""
+    out, features = weight.shape
+    scales = np.empty((-(-out // tile), -(-features // tile)), dtype)
+    codes, stands_for = np.empty(weight.shape, FP8), np.empty(weight.shape, np.float32)
+    for i, j in np.ndindex(scales.shape):
+        part = (slice(i * tile, (i + 1) * tile), slice(j * tile, (j + 1) * tile))
+        scales[i, j] = max(np.abs(weight[part]).max() / 448, 1e-12)
+        codes[part], stands_for[part] = float8(weight[part], np.asarray(scales[i, j]))
+    return codes, scales, stands_for
+
+
+def block_float8(*, tile: int = 128, compressed_: bool = False, dtype: np.dtype = BF16) -> Format:
+    """FP8 with a scale for each tile: as DeepSeek and Qwen3 have it, or compressed-tensors' strategy `block`."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        codes, scales, stands_for = by_tile(weight, tile, dtype)
+        return Packed({"weight": codes, "weight_scale" if compressed_ else "weight_scale_inv": scales}, stands_for)
+
+    if compressed_:
+        weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [tile, tile], "symmetric": True}
+        inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": tile, "dynamic": True, "symmetric": True}
+        return Format(quantize, _groups("float-quantized", weights, inputs), "")
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [tile, tile]}
+    return Format(quantize, settings, "")
+
+
+# --- 4-bit floats
+
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+
+
+def float4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest e2m1 of each value, as a code (sign, two bits of exponent, one of mantissa) and as a number."""
+    nearest = np.abs(np.abs(values)[..., None] - E2M1).argmin(axis=-1)
+    negative = np.signbit(values)
+    return (nearest + 8 * negative).astype(np.uint8), np.where(negative, -E2M1[nearest], E2M1[nearest])
+
+
+def pairs(codes: np.ndarray) -> np.ndarray:
+    """Two codes of consecutive in-features a byte, the first in the low half."""
+    return (codes[:, 0::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
+
+
+def nvfp4(*, compressed_: bool = False, cache: bool = False, alike: bool = True, inputs: bool = True) -> Format:
+    """NVFP4 of ModelOpt, whose scale of all multiplies, or of compressed-tensors, whose divides.
+
+    `alike`: the parts of a fused module have one scale of all, as both quantizers see to. `inputs`: activations have a scale.
+    """
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:
+        own = {"q_proj": 1.5, "k_proj": 1.0, "v_proj": 0.75}.get(module.rpartition(".")[2], 1.0)
+        every = np.float32(2.0**-9 * (1 if alike else own))
+        held = np.float32(1) / every if compressed_ else every
+        every = np.float32(1) / held if compressed_ else every
+        groups = weight.reshape(len(weight), -1, 16)
+        scales = np.clip(np.abs(groups).max(axis=2) / 6 / every, 2.0**-9, 448).astype(FP8)
+        wide = scales.astype(np.float32)[..., None]
+        codes, numbers_ = float4(groups / (wide * every))
+        stands_for = (numbers_ * wide * every).reshape(weight.shape).astype(np.float32)
+        activation = np.float32(0.001 * (1 + len(module) % 5))
+        packed_codes = pairs(codes.reshape(weight.shape))
+        if compressed_:
+            parameters = {"weight_packed": packed_codes, "weight_scale": scales, "weight_global_scale": held.reshape(1)}
+            parameters |= {"input_global_scale": np.array([1 / activation], np.float32)} if inputs else {}
+            return Packed(parameters, stands_for)
+        parameters = {"weight": packed_codes, "weight_scale": scales, "weight_scale_2": np.asarray(held)}
+        parameters |= {"input_scale": np.asarray(activation)} if inputs else {}
+        if cache and module.endswith(("k_proj", "v_proj")):
+            parameters[f"{module[-6]}_scale"] = np.array(0.5 if module.endswith("k_proj") else 0.75, np.float32)
+        return Packed(parameters, stands_for)
+
+    algorithm = "NVFP4" if inputs else ""
+    if compressed_:
+        weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+        return Format(
+            quantize, _groups("nvfp4-pack-quantized", weights, {**weights, "dynamic": "local"} if inputs else None), algorithm
+        )
+    held_ = {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": "FP8" if cache else None,
+        "group_size": 16,
+        "exclude_modules": ["lm_head"],
+    }
+    said = {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": held_}
+    return Format(quantize, {}, algorithm, files={"hf_quant_config.json": said})
+
+
+def mxfp4(*, named: str = "weight_packed", exponents: str = "uint8") -> Format:
+    """MXFP4 of compressed-tensors; Quark calls the weight `weight`. `exponents`: their type."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        groups = weight.reshape(len(weight), -1, 32)
+        exponent = np.clip(np.floor(np.log2(np.maximum(np.abs(groups).max(axis=2), 1e-30))) - 2, -127, 127).astype(np.int32)
+        codes, numbers_ = float4(np.clip(groups / np.exp2(exponent.astype(np.float64))[..., None], -6, 6))
+        stands_for = (numbers_ * np.exp2(exponent.astype(np.float64))[..., None]).reshape(weight.shape).astype(np.float32)
+        stored = (exponent + 127).astype(np.uint8).view(np.dtype(getattr(ml_dtypes, exponents, np.uint8)))
+        return Packed({named: pairs(codes.reshape(weight.shape)), "weight_scale": stored}, stands_for)
+
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    return Format(quantize, _groups("mxfp4-pack-quantized", weights, None) if named == "weight_packed" else {}, "")
+
+
 def formats() -> dict[str, Format]:
     """Every format, and what varies inside it."""
     return {
@@ -362,4 +465,14 @@ def formats() -> dict[str, Format]:
         "modelopt fp8": modelopt_float8(),
         "modelopt awq": modelopt_awq(),
         "fbgemm": fbgemm(),
+        "fp8 block": block_float8(),
+        "fp8 block of 96": block_float8(tile=96, dtype=np.dtype(np.float32)),
+        "compressed fp8 block": block_float8(compressed_=True),
+        "nvfp4": nvfp4(),
+        "nvfp4 cache": nvfp4(cache=True),
+        "nvfp4 scales apart": nvfp4(alike=False),
+        "nvfp4 weights alone": nvfp4(inputs=False),
+        "compressed nvfp4": nvfp4(compressed_=True),
+        "mxfp4": mxfp4(),
+        "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }

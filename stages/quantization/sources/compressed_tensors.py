@@ -43,10 +43,12 @@ class CompressedTensors(PackedFormat):
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a module's weight is packed, or int8 with a scale a row."""
+        """Whether a module's weight is packed in words, or int8 with a scale a row."""
         if "weight_scale" not in parameters:
             return False
-        return "weight_packed" in parameters or ("weight" in parameters and parameters["weight"].dtype == np.int8)
+        if "weight_packed" in parameters:
+            return bool(parameters["weight_packed"].dtype != np.uint8)  # small floats, which are of other formats
+        return "weight" in parameters and parameters["weight"].dtype == np.int8
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
         """Refuse a width other than 4 or 8, shapes that do not fit one another, and groups in an order of their own."""

@@ -27,7 +27,7 @@ def first_half(array: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
     return np.ascontiguousarray(np.take(array, range(array.shape[axis] // 2), axis))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "fp8 block of 96"])  # half of its rows is half a tile
 def test_half_of_the_rows_unpacked_is_half_of_what_is_unpacked(name: str) -> None:
     kind = KINDS[name]
     stored = {key: np.ascontiguousarray(array) for key, array in kind.quantizer(MODULE, WEIGHT).parameters.items()}
@@ -50,7 +50,7 @@ def test_tensorrt_llms_algorithm(name: str) -> None:
     assert packing is not None
     algorithm, group = packing.native({MODULE: tensors}, kind.settings)
     assert algorithm == (kind.algorithm or None)
-    assert bool(group) == ("GPTQ" in kind.algorithm or "AWQ" in kind.algorithm)
+    assert bool(group) == any(name in kind.algorithm for name in ("GPTQ", "AWQ", "NVFP4"))
     if group:
         groups = tensors["scales"].shape[0] if "scales" in tensors else tensors["weight_scale"].shape[1]
         assert group * groups == WEIGHT.shape[1]
