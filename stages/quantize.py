@@ -227,16 +227,16 @@ def unfit(
     """Modules whose codes are not of the kind that the target keeps, when it keeps the source's."""
     if quantization.from_numbers or quantization.algorithm is None:
         return []
-    problems = []
+    misfits: dict[str, list[str]] = defaultdict(list)
     for name, parameters in by_module(tensors).items():
         slot = sharding.layout.find(name)
         if slot and is_quantized(slot, quantization, sharding.model.num_hidden_layers):
             misfit = _misfit(slot, parameters, quantization, sharding)
             if misfit:
-                source = str(origin(TensorName(name, next(iter(parameters)))))
-                expected = f"what {quantization.algorithm} keeps in every linear"
-                problems.append(Problem(source, misfit, expected, "Give --dequantize, and quantize again where wanted"))
-    return problems
+                misfits[misfit].append(str(origin(TensorName(name, next(iter(parameters))))))
+    expected, remedy = f"what {quantization.algorithm} keeps in every linear", "Give --dequantize, and quantize again where wanted"
+    more = {misfit: f", in {len(names)} modules" if len(names) > 1 else "" for misfit, names in misfits.items()}
+    return [Problem(names[0], f"{misfit}{more[misfit]}", expected, remedy) for misfit, names in misfits.items()]
 
 
 def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.tensor.names import TensorName, by_module
+from pipeline.tensor.names import TensorName, by_module, split_names
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages.quantization.packed_format import PackedFormat
@@ -38,6 +38,22 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
         packing = format_of(parameters)
         for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
             result[TensorName(module, parameter)] = array
+    return result
+
+
+def arranged(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """The tensors of a source by name, those of packed modules in shapes that have the axes of their format.
+
+    Reads the small tensors that say them; the same mapping where nothing is stored flat.
+    """
+    result = dict(tensors)
+    for module, parameters in by_module(split_names(tensors)).items():
+        if parameters.keys() <= {"weight", "bias"}:
+            continue
+        packing = format_of(parameters)
+        made = packing.arrange(parameters) if packing else parameters
+        if made is not parameters:
+            result |= {str(TensorName(module, parameter)): tensor for parameter, tensor in made.items()}
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -181,6 +182,12 @@ def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> 
         elif any(units(shape, part) == 0 for part in parts):
             expected_ = f"bounds of its {len(parts)} parts, of {total} rows, between values and not inside one"
             problems.append(Problem(str(name), f"shape {list(shape)}", expected_, "Convert the model that it was quantized from"))
+    counts = Counter(renamed.source for renamed in matches.names.values())
+    for name, count in counts.items():
+        known = format_named(packed[name.module]).parameters.get(name.parameter) if count > 1 and name.module in packed else None
+        if known and known.joint:
+            remedy = "Convert the model that it was quantized from"
+            problems.append(Problem(str(name), f"one tensor for {count} parts of a fused module", "one for each part", remedy))
     return problems
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from stages.read import find_source, sources
 from stages.read.source_reader import SourceReader
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import check, format_of
+from stages.unpack import arranged, check, format_of
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
         # Planning writes nothing: the directory is never made.
         job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
         source = find_source(job.model_dir, None, None, job.revision, download=False)
+        source = replace(source, tensors=arranged(source.tensors))
         problems = _refusals(job)
     result = _facts(source)
     family = find_family(source.container, source.architecture)

@@ -19,7 +19,7 @@ from stages.quantization.unread import unread
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
-from stages.unpack import axes, check, zero_biases
+from stages.unpack import arranged, axes, check, zero_biases
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
 def _open_source(job: Job, live_model: Any, download: bool) -> Source:
     if live_model is not None:
         return open_model(live_model)
-    return find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
+    source = find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
+    return replace(source, tensors=arranged(source.tensors))
 
 
 def _family(source: Source) -> Family:

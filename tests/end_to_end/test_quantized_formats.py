@@ -399,7 +399,8 @@ def test_dequantized_in_stages_and_with_shared_kv_heads(tmp_path: Path) -> None:
 
 
 def test_act_order_is_dequantized(tmp_path: Path) -> None:
-    for number, kind in enumerate([source.gptq(index="order"), source.gptq(index="order", sym=False, bits=8)]):
+    kinds = [source.gptq(index="order"), source.gptq(index="order", sym=False, bits=8), source.gptq(index="order", bits=3)]
+    for number, kind in enumerate([*kinds, source.compressed(index="order", sym=False)]):
         check_stands_for(kind, tmp_path / str(number), tp_size=2, dequantize=True)
 
 
@@ -756,7 +757,7 @@ def test_groups_by_act_order_of_a_fused_tensor_are_dequantized(tmp_path: Path) -
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "compressed nvfp4", "fp8 block"])
+@pytest.mark.parametrize("name", ["nvfp4", "compressed nvfp4", "fp8 block", "bitsandbytes nf4"])
 @pytest.mark.parametrize("more", [{"tp_size": 1}, {"tp_size": 2, "dequantize": True}], ids=str)
 def test_small_floats_of_fused_tensors(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     kind, plain = FORMATS[name], fused(source.values(LLAMA), 2, FUSED_PHI)
@@ -776,6 +777,15 @@ def test_small_floats_of_fused_tensors(name: str, more: dict[str, Any], tmp_path
             wanted = theirs[f"transformer.layers.1.{module}.weight"]
             found = matrix(ours, f"transformer.layers.1.{module}")
             np.testing.assert_array_equal(found, wanted if algorithm else wanted.astype(np.float16))
+
+
+def test_scales_of_scales_of_a_fused_tensor_are_refused(tmp_path: Path) -> None:
+    kind = FORMATS["bitsandbytes nf4 nested"]
+    stored, _ = source.quantized(fused(source.values(LLAMA), 2, FUSED_PHI), kind, 2)
+    checkpoints.save(tmp_path / "model", source.described(PHI, kind), stored)
+    with pytest.raises(BadInput) as error:
+        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    assert {problem.subject.rpartition(".")[2] for problem in error.value.problems} == {"nested_absmax"}
 
 
 def test_parts_that_share_a_tile_are_refused(tmp_path: Path) -> None:

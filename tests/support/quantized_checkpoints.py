@@ -148,7 +148,14 @@ def numbers(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, index: np.
 
 
 def packed32(codes: np.ndarray, bits: int, axis: int, order: tuple[int, ...] = ()) -> np.ndarray:
-    """int32 words of unsigned codes along an axis: place i of a word, lowest first, holds code `order[i]` of its run."""
+    """int32 words of unsigned codes along an axis: place i of a word, lowest first, holds code `order[i]` of its run.
+
+    Codes of 3 bits go over the ends of words: their bits are one stream.
+    """
+    if 32 % bits:
+        stream = (np.moveaxis(codes, axis, -1)[..., None] >> np.arange(bits)) & 1
+        data = np.packbits(stream.reshape(*stream.shape[:-2], -1).astype(np.uint8), axis=-1, bitorder="little")
+        return np.moveaxis(np.ascontiguousarray(data).view(np.int32), -1, axis)
     count = 32 // bits
     runs = np.moveaxis(codes.astype(np.uint32), axis, -1)
     runs = runs.reshape(*runs.shape[:-1], -1, count)
@@ -197,7 +204,9 @@ def gptq(
     version = "gptq_v2" if second and said else "gptq"
     settings = {"bits": bits, "group_size": group, "desc_act": index == "order", "sym": sym, "checkpoint_format": version}
     named = {**settings, "quant_method": "gptq"}
-    return Format(quantize, {} if beside else named, f"W{bits}A16_GPTQ", files={"quantize_config.json": settings} if beside else {})
+    return Format(
+        quantize, {} if beside else named, f"W{max(bits, 4)}A16_GPTQ", files={"quantize_config.json": settings} if beside else {}
+    )
 
 
 def awq(*, group: int = 64, dtype: np.dtype = FP16) -> Format:
@@ -213,20 +222,28 @@ def awq(*, group: int = 64, dtype: np.dtype = FP16) -> Format:
     return Format(quantize, {**settings, "modules_to_not_convert": None}, "W4A16_GPTQ")
 
 
-def compressed(*, bits: int = 4, group: int = 64, sym: bool = True, dtype: np.dtype = BF16) -> Format:
-    """compressed-tensors' pack-quantized format."""
+def compressed(*, bits: int = 4, group: int = 64, sym: bool = True, dtype: np.dtype = BF16, index: str = "none") -> Format:
+    """compressed-tensors' pack-quantized format. `index`: "none", "unset" (-1), or "order" (`actorder: group`)."""
+    random = np.random.default_rng(7)
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
-        codes, zeros, scales = grouped(weight, bits, group, sym, dtype)
+        features = weight.shape[1]
+        order = random.permutation(features) if index == "order" else np.arange(features)
+        arranged, zeros, scales = grouped(weight[:, order], bits, group, sym, dtype)
+        codes, groups = np.empty_like(arranged), np.empty(features, dtype=np.int32)
+        codes[:, order], groups[order] = arranged, np.arange(features) // group
+        said = {"none": {}, "order": {"weight_g_idx": groups}, "unset": {"weight_g_idx": np.full(features, -1, np.int32)}}
         parameters = {
             "weight_packed": packed32(codes, bits, 1),
             "weight_scale": scales,
             "weight_shape": np.array(weight.shape, dtype=np.int64),
             **({} if sym else {"weight_zero_point": packed32(zeros, bits, 0)}),
+            **said[index],
         }
-        return Packed(parameters, numbers(codes, zeros, scales))
+        return Packed(parameters, numbers(codes, zeros, scales, groups))
 
     weights = {"num_bits": bits, "group_size": group, "strategy": "group", "symmetric": sym, "type": "int", "actorder": None}
+    weights |= {"actorder": "group"} if index == "order" else {}
     return Format(quantize, _groups("pack-quantized", weights, None), f"W{bits}A16_GPTQ")
 
 
@@ -441,6 +458,58 @@ def mxfp4(*, named: str = "weight_packed", exponents: str = "uint8") -> Format:
     return Format(quantize, _groups("mxfp4-pack-quantized", weights, None) if named == "weight_packed" else {}, "")
 
 
+# --- bitsandbytes
+
+# The quantiles of a normal distribution that nf4's codes stand for, and fp4's floats of two bits of exponent.
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+FP4 = [0.0, 0.0052083, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25]
+
+
+def bitsandbytes(*, kind: str = "nf4", nested: bool = False, block: int = 64) -> Format:
+    """4 bits, whose runs of in-features have a scale each; `nested`: these are codes themselves."""
+    table = np.array(NF4 if kind == "nf4" else [*FP4, *(-value for value in FP4)], np.float32)
+    inner = np.linspace(-1, 1, 256, dtype=np.float32)
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        runs = weight.reshape(-1, block)
+        scales = np.abs(runs).max(axis=1)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "float16", "shape": list(weight.shape)}
+        parameters: Arrays = {"weight.quant_map": table}
+        if nested:
+            offset = float(scales.mean())
+            shifted = scales - np.float32(offset)
+            largest = np.array([np.abs(shifted[first : first + 256]).max() for first in range(0, len(shifted), 256)], np.float32)
+            spread = np.repeat(largest, 256)[: len(shifted)]
+            chosen = np.abs((shifted / np.maximum(spread, 1e-12))[:, None] - inner).argmin(axis=1).astype(np.uint8)
+            scales = inner[chosen] * spread + np.float32(offset)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+            parameters |= {"weight.absmax": chosen, "weight.nested_absmax": largest, "weight.nested_quant_map": inner}
+        else:
+            parameters["weight.absmax"] = scales
+        codes = np.abs((runs / scales[:, None])[..., None] - table).argmin(axis=-1).reshape(weight.shape)
+        flat = codes.reshape(-1)
+        parameters["weight"] = ((flat[0::2] << 4) | flat[1::2]).astype(np.uint8).reshape(-1, 1)
+        parameters[f"weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        stands_for = (table[codes].reshape(-1, block) * scales[:, None]).reshape(weight.shape).astype(np.float32)
+        return Packed(parameters, stands_for)
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    return Format(quantize, {**settings, "bnb_4bit_use_double_quant": nested}, "")
+
+
+def bitsandbytes_int8() -> Format:
+    """LLM.int8: a row's largest magnitude beside its codes."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        largest = np.abs(weight).max(axis=1).astype(np.float32)
+        codes = np.rint(weight * (127 / largest)[:, None]).astype(np.int8)
+        stands_for = codes.astype(np.float32) * largest[:, None] / np.float32(127)
+        return Packed({"weight": codes, "SCB": largest, "weight_format": np.zeros((), np.uint8)}, stands_for)
+
+    return Format(quantize, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, "")
+
+
 def formats() -> dict[str, Format]:
     """Every format, and what varies inside it."""
     return {
@@ -455,9 +524,13 @@ def formats() -> dict[str, Format]:
         "gptq groups of 32": gptq(group=32),
         "gptq 8 bits": gptq(bits=8),
         "gptq 8 bits asymmetric": gptq(bits=8, sym=False),
+        "gptq 3 bits": gptq(bits=3),
+        "gptq 3 bits asymmetric": gptq(bits=3, sym=False),
+        "gptq 2 bits": gptq(bits=2, sym=False, second=True),
         "awq": awq(),
         "compressed w4a16": compressed(),
         "compressed w4a16 asymmetric": compressed(sym=False, dtype=FP16),
+        "compressed w4a16 unset index": compressed(index="unset"),
         "compressed w8a16": compressed(bits=8),
         "compressed w8a8": compressed_int8(),
         "compressed fp8": compressed_float8(dynamic=False),
@@ -474,5 +547,9 @@ def formats() -> dict[str, Format]:
         "nvfp4 weights alone": nvfp4(inputs=False),
         "compressed nvfp4": nvfp4(compressed_=True),
         "mxfp4": mxfp4(),
+        "bitsandbytes nf4": bitsandbytes(),
+        "bitsandbytes nf4 nested": bitsandbytes(nested=True),
+        "bitsandbytes fp4": bitsandbytes(kind="fp4", block=128),
+        "bitsandbytes int8": bitsandbytes_int8(),
         "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }

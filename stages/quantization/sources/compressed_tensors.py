@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
+_NO_GROUPS = np.full(1, -1)  # what a module's index holds where it says nothing
 _OWN = {"weight_packed", "weight_shape", "weight_zero_point", "weight_scale", "weight_g_idx", "weight"}
 
 
@@ -37,7 +38,7 @@ class CompressedTensors(PackedFormat):
         "weight_packed": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "group")),
         "weight_zero_point": PackedParameter(("out", "group")),
-        "weight_g_idx": PackedParameter(("in",)),
+        "weight_g_idx": PackedParameter(("in",), becomes="group_index"),
         "weight_shape": PackedParameter(("axis",), dropped="the shape is that of the model's configuration"),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
     }
@@ -51,7 +52,7 @@ class CompressedTensors(PackedFormat):
         return "weight" in parameters and parameters["weight"].dtype == np.int8
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """Refuse a width other than 4 or 8, shapes that do not fit one another, and groups in an order of their own."""
+        """Refuse a width other than 4 or 8, shapes that do not fit one another, and groups that the scales do not have."""
         scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
         assert weight is not None, "accepted"
         name = "weight_packed" if "weight_packed" in tensors else "weight"
@@ -80,14 +81,21 @@ class CompressedTensors(PackedFormat):
             return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
         if zeros is None and _asymmetric(settings):
             return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
-        # Groups of -1 mean none of its own.
-        index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else np.full(1, -1)
-        if not np.all(index == -1) and not np.array_equal(index, np.arange(said[1]) // (said[1] // groups)):
-            return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
+        index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else _NO_GROUPS
+        if not np.all(index == -1) and (index.shape != (said[1],) or np.any((index < 0) | (index >= groups))):
+            found = f"{index.size} groups from {index.min(initial=0)} to {index.max(initial=0)}"
+            return [Problem(f"{module}.weight_g_idx", found, f"one of {groups} groups for each of {said[1]} in-features")]
         return []
 
+    def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether `weight_g_idx` says groups that are no consecutive in-features (`actorder: group`)."""
+        if "weight_g_idx" not in tensors:
+            return False
+        index, groups = _values(tensors["weight_g_idx"]), tensors["weight_scale"].shape[1]
+        return not np.all(index == -1) and not np.array_equal(index, np.arange(index.size) // (index.size // groups))
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
-        """`codes4` or `codes8`, `scales` and `offsets`; the rest stays."""
+        """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where there is one; the rest stays."""
         scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
                         dtype=parameters["weight_scale"].dtype)  # fmt: skip
         rest = {name: array for name, array in parameters.items() if name not in _OWN}
@@ -99,6 +107,11 @@ class CompressedTensors(PackedFormat):
             offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
             return {"codes8": codes, "scales": scales, "offsets": offsets, **rest}
         words, bits = parameters["weight_packed"], _bits(settings)
+        if "weight_g_idx" in parameters:
+            index = parameters["weight_g_idx"]
+            rest["group_index"] = derive(
+                "unpack", group_index, {"index": index}, shape=index.shape, dtype=np.dtype(np.int32), groups=scales.shape[0]
+            )
         codes = derive(
             "unpack", as_bytes, {"words": words}, shape=(words.shape[0], 4 * words.shape[1]), dtype=UINT8, rows=words.chunks[0]
         )
@@ -154,6 +167,13 @@ def _values(tensor: LazyTensor) -> np.ndarray:
 def transposed(region: Region, values: Block) -> np.ndarray:
     """[groups, n] of [n, groups]."""
     return np.ascontiguousarray(values.read((region[1], region[0])).T)
+
+
+def group_index(region: Region, index: Block, groups: int) -> np.ndarray:
+    """int32 [n]: the group of each in-feature; consecutive ones where the index is -1 throughout."""
+    stored = np.asarray(index.read(whole(index.shape)))
+    plain = np.arange(stored.size) // (stored.size // groups)
+    return np.asarray(plain if np.all(stored == -1) else stored).astype(np.int32)[slice(*region[0])]
 
 
 def as_bytes(region: Region, words: Block) -> np.ndarray:

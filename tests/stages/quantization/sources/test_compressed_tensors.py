@@ -141,8 +141,22 @@ def test_what_is_right_is_not_refused(more: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("index", [[0, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
 def test_groups_that_are_not_consecutive(index: list[int]) -> None:
     tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
-    found = refusal(tensors)
-    assert found == "a.b.weight_g_idx: found groups in the order of the activations; expected consecutive in-features"
+    assert FORMAT.check("a.b", held(tensors), {}) == []
+    assert FORMAT.act_order(held(tensors))
+
+
+@pytest.mark.parametrize("index", [[0, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1, -1, -1]])
+def test_groups_that_the_scales_do_not_have(index: list[int]) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+    assert refusal(tensors).endswith("expected one of 2 groups for each of 8 in-features")
+
+
+@pytest.mark.parametrize("index", [[-1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
+def test_an_index_that_says_nothing_is_no_order(index: list[int]) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+    assert not FORMAT.act_order(held(tensors))
+    result = FORMAT.unpack(opened(tensors), {})
+    assert values(result["group_index"]).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
