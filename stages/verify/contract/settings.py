@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from stages.verify.contract.parallel import MappingSizes, read_mapping
-from stages.verify.contract.quantized import FP8_ROWWISE, QuantizationBlock, read_quantization
+from stages.verify.contract.quantized import FP8_ROWWISE, NVFP4, QuantizationBlock, read_quantization
 from stages.verify.contract.reader import ConfigReader
 
 # The loader's model class by architecture, of those that headrace writes.
@@ -222,7 +222,7 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
     algorithm = settings.quantization.algorithm
     if algorithm and settings.dtype == "float32":
         reader.wrong("dtype", f"float16 or bfloat16, as the kernels of {algorithm} need")
-    if settings.experts and algorithm in (FP8_ROWWISE, "W8A16_GPTQ"):
+    if settings.experts and algorithm in (FP8_ROWWISE, "W8A16_GPTQ", NVFP4):
         reader.wrong("quantization", f"another algorithm: TensorRT-LLM has no experts in {algorithm}", found=algorithm)
 
 
