@@ -154,7 +154,7 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dequantization_notes(packing: Packing, chosen: Sequence[Quantization], dequantize: bool) -> tuple[str, ...]:
-    """What formats are made numbers of without being asked to, for the plan. `dequantize`: the option asks for it."""
+    """Names the formats that are made numbers without being asked to, for the plan. `dequantize`: the option asks for it."""
     made = [format_named(name) for name in dict.fromkeys(packing.formats.values()) if format_named(name).numbers]
     first = format_named(packing.format) if packing.format else None
     if first and all(each.from_numbers for each in chosen):

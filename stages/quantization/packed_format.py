@@ -38,13 +38,16 @@ class PackedFormat(Protocol):
     """A packed format of sources. Each file of `stages/quantization/sources` has one, as `FORMAT`.
 
     `name`: what messages and tables call it. `title`: what its users call it. `numbers`: whether unpacking gives weights that are
-    numbers, so that there are no codes to keep. `parameters`: by local name, those that are not as a dense module's, whose
+    numbers, so that there are no codes to keep. `keeps`: TensorRT-LLM's algorithms that take its codes as they are. `proof`: what
+    our reading was compared with, and how exactly. `parameters`: by local name, those that are not as a dense module's, whose
     parameters have `out` first.
     """
 
     name: str
     title: str
     numbers: bool = False
+    keeps: tuple[str, ...] = ()
+    proof: str = ""
     parameters: Mapping[str, PackedParameter]
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:

@@ -32,6 +32,8 @@ class Awq(PackedFormat):
 
     name = "awq"
     title = "AWQ"
+    keeps = ("W4A16_GPTQ",)
+    proof = "NVIDIA's converter 0.17, its files byte for byte"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),

@@ -38,6 +38,7 @@ class BitsAndBytes(PackedFormat):
     name = "bitsandbytes"
     title = "bitsandbytes of 4 or 8 bits"
     numbers = True
+    proof = "bitsandbytes 0.50 (4 bits), value for value"
     parameters: Mapping[str, PackedParameter] = {
         "weight.absmax": PackedParameter(("out", "group")),
         "weight.nested_absmax": PackedParameter(("group",), joint=True),

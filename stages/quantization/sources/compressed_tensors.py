@@ -34,6 +34,8 @@ class CompressedTensors(PackedFormat):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ")
+    proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "group")),

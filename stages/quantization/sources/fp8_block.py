@@ -36,6 +36,7 @@ class BlockFp8(PackedFormat):
     name = "float8-block"
     title = "FP8 by block of DeepSeek or Qwen3 or compressed-tensors"
     numbers = True
+    proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight_scale_inv": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "in")),

@@ -34,6 +34,8 @@ class Gptq(PackedFormat):
 
     name = "gptq"
     title = "GPTQ"
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ")
+    proof = "NVIDIA's converter 0.17, its files byte for byte (4 and 8 bits)"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),

@@ -30,6 +30,8 @@ class ModelOptAwq(PackedFormat):
 
     name = "modelopt-awq"
     title = "ModelOpt INT4-AWQ"
+    keeps = ("W4A16_AWQ",)
+    proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight": PackedParameter(("out", "in"), rows=2),
         "weight_scale": PackedParameter(("out", "group")),

@@ -37,6 +37,8 @@ class Nvfp4(PackedFormat):
 
     name = "nvfp4"
     title = "NVFP4 of ModelOpt or compressed-tensors"
+    keeps = ("NVFP4",)
+    proof = "compressed-tensors 0.20, up to its rounding to bfloat16"
     parameters: Mapping[str, PackedParameter] = {
         "weight": PackedParameter(("out", "in")),
         "weight_packed": PackedParameter(("out", "in")),
