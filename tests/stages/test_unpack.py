@@ -95,11 +95,13 @@ def test_a_format_is_known_by_its_parameters() -> None:
     assert found.name == "gguf"
     assert [each.name for each in formats()] == [
         "awq",
+        "bitsandbytes",
         "compressed-tensors",
         "float8-block",
         "float8",
         "gguf",
         "gptq",
+        "hqq",
         "modelopt-awq",
         "mxfp4",
         "nvfp4",

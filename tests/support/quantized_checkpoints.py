@@ -510,6 +510,32 @@ def bitsandbytes_int8() -> Format:
     return Format(quantize, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, "")
 
 
+def hqq(*, bits: int = 4, group: int = 64) -> Format:
+    """HQQ of groups along the in-features: a byte holds codes of groups that are far apart."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        runs, top = weight.reshape(-1, group), (1 << bits) - 1
+        scale = ((runs.max(axis=1) - runs.min(axis=1)) / top).astype(FP16)
+        zero = (-runs.min(axis=1) / scale.astype(np.float32)).astype(FP16)
+        wide, offset = scale.astype(np.float32)[:, None], zero.astype(np.float32)[:, None]
+        codes = np.clip(np.rint(runs / wide + offset), 0, top).astype(np.uint8)
+        parts = np.split(codes, 8 // bits)
+        joined = sum(part.astype(np.uint32) << (8 - bits * (n + 1)) for n, part in enumerate(parts))
+        parameters = {
+            "W_q": np.asarray(joined).astype(np.uint8),
+            "scale": scale[:, None],
+            "zero": zero[:, None],
+            "shape": np.array(weight.shape, np.int64),
+            **{name: np.array(value, np.int32) for name, value in (("nbits", bits), ("group_size", group), ("axis", 1))},
+            "packing": np.frombuffer(f"{bits}bit_u8".encode(), np.uint8),
+            "view_as_float": np.zeros((), np.uint8),
+        }
+        return Packed(parameters, ((codes.astype(np.float32) - offset) * wide).reshape(weight.shape))
+
+    config = {"weight_quant_params": {"nbits": bits, "group_size": group, "axis": 1}}
+    return Format(quantize, {"quant_method": "hqq", "quant_config": config}, "")
+
+
 def formats() -> dict[str, Format]:
     """Every format, and what varies inside it."""
     return {
@@ -551,5 +577,7 @@ def formats() -> dict[str, Format]:
         "bitsandbytes nf4 nested": bitsandbytes(nested=True),
         "bitsandbytes fp4": bitsandbytes(kind="fp4", block=128),
         "bitsandbytes int8": bitsandbytes_int8(),
+        "hqq": hqq(),
+        "hqq 2 bits": hqq(bits=2, group=32),
         "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }

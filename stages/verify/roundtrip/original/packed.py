@@ -13,6 +13,7 @@ from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.bitsandbytes import STATE, EightBitNumbers, FourBitNumbers
 from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.grouped import grouped_numbers
+from stages.verify.roundtrip.original.hqq import TALK, HqqNumbers
 from stages.verify.roundtrip.original.numbers import GgufNumbers, Numbers, StoredNumbers
 from stages.verify.roundtrip.original.scaled import scaled_numbers
 from stages.verify.roundtrip.original.small_floats import by_tile, float4_numbers, tile_numbers
@@ -44,6 +45,8 @@ def unpack(
         packed = GgufNumbers(unpacked.pop(kind), kind=kind.removeprefix(GGUF))
     elif any(name.startswith(STATE) for name in unpacked):
         packed = FourBitNumbers(module, _take(unpacked, tuple(name for name in unpacked if name.startswith("weight"))))
+    elif "W_q" in unpacked:
+        packed = HqqNumbers(module, _take(unpacked, ("W_q", "scale", "zero", "shape", *TALK)))
     elif "SCB" in unpacked:
         packed = EightBitNumbers(_take(unpacked, ("weight", "SCB", "weight_format")))
     elif _is_float4(unpacked):

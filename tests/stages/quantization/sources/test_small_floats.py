@@ -1,4 +1,4 @@
-"""FP8 by block, NVFP4, MXFP4 and bitsandbytes: any part of a weight is that part of what its definition gives, in any chunks."""
+"""FP8 by block, NVFP4, MXFP4, bitsandbytes and HQQ: any part of a weight is that part of what its definition gives, in any chunks."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ KINDS: dict[str, tuple[str, Format, tuple[int, int]]] = {
     "nf4": ("bitsandbytes", source.bitsandbytes(block=32), (24, 96)),
     "nf4 twice": ("bitsandbytes", source.bitsandbytes(nested=True, block=32), (200, 96)),
     "fp4 twice": ("bitsandbytes", source.bitsandbytes(kind="fp4", nested=True, block=64), (40, 128)),
+    "hqq": ("hqq", source.hqq(group=16), (24, 96)),
+    "hqq 1 bit": ("hqq", source.hqq(bits=1, group=32), (24, 96)),
+    "hqq 8 bits": ("hqq", source.hqq(bits=8, group=32), (9, 96)),
     "int8": ("bitsandbytes", source.bitsandbytes_int8(), (24, 90)),
 }
 
@@ -127,6 +130,23 @@ def test_an_int8_weight_in_a_gpu_s_order() -> None:
     known, stored, _, _ = packed("int8")
     (problem,) = known.check("m", held({**stored, "weight_format": np.ones((), np.uint8)}), {})
     assert problem.subject == "m.weight_format"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"axis": np.array(0, np.int32)}, "m.axis: found 0; expected 1. "),
+        ({"nbits": np.array(3, np.int32)}, "m.nbits: found 3; expected 1 or 2 or 4 or 8"),
+        ({"nbits": np.array(8, np.int32)}, "m.W_q: found 4 bits by its shape; expected 8 bits, as nbits says"),
+        ({"quant_zero": np.ones((), np.uint8)}, "m.quant_zero: found 1; expected 0"),
+        ({"shape": np.array([24, 48])}, "m.scale: found shape [24, 6]; expected a scale for each 16 of [24, 48]"),
+        ({"W_q": np.zeros((72, 16), np.int32)}, "m.W_q: found int32 [72, 16]"),
+    ],
+)
+def test_hqq_of_other_kinds(changed: Arrays, said: str) -> None:
+    known, stored, _, _ = packed("hqq")
+    (problem,) = known.check("m", held({**stored, **changed}), {})
+    assert str(problem).startswith(said)
 
 
 @pytest.mark.parametrize("said", [{"weight_block_size": [16]}, {"weight_block_size": [0, 16]}, {"weight_block_size": "tiles"}])
