@@ -141,7 +141,7 @@ def read_few_bits(region: Region, words: Block, bits: int) -> np.ndarray:
     with meter("unpack", values.nbytes):
         codes = unpacked(np.ascontiguousarray(values.T), bits)
         codes += np.uint8(8 - (1 << (bits - 1)))
-        return (codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
+        return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
 
 
 def read_offsets(region: Region, zeros: Block, bits: int, symmetric: bool, second: bool) -> np.ndarray:

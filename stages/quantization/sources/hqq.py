@@ -1,8 +1,8 @@
 """HQQ of 1, 2, 4 and 8 bits, grouped along the in-features (axis 1).
 
-W_q uint8 [groups / p, group size], p = 8 / bits groups a byte: of `groups` in the order of the weight's values, the first p-th is in
-the highest bits of all rows, the last in the lowest; scale and zero [groups, 1]; shape [2], nbits, group_size, axis: weight = (code -
-zero) * scale. Facts: docs/format/quantized-layouts.md, section 9c.
+W_q uint8 [groups / p, group size], p = 8 / bits groups a byte: of all groups, in the order of the weight's values, the first p-th is
+in the highest bits, the last in the lowest; scale and zero [groups, 1]; shape [2], nbits, group_size, axis: weight = (code - zero)
+* scale. Facts: docs/format/quantized-layouts.md, section 9c.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _VALUES = ("W_q", "scale", "zero")
 # What the quantizer says of itself, in tensors of its own.
 _SAID = ("shape", "nbits", "group_size", "axis", "packing", "view_as_float", "unpack_view_dtype", "quant_scale", "quant_zero")
 _UNUSED = ("compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
+_ALLOWED = {"axis": (1,), "nbits": (1, 2, 4, 8), "view_as_float": (0,), "quant_scale": (0,), "quant_zero": (0,)}
 
 
 class Hqq(PackedFormat):
@@ -59,17 +60,11 @@ class Hqq(PackedFormat):
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:  # noqa: ARG002
         """Refuse other axes, widths and packings, and shapes that do not fit one another."""
-        for key, allowed in (
-            ("axis", (1,)),
-            ("nbits", (1, 2, 4, 8)),
-            ("view_as_float", (0,)),
-            ("quant_scale", (0,)),
-            ("quant_zero", (0,)),
-        ):
-            said = _ints(tensors, key)
-            if said and tuple(said) not in [(value,) for value in allowed]:
-                expected = f"{' or '.join(map(str, allowed))}"
-                return [Problem(f"{module}.{key}", str(said[0]), expected, "Convert the model that it was quantized from")]
+        for key, allowed in _ALLOWED.items():
+            found = _ints(tensors, key)
+            if found and (len(found) > 1 or found[0] not in allowed):
+                expected = " or ".join(map(str, allowed))
+                return [Problem(f"{module}.{key}", str(found[0]), expected, "Convert the model that it was quantized from")]
         shape, codes, scale = _ints(tensors, "shape"), tensors["W_q"], tensors["scale"]
         if codes.dtype != np.uint8 or len(codes.shape) != 2:
             return [Problem(f"{module}.W_q", f"{codes.dtype} {list(codes.shape)}", "uint8 of groups, two or more a row")]
