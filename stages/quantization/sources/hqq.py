@@ -1,8 +1,8 @@
 """HQQ of 1, 2, 4 and 8 bits, grouped along the in-features (axis 1).
 
-W_q uint8 [groups / p, group size], p = 8 / bits groups a byte: of all groups, in the order of the weight's values, the first p-th is
-in the highest bits, the last in the lowest; scale and zero [groups, 1]; shape [2], nbits, group_size, axis: weight = (code - zero)
-* scale. Facts: docs/format/quantized-layouts.md, section 9c.
+W_q uint8 [groups / p, group size], p = 8 / bits groups a byte: of all groups, in the order of the weight's values, the first p-th
+is in the highest bits, the last in the lowest; scale and zero [groups, 1]; shape [2], nbits, group_size, axis: weight = (code -
+zero) * scale. Facts: docs/format/quantized-layouts.md, section 9c.
 """
 
 from __future__ import annotations

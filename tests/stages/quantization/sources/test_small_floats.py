@@ -1,4 +1,4 @@
-"""FP8 by block, NVFP4, MXFP4, bitsandbytes and HQQ: any part of a weight is that part of what its definition gives, in any chunks."""
+"""FP8 by block, NVFP4, MXFP4, bitsandbytes and HQQ: any part of a weight is that of its definition, in any chunks."""
 
 from __future__ import annotations
 
