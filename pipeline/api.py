@@ -267,7 +267,8 @@ def report(
 
 def _job(job: Job | str | Path | None, options: JobOptions, live: bool) -> Job:
     from pipeline.planning.job import Job, make_job
+    from pipeline.planning.quantizations import overlaid
 
     if isinstance(job, Job):
-        return make_job({**job.model_dump(), **options}, live=live)
+        return make_job(overlaid(job.model_dump(exclude_unset=True), options), live=live)
     return make_job(options, None if job is None else Path(job), live)

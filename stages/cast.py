@@ -15,7 +15,7 @@ from pipeline.tensor.tensors import Applied, Block, TensorMap, map_blocks
 def target_dtype(name: TensorName, layout: Layout, dtype: str) -> str:
     """The type of a tensor in the target: `dtype`, unless its module has one of its own (a router is float32)."""
     slot = layout.find(name.module)
-    return slot.module.dtype if slot and slot.module.dtype else dtype
+    return slot.module.stored_dtype(dtype) if slot else dtype
 
 
 def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:

@@ -7,7 +7,7 @@ otherwise weights are numbers, or made numbers, and quantized. Facts: docs/forma
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, WEIGHT_ONLY, Quantization
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
-from stages.quantization.targets import fp8, groupwise, nvfp4, weight_only
+from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -74,8 +74,14 @@ def linear(module: Module) -> bool:
 
 
 def is_quantized(slot: Slot, quantization: Quantization, layers: int) -> bool:
-    """Whether a target quantizes a slot's module. Meta's recipe leaves attention and the first and last layers as they are."""
-    if quantization.algorithm is None or not linear(slot.module):
+    """Whether a target quantizes a slot's module.
+
+    Not where that is left to the loader or a list excludes it, and Meta's recipe leaves attention and the first and last layers as
+    they are.
+    """
+    if quantization.algorithm is None or quantization.left_to_loader or not linear(slot.module):
+        return False
+    if quantization.excludes(slot.module.name.replace("{layer}", str(slot.layer))):
         return False
     return not quantization.meta_recipe or (".attention." not in slot.module.name and slot.layer not in (0, layers - 1))
 
@@ -97,6 +103,8 @@ def quantize(
     fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
     layers = sharding.model.num_hidden_layers
     for name, parameters in modules.items():
+        if parameters.keys() == {"kv_scale"}:
+            continue  # of an attention module, which has no other parameters
         slot = sharding.layout.find(name)
         if slot is None:
             raise KeyError(name)
@@ -110,7 +118,7 @@ def quantize(
             entries |= _entries(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
         entries |= _fused(whole, parts, PACK_TOGETHER[str(quantization.algorithm)])
-    return entries | _constants(modules, target)
+    return entries | _stacks(fused.values(), target) | _constants(modules, target)
 
 
 def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[TensorName, Entry]:
@@ -118,12 +126,12 @@ def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Paramet
 
 
 def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
-    """A module as it is; a quantized one as numbers."""
+    """A module as it is; a quantized one as numbers, of the type that the module has in a target."""
     kept = {
         name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
     }
     if any(name in parameters for name in CODES):
-        weight = _cast(numbers.dequantize(parameters), target.numpy)
+        weight = _cast(numbers.dequantize(parameters), BY_TARGET[slot.module.stored_dtype(target.dtype)].numpy)
         kept["weight"] = (weight, replace(plain("weight"), working_bytes=12))
     return kept
 
@@ -131,20 +139,24 @@ def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> d
 def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
     quantization, module = target.quantization, slot.module
     bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
-    layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
-    if quantization.algorithm in GROUPWISE:
-        if quantization.from_numbers:
-            parameters = numbers.requantize(_weight(parameters), quantization.group_size, target.source(name))
-            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
-        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
         return fp8.pack_channels(parameters) | bias
-    weight, segments = _cast(_weight(parameters), target.numpy), target.segments(module)
-    source = target.source(name)
+    source, segments = target.source(name), target.segments(module)
     if quantization.algorithm == FP8_ROWWISE:
-        return fp8.quantize_channels(source, weight, segments, quantization.clamp) | bias
+        return fp8.quantize_channels(source, _cast(_weight(parameters), target.numpy), segments, quantization.clamp) | bias
+    assert isinstance(quantization.sm, int), "refused, or left to the loader"
+    layout = kernel_layout(quantization.bits, quantization.sm, module.experts)
+    if quantization.algorithm in WEIGHT_ONLY and not quantization.from_numbers:
+        return kept_rows.pack_rows(source, parameters, layout, target.numpy, target.dtype, BLOCK_ROWS) | bias
+    if quantization.algorithm in GROUPWISE:
+        if quantization.from_numbers:
+            parameters = numbers.requantize(_weight(parameters), quantization.group_size, source, quantization.bits)
+            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
+        zeros = quantization.zero_points
+        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros) | bias
+    weight = _cast(_weight(parameters), target.numpy)
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
@@ -156,13 +168,30 @@ def _fused(
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
     weights, shared = pack([parts[name][1] for name in named])
+    if slot.expert is not None:
+        del shared["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
         entries |= _entries(name, own, packed)
         if "bias" in parameters:
             entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
-    return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
+    return entries | _entries(whole, Slot(slot.module, None, slot.layer, slot.expert), shared)
+
+
+def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, da.Array]]]], target: _Target) -> dict[TensorName, Entry]:
+    """The scales of activations of stacks of experts in FP8: one on each rank, for all experts that it has."""
+    stacks: dict[tuple[str, int], dict[int, list[da.Array]]] = defaultdict(dict)
+    for parts in fused:
+        for slot, parameters in parts.values():
+            if slot.expert is not None and slot.layer is not None:
+                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(parameters["input_scale"])
+    entries = {}
+    for (owner, layer), by_expert in stacks.items():
+        array, size = fp8.pack_stack([by_expert[expert] for expert in sorted(by_expert)], target.sharding.parallelism.moe_ep_size)
+        name = TensorName(owner.replace("{layer}", str(layer)), "activation_scaling_factor")
+        entries[name] = Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
+    return entries
 
 
 def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
@@ -179,15 +208,23 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
             entries |= dict(
                 _constant(TensorName(f"{base}.{name}", "clamp_val"), layer, constant(f"{base}.{name}.clamp_val", bounds))
                 for name in names
+                if not quantization.excludes(f"{base}.{name}")
             )
         if quantization.fp8_kv_cache:
-            of_parts = [modules.get(f"{base}.attention.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
-            scales = [scale for scale in of_parts if scale is not None]
             name = TensorName(f"{base}.attention", "kv_cache_scaling_factor")
-            # Both or neither: of one alone the reference takes no notice.
-            array = fp8.largest(scales) if len(scales) == 2 else constant(str(name), (1.0,))
-            entries |= dict([_constant(name, layer, array)])
+            array = _cache_scale(modules, f"{base}.attention")
+            entries |= dict([_constant(name, layer, constant(str(name), (1.0,)) if array is None else array)])
     return entries
+
+
+def _cache_scale(modules: Mapping[str, Mapping[str, da.Array]], attention: str) -> da.Array | None:
+    """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without."""
+    if "kv_scale" in modules.get(attention, {}):
+        return modules[attention]["kv_scale"]
+    of_parts = [modules.get(f"{attention}.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
+    scales = [scale for scale in of_parts if scale is not None]
+    # Both or neither: of one alone the reference takes no notice.
+    return fp8.largest(scales) if len(scales) == 2 else None
 
 
 def _constant(name: TensorName, layer: int, array: da.Array) -> tuple[TensorName, Entry]:
@@ -205,20 +242,6 @@ def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
     if array.dtype == dtype:
         return array
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], to=dtype)
-
-
-def without_kernel(sharding: Sharding, quantization: Quantization) -> list[Problem]:
-    """Refuse quantizations in which TensorRT-LLM cannot load experts.
-
-    Its class of them refuses to be built with float8 with a scale a row, and with groups of 8-bit codes; its loader brings AWQ's
-    factors of activations to one row, where each expert has its own. Of NVFP4 its loader takes the scales of matrices alone.
-    """
-    if not sharding.model.num_experts or quantization.algorithm not in (FP8_ROWWISE, "W8A16_GPTQ", AWQ, NVFP4):
-        return []
-    experts = f"{sharding.model.num_experts} experts a layer, as {quantization.algorithm}"
-    expected = "a model without experts, as TensorRT-LLM 1.2.1 cannot load theirs"
-    remedy = "Give --use_weight_only (with --dequantize, where the source is quantized), or neither for 16 bits"
-    return [Problem("quantization", experts, expected, remedy)]
 
 
 def unfit(
@@ -250,13 +273,13 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
         if codes != f"codes{quantization.bits}":
             return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
         size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
+        if quantization.algorithm in WEIGHT_ONLY:
+            return "" if parameters["scales"].shape[-2] == 1 else f"groups of {size}, beside others of one a row"
         return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
     if codes != ("fp4" if quantization.algorithm == NVFP4 else "fp8"):
         return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
     if quantization.algorithm == NVFP4 and ("input_scale" not in parameters or "prequant" in parameters):
         return "NVFP4 weights without a scale of the activations, or with factors of them"
-    if quantization.algorithm == FP8 and slot.module.experts:
-        return "float8 experts with a scale a matrix, which a stack of experts has no place for"
     if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
         return "float8 weights with scales of another kind"
     return ""

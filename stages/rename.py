@@ -20,7 +20,8 @@ import numpy as np
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
-from pipeline.model.tables import Family, Layout, RenameRow, Slot
+from pipeline.model.patterns import PatternTable
+from pipeline.model.tables import Family, Layout, RenameRow, Slot, slot_names
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
@@ -113,7 +114,7 @@ def match(
     zeros, which go where the model has no such bias. `packed`: the axes of packed modules' parameters, by module and local
     name; any other parameter has `out` first.
     """
-    rows, ignored = family.rows(), family.ignored()
+    rows, ignored, around = family.rows(), family.ignored(), _attention(family, layout)
     names: dict[TensorName, Renamed] = {}
     left_out: dict[TensorName, str] = {}
     problems = []
@@ -122,6 +123,10 @@ def match(
         if ignored.find(module) or ignored.find(str(source)):
             continue
         row_match = rows.find(module)
+        owner = around.find(module) if parameter in packed.get(module, {}) else None
+        if row_match is None and owner and owner[1].get("layer", 0) < model.num_hidden_layers:
+            names[TensorName(owner[0].format(**owner[1]), parameter)] = Renamed(source, RenameRow((owner[0],)))
+            continue
         if row_match is None:
             problems.append(_unconsumed(source, f"no row for it in the table of family {family.name}"))
             continue
@@ -168,6 +173,15 @@ def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMa
     for name, source in matches.ties.items():
         result[name] = result[sources[source]]
     return result
+
+
+def _attention(family: Family, layout: Layout) -> PatternTable[str]:
+    """The modules around queries, keys and values, by pattern, and their new names: they may have parameters of their own."""
+    split_by_heads = {
+        name: module.name for module in layout.modules.values() for name, part in slot_names(module) if part and part.heads
+    }
+    pairs = ((pattern, split_by_heads[to]) for pattern, row in family.rename.items() for to in row.to if to in split_by_heads)
+    return PatternTable((pattern.rpartition(".")[0], name.rpartition(".")[0]) for pattern, name in pairs)
 
 
 def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int, model: ModelConfig) -> list[Renamed]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,27 @@ from pipeline.errors import Problem
 from pipeline.tensor.names import TensorName, by_module, split_names
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
+from stages.quantization import cache_scales
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import format_named, formats
 
 FEW = 3  # problems of one cause that are still said one by one
+NO_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The packed modules of a source, by the source's own names.
+
+    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations, which can only be dequantized.
+    `own`: the settings of modules of which the source says something else than of all. `problems`: of those that cannot be
+    unpacked.
+    """
+
+    formats: Mapping[str, str]
+    ordered: Sequence[str]
+    own: Mapping[str, Mapping[str, Any]]
+    problems: Sequence[Problem]
 
 
 def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
@@ -28,15 +46,17 @@ def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
     return next((each for each in formats() if each.accepts(parameters)), None)
 
 
-def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
+def unpack(tensors: TensorMap, settings: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] = NO_SETTINGS) -> TensorMap:
     """Turn every packed module into canonical parameters (`AXES` in pipeline/tensor/tensors.py).
 
-    `settings`: what its quantizer says.
+    `settings`: what the quantizer says; `own`: what it says of single modules, by their names here.
     """
     result = {}
     for module, parameters in by_module(tensors).items():
-        packing = format_of(parameters)
-        for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
+        rest, scales = cache_scales.divided(parameters)
+        packing = format_of(rest)
+        unpacked = packing.unpack(rest, own.get(module, settings)) if packing else rest
+        for parameter, array in {**unpacked, **cache_scales.unpack(scales, settings)}.items():
             result[TensorName(module, parameter)] = array
     return result
 
@@ -57,10 +77,19 @@ def arranged(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
     return result
 
 
-def axes(formats_: Mapping[str, str]) -> dict[str, dict[str, tuple[str, ...]]]:
-    """The axes of packed modules' parameters, by module (`formats_`: module -> its format) and local name."""
+def axes(
+    formats_: Mapping[str, str], tensors: Mapping[TensorName, LazyTensor] = MappingProxyType({})
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The axes of packed modules' parameters, by module (`formats_`: module -> its format) and local name.
+
+    And those of the scales of a cache, on whichever modules of `tensors` these are.
+    """
     known = {name: {key: packed.axes for key, packed in format_named(name).parameters.items()} for name in set(formats_.values())}
-    return {module: known[name] for module, name in formats_.items()}
+    result = {module: known[name] for module, name in formats_.items()}
+    for module, parameter in tensors:
+        if parameter in cache_scales.PARAMETERS:
+            result[module] = {**result.get(module, {}), parameter: cache_scales.PARAMETERS[parameter].axes}
+    return result
 
 
 def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str, str]) -> list[TensorName]:
@@ -69,24 +98,28 @@ def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str,
     return [name for name in names if name in tensors and not np.any(np.asarray(tensors[name].block(whole(tensors[name].shape))))]
 
 
-def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str], list[Problem]]:
-    """Examine the packed modules of a source, by the source's own names.
+def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> Examined:
+    """Examine the packed modules of a source, by the source's own names. Reads the small tensors that decide what they are.
 
-    Returns each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and a
-    problem for each module that cannot be unpacked, or one for all where many are alike. Reads the small tensors that decide it.
+    Where one thing is wrong in many modules, one problem stands for all.
     """
-    formats_, ordered = {}, []
-    problems: list[tuple[str, Problem]] = []
+    formats_, ordered, problems = dict[str, str](), list[str](), list[tuple[str, Problem]]()
+    own: dict[str, Mapping[str, Any]] = {}
     for module, parameters in by_module(tensors).items():
+        parameters, scales = cache_scales.divided(parameters)
+        problems += cache_scales.check(module, scales, alone=not parameters)
         packing = format_of(parameters)
         if packing is None:
             continue
         formats_[module] = packing.name
-        wrong = packing.check(module, parameters, settings)
+        said = packing.module_settings(module, parameters, settings)
+        if said is not settings:
+            own[module] = said
+        wrong = packing.check(module, parameters, said)
         problems += [(module, problem) for problem in wrong]
         if not wrong and packing.act_order(parameters):
             ordered.append(module)
-    return formats_, ordered, _by_cause(problems)
+    return Examined(formats_, ordered, own, _by_cause(problems))
 
 
 def _by_cause(problems: Sequence[tuple[str, Problem]]) -> list[Problem]:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from pipeline.cli.options import Json, LogFormat
+from pipeline.cli.options import Json, LogFormat, nvidia_options
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.jobs.events import Hub
 from pipeline.jobs.log import Log
 from pipeline.jobs.rows import STATES
+from pipeline.planning.nvidia_flags import Understood
 
 if TYPE_CHECKING:
     from pipeline.jobs.requests import Asked
@@ -78,7 +79,9 @@ def stop_in_order(stop: threading.Event, runner: Runner) -> None:
 
 
 @app.command("batch", no_args_is_help=True)
+@nvidia_options
 def batch_command(
+    nvidia: Understood,
     names: Annotated[
         list[str] | None, typer.Argument(help="Batch files, job files, directories of them, patterns.", show_default=False)
     ] = None,
@@ -116,6 +119,7 @@ def batch_command(
 
     lists = {"tp_size": tp_size, "pp_size": pp_size, "dtype": dtype, "quantization": quantization}
     matrix = {"model_dir": model_dir, "output_dir": output_dir, **{name: _values(name, text) for name, text in lists.items()}}
+    matrix |= nvidia.options
     requested = _requested_jobs(names or [], {name: value for name, value in matrix.items() if value})
     memory = _bytes(max_memory) or requested.settings.max_memory
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}

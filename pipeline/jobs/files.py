@@ -83,6 +83,8 @@ def printable(text: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_value(key)} = {_value(each)}' for key, each in value.items())}}}"
     if isinstance(value, str):
         value.encode()  # what is no UTF-8 stands in surrogates, which TOML does not know, nor the store
     # What JSON escapes, TOML's basic strings escape alike; DEL they escape too.

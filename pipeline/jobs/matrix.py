@@ -20,19 +20,8 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.job import Job
 from pipeline.planning.job_file import anchored
+from pipeline.planning.quantizations import QUANTIZATIONS
 
-# Names for what several of NVIDIA's flags say together.
-QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
-    "none": {},
-    "int8": {"use_weight_only": True, "weight_only_precision": "int8"},
-    "int4": {"use_weight_only": True, "weight_only_precision": "int4"},
-    "int4_gptq": {"use_weight_only": True, "weight_only_precision": "int4_gptq"},
-    "int8_gptq": {"use_weight_only": True, "weight_only_precision": "int8_gptq"},
-    "int4_awq": {"use_weight_only": True, "weight_only_precision": "int4_awq"},
-    "fp8": {"use_fp8": True},
-    "fp8_rowwise": {"use_fp8_rowwise": True},
-    "nvfp4": {"use_nvfp4": True},
-}
 SOURCES = ("model_dir", "meta_ckpt_dir")
 # An option of these is a list by nature.
 _LISTS = {"scratch_after"}
@@ -64,8 +53,7 @@ def expand(table: Mapping[str, Any], folder: Path, where: str, patterns: bool = 
             expected = f"a directory for each combination: name {{{differing[0] if differing else 'model'}}} in it"
             raise BadInput([Problem(f"{where}.output_dir", f"{output} for two of them", expected)])
         directories[output] = chosen
-        quantization = QUANTIZATIONS[chosen.pop("quantization", "none")]
-        jobs.append(anchored({**chosen, **quantization, "output_dir": output}, folder))
+        jobs.append(anchored({**chosen, "output_dir": output}, folder))
     if not jobs:
         raise BadInput([Problem(where, "no combination that is not excluded", "one at least")])
     return jobs
@@ -92,7 +80,7 @@ def filled(template: str, values: Mapping[str, Any], where: str) -> str:
 
 def _axes(table: Mapping[str, Any], folder: Path | None, where: str) -> tuple[dict[str, Sequence[Any]], list[Problem]]:
     """Every option with its choices."""
-    known = [*Job.model_fields, "quantization", "exclude"]
+    known = [*Job.model_fields, "exclude"]
     axes: dict[str, Sequence[Any]] = {}
     problems = []
     for key, value in table.items():

@@ -30,6 +30,7 @@ from pipeline.jobs.matrix import expand
 from pipeline.jobs.retry import Retry
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.job_file import anchored
+from pipeline.planning.quantizations import overlaid
 
 # Nobody looks at the dashboard of a conversion among many: without it one starts sooner, and runs faster.
 SCHEDULER = "threads"
@@ -134,10 +135,10 @@ def _file(path: Path, above: frozenset[Path]) -> Asked:
     requests = list(gather(batch.files, folder, above | {path.resolve()}).requests)
     problems: list[Problem] = []
     defaults = anchored(batch.defaults, folder)
-    requests += [_request({**defaults, **anchored(table, folder)}, f"{path}: job.{n}") for n, table in enumerate(batch.job)]
+    requests += [_request(overlaid(defaults, anchored(table, folder)), f"{path}: job.{n}") for n, table in enumerate(batch.job)]
     for n, table in enumerate(batch.matrix):
         try:
-            requests += of_matrix({**defaults, **table}, folder, f"{path}: matrix.{n}")
+            requests += of_matrix(overlaid(defaults, table), folder, f"{path}: matrix.{n}")
         except BadInput as error:
             problems += error.problems
     if problems:

@@ -77,6 +77,11 @@ class ModelConfig:
         return int(self.head_size * self.rotary_pct)
 
     @property
+    def own_head_size(self) -> int | None:
+        """The size of a head where it is not the one that TensorRT-LLM computes of the other sizes, else None."""
+        return self.head_size if self.head_size * self.num_attention_heads != self.hidden_size else None
+
+    @property
     def rotary_type(self) -> str:
         """The kind of position scaling by the configuration's name, such as "llama3"; "default" for none."""
         scaling = self.rotary_scaling or {}
@@ -85,6 +90,11 @@ class ModelConfig:
     @property
     def position_embedding_type(self) -> str:
         return "long_rope" if self.long_rope else "rope_gpt_neox"
+
+    @property
+    def plain_rotary_scaling(self) -> Mapping[str, Any] | None:
+        """The scaling of rotary positions other than a long rope's, which has keys of its own."""
+        return None if self.long_rope else self.rotary_scaling
 
     @property
     def long_rope(self) -> Mapping[str, Any]:
@@ -197,23 +207,9 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         values["head_size"] = hidden // heads
     model = ModelConfig(**values, settings=family_settings(config, family))
     problems = [p for name, allowed in family.expect.items() for p in _unexpected(name, model, allowed, family, file)]
-    problems += _layer_types(model, file)
     if problems:
         raise BadInput(problems)
     return model
-
-
-def _layer_types(model: ModelConfig, file: str) -> list[Problem]:
-    """Check that sliding and full layers alternate as `sliding_window_pattern` says: TensorRT-LLM is told the pattern only."""
-    types, pattern = model.settings.get("layer_types"), model.settings.get("sliding_window_pattern")
-    if not types or not pattern:
-        return []
-    expected = ["full_attention" if n % pattern == 0 else "sliding_attention" for n in range(1, model.num_hidden_layers + 1)]
-    if list(types) == expected:
-        return []
-    return [
-        Problem(f"{file}: layer_types", "another order of layers", f"every {pattern}. layer full, as sliding_window_pattern says")
-    ]
 
 
 def _unexpected(name: str, model: ModelConfig, allowed: tuple[Any, ...], family: Family, file: str) -> list[Problem]:

@@ -6,7 +6,10 @@ Facts: docs/format/quantized-layouts.md, section 9.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
+
+from pipeline.model.kernels import ANY, Generation
 
 # The `quantization` block of an unquantized target, in config.json's order; a quantized target replaces some values.
 DEFAULTS: dict[str, Any] = {
@@ -38,7 +41,7 @@ class Quantization:
     from_numbers
         Quantize from floating-point weights, dequantizing the source first where it is packed; otherwise keep the source's codes.
     sm
-        The GPU generation (80 for SM 8.0) whose kernels the weights are arranged for.
+        The GPU generation (80 for SM 8.0) whose kernels the weights are arranged for; "any" for weights in no order.
     group_size
         The number of in-features that share a scale.
     clamp
@@ -47,20 +50,44 @@ class Quantization:
         Leave attention and the first and last layers unquantized.
     fp8_kv_cache
         Write scales for an FP8 key-value cache.
+    exclude
+        Patterns of module names that stay unquantized, in the place of TensorRT-LLM's own list; () for that one.
+    zero_points
+        Write a zero point for each group beside its scale, in algorithms that take some.
     """
 
     algorithm: str | None = None
     from_numbers: bool = True
-    sm: int = 80
+    sm: Generation = 80
     group_size: int = 128
     clamp: float = CLAMP
     meta_recipe: bool = False
     fp8_kv_cache: bool = False
+    exclude: tuple[str, ...] = ()
+    zero_points: bool = True
 
     @property
     def bits(self) -> int:
         """The width of an integer code in bits; 0 where weights have no integer codes."""
         return {**WEIGHT_ONLY, **GROUPWISE, AWQ: 4}.get(self.algorithm or "", 0)
+
+    def excludes(self, module: str) -> bool:
+        """Whether a pattern names a module, such as `transformer.layers.0.attention.qkv`, or a module around it."""
+        if not self.exclude:
+            return False
+        parts = module.split(".")
+        around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return any(fnmatchcase(name, pattern) for name in around for pattern in self.exclude)
+
+    @property
+    def left_to_loader(self) -> bool:
+        """Whether weights stay numbers, which TensorRT-LLM's loader quantizes (docs/format/runtime-1.2.md, section d4)."""
+        return self.sm == ANY and self.algorithm in WEIGHT_ONLY
+
+    @property
+    def ordered(self) -> bool:
+        """Whether weights are in an order that one kernel reads."""
+        return self.algorithm in GROUPWISE or (self.algorithm in WEIGHT_ONLY and not self.left_to_loader)
 
     def config(self) -> dict[str, Any]:
         """Return config.json's `quantization` block."""
@@ -71,8 +98,9 @@ class Quantization:
             "group_size": self.group_size if grouped or self.algorithm in (AWQ, NVFP4) else DEFAULTS["group_size"],
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,
-            "has_zero_point": grouped,
+            "has_zero_point": grouped and self.zero_points,
             "pre_quant_scale": self.algorithm == AWQ,
+            "exclude_modules": list(self.exclude) or None,
         }
         return {**DEFAULTS, **values}
 

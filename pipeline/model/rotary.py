@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,3 +28,8 @@ def rotary_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     parameters = parameters.get("full_attention", parameters)
     rest = {key: value for key, value in dict(parameters).items() if key not in ("rope_theta", "partial_rotary_factor")}
     return None if rest.get("rope_type", "default") == "default" else rest
+
+
+def yarn_factor(factor: float, scale: float) -> float:
+    """Return yarn's factor of rotated values for one of its scales (`mscale`, `mscale_all_dim`)."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

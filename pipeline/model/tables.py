@@ -38,7 +38,7 @@ class RenameRow:
 
 @dataclass(frozen=True)
 class Omission:
-    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does unless the job says otherwise.
+    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does where the job asks for it.
 
     `modules`: patterns of renamed modules. `flag`: the field of ModelConfig that says whether the model has such parameters, and
     the option of the job that says whether they are kept. `reason`: what the plan reports of a tensor that is left out.
@@ -48,6 +48,20 @@ class Omission:
     parameter: str
     flag: str
     reason: str
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A published model whose configuration does not say everything.
+
+    `when`: the keys and values of its configuration that tell it. `name`: the model's; "" where they do not tell which it is.
+    `max_position_embeddings` and `rope_scaling_factor` (0.0: no factor is known) are what the configuration leaves out.
+    """
+
+    when: Mapping[str, Any]
+    max_position_embeddings: int
+    rope_scaling_factor: float = 0.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,10 @@ class Family:
         The values that a field or setting may have where TensorRT-LLM's model class supports no others.
     config
         Rows that are laid over the layout's config.json template.
+    scaling
+        The parameters of the scaling of positions that go with a factor, where the configuration has neither.
+    known
+        Models whose configurations do not say everything; the first row that fits counts, and the last fits always.
     """
 
     name: str
@@ -98,6 +116,8 @@ class Family:
     defaults: Mapping[str, Any]
     expect: Mapping[str, tuple[Any, ...]]
     config: Mapping[str, Any]
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+    known: tuple[KnownModel, ...] = ()
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -170,6 +190,10 @@ class Module:
     def in_layer(self) -> bool:
         """Whether every layer has such a module."""
         return "{layer}" in self.name
+
+    def stored_dtype(self, dtype: str) -> str:
+        """The type of the module's values in a target of type `dtype`: its own where it has one (a router is float32)."""
+        return self.dtype or dtype
 
 
 @dataclass(frozen=True)
@@ -269,6 +293,8 @@ def _family(name: str) -> Family:
         defaults=data.get("defaults", {}),
         expect={key: tuple(values) for key, values in data.get("expect", {}).items()},
         config=data.get("config", {}),
+        scaling=data.get("scaling", {}),
+        known=tuple(KnownModel(**row) for row in data.get("known", ())),
     )
 
 

@@ -13,11 +13,12 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
+from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.sources import format_named
-from stages.quantize import alignment, unfit, without_kernel
+from stages.quantize import alignment, unfit
 from stages.rename import units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
@@ -42,14 +43,14 @@ TYPES = {
 SCHEMES = {
     "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
     "codes8": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
-    "fp8": ((), ("channel_scale", "tensor_scale", "input_scale", "kv_scale")),
-    "fp4": (("block_scale", "global_scale"), ("prequant", "input_scale", "kv_scale")),
+    "fp8": ((), ("channel_scale", "tensor_scale", "input_scale")),
+    "fp4": (("block_scale", "global_scale"), ("prequant", "input_scale")),
 }
 
 
 def check_request(opened: OpenedSource) -> list[Problem]:
     """Check the output directories and the options that can be judged without the tensors; returns the problems."""
-    problems = [*opened.output_problems, *_refused_biases(opened), *_unfit_options(opened)]
+    problems = [*opened.output_problems, *_refused_biases(opened), *_unfit_options(opened), *check_expected(opened)]
     of_shapes = (problem for sharding in opened.shardings for problem in (*divisibility(sharding), *embedding_options(sharding)))
     return [*problems, *dict.fromkeys(of_shapes)]
 
@@ -68,7 +69,6 @@ def check_targets(opened: OpenedSource, chosen: Sequence[Quantization], tensors:
     """
     problems: list[Problem] = []
     for quantization, sharding in zip(chosen, opened.shardings, strict=True):
-        problems += without_kernel(sharding, quantization)
         if sound and not problems:
             problems += unfit(tensors, sharding, quantization, opened.matches.origin)
         if sound and not problems:
@@ -144,6 +144,8 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
     for name, array in tensors.items():
         source = str(matches.origin(name))
+        if name.parameter == "kv_scale":
+            continue  # one, of whichever module it is
         if name not in wanted:
             remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))

@@ -4,20 +4,26 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, NVFP4, Quantization
+from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, Quantization
+from pipeline.planning.generations import no_generation
 from pipeline.planning.job import Shape
+from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
+from pipeline.planning.quantizations import asked as asked_for
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.tensors import LazyTensor
+from pipeline.tensor.tensors import LazyTensor, tensor_bytes
+from stages.quantization.cache_scales import PARAMETERS as CACHE
+from stages.quantization.cache_scales import of_integers
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import format_named
 
-BY_PRECISION = {"int8": "W8A16", "int4": "W4A16", "int4_gptq": "W4A16_GPTQ", "int8_gptq": "W8A16_GPTQ", "int4_awq": AWQ}
-NEEDS_CODES = ("W4A16_GPTQ", "W8A16_GPTQ", AWQ, FP8, NVFP4)
+NEEDS_CODES = tuple(row.algorithm for row in QUANTIZATIONS.values() if row.calibrated)
 _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_fp8_rowwise"
 
 
@@ -25,19 +31,44 @@ _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_
 class Packing:
     """The packed modules of a source, by the source's own names.
 
-    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `settings`: the source's
-    quantization settings.
+    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations, `outside` those of them that are
+    numbers in every target, as a head is. `settings`: the source's
+    quantization settings; `own`: those of modules of which it says something else than of all.
     """
 
     formats: Mapping[str, str]
     ordered: Sequence[str]
     settings: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    outside: Collection[str] = ()
 
     @property
     def format(self) -> str | None:
         """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
         return next((name for name in self.formats.values() if name not in numbers), None)
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether a target that keeps the source's codes by groups has zero points beside them."""
+        return self.format is None or format_named(self.format).zero_points(self.settings)
+
+
+def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str | None:
+    """The type of most of a source's weights, by TensorRT-LLM's name, for a configuration that names none.
+
+    A quantized source has that of its 16-bit tensors, as its scales may have 32. None where no tensor is of a type that models
+    compute in, and for formats that are made numbers by unpacking: their own type is none of these.
+    """
+    if packing.formats and packing.format is None:
+        return None
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[of_numpy(tensor.dtype).target] += tensor_bytes(tensor)
+    found = [name for name in MODEL_DTYPES if sizes[name]]
+    if packing.format:
+        found = [name for name in found if name != "float32"] or found
+    return max(found, key=lambda name: sizes[name], default=None)
 
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
@@ -57,8 +88,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
     # Codes that no kernel takes are made numbers without being asked: the plan's notes say so.
     numbers = own is None or options.dequantize
-    if options.requantize and packing.format:
-        again = asked or "W4A16_GPTQ"
+    if options.requantize and packing.formats:
+        again = asked or (own if own in GROUPWISE else "W4A16_GPTQ")
         algorithm: str | None = again
         problems += _requantized(options, again, group_size)
     elif numbers:
@@ -77,6 +108,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem(f"--group_size {options.group_size}", f"groups of {group_size} in the source", "that size, or no option")
         )
+    problems += no_generation(algorithm, options.sm)
     if options.use_meta_fp8_rowwise_recipe and algorithm != FP8_ROWWISE:
         problems.append(Problem("--use_meta_fp8_rowwise_recipe", f"{algorithm or 'no quantization'}", f"{FP8_ROWWISE}"))
     if algorithm and options.dtype == "float32":
@@ -85,30 +117,27 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         )
     if options.dequantize and not packing.formats:
         problems.append(Problem("--dequantize", found, "a quantized source"))
-    if options.requantize and packing.format is None:
-        expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
-        problems.append(Problem("--requantize", found, expected))
-    bound = packing.settings.get("activation_scale_ub")
+    if options.requantize and not packing.formats:
+        expected = "a quantized source"
+        problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
+    bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
     quantization = Quantization(
         algorithm=algorithm,
-        from_numbers=numbers or options.requantize,
+        from_numbers=from_numbers,
         sm=options.sm,
         group_size=group,
         clamp=float(bound) if isinstance(bound, int | float) else CLAMP,
         meta_recipe=options.use_meta_fp8_rowwise_recipe,
         fp8_kv_cache=options.fp8_kv_cache,
+        zero_points=from_numbers or packing.zero_points,
     )
     return quantization, problems
 
 
 def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
     """The algorithm that the options name, and what is wrong with several."""
-    named = []
-    if options.use_weight_only:
-        named.append(BY_PRECISION[options.weight_only_precision])
-    named += [FP8] if options.use_fp8 else []
-    named += [FP8_ROWWISE] if options.use_fp8_rowwise else []
-    named += [NVFP4] if options.use_nvfp4 else []
+    flags = {flag: getattr(options, flag) for flag in UNASKED}
+    named = [str(QUANTIZATIONS[name].algorithm) for name in asked_for(flags)]
     if len(named) > 1:
         return named[0], [Problem(_flag(options), " and ".join(named), "one algorithm")]
     return (named[0] if named else None), []
@@ -124,24 +153,24 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
     problems = []
     if options.dequantize:
         problems.append(Problem("--requantize", "--dequantize too", "one of them"))
-    if algorithm in (AWQ, FP8, NVFP4, "W8A16_GPTQ"):
-        expected = "int4_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
+    if algorithm in (AWQ, FP8, NVFP4):
+        expected = "int4_gptq, int8_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
         problems.append(Problem(_flag(options), "--requantize", expected))
-    if algorithm == "W4A16_GPTQ" and not (options.group_size or group_size):
+    if algorithm in GROUPWISE and not (options.group_size or group_size):
         problems.append(Problem("--group_size", "nothing, and no groups in the source", "a group size such as 128"))
     return problems
 
 
 def _act_order(packing: Packing, options: Shape) -> list[Problem]:
-    if not packing.ordered or options.requantize:
+    ordered = [module for module in packing.ordered if module not in packing.outside]
+    if not ordered or options.requantize:
         return []
-    count = len(packing.ordered)
-    found = f"groups in the order of the activations (desc_act), in {count} modules"
+    found = f"groups in the order of the activations (desc_act), in {len(ordered)} modules"
     remedy = "Give --requantize to quantize again by round-to-nearest, which adds error, or --dequantize"
-    known = format_named(packing.formats[packing.ordered[0]]).parameters
+    known = format_named(packing.formats[ordered[0]]).parameters
     index = next((name for name, held in known.items() if held.becomes == "group_index"), "group_index")
     expected = f"groups of consecutive in-features: the kernels read no {index}"
-    return [Problem(f"{packing.ordered[0]}.{index}", found, expected, remedy)]
+    return [Problem(f"{ordered[0]}.{index}", found, expected, remedy)]
 
 
 def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,14 +201,21 @@ def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: S
     static = any(quantization.algorithm in (FP8, NVFP4) and not quantization.from_numbers for quantization in chosen)
     reasons = {
         "group_index": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
-        "kv_scale": "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write",
+        "kv_scale": _unused_cache(packing, cache),
         "input_scale": "" if static else "the activations have no scale of their own in the target",
     }
-    by_name, result = by_module(tensors), dict[TensorName, str]()
-    for module, name in packing.formats.items():
-        known = format_named(name).parameters
-        for parameter in by_name[module]:
-            described = known.get(parameter, PackedParameter(()))
-            if reason := described.dropped or reasons.get(described.becomes or parameter, ""):
+    result = dict[TensorName, str]()
+    for module, parameters in by_module(tensors).items():
+        known = format_named(packing.formats[module]).parameters if module in packing.formats else {}
+        for parameter in parameters:
+            described = CACHE.get(parameter) or known.get(parameter, PackedParameter(()))
+            if reason := described.dropped or ((known or described.becomes) and reasons.get(described.becomes or parameter, "")):
                 result[TensorName(module, parameter)] = reason
     return result
+
+
+def _unused_cache(packing: Packing, cache: bool) -> str:
+    """Why the scales of the source's cache are left out; "" where they are not. `cache`: a target has scales of an FP8 cache."""
+    if of_integers(packing.settings):
+        return "the scale of a cache of integers, which is not that of an FP8 cache"
+    return "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write"

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem
-from pipeline.model.dtypes import auto_dtype, of_numpy
+from pipeline.model.dtypes import of_numpy
 from pipeline.model.quantization import Quantization
 from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Shape, TargetOptions
 from pipeline.planning.opening import OpenedSource
-from pipeline.tensor.blocks import read_block
-from pipeline.tensor.names import TensorName, by_module
+from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Placement, RankTensor
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages import rope
 from stages.cast import cast
-from stages.quantization import numbers
-from stages.quantize import CODES, Entry, quantize, signal_to_noise
+from stages.quantize import Entry, quantize
 from stages.read import read
 from stages.rename import rename
 from stages.shard import Sharding, rank_tensors, shard
@@ -72,7 +70,7 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
     stages: dict[str, Callable[[TensorMap], TensorMap]] = {
         "read": lambda _: read(opened.source.named, chunk_bytes, row_multiple),
         "rename": lambda tensors: rename(tensors, opened.matches, opened.model),
-        "unpack": lambda tensors: unpack(tensors, opened.packing.settings),
+        "unpack": lambda tensors: unpacked(opened, tensors),
     }
     tensors: TensorMap = {}
     for stage, made in stages.items():
@@ -81,6 +79,18 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
         tensors = cuts.cut(stage, tensors)
         mark(stage_of, "scratch", tensors.values())
     return tensors
+
+
+def target_dtype(options: Shape, opened: OpenedSource) -> str:
+    """TensorRT-LLM's name of the type of what a target does not quantize."""
+    return opened.auto_dtype if options.dtype == "auto" else options.dtype
+
+
+def unpacked(opened: OpenedSource, tensors: TensorMap) -> TensorMap:
+    """The stage `unpack`, which the source's settings of single modules are given by their new names."""
+    own, names = opened.packing.own, opened.matches.names
+    by_name = {name.module: own[row.source.module] for name, row in names.items() if row.source.module in own} if own else {}
+    return unpack(tensors, opened.packing.settings, by_name)
 
 
 def compose_target(
@@ -93,7 +103,7 @@ def compose_target(
     stage_of: dict[str, str],
 ) -> TargetTensors:
     """cast, quantize and shard the canonical tensors for one target. `stage_of` is told which stage made which layer."""
-    dtype = auto_dtype(opened.source.dtype) if options.dtype == "auto" else options.dtype
+    dtype = target_dtype(options, opened)
     tensors = cast(tensors, sharding.layout, dtype)
     mark(stage_of, "cast", tensors.values())
     entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)
@@ -116,22 +126,3 @@ def _rank_tensors(entries: Mapping[TensorName, Entry], sharding: Sharding) -> It
     for name in shared.values():
         entry = entries[name]
         yield from rank_tensors(name, entry.slot, entry.parameter, sharding, of_numpy(entry.array.dtype).target)
-
-
-def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], block_bytes: int) -> tuple[str, ...]:
-    """The error that quantizing again adds, measured on the first rows of one tensor, which it reads of the source itself."""
-    sizes = {each.group_size for each in chosen if each.algorithm == "W4A16_GPTQ" and each.from_numbers}
-    if not opened.job.requantize or not sizes:
-        return ()
-    # Scratch is still empty: what planning looks at comes from the source itself.
-    tensors = unpack(rename(read(opened.source.named, block_bytes, 1), opened.matches, opened.model), opened.packing.settings)
-    packed = ((module, parameters) for module, parameters in by_module(tensors).items() if not parameters.keys().isdisjoint(CODES))
-    module, parameters = next(packed, ("", {}))
-    if not parameters:
-        return ()
-    weight = numbers.dequantize(parameters)
-    again = numbers.dequantize(numbers.requantize(weight, min(sizes)))
-    rows = ((0, min(64, weight.shape[0])), (0, weight.shape[1]))
-    before, after = (read_block(array, (0, 0)).read(rows) for array in (weight, again))
-    error = signal_to_noise(after, before)
-    return (f"quantized again: {error:.1f} dB of signal to noise against the source's own weights, in the first rows of {module}",)

@@ -15,7 +15,9 @@ from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
 from pipeline.planning.job import Job, make_job
@@ -47,7 +49,8 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     result = _facts(source)
     family = find_family(source.container, source.architecture)
     try:
-        model = model_config(source.config, family, source.architecture, source.config_name) if family else None
+        config = fill_in(source.config, family, source.config_name, {}).config if family else {}
+        model = model_config(config, family, source.architecture, source.config_name) if family else None
     except BadInput:
         model = None
     if family is None or model is None:
@@ -146,15 +149,18 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
 def _quantized(source: Source, job: Job) -> Quantization:
     """The quantization of a target where no option chooses another."""
     settings = clean_settings(source.config)
-    formats_, ordered, problems = check(source.named, settings)
-    return Quantization() if problems else choose(job, Packing(formats_, ordered, settings), source.named)[0]
+    found = check(source.named, settings)
+    packing = Packing(found.formats, found.ordered, settings, found.own)
+    return Quantization() if found.problems else choose(job, packing, source.named)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:
     """The sizes that the model can be cut to: any of tp_sizes with any of pp_sizes; experts as `moe_sizes` of a tp_size."""
     model = sharding.model
     sizes = aligned(sharding, quantization, tp_sizes(model, sharding))
-    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, model.num_hidden_layers]}
+    model_class = runtime().classes.get(model.architecture)
+    stages = model.num_hidden_layers if model_class is None or model_class.pipeline_stages else 1
+    result: dict[str, Any] = {"tp_sizes": list(sizes), "pp_sizes": [1, stages]}
     if model.num_experts:
         result["moe_sizes"] = {size: [list(pair) for pair in expert_sizes(model, size)] for size in sizes}
     return result

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.types import ByteSize
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.parallelism import Parallelism
 from pipeline.planning.engine_options import job_requests
 from pipeline.planning.job_file import absolute_path, model_name, read_job_file, scratch_root
-from pipeline.planning.keywords import JobOptions
+from pipeline.planning.keywords import JobOptions, QuantizationName
 from pipeline.planning.listen import listen_text
+from pipeline.planning.quantizations import PRECISION, completed, contradictions, overlaid, precision_alone, without_contradictions
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -28,12 +29,18 @@ def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
+def _number(value: Any) -> Any:
+    """Make a number of text that is one, as the command line has it beside names; return any other value unchanged."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
 ModelName = Annotated[Path | str, BeforeValidator(model_name)]
 ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
+Generations = Annotated[Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"], BeforeValidator(_number)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
 
@@ -43,7 +50,7 @@ class Shape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        "auto", description="Type of the weights; auto: the source's (float32 becomes float16)."
+        "auto", description="Type of the weights; auto: the source's, that of its tensors where it names none (float32: float16)."
     )
     tp_size: Size = Field(1, description="Tensor-parallel ranks.")
     pp_size: Size = Field(1, description="Pipeline stages.")
@@ -53,6 +60,10 @@ class Shape(BaseModel):
     use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
     embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
     write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
+    # Not part of what a job is written down as: the flags are, and the name follows from them.
+    quantization: QuantizationName = Field(
+        "none", exclude=True, description="Quantization in one word, for NVIDIA's flags below; none: as the source is."
+    )
     use_weight_only: bool = Field(False, description="Quantize weights, or take a source's codes, as weight_only_precision says.")
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"] = Field(
         "int8", description="int8 and int4 quantize; the others are for sources that are quantized so."
@@ -63,13 +74,25 @@ class Shape(BaseModel):
     use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
     fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
     group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
-    sm: Literal[80, 86, 89, 90, 100, 103, 120] = Field(80, description="GPU generation that integer weights are arranged for.")
+    sm: Generations = Field(
+        80, description="GPU generation that integer weights are arranged for; any: int8 and int4 as numbers, quantized at build."
+    )
     dequantize: bool = Field(False, description="Turn a quantized source into numbers before anything else.")
     requantize: bool = Field(
         False, description="Dequantize, and quantize again by round-to-nearest, as for groups in another order."
     )
     disable_weight_only_quant_plugin: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
     remove_duplicated_kv_heads: bool = Field(False, description="Recorded in config.json, as NVIDIA's flag.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_quantization(cls, values: Any) -> Any:
+        """Have `quantization` and NVIDIA's flags say the same, whichever was given."""
+        if not isinstance(values, Mapping):
+            return values
+        for problem in contradictions(values):
+            raise ValueError(str(problem))
+        return completed(values)
 
     @property
     def parallelism(self) -> Parallelism:
@@ -105,11 +128,26 @@ class Job(Shape):
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
+    max_position_embeddings: Size | None = Field(
+        None, description="Positions that the model was trained for, where Meta's params.json cannot tell; default: see the plan."
+    )
+    rope_scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Factor of Meta's use_scaled_rope, where params.json cannot tell; default: see the plan."
+    )
+    expect: dict[str, int | float | str] = Field(
+        {}, description="Values that the model must have, such as num_hidden_layers, or it is refused: an [expect] table."
+    )
     mlp_bias: Literal["omit", "keep", "refuse"] = Field(
-        "omit", description="Biases of the MLP in the source: omit as NVIDIA does, keep, or refuse the model."
+        "keep", description="Biases of the MLP in the source: keep, omit as NVIDIA's converter does, or refuse the model."
+    )
+    rope_scaling: Literal["auto", "none", "keep"] = Field(
+        "auto",
+        description="Scaling of rotary positions: auto as TensorRT-LLM 1.2 reads it; none: left out; keep: as the source has it.",
     )
     copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads that work at once; 0: one a core, at most 8.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Threads that work at once (in NVIDIA's script ranks at once); 0: one a core, at most 8."
+    )
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
     listen: ListenAddress | None = Field(
@@ -141,8 +179,8 @@ class Job(Shape):
     @property
     def targets(self) -> tuple[TargetOptions, ...]:
         """The targets to write: each `[[target]]` with the job's own fields as defaults, or else the job's single target."""
-        shape = self.model_dump(include=set(Shape.model_fields))
-        return tuple(TargetOptions(**{**shape, **table}) for table in self.target or ({"output_dir": self.output_dir},))
+        shape = self.model_dump(include=set(Shape.model_fields), exclude_unset=True)
+        return tuple(TargetOptions(**overlaid(shape, table)) for table in self.target or ({"output_dir": self.output_dir},))
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -156,7 +194,12 @@ class Job(Shape):
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
-        return {"mlp_bias": self.mlp_bias}
+        said = {name: value for name, value in self.unsaid().items() if value is not None}
+        return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling, **said}
+
+    def unsaid(self) -> dict[str, int | float | None]:
+        """Return what the job says of a model whose configuration may not say it; None where it does not."""
+        return {"max_position_embeddings": self.max_position_embeddings, "rope_scaling_factor": self.rope_scaling_factor}
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:
@@ -181,26 +224,32 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     BadInput
         Every option that is unknown, missing, has a wrong value or contradicts another.
     """
-    values = {**(read_job_file(file) if file else {}), **options}
+    values = overlaid(read_job_file(file) if file else {}, options)
     tables = values.get("target", ())
     if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
         # An option overrides every target's, but targets cannot share an output directory.
         if "output_dir" in options:
             expected = "the directories of the [[target]] tables"
             raise BadInput([Problem("--output_dir", f"one directory for {len(tables)} targets", expected)])
-        values["target"] = [{key: value for key, value in table.items() if key not in options} for table in tables]
+        values["target"] = [_without(table, options) for table in tables]
+    values, contradicting = without_contradictions(values)
     try:
         job = Job(**values)
     except ValidationError as error:
-        problems = [_problem(dict(detail), file, options) for detail in error.errors()]
+        problems = [*contradicting, *(_problem(dict(detail), file, options) for detail in error.errors())]
         if not values.get("target") and values.get("output_dir") is None:
             problems.append(_no_output())
         raise BadInput(problems) from None
-    problems = _sources(job, live) + _contradictions(job, file)
+    problems = contradicting + _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
     job_requests(job.targets, job.engine)
     return job
+
+
+def _without(table: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A target's table without what options override: its flags where they name a quantization, its name where they have flags."""
+    return {key: value for key, value in overlaid(table, options).items() if key in table and key not in options}
 
 
 def _sources(job: Job, live: bool) -> list[Problem]:
@@ -242,12 +291,22 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     except ValidationError as error:
         details: list[Any] = list(error.errors())
         return problems + [_problem({**detail, "loc": ("target", *detail["loc"])}, file, {}) for detail in details]
+    problems += _precision(job)
     if job.performance_report and job.performance_report.parent in directories:
         found = "a place among the rank files"
         problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
     twice = {str(directory) for directory in directories if directories.count(directory) > 1}
     problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
     return problems
+
+
+def _precision(job: Job) -> list[Problem]:
+    """A precision of weights where nothing has weights quantized."""
+    own = [target for target, table in zip(job.targets, job.target, strict=False) if PRECISION in table]
+    unused = [target for target in own if not target.use_weight_only]
+    if PRECISION in job.model_fields_set and not any(each.use_weight_only for each in (job, *job.targets)):
+        unused.append(job.targets[0])
+    return list(dict.fromkeys(precision_alone(target.weight_only_precision) for target in unused))
 
 
 def _report(job: Job) -> list[Problem]:

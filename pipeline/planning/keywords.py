@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
+QuantizationName: TypeAlias = Literal["none", "int8", "int4", "int4_gptq", "int8_gptq", "int4_awq", "fp8", "fp8_rowwise", "nvfp4"]
 Switch: TypeAlias = bool | Literal["enable", "disable"]
 Plugin: TypeAlias = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
@@ -25,6 +26,7 @@ class _Common(TypedDict, total=False):
     use_parallel_embedding: bool
     embedding_sharding_dim: Literal[0, 1]
     write_rope_buffers: bool
+    quantization: QuantizationName
     use_weight_only: bool
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"]
     use_fp8: bool
@@ -33,7 +35,7 @@ class _Common(TypedDict, total=False):
     use_meta_fp8_rowwise_recipe: bool
     fp8_kv_cache: bool
     group_size: int | None
-    sm: Literal[80, 86, 89, 90, 100, 103, 120]
+    sm: Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"]
     dequantize: bool
     requantize: bool
     disable_weight_only_quant_plugin: bool
@@ -52,7 +54,10 @@ class LoadOptions(_Common, total=False):
     """The keywords that loaders take beside their own arguments."""
 
     revision: str | None
+    max_position_embeddings: int | None
+    rope_scaling_factor: float | None
     mlp_bias: Literal["omit", "keep", "refuse"]
+    rope_scaling: Literal["auto", "none", "keep"]
 
 
 class BuildOptions(TypedDict, total=False):
@@ -149,7 +154,11 @@ class JobOptions(ShapeOptions, total=False):
     output_dir: str | Path | None
     target: Sequence[TargetTable]
     engine: BuildOptions | None
+    max_position_embeddings: int | None
+    rope_scaling_factor: float | None
+    expect: dict[str, int | float | str]
     mlp_bias: Literal["omit", "keep", "refuse"]
+    rope_scaling: Literal["auto", "none", "keep"]
     copy_tokenizer: bool
     workers: int
     memory_limit: int | str

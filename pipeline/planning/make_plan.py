@@ -8,13 +8,17 @@ from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import dequantization_notes, unused
-from pipeline.planning.compose import canonical, choose_all, compose_target, mark, requantization_notes
+from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
+from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
+from pipeline.planning.kept_notes import source_notes
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
 from pipeline.planning.plans import Plan
+from pipeline.planning.requantized import requantization_notes
+from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
 from stages.quantize import sizes_agree
@@ -41,6 +45,9 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     _refuse(request, opened.unreadable)  # of what cannot be unpacked nothing more can be asked
     chosen, contradictions = choose_all(job.targets, opened.packing, opened.source.named)
     _refuse(request, contradictions)
+    chosen = fit(opened, chosen)
+    unfit, runtime_notes = check_runtime(opened, chosen)
+    request += unfit
 
     size = block_bytes(opened.source.nbytes)
     identity = plan_identity(opened)
@@ -60,8 +67,10 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
-    asked_for = job.dequantize or job.requantize
-    notes = (*dequantization_notes(opened.packing, chosen, asked_for), *requantization_notes(opened, chosen, size))
+    of_gpus = generation_notes(job, chosen)
+    kept_notes = source_notes(opened, chosen, tensors)
+    made = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
+    notes = (*opened.notes, *runtime_notes, *made, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

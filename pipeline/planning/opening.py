@@ -7,15 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.dtypes import auto_dtype
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import Family, families, find_family, layout
-from pipeline.planning.choose_algorithm import Packing, clean_settings
+from pipeline.model.tables import Family, Layout, families, find_family, layout
+from pipeline.model.unsaid import fill_in
+from pipeline.model.windows import check_windows, window_notes
+from pipeline.model.written_rope import written_scaling
+from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
 from stages.quantization.unread import unread
+from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -35,7 +40,9 @@ class OpenedSource:
     shardings
         One for each target of the job.
     output_problems
-        What is wrong with the output directories.
+        What is wrong with the output directories, and with options about the source.
+    notes
+        What was taken for values that the source does not say, and what is written otherwise than it or NVIDIA has it.
     """
 
     job: Job
@@ -47,6 +54,12 @@ class OpenedSource:
     matches: Matches
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def auto_dtype(self) -> str:
+        """The type that `--dtype auto` means."""
+        return auto_dtype(self.source.dtype or own_dtype(self.source.named, self.packing))
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -71,18 +84,26 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
         family = _family(source)
-        declared = model_config(source.config, family, source.architecture, source.config_name)
+        filled = fill_in(source.config, family, source.config_name, job.unsaid())
+        declared = model_config(filled.config, family, source.architecture, source.config_name)
+        if problems := check_windows(declared, source.config_name):
+            raise BadInput(problems)
     except BadInput as error:
         raise BadInput([*error.problems, *outputs]) from None
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
     omitted: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
-    model = replace(declared, **omitted)
+    scaling, rope_note = written_scaling(declared, job.rope_scaling)
+    model = replace(declared, rotary_scaling=scaling, **omitted)
     settings = clean_settings(source.config)
-    formats, ordered, packing_problems = check(source.named, settings)
-    packing = Packing(formats, ordered, settings)
+    examined = check(source.named, settings)
+    formats = examined.formats
     unknown = unread(source.config, source.config_name, settings, by_module(source.named), formats)
-    unreadable = unknown or [*packing_problems, *_unknown_quantization(source, formats)]
+    unreadable = unknown or [*examined.problems, *_unknown_quantization(source, formats)]
     zeros = zero_biases(source.named, formats)
+    target = layout(family.layout)
+    matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
+    outside = _outside(examined.ordered, matches, target)
+    packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
         job,
         source,
@@ -90,9 +111,10 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         model,
         packing,
         tuple(unreadable),
-        match(source.named, family, layout(family.layout), declared, kept, zeros, axes(formats)),
+        matches,
         tuple(_sharding(options, family, model) for options in job.targets),
-        tuple(outputs),
+        (*filled.problems, *outputs),
+        (*filled.notes, *_dtype_notes(job, source, packing), *filter(None, (rope_note,)), *window_notes(model)),
     )
 
 
@@ -114,9 +136,28 @@ def _family(source: Source) -> Family:
     return family
 
 
+def _dtype_notes(job: Job, source: Source, packing: Packing) -> list[str]:
+    """Say which type was taken where the configuration names none, and some target has that of the source."""
+    found = own_dtype(source.named, packing)
+    if source.dtype or not found or all(target.dtype != "auto" for target in job.targets):
+        return []
+    name, came = source.config_name.rpartition("/")[2], auto_dtype(found)
+    told = f"its {'16-bit tensors' if packing.format and came == found else 'weights'} are {found}"
+    return [f"dtype {came}: {name} names none, and {told}; --dtype says another"]
+
+
 def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sharding:
     embedding = Embedding(options.use_parallel_embedding, options.embedding_sharding_dim)
     return Sharding(layout(family.layout), model, options.parallelism, embedding)
+
+
+def _outside(ordered: Sequence[str], matches: Matches, target: Layout) -> frozenset[str]:
+    """Those of some packed modules that no target quantizes."""
+    if not ordered:
+        return frozenset()
+    slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
+    found = {module: slots.get(module) for module in ordered}
+    return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
 
 
 def _unknown_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:

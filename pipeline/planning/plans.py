@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -205,6 +206,7 @@ def _target_summary(target: Target, overwrite: bool) -> dict[str, Any]:
         "mapping": target.options.parallelism.mapping(),
         "ranks": [{"file": file.path.name, "bytes": file.size_bytes, "tensors": len(file.tensors)} for file in output.files],
         "bytes": output.size_bytes,
+        "config": json.loads(output.config),
         "free_bytes_there": free_bytes(output.directory),
         "up_to_date": output.complete and not overwrite,
     }

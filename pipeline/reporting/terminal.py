@@ -28,7 +28,8 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_column(overflow="fold")
     facts.add_row("source", source["path"])
     size = human_bytes(source["bytes"])
-    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {source['dtype'] or 'packed'}")
+    named = source["dtype"] or ("packed" if plan.packed else "no type named")
+    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {named}")
     facts.add_row("family", f"{source['family']} ({source['architecture']})")
     for phase in summary["phases"]:
         facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from stages.verify.roundtrip.findings import FiguresByTensor
 from stages.verify.roundtrip.matching import SourceMatch, match_source
 from stages.verify.roundtrip.original import Original
 from stages.verify.roundtrip.scalars import check_scalars
+from stages.verify.roundtrip.settings import check_settings
 from stages.verify.values import one_thread_each
 
 TOKENS = 32  # random ones, where there is no prompt
@@ -209,10 +210,14 @@ def _round_trip(
 ) -> tuple[list[Finding], dict[str, Any], Original, SourceMatch]:
     """Compare every value with the source's; returns the findings, the facts of the level, the source as numbers and the match."""
     started = time.perf_counter()
-    original = Original(source)
+    options = checkpoint.provenance.get("options", {})
+    # Where the conversion was told a factor of scaled positions, the source itself does not say one.
+    told = {key: options[key] for key in ("rope_scaling_factor",) if key in options and source.container == "meta"}
+    original = Original(replace(source, config={**source.config, **told}))
     shapes = {name: original.shape(name) for name in original.names()}
     matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))
-    problems = list(matched.problems)
+    options = checkpoint.provenance.get("options", {})
+    problems = [*matched.problems, *check_settings(checkpoint.config, original.config, options)]
     figures_by_tensor = FiguresByTensor()
     if not problems:
         problems += check_scalars(checkpoint, (origin for task in matched.tasks for origin in task.origins), source.tensors)

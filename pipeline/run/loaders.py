@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
 
 PIECE_BYTES = 4 << 20
+OF_A_SOURCE = ("revision", "max_position_embeddings", "rope_scaling_factor", "rope_scaling", "mlp_bias")  # options about it
 
 
 class RankWeights(Mapping[str, "torch.Tensor"]):
@@ -135,7 +136,7 @@ def load_from_hf_checkpoint(
     dtype
         The type of the weights; "auto" is the source's.
     **options
-        Other fields of a Job that say what a target looks like, and `revision` and `mlp_bias`.
+        Other fields of a Job that say what a target looks like, and those of LoadOptions that are about the source.
 
     Returns
     -------
@@ -254,7 +255,7 @@ def load_from_gptq_llama(
 def _load(source: Mapping[str, Any], model: Any, tp: tuple[int, int], pp: tuple[int, int], dtype: str) -> RankWeights:
     from pipeline.planning.make_plan import make_plan
 
-    unknown = set(source) - set(Shape.model_fields) - {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "mlp_bias"}
+    unknown = set(source) - set(Shape.model_fields) - {"model_dir", "meta_ckpt_dir", "quant_ckpt_path"} - set(OF_A_SOURCE)
     if unknown:
         raise BadInput(
             [Problem(name, "an option that loading has no use for", "the source's and the target's") for name in sorted(unknown)]

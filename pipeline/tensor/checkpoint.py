@@ -33,6 +33,7 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def sm(self) -> int:
-        """The GPU generation that integer weights are arranged for: as headrace.json has it, else 80."""
-        return int(self.provenance.get("options", {}).get("sm", 80))
+    def sm(self) -> int | str:
+        """The GPU generation that integer weights are arranged for, or "any": as headrace.json has it, else 80."""
+        sm: int | str = self.provenance.get("options", {}).get("sm", 80)
+        return sm

@@ -99,7 +99,7 @@ def derive(
 ) -> da.Array:
     """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
 
-    The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of a second (default: one
+    The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of the last (default: one
     chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
     Derived.
     """
@@ -111,7 +111,7 @@ def derive(
     if rows is not None:
         chunks = (tuple(rows), *chunks[1:])
     if columns is not None:
-        chunks = (chunks[0], tuple(columns), *chunks[2:])
+        chunks = (*chunks[:-1], tuple(columns))
     # Two arrays of one name are one to a scheduler, so that all that decides the values is in it.
     decides = [tuple(shape), str(dtype), chunks, sorted(arguments.items()), [array.name for array in inputs.values()]]
     digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]

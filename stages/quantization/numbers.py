@@ -1,4 +1,4 @@
-"""Quantized weights as numbers again, and the plain round-to-nearest quantizer by groups that takes them back."""
+"""Quantized weights as numbers again, and the plain round-to-nearest quantizer by groups that takes numbers back."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
     return derive("dequantize", from_codes, inputs, shape=shape, dtype=FLOAT32, rows=codes.chunks[0], bits=bits)
 
 
-def requantize(weight: da.Array, group_size: int, name: str = "a dequantized weight") -> dict[str, da.Array]:
-    """4-bit `codes`, `scales` and `offsets` of a float32 weight [out, in]: symmetric, rounded to the nearest, by consecutive
-    groups. `name`: its source's, for what is wrong with its values.
+def requantize(weight: da.Array, group_size: int, name: str = "a dequantized weight", bits: int = 4) -> dict[str, da.Array]:
+    """`codes4` or `codes8`, `scales` and `offsets` of a weight of numbers, [out, in] or [experts, out, in]: symmetric, rounded to
+    the nearest, by consecutive groups. `name`: its source's, for what is wrong with its values.
     """
-    out, features = weight.shape
-    shape, rows = (features // group_size, out), weight.chunks[0]
-    arguments: dict[str, Any] = {"size": group_size, "name": name}
-    codes = derive("quantize", codes_by_group, {"weight": weight}, shape=(out, features // 2), dtype=UINT8, rows=rows, **arguments)
+    *front, out, features = weight.shape
+    shape, rows = (*front, features // group_size, out), weight.chunks[0]
+    arguments: dict[str, Any] = {"size": group_size, "bits": bits, "name": name}
+    packed = (*front, out, features * bits // 8)
+    codes = derive("quantize", codes_by_group, {"weight": weight}, shape=packed, dtype=UINT8, rows=rows, **arguments)
     # A scale takes all in-features of its group, so that these are cut by out-features, of which a block holds few.
     count = max(_SCALED_BYTES // (4 * features), 1)
-    columns = [min(count, out - start) for start in range(0, out, count)]
+    grid: dict[str, Any] = {"rows": rows if front else None, "columns": [min(count, out - start) for start in range(0, out, count)]}
     kind = np.dtype(np.float16)
-    scales = derive("quantize", scales_by_group, {"weight": weight}, shape=shape, dtype=kind, columns=columns, **arguments)
-    offsets = derive("quantize", zeros, {"weight": weight}, shape=shape, dtype=INT16)
-    return {"codes4": codes, "scales": scales, "offsets": offsets}
+    scales = derive("quantize", scales_by_group, {"weight": weight}, shape=shape, dtype=kind, **grid, **arguments)
+    offsets = derive("quantize", zeros, {"weight": weight}, shape=shape, dtype=INT16, **grid)
+    return {f"codes{bits}": codes, "scales": scales, "offsets": offsets}
 
 
 def from_float8(region: Region, weight: Block, scale: Block) -> np.ndarray:
@@ -109,38 +110,44 @@ def from_codes(
         return values[:, slice(*region[1])]
 
 
-def codes_by_group(region: Region, weight: Block, size: int, name: str) -> np.ndarray:
-    """uint8 [n, K / 2] of the region: each value divided by its group's scale as stored, rounded to the nearest."""
-    values = np.asarray(weight.read((region[0], (0, weight.shape[1]))))
+def codes_by_group(region: Region, weight: Block, size: int, bits: int, name: str) -> np.ndarray:
+    """uint8 [..., n, K * bits / 8] of the region: each value divided by its group's scale as stored, rounded to the nearest."""
+    values = np.asarray(weight.read((*region[:-1], (0, weight.shape[-1]))))
     with meter("quantize", values.nbytes):
-        groups = values.reshape(len(values), -1, size)
-        scales = _scales(groups, name).astype(np.float32)
+        groups = values.astype(np.float32, copy=False).reshape(-1, values.shape[-1] // size, size)
+        scales, middle = _scales(groups, bits, name).astype(np.float32), 1 << (bits - 1)
         scales[scales == 0] = 1
-        signed = np.clip(np.rint(groups / scales[:, :, None]), -8, 7).astype(np.int8).reshape(len(values), -1)
-        unsigned = (signed + np.int8(8)).view(np.uint8)
-        return (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))[:, slice(*region[1])]
+        unsigned = (np.clip(np.rint(groups / scales[:, :, None]), -middle, middle - 1) + middle).astype(np.uint8)
+        stream = unsigned.reshape(*values.shape[:-1], -1)
+        if bits == 4:
+            stream = stream[..., 0::2] | (stream[..., 1::2] << 4)
+        return np.asarray(stream[..., slice(*region[-1])])
 
 
-def scales_by_group(region: Region, weight: Block, size: int, name: str) -> np.ndarray:
-    """float16 [groups, n] of the region."""
-    values = np.asarray(weight.read((region[1], (region[0][0] * size, region[0][1] * size))))
+def scales_by_group(region: Region, weight: Block, size: int, bits: int, name: str) -> np.ndarray:
+    """float16 [..., groups, n] of the region."""
+    *front, (first, last), rows = region
+    values = np.asarray(weight.read((*front, rows, (first * size, last * size))))
     with meter("quantize", values.nbytes):
-        return np.ascontiguousarray(_scales(values.reshape(len(values), -1, size), name).T)
+        groups = values.astype(np.float32, copy=False).reshape(-1, last - first, size)
+        scales = _scales(groups, bits, name).reshape(*values.shape[:-1], -1)
+        return np.ascontiguousarray(scales.swapaxes(-1, -2))
 
 
 def zeros(region: Region, weight: Block) -> np.ndarray:  # noqa: ARG001
-    """int16 [groups, n]: the quantizer is symmetric."""
+    """int16 [..., groups, n]: the quantizer is symmetric."""
     return np.zeros([stop - start for start, stop in region], dtype=np.int16)
 
 
-def _scales(groups: np.ndarray, name: str) -> np.ndarray:
-    """float16 [n, groups]: the step with which the range from -8 to 7 holds the largest magnitude, of whichever sign.
+def _scales(groups: np.ndarray, bits: int, name: str) -> np.ndarray:
+    """float16 [n, groups]: the step with which the range of the codes (of 4 bits -8 to 7) holds the largest magnitude, of whichever
+    sign.
 
     Raises BadInput naming the tensor where a value is not finite, or too large for a step that is.
     """
-    highest, lowest = groups.max(axis=2), groups.min(axis=2)
+    highest, lowest, middle = groups.max(axis=2), groups.min(axis=2), 1 << (bits - 1)
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = np.maximum(highest / np.float32(7), -lowest / np.float32(8)).astype(np.float16)
+        scales = np.maximum(highest / np.float32(middle - 1), -lowest / np.float32(middle)).astype(np.float16)
     if not np.all(np.isfinite(scales)):
         raise BadInput([not_finite(name)])
     return np.asarray(scales)

@@ -68,6 +68,12 @@ class PackedFormat(Protocol):
         """
         ...
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """The settings of one module, by its name in the source: `check` and `unpack` are given these. The source's own where
+        they say nothing else of it. May read small tensors.
+        """
+        return settings
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
         """The canonical parameters (AXES) of a module that `check` found nothing wrong with. Reads nothing."""
         ...
@@ -81,3 +87,23 @@ class PackedFormat(Protocol):
         their group size (0 without groups). None where there is none: then they can only be dequantized.
         """
         return None, 0
+
+    def zero_points(self, settings: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether a target that keeps codes by groups has a `zero` tensor beside each: not where the source says it has none."""
+        return True
+
+    def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:  # noqa: ARG002
+        """Notes for the plan: what a target that keeps the codes, as `algorithm`, does otherwise than the source's own kernels."""
+        return []
+
+
+def one_group_a_row(modules: Modules, scales: str, axis: int) -> bool:
+    """Whether each row of every module has a single scale. `scales`: their local name; `axis`: that of the groups."""
+    return all(tensors[scales].shape[axis] == 1 for tensors in modules.values())
+
+
+def wide_activations(quantized: str, algorithm: str) -> str:
+    """The note that a target's kernels take activations in 16 bits, where the source's took `quantized` ones."""
+    return (
+        f"the source's kernels quantize activations to {quantized}: those of {algorithm} take them in 16 bits, of the same weights"
+    )

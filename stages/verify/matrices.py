@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.model.kernels import order
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.values import read
 
@@ -33,7 +34,7 @@ class Matrix:
     """The matrix [out_features, in_features] of one module, or of one expert, on one rank.
 
     `tensors`: the parameters that its numbers are computed with, by local name. `kind`: "dense", "weight-only", "groupwise", "awq",
-    "fp8", "fp8 rowwise" or "nvfp4". `bits`: of an integer code. `columns`: out-features that the kernels interleave. `expert`:
+    "fp8", "fp8 rowwise" or "nvfp4". `bits`: of an integer code. `order`: the letter of the order that its codes are in. `expert`:
     which of the rank's own, None for a module without experts. `fused`: its rows are those of several modules, which share a scale.
     """
 
@@ -41,9 +42,14 @@ class Matrix:
     kind: str
     shape: tuple[int, int]
     bits: int
-    columns: int
+    order: str
     expert: int | None
     fused: bool = False
+
+    @property
+    def columns(self) -> int:
+        """The out-features that the kernels interleave."""
+        return interleaved(self.bits, self.order)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the weight, float32 [stop - start, in_features], with scales and zero points applied, but not `prequant`."""
@@ -67,7 +73,7 @@ class Matrix:
         stack = () if self.expert is None else (self.tensors["weight"].shape[0],)
         whole = self.tensors["weight"].viewed((*stack, self.shape[0] // self.columns, width), UINT8)
         data = read(whole, (*self._front(), (first, last), (0, width))).reshape(last - first, width)
-        codes = unarrange(data, self.shape[1], self.bits, self.columns)
+        codes = unarrange(data, self.shape[1], self.bits, self.order)
         return codes[start - first * self.columns : stop - first * self.columns]
 
     def scales(self, start: int, stop: int) -> Tensor:
@@ -75,7 +81,7 @@ class Matrix:
         if self.kind in ("weight-only", "fp8 rowwise"):
             return read(self.tensors["per_channel_scale"], (*self._front(), (start, stop))).float().reshape(-1, 1)
         if self.kind == "fp8":
-            return read(self.tensors["weights_scaling_factor"]).float().reshape(1, 1)
+            return read(self.tensors["weights_scaling_factor"], (*self._front(), (0, 1))).float().reshape(1, 1)
         return self._grouped("weights_scaling_factor", start, stop)
 
     @property
@@ -131,7 +137,7 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
     weight, algorithm = tensors["weight"], str(checkpoint.config.get("quantization", {}).get("quant_algo"))
     first, second = weight.shape[-2:]
     bits = 4 if algorithm.startswith("W4") else 8
-    columns = 1 if checkpoint.sm == 90 and expert is None else 16 // bits
+    letter = order(checkpoint.sm, expert is not None) if isinstance(checkpoint.sm, int) else ""
     if "weights_scaling_factor_2" in tensors:
         kind, shape = "nvfp4", (first, second * 2)
     elif len(tensors) == 1:
@@ -147,7 +153,7 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
     fused = module.endswith((".qkv", "shared_expert.fc")) or (
         module.endswith(".fc") and f"{module[:-3]}.gate.weight" not in rank_tensors
     )
-    return Matrix(tensors, kind, shape, bits, columns, expert, fused)
+    return Matrix(tensors, kind, shape, bits, letter, expert, fused)
 
 
 def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:
@@ -155,19 +161,32 @@ def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:
     return read(checkpoint.ranks[rank][name]).float()
 
 
-def unarrange(data: Tensor, features: int, bits: int, columns: int) -> Tensor:
-    """Undo the kernels' order: signed codes int8 [n * columns, features] of uint8 [n, columns * features * bits / 8]."""
-    elements = data if bits == 8 else torch.stack([data & 15, data >> 4], -1)
+def interleaved(bits: int, order: str) -> int:
+    """The out-features that an order interleaves."""
+    return 16 // bits if order == "A" else 1
+
+
+def unarrange(data: Tensor, features: int, bits: int, order: str) -> Tensor:
+    """Undo an order: signed codes int8 [n * columns, features] of uint8 [n, columns * features * bits / 8]."""
+    elements, columns, middle = (
+        data if bits == 8 else torch.stack([data & 15, data >> 4], -1),
+        interleaved(bits, order),
+        1 << (bits - 1),
+    )
+    if order == "T":
+        # Two's complement, element by element where the transposed matrix has it.
+        signed = elements.reshape(len(data), features).to(torch.int16)
+        return torch.where(signed < middle, signed, signed - 2 * middle).to(torch.int8)
     tiles = elements.reshape(len(data), features // TILE, columns * TILE)
     # NumPy's take is tens of times faster here than torch's index_select.
     codes = torch.from_numpy(tiles.numpy().take(_order(bits, columns).numpy(), axis=2))
     codes = codes.reshape(len(data), features // TILE, columns, TILE)
     codes = codes.transpose(1, 2).reshape(len(data) * columns, features)
-    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (codes.to(torch.int16) - middle).to(torch.int8)
 
 
 def _order(bits: int, columns: int) -> Tensor:
-    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: steps 1, 3 and 5.
+    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: steps 1, 3 and 5 of orders A and P.
 
     Facts: docs/format/quantized-layouts.md, section 3.
     """

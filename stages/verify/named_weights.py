@@ -30,3 +30,7 @@ class SourceWeights(NamedWeights, Protocol):
     def exact(self, name: str) -> bool:
         """Whether the source stores a weight's numbers themselves, and not codes of them."""
         ...
+
+    def coded(self, name: str) -> bool:
+        """Whether the source stores a weight as codes that a rank can keep."""
+        ...

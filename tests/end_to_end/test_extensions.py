@@ -135,4 +135,5 @@ def test_a_broken_package_is_named(tmp_path: Path) -> None:
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", **FLAGS)
     (problem,) = refused.value.problems
     assert problem.subject == "entry point broken of headrace.formats of the package toy"
-    assert problem.found == "toy_broken:FORMAT without name, title, numbers, parameters, accepts, check, unpack, act_order, native"
+    members = "name, title, numbers, parameters, accepts, check, module_settings, unpack, act_order, native, notes"
+    assert problem.found == f"toy_broken:FORMAT without {members}"

@@ -45,6 +45,7 @@ from transformers import (
 from pipeline import convert
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
+from stages.verify.forward.reference import set_head_epsilon
 from tests.support.directories import contents
 
 Arrays = dict[str, np.ndarray]
@@ -99,7 +100,11 @@ CASES = {
     "llama_linear": Case(
         LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
     ),
-    "mistral": Case(MistralConfig, MistralForCausalLM, {"head_dim": 24}),
+    "mistral": Case(MistralConfig, MistralForCausalLM, {"head_dim": 24, "sliding_window": None}),
+    "mistral_window": Case(MistralConfig, MistralForCausalLM, {"sliding_window": 7}),
+    "qwen2_window": Case(Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "phi3_window": Case(Phi3Config, Phi3ForCausalLM, {"sliding_window": 7}),
+    "gemma2_window": Case(Gemma2Config, Gemma2ForCausalLM, {**GEMMA_2, "sliding_window": 7, "num_hidden_layers": 3}),
     "mixtral": Case(MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": Case(GraniteConfig, GraniteForCausalLM, GRANITE),
     "granite_tied": Case(GraniteConfig, GraniteForCausalLM, {**GRANITE, "tie_word_embeddings": True}),
@@ -158,6 +163,10 @@ WANTED = {
     "llama_biases": ["tp4", "pp2"],
     "llama_linear": ["tp2"],
     "mistral": ["tp2"],
+    "mistral_window": ["tp2", "pp2"],
+    "qwen2_window": ["tp1", "pp2"],
+    "phi3_window": ["tp2"],
+    "gemma2_window": ["tp1", "pp2"],
     "mixtral": ["tp4", "ep2", "tp4ep2", "pp2"],
     "granite": ["tp2", "pp2"],
     "granite_tied": ["tp2", "pp2"],
@@ -167,9 +176,9 @@ WANTED = {
     "qwen3": ["tp4", "pp2"],
     "qwen3_tied": ["tp2", "tp2pp2"],
     "qwen3_moe": ["tp2", "ep2", "tp4ep2", "pp2"],
-    "phi3": ["tp1", "tp2", "tp4", "pp2"],
-    "phi3_long": ["tp1", "tp4", "pp2"],
-    "phi3_partial": ["tp2", "tp4pp2"],
+    "phi3": ["tp1", "tp2", "tp4"],
+    "phi3_long": ["tp1", "tp4"],
+    "phi3_partial": ["tp2", "tp4"],
     "phimoe": ["tp1", "tp2", "tp4", "ep2"],
     "phimoe_long": ["tp2", "tp4ep2"],
     "gemma": ["tp1", "tp4", "pp2"],
@@ -193,6 +202,7 @@ def build(case: Case) -> PreTrainedModel:
             else:
                 # Gemma's norms and all biases lie around 0, the other norms around 1, where they begin.
                 parameter.add_(values * 0.3)
+    set_head_epsilon(model, 1e-5)  # the class of TensorRT-LLM's, whatever the configuration says
     return model
 
 

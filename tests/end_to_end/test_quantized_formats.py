@@ -15,23 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import convert, plan
-from pipeline.errors import BadInput
+from pipeline import BadInput, convert, plan, verify
 from tests.support import checkpoints, gguf_files
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
 from tests.support.quantized_checkpoints import LLAMA, MIXTRAL, Arrays, Format
+from tests.support.rank_files import TYPES, read
 
 FORMATS = source.formats()
 NATIVE = {name: kind for name, kind in FORMATS.items() if kind.algorithm}
-TYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I8": np.int8,
-    "U8": np.uint8,
-}
 BLOCK = {
     "quant_algo": None,
     "kv_cache_quant_algo": None,
@@ -60,26 +52,17 @@ BY_ALGORITHM: dict[str, dict[str, Any]] = {
 # --- what a rank file holds
 
 
-def read(path: Path) -> Arrays:
-    """The tensors of a safetensors file, of any type."""
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    result = {}
-    for name, row in header.items():
-        if name != "__metadata__":
-            first, last = (8 + length + offset for offset in row["data_offsets"])
-            result[name] = np.frombuffer(data[first:last], TYPES[row["dtype"]]).reshape(row["shape"])
-    return result
-
-
 def quantization(output: Path) -> dict[str, Any]:
     return json.loads((output / "config.json").read_text())["quantization"]
 
 
-def codes_of(stored: np.ndarray, bits: int, features: int, out: int, columns: int) -> np.ndarray:
-    """Signed codes [N, K] of a weight in the kernels' layout; `columns`: how many out-features alternate (1 for Hopper)."""
-    data = stored.reshape(-1).view(np.uint8)
+def codes_of(stored: np.ndarray, bits: int, features: int, out: int, sm: int) -> np.ndarray:
+    """Signed codes [N, K] of a weight in the order of a GPU's kernels."""
+    data, columns = stored.reshape(-1).view(np.uint8), 1 if sm == 90 else 16 // bits
+    if sm in (100, 103):  # a plain transpose of signed codes
+        codes = data if bits == 8 else np.stack([data & 15, data >> 4], axis=-1)
+        codes = codes.reshape(out, features).astype(np.int32)
+        return np.where(codes >> (bits - 1), codes - (1 << bits), codes)
     if bits == 8:
         places, order = data.reshape(-1, 4), [0, 2, 1, 3]
     else:
@@ -108,17 +91,18 @@ def matrix(tensors: Arrays, name: str, sm: int = 80) -> np.ndarray:
     if "per_channel_scale" in own and weight.dtype == np.int8:
         scale = own["per_channel_scale"].astype(np.float32)
         bits = 8 * weight.shape[1] // len(scale)
-        return codes_of(weight, bits, weight.shape[0], len(scale), 1 if sm == 90 else 16 // bits) * scale[:, None]
+        return codes_of(weight, bits, weight.shape[0], len(scale), sm) * scale[:, None]
     if "weights_scaling_factor_2" in own:
         values = np.array([*source.E2M1, *-source.E2M1])
         wide = np.stack([values[weight & 15], values[weight >> 4]], axis=-1).reshape(len(weight), -1, 16)
         wide = wide * own["weights_scaling_factor"].astype(np.float32)[..., None] * own["weights_scaling_factor_2"]
         return wide.reshape(len(weight), -1).astype(np.float32)
-    if "zero" in own:
-        scales, zeros = (own[key].astype(np.float32) for key in ("weights_scaling_factor", "zero"))
+    if "weights_scaling_factor" in own and weight.dtype in (np.float16, ml_dtypes.bfloat16):
+        scales = own["weights_scaling_factor"].astype(np.float32)
+        zeros = own["zero"].astype(np.float32) if "zero" in own else np.zeros_like(scales)
         features, out = weight.shape[0], scales.shape[1]
         bits = 16 * weight.shape[1] // out
-        codes = codes_of(weight, bits, features, out, 1 if sm == 90 else 16 // bits)
+        codes = codes_of(weight, bits, features, out, sm)
         group = np.arange(features) // (features // len(scales))
         return codes * scales[group].T + zeros[group].T
     if "prequant_scaling_factor" in own:
@@ -227,6 +211,7 @@ def test_every_format_keeps_its_codes(name: str, size: str, tmp_path: Path) -> N
 def check_block(output: Path, name: str) -> None:
     kind = FORMATS[name]
     expected = {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    expected["has_zero_point"] = kind.algorithm.endswith("_GPTQ") and kind.zero
     expected |= {"use_meta_recipe": True} if kind.flags else {}
     expected |= {"group_size": int(name.rpartition(" ")[2])} if "groups of" in name else {}
     found = quantization(output)
@@ -251,10 +236,16 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
     assert found.shape == wanted.shape
     if kind.algorithm.endswith("_GPTQ"):
         # Scales and zeros are rounded to the model's type; a code that is off by one is a whole scale away.
-        assert ours[f"{module}.weight"].dtype == ours[f"{module}.zero"].dtype == np.float16
+        assert ours[f"{module}.weight"].dtype == ours[f"{module}.weights_scaling_factor"].dtype == np.float16
+        assert (f"{module}.zero" in ours) == kind.zero
+        assert not kind.zero or ours[f"{module}.zero"].dtype == np.float16
         scales = ours[f"{module}.weights_scaling_factor"].astype(np.float32)
         scale = np.repeat(scales.T, wanted.shape[1] // len(scales), axis=1)
         assert np.all(np.abs(found - wanted) <= scale * 0.15)
+    elif kind.algorithm in ("W8A16", "W4A16"):
+        # A scale is rounded once, where the source has it in float32; a code that is off by one is a 128th away.
+        assert (ours[f"{module}.weight"].dtype, ours[f"{module}.per_channel_scale"].dtype) == (np.int8, np.float16)
+        assert np.all(np.abs(found - wanted) <= np.abs(wanted) * 2.0**-11)
     elif kind.algorithm == "FP8" and module.endswith("qkv"):
         # q, k and v are brought to the largest of their scales.
         layer = int(module.split(".")[2]) + stage
@@ -292,6 +283,138 @@ def test_codes_pass_for_the_type_that_is_asked_for(name: str, dtype: str, tmp_pa
         # One code more or less is a whole scale.
         scales = own["weights_scaling_factor"].astype(np.float32)
         assert np.all(np.abs(found - matrix_) <= np.repeat(scales.T, matrix_.shape[1] // len(scales), axis=1) * 0.15)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_int8_by_row_keeps_its_bytes(tp: int, tmp_path: Path) -> None:
+    config = {**LLAMA, "torch_dtype": "bfloat16"}
+    source.write(tmp_path / "model", config, FORMATS["compressed w8a8"])
+    stored, _ = source.quantized(source.values(config), FORMATS["compressed w8a8"], 2)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", tp_size=tp, scheduler="threads")
+    scales = {name.replace("_scale", ""): values for name, values in stored.items() if name.endswith("weight_scale")}
+    for rank in range(tp):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        by_rank = cut({name: stored[name] for name in scales}, config, rank, tp)
+        for module, wanted in by_rank.items():
+            out, features = wanted.shape
+            np.testing.assert_array_equal(codes_of(ours[f"{module}.weight"], 8, features, out, 2), wanted)
+        # A row has one scale on all ranks that share it.
+        columns = cut({name: np.repeat(values, 256, 1) for name, values in scales.items()}, config, rank, tp)
+        for module, wanted in columns.items():
+            assert ours[f"{module}.per_channel_scale"].tobytes() == np.ascontiguousarray(wanted[:, 0]).tobytes()
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "integers of 8 bits, dynamic, by token" in note
+    assert "W8A16" in note
+
+
+def test_static_scales_of_int8_activations_are_left_out_with_a_word(tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, FORMATS["compressed w8a8 static"])
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads")
+    said = json.loads((tmp_path / "out/headrace.json").read_text())
+    left = {name.rpartition(".")[2]: reason for name, reason in said["left_out"].items()}
+    assert left == {
+        "input_scale": "the activations are not FP8 with one scale",
+        "input_zero_point": "activations are not quantized to integers",
+    }
+    assert sum(name.endswith("input_scale") for name in said["left_out"]) == 14
+    assert "integers of 8 bits, static, by tensor" in said["notes"][0]
+
+
+# Codes that the kernels of a scale a row do not read: with zero points, in groups of the activations' order, of several widths.
+MANY = {
+    "asymmetric": source.compressed(group=-1, sym=False),
+    "asymmetric gptq": source.gptq(group=-1, sym=False),
+    "asymmetric int8": source.compressed_int8(sym=False),
+    "in the activations' order": source.compressed(order=True, sym=False),
+    "in the activations' order, 8 bits": source.compressed(order=True, bits=8),
+}
+
+
+@pytest.mark.parametrize("more", [{"dequantize": True}, {"requantize": True, "group_size": 64}], ids=str)
+@pytest.mark.parametrize("name", MANY)
+def test_codes_that_no_kernel_reads_are_made_numbers(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    if "dequantize" in more:
+        check_stands_for(MANY[name], tmp_path, tp_size=2, **more)
+        return
+    weights = source.write(tmp_path / "model", LLAMA, MANY[name])
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2, **more)
+    assert quantization(tmp_path / "out") == {**BLOCK, "quant_algo": "W4A16_GPTQ", **GROUPED}
+    for rank in range(2):
+        ours = read(tmp_path / f"out/rank{rank}.safetensors")
+        for module, wanted in cut(weights, LLAMA, rank, 2).items():
+            assert signal_to_noise(matrix(ours, module), wanted) > 15, module
+
+
+@pytest.mark.parametrize("name", ["in the activations' order", "in the activations' order, 8 bits"])
+def test_groups_of_compressed_tensors_in_the_activations_order_are_refused(name: str, tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, MANY[name])
+    with pytest.raises(BadInput) as refused:
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    (problem,) = refused.value.problems
+    assert problem.subject.endswith(".weight_g_idx")
+    assert "desc_act" in problem.found
+    assert "--requantize" in problem.remedy
+    assert "--dequantize" in problem.remedy
+
+
+def several_widths(directory: Path) -> Arrays:
+    """A checkpoint of compressed-tensors whose down projections have 8 bits, a scale a row, and whose others have 4, in groups."""
+    tensors, (four, eight) = source.values(LLAMA), (source.compressed(), source.compressed(bits=8, group=-1))
+    stored, stands_for = source.quantized(tensors, four, 2)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        packed = eight.quantizer(name, tensors[f"{name}.weight"].astype(np.float32))
+        stored |= {f"{name}.{key}": np.ascontiguousarray(values) for key, values in packed.parameters.items()}
+        stands_for[f"{name}.weight"] = packed.weight
+    groups = [kind.settings["config_groups"]["group_0"] for kind in (four, eight)]
+    groups[1] = {**groups[1], "targets": ["re:.*down_proj"]}
+    settings = {**four.settings, "config_groups": {f"group_{n}": group for n, group in enumerate(groups)}}
+    checkpoints.save(directory, {**LLAMA, "quantization_config": settings}, stored)
+    return stands_for
+
+
+def test_several_widths_are_made_numbers_and_else_refused(tmp_path: Path) -> None:
+    weights = several_widths(tmp_path / "model")
+    with pytest.raises(BadInput, match="codes of 8 bits"):
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    source.write_float(tmp_path / "float", LLAMA, weights)
+    options = {"scheduler": "threads", "tp_size": 2}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ours", dequantize=True, **options)
+    convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", **options)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "again", requantize=True, **options)
+    assert quantization(tmp_path / "again") == {**BLOCK, "quant_algo": "W4A16_GPTQ", **GROUPED}
+    for rank in range(2):
+        ours = read(tmp_path / f"again/rank{rank}.safetensors")
+        for module, wanted in cut(weights, LLAMA, rank, 2).items():
+            assert signal_to_noise(matrix(ours, module), wanted) > 17, module
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq"])
+def test_layers_that_auto_round_quantizes_otherwise(packing: str, tmp_path: Path) -> None:
+    """`extra_config`: one in 8 bits, by its name, and one with zero points in the middle, by a pattern."""
+    tensors, kind = source.values(LLAMA), source.auto_round(packing=packing)
+    others = {
+        "model.layers.0.mlp.down_proj": source.auto_round(packing=packing, bits=8, group=128),
+        "model.layers.1.self_attn.q_proj": source.auto_round(packing=packing, sym=True, group=128),
+    }
+    stored, stands_for = source.quantized(tensors, kind, 2)
+    for name, other in others.items():
+        packed = other.quantizer(name, tensors[f"{name}.weight"].astype(np.float32))
+        stored |= {f"{name}.{key}": np.ascontiguousarray(values) for key, values in packed.parameters.items()}
+        stands_for[f"{name}.weight"] = packed.weight
+    extra = {
+        "model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 128},
+        r".*layers\.1\.self_attn\.q.*": {"sym": True, "group_size": 128},
+    }
+    checkpoints.save(tmp_path / "model", {**LLAMA, "quantization_config": {**kind.settings, "extra_config": extra}}, stored)
+    with pytest.raises(BadInput, match=r"codes of \d bits"):
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    source.write_float(tmp_path / "float", LLAMA, stands_for)
+    options = {"scheduler": "threads", "tp_size": 2}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ours", dequantize=True, **options)
+    convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", **options)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
 OWN = {
@@ -340,7 +463,7 @@ def test_more_rows_than_a_block(name: str, tmp_path: Path) -> None:
             check_matrix(ours, module, wanted, FORMATS[name], {}, 0)
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_more_rows_than_a_block_of_numbers(precision: str, sm: int, tmp_path: Path) -> None:
     weights = source.values(LARGE)
@@ -400,7 +523,7 @@ def test_dequantized_in_stages_and_with_shared_kv_heads(tmp_path: Path) -> None:
 
 def test_act_order_is_dequantized(tmp_path: Path) -> None:
     kinds = [source.gptq(index="order"), source.gptq(index="order", sym=False, bits=8), source.gptq(index="order", bits=3)]
-    for number, kind in enumerate([*kinds, source.compressed(index="order", sym=False)]):
+    for number, kind in enumerate([*kinds, source.compressed(order=True, sym=False)]):
         check_stands_for(kind, tmp_path / str(number), tp_size=2, dequantize=True)
 
 
@@ -482,7 +605,7 @@ def check_integers(ours: Arrays, module: str, wanted: np.ndarray, bits: int, sm:
     assert ours[f"{module}.weight"].shape == (wanted.shape[1], wanted.shape[0] * bits // 8)
     assert ours[f"{module}.per_channel_scale"].dtype == wanted.dtype
     np.testing.assert_array_equal(ours[f"{module}.per_channel_scale"], scales)
-    found = codes_of(ours[f"{module}.weight"], bits, wanted.shape[1], wanted.shape[0], 1 if sm == 90 else 16 // bits)
+    found = codes_of(ours[f"{module}.weight"], bits, wanted.shape[1], wanted.shape[0], sm)
     np.testing.assert_array_equal(found, codes)
 
 
@@ -546,7 +669,8 @@ def test_act_order_is_quantized_again(more: dict[str, Any], tmp_path: Path) -> N
         for module, wanted in cut(weights, LLAMA, rank, tp).items():
             assert signal_to_noise(matrix(ours, module, more.get("sm", 80)), wanted) > 17, module
             assert not np.any(ours[f"{module}.zero"].astype(np.float32))
-    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    note, *of_gpus = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert len(of_gpus) == ("sm" not in more)
     assert 17 < float(re.findall(r"([\d.]+) dB", note)[0]) < 30, note
 
 
@@ -569,26 +693,30 @@ def test_generations(flags: dict[str, Any], tmp_path: Path) -> None:
         checkpoints.save(tmp_path / "model", LLAMA, weights)
     else:
         weights = source.write(tmp_path / "model", LLAMA, FORMATS["gptq asymmetric"])
-    written = {}
-    for sm in (80, 86, 89, 90, 100, 103, 120):
+    written, ranks = {}, {}
+    for sm in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121):
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / str(sm), sm=sm, tp_size=2, scheduler="threads", **flags)
         written[sm] = contents(tmp_path / str(sm))
         said = json.loads((tmp_path / str(sm) / "headrace.json").read_text())
         assert said["options"]["sm"] == sm
-    assert all(each == written[80] for sm, each in written.items() if sm != 90)
-    assert written[90]["config.json"] == written[80]["config.json"]
-    assert written[90]["rank0.safetensors"] != written[80]["rank0.safetensors"]
-    hopper, ampere = (read(tmp_path / sm / "rank1.safetensors") for sm in ("90", "80"))
+        verify(tmp_path / str(sm), tmp_path / "model").check()
+        ranks[sm] = read(tmp_path / f"{sm}/rank1.safetensors")
+    for sm, each in written.items():
+        like = {90: 90, 100: 100, 103: 100}.get(sm, 80)
+        assert each == written[like], sm
+        assert each["config.json"] == written[80]["config.json"]
     for module in cut(weights, LLAMA, 1, 2):
-        np.testing.assert_array_equal(matrix(hopper, module, 90), matrix(ampere, module, 80))
-        assert not np.array_equal(hopper[f"{module}.weight"], ampere[f"{module}.weight"])
+        for sm in (90, 100):
+            np.testing.assert_array_equal(matrix(ranks[sm], module, sm), matrix(ranks[80], module, 80))
+        first, *others = (ranks[sm][f"{module}.weight"].tobytes() for sm in (80, 90, 100))
+        assert len({first, *others}) == 3
 
 
 def test_the_generation_does_not_matter_for_float8(tmp_path: Path) -> None:
     source.write(tmp_path / "model", LLAMA, FORMATS["compressed fp8"])
-    for sm in (80, 90):
+    for sm in (80, 90, 100, "any"):
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / str(sm), sm=sm, scheduler="threads")
-    assert contents(tmp_path / "80") == contents(tmp_path / "90")
+    assert contents(tmp_path / "80") == contents(tmp_path / "90") == contents(tmp_path / "100") == contents(tmp_path / "any")
 
 
 # --- the key-value cache
@@ -876,6 +1004,23 @@ def test_a_module_that_is_not_quantized_joins_the_others(flags: dict[str, Any], 
             assert signal_to_noise(matrix(ours, target), wanted.astype(np.float32)) > 17
 
 
+def test_numbers_that_no_recipe_keeps_are_spoken_of(tmp_path: Path) -> None:
+    mixed(tmp_path / "model", FORMATS["compressed fp8 dynamic"], "model.layers.1.mlp.down_proj", None)
+    options = {"model_dir": tmp_path / "model", "scheduler": "threads"}
+    convert(output_dir=tmp_path / "out", **options)
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "1 matrices (0 of attention, 1 of the MLP), the first transformer.layers.1.mlp.proj" in note
+    assert "--use_meta_fp8_rowwise_recipe keeps them" in note, "layer 1 is the last"
+    config = {**LLAMA, "num_hidden_layers": 3}
+    stored, _ = source.quantized(source.values(config), FORMATS["compressed fp8 dynamic"], 3)
+    stored = {name: values for name, values in stored.items() if not name.startswith("model.layers.1.mlp.down_proj.")}
+    stored["model.layers.1.mlp.down_proj.weight"] = source.values(config)["model.layers.1.mlp.down_proj.weight"]
+    checkpoints.save(tmp_path / "deep", source.described(config, FORMATS["compressed fp8 dynamic"]), stored)
+    convert(model_dir=tmp_path / "deep", output_dir=tmp_path / "other", scheduler="threads")
+    (note,) = json.loads((tmp_path / "other/headrace.json").read_text())["notes"]
+    assert "no option keeps them" in note
+
+
 @pytest.mark.parametrize("module", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
 def test_one_scale_is_one_of_each_row_among_others_that_have_these(module: str, tmp_path: Path) -> None:
     weights = mixed(tmp_path / "model", FORMATS["compressed fp8"], module, source.compressed_float8(dynamic=True))
@@ -892,6 +1037,13 @@ def test_without_metas_recipe_all_of_its_checkpoint_is_float8(tmp_path: Path) ->
     weights = source.write(tmp_path / "model", config, kind)
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2)
     assert quantization(tmp_path / "out") == {**BLOCK, "quant_algo": kind.algorithm, **BY_ALGORITHM[kind.algorithm]}
+    # Attention of three layers (q, k, v and o), and the MLP of the first and the last.
+    (note,) = json.loads((tmp_path / "out/headrace.json").read_text())["notes"]
+    assert "18 matrices (12 of attention, 6 of the MLP)" in note
+    assert "modules_to_not_convert" in note
+    assert note.endswith("--use_meta_fp8_rowwise_recipe keeps them in 16 bits")
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "kept", scheduler="threads", **kind.flags)
+    assert json.loads((tmp_path / "kept/headrace.json").read_text())["notes"] == []
     for rank in range(2):
         ours = read(tmp_path / f"out/rank{rank}.safetensors")
         for layer in range(3):
@@ -937,11 +1089,12 @@ def test_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path / "out-with") == contents(tmp_path / "out-without")
 
 
-def test_a_quantized_head_is_dequantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["trivial", "order"])
+def test_a_quantized_head_is_dequantized(index: str, tmp_path: Path) -> None:
     kind = source.gptq(sym=False)
     tensors = source.values(LLAMA)
     stored, stands_for = source.quantized(tensors, kind, 2)
-    head = kind.quantizer("lm_head", tensors["lm_head.weight"].astype(np.float32))
+    head = source.gptq(sym=False, index=index).quantizer("lm_head", tensors["lm_head.weight"].astype(np.float32))
     del stored["lm_head.weight"]
     stored |= {f"lm_head.{key}": np.ascontiguousarray(values) for key, values in head.parameters.items()}
     checkpoints.save(tmp_path / "model", source.described(LLAMA, kind), stored)
@@ -977,7 +1130,7 @@ def expert_matrices(
     return np.concatenate([np.split(up, parts)[part], np.split(gate, parts)[part]]), np.split(down, parts, axis=1)[part]
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_mixtral_weight_only(precision: str, share: str, sm: int, tmp_path: Path) -> None:
@@ -1000,7 +1153,7 @@ def test_mixtral_weight_only(precision: str, share: str, sm: int, tmp_path: Path
             assert len(ours[f"{names[0]}.weight"]) == MIXTRAL["num_local_experts"] // more.get("moe_ep_size", 1)
 
 
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["gptq asymmetric", "awq"])
 def test_mixtral_with_packed_experts(name: str, share: str, sm: int, tmp_path: Path) -> None:

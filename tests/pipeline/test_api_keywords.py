@@ -14,6 +14,7 @@ from pipeline.planning.builder_options import SWITCH, BuilderOption, known_optio
 from pipeline.planning.engine_options import EngineOptions, anchored
 from pipeline.planning.job import Job, Shape, TargetOptions
 from pipeline.planning.keywords import BuildOptions, JobOptions, LoadOptions, ShapeOptions, Switch, TargetTable
+from pipeline.run.loaders import OF_A_SOURCE
 
 JOB, BUILD = get_type_hints(JobOptions), get_type_hints(BuildOptions)
 
@@ -31,7 +32,9 @@ def takes(hint: Any, value: object) -> bool:
         elif get_origin(kind) is Sequence:
             fits = isinstance(value, tuple) and all(takes(get_args(kind)[0], each) for each in value)
         else:
-            fits = isinstance(value, dict) if is_typeddict(kind) else type(value) is (type(Path()) if kind is Path else kind)
+            fits = type(value) is (type(Path()) if kind is Path else kind)
+            fits = fits or (kind is float and type(value) is int)  # an int will do for a float
+            fits = fits or ((is_typeddict(kind) or get_origin(kind) is dict) and isinstance(value, dict))
         if fits:
             return True
     return False
@@ -66,7 +69,7 @@ def agree(hint: Any, taken: list[Any]) -> None:
     if True in hinted and bool not in members(hint):  # it equals a choice of 1: some versions of pydantic take it, some do not
         hinted, taken = ([value for value in values if value is not True] for values in (hinted, taken))
     assert {type(value) for value in hinted} == {type(value) for value in taken}
-    if not {str, int} & set(members(hint)):  # of texts and numbers a field may refuse some
+    if not {str, int, float} & set(members(hint)):  # of texts and numbers a field may refuse some
         assert hinted == taken
 
 
@@ -85,7 +88,7 @@ def test_the_keywords_are_the_fields() -> None:
     assert get_type_hints(ShapeOptions).keys() == Shape.model_fields.keys()
     assert get_type_hints(TargetTable).keys() == TargetOptions.model_fields.keys()
     loading = get_type_hints(LoadOptions)
-    assert loading.keys() == (Shape.model_fields.keys() - {"tp_size", "pp_size", "dtype"}) | {"revision", "mlp_bias"}
+    assert loading.keys() == (Shape.model_fields.keys() - {"tp_size", "pp_size", "dtype"}) | set(OF_A_SOURCE)
     assert all(hint == JOB[name] for hints in (get_type_hints(ShapeOptions), loading) for name, hint in hints.items())
 
 

@@ -158,7 +158,7 @@ def test_two_names_of_one_router_are_a_problem() -> None:
     assert "model.layers.2.block_sparse_moe.gate.weight" in problem.found
 
 
-def test_biases_of_the_mlp_are_left_out_unless_wanted() -> None:
+def test_biases_of_the_mlp_are_left_out_unless_they_are_to_be_kept() -> None:
     config = {**LLAMA, "mlp_bias": True}
     biases = {name for name in split_names(shapes(config)) if ".mlp." in name.module and name.parameter == "bias"}
     assert biases

@@ -25,7 +25,7 @@ from pipeline.tensor.tensors import Parameter, plain
 from stages.quantize import alignment, linear, quantize
 from stages.shard import rank_tensors, shard
 from tests.support.examples import examples
-from tests.support.kernel_oracle import A, P, arrange
+from tests.support.kernel_oracle import arrange, order_of
 from tests.support.lazy import texts, values
 from tests.support.packed_tensors import opened
 from tests.support.rank_oracle import Arrays, Case, aligned_cases, cases, model_of, oracle, sharding_of, sources
@@ -160,7 +160,7 @@ def entries_of(case: Case, given: Tensors, quantization: Quantization) -> dict[T
 
 
 @examples(60)
-@given(aligned_cases(), st.sampled_from([*ALGORITHMS, "W4A16_GPTQ"]), st.sampled_from([80, 90]))
+@given(aligned_cases(), st.sampled_from([*ALGORITHMS, "W4A16_GPTQ"]), st.sampled_from([80, 90, 100]))
 def test_placements_tile_every_packed_tensor_exactly(case: Case, algorithm: str, sm: int) -> None:
     if algorithm == "W4A16_GPTQ" and case.stacked:
         algorithm = "W4A16"  # stacks come as numbers
@@ -184,7 +184,7 @@ def test_placements_tile_every_packed_tensor_exactly(case: Case, algorithm: str,
 
 
 @examples(25)
-@given(aligned_cases(small=True), st.sampled_from(list(ALGORITHMS)), st.sampled_from([80, 90]), st.integers(0, 9))
+@given(aligned_cases(small=True), st.sampled_from(list(ALGORITHMS)), st.sampled_from([80, 90, 100]), st.integers(0, 9))
 def test_each_rank_has_what_is_made_of_its_own_share(case: Case, algorithm: str, sm: int, seed: int) -> None:
     """Quantizing, then splitting, is splitting, then quantizing: codes, their order, and scales, byte for byte."""
     random = np.random.default_rng(seed)
@@ -202,7 +202,7 @@ def test_each_rank_has_what_is_made_of_its_own_share(case: Case, algorithm: str,
             slot = case.sharding.layout.find(module)
             assert slot is not None
             if local == "weight" and linear(slot.module):
-                codes, scales = by_rank(share, ALGORITHMS[algorithm], P if sm == 90 and not slot.module.experts else A)
+                codes, scales = by_rank(share, ALGORITHMS[algorithm], order_of(sm, slot.module.experts))
                 assert ours[name].tobytes() == codes, name
                 assert ours[f"{module}.per_channel_scale"].tobytes() == scales, name
             else:

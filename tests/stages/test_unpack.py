@@ -143,11 +143,13 @@ def test_only_canonical_parameters_come_out_with_their_axes(name: str) -> None:
 def test_planning_hears_of_the_format_the_order_and_what_is_wrong() -> None:
     sources = all_modules()
     sources[TensorName("m.gptq", "g_idx")] = np.array([0, 1] * 4, dtype=np.int32)
-    found, ordered, problems = check(held(sources), {})
+    examined = check(held(sources), {})
+    found, ordered, problems = examined.formats, examined.ordered, examined.problems
     assert found == {f"m.{name}": name for name in MODULES}
     assert ordered == ["m.gptq"]
     assert problems == []
-    found, ordered, problems = check(held(sources), {"group_size": 8})
+    examined = check(held(sources), {"group_size": 8})
+    found, ordered, problems = examined.formats, examined.ordered, examined.problems
     assert found == {f"m.{name}": name for name in MODULES}
     assert ordered == [], "what is wrong already is not asked further"
     assert {problem.subject for problem in problems} == {"m.awq.scales", "m.gptq.scales", "m.modelopt-awq.weight_scale"}

@@ -22,6 +22,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.inspection",
         "pipeline.planning.job",
         "pipeline.planning.make_plan",
+        "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
     },

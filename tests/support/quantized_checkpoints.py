@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MIXTRAL: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+# AutoRound's names of formats that store the zero points themselves.
+ITSELF = ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2", "autoround:exllamav2")
 LINEAR = ("qkv_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -57,7 +59,8 @@ class Format:
     """A way to quantize a checkpoint.
 
     `quantizer(module, weight)` packs a module; `settings` is config.json's quantization_config, `files` are JSON files beside it.
-    `algorithm` is what TensorRT-LLM calls it, "" where it has no kernel for it; `flags` are options that it needs there.
+    `algorithm` is what TensorRT-LLM calls it, "" where it has no kernel for it; `flags` are options that it needs there. `zero`:
+    groups have zero points, as far as a target is concerned.
     """
 
     quantizer: Quantizer
@@ -66,6 +69,7 @@ class Format:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     skip: Callable[[str, int], bool] = lambda module, layers: False  # noqa: ARG005
+    zero: bool = True
 
 
 def linear(name: str) -> bool:
@@ -163,6 +167,21 @@ def packed32(codes: np.ndarray, bits: int, axis: int, order: tuple[int, ...] = (
     return np.moveaxis(np.asarray(words, dtype=np.uint32), -1, axis).view(np.int32)
 
 
+def auto_round(*, bits: int = 4, group: int = 64, sym: bool = False, packing: str = "auto_round", older: bool = False) -> Format:
+    """AutoRound's format; `packing` says how it packs: as GPTQ with zero points less one, as GPTQ with these themselves, or as AWQ.
+
+    `older`: the settings as they were called before version 0.5.
+    """
+    kind = (
+        awq(group=group, sym=sym)
+        if "awq" in packing
+        else gptq(bits=bits, group=group, sym=sym, second=packing in ITSELF, index="none")
+    )
+    method, key = ("intel/auto-round", "backend") if older else ("auto-round", "packing_format")
+    settings = {"quant_method": method, key: packing, "bits": bits, "group_size": group, "sym": sym, "data_type": "int"}
+    return replace(kind, settings={**settings, "autoround_version": "0.4.3" if older else "0.8.0"})
+
+
 def gptq(
     *,
     bits: int = 4,
@@ -177,20 +196,21 @@ def gptq(
 ) -> Format:
     """AutoGPTQ's and GPTQModel's format.
 
-    `second`: zero points as format v2 has them, and `said` whether the settings say so. `index`: "trivial", "none", or "order",
-    where the groups follow the activations. `bias`: every module has one, of zeros. `beside`: the settings are in a file of
-    their own.
+    `group` -1: one scale a row. `second`: zero points as format v2 has them, and `said` whether the settings say so. `index`:
+    "trivial", "none", or "order", where the groups follow the activations. `bias`: every module has one, of zeros. `beside`: the
+    settings are in a file of their own.
     """
     random = np.random.default_rng(5)
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
         out, features = weight.shape
+        size = features if group == -1 else group
         order = random.permutation(features) if index == "order" else np.arange(features)
-        arranged, zeros, scales = grouped(weight[:, order], bits, group, sym, dtype)
+        arranged, zeros, scales = grouped(weight[:, order], bits, size, sym, dtype)
         codes = np.empty_like(arranged)
         codes[:, order] = arranged
         groups = np.empty(features, dtype=np.int32)
-        groups[order] = np.arange(features) // group
+        groups[order] = np.arange(features) // size
         stored = zeros if second else zeros - 1
         parameters = {
             "qweight": packed32(codes.T, bits, 0),
@@ -203,61 +223,84 @@ def gptq(
 
     version = "gptq_v2" if second and said else "gptq"
     settings = {"bits": bits, "group_size": group, "desc_act": index == "order", "sym": sym, "checkpoint_format": version}
-    named = {**settings, "quant_method": "gptq"}
-    return Format(
-        quantize, {} if beside else named, f"W{max(bits, 4)}A16_GPTQ", files={"quantize_config.json": settings} if beside else {}
-    )
+    named, algorithm = {**settings, "quant_method": "gptq"}, f"W{max(bits, 4)}A16{'' if group == -1 and sym else '_GPTQ'}"
+    return Format(quantize, {} if beside else named, algorithm, files={"quantize_config.json": settings} if beside else {})
 
 
-def awq(*, group: int = 64, dtype: np.dtype = FP16) -> Format:
-    """AutoAWQ's gemm format."""
+def awq(*, group: int = 64, dtype: np.dtype = FP16, zero_point: bool = True, stored: bool = True, sym: bool = False) -> Format:
+    """AutoAWQ's gemm format; `group` -1: one scale a row.
+
+    `sym`: its zero points are all 8, as they are without `zero_point`, and then `stored` or not.
+    """
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
-        codes, zeros, scales = grouped(weight, 4, group, False, dtype)
+        codes, zeros, scales = grouped(weight, 4, weight.shape[1] if group == -1 else group, sym or not zero_point, dtype)
         columns = (0, 2, 4, 6, 1, 3, 5, 7)
         parameters = {"qweight": packed32(codes.T, 4, 1, columns), "qzeros": packed32(zeros.T, 4, 1, columns), "scales": scales.T}
+        if not stored:
+            del parameters["qzeros"]
         return Packed(parameters, numbers(codes, zeros, scales))
 
-    settings = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm", "quant_method": "awq"}
-    return Format(quantize, {**settings, "modules_to_not_convert": None}, "W4A16_GPTQ")
+    settings = {"bits": 4, "group_size": group, "zero_point": zero_point, "version": "gemm", "quant_method": "awq"}
+    algorithm = "W4A16" if group == -1 and (sym or not zero_point) else "W4A16_GPTQ"
+    return Format(quantize, {**settings, "modules_to_not_convert": None}, algorithm, zero=zero_point)
 
 
-def compressed(*, bits: int = 4, group: int = 64, sym: bool = True, dtype: np.dtype = BF16, index: str = "none") -> Format:
-    """compressed-tensors' pack-quantized format. `index`: "none", "unset" (-1), or "order" (`actorder: group`)."""
+def compressed(
+    *, bits: int = 4, group: int = 64, sym: bool = True, dtype: np.dtype = BF16, order: bool = False, unpacked: bool = False
+) -> Format:
+    """compressed-tensors' pack-quantized format; `group` -1: one scale a row.
+
+    `order`: groups follow the activations. `unpacked`: zero points are bytes, as in older files.
+    """
     random = np.random.default_rng(7)
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
         features = weight.shape[1]
-        order = random.permutation(features) if index == "order" else np.arange(features)
-        arranged, zeros, scales = grouped(weight[:, order], bits, group, sym, dtype)
+        size = features if group == -1 else group
+        places = random.permutation(features) if order else np.arange(features)
+        arranged, zeros, scales = grouped(weight[:, places], bits, size, sym, dtype)
         codes, groups = np.empty_like(arranged), np.empty(features, dtype=np.int32)
-        codes[:, order], groups[order] = arranged, np.arange(features) // group
-        said = {"none": {}, "order": {"weight_g_idx": groups}, "unset": {"weight_g_idx": np.full(features, -1, np.int32)}}
+        codes[:, places], groups[places] = arranged, np.arange(features) // size
+        points = (zeros - (1 << (bits - 1))).astype(np.int8) if unpacked else packed32(zeros, bits, 0)
         parameters = {
             "weight_packed": packed32(codes, bits, 1),
             "weight_scale": scales,
             "weight_shape": np.array(weight.shape, dtype=np.int64),
-            **({} if sym else {"weight_zero_point": packed32(zeros, bits, 0)}),
-            **said[index],
+            **({} if sym else {"weight_zero_point": points}),
+            **({"weight_g_idx": groups} if order else {}),
         }
         return Packed(parameters, numbers(codes, zeros, scales, groups))
 
-    weights = {"num_bits": bits, "group_size": group, "strategy": "group", "symmetric": sym, "type": "int", "actorder": None}
-    weights |= {"actorder": "group"} if index == "order" else {}
-    return Format(quantize, _groups("pack-quantized", weights, None), f"W{bits}A16_GPTQ")
+    strategy = {"strategy": "channel", "group_size": None} if group == -1 else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits, **strategy, "symmetric": sym, "type": "int", "actorder": "group" if order else None}
+    return Format(quantize, _groups("pack-quantized", weights, None), f"W{bits}A16{'' if group == -1 and sym else '_GPTQ'}")
 
 
-def compressed_int8(*, dtype: np.dtype = BF16) -> Format:
-    """compressed-tensors' int-quantized format: W8A8 with a scale a row, of which TensorRT-LLM has no such kernel."""
+def compressed_int8(
+    *, dtype: np.dtype = BF16, static: bool = False, sym: bool = True, zeros: bool = False, bits: int = 8, group: int = -1
+) -> Format:
+    """compressed-tensors' int-quantized format: W8A8 (or W4A8) with a scale a row, whose activations are quantized as they come.
+
+    `static`: activations have one scale, and a zero point. `sym`: weights have no zero points; `zeros`: they have some of 0.
+    """
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
-        scales = (np.abs(weight).max(axis=1, keepdims=True) / 127).astype(dtype)
-        codes = np.clip(np.rint(weight / scales.astype(np.float32)), -128, 127).astype(np.int8)
-        return Packed({"weight": codes, "weight_scale": scales}, codes.astype(np.float32) * scales.astype(np.float32))
+        size, middle = weight.shape[1] if group == -1 else group, 1 << (bits - 1)
+        codes, points, scales = grouped(weight, bits, size, sym, dtype)
+        parameters = {
+            "weight": (codes - middle).astype(np.int8),
+            "weight_scale": scales,
+            **({} if sym and not zeros else {"weight_zero_point": (points - middle).astype(np.int8)}),
+            **({"input_scale": np.array([0.02], dtype), "input_zero_point": np.array([3], np.int8)} if static else {}),
+        }
+        return Packed(parameters, numbers(codes, points, scales))
 
-    weights = {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "int"}
-    inputs = {"num_bits": 8, "strategy": "token", "symmetric": True, "type": "int", "dynamic": True}
-    return Format(quantize, _groups("int-quantized", weights, inputs), "")
+    strategy = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits, **strategy, "symmetric": sym, "type": "int"}
+    inputs = {"num_bits": 8, "strategy": "tensor" if static else "token", "symmetric": not static, "type": "int"}
+    algorithm = f"W{bits}A16{'' if group == -1 and sym else '_GPTQ'}"
+    return Format(quantize, _groups("int-quantized", weights, {**inputs, "dynamic": not static}), algorithm)
 
 
 def _groups(name: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
@@ -547,18 +590,33 @@ def formats() -> dict[str, Format]:
         "gptq bf16 scales": gptq(dtype=BF16, sym=False),
         "gptq zero biases": gptq(bias=True),
         "gptq groups of 128": gptq(group=128),
-        "gptq groups of 32": gptq(group=32),
         "gptq 8 bits": gptq(bits=8),
         "gptq 8 bits asymmetric": gptq(bits=8, sym=False),
         "gptq 3 bits": gptq(bits=3),
         "gptq 3 bits asymmetric": gptq(bits=3, sym=False),
         "gptq 2 bits": gptq(bits=2, sym=False, second=True),
+        "gptq a row": gptq(group=-1, index="order"),
+        "gptq 8 bits a row": gptq(bits=8, group=-1),
         "awq": awq(),
+        "awq without zero points": awq(zero_point=False),
+        "awq without qzeros": awq(zero_point=False, stored=False),
+        "awq symmetric a row": awq(group=-1, sym=True),
+        "auto-round": auto_round(),
+        "auto-round as gptq": auto_round(packing="auto_round:auto_gptq"),
+        "auto-round as gptqmodel, 8 bits": auto_round(packing="auto_round:gptqmodel", bits=8),
+        "auto-round symmetric, older": auto_round(packing="auto_round:gptq:exllamav2", sym=True, older=True),
+        "auto-round older": auto_round(packing="autoround:exllamav2", older=True),
+        "auto-round as awq": auto_round(packing="auto_round:auto_awq"),
         "compressed w4a16": compressed(),
         "compressed w4a16 asymmetric": compressed(sym=False, dtype=FP16),
-        "compressed w4a16 unset index": compressed(index="unset"),
         "compressed w8a16": compressed(bits=8),
+        "compressed w4a16 a row": compressed(group=-1),
+        "compressed w8a16 a row": compressed(bits=8, group=-1),
+        "compressed w4a16 zeros of bytes": compressed(sym=False, unpacked=True),
         "compressed w8a8": compressed_int8(),
+        "compressed w8a8 static": compressed_int8(static=True, zeros=True, dtype=np.dtype(np.float32)),
+        "compressed w8a16 int8 groups": compressed_int8(group=64),
+        "compressed w4a8": compressed_int8(bits=4, group=64),
         "compressed fp8": compressed_float8(dynamic=False),
         "compressed fp8 dynamic": compressed_float8(dynamic=True),
         "modelopt fp8": modelopt_float8(),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GENERATIONS = (80, 86, 89, 90, 100, 103, 120)
+from pipeline.model.kernels import order
+
 ALIGNMENT = 64  # of K and of N: what every kernel asks for
 _TILE = 64  # in-features of a tile
 _LOW = np.uint32(0x0F0F0F0F)
@@ -20,10 +21,14 @@ _LOW = np.uint32(0x0F0F0F0F)
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """How codes of `bits` bits are arranged: in groups of `columns` out-features whose tiles alternate (1: no alternation)."""
+    """How codes of `bits` bits are arranged: in groups of `columns` out-features whose tiles alternate (1: no alternation).
+
+    `mixed`: in-features change places within each 16 or 32, and codes stay unsigned; otherwise a row is its stream of signed codes.
+    """
 
     bits: int
     columns: int
+    mixed: bool = True
 
     @property
     def tile_bytes(self) -> int:
@@ -32,10 +37,16 @@ class KernelLayout:
 
     def arrange(self, stream: np.ndarray) -> np.ndarray:
         """Unsigned codes uint8 [n, K * bits / 8], n a multiple of `columns`, in the kernel's order: [n / columns, ...]."""
+        if not self.mixed:
+            return stream ^ self._signs
         return self._tiled(_mix_int8(stream) if self.bits == 8 else _mix_int4(stream))
 
     def arrange_codes(self, codes: np.ndarray) -> np.ndarray:
         """The same of codes that are not packed yet, uint16 [n, K]: faster than to pack and then to arrange them."""
+        if not self.mixed:
+            # Two codes are 16 bits apart in a word of 32; of int4, the second goes to the high half of the first one's byte.
+            pairs = codes.view(np.uint32)
+            return (codes if self.bits == 8 else pairs | (pairs >> 12)).astype(np.uint8) ^ self._signs
         # Four codes a word of 64 bits: [n, K / 16 or 32, halves of that, ...].
         words = codes.view(np.uint64).reshape(*codes.shape[:-1], -1, 16 // self.bits * 2)
         if self.bits == 8:
@@ -46,6 +57,11 @@ class KernelLayout:
             packed |= (words[..., 4:6] << 8) | (words[..., 6:8] << 12)
         return self._tiled(packed.view(np.uint8).reshape(*codes.shape[:-1], -1))
 
+    @property
+    def _signs(self) -> np.uint8:
+        """The highest bit of each code of a byte: turned over, it makes unsigned codes signed ones."""
+        return np.uint8(0x80 if self.bits == 8 else 0x88)
+
     def _tiled(self, mixed: np.ndarray) -> np.ndarray:
         if self.columns == 1:
             return mixed
@@ -55,8 +71,9 @@ class KernelLayout:
 
 
 def kernel_layout(bits: int, sm: int, stacked: bool) -> KernelLayout:
-    """The layout for a GPU generation. Hopper has its own, but for stacks of experts."""
-    return KernelLayout(bits, 1 if sm == 90 and not stacked else 16 // bits)
+    """The layout of matrices, or of stacks of experts, for a GPU generation."""
+    letter = order(sm, stacked)
+    return KernelLayout(bits, 16 // bits if letter == "A" else 1, letter != "T")
 
 
 def _mix_int8(stream: np.ndarray) -> np.ndarray:

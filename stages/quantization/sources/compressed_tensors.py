@@ -1,12 +1,14 @@
 """compressed-tensors' integer formats: packed 4- or 8-bit weights (`pack-quantized`), and int8 ones (`int-quantized`).
 
-Packed: weight_packed int32 [N, K / p], p = 32 / bits unsigned codes of consecutive in-features a word, lowest first; weight_scale
-[N, G]; weight_shape; asymmetric: weight_zero_point int32 [N / p, G], packed along N. int8: weight [N, K], weight_scale [N, 1].
-Facts: docs/format/quantized-layouts.md, sections 9b and 10.
+Packed: weight_packed int32 [N, K / p], p = 32 / bits unsigned codes of consecutive in-features a word, lowest first;
+weight_shape. int8: weight [N, K], signed; also codes of 4 bits, one a byte. Both: weight_scale [N, G], [N, 1] or one;
+asymmetric: weight_zero_point int32 [N / p, G], packed along N, or int8 [N, G], signed. weight_g_idx int32 [K]: the group of each
+in-feature; -1 throughout: consecutive ones. Facts: docs/format/quantized-layouts.md, sections 9b and 10.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +16,26 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.tensor.derived import derive
-from pipeline.tensor.metering import meter
-from pipeline.tensor.placement import Region, whole
-from pipeline.tensor.tensors import Block, LazyTensor
-from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
+from pipeline.tensor.placement import whole
+from pipeline.tensor.tensors import LazyTensor
+from stages.quantization.compressed_settings import (
+    OWN_BITS,
+    asymmetric,
+    bits_of,
+    group_counts,
+    nibbles,
+    quantized_activations,
+    widths,
+)
+from stages.quantization.integers import as_bytes, biased, by_group, in_pairs, no_offsets, read_index, read_offsets, signed_offsets
+from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter, wide_activations
 from stages.quantization.sources.fp8_scaled import flat
 from stages.quantization.sources.gptq import no_words
 
 if TYPE_CHECKING:
     import dask.array as da
 
-UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
-_NO_GROUPS = np.full(1, -1)  # what a module's index holds where it says nothing
+INT8, UINT8, INT16, INT32 = (np.dtype(kind) for kind in (np.int8, np.uint8, np.int16, np.int32))
 _OWN = {"weight_packed", "weight_shape", "weight_zero_point", "weight_scale", "weight_g_idx", "weight"}
 
 
@@ -34,7 +44,7 @@ class CompressedTensors(PackedFormat):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
-    keeps = ("W4A16_GPTQ", "W8A16_GPTQ")
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
     proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
@@ -43,6 +53,7 @@ class CompressedTensors(PackedFormat):
         "weight_g_idx": PackedParameter(("in",), becomes="group_index"),
         "weight_shape": PackedParameter(("axis",), dropped="the shape is that of the model's configuration"),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
+        "input_zero_point": PackedParameter(OF_ALL, dropped="activations are not quantized to integers"),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
@@ -53,159 +64,162 @@ class CompressedTensors(PackedFormat):
             return bool(parameters["weight_packed"].dtype != np.uint8)  # small floats, which are of other formats
         return "weight" in parameters and parameters["weight"].dtype == np.int8
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With `num_bits` of a packed weight whose shape says another width than the first scheme, where some scheme has it."""
+        if not {"weight_packed", "weight_shape"} <= tensors.keys() or len(set(widths(settings))) < 2:
+            return settings
+        said, shape = _values(tensors["weight_shape"]).reshape(-1), tensors["weight_packed"].shape
+        fits = [bits for bits in widths(settings) if len(said) == 2 and len(shape) == 2 and 32 * shape[1] == bits * said[1]]
+        return {**settings, OWN_BITS: fits[0]} if fits and fits[0] != widths(settings)[0] else settings
+
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """Refuse a width other than 4 or 8, shapes that do not fit one another, and groups that the scales do not have."""
+        """Refuse a width other than 4 or 8, and shapes that do not fit one another."""
         scale, weight = tensors["weight_scale"], tensors.get("weight_packed", tensors.get("weight"))
         assert weight is not None, "accepted"
         name = "weight_packed" if "weight_packed" in tensors else "weight"
         if len(weight.shape) != 2:
             return [Problem(f"{module}.{name}", f"shape {list(weight.shape)}", "a matrix")]
-        if name == "weight":
-            points = tensors.get("weight_zero_point")
-            return _check_scale(module, scale, *weight.shape) + _check_zero(module, points)
-        if wrong := no_words(module, tensors, ("weight_packed", "weight_zero_point")):
-            return wrong
-        (rows, words), bits = weight.shape, _bits(settings)
-        said = (
-            _values(tensors["weight_shape"]).reshape(-1).tolist()
-            if "weight_shape" in tensors
-            else [rows, words * 32 // max(bits, 1)]
-        )
-        if bits not in (4, 8) or len(said) != 2 or said[0] != rows or words * 32 != said[1] * bits:
-            shape = f"shape [{rows}, {words}] for the weight_shape {said}, num_bits {bits}"
-            return [Problem(f"{module}.weight_packed", shape, "4 or 8 bits each")]
-        if wrong := _check_scale(module, scale, rows, said[1]):
-            return wrong
-        groups = scale.shape[1]
         zeros = tensors.get("weight_zero_point")
-        if zeros is not None and zeros.shape != (-(-rows * bits // 32), groups):
-            expected = f"[{-(-rows * bits // 32)}, {groups}], packed along the rows"
-            return [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
-        if zeros is None and _asymmetric(settings):
+        (rows, features), bits = weight.shape, bits_of(settings)
+        if name == "weight_packed":
+            packed = [name] if zeros is None or zeros.dtype == INT8 else [name, "weight_zero_point"]
+            if wrong := no_words(module, tensors, packed):
+                return wrong
+            said = [rows, features * 32 // max(bits, 1)]
+            if "weight_shape" in tensors:
+                said = _values(tensors["weight_shape"]).reshape(-1).tolist()
+            if bits not in (4, 8) or len(said) != 2 or said[0] != rows or features * 32 != said[1] * bits:
+                shape = f"shape [{rows}, {features}] for the weight_shape {said}, num_bits {bits}"
+                return [Problem(f"{module}.weight_packed", shape, "4 or 8 bits each")]
+            features = said[1]
+        elif zeros is not None and zeros.dtype != INT8:
+            return [Problem(f"{module}.weight_zero_point", f"values of type {zeros.dtype}", "int8, as the weight's")]
+        if wrong := _check_scale(module, scale, rows, features, group_counts(settings, features)):
+            return wrong
+        if zeros is None and asymmetric(settings):
             return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
-        index = _values(tensors["weight_g_idx"]) if "weight_g_idx" in tensors else _NO_GROUPS
-        if not np.all(index == -1) and (index.shape != (said[1],) or np.any((index < 0) | (index >= groups))):
-            found = f"{index.size} groups from {index.min(initial=0)} to {index.max(initial=0)}"
-            return [Problem(f"{module}.weight_g_idx", found, f"one of {groups} groups for each of {said[1]} in-features")]
-        return []
-
-    def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:
-        """Whether `weight_g_idx` says groups that are no consecutive in-features (`actorder: group`)."""
-        if "weight_g_idx" not in tensors:
-            return False
-        index, groups = _values(tensors["weight_g_idx"]), tensors["weight_scale"].shape[1]
-        return not np.all(index == -1) and not np.array_equal(index, np.arange(index.size) // (index.size // groups))
+        return [*_check_zeros(module, zeros, scale, rows, bits), *_check_index(module, tensors, features, _groups(scale.shape))]
 
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
-        """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where there is one; the rest stays."""
-        scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
-                        dtype=parameters["weight_scale"].dtype)  # fmt: skip
-        rest = {name: array for name, array in parameters.items() if name not in _OWN}
-        if "input_scale" in rest:
-            rest["input_scale"] = derive("unpack", flat, {"values": rest["input_scale"]}, shape=(1,), dtype=np.dtype(np.float32))
-        if "weight_packed" not in parameters:
-            weight = parameters["weight"]
-            codes = derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=weight.chunks[0])
-            offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
-            return {"codes8": codes, "scales": scales, "offsets": offsets, **rest}
-        words, bits = parameters["weight_packed"], _bits(settings)
-        if "weight_g_idx" in parameters:
-            index = parameters["weight_g_idx"]
-            rest["group_index"] = derive(
-                "unpack", group_index, {"index": index}, shape=index.shape, dtype=np.dtype(np.int32), groups=scales.shape[0]
+        """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
+        result = {name: array for name, array in parameters.items() if name not in _OWN}
+        result.pop("input_zero_point", None)
+        if "input_scale" in result:
+            result["input_scale"] = derive(
+                "unpack", flat, {"values": result["input_scale"]}, shape=(1,), dtype=np.dtype(np.float32)
             )
-        codes = derive(
-            "unpack", as_bytes, {"words": words}, shape=(words.shape[0], 4 * words.shape[1]), dtype=UINT8, rows=words.chunks[0]
-        )
-        zeros = parameters.get("weight_zero_point")
+        codes, bits = self._codes(parameters, settings)
+        rows, scale = codes.shape[0], parameters["weight_scale"]
+        shape = (_groups(scale.shape), rows)
+        scales = derive("unpack", by_group, {"values": scale}, shape=shape, dtype=scale.dtype)
+        zeros, index = parameters.get("weight_zero_point"), parameters.get("weight_g_idx")
         if zeros is None:
-            offsets = derive("unpack", no_offsets, {"scales": scales}, shape=scales.shape, dtype=INT16)
+            offsets = derive("unpack", no_offsets, {"scales": scales}, shape=shape, dtype=INT16)
+        elif zeros.dtype == INT8:
+            offsets = derive("unpack", signed_offsets, {"zeros": zeros}, shape=shape, dtype=INT16)
         else:
-            offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, bits=bits)
-        return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **rest}
+            offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=shape, dtype=INT16, bits=bits)
+        result |= {f"codes{bits}": codes, "scales": scales, "offsets": offsets}
+        if index is not None:
+            arguments: dict[str, Any] = {"groups": shape[0]}
+            result["group_index"] = derive("unpack", read_index, {"index": index}, shape=index.shape, dtype=INT32, **arguments)
+        return result
+
+    def _codes(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> tuple[da.Array, int]:
+        """The canonical codes of a module, and their width."""
+        if "weight_packed" in parameters:
+            words = parameters["weight_packed"]
+            shape = (words.shape[0], 4 * words.shape[1])
+            return derive("unpack", as_bytes, {"words": words}, shape=shape, dtype=UINT8, rows=words.chunks[0]), bits_of(settings)
+        weight = parameters["weight"]
+        (rows, features), chunks = weight.shape, weight.chunks[0]
+        if nibbles(settings) and not features % 2:
+            return derive("unpack", in_pairs, {"values": weight}, shape=(rows, features // 2), dtype=UINT8, rows=chunks), 4
+        return derive("unpack", biased, {"values": weight}, shape=weight.shape, dtype=UINT8, rows=chunks), 8
+
+    def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether a module's groups are not consecutive in-features (`actorder: group`): then it can only be dequantized."""
+        if "weight_g_idx" not in tensors:
+            return False
+        index = _values(tensors["weight_g_idx"])
+        groups = _groups(tensors["weight_scale"].shape)
+        return not np.all(index == -1) and not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
-        """W4A16_GPTQ or W8A16_GPTQ for packed weights, by the first module; nothing for int8 with a scale a row."""
-        first, bits = next(iter(modules.values())), _bits(settings)
-        if "weight_packed" not in first or bits not in (4, 8):
+        """W4A16_GPTQ or W8A16_GPTQ, by the first module; W4A16 or W8A16 where every row of all modules is one symmetric group."""
+        # Where rows have one group in some modules alone, the others say the group's size.
+        groups = {module: _groups(tensors["weight_scale"].shape) for module, tensors in modules.items()}
+        module = next((name for name, count in groups.items() if count > 1), next(iter(groups)))
+        first = modules[module]
+        packed = first.get("weight_packed")
+        bits = bits_of(self.module_settings(module, first, settings)) if packed is not None else 4 if nibbles(settings) else 8
+        if bits not in (4, 8):
             return None, 0
-        return f"W{bits}A16_GPTQ", first["weight_packed"].shape[1] * 32 // bits // first["weight_scale"].shape[1]
+        if groups[module] == 1 and not any(_shifted(tensors, bits) for tensors in modules.values()):
+            return f"W{bits}A16", 0
+        features = packed.shape[1] * 32 // bits if packed is not None else first["weight"].shape[1]
+        return f"W{bits}A16_GPTQ", features // groups[module]
+
+    def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
+        """That activations which the source's kernels quantize are left as they are."""
+        quantized = quantized_activations(settings)
+        return [wide_activations(quantized, algorithm)] if quantized else []
 
 
-def _check_scale(module: str, scale: LazyTensor, rows: int, features: int) -> list[Problem]:
-    if len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not features % scale.shape[1]:
+def _groups(scale: tuple[int, ...]) -> int:
+    """Into how many groups of in-features a row is divided, by the shape of the scales."""
+    return math.prod(scale[1:])
+
+
+def _check_scale(module: str, scale: LazyTensor, rows: int, features: int, said: set[int]) -> list[Problem]:
+    """Refuse scales that are not those of the rows, or of other groups than the settings say (`said`: their numbers)."""
+    shape = scale.shape
+    by_row = bool(shape) and shape[0] == rows and len(shape) <= 2 and bool(shape[-1]) and not features % _groups(shape)
+    if (by_row or math.prod(shape) == 1) and (not said or _groups(shape) in said):
         return []
-    return [Problem(f"{module}.weight_scale", f"shape {list(scale.shape)}", f"[{rows}, groups of {features}]")]
+    groups = f"{' or '.join(map(str, sorted(said)))} groups of {features}" if said else f"groups of {features}"
+    return [Problem(f"{module}.weight_scale", f"shape {list(shape)}", f"[{rows}, {groups}]")]
 
 
-def _check_zero(module: str, zeros: LazyTensor | None) -> list[Problem]:
-    if zeros is None or not np.any(_values(zeros)):
+def _check_zeros(module: str, zeros: LazyTensor | None, scale: LazyTensor, rows: int, bits: int) -> list[Problem]:
+    """Refuse zero points that are not those of the scales."""
+    if zeros is None:
         return []
-    return [Problem(f"{module}.weight_zero_point", "zero points of an int8 weight", "none, or zeros")]
+    words = -(-rows * bits // 32)
+    groups = _groups(scale.shape)
+    if zeros.dtype == INT8:
+        expected, right = f"{list(scale.shape)}, as the scales", math.prod(zeros.shape) == math.prod(scale.shape)
+    else:
+        expected, right = f"[{words}, {groups}], packed along the rows", zeros.shape == (words, groups)
+    return [] if right else [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]
 
 
-def _bits(settings: Mapping[str, Any]) -> int:
-    """The width of the weights, as the settings say; 0 where that is no width."""
-    groups = settings.get("config_groups")
-    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-    weights = first.get("weights") if isinstance(first, Mapping) else None
-    bits = weights.get("num_bits", 4) if isinstance(weights, Mapping) else 4
-    return bits if isinstance(bits, int) and not isinstance(bits, bool) else 0
+def _check_index(module: str, tensors: Mapping[str, LazyTensor], features: int, groups: int) -> list[Problem]:
+    """Refuse a list of groups that is not of all in-features, or names a group that the scales do not have."""
+    if "weight_g_idx" not in tensors:
+        return []
+    index = _values(tensors["weight_g_idx"])
+    if index.shape != (features,):
+        return [Problem(f"{module}.weight_g_idx", f"shape {list(index.shape)}", f"[{features}]")]
+    outside = index[(index < 0) | (index >= groups)]
+    if not outside.size or np.all(index == -1):
+        return []
+    return [Problem(f"{module}.weight_g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
 
 
-def _asymmetric(settings: Mapping[str, Any]) -> bool:
-    """Whether all that the settings say of weights is that they have zero points."""
-    groups = settings.get("config_groups")
-    schemes = (
-        [scheme.get("weights") for scheme in groups.values() if isinstance(scheme, Mapping)] if isinstance(groups, Mapping) else []
-    )
-    return bool(schemes) and all(isinstance(weights, Mapping) and weights.get("symmetric") is False for weights in schemes)
+def _shifted(tensors: Mapping[str, LazyTensor], bits: int) -> bool:
+    """Whether a module has a zero point that is not in the middle of the range. Reads them."""
+    zeros = tensors.get("weight_zero_point")
+    if zeros is None:
+        return False
+    if zeros.dtype == INT8:
+        return bool(np.any(_values(zeros)))
+    rows = tensors["weight_packed"].shape[0]
+    return bool(np.any(read_offsets(((0, zeros.shape[1]), (0, rows)), zeros.block(whole(zeros.shape)), bits=bits)))
 
 
 def _values(tensor: LazyTensor) -> np.ndarray:
     return np.asarray(tensor.block(whole(tensor.shape)))
-
-
-def transposed(region: Region, values: Block) -> np.ndarray:
-    """[groups, n] of [n, groups]."""
-    return np.ascontiguousarray(values.read((region[1], region[0])).T)
-
-
-def group_index(region: Region, index: Block, groups: int) -> np.ndarray:
-    """int32 [n]: the group of each in-feature; consecutive ones where the index is -1 throughout."""
-    stored = np.asarray(index.read(whole(index.shape)))
-    plain = np.arange(stored.size) // (stored.size // groups)
-    return np.asarray(plain if np.all(stored == -1) else stored).astype(np.int32)[slice(*region[0])]
-
-
-def as_bytes(region: Region, words: Block) -> np.ndarray:
-    """uint8 [n, K * bits / 8]: words of unsigned codes are the stream of codes already."""
-    values = np.ascontiguousarray(words.read((region[0], whole(words.shape)[1])))
-    return values.view(np.uint8)[:, slice(*region[1])]
-
-
-def biased(region: Region, values: Block) -> np.ndarray:
-    """uint8 [n, K] of int8: 128 more."""
-    signed = values.read(region)
-    with meter("unpack", signed.nbytes):
-        return signed.view(np.uint8) ^ np.uint8(0x80)
-
-
-def no_offsets(region: Region, scales: Block) -> np.ndarray:  # noqa: ARG001
-    """int16 [groups, n] of zeros: the format is symmetric."""
-    return np.zeros([stop - start for start, stop in region], dtype=np.int16)
-
-
-def read_offsets(region: Region, zeros: Block, bits: int) -> np.ndarray:
-    """int16 [groups, n]: 2 ** (bits - 1) less the zero point, of words [N / p, groups] that are packed along N."""
-    packed = 32 // bits
-    first, last = region[1][0] // packed, -(-region[1][1] // packed)
-    words = np.ascontiguousarray(zeros.read(((first, last), region[0]))).view(np.uint32)
-    with meter("unpack", words.nbytes):
-        stored = np.stack([(words >> (bits * i)) & ((1 << bits) - 1) for i in range(packed)], axis=1)
-        stored = stored.reshape(-1, words.shape[1]).T.astype(np.int16)
-        result = ((1 << (bits - 1)) - stored).astype(np.int16)
-    return np.ascontiguousarray(result[:, region[1][0] - first * packed : region[1][1] - first * packed])
 
 
 FORMAT = CompressedTensors()

@@ -1,8 +1,8 @@
 """Float8 weights with their scales: ModelOpt's and compressed-tensors' FP8, and fbgemm's (Llama-3.1-405B-FP8).
 
 weight float8_e4m3fn [N, K]; weight_scale of the whole ([] or [1]) or of each out-feature ([N, 1] or [N]); input_scale where the
-activations' is static; k_scale and v_scale of the cache; input_scale_ub, fbgemm's bound of dynamic ones, which the settings say
-too. Facts: docs/format/quantized-layouts.md, sections 7 and 9b.
+activations' is static; input_scale_ub, fbgemm's bound of dynamic ones, which the settings say too.
+Facts: docs/format/quantized-layouts.md, sections 7 and 9b.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import dask.array as da
 
 FLOAT32 = np.dtype(np.float32)
-_RENAMED = {"weight": "fp8", "input_scale": "input_scale", "k_scale": "kv_scale", "v_scale": "kv_scale"}
 
 
 class ScaledFp8(PackedFormat):
@@ -39,8 +38,6 @@ class ScaledFp8(PackedFormat):
         "weight_scale": PackedParameter(("out", "one")),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
         "input_scale_ub": PackedParameter(OF_ALL, dropped="the bound of activations is written from the settings"),
-        "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
-        "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
@@ -56,7 +53,7 @@ class ScaledFp8(PackedFormat):
         if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
             expected = f"one scale, or one for each of {rows} out-features"
             problems.append(Problem(f"{module}.weight_scale", f"shape {list(scale.shape)}", expected))
-        for name in ("input_scale", "k_scale", "v_scale", "input_scale_ub"):
+        for name in ("input_scale", "input_scale_ub"):
             if name in tensors and math.prod(tensors[name].shape) != 1:
                 problems.append(Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", "one scale"))
         if "input_scale_ub" in tensors and not problems:
@@ -69,17 +66,17 @@ class ScaledFp8(PackedFormat):
         return problems
 
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
-        """`fp8` with `tensor_scale` or `channel_scale`, and the scales of activations and cache, all float32; the rest stays."""
+        """`fp8` with `tensor_scale` or `channel_scale`, and the scale of activations, all float32; the rest stays."""
         rows = parameters["weight"].shape[0]
         result = {}
         for name, array in parameters.items():
             if name == "weight_scale":
                 kind = "channel_scale" if array.size == rows and rows > 1 else "tensor_scale"
                 result[kind] = derive("unpack", flat, {"values": array}, shape=(array.size,), dtype=FLOAT32)
-            elif name in ("input_scale", "k_scale", "v_scale"):
-                result[_RENAMED[name]] = derive("unpack", flat, {"values": array}, shape=(1,), dtype=FLOAT32)
+            elif name == "input_scale":
+                result[name] = derive("unpack", flat, {"values": array}, shape=(1,), dtype=FLOAT32)
             elif name != "input_scale_ub":
-                result[_RENAMED.get(name, name)] = array
+                result["fp8" if name == "weight" else name] = array
         return result
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002

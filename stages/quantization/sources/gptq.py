@@ -1,9 +1,9 @@
-"""GPTQ, as AutoGPTQ and GPTQModel write it: 2, 3, 4 or 8 bits, groups of in-features, symmetric or not.
+"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 2, 3, 4 or 8 bits, groups of in-features, symmetric or not.
 
 qweight int32 [K * bits / 32, N], codes of consecutive in-features one after the other, lowest bits first (of 3 bits over the ends
 of words); qzeros int32 [G, N * bits / 32]; scales [G, N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero -
-1) * scale; format v2 stores the zero itself. Codes of 2 and 3 bits are codes of 4 bits, too: with the same middle they are the
-same weights. Facts: docs/format/quantized-layouts.md, sections 5 and 9c.
+1) * scale; format v2, and some of AutoRound's, store the zero itself. Codes of 2 and 3 bits are codes of 4 bits, too: with the
+same middle they are the same weights. Facts: docs/format/quantized-layouts.md, sections 5, 9c and 11.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
-from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
+from stages.quantization.auto_round import activation_bits, module_settings, stores_the_zero
+from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -34,7 +35,7 @@ class Gptq(PackedFormat):
 
     name = "gptq"
     title = "GPTQ"
-    keeps = ("W4A16_GPTQ", "W8A16_GPTQ")
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
     proof = "NVIDIA's converter 0.17, its files byte for byte (4 and 8 bits)"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
@@ -75,13 +76,17 @@ class Gptq(PackedFormat):
             return [Problem(f"{module}.g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
         return []
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With what AutoRound's `extra_config` says of the module."""
+        return module_settings(module, settings)
+
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
         """`codes4` (of 2 and 3 bits, too) or `codes8`, `scales`, `offsets`, and `group_index` where there is one."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
         features = words.shape[0] * 32 // bits
         symmetric = bool(settings.get("sym", False))
-        second = settings.get("checkpoint_format") == "gptq_v2"
+        second = stores_the_zero(settings)
         width = max(bits, 4)
         shape = (words.shape[1], features * width // 8)
         like: dict[str, Any] = {"shape": shape, "dtype": UINT8, "ahead": AHEAD_BYTES // shape[1]}
@@ -100,11 +105,32 @@ class Gptq(PackedFormat):
         index, groups = _index(tensors), tensors["scales"].shape[0]
         return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
-    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
-        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by the first module."""
+    def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
+        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by the first module; W4A16 or W8A16 where a row is one symmetric group.
+
+        Settings that say `sym` are believed: quantizing finds out where a zero point says otherwise.
+        """
         words, zeros, scales = (next(iter(modules.values()))[name].shape for name in _PACKED)
         bits = 32 * zeros[-1] // scales[-1]
+        if one_group_a_row(modules, "scales", 0) and (settings.get("sym") is True or not _shifted(modules, settings)):
+            return f"W{max(bits, 4)}A16", 0
         return f"W{max(bits, 4)}A16_GPTQ", words[0] * 32 // bits // scales[0]
+
+    def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
+        """That activations which AutoRound quantized for are left as they are."""
+        bits = activation_bits(settings)
+        return [wide_activations(f"{bits} bits", algorithm)] if bits < 16 else []
+
+
+def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
+    """Whether a module of one group a row has a zero point that is not in the middle of the range. Reads them."""
+    second = stores_the_zero(settings)
+    for tensors in modules.values():
+        stored, columns = tensors["qzeros"], tensors["scales"].shape[1]
+        bits, block = int(_bits(stored.shape[1], columns)), stored.block(whole(stored.shape))
+        if np.any(read_offsets(((0, 1), (0, columns)), block, bits=bits, symmetric=False, second=second)):
+            return True
+    return False
 
 
 def no_words(module: str, tensors: Mapping[str, LazyTensor], names: Sequence[str]) -> list[Problem]:

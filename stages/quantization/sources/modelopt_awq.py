@@ -18,8 +18,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
+from stages.quantization.integers import no_offsets, transposed
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
-from stages.quantization.sources.compressed_tensors import no_offsets, transposed
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -37,8 +37,6 @@ class ModelOptAwq(PackedFormat):
         "weight_scale": PackedParameter(("out", "group")),
         "pre_quant_scale": PackedParameter(("in",), becomes="prequant"),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
-        "k_scale": PackedParameter(OF_ALL),
-        "v_scale": PackedParameter(OF_ALL),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:

@@ -46,6 +46,17 @@ def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries],
     return weights, {"weights_scaling_factor": (common, scale), "activation_scaling_factor": (activations, scale)}
 
 
+def pack_stack(scales: Sequence[Sequence[da.Array]], shares: int) -> tuple[da.Array, Parameter]:
+    """The scale of the activations of a stack of experts on each rank: the largest of those of the rank's experts.
+
+    `scales`: of each expert's parts, the experts in order. `shares`: into how many equal parts the ranks divide the experts.
+    """
+    inputs = {f"scale{number}": scale for number, scale in enumerate(scale for expert in scales for scale in expert)}
+    counts = tuple(len(expert) for expert in scales)
+    array = derive("quantize", largest_by_share, inputs, shape=(shares,), dtype=FLOAT32, shares=shares, counts=counts)
+    return array, Parameter(axes=(("expert", Fraction(shares, len(scales))),))
+
+
 def pack_channels(part: Mapping[str, da.Array]) -> Entries:
     """`weight` and `per_channel_scale` of a float8 weight that has a scale for each out-feature, or one that stands for all."""
     weight = part["fp8"]
@@ -119,6 +130,19 @@ def spread(region: Region, scale: Block) -> np.ndarray:
 def largest_of(region: Region, **scales: Block) -> np.ndarray:  # noqa: ARG001
     """float32 [1]: the largest of several scales."""
     return np.array([max(_scalar(scale) for scale in scales.values())], dtype=np.float32)
+
+
+def largest_by_share(region: Region, shares: int, counts: tuple[int, ...], **scales: Block) -> np.ndarray:
+    """float32 [shares]: the largest of the scales of each share's experts. `counts`: how many of the scales each expert has."""
+    values = iter([_scalar(scale) for scale in scales.values()])
+    by_expert = [max(next(values) for _ in range(count)) for count in counts]
+    result: np.ndarray = np.array(by_expert, dtype=np.float32).reshape(shares, -1).max(axis=1)[slice(*region[0])]
+    return result
+
+
+def as_scale(values: da.Array) -> da.Array:
+    """float32 [1] of a single value, whatever its shape and type."""
+    return derive("unpack", spread, {"scale": values}, shape=(1,), dtype=FLOAT32)
 
 
 def largest(scales: Sequence[da.Array]) -> da.Array:

@@ -28,11 +28,18 @@ INT8, UINT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.float3
 
 
 def pack_gptq(
-    parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, name: str, rows: int, working_bytes: int = 2
+    parameters: Mapping[str, da.Array],
+    layout: KernelLayout,
+    dtype: np.dtype,
+    name: str,
+    rows: int,
+    working_bytes: int = 2,
+    zero_points: bool = True,
 ) -> dict[str, tuple[da.Array, Parameter]]:
     """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
 
-    `working_bytes`: what a byte of codes takes on its way, more than the codes where they are computed.
+    `zero_points`: whether there is a `zero`; without it, offsets are zeros. `working_bytes`: what a byte of codes takes on its way,
+    more than the codes where they are computed.
     """
     codes, scales, offsets = parameters[f"codes{layout.bits}"], parameters["scales"], parameters["offsets"]
     *front, out, width = codes.shape
@@ -42,16 +49,19 @@ def pack_gptq(
     weight = derive("quantize", arranged, {"codes": codes}, shape=shape, dtype=UINT8, rows=chunks, layout=layout)
     group = Fraction(scales.shape[-2], width) * per_feature
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
-    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, "columns": scales.chunks[-1] if not front else None}
+    grid: dict[str, Any] = {"rows": scales.chunks[0] if front else None, "columns": scales.chunks[-1]}
+    like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, **grid}
     factors = derive("quantize", cast, {"values": scales}, **like, to=dtype)
-    zeros = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, to=dtype)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
         header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
         dtype=name,
         working_bytes=working_bytes,
     )
-    return {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped), "zero": (zeros, grouped)}
+    result = {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped)}
+    if zero_points:
+        result["zero"] = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, to=dtype), grouped
+    return result
 
 
 def pack_awq(parameters: Mapping[str, da.Array], dtype: np.dtype) -> dict[str, tuple[da.Array, Parameter]]:

@@ -1,8 +1,9 @@
 """contract: every tensor that TensorRT-LLM 1.2.1's loader asks for, rank by rank, derived from config.json alone.
 
-Nothing here knows how headrace plans or writes: names, shapes and types follow the descriptions of the format
-(docs/format/checkpoint.md, docs/format/families.md and docs/format/quantized-layouts.md). A config.json of any version from 0.13 on
-is understood.
+What the loader's classes would compute otherwise than the model is wrong, by the table that planning refuses by
+(`pipeline.model.computes`). Nothing else here knows how headrace plans or writes: names, shapes and types follow the descriptions
+of the format (docs/format/checkpoint.md, docs/format/families.md and docs/format/quantized-layouts.md). A config.json of any
+version from 0.13 on is understood.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.model.computes import conflicts
 from stages.verify.contract.expected import ExpectedTensor, TensorForm
 from stages.verify.contract.modules import stage_tensors, unaligned_matrices
 from stages.verify.contract.settings import read_settings
@@ -29,4 +31,5 @@ def contract(config: Mapping[str, Any]) -> tuple[list[Mapping[str, ExpectedTenso
         return [], problems
     stages = [stage_tensors(settings, number) for number in range(settings.parallel.pp)]
     ranks: list[Mapping[str, ExpectedTensor]] = [tensors for tensors in stages for _ in range(settings.parallel.tp)]
-    return ranks, [*problems, *unaligned_matrices(settings)]
+    computed = (Problem(f"config.json: {each.key}", each.found, each.expected, each.remedy) for each in conflicts(config))
+    return ranks, [*problems, *computed, *unaligned_matrices(settings)]

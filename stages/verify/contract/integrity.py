@@ -14,13 +14,14 @@ import numpy as np
 import xxhash
 
 from pipeline.errors import Problem
+from pipeline.model.kernels import ANY, generations
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from pipeline.tensor.tensors import tensor_bytes
 from stages.verify.contract import ExpectedTensor, contract
+from stages.verify.contract.quantized import GPTQ, WEIGHT_ONLY, read_quantization
 from stages.verify.contract.reader import shown
 
 PIECE_BYTES = 4 << 20
-GENERATIONS = (80, 86, 89, 90, 100, 103, 120)  # compute capabilities of GPUs; the order of integer weights depends on them
 _BYTES = np.dtype(np.uint8)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"rank\d+\.safetensors")
@@ -115,8 +116,10 @@ def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
         return
     options = provenance.get("options", {})
     sm = options.get("sm", 80) if isinstance(options, Mapping) else None
-    if sm not in GENERATIONS:
-        yield Problem("headrace.json: options.sm", shown(sm), f"one of {', '.join(map(str, GENERATIONS))}", _AGAIN)
+    if sm != ANY and sm not in generations():
+        yield Problem("headrace.json: options.sm", shown(sm), f"one of {', '.join(map(str, (*generations(), ANY)))}", _AGAIN)
+    if sm == ANY:
+        yield from _arranged(checkpoint)
     table = provenance.get("xxh3")
     if not isinstance(table, Mapping):
         yield Problem("headrace.json: xxh3", shown(table), "checksums by file and tensor", _AGAIN)
@@ -152,6 +155,22 @@ def _parts(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]
             return None
     whole = sum(nbytes for nbytes, _ in value) == tensor_bytes(checkpoint.ranks[rank][name])
     return [(nbytes, digest) for nbytes, digest in value] if whole else None
+
+
+def _arranged(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Report integer weights in a kernel's order where headrace.json says that there is none.
+
+    Facts: docs/format/runtime-1.2.md, section d4.
+    """
+    algorithm = read_quantization(checkpoint.config)[0].algorithm
+    for number, stored in enumerate(checkpoint.ranks):
+        for name, tensor in stored.items():
+            module, _, parameter = name.rpartition(".")
+            codes = algorithm in GPTQ and f"{module}.weights_scaling_factor" in stored
+            if parameter == "weight" and (codes or (algorithm in WEIGHT_ONLY and tensor.dtype == np.int8)):
+                found = f"codes of {algorithm}, which are in the order of one generation of GPUs"
+                yield Problem(f"{_file(number)}: {name}", found, f"numbers, as headrace.json says --sm {ANY}", _AGAIN)
+                return
 
 
 def _left_over(checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -11,28 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.model.computes import HEAD_NORMS, replaced_attention
+from pipeline.model.runtime import runtime
 from stages.verify.contract.parallel import MappingSizes, read_mapping
-from stages.verify.contract.quantized import FP8_ROWWISE, NVFP4, QuantizationBlock, read_quantization
+from stages.verify.contract.quantized import QuantizationBlock, read_quantization
 from stages.verify.contract.reader import ConfigReader
 
-# The loader's model class by architecture, of those that headrace writes.
-CLASSES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "MixtralForCausalLM": "llama",
-    "GraniteForCausalLM": "llama",
-    "ExaoneForCausalLM": "llama",
-    "InternLM2ForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen",
-    "Qwen2MoeForCausalLM": "qwen",
-    "Qwen3ForCausalLM": "qwen",
-    "Qwen3MoeForCausalLM": "qwen",
-    "Phi3ForCausalLM": "phi",
-    "PhiMoEForCausalLM": "phi",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma",
-    "Gemma3ForCausalLM": "gemma",
-}
 # The `qwen_type` by which the Qwen class tells these models apart.
 QWEN_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -72,7 +56,8 @@ class ContractSettings:
     """The values of config.json that names and shapes of tensors depend on.
 
     `experts`: 0 for a dense model. `expert_size`, `shared_size`: intermediate sizes of an expert and of the shared one, 0 for none.
-    `embedding`: the axis of the embedding that ranks share, "vocabulary" or "hidden", "" for none.
+    `embedding`: the axis of the embedding that ranks share, "vocabulary" or "hidden", "" for none. `lacking`: the features that the
+    attention of the algorithm does not compute.
     """
 
     architecture: str
@@ -95,16 +80,21 @@ class ContractSettings:
     embedding: str
     parallel: MappingSizes
     quantization: QuantizationBlock
+    lacking: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> str:
         """The loader's class: "llama", "qwen", "phi" or "gemma"."""
-        return CLASSES[self.architecture]
+        return runtime().classes[self.architecture].name
 
     @property
     def qk_norms(self) -> bool:
-        """Whether q and k are normalised by head: the architecture decides, whatever `qk_layernorm` says."""
-        return self.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+        """Whether q and k are normalised by head.
+
+        The architecture decides, whatever `qk_layernorm` says; an attention that the algorithm puts in the place of the class's own
+        may have no such norms.
+        """
+        return HEAD_NORMS in runtime().features.get(self.architecture, ()) and HEAD_NORMS not in self.lacking
 
     @property
     def inter_norms(self) -> bool:
@@ -120,7 +110,7 @@ class ContractSettings:
 def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, list[Problem]]:
     """Read the settings, None where shapes cannot be told, and list everything that is wrong with config.json."""
     reader = ConfigReader(config)
-    architecture = reader.text("architecture", tuple(CLASSES))
+    architecture = reader.text("architecture", tuple(runtime().classes))
     dtype = reader.text("dtype", DTYPES)
     reader.text("hidden_act")
     reader.text("position_embedding_type", POSITIONS)
@@ -132,7 +122,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
     head_size = reader.size("head_size", default=hidden // heads or 1)
     rotary = reader.size("rotary_embedding_dim", most=head_size, default=head_size)
     layers = reader.size("num_hidden_layers", most=4096)
-    kind = CLASSES.get(architecture, "")
+    kind = _kind(architecture)
     experts, expert_size, shared_size, moe = _experts(reader, architecture)
     mapping_values = reader.table("mapping")
     parallel, mapping = read_mapping(ALONE if mapping_values is None else mapping_values, layers, experts > 0)
@@ -159,6 +149,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         embedding=_embedding(reader, kind, parallel.tp),
         parallel=parallel,
         quantization=quantization,
+        lacking=replaced.lacks if (replaced := replaced_attention(config)) else (),
     )
     _by_class(reader, architecture, settings)
     usable = all(each.usable for each in (reader, moe, mapping, block))
@@ -170,7 +161,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
 
 def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, ConfigReader]:
     """The number of experts, their size, the shared expert's size, and the reader that holds what is wrong with `moe`."""
-    if (not reader.has("moe") and architecture not in MIXTURES) or CLASSES.get(architecture) == "gemma":
+    if (not reader.has("moe") and architecture not in MIXTURES) or _kind(architecture) == "gemma":
         return 0, 0, 0, ConfigReader({})
     if architecture == "Phi3ForCausalLM":
         reader.wrong("moe", "no such key: the class takes it for a mixture of experts", "Remove it")
@@ -187,7 +178,7 @@ def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, Co
         moe.wrong("num_experts", f"2 or more: {architecture} is a mixture of experts", fatal=True)
     if experts < 2:
         return 0, 0, 0, moe
-    if CLASSES.get(architecture) != "qwen" or not mixture:
+    if _kind(architecture) != "qwen" or not mixture:
         return experts, reader.size("intermediate_size"), 0, moe
     shared = reader.size("moe_shared_expert_intermediate_size") if architecture == "Qwen2MoeForCausalLM" else 0
     return experts, reader.size("moe_intermediate_size"), shared, moe
@@ -203,7 +194,7 @@ def _embedding(reader: ConfigReader, kind: str, tp: int) -> str:
 
 def _by_class(reader: ConfigReader, architecture: str, settings: ContractSettings) -> None:
     """Check the values that a single class asks for."""
-    config, kind = reader.values, CLASSES.get(architecture)
+    config, kind = reader.values, _kind(architecture)
     if kind == "llama":
         for key, value in CONSTANTS.items():
             if reader.has(key) and config[key] != value:
@@ -222,8 +213,12 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
     algorithm = settings.quantization.algorithm
     if algorithm and settings.dtype == "float32":
         reader.wrong("dtype", f"float16 or bfloat16, as the kernels of {algorithm} need")
-    if settings.experts and algorithm in (FP8_ROWWISE, "W8A16_GPTQ", NVFP4):
-        reader.wrong("quantization", f"another algorithm: TensorRT-LLM has no experts in {algorithm}", found=algorithm)
+
+
+def _kind(architecture: str) -> str:
+    """The short name of the loader's class of an architecture; "" where it has none."""
+    own = runtime().classes.get(architecture)
+    return own.name if own else ""
 
 
 def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:

@@ -53,12 +53,12 @@ class Attention:
             parts = torch.split(qkv, sizes, -1)
             q, k, v = (each.reshape(len(x), -1, settings.head_size).transpose(0, 1) for each in parts)
             if settings.norms_heads:
-                q = rms_norm(q, stage.vector(f"{module}.q_layernorm.weight", settings.head_size), settings.epsilon)
-                k = rms_norm(k, stage.vector(f"{module}.k_layernorm.weight", settings.head_size), settings.epsilon)
+                q = rms_norm(q, stage.vector(f"{module}.q_layernorm.weight", settings.head_size), settings.head_epsilon)
+                k = rms_norm(k, stage.vector(f"{module}.k_layernorm.weight", settings.head_size), settings.head_epsilon)
             length, local = len(cache.tokens), settings.is_local(layer)
             q, k = (self.rotation.rotate(each, length - len(x), length, local=local) for each in (q, k))
             k, v = cache.extend(layer, rank, k, v)
-            return self._attend(q, k, v, settings.window if local else length).transpose(0, 1).flatten(1)
+            return self._attend(q, k, v, settings.window(layer) or length).transpose(0, 1).flatten(1)
 
         return stage.total(part, f"{module}.dense", settings.hidden, bias=settings.dense_bias)
 

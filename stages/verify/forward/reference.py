@@ -42,14 +42,18 @@ class ParameterPart:
 class Reference:
     """transformers' model for `config` with some `weights`, on the CPU, in float32."""
 
-    def __init__(self, config: Mapping[str, Any], weights: NamedWeights) -> None:
-        """Raises VerificationFailed naming parameters without a weight, and weights without a parameter or of another shape.
+    def __init__(self, config: Mapping[str, Any], weights: NamedWeights, head_epsilon: float = 0.0) -> None:
+        """`head_epsilon`: in the place of transformers' own in the norms of q and k; 0 for its own.
+
+        Raises VerificationFailed naming parameters without a weight, and weights without a parameter or of another shape.
 
         Raises BadInput where transformers is not installed, or does not know the model.
         """
         self._weights = weights
         with _quiet():
             self._model = _build(config)
+        if head_epsilon:
+            set_head_epsilon(self._model, head_epsilon)
         self._embedding: nn.Module = self._model.get_input_embeddings()
         self._head: nn.Module = self._model.get_output_embeddings()
         self._parts = self._matched(bool(self._model.config.tie_word_embeddings))
@@ -199,6 +203,15 @@ def _build(config: Mapping[str, Any]) -> Any:
     _compute_buffers(model)
     model.get_input_embeddings().padding_idx = None  # it says nothing of a forward pass, and may lie beyond the rows in use
     return model
+
+
+def set_head_epsilon(model: nn.Module, epsilon: float) -> None:
+    """Give the norms of q and k in one of transformers' models another epsilon."""
+    for name, module in model.named_modules():
+        if name.endswith((".q_norm", ".k_norm")):
+            for key in ("variance_epsilon", "eps"):
+                if hasattr(module, key):
+                    setattr(module, key, epsilon)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rotate the features of heads by position as TensorRT-LLM does: the angle of each pair of features at a position.
 
 Facts: docs/format/checkpoint.md, section 4; `RopeEmbeddingUtils` and `Attention.create_attention_const_params` of TensorRT-LLM for
-yarn and long rope; the attention kernels for dynamic scaling, which begins behind `max_position_embeddings`.
+yarn and long rope.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.computes import LOCAL_ROPE
 from stages.verify.forward.settings import DecoderSettings
 
 FLOAT32 = np.dtype(np.float32)
-SCALINGS = ("linear", "llama3", "dynamic", "yarn")
 
 
 class Rotation:
@@ -87,39 +87,18 @@ class Rotation:
         problems = []
         if kind not in ("rope_gpt_neox", "long_rope"):
             problems.append(Problem("config.json: position_embedding_type", repr(kind), "rope_gpt_neox or long_rope"))
-        needed = ["rope_local_base_freq"] if self.settings.window else []
+        needed = ["rope_local_base_freq"] if self.settings.has(LOCAL_ROPE) else []
         if self.long_rope:
             needed += ["original_max_position_embeddings", "longrope_scaling_short_factors", "longrope_scaling_long_factors"]
             if self.settings.architecture == "PhiMoEForCausalLM":
                 needed += ["longrope_short_mscale", "longrope_long_mscale"]
         problems += [Problem(f"config.json: {key}", "nothing", "a value") for key in needed if config.get(key) is None]
-        if self.scaling and (self.kind not in SCALINGS or self.long_rope):
-            expected = "null beside long_rope" if self.long_rope else f"null, or one of {', '.join(SCALINGS)}"
-            problems.append(Problem("config.json: rotary_scaling.type", repr(self.kind), expected))
-        return problems + self._disputed()
-
-    def _disputed(self) -> list[Problem]:
-        """Problems of keys that TensorRT-LLM and transformers read differently, so that no engine computes the model."""
-        scaling = self.scaling
-        expected_values = {}
-        if self.kind == "dynamic" and scaling.get("alpha") is not None:
-            expected_values["alpha"] = "none"
-        if self.kind == "yarn":
-            if not scaling.get("truncate", True):
-                expected_values["truncate"] = "true, as TensorRT-LLM reads no other"
-            if scaling.get("original_max_position_embeddings") is None:
-                expected_values["original_max_position_embeddings"] = "a value, as TensorRT-LLM takes 4096 in its place"
-            factor, ours, all_ = scaling.get("factor", 1.0), scaling.get("mscale"), scaling.get("mscale_all_dim")
-            theirs = scaling.get("attention_factor")
-            if theirs is None:
-                theirs = _yarn_scale(factor, ours) / _yarn_scale(factor, all_) if ours and all_ else _yarn_scale(factor, 1.0)
-            if not math.isclose(theirs, self.magnitude(0), rel_tol=1e-6):
-                key = "mscale" if scaling.get("attention_factor") is None else "attention_factor"
-                expected_values[key] = f"{self.magnitude(0):g} times what is turned, as TensorRT-LLM has it, not {theirs:g}"
-        return [
-            Problem(f"config.json: rotary_scaling.{key}", repr(scaling.get(key)), expected)
-            for key, expected in expected_values.items()
-        ]
+        if self.scaling and self.long_rope:
+            problems.append(Problem("config.json: rotary_scaling.type", repr(self.kind), "null beside long_rope"))
+        if self.kind == "dynamic":
+            # With alpha it is another scaling than transformers' of the same name; without, the class does not take it.
+            problems.append(Problem("config.json: rotary_scaling.type", "'dynamic'", "a scaling that is computed here, or null"))
+        return problems
 
     def _which(self, length: int) -> str:
         """Which factors long rope uses for a sequence of `length`."""
@@ -127,10 +106,6 @@ class Rotation:
 
     def _table(self, length: int, local: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines [positions, rotary_embedding_dim / 2] for at least `length` positions."""
-        if self.kind == "dynamic" and length > self.settings.max_positions:
-            found = f"a sequence of {length} tokens"
-            expected = f"at most max_position_embeddings {self.settings.max_positions}: dynamic scaling begins behind them"
-            raise BadInput([Problem("config.json: rotary_scaling", found, expected)])
         key = local, self.long_rope and self._which(length) == "long"
         table = self._tables.get(key)
         if table is None or len(table[0]) < length:

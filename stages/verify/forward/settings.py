@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.computes import (
+    CAPPED_SCORES,
+    HEAD_NORMS,
+    LOCAL_ROPE,
+    SCALED_SCORES,
+    conflicts,
+    features,
+    layer_windows,
+    model_class,
+    replaced_attention,
+)
+from pipeline.model.runtime import runtime
 from stages.verify.forward.rank_layout import RankLayout
 
-LLAMA = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "GraniteForCausalLM",
-    "InternLM2ForCausalLM",
-    "ExaoneForCausalLM",
-)
-QWEN = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
-PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # of a gated MLP; TensorRT-LLM knows one GELU, by both names
 ROUTINGS = (None, 0, 1, 2)  # None and 0: shares as they are; 1: shares that sum to one; 2: sparse mixer
 NEEDED = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "mapping")
@@ -47,8 +48,8 @@ class DecoderSettings(RankLayout):
 
     def _unknown(self) -> list[Problem]:
         moe = self.experts > 0
-        architectures = (*LLAMA, *QWEN, *GEMMA, *PHI)
-        activations = ("swiglu",) if moe or self.architecture in PHI else ACTIVATIONS
+        architectures = tuple(runtime().classes)
+        activations = ("swiglu",) if moe or self.kind == "phi" else ACTIVATIONS
         wrong = [
             ("architecture", self.architecture, self.architecture in architectures, f"one of {', '.join(architectures)}"),
             ("hidden_act", self.config["hidden_act"], self.config["hidden_act"] in activations, f"one of {', '.join(activations)}"),
@@ -61,7 +62,10 @@ class DecoderSettings(RankLayout):
             ),
             ("decoder_sparse_step", self.config.get("decoder_sparse_step"), self.config.get("decoder_sparse_step", 1) == 1, "1"),
         ]
-        return [Problem(f"config.json: {key}", repr(found), expected) for key, found, right, expected in wrong if not right]
+        problems = [Problem(f"config.json: {key}", repr(found), expected) for key, found, right, expected in wrong if not right]
+        # Of an attention without some features the class computes what is left; the other conflicts leave nothing to compute.
+        other = (each for each in conflicts(self.config) if each.key != "quantization.exclude_modules")
+        return problems + [Problem(f"config.json: {each.key}", each.found, each.expected) for each in other]
 
     # Sizes
 
@@ -69,6 +73,17 @@ class DecoderSettings(RankLayout):
     def architecture(self) -> str:
         """The name of the model's class."""
         return str(self.config["architecture"])
+
+    @property
+    def kind(self) -> str:
+        """The short name of the model's class: "llama", "qwen", "phi" or "gemma"; "" for one that is not known."""
+        own = model_class(self.config)
+        return own.name if own else ""
+
+    def has(self, feature: str) -> bool:
+        """Whether the attention computes a feature of the runtime table: the model has it, and the algorithm does not take it."""
+        replaced = replaced_attention(self.config)
+        return feature in features(self.config) and not (replaced and feature in replaced.lacks)
 
     @property
     def vocab(self) -> int:
@@ -126,7 +141,7 @@ class DecoderSettings(RankLayout):
     @property
     def dense_bias(self) -> bool:
         """Whether the attention's output projection has a bias: never in Qwen's class."""
-        return self.qkv_bias and self.architecture not in QWEN
+        return self.qkv_bias and self.kind != "qwen"
 
     @property
     def mlp_bias(self) -> bool:
@@ -140,8 +155,14 @@ class DecoderSettings(RankLayout):
 
     @property
     def norms_heads(self) -> bool:
-        """Whether q and k are normalized by head: the model's type decides, whatever `qk_layernorm` says."""
-        return self.config.get("qwen_type") in ("qwen3", "qwen3_moe") or self.architecture == "Gemma3ForCausalLM"
+        """Whether q and k are normalized by head: the class decides, whatever `qk_layernorm` says."""
+        return self.has(HEAD_NORMS)
+
+    @property
+    def head_epsilon(self) -> float:
+        """The epsilon of those norms: the class passes none on to them (docs/format/runtime-1.2.md, section f3)."""
+        own = model_class(self.config)
+        return own.head_norm_epsilon if own and own.head_norm_epsilon else self.epsilon
 
     @property
     def norms_between(self) -> bool:
@@ -151,25 +172,26 @@ class DecoderSettings(RankLayout):
     @property
     def fused_mlp(self) -> bool:
         """Whether a dense MLP has one projection for both the factor and the activated half."""
-        return self.architecture in PHI
+        return self.kind == "phi"
 
     @property
     def embedding_scale(self) -> float:
         """The factor of embeddings. Gemma's class computes it itself."""
-        return math.sqrt(self.hidden) if self.architecture in GEMMA else float(self.config.get("embedding_multiplier", 1.0))
+        return math.sqrt(self.hidden) if self.kind == "gemma" else float(self.config.get("embedding_multiplier", 1.0))
 
     @property
     def score_scale(self) -> float:
         """The factor of attention scores: 1 / (sqrt(head_size) * q_scaling)."""
-        if self.config.get("query_pre_attn_scalar") is not None and self.architecture in GEMMA:
+        if not self.has(SCALED_SCORES):
+            return 1 / math.sqrt(self.head_size)
+        if self.config.get("query_pre_attn_scalar") is not None and self.kind == "gemma":
             return 1 / math.sqrt(self.config["query_pre_attn_scalar"])
         return float(self.config.get("attention_multiplier", 1.0)) / math.sqrt(self.head_size)
 
     @property
     def score_cap(self) -> float:
         """The soft cap of attention scores; 0 for none. Gemma 3's class has none."""
-        capped = self.architecture == "Gemma2ForCausalLM"
-        return float(self.config.get("attn_logit_softcapping") or 0) if capped else 0.0
+        return float(self.config.get("attn_logit_softcapping") or 0) if self.has(CAPPED_SCORES) else 0.0
 
     @property
     def residual_scale(self) -> float:
@@ -186,14 +208,18 @@ class DecoderSettings(RankLayout):
         """The soft cap of logits; 0 for none."""
         return float(self.config.get("final_logit_softcapping") or 0)
 
-    @property
-    def window(self) -> int:
-        """The number of positions, its own included, that a token of a local layer sees; 0 where there are no local layers."""
-        return int(self.config.get("sliding_window") or 0) if self.config.get("_sliding_window_pattern") else 0
+    def window(self, layer: int) -> int:
+        """The number of positions, its own included, that a token of a layer sees: those of `runtime_defaults`; 0 for all.
+
+        No class sets a window of its own (docs/format/runtime-1.2.md, section g). `layer`: by its number in the model.
+        """
+        windows = layer_windows(self.config, int(self.config["num_hidden_layers"]))
+        return windows[layer] if windows else 0
 
     def is_local(self, layer: int) -> bool:
-        """Whether a layer, by its number in the model, sees only the window: all but every `_sliding_window_pattern`-th."""
-        return bool(self.window and (layer + 1) % int(self.config["_sliding_window_pattern"]))
+        """Whether a layer, by its number in the model, has the rope of local layers: all but every `_sliding_window_pattern`-th."""
+        pattern = self.config.get("_sliding_window_pattern")
+        return bool(pattern and self.has(LOCAL_ROPE) and (layer + 1) % int(pattern))
 
     # Experts
 

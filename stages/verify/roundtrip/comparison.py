@@ -33,7 +33,7 @@ def compare(checkpoint: Checkpoint, source: SourceWeights, task: ComparisonTask,
         _compare_padding(checkpoint, origin, result[origin.rank, origin.tensor])
         return dict(result)
     shape = source.shape(task.name)
-    exact = source.exact(task.name)
+    exact, kept = source.exact(task.name), kept and source.coded(task.name)
     width = shape[1] if len(shape) > 1 else 1
     step = max(STEP_ELEMENTS // max(width, 1) // 64, 1) * 64
     matrices: dict[Origin, Matrix] = {}
@@ -53,7 +53,7 @@ def compare(checkpoint: Checkpoint, source: SourceWeights, task: ComparisonTask,
                 continue
             if origin not in matrices:
                 matrices[origin] = matrix(checkpoint, origin.rank, origin.module, origin.expert)
-            _compare_matrix(checkpoint, matrices[origin], origin, row, expected, exact, kept and not exact, figures)
+            _compare_matrix(checkpoint, matrices[origin], origin, row, expected, exact, kept, figures)
     return dict(result)
 
 

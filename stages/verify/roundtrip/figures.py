@@ -123,7 +123,7 @@ def allowed(matrix: Matrix, expected: Tensor, start: int, dtype: torch.dtype, ke
     `kept`: the source's codes were kept, so that scales alone may have been rounded. Returns float32 [n, in_features].
     """
     if matrix.kind == "weight-only":
-        return _by_rows(expected, matrix.bits, dtype)
+        return 2 * rounding(expected, dtype) if kept else _by_rows(expected, matrix.bits, dtype)
     if matrix.kind == "awq":
         return 3 * rounding(expected, dtype)
     if matrix.kind == "groupwise":

@@ -47,7 +47,9 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
             elif parameter == "activation_scaling_factor":
                 expected = _activations(source, list(modules[number, module]))
             elif parameter == CACHE:
-                expected = _cache(source, list(modules[number, f"{module}.qkv"]))
+                left_out = checkpoint.provenance.get("left_out", ())
+                used = {name: tensor for name, tensor in source.items() if name not in left_out}
+                expected = _cache(used, list(modules[number, f"{module}.qkv"]))
             elif parameter in SCALES:
                 expected = None
             else:
@@ -81,7 +83,17 @@ def _activations(source: Mapping[str, LazyTensor], modules: Sequence[str]) -> Te
 
 
 def _cache(source: Mapping[str, LazyTensor], modules: Iterable[str]) -> Tensor:
-    """float32 [1]: the larger of the keys' and the values' scales; 1 where the source does not have both."""
-    names = [f"{module}.{module[-6]}_scale" for module in modules if module.endswith(("k_proj", "v_proj"))]
-    scale = _largest(source, names) if all(name in source for name in names) and names else None
-    return torch.ones(1) if scale is None else scale
+    """float32 [1]: the larger of the keys' and the values' scales; 1 where the source does not have both.
+
+    Either may be the attention module's, the fused or the single projection's, or that of the projection's outputs; the attention
+    module's may be one for both.
+    """
+    keys, values = list[str](), list[str]()
+    for module in modules:
+        attention, _, last = module.rpartition(".")
+        for part, names in (("k", keys), ("v", values)):
+            names += [f"{attention}.kv_scale", f"{attention}.{part}_scale", f"{module}.{part}_scale"]
+            names += [f"{module}.output_scale"] if last == f"{part}_proj" else []
+    scales = [_largest(source, names) for names in (keys, values)]
+    found = [scale for scale in scales if scale is not None]
+    return torch.cat(found).max().reshape(1) if len(found) == 2 else torch.ones(1)

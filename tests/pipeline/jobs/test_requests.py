@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from pipeline.jobs.files import job_file, validate
-from pipeline.jobs.matrix import QUANTIZATIONS, expand
+from pipeline.jobs.matrix import expand
 from pipeline.jobs.requests import BatchFile, Request, gather
 from pipeline.model.tables import CONFIGS
 from pipeline.planning.job import make_job
+from pipeline.planning.quantizations import QUANTIZATIONS
 
 BATCHES = sorted((CONFIGS / "batches").glob("*.toml"))
 
@@ -186,7 +187,7 @@ def test_a_matrix_is_every_combination_once(axes: dict[str, list[Any]], data: st
         name = each["model_dir"].rpartition("/")[2]
         directory = Path(f"/o/{name}-{each['tp_size']}-{each['pp_size']}-{each['dtype']}-{each['quantization']}")
         shape = {key: each[key] for key in ("tp_size", "pp_size", "dtype")}
-        expected = {**shape, "model_dir": each["model_dir"], "output_dir": directory, **QUANTIZATIONS[each["quantization"]]}
+        expected = {**shape, "model_dir": each["model_dir"], "output_dir": directory, "quantization": each["quantization"]}
         assert {key: str(value) for key, value in options.items()} == {key: str(value) for key, value in expected.items()}
 
 

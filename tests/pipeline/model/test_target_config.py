@@ -25,6 +25,7 @@ TARGET = {
     "disable_weight_only_quant_plugin",
     "remove_duplicated_kv_heads",
     "logits_dtype",
+    "runtime_defaults",
     "tie_word_embeddings",
 }
 KNOWN = {field.name for field in fields(ModelConfig)} | {

@@ -8,6 +8,7 @@ import pytest
 from pipeline.tensor.names import split_names
 from pipeline.tensor.placement import whole as whole_region
 from pipeline.tensor.tensors import AXES, LazyTensor
+from stages.quantization.cache_scales import divided
 from stages.quantization.packed_format import PackedParameter
 from stages.quantization.sources import formats
 from stages.unpack import axes, check, format_of
@@ -17,7 +18,7 @@ from tests.support.packed_tensors import opened
 
 KINDS = source.formats()
 JOINT = ("fp8 block of 96", "bitsandbytes nf4 nested", "hqq", "hqq 2 bits")
-WEIGHT = np.random.default_rng(8).normal(0, 0.1, (256, 128)).astype(np.float32)
+WEIGHT = np.random.default_rng(8).normal(0, 0.1, (256, 256)).astype(np.float32)
 MODULE = "model.layers.0.self_attn.v_proj"
 
 
@@ -37,7 +38,8 @@ def first_half(array: np.ndarray, known: tuple[str, ...]) -> np.ndarray:
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in JOINT])
 def test_half_of_the_rows_unpacked_is_half_of_what_is_unpacked(name: str) -> None:
     kind = KINDS[name]
-    stored = {key: np.ascontiguousarray(array) for key, array in kind.quantizer(MODULE, WEIGHT).parameters.items()}
+    everything = {key: np.ascontiguousarray(array) for key, array in kind.quantizer(MODULE, WEIGHT).parameters.items()}
+    stored, _ = divided(everything)  # the scales of a cache are of no format
     packing = format_of(held(stored))
     assert packing is not None
     stored = {key: values_of(tensor) for key, tensor in packing.arrange(held(stored)).items()}
@@ -66,9 +68,9 @@ def test_tensorrt_llms_algorithm(name: str) -> None:
 
 def test_axes_by_module() -> None:
     stored = {f"{MODULE}.{key}": array for key, array in KINDS["gptq"].quantizer(MODULE, WEIGHT).parameters.items()}
-    found, _, problems = check(split_names(held({**stored, "model.norm.weight": np.ones(4, np.float16)})), KINDS["gptq"].settings)
-    assert problems == []
-    known = axes(found)
+    found = check(split_names(held({**stored, "model.norm.weight": np.ones(4, np.float16)})), KINDS["gptq"].settings)
+    assert found.problems == []
+    known = axes(found.formats)
     assert known.keys() == {MODULE}
     assert known[MODULE] == {"qweight": ("in", "out"), "qzeros": ("group", "out"), "scales": ("group", "out"), "g_idx": ("in",)}
 

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from pipeline import convert, plan
+from pipeline.model.model_config import model_config
+from pipeline.model.tables import find_family
+from pipeline.model.unsaid import fill_in
 from stages.read import open_source
+from stages.verify.roundtrip.original.config import canonical_config
 from tests.end_to_end.test_memory import peak
 from tests.pipeline.run.test_blocks import cut
 from tests.support import checkpoints, meta_files
@@ -233,6 +237,109 @@ def test_scaled_rope_has_llama_3_1s_buffers(tmp_path: Path) -> None:
     convert(meta_ckpt_dir=tmp_path / "meta", output_dir=tmp_path / "ours", **options)
     convert(model_dir=tmp_path / "hf", output_dir=tmp_path / "theirs", **options)
     assert ranks(tmp_path / "ours") == ranks(tmp_path / "theirs")
+
+
+BANDS = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What params.json says -> max_position_embeddings, the factor (0: none is written, -1: no scaling at all), the note's words.
+TOLD: dict[str, tuple[dict[str, Any], int, float, str]] = {
+    "3.2 1B": (
+        {"use_scaled_rope": True, "dim": 2048, "n_layers": 16},
+        131072,
+        32.0,
+        "Llama 3.2 1B's, by use_scaled_rope true, dim",
+    ),
+    "3.2 3B": ({"use_scaled_rope": True, "dim": 3072, "n_layers": 28}, 131072, 32.0, "Llama 3.2 3B's"),
+    "3.1 8B": ({"use_scaled_rope": True, "dim": 4096, "n_layers": 32}, 131072, 8.0, "Llama 3.1 8B's"),
+    "3.3 70B": ({"use_scaled_rope": True, "dim": 8192, "n_layers": 80}, 131072, 8.0, "Llama 3.1 70B's"),
+    "3.1 405B": ({"use_scaled_rope": True, "dim": 16384, "n_layers": 126}, 131072, 8.0, "Llama 3.1 405B's"),
+    "3.1 by its vocabulary": (
+        {"use_scaled_rope": True, "vocab_size": 128256},
+        131072,
+        8.0,
+        "Llama 3.1's, by use_scaled_rope true, voc",
+    ),
+    "3": ({"vocab_size": 128256}, 8192, -1, "Llama 3's, by vocab_size 128256 in params.json"),
+    "3, not scaled": ({"vocab_size": 128256, "use_scaled_rope": False}, 8192, -1, "Llama 3's"),
+    "2 7B": ({"dim": 4096, "n_layers": 32, "vocab_size": 32000}, 2048, -1, "params.json says neither it nor which model this is"),
+    "scaled, of another size": ({"use_scaled_rope": True}, 2048, 0, "params.json says neither it nor which model this is"),
+    "scaled by a factor of its own": ({"use_scaled_rope": True, "rope_scaling_factor": 16, "vocab_size": 128256}, 131072, 16.0, ""),
+    "long by itself": ({"vocab_size": 128256, "max_position_embeddings": 32768}, 32768, -1, ""),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_params_json_tells_of_published_models(name: str) -> None:
+    values, positions, factor, words = TOLD[name]
+    params = {**meta_files.params(BF16), **values}
+    if params.get("use_scaled_rope"):
+        params["rope_scaling"] = {"type": "llama3"}
+    family = find_family("meta", "LlamaForCausalLM")
+    assert family
+    filled = fill_in(params, family, "/models/m/params.json", {})
+    assert not filled.problems
+    model = model_config(filled.config, family, "LlamaForCausalLM", "params.json")
+    assert model.max_position_embeddings == positions
+    expected = {-1: None, 0: {"type": "llama3"}}.get(factor, {**BANDS, "factor": factor})
+    assert model.rotary_scaling == expected
+    noted = [note for note in filled.notes if note.startswith("max_position_embeddings")]
+    assert bool(noted) == ("max_position_embeddings" not in values)
+    assert all(words in note and note.endswith("; --max_position_embeddings says another") for note in noted)
+    scaled = [note for note in filled.notes if "rope_scaling_factor" in note]
+    assert bool(scaled) == (factor >= 0 and "rope_scaling_factor" not in values)
+    assert all(words in note and note.endswith("; --rope_scaling_factor says another") for note in scaled)
+    assert len(filled.notes) == len(noted) + len(scaled)
+
+
+# Llama 3.2's 1B in width and layers, and small in all else: 0.3 GB that take no disk.
+ONE_B = {**BF16, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+ONE_B |= {"intermediate_size": 64, "rope_theta": 500000.0}
+
+
+def test_llama_3_2s_1b_has_its_own_factor_in_config_json_and_the_plan(tmp_path: Path) -> None:
+    source = {name: np.broadcast_to(np.zeros(1, np.float16), shape) for name, shape in checkpoints.shapes(ONE_B).items()}
+    with torch.serialization.skip_data():
+        meta_files.write(tmp_path / "model", ONE_B, source)
+    written = planned(tmp_path / "model", use_scaled_rope=True)
+    assert (written["max_position_embeddings"], written["rotary_scaling"]) == (131072, {**BANDS, "factor": 32.0})
+    ran = headrace("plan", "--meta_ckpt_dir", tmp_path / "model", "--output_dir", tmp_path / "out", "--json")
+    subjects = [note.partition(":")[0] for note in json.loads(ran.out)["notes"]]
+    assert subjects == ["max_position_embeddings 131072", "rope_scaling_factor 32.0"]
+    # Its verification tells the factor by itself.
+    assert canonical_config(open_source(tmp_path / "model"))["rope_scaling"] == {**BANDS, "factor": 32.0}
+
+
+def test_the_options_go_before_all_else(model: Path) -> None:
+    assert planned(model, use_scaled_rope=True)["rotary_scaling"] == {"type": "llama3"}
+    output = model.parent / "out"
+    options = {"max_position_embeddings": 65536, "rope_scaling_factor": 4}
+    made = plan(meta_ckpt_dir=model, output_dir=output, **options)
+    config = json.loads(made.targets[0].output.config)
+    assert (config["max_position_embeddings"], config["rotary_scaling"]) == (65536, {**BANDS, "factor": 4.0})
+    assert not made.notes
+    assert made.id != plan(meta_ckpt_dir=model, output_dir=output).id
+    words = ("--meta-ckpt-dir", model, "--output-dir", output, "--scheduler", "threads", "--rope-scaling-factor", "4")
+    assert headrace("convert", *words, "--max-position-embeddings", "65536", "--n_positions", 65536).code == 0
+    assert config_of(output) == config
+    # transformers computes with the factor that the conversion was told.
+    assert headrace("verify", output, "--source", model, "--logits", "--tokens", 9).code == 0
+    pasted = headrace("plan", *words, "--n_positions", 8192)
+    assert "--n_positions 8192: found max_position_embeddings 2048 in" in pasted.err
+    assert "or give --max_position_embeddings 8192" in pasted.err
+
+
+def test_options_that_a_source_has_no_use_for(model: Path, models: Models) -> None:
+    output = model.parent / "out"
+    ran = headrace("plan", "--meta_ckpt_dir", model, "--output_dir", output, "--rope_scaling_factor", 8)
+    assert (ran.code, "--rope_scaling_factor 8.0: found no scaling in" in ran.err) == (2, True)
+    own = models.huggingface(BF16)
+    for flags, found in ((("--max_position_embeddings", 256), "found 128 in"), (("--rope_scaling_factor", 8), "found none in")):
+        ran = headrace("plan", "--model_dir", own, "--output_dir", output, *flags)
+        assert (ran.code, found in ran.err) == (2, True), ran
+    assert headrace("plan", "--model_dir", own, "--output_dir", output, "--max_position_embeddings", 128).code == 0
+    params = json.loads((model / "params.json").read_text())
+    (model / "params.json").write_text(json.dumps({**params, "use_scaled_rope": True, "rope_scaling_factor": "8"}))
+    ran = headrace("plan", "--meta_ckpt_dir", model, "--output_dir", output)
+    assert (ran.code, "rope_scaling_factor: found '8'; expected a number greater than 0" in ran.err) == (2, True)
 
 
 @pytest.mark.parametrize("vocabulary", [False, True], ids=["llama2", "llama3"])

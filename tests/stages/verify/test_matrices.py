@@ -17,7 +17,7 @@ from stages.read.ranks import open_checkpoint
 from stages.verify.matrices import Matrix, matrix, unarrange
 from stages.verify.values import read, to_torch
 from tests.support.examples import examples
-from tests.support.kernel_oracle import A, P, arrange
+from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.kernel_oracle import unarrange as oracle
 from tests.support.places import DATA
 
@@ -58,14 +58,18 @@ def test_any_rows_are_rows_of_the_whole(case: str) -> None:
 
 @examples(30)
 @given(
-    bits=st.sampled_from([4, 8]), groups=st.integers(1, 3), tiles=st.integers(1, 3), hopper=st.booleans(), seed=st.integers(0, 99)
+    bits=st.sampled_from([4, 8]),
+    groups=st.integers(1, 3),
+    tiles=st.integers(1, 3),
+    order=st.sampled_from([A, P, T]),
+    seed=st.integers(0, 99),
 )
-def test_unarrange_is_the_inverse_of_the_order(bits: int, groups: int, tiles: int, hopper: bool, seed: int) -> None:
-    columns = 1 if hopper else 16 // bits
+def test_unarrange_is_the_inverse_of_the_order(bits: int, groups: int, tiles: int, order: str, seed: int) -> None:
+    columns = 16 // bits if order == A else 1
     shape = (groups * columns, tiles * 64)
     codes = np.random.default_rng(seed).integers(-(1 << (bits - 1)), 1 << (bits - 1), shape)
-    data = np.frombuffer(arrange(codes, bits, P if hopper else A), dtype=np.uint8).reshape(groups, -1)
-    assert unarrange(torch.from_numpy(data.copy()), shape[1], bits, columns).numpy().tolist() == codes.tolist()
+    data = np.frombuffer(arrange(codes, bits, order), dtype=np.uint8).reshape(groups, -1)
+    assert unarrange(torch.from_numpy(data.copy()), shape[1], bits, order).numpy().tolist() == codes.tolist()
 
 
 def test_modelopts_pairs_are_signed_and_scaled_by_group(tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ class Original:
         """Whether the source stores numbers, and not codes of them."""
         return self._numbers[name].exact
 
+    def coded(self, name: str) -> bool:
+        """Whether the source stores codes that a rank can keep."""
+        return self._numbers[name].coded
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first axis, of type `dtype(name)`. Raises IndexError where there are no such rows."""
         numbers = self._numbers[name]

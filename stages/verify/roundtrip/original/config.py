@@ -41,7 +41,8 @@ META = {
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # The defaults of Meta's code, of llama.cpp and of LLaMA itself.
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-# The scaling of Meta's code for `use_scaled_rope`; params.json may name another factor.
+# The scaling of Meta's code for `use_scaled_rope`; params.json may name another factor. Llama 3.2's is 32, by width and layers.
+LLAMA3_2 = {(2048, 16), (3072, 28)}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -61,7 +62,8 @@ def canonical_config(source: Source) -> dict[str, Any]:
     if source.container == "meta":
         config = _translated(source, values, META)
         if values.get("use_scaled_rope"):
-            config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(values.get("rope_scaling_factor") or 8.0)}
+            usual = 32.0 if (config["hidden_size"], config["num_hidden_layers"]) in LLAMA3_2 else 8.0
+            config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(values.get("rope_scaling_factor") or usual)}
         return _llama(config, "output.weight" not in source.tensors)
     if source.container == "gguf":
         config = _translated(source, values, GGUF)

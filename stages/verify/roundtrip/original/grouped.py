@@ -1,4 +1,4 @@
-"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5 and 6."""
+"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5, 6 and 11."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
-    bits = 32 * tensors["qzeros"].shape[1] // columns if columns else 0
+    bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
     if words == columns and bits in (2, 3, 4, 8) and divides_evenly(rows * 32 // bits, groups):
         return GptqNumbers(module, tensors, bits, settings, last_block)
-    if 8 * words == columns and divides_evenly(rows, groups):
+    said = "qzeros" in tensors or settings.get("zero_point") is False
+    if 8 * words == columns and divides_evenly(rows, groups) and said:
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2, 3, 4 or 8 bits, or AutoAWQ's gemm")])
@@ -70,7 +71,7 @@ class GroupedNumbers(Numbers):
 class GptqNumbers(GroupedNumbers):
     """GPTQ: `qweight` int32 [in_features / p, out_features], p = 32 / bits consecutive in-features a word.
 
-    Zero points are stored less one, except in format v2.
+    Zero points are stored less one, except in format v2 and in those of AutoRound's that are not AutoGPTQ's.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class GptqNumbers(GroupedNumbers):
     ) -> None:
         super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
         self.bits = bits
-        self.named_v2 = settings.get("checkpoint_format") == "gptq_v2"
+        self.named_v2 = _named_v2(settings)
         self.symmetric = settings.get("sym", True) is not False
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -107,16 +108,30 @@ class GptqNumbers(GroupedNumbers):
         return unpack_codes(words, self.bits)[:, start - first * packed : stop - first * packed]
 
 
+def _named_v2(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings name a format that stores zero points as they are.
+
+    AutoRound names one itself, in `packing_format` or, in older files, in `backend`: AutoGPTQ's is the default.
+    """
+    if "round" not in str(settings.get("quant_method")):
+        return settings.get("checkpoint_format") == "gptq_v2"
+    names = (str(settings.get(key)).replace("auto-round", "auto_round") for key in ("packing_format", "backend"))
+    parts = next((name.split(":") for name in names if name.startswith(("auto_round", "autoround"))), ["", "auto_gptq"])
+    return not {"auto_gptq", "gptq"} & set(parts)
+
+
 class AwqNumbers(GroupedNumbers):
     """AutoAWQ's gemm: `qweight` int32 [in_features, out_features / 8], `qzeros` int32 [groups, out_features / 8].
 
-    A word holds eight out-features, in the order of AWQ_PLACES.
+    A word holds eight out-features, in the order of AWQ_PLACES. Without `qzeros` every zero point is 8, the middle of the range.
     """
 
     def codes(self, start: int, stop: int) -> Tensor:
         return self._columns("qweight", start, stop)
 
     def zeros(self, start: int, stop: int) -> Tensor:
+        if "qzeros" not in self.tensors:
+            return torch.full((self.tensors["scales"].shape[0], stop - start), 8, dtype=torch.int16)
         return self._columns("qzeros", start, stop).T.to(torch.int16)
 
     def _columns(self, name: str, start: int, stop: int) -> Tensor:

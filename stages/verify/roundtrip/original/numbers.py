@@ -35,6 +35,11 @@ class Numbers(ABC):
         """Whether the source stores these very numbers."""
         return False
 
+    @property
+    def coded(self) -> bool:
+        """Whether the source stores codes that a rank can keep: not those of blocks, which are made numbers in any case."""
+        return not self.exact
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`."""
@@ -97,6 +102,10 @@ class GgufNumbers(StoredNumbers):
     def exact(self) -> bool:
         return False
 
+    @property
+    def coded(self) -> bool:
+        return False
+
     def rows(self, start: int, stop: int) -> Tensor:
         packed = self._read(start, stop).numpy()
         values: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[self.kind])
@@ -120,6 +129,10 @@ class ReorderedNumbers(Numbers):
     @property
     def exact(self) -> bool:
         return self.base.exact
+
+    @property
+    def coded(self) -> bool:
+        return self.base.coded
 
     def rows(self, start: int, stop: int) -> Tensor:
         base_rows, order = self.index(torch.arange(start, stop)).sort()

@@ -21,11 +21,14 @@ from stages.verify.roundtrip.original.words import PackedWords
 
 GGUF = "gguf_"
 # Parameters beside the weights of a quantized source: of activations and of the cache.
-BESIDE = ("input_scale", "input_scale_ub", "input_global_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+BESIDE = (
+    *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point"),
+)
 # The parameters that a format computes its numbers with.
 GROUPED = ("qweight", "qzeros", "scales", "g_idx")
 WORDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-SCALED = ("weight", "weight_scale", "weight_zero_point", "pre_quant_scale")
+SCALED = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx", "pre_quant_scale")
 TILES = ("weight", "weight_scale_inv", "weight_scale")
 FLOAT4 = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "pre_quant_scale")
 
@@ -53,7 +56,7 @@ def unpack(
         packed = float4_numbers(module, _take(unpacked, FLOAT4))
     elif "weight_scale_inv" in unpacked or _is_tiled(unpacked):
         packed = tile_numbers(module, _take(unpacked, TILES), settings)
-    elif set(GROUPED[:3]) <= unpacked.keys():
+    elif {"qweight", "scales"} <= unpacked.keys():
         packed = grouped_numbers(module, _take(unpacked, GROUPED), settings, last_block)
     elif "weight_packed" in unpacked:
         packed = PackedWords(module, _take(unpacked, WORDS), settings)

@@ -38,7 +38,8 @@ def scaled_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:
 class ScaledNumbers(Numbers):
     """weight * weight_scale, of float8 or int8 [out_features, in_features]; `pre_quant_scale` [in_features] is multiplied in.
 
-    `weight_scale`: one value, or [out_features], [out_features, 1] or [out_features, groups]. `pairs`: ModelOpt's int4, uint8
+    `weight_scale`: one value, or [out_features], [out_features, 1] or [out_features, groups], whose groups are consecutive
+    in-features, or those that `weight_g_idx` [in_features] names. `pairs`: ModelOpt's int4, uint8
     [out_features / 2, in_features] with row 2 i in the low half of a byte and row 2 i + 1 in the high one, in two's complement.
     """
 
@@ -66,7 +67,11 @@ class ScaledNumbers(Numbers):
         if count == 1 and out > 1:
             return read(tensor).float().reshape(1, 1)
         rows = StoredNumbers(tensor).rows(start, stop).float().reshape(stop - start, -1)
-        return rows if count == out else rows.repeat_interleave(features * out // count, 1)
+        if count == out:
+            return rows
+        index = read(self.tensors["weight_g_idx"]).long() if "weight_g_idx" in self.tensors else None
+        ordered = index is not None and index.numel() == features and bool((index >= 0).all())
+        return rows[:, index] if ordered else rows.repeat_interleave(features * out // count, 1)
 
     def _paired(self, start: int, stop: int) -> Tensor:
         """The codes of rows [start, stop) of ModelOpt's int4: int8 [stop - start, in_features]."""

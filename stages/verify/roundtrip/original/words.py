@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ from stages.verify.values import read
 class PackedWords(Numbers):
     """compressed-tensors' pack-quantized weights: `weight_packed` int32 [out_features, in_features / p], p codes a word.
 
-    `weight_scale` [out_features, groups]. Codes are unsigned; zero is the middle of the range, or `weight_zero_point` int32
-    [out_features / p, groups]. Raises BadInput for another width than 4 or 8 bits, and groups that do not divide the in-features.
+    `weight_scale` [out_features, groups], [out_features] or one. Codes are unsigned; zero is the middle of the range, or
+    `weight_zero_point` int32 [out_features / p, groups], or signed from the middle, int8 [out_features, groups]. Raises BadInput
+    for another width than 4 or 8 bits, and groups that do not divide the in-features.
     """
 
     def __init__(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> None:
@@ -32,7 +34,8 @@ class PackedWords(Numbers):
             self.bits = configured_bits(settings)
             self.features = words * 32 // max(self.bits, 1)
         scales = tensors["weight_scale"].shape
-        if self.bits not in (4, 8) or len(scales) != 2 or not divides_evenly(self.features, scales[1]):
+        self.groups = math.prod(scales[1:])
+        if self.bits not in (4, 8) or len(scales) > 2 or not divides_evenly(self.features, self.groups):
             found = f"{words} words and scales {list(scales)} for {self.features} in-features"
             raise BadInput([Problem(f"{module}.weight_packed", found, "words of 4 or 8 bits, and scales by group")])
 
@@ -43,14 +46,21 @@ class PackedWords(Numbers):
     def rows(self, start: int, stop: int) -> Tensor:
         words, scales = self.tensors["weight_packed"], self.tensors["weight_scale"]
         codes = unpack_codes(read(words, ((start, stop), (0, words.shape[1]))), self.bits)[:, : self.features]
-        by_group = read(scales, ((start, stop), (0, scales.shape[1]))).float()
-        return dequantize(codes, self._zeros(start, stop).float(), by_group, self._groups())
+        return dequantize(codes, self._zeros(start, stop).float(), self._signed(scales, start, stop).float(), self._groups())
+
+    def _signed(self, tensor: LazyTensor, start: int, stop: int) -> Tensor:
+        """A scale or zero point that is stored a number a value, of rows [start, stop): [stop - start, groups]."""
+        if math.prod(tensor.shape) == 1:
+            return read(tensor).reshape(1, 1).expand(stop - start, 1)
+        return read(tensor, ((start, stop), *((0, n) for n in tensor.shape[1:]))).reshape(stop - start, self.groups)
 
     def _zeros(self, start: int, stop: int) -> Tensor:
         """The zero points of rows [start, stop), int16 [stop - start, groups]."""
-        groups, zeros = self.tensors["weight_scale"].shape[1], self.tensors.get("weight_zero_point")
+        groups, zeros = self.groups, self.tensors.get("weight_zero_point")
         if zeros is None:
             return torch.full((stop - start, groups), 1 << (self.bits - 1), dtype=torch.int16)
+        if zeros.dtype.name == "int8":
+            return self._signed(zeros, start, stop).to(torch.int16) + (1 << (self.bits - 1))
         packed = 32 // self.bits
         first, last = start // packed, -(-stop // packed)
         codes = unpack_codes(read(zeros, ((first, last), (0, groups))).T, self.bits).T
@@ -62,7 +72,7 @@ class PackedWords(Numbers):
             return None
         index = read(self.tensors["weight_g_idx"]).long()
         valid = index.numel() == self.features and bool((index >= 0).all())
-        return explicit_groups(index, self.tensors["weight_scale"].shape[1]) if valid else None
+        return explicit_groups(index, self.groups) if valid else None
 
 
 def configured_bits(settings: Mapping[str, Any]) -> int:

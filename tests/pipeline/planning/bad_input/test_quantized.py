@@ -100,7 +100,7 @@ def otherwise(module: str, kind: Format) -> Callable[[Arrays], None]:
 # --- the source's codes as they are
 
 
-ORDERED = {"4": source.gptq(index="order"), "8": source.gptq(bits=8, index="order"), "c": source.compressed(index="order")}
+ORDERED = {"4": source.gptq(index="order"), "8": source.gptq(bits=8, index="order"), "c": source.compressed(order=True)}
 
 
 @pytest.mark.parametrize("kind", ORDERED)
@@ -124,11 +124,12 @@ def test_an_order_that_the_settings_promise(tmp_path: Path) -> None:
     assert all(".g_idx" in problem for problem in report)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "compressed w4a16", "compressed fp8", "modelopt awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed w4a16", "compressed fp8", "modelopt awq", "compressed w8a8"])
 def test_what_follows_the_remedy_works(tmp_path: Path, name: str) -> None:
     model = model_of(tmp_path, name)
-    assert refused(model, "--use_weight_only", "--weight_only_precision", "int8")
-    assert convert(model, tmp_path / "out", "--use_weight_only", "--weight_only_precision", "int8", "--dequantize").code == 0
+    other = "int4" if name == "compressed w8a8" else "int8"
+    assert refused(model, "--use_weight_only", "--weight_only_precision", other)
+    assert convert(model, tmp_path / "out", "--use_weight_only", "--weight_only_precision", other, "--dequantize").code == 0
 
 
 CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
@@ -206,11 +207,40 @@ def test_numbers_need_not_be_made_numbers(tmp_path: Path, flag: str) -> None:
     assert one(refused(dense_model(tmp_path), flag)).startswith(f"{flag}: found a source that is not quantized")
 
 
-def test_a_gguf_file_has_nothing_to_quantize_again(tmp_path: Path) -> None:
+def test_a_gguf_file_is_numbers_in_any_case(tmp_path: Path) -> None:
     from tests.support import gguf_files
 
     gguf_files.write(tmp_path / "model.gguf", LLAMA, source.values(LLAMA), "Q8_0")
-    assert one(refused(tmp_path / "model.gguf", "--requantize")).startswith("--requantize: found ")
+    assert one(refused(tmp_path / "model.gguf", "--dequantize")).startswith("--dequantize: found ")
+    assert one(refused(tmp_path / "model.gguf", "--requantize")).startswith("--group_size: found nothing")
+
+
+GROUPS = {
+    "gptq": source.gptq(group=32),
+    "gptq 8 bits": source.gptq(bits=8, group=32),
+    "gptq one group": source.gptq(group=256),
+    "awq": source.awq(group=32),
+    "compressed": source.compressed(group=32),
+    "modelopt awq": source.modelopt_awq(group=32),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_that_no_kernel_has(name: str, tmp_path: Path) -> None:
+    source.write(tmp_path / "model", source.LLAMA, GROUPS[name])
+    own, size = GROUPS[name].algorithm, 256 if "one" in name else 32
+    problem = one(refused(tmp_path / "model"))
+    assert problem.startswith(f"quantization: found groups of {size} in-features in {own}; expected groups of 64 or 128")
+    assert "Give --requantize --group_size 128" in problem
+    assert one(refused(tmp_path / "model", "--group_size", size)).startswith(f"--group_size {size}: found groups of {size}")
+    assert plans(tmp_path / "model", "--requantize", "--group_size", 128)
+    assert plans(tmp_path / "model", "--dequantize")
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 256])
+def test_groups_that_no_kernel_has_are_not_made_either(size: int, tmp_path: Path) -> None:
+    found = refused(model_of(tmp_path, "gptq", source.LLAMA), "--requantize", "--group_size", size)
+    assert one(found).startswith(f"--group_size {size}: found groups of {size} in-features in W4A16_GPTQ")
 
 
 @pytest.mark.parametrize("flags", [(), (*REQUANTIZED, "int8"), ("--use_fp8",)], ids=str)
@@ -239,7 +269,6 @@ def test_activations_of_32_bits_with_codes_as_they_are(tmp_path: Path, name: str
         (("--dequantize",), "--requantize"),
         (("--use_fp8",), "--use_fp8"),
         ((*REQUANTIZED, "int4_awq"), "--weight_only_precision int4_awq"),
-        ((*REQUANTIZED, "int8_gptq"), "--weight_only_precision int8_gptq"),
     ],
     ids=str,
 )
@@ -254,8 +283,8 @@ def test_quantizing_again_needs_a_group_size(tmp_path: Path) -> None:
     assert convert(model, tmp_path / "out", "--requantize", "--group_size", 64).code == 0
 
 
-@pytest.mark.parametrize("sm", [70, 75, 88, 0])
-def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int) -> None:
+@pytest.mark.parametrize("sm", [70, 88, 0, "all", "8.0"])
+def test_a_generation_that_nothing_is_known_of(tmp_path: Path, sm: int | str) -> None:
     assert one(refused(dense_model(tmp_path), "--sm", sm)).startswith("--sm: found ")
 
 
@@ -344,7 +373,7 @@ def test_a_width_that_the_shapes_deny(tmp_path: Path, bits: int) -> None:
 
 
 def test_one_group_for_all_in_features(tmp_path: Path) -> None:
-    """The groups of such a model differ from module to module, and TensorRT-LLM has one size for all."""
+    """With zero points, the groups of such a model differ from module to module, and TensorRT-LLM has one size for all."""
 
     def edit(stored: Arrays) -> None:
         for name in [name for name in stored if name.endswith((".scales", ".qzeros"))]:
@@ -352,7 +381,7 @@ def test_one_group_for_all_in_features(tmp_path: Path) -> None:
         for name in [name for name in stored if name.endswith(".g_idx")]:
             stored[name] = np.zeros_like(stored[name])
 
-    report = "\n".join(refused(model_of(tmp_path, "gptq", settings={"group_size": -1}, edit=edit)))
+    report = "\n".join(refused(model_of(tmp_path, "gptq asymmetric", settings={"group_size": -1}, edit=edit)))
     assert "group" in report
     assert "--dequantize" in report
     assert convert(tmp_path / "model", tmp_path / "out", "--dequantize").code == 0
@@ -466,8 +495,7 @@ def test_w4a8_has_a_scale_that_nothing_consumes(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 def test_a_scale_that_nothing_consumes(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
-    flags = ("--dequantize",) if name == "compressed w8a8" else more
-    report = refused(model_of(tmp_path, name, edit=with_tensors(weight_scale_2=np.ones(1, np.float32))), *flags)
+    report = refused(model_of(tmp_path, name, edit=with_tensors(weight_scale_2=np.ones(1, np.float32))), *more)
     assert one(report).startswith(f"{Q}.weight_scale_2: found a tensor that")
 
 
@@ -475,8 +503,7 @@ def test_a_scale_that_nothing_consumes(tmp_path: Path, name: str, more: tuple[st
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 def test_codes_without_their_scale(tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
     """Such codes must not pass for weights."""
-    flags = ("--dequantize",) if name == "compressed w8a8" else more
-    report = refused(model_of(tmp_path, name, edit=without(f"{Q}.weight_scale")), *flags)
+    report = refused(model_of(tmp_path, name, edit=without(f"{Q}.weight_scale")), *more)
     assert any(Q in problem for problem in report)
 
 
@@ -511,11 +538,18 @@ def test_zero_points_that_the_settings_promise(tmp_path: Path) -> None:
     assert any(problem.startswith(f"{Q}.weight_zero_point") for problem in report)
 
 
-def test_an_asymmetric_weight_of_integer_activations(tmp_path: Path) -> None:
-    """Zero points must never be dropped."""
+def test_an_asymmetric_weight_among_those_of_one_scale_a_row(tmp_path: Path) -> None:
+    """Zero points must never be dropped: as a kernel of one scale a row reads none, it is that of groups."""
     zeros = np.full((256, 1), 5, np.int8)
-    report = refused(model_of(tmp_path, "compressed w8a8", edit=with_tensors(weight_zero_point=zeros)), "--dequantize")
-    assert any(problem.startswith(f"{Q}.weight_zero_point") for problem in report)
+    model = model_of(tmp_path, "compressed w8a8", edit=with_tensors(weight_zero_point=zeros))
+    report = refused(model)
+    assert any("groups of 256, beside others of 128" in problem and "--dequantize" in problem for problem in report), report
+    assert convert(model, tmp_path / "out", "--dequantize").code == 0
+
+
+def test_scales_of_other_groups_than_the_settings_say(tmp_path: Path) -> None:
+    report = refused(model_of(tmp_path, "compressed w4a16", edit=with_tensors(weight_scale=f16(256, 4))))
+    assert one(report) == f"{Q}.weight_scale: found shape [256, 4]; expected [256, 2 groups of 128]"
 
 
 def test_static_scales_of_integer_activations_do_not_matter_once_dequantized(tmp_path: Path) -> None:
@@ -583,10 +617,10 @@ SHAPES: dict[str, tuple[str, dict[str, np.ndarray]]] = {
     "packed: another shape": ("compressed w4a16", {"weight_shape": np.array([256, 100], np.int64)}),
     "packed: other rows": ("compressed w4a16", {"weight_shape": np.array([200, 128], np.int64)}),
     "packed: zeros too few": ("compressed w4a16 asymmetric", {"weight_zero_point": i32(31, 2)}),
-    "packed: zeros not packed": ("compressed w4a16 asymmetric", {"weight_zero_point": np.zeros((256, 2), np.int8)}),
+    "packed: bytes of zeros too few": ("compressed w4a16 asymmetric", {"weight_zero_point": np.zeros((255, 2), np.int8)}),
     "packed: zeros of one axis": ("compressed w4a16 asymmetric", {"weight_zero_point": i32(64)}),
-    "packed: a group too many": ("compressed w4a16", {"weight_g_idx": np.arange(128, dtype=np.int32) // 32}),
-    "packed: an order of other length": ("compressed w4a16", {"weight_g_idx": np.zeros(64, np.int32)}),
+    "packed: an order of other groups": ("compressed w4a16", {"weight_g_idx": np.arange(128, dtype=np.int32)[::-1] // 32}),
+    "packed: an order of other length": ("compressed w4a16", {"weight_g_idx": i32(64)}),
     "int8: three scales": ("compressed w8a8", {"weight_scale": f32(3, 1)}),
     "int8: no scales": ("compressed w8a8", {"weight_scale": f32(0, 1)}),
     "float8: three scales": ("compressed fp8", {"weight_scale": f32(3)}),
@@ -612,8 +646,6 @@ SHAPES: dict[str, tuple[str, dict[str, np.ndarray]]] = {
 def test_shapes_and_types_that_contradict_one_another(tmp_path: Path, case: str, more: tuple[str, ...]) -> None:
     name, tensors = SHAPES[case]
     report = refused(model_of(tmp_path, name, edit=with_tensors(**tensors)), *more)
-    if name == "compressed w8a8" and not more:
-        return  # refused for what it is
     assert any(problem.startswith(f"{Q}.") for problem in report), report
 
 
@@ -711,9 +743,13 @@ def test_the_405b_s_checkpoint_goes_with_and_without_metas_recipe(tmp_path: Path
     assert convert(model, tmp_path / "out", "--use_meta_fp8_rowwise_recipe").code == 0
 
 
-def test_experts_in_float8_with_one_scale(tmp_path: Path) -> None:
-    report = refused(model_of(tmp_path, "modelopt fp8", MIXTRAL))
-    assert any("experts" in problem and "--dequantize" in problem for problem in report)
+@pytest.mark.parametrize("missing", ["weight_scale", "input_scale"])
+def test_an_expert_in_float8_without_a_scale(tmp_path: Path, missing: str) -> None:
+    name = f"model.layers.1.block_sparse_moe.experts.2.w1.{missing}"
+    report = refused(model_of(tmp_path, "modelopt fp8", MIXTRAL, edit=without(name)))
+    assert any(
+        "--dequantize" in problem or "--use_weight_only" in problem or name.rpartition(".")[0] in problem for problem in report
+    )
 
 
 def test_an_expert_that_is_not_quantized(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.quantization.kernels.layout import ALIGNMENT, GENERATIONS, KernelLayout, kernel_layout
+from pipeline.model.kernels import alike, generations, order
+from stages.quantization.kernels.layout import ALIGNMENT, KernelLayout, kernel_layout
 from tests.support.examples import examples
-from tests.support.kernel_oracle import TILE, A, P, arrange, gather, source_row, stream, unarrange
+from tests.support.kernel_oracle import ORDERS, TILE, A, P, T, arrange, gather, order_of, source_row, stream, unarrange
 
-LAYOUTS = [(bits, name, KernelLayout(bits, 16 // bits if name == A else 1)) for bits in (8, 4) for name in (A, P)]
+LAYOUTS = [(bits, name, KernelLayout(bits, 16 // bits if name == A else 1, name != T)) for bits in (8, 4) for name in (A, P, T)]
 
 each_layout = pytest.mark.parametrize(("bits", "name", "layout"), LAYOUTS, ids=[f"int{bits}-{name}" for bits, name, _ in LAYOUTS])
 each_width = pytest.mark.parametrize(
@@ -112,13 +113,40 @@ def test_tiles_of_neighbouring_out_features_alternate(bits: int, columns: int) -
     assert (runs[:, 0] & 15).tolist() == [(run + (1 << (bits - 1))) & 15 for run in range(2 * columns)]
 
 
-@pytest.mark.parametrize("sm", GENERATIONS)
+@pytest.mark.parametrize("stacked", [False, True], ids=["matrix", "stack"])
+@pytest.mark.parametrize("sm", ORDERS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_only_hopper_keeps_columns_apart_and_not_in_stacks(sm: int, bits: int) -> None:
-    assert kernel_layout(bits, sm, stacked=True) == KernelLayout(bits, 16 // bits)
-    assert kernel_layout(bits, sm, stacked=False) == KernelLayout(bits, 1 if sm == 90 else 16 // bits)
-    assert set(GENERATIONS) == {80, 86, 89, 90, 100, 103, 120}
+def test_each_generation_has_the_order_of_the_specification(sm: int, bits: int, stacked: bool) -> None:
+    """By the bytes of a random matrix, gathered element by element, and by the letter."""
+    letter = order_of(sm, stacked)
+    assert order(sm, stacked) == letter
+    codes = random_codes((32, 192), bits, sm)
+    layout = kernel_layout(bits, sm, stacked)
+    assert layout.arrange(stream(codes, bits)).tobytes() == arrange(codes, bits, letter)
+    assert layout.arrange_codes((codes + (1 << (bits - 1))).astype(np.uint16)).tobytes() == arrange(codes, bits, letter)
+    # No other order has these bytes.
+    others = {A, P, T} - {letter}
+    assert not any(layout.arrange(stream(codes, bits)).tobytes() == arrange(codes, bits, other) for other in others)
+
+
+def test_the_generations_and_those_that_read_alike() -> None:
+    assert generations() == tuple(ORDERS)
+    assert alike(80) == alike(121) == (75, 80, 86, 87, 89, 120, 121)
+    assert alike(90) == (90,)
+    assert alike(100) == alike(103) == (100, 103)
     assert ALIGNMENT == 64
+    with pytest.raises(KeyError):
+        order(70, stacked=False)
+
+
+def test_a_plain_transpose_is_twos_complement_of_rows() -> None:
+    """Order T by its definition: X[n, k] as int8; as nibbles, the even in-feature in the low half."""
+    codes = random_codes((8, TILE), 8)
+    assert np.array_equal(KernelLayout(8, 1, mixed=False).arrange(stream(codes, 8)).view(np.int8), codes)
+    codes = random_codes((8, TILE), 4)
+    packed = KernelLayout(4, 1, mixed=False).arrange(stream(codes, 4)).view(np.int8)
+    assert np.array_equal((packed << 4).astype(np.int8) >> 4, codes[:, 0::2])
+    assert np.array_equal(packed >> 4, codes[:, 1::2])
 
 
 @each_width

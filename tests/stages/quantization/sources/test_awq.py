@@ -93,7 +93,8 @@ def test_it_is_known_by_its_shapes() -> None:
     assert found == ["awq", "gptq"]
     tensors = held(awq(*sizes))
     assert FORMAT.accepts(tensors)
-    assert not FORMAT.accepts({name: tensor for name, tensor in tensors.items() if name != "scales"})
+    for name in ("qweight", "scales"):
+        assert not FORMAT.accepts({key: tensor for key, tensor in tensors.items() if key != name})
 
 
 def refusal(tensors: dict[str, np.ndarray], settings_: dict[str, Any] | None = None) -> str:
@@ -153,3 +154,31 @@ def test_words_of_another_type(name: str) -> None:
 def test_a_tensor_without_its_axes_is_none_of_the_format(name: str) -> None:
     for shape in ((), (8,), (1, 1, 8)):
         assert format_of(held({**awq(*module(8, 8, 1)), name: np.zeros(shape, dtype=np.int32)})) is None
+
+
+WITHOUT = {"zero_point": False}
+
+
+def test_without_zero_points_each_is_eight() -> None:
+    codes, _, scales = module(16, 8, 2)
+    tensors = awq(codes, np.full((2, 16), 8), scales)
+    for parameters in (tensors, {name: values_ for name, values_ in tensors.items() if name != "qzeros"}):
+        assert format_of(held(parameters)) is FORMAT
+        assert FORMAT.check("a.b", held(parameters), WITHOUT) == []
+        result = FORMAT.unpack(opened(parameters), WITHOUT)
+        assert not values(result["offsets"]).any()
+        assert np.array_equal(values(dequantize(result)), naive_weight(codes, np.full((2, 16), 8), scales))
+    assert not FORMAT.zero_points(WITHOUT)
+    assert all(FORMAT.zero_points(said) for said in ({}, {"zero_point": True}, {"zero_point": None}))
+
+
+def test_zero_points_that_the_settings_deny_or_that_are_missing() -> None:
+    codes, zeros, scales = module(16, 8, 2)
+    zeros[:] = 8
+    zeros[1, 3] = 7
+    expected = "8 throughout, as the settings say zero_point: false. Set zero_point to true, if the codes were made with them"
+    assert refusal(awq(codes, zeros, scales), WITHOUT) == f"a.b.qzeros: found zero points other than 8; expected {expected}"
+    tensors = {name: values_ for name, values_ in awq(codes, zeros, scales).items() if name != "qzeros"}
+    for said in ({}, {"zero_point": True}):
+        found = refusal(tensors, said)
+        assert found == "a.b.qzeros: found no such tensor; expected zero points, unless the settings say zero_point: false"

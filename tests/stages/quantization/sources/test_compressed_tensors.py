@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.compressed_tensors import FORMAT
@@ -140,23 +141,88 @@ def test_what_is_right_is_not_refused(more: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("index", [[0, 1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
 def test_groups_that_are_not_consecutive(index: list[int]) -> None:
-    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
-    assert FORMAT.check("a.b", held(tensors), {}) == []
+    codes, zeros, scales = module(16, 8, 2)
+    tensors = {**compressed(codes, zeros, scales, 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+    assert FORMAT.check("a.b", held(tensors), bits_of(4)) == []
     assert FORMAT.act_order(held(tensors))
+    weight = values(dequantize(FORMAT.unpack(opened(tensors), bits_of(4))))
+    assert np.array_equal(weight, naive_weight(codes, zeros, scales, np.array(index)))
 
 
-@pytest.mark.parametrize("index", [[0, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1, -1, -1]])
-def test_groups_that_the_scales_do_not_have(index: list[int]) -> None:
-    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
-    assert refusal(tensors).endswith("expected one of 2 groups for each of 8 in-features")
-
-
-@pytest.mark.parametrize("index", [[-1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
-def test_an_index_that_says_nothing_is_no_order(index: list[int]) -> None:
-    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+@pytest.mark.parametrize("index", [[0, 0, 0, 0, 1, 1, 1, 1], [-1] * 8])
+def test_groups_that_are(index: list[int]) -> None:
+    codes, zeros, scales = module(16, 8, 2)
+    tensors = {**compressed(codes, zeros, scales, 4), "weight_g_idx": np.array(index, dtype=np.int32)}
     assert not FORMAT.act_order(held(tensors))
-    result = FORMAT.unpack(opened(tensors), {})
+    result = FORMAT.unpack(opened(tensors), bits_of(4))
     assert values(result["group_index"]).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert np.array_equal(values(dequantize(result)), naive_weight(codes, zeros, scales))
+
+
+@pytest.mark.parametrize(
+    ("index", "found"),
+    [([0] * 4, "shape [4]; expected [8]"), ([0, 0, 0, 2, 1, 1, 1, 1], "group 2; expected the groups 0 to 1 of the scales"),
+     ([-1, 0, 0, 0, 1, 1, 1, 1], "group -1; expected the groups 0 to 1 of the scales")],
+)  # fmt: skip
+def test_groups_that_are_not_there(index: list[int], found: str) -> None:
+    tensors = {**compressed(*module(16, 8, 2), 4), "weight_g_idx": np.array(index, dtype=np.int32)}
+    assert refusal(tensors) == f"a.b.weight_g_idx: found {found}"
+
+
+@pytest.mark.parametrize("points", ["none", "packed", "bytes"])
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (16, 1)], ids=str)
+def test_one_scale_a_row_or_for_all(shape: tuple[int, ...], points: str) -> None:
+    codes, zeros, scales = module(16, 8, 1)
+    if len(shape) < 2 and shape != (16,):
+        scales, zeros = np.full_like(scales, scales[0, 0]), np.full_like(zeros, 5 if points == "bytes" else zeros[0, 0])
+    source = {
+        **compressed(codes, None, scales, 4),
+        "weight_scale": scales.reshape(-1)[: max(int(np.prod(shape)), 1)].reshape(shape),
+    }
+    if points == "packed":
+        source["weight_zero_point"] = compressed(codes, zeros, scales, 4)["weight_zero_point"]
+    elif points == "bytes":
+        source["weight_zero_point"] = (zeros.reshape(-1)[: max(int(np.prod(shape)), 1)].reshape(shape) - 8).astype(np.int8)
+    assert FORMAT.check("a.b", held(source), bits_of(4)) == []
+    expected = naive_weight(codes, np.full_like(zeros, 8) if points == "none" else zeros, scales)
+    assert np.array_equal(values(dequantize(FORMAT.unpack(opened(source, 40), bits_of(4)))), expected)
+    algorithm = FORMAT.native({"a.b": held(source)}, bits_of(4))
+    assert algorithm == (("W4A16", 0) if points == "none" else ("W4A16_GPTQ", 8))
+
+
+def test_codes_of_four_bits_a_byte() -> None:
+    codes, zeros, scales = module(6, 8, 2)
+    source = {"weight": (codes - 8).astype(np.int8), "weight_scale": np.ascontiguousarray(scales.T)}
+    result = FORMAT.unpack(opened(source), bits_of(4))
+    assert np.array_equal(values(result["codes4"]), expected_codes(codes, 4))
+    assert np.array_equal(values(dequantize(result)), naive_weight(codes, np.full_like(zeros, 8), scales))
+    assert FORMAT.native({"a.b": held(source)}, bits_of(4)) == ("W4A16_GPTQ", 4)
+    assert FORMAT.native({"a.b": held(source)}, bits_of(8)) == ("W8A16_GPTQ", 4)
+    source["weight"][3, 2] = 9
+    with pytest.raises(BadInput, match="a code of 9; expected -8 to 7, as num_bits is 4"):
+        values(FORMAT.unpack(opened(source), bits_of(4))["codes4"])
+
+
+def test_the_width_of_a_module_among_several() -> None:
+    settings = {"config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}}
+    four, eight = (held(compressed(*module(16, 8, 2, bits), bits)) for bits in (4, 8))
+    assert FORMAT.module_settings("a.b", four, settings) is settings
+    assert FORMAT.module_settings("a.b", eight, settings) == {**settings, "num_bits": 8}
+    assert FORMAT.module_settings("a.b", eight, bits_of(4)) == bits_of(4), "a contradiction is refused, not believed"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}, "integers of 8 bits, dynamic, by token"),
+        ({"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor"}, "floats of 8 bits, static, by tensor"),
+    ],
+)
+def test_quantized_activations_are_spoken_of(inputs: dict[str, Any], said: str) -> None:
+    (note,) = FORMAT.notes({"config_groups": {"g": {"input_activations": inputs}}}, "W4A16_GPTQ")
+    assert said in note
+    assert "W4A16_GPTQ" in note
+    assert FORMAT.notes({"config_groups": {"g": {"input_activations": None}}}, "W4A16_GPTQ") == []
 
 
 @pytest.mark.parametrize(
@@ -175,7 +241,7 @@ def test_widths_and_shapes_that_contradict_one_another(said: list[int] | int, bi
     assert refusal(tensors, bits_of(bits)) == f"a.b.weight_packed: found {found}; expected 4 or 8 bits each"
 
 
-@pytest.mark.parametrize("shape", [(16, 3), (8, 2), (16, 0), (16,), ()])
+@pytest.mark.parametrize("shape", [(16, 3), (8, 2), (16, 0), (8,), (0,), (16, 2, 1)])
 def test_scales_that_are_not_those_of_the_groups(shape: tuple[int, ...]) -> None:
     tensors = {**compressed(*module(16, 8, 2), 4), "weight_scale": np.ones(shape, np.float16)}
     assert refusal(tensors) == f"a.b.weight_scale: found shape {list(shape)}; expected [16, groups of 8]"
@@ -202,10 +268,21 @@ def test_zero_points_that_the_settings_promise() -> None:
 
 def test_zero_points_of_another_type() -> None:
     """Older files have them as they are, one a byte."""
-    tensors = {**compressed(*module(16, 8, 2), 4), "weight_zero_point": np.zeros((16, 2), np.int8)}
-    assert refusal(tensors) == "a.b.weight_zero_point: found values of type int8; expected words of 32 bits"
-    tensors = {**int8_module(4, 8), "weight_zero_point": np.full((4, 1), 3, np.int8)}
-    assert refusal(tensors) == "a.b.weight_zero_point: found zero points of an int8 weight; expected none, or zeros"
+    codes, zeros, scales = module(16, 8, 2)
+    tensors = {**compressed(codes, None, scales, 4), "weight_zero_point": (zeros.T - 8).astype(np.int8)}
+    assert FORMAT.check("a.b", held(tensors), bits_of(4)) == []
+    assert np.array_equal(values(FORMAT.unpack(opened(tensors), bits_of(4))["offsets"]), 8 - zeros)
+    assert refusal({**tensors, "weight_zero_point": np.zeros((16, 2), np.int64)}).endswith("int64; expected words of 32 bits")
+    assert refusal({**int8_module(4, 8), "weight_zero_point": np.zeros((4, 1), np.int32)}).endswith("int8, as the weight's")
+
+
+def test_zero_points_of_int8() -> None:
+    points = np.array([[3], [0], [-128], [127]], np.int8)
+    source = {**int8_module(4, 8), "weight_zero_point": points}
+    assert FORMAT.check("a.b", held(source), {}) == []
+    expected = (source["weight"].astype(np.float32) - points.astype(np.float32)) * source["weight_scale"]
+    assert np.array_equal(values(dequantize(FORMAT.unpack(opened(source), {}))), expected)
+    assert FORMAT.native({"a.b": held(source)}, {}) == ("W8A16_GPTQ", 8)
 
 
 def test_words_of_another_type_or_shape() -> None:

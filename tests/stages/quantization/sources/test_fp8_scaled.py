@@ -70,17 +70,14 @@ def test_a_matrix_of_one_row_has_one_scale() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
-def test_scales_of_activations_and_of_the_cache(shape: tuple[int, ...], name: str) -> None:
+def test_the_scale_of_activations(shape: tuple[int, ...]) -> None:
     source = {"weight": codes(4, 4), "weight_scale": np.ones((), np.float32), "bias": np.ones(4, np.float16)}
-    source |= {"input_scale": np.full(shape, 0.25, BF16), name: np.full(shape, 0.5, np.float32)}
-    source |= {"input_scale_ub": np.full((1,), 1200, np.float32)}
+    source |= {"input_scale": np.full(shape, 0.25, BF16), "input_scale_ub": np.full((1,), 1200, np.float32)}
     arrays = opened(source)
     result = FORMAT.unpack(arrays, {})
-    assert result.keys() == {"fp8", "tensor_scale", "input_scale", "kv_scale", "bias"}
-    for key, value in (("input_scale", 0.25), ("kv_scale", 0.5)):
-        assert result[key].dtype == np.float32
-        assert part(result[key], whole((1,))).tolist() == [value]
+    assert result.keys() == {"fp8", "tensor_scale", "input_scale", "bias"}
+    assert result["input_scale"].dtype == np.float32
+    assert part(result["input_scale"], whole((1,))).tolist() == [0.25]
     assert result["bias"] is arrays["bias"]
 
 
@@ -111,7 +108,7 @@ def test_scales_by_block_or_of_something_else(shape: tuple[int, ...]) -> None:
     assert problems({"weight_scale": np.ones(shape, np.float32)}) == [expected]
 
 
-@pytest.mark.parametrize("name", ["input_scale", "k_scale", "v_scale", "input_scale_ub"])
+@pytest.mark.parametrize("name", ["input_scale", "input_scale_ub"])
 @pytest.mark.parametrize("shape", [(3,), (0,), (8, 1)])
 def test_several_scales_where_one_belongs(name: str, shape: tuple[int, ...]) -> None:
     assert problems({name: np.ones(shape, np.float32)}) == [f"a.b.{name}: found shape {list(shape)}; expected one scale"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices, whole
-from stages.quantization.targets.fp8 import largest, pack_channels, pack_tensor, quantize_channels
+from stages.quantization.targets.fp8 import largest, pack_channels, pack_stack, pack_tensor, quantize_channels
 from tests.support.examples import examples
 from tests.support.lazy import values
 from tests.support.packed_tensors import CHUNKS, opened, part
@@ -215,3 +216,16 @@ def test_the_largest_of_several() -> None:
     scales = opened({name: np.array([value], np.float32) for name, value in (("a", 0.5), ("b", 2.0), ("c", 1.0))})
     assert values(largest(list(scales.values()))).tolist() == [2.0]
     assert largest([scales["a"]]) is scales["a"]
+
+
+@pytest.mark.parametrize(("shares", "expected"), [(1, [8.0]), (2, [4.0, 8.0]), (4, [2.0, 4.0, 8.0, 1.0])])
+def test_activations_of_a_stack_have_the_largest_scale_of_the_rank_s_experts(shares: int, expected: list[float]) -> None:
+    each = [[0.5, 2.0], [4.0], [8.0, 1.0], [1.0]]
+    scales = [
+        [opened({f"{e}.{n}": np.array([v], np.float32)})[f"{e}.{n}"] for n, v in enumerate(own)] for e, own in enumerate(each)
+    ]
+    array, known = pack_stack(scales, shares)
+    assert values(array).tolist() == expected
+    assert (array.dtype, dict(known.axes)) == (np.float32, {"expert": Fraction(shares, 4)})
+    if shares > 1:
+        assert part(array, ((1, shares),)).tolist() == expected[1:]

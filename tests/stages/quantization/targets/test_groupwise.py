@@ -16,7 +16,7 @@ from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.sources import modelopt_awq
 from stages.quantization.targets.groupwise import cast, pack_awq, pack_gptq
 from tests.support.examples import examples
-from tests.support.kernel_oracle import A, P, arrange
+from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.lazy import block, values
 from tests.support.packed_tensors import CHUNKS, expected_codes, modelopt, opened, part, random_codes, random_scales
 from tests.support.strategies import regions
@@ -45,12 +45,12 @@ def packed(
     return pack_gptq(parameters, layout, dtype, "float16", 64)
 
 
-@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (4, A), (4, P)])
+@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (8, T), (4, A), (4, P), (4, T)])
 @examples(20)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_a_weight_in_the_kernels_order(bits: int, name: str, data: st.DataObject, chunk: int, seed: int) -> None:
     out, features, groups = data.draw(st.sampled_from([(16, 128, 2), (64, 64, 1), (24, 192, 3)]))
-    layout = KernelLayout(bits, 16 // bits if name == A else 1)
+    layout = KernelLayout(bits, 16 // bits if name == A else 1, name != T)
     codes, scales = random_codes((out, features), bits, seed), random_scales((groups, out), seed)
     offsets = np.random.default_rng(seed).integers(-8, 8, (groups, out))
     result = packed(codes, offsets, scales, layout, FP16, chunk)

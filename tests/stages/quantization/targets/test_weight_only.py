@@ -20,7 +20,7 @@ from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets import weight_only
 from stages.quantization.targets.weight_only import _HALF, pack, quantize, row_scales
 from tests.support.examples import examples
-from tests.support.kernel_oracle import A, P, arrange
+from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.lazy import values
 from tests.support.packed_tensors import CHUNKS, opened, part
 from tests.support.strategies import regions
@@ -163,7 +163,7 @@ def test_each_share_of_a_row_is_quantized_by_itself(
         same(rank, bits)
 
 
-@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (4, A), (4, P)])
+@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (8, T), (4, A), (4, P), (4, T)])
 @examples(15)
 @given(data=st.data(), chunk=st.sampled_from(CHUNKS), seed=st.integers(0, 99))
 def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, chunk: int, seed: int) -> None:
@@ -171,7 +171,7 @@ def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, c
     segments = data.draw(st.sampled_from([1, 2]))
     stacked = data.draw(st.sampled_from([(), (1,), (3,)]))
     out, features = data.draw(st.sampled_from([(16, 128), (64, 256), (8, 384)]))
-    layout = KernelLayout(bits, 16 // bits if name == A else 1)
+    layout = KernelLayout(bits, 16 // bits if name == A else 1, name != T)
     weight = np.random.default_rng(seed).standard_t(3, (*stacked, out, features)).astype(dtype)
     codes, scales = packed(weight, dtype, layout, segments, chunk)
 
@@ -192,11 +192,11 @@ def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, c
 
 
 @pytest.mark.parametrize("cached", [1, 300, 64 * 40])
-@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (4, A), (4, P)])
+@pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (8, T), (4, A), (4, P), (4, T)])
 def test_how_many_rows_are_on_their_way_does_not_matter(bits: int, name: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_t(3, (72, 64)).astype(FP16)
     monkeypatch.setattr(weight_only, "_CACHED", cached)
-    codes, _ = packed(weight, FP16, KernelLayout(bits, 16 // bits if name == A else 1))
+    codes, _ = packed(weight, FP16, KernelLayout(bits, 16 // bits if name == A else 1, name != T))
     assert values(codes).tobytes() == arrange(naive_matrix(weight, bits)[0], bits, name)
 
 

@@ -11,11 +11,15 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from stages.verify.contract import contract
+from tests.goldens.differences import as_1_2_reads
 from tests.stages.verify.contract.test_contract import GEMMA_3, LLAMA, MIXTURE, PHI_MOE, QWEN_MOE, mapped
 from tests.support.examples import examples
 from tests.support.places import DATA
 
-CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in sorted(DATA.glob("*/expected/*/config.json"))}
+CONFIGS = {
+    path.parent.name: as_1_2_reads(json.loads(path.read_text()), f"{path.parents[2].name}/{path.parent.name}")
+    for path in sorted(DATA.glob("*/expected/*/config.json"))
+}
 QWEN_3 = {**LLAMA, "architecture": "Qwen3ForCausalLM", "qwen_type": "qwen3"}
 PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu"}
 LONG = {

@@ -114,12 +114,6 @@ def test_stacks_of_experts() -> None:
     grouped = {"weights_scaling_factor": "bfloat16 [8, 4, 256]", "zero": "bfloat16 [8, 4, 256]"}
     assert of(config, "mlp.proj") == {"weight": "bfloat16 [8, 256, 64]", **grouped}
     assert of(config, "mlp.router") == {"weight": "float32 [8, 256]"}
-    config = mapped(quantized(WIDE_MIXTURE, "W4A16_AWQ", pre_quant_scale=True), tp=2)
-    assert of(config, "mlp.proj") == {
-        "weight": "int8 [8, 128, 256]",
-        "weights_scaling_factor": "float32 [8, 256, 4]",
-        "prequant_scaling_factor": "bfloat16 [8, 256] or bfloat16 [256]",
-    }
 
 
 def test_what_is_asked_of_fp8_by_row() -> None:
@@ -176,7 +170,7 @@ def test_excluded_modules_stay_as_they_are() -> None:
         ({"hidden_size": 192}, "W4A16", 2, ["attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"]),
         ({"hidden_size": 192}, "W4A16", 1, []),
         ({}, "W4A16_GPTQ", 2, []),
-        ({"group_size": 256}, "W4A16_GPTQ", 2, ["attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"]),
+        ({"group_size": 128}, "W4A16_GPTQ", 4, ["attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"]),
         # Two heads of queries, one of keys and one of values on each of four ranks: 384 rows of 24 each.
         ({"head_size": 24, "num_key_value_heads": 1}, "W4A16_AWQ", 4, ["attention.qkv", "attention.dense"]),
     ],
@@ -189,12 +183,22 @@ def test_matrices_that_the_loader_would_pad(sizes: dict[str, int], algorithm: st
     assert all(problem.subject == "config.json: quantization" and algorithm in problem.found for problem in problems)
 
 
-@pytest.mark.parametrize("algorithm", ["FP8_PER_CHANNEL_PER_TOKEN", "W8A16_GPTQ"])
+@pytest.mark.parametrize("algorithm", ["FP8_PER_CHANNEL_PER_TOKEN", "W8A16_GPTQ", "W4A16_AWQ"])
 def test_experts_in_an_algorithm_that_tensorrt_llm_has_not(algorithm: str) -> None:
     _, problems = contract(mapped(quantized(WIDE_MIXTURE, algorithm)))
     (problem,) = problems
-    assert problem.subject == "config.json: quantization"
-    assert problem.found == algorithm
+    assert problem.subject == "config.json: quantization.quant_algo"
+    assert problem.found.endswith(f"as {algorithm}")
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_GPTQ", "W8A16_GPTQ", "W4A16_AWQ"])
+@pytest.mark.parametrize(("size", "known"), [(32, False), (64, True), (128, True), (256, False)])
+def test_groups_that_no_kernel_has(algorithm: str, size: int, known: bool) -> None:
+    _, problems = contract(mapped(quantized(WIDE, algorithm, group_size=size)))
+    assert [problem.subject for problem in problems] == ([] if known else ["config.json: quantization.group_size"])
+    assert all(f"groups of {size} in-features in {algorithm}" in problem.found for problem in problems)
+    # Rows have no groups, whatever the key says.
+    assert contract(mapped(quantized(WIDE, "W8A16", group_size=size)))[1] == []
 
 
 # --- as headrace writes them

@@ -17,6 +17,7 @@ from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block
 from stages.read.ranks import open_checkpoint
 from stages.verify.contract.integrity import headers
+from tests.goldens.differences import as_1_2_reads
 from tests.support.places import DATA
 
 CASES = {f"{path.parents[1].name}/{path.name}": path for path in sorted(DATA.glob("*/expected/*"))}
@@ -43,7 +44,7 @@ def opened(name: str) -> Checkpoint:
     """A case's headers."""
     checkpoint = open_checkpoint(CASES[name])
     ranks = tuple({key: Header(each.shape, each.dtype) for key, each in rank.items()} for rank in checkpoint.ranks)
-    return replace(checkpoint, ranks=ranks)
+    return replace(checkpoint, ranks=ranks, config=as_1_2_reads(checkpoint.config, name))
 
 
 def changed(checkpoint: Checkpoint, rank: int, tensors: Mapping[str, Header]) -> Checkpoint:

@@ -140,7 +140,7 @@ def sums(provenance: dict[str, Any], rank: int = 1) -> dict[str, Any]:
         (lambda p: sums(p)[NORM][0].__setitem__(0, 128.0), f"rank1.safetensors: {NORM}", "128.0"),
         (lambda p: sums(p)[NORM][0].__setitem__(1, "xyz"), f"rank1.safetensors: {NORM}", "xyz"),
         (lambda p: sums(p)[NORM].extend([[-2, "0" * 16], [2, "0" * 16]]), f"rank1.safetensors: {NORM}", "-2"),
-        (lambda p: p["options"].update(sm=87), "headrace.json: options.sm", "87"),
+        (lambda p: p["options"].update(sm=88), "headrace.json: options.sm", "88"),
         (lambda p: p.update(options=[]), "headrace.json: options.sm", "null"),
     ],
 )

@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import VerificationFailed
+from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
+from stages.verify.forward.reference import set_head_epsilon
 from tests.end_to_end.test_family_forward import TOLERANCE, difference
+from tests.goldens.differences import as_1_2_reads
 from tests.support.places import DATA
 
 # One rounding of the source's numbers to 16 bits; of Gemma's norms, whose 1 has been added.
@@ -39,8 +42,16 @@ def tokens(vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
 
 
+def told_windows(name: str) -> Checkpoint:
+    """NVIDIA's files with the windows and the rope that their converter leaves to nobody or writes as no class of 1.2 reads it."""
+    group, _ = CASES[name]
+    checkpoint = open_checkpoint(DATA / group / "expected" / name)
+    config = as_1_2_reads(checkpoint.config, f"{group}/{name}")
+    return replace(checkpoint, config=config)
+
+
 def computed(name: str) -> Tensor:
-    checkpoint = open_checkpoint(DATA / CASES[name][0] / "expected" / name)
+    checkpoint = told_windows(name)
     decoder = Decoder(checkpoint)
     result = decoder.logits(tokens(checkpoint.config["vocab_size"]))
     assert decoder.unused() == []
@@ -50,6 +61,7 @@ def computed(name: str) -> Tensor:
 @cache
 def theirs(directory: Path) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    set_head_epsilon(model, 1e-5)  # TensorRT-LLM's
     with torch.no_grad():
         result: Tensor = model(tokens(model.config.vocab_size)[None]).logits[0]
     return result
@@ -67,7 +79,7 @@ def test_it_computes_what_its_source_computes(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in WRONG if name.startswith("qwen3_moe")])
 def test_shares_that_sum_to_one_are_all_that_was_forgotten(name: str) -> None:
-    checkpoint = open_checkpoint(DATA / "families/expected" / name)
+    checkpoint = told_windows(name)
     config = {**checkpoint.config, "moe": {**checkpoint.config["moe"], "normalization_mode": 1}}
     ours = Decoder(replace(checkpoint, config=config)).logits(tokens(config["vocab_size"]))
     assert difference(ours, theirs(DATA / "families/models" / CASES[name][1])) < TOLERANCE

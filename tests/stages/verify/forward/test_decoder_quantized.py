@@ -34,7 +34,6 @@ EXACT = (
     "gptq v2 zeros in v1",
     "gptq bf16 scales",
     "gptq zero biases",
-    "gptq groups of 32",
     "gptq groups of 128",
     "gptq 8 bits",
     "compressed w4a16",
@@ -51,7 +50,6 @@ OF_EXPERTS = (
     "gptq",
     "gptq asymmetric",
     "gptq bf16 scales",
-    "gptq groups of 32",
     "awq",
     "compressed w4a16",
     "compressed w4a16 asymmetric",
@@ -62,6 +60,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "tp4": {"tp_size": 4},  # two ranks share a kv head
     "pp2": {"pp_size": 2},
     "hopper": {"tp_size": 2, "sm": 90},
+    "blackwell": {"tp_size": 2, "sm": 100},
     "ep2": {"tp_size": 2, "moe_tp_size": 1, "moe_ep_size": 2},
 }
 
@@ -104,7 +103,7 @@ def model_of(name: str, model: str) -> dict[str, Any]:
     return {**MODELS[model], "num_hidden_layers": 3} if name == "fbgemm" else MODELS[model]
 
 
-@pytest.mark.parametrize("target", ["tp1", "tp2", "hopper"])
+@pytest.mark.parametrize("target", ["tp1", "tp2", "hopper", "blackwell"])
 @pytest.mark.parametrize(
     ("model", "name"), [*(("llama", name) for name in (*EXACT, *ROUNDED)), *(("mixtral", name) for name in OF_EXPERTS)]
 )
@@ -195,8 +194,8 @@ def stands_for(weights: Arrays, quantized: Callable[[np.ndarray], np.ndarray], t
 @pytest.mark.parametrize(
     ("name", "model", "target"),
     [
-        *itertools.product(QUANTIZERS, ("llama",), ("tp1", "tp2", "tp4", "hopper")),
-        *itertools.product(("int8", "int4"), ("mixtral",), ("tp1", "tp2", "tp4", "hopper", "ep2")),
+        *itertools.product(QUANTIZERS, ("llama",), ("tp1", "tp2", "tp4", "hopper", "blackwell")),
+        *itertools.product(("int8", "int4"), ("mixtral",), ("tp1", "tp2", "tp4", "hopper", "blackwell", "ep2")),
     ],
 )
 def test_numbers_quantized_by_rank(name: str, model: str, target: str, tmp_path: Path) -> None:

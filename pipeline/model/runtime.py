@@ -1,0 +1,181 @@
+"""Load the table of `configs/runtime/`: what the classes of one release of TensorRT-LLM compute, load and arrange.
+
+Planning refuses or adapts by it, and verification holds finished outputs against the same table (`pipeline.model.computes`).
+Facts: docs/format/runtime-1.2.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pipeline.model.table_files import load_table
+from pipeline.model.tables import CONFIGS
+
+TABLE = "tensorrt_llm-1.2"  # of the release that outputs are written for
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """One of TensorRT-LLM's model classes.
+
+    Parameters
+    ----------
+    name
+        headrace's short name of it: "llama", "qwen", "phi" or "gemma".
+    architectures
+        The values of config.json's `architecture` that it takes.
+    pipeline_stages
+        Whether its layers can be split over pipeline stages.
+    rope
+        The kinds of `rotary_scaling` that it computes.
+    long_rope
+        Whether it reads the factors of long rope.
+    unscaled
+        Architectures for which it would scale more layers than the model does, so that nothing may be scaled.
+    head_norm_epsilon
+        The epsilon of its q and k norms; 0 where the norms' own holds.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    pipeline_stages: bool
+    rope: tuple[str, ...]
+    long_rope: bool
+    unscaled: tuple[str, ...] = ()
+    head_norm_epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class RopeKind:
+    """A kind of `rotary_scaling`.
+
+    `needs`: keys that must be there. `only`: the one value of a key that is computed. `because`: why a missing key matters.
+    `remedy`: what a plan advises. `section`: the fact's, in docs/format/runtime-1.2.md.
+    """
+
+    needs: tuple[str, ...]
+    only: Mapping[str, Any] = field(default_factory=dict)
+    because: str = ""
+    remedy: str = ""
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionVariant:
+    """The attention and norms that an algorithm puts in the place of a class's own.
+
+    Parameters
+    ----------
+    name
+        TensorRT-LLM's name of that attention.
+    lacks
+        The features that it does not compute.
+    refused
+        Those of them that no list of excluded modules brings back.
+    exclude
+        The list of excluded modules for a model with one of the others; () where the algorithm takes no list.
+    plain
+        The modules that a list must exclude for a feature to be computed; under "" those that every such list must.
+    recipe
+        The patterns that Meta's recipe excludes beside the list.
+    remedy, section
+        What a plan advises, and the fact's section in docs/format/runtime-1.2.md.
+    """
+
+    name: str
+    lacks: tuple[str, ...]
+    refused: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    plain: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recipe: tuple[str, ...] = ()
+    remedy: str = ""
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class WeightOrder:
+    """The letters of the orders in which a GPU generation's kernels read integer weights: of a matrix, of a stack of experts."""
+
+    matrix: str
+    stack: str
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The facts on one release of TensorRT-LLM.
+
+    Parameters
+    ----------
+    release
+        Its number, such as "1.2".
+    classes
+        The model class of each architecture.
+    features
+        What each architecture computes beyond a plain decoder.
+    rope
+        The kinds of rope by name.
+    attention
+        The attention of each algorithm that replaces a class's own.
+    no_experts
+        The algorithms in which it has no experts, each with the reason; `experts_remedy`: what a plan advises.
+    group_sizes
+        The in-features that may share a scale, in the kernels of GPTQ and AWQ.
+    grouped
+        The algorithms of these kernels.
+    misarranged
+        The GPU generations for which its loader arranges AWQ's weights in another order than the kernels read.
+    orders
+        The order of each GPU generation (80 for SM 8.0).
+    windows
+        The key of `runtime_defaults` that holds the attention windows of the layers.
+    """
+
+    release: str
+    classes: Mapping[str, ModelClass]
+    features: Mapping[str, tuple[str, ...]]
+    rope: Mapping[str, RopeKind]
+    attention: Mapping[str, AttentionVariant]
+    no_experts: Mapping[str, str]
+    experts_remedy: str
+    group_sizes: tuple[int, ...]
+    grouped: tuple[str, ...]
+    misarranged: tuple[int, ...]
+    orders: Mapping[int, WeightOrder]
+    windows: str
+
+
+@cache
+def runtime() -> Runtime:
+    """Return the table of the release that outputs are written for."""
+    data = load_table(CONFIGS / "runtime", TABLE)
+    classes = [ModelClass(name, **_frozen(row)) for name, row in data["classes"].items()]
+    attention: dict[str, AttentionVariant] = {}
+    for name, row in data["attention"].items():
+        values = _frozen(row)
+        variant = AttentionVariant(**{key: value for key, value in values.items() if key != "algorithms"})
+        attention |= dict.fromkeys(values.get("algorithms", (name,)), variant)
+    return Runtime(
+        release=data["release"],
+        classes={architecture: each for each in classes for architecture in each.architectures},
+        features=_frozen(data["features"]),
+        rope={name: RopeKind(**_frozen(row)) for name, row in data["rope"].items()},
+        attention=attention,
+        no_experts=data["experts"]["refused"],
+        experts_remedy=data["experts"]["remedy"],
+        group_sizes=tuple(data["kernels"]["group_sizes"]),
+        grouped=tuple(data["kernels"]["grouped"]),
+        misarranged=tuple(data["kernels"]["misarranged"]),
+        orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
+        windows=data["windows"]["key"],
+    )
+
+
+def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with tuples for its lists, also those of the tables in it."""
+    return {
+        key: tuple(value) if isinstance(value, list) else _frozen(value) if isinstance(value, Mapping) else value
+        for key, value in row.items()
+    }

@@ -1,0 +1,91 @@
+"""Fill in what a configuration does not say of a model but its other values tell, by the rows `known` of the family's table.
+
+Meta's params.json is the case: it has neither the length that a model was trained for nor the factor of its scaled positions.
+Facts: docs/format/checkpoint.md, section 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import Problem
+from pipeline.model.config_values import lookup
+from pipeline.model.tables import Family, KnownModel
+
+POSITIONS, SCALING, FACTOR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor"
+
+
+@dataclass(frozen=True)
+class FilledIn:
+    """A configuration with what it did not say; `notes` say where each such value is from, `problems` are those of the options."""
+
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def fill_in(config: Mapping[str, Any], family: Family, file: str, options: Mapping[str, Any]) -> FilledIn:
+    """Fill in a configuration's length and factor.
+
+    Parameters
+    ----------
+    config
+        The container's metadata. What it says itself is kept.
+    family
+        The family; one without rows `known` has configurations that say everything, so that only equal options are taken.
+    file
+        The name of the configuration in messages.
+    options
+        `rope_scaling_factor` and `max_position_embeddings` where the job gives them; they go before all else.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not family.known:
+        return FilledIn(config, problems=tuple(_differing(config, family, file, given)))
+    row = next(row for row in family.known if all(config.get(key) == value for key, value in row.when.items()))
+    filled, notes = dict(config), []
+    if POSITIONS in given:
+        filled[POSITIONS] = given[POSITIONS]
+    elif config.get(POSITIONS) is None:
+        filled[POSITIONS] = row.max_position_embeddings
+        notes.append(_note(f"{POSITIONS} {row.max_position_embeddings}", row, file, POSITIONS))
+    if not config.get(SCALING):
+        expected = "a model whose positions are scaled, as use_scaled_rope says"
+        wrong = (
+            [Problem(f"--{FACTOR} {given[FACTOR]}", f"no scaling in {file}", expected, "Leave it out")] if FACTOR in given else []
+        )
+        return FilledIn(filled, tuple(notes), tuple(wrong))
+    factor = given.get(FACTOR, config.get(FACTOR))
+    if factor is None:
+        factor = row.rope_scaling_factor
+        shown = f"{FACTOR} {factor}" if factor else f"no {FACTOR}, which TensorRT-LLM takes for 8"
+        notes.append(_note(shown, row, file, FACTOR))
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
+        return FilledIn(filled, tuple(notes), (Problem(f"{file}: {FACTOR}", repr(factor), "a number greater than 0"),))
+    if factor:
+        filled[SCALING] = {**family.scaling, "factor": float(factor)}
+    return FilledIn(filled, tuple(notes))
+
+
+def _note(value: str, row: KnownModel, file: str, option: str) -> str:
+    """One line: the value that was taken, why, and the option that says another."""
+    name = file.rpartition("/")[2]
+    told = ", ".join(f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in row.when.items())
+    why = f"{row.name}'s, by {told} in {name}" if row.name else f"{name} says neither it nor which model this is"
+    return f"{value}: {why}; --{option} says another"
+
+
+def _differing(config: Mapping[str, Any], family: Family, file: str, given: Mapping[str, Any]) -> list[Problem]:
+    """The options that say another thing than a configuration that says everything itself."""
+    keys = {FACTOR: (f"{SCALING}.factor", "rope_parameters.factor"), POSITIONS: family.fields.get(POSITIONS, ())}
+    problems = []
+    for name, value in given.items():
+        found = next((each for key in keys[name] if (each := lookup(config, key)) is not None), None)
+        if value != found:
+            expected = "no option: it is for Meta's params.json, which does not say it"
+            shown = f"{found} in {file}" if found is not None else f"none in {file}"
+            problems.append(
+                Problem(f"--{name} {value}", shown, expected, "Leave it out, or mend the configuration if that is wrong")
+            )
+    return problems

@@ -1,0 +1,50 @@
+"""Notes for a plan that keeps a quantized source's codes: what the target does otherwise than the source says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.model.quantization import FP8_ROWWISE, Quantization
+from pipeline.planning.opening import OpenedSource
+from pipeline.tensor.names import by_module
+from pipeline.tensor.tensors import TensorMap
+from stages.quantization.sources import format_named
+from stages.quantize import CODES, is_quantized
+
+if TYPE_CHECKING:
+    from stages.shard import Sharding
+
+
+def source_notes(opened: OpenedSource, chosen: Sequence[Quantization], tensors: TensorMap) -> tuple[str, ...]:
+    """The notes of all targets, each once. `chosen`: their quantizations, in order; `tensors`: the canonical ones."""
+    found: dict[str, None] = {}
+    for quantization, sharding in zip(chosen, opened.shardings, strict=True):
+        if quantization.algorithm and not quantization.from_numbers:
+            of_formats = (format_named(name) for name in dict.fromkeys(opened.packing.formats.values()))
+            found |= dict.fromkeys(
+                note for each in of_formats for note in each.notes(opened.packing.settings, quantization.algorithm)
+            )
+            found |= dict.fromkeys(_quantized_anew(quantization, sharding, tensors))
+    return tuple(found)
+
+
+def _quantized_anew(quantization: Quantization, sharding: Sharding, tensors: TensorMap) -> Iterator[str]:
+    """That modules which the source left as numbers are quantized by row, and the option that would keep them."""
+    if quantization.algorithm != FP8_ROWWISE:
+        return
+    recipe, layers = replace(quantization, meta_recipe=True), sharding.model.num_hidden_layers
+    names, kept = [], True
+    for name, parameters in by_module(tensors).items():
+        slot = sharding.layout.find(name)
+        if slot and is_quantized(slot, quantization, layers) and parameters.keys().isdisjoint(CODES):
+            names.append(name)
+            kept = kept and not is_quantized(slot, recipe, layers)
+    if not names:
+        return
+    attention = sum(".attention." in name for name in names)
+    which = f"{len(names)} matrices ({attention} of attention, {len(names) - attention} of the MLP), the first {names[0]}"
+    keeps = "--use_meta_fp8_rowwise_recipe keeps them in 16 bits"
+    keeps = keeps if kept else "no option keeps them in 16 bits beside the others' codes: --dequantize makes numbers of all"
+    yield f"left in 16 bits by the source (modules_to_not_convert), and quantized to {FP8_ROWWISE} here: {which}; {keeps}"

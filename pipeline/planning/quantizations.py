@@ -1,0 +1,139 @@
+"""The names of quantizations: `--quantization NAME` says in one word what several of NVIDIA's flags say together.
+
+QUANTIZATIONS is the one table of them. A job has both: its flags follow from the name, and its name from the flags, so that either
+way of asking is the same job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import Problem
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, NVFP4
+
+OPTION = "quantization"
+WEIGHT_ONLY = "use_weight_only"
+PRECISION = "weight_only_precision"
+
+
+@dataclass(frozen=True)
+class NamedQuantization:
+    """One way to quantize a target.
+
+    Parameters
+    ----------
+    algorithm
+        TensorRT-LLM's name of it; None for the source's own, which is none where it is not quantized.
+    calibrated
+        Whether its scales rest on calibration, so that only a source that is quantized so can have it.
+    flags
+        NVIDIA's flags that ask for it.
+    """
+
+    algorithm: str | None = None
+    calibrated: bool = False
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _weight_only(algorithm: str, precision: str, calibrated: bool = False) -> NamedQuantization:
+    return NamedQuantization(algorithm, calibrated, {WEIGHT_ONLY: True, PRECISION: precision})
+
+
+QUANTIZATIONS: Mapping[str, NamedQuantization] = {
+    "none": NamedQuantization(),
+    "int8": _weight_only("W8A16", "int8"),
+    "int4": _weight_only("W4A16", "int4"),
+    "int4_gptq": _weight_only("W4A16_GPTQ", "int4_gptq", calibrated=True),
+    "int8_gptq": _weight_only("W8A16_GPTQ", "int8_gptq", calibrated=True),
+    "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
+    "fp8": NamedQuantization(FP8, True, {"use_fp8": True}),
+    "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
+    "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),
+}
+# The value of each of these flags that asks for nothing.
+UNASKED: Mapping[str, Any] = {
+    flag: "int8" if flag == PRECISION else False for named in QUANTIZATIONS.values() for flag in named.flags
+}
+
+
+def asked(values: Mapping[str, Any]) -> list[str]:
+    """The names of all that the values of NVIDIA's flags ask for; more than one contradict each other."""
+    given = {**UNASKED, **values}
+    return [
+        name for name, row in QUANTIZATIONS.items() if row.flags and all(given[flag] == value for flag, value in row.flags.items())
+    ]
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's or target's options with the flags that their `quantization` stands for, or else with the name of their flags.
+
+    Options that contradict each other are returned as they are: `contradictions` says what is wrong with them.
+    """
+    name = values.get(OPTION)
+    if OPTION not in values:
+        names = asked(values)
+        return {**values, OPTION: names[0]} if len(names) == 1 else dict(values)
+    if not isinstance(name, str) or name not in QUANTIZATIONS or contradictions(values):
+        return dict(values)
+    return {**values, **QUANTIZATIONS[name].flags}
+
+
+def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the options of `over` in their place: a name replaces what flags say, and flags change what a name says."""
+    kept = dict(base)
+    if OPTION in over:
+        kept = {name: value for name, value in kept.items() if name not in UNASKED}
+    elif not UNASKED.keys().isdisjoint(over):
+        kept = completed(base)
+        kept.pop(OPTION, None)
+        if over.get(WEIGHT_ONLY) is False and PRECISION not in base:
+            kept.pop(PRECISION, None)  # it came with the name
+    return {**kept, **over}
+
+
+def contradictions(values: Mapping[str, Any]) -> list[Problem]:
+    """Say where `quantization` and NVIDIA's flags, both given, are not the same; values that are no choices are left alone."""
+    name = values.get(OPTION)
+    if not isinstance(name, str) or name not in QUANTIZATIONS:
+        return []
+    given = {flag: values[flag] for flag in UNASKED if flag in values}
+    if given.get(WEIGHT_ONLY) and PRECISION not in given:
+        given[PRECISION] = UNASKED[PRECISION]  # as NVIDIA's flag alone means it
+    wanted = {**UNASKED, **QUANTIZATIONS[name].flags}
+    differing = {flag: value for flag, value in given.items() if value != wanted[flag]}
+    if not differing:
+        return []
+    expected = f"what {name} stands for: {words(QUANTIZATIONS[name].flags) or 'none of these flags'}"
+    return [Problem(f"--{OPTION} {name}", f"{words(differing)} beside it", expected, f"Give --{OPTION} alone, or the flags alone")]
+
+
+def without_contradictions(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """A job's options, and what `contradictions` says of them and of its targets' tables; names that it is about are left out."""
+    kept, problems = dict(values), contradictions(values)
+    if problems:
+        del kept[OPTION]
+    tables = values.get("target")
+    if isinstance(tables, list | tuple) and all(isinstance(table, Mapping) for table in tables):
+        found = [contradictions(table) for table in tables]
+        kept["target"] = [
+            {name: value for name, value in table.items() if name != OPTION or not wrong}
+            for table, wrong in zip(tables, found, strict=True)
+        ]
+        problems += [problem for wrong in found for problem in wrong]
+    return kept, list(dict.fromkeys(problems))
+
+
+def precision_alone(precision: str) -> Problem:
+    """The problem of a precision of weights that nothing asks to be quantized."""
+    flags = f"--{PRECISION} {precision}"
+    remedy = f"Give --{WEIGHT_ONLY} too, or --{OPTION} {precision} alone; without either leave it out"
+    return Problem(flags, f"no --{WEIGHT_ONLY}, without which nothing is quantized", f"--{WEIGHT_ONLY} {flags}", remedy)
+
+
+def words(flags: Mapping[str, Any]) -> str:
+    """Flags as a command line has them."""
+    return " ".join(
+        f"--{name}" if value is True else f"--no_{name}" if value is False else f"--{name} {value}" for name, value in flags.items()
+    )

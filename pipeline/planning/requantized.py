@@ -1,0 +1,64 @@
+"""Notes on `--requantize`: the algorithm that a packed source is quantized again in, and the error in a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.model.quantization import GROUPWISE, Quantization
+from pipeline.planning.compose import unpacked
+from pipeline.planning.opening import OpenedSource
+from pipeline.tensor.blocks import read_block
+from pipeline.tensor.names import by_module
+from stages.quantization import numbers
+from stages.quantize import CODES, linear, signal_to_noise
+from stages.read import read
+from stages.rename import rename
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+ROWS = 64  # of one matrix, of which the error is measured
+
+
+def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], block_bytes: int) -> tuple[str, ...]:
+    """Note that targets are quantized again, each once; where by groups, with the error that this adds in the first rows of one
+    matrix, which are read of the source itself.
+    """
+    targets = [each for options, each in zip(opened.job.targets, chosen, strict=True) if options.requantize]
+    if not targets:
+        return ()
+    module, weight = next(_matrices(opened, block_bytes), ("", None))
+    notes = []
+    for each in targets:
+        grouped = each.algorithm in GROUPWISE
+        note = f"quantized again as {each.algorithm}{f' in groups of {each.group_size}' if grouped else ''}, by round-to-nearest"
+        if grouped and weight is not None:
+            error = f"{_error(weight, each):.1f} dB of signal to noise against the source's own weights"
+            note += f": {error}, in the first rows of {module}"
+        notes.append(note)
+    return tuple(dict.fromkeys(notes))
+
+
+def _matrices(opened: OpenedSource, block_bytes: int) -> Iterator[tuple[str, da.Array]]:
+    """The source's linear modules, as numbers. Scratch is still empty: these come from the source itself."""
+    named = read(opened.source.named, block_bytes, 1)
+    tensors = unpacked(opened, rename(named, opened.matches, opened.model))
+    for module, parameters in by_module(tensors).items():
+        slot, weight = opened.shardings[0].layout.find(module), _numbers(parameters)
+        if slot is not None and linear(slot.module) and weight is not None and weight.ndim == 2:
+            yield module, weight
+
+
+def _numbers(parameters: Mapping[str, da.Array]) -> da.Array | None:
+    return parameters.get("weight") if parameters.keys().isdisjoint(CODES) else numbers.dequantize(parameters)
+
+
+def _error(weight: da.Array, quantization: Quantization) -> float:
+    """Decibels of signal to noise of the first rows, quantized and made numbers again."""
+    again = numbers.dequantize(numbers.requantize(weight, quantization.group_size, bits=quantization.bits))
+    rows = ((0, min(ROWS, weight.shape[0])), (0, weight.shape[1]))
+    before, after = (np.asarray(read_block(array, (0, 0)).read(rows)) for array in (weight, again))
+    return signal_to_noise(after, before)
