@@ -15,22 +15,23 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, WEIGHT_ONLY, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, WEIGHT_ONLY, Quantization
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
-from stages.quantization.targets import fp8, groupwise, kept_rows, weight_only
+from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
     import dask.array as da
 
     from stages.shard import Sharding
 
-CODES = ("codes4", "codes8", "fp8")  # what a quantized module has in the place of its weight
+CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 BLOCK_ROWS = 8192  # out-features of a block of packed work
+PACK_TOGETHER = {FP8: fp8.pack_tensor, NVFP4: nvfp4.pack}  # the parts of a fused module have a scale in common
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,14 @@ def quantize(
             raise KeyError(name)
         if not is_quantized(slot, quantization, layers):
             entries |= _entries(name, slot, _dense(slot, parameters, target))
-        elif quantization.algorithm == FP8:
+        elif quantization.algorithm in PACK_TOGETHER:
             # The parts of a fused module have one scale, so that they are packed together.
             whole = name.removesuffix(f".{slot.part.name}") if slot.part else name
             fused[whole][name] = (slot, parameters)
         else:
             entries |= _entries(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
-        entries |= _fused(whole, parts)
+        entries |= _fused(whole, parts, PACK_TOGETHER[str(quantization.algorithm)])
     return entries | _stacks(fused.values(), target) | _constants(modules, target)
 
 
@@ -159,12 +160,14 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[TensorName, Entry]:
-    """FP8 with one scale for all parts of a module, in the order of its rows."""
+def _fused(
+    whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]], pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]]
+) -> dict[TensorName, Entry]:
+    """FP8 or NVFP4 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
+    weights, shared = pack([parts[name][1] for name in named])
     if slot.expert is not None:
         del shared["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
@@ -247,16 +250,16 @@ def unfit(
     """Modules whose codes are not of the kind that the target keeps, when it keeps the source's."""
     if quantization.from_numbers or quantization.algorithm is None:
         return []
-    problems = []
+    misfits: dict[str, list[str]] = defaultdict(list)
     for name, parameters in by_module(tensors).items():
         slot = sharding.layout.find(name)
         if slot and is_quantized(slot, quantization, sharding.model.num_hidden_layers):
             misfit = _misfit(slot, parameters, quantization, sharding)
             if misfit:
-                source = str(origin(TensorName(name, next(iter(parameters)))))
-                expected = f"what {quantization.algorithm} keeps in every linear"
-                problems.append(Problem(source, misfit, expected, "Give --dequantize, and quantize again where wanted"))
-    return problems
+                misfits[misfit].append(str(origin(TensorName(name, next(iter(parameters))))))
+    expected, remedy = f"what {quantization.algorithm} keeps in every linear", "Give --dequantize, and quantize again where wanted"
+    more = {misfit: f", in {len(names)} modules" if len(names) > 1 else "" for misfit, names in misfits.items()}
+    return [Problem(names[0], f"{misfit}{more[misfit]}", expected, remedy) for misfit, names in misfits.items()]
 
 
 def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:
@@ -268,13 +271,15 @@ def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quanti
         return "weights that are not quantized"
     if quantization.bits:
         if codes != f"codes{quantization.bits}":
-            return f"{'float8 weights' if codes == 'fp8' else f'codes of {codes[-1]} bits'}"
+            return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
         size = sharding.model.dimension(slot.module.in_) // parameters["scales"].shape[-2]
         if quantization.algorithm in WEIGHT_ONLY:
             return "" if parameters["scales"].shape[-2] == 1 else f"groups of {size}, beside others of one a row"
         return "" if size == quantization.group_size else f"groups of {size}, beside others of {quantization.group_size}"
-    if codes != "fp8":
-        return f"codes of {codes[-1]} bits"
+    if codes != ("fp4" if quantization.algorithm == NVFP4 else "fp8"):
+        return {"fp8": "float8 weights", "fp4": "NVFP4 weights"}.get(codes, f"codes of {codes[-1]} bits")
+    if quantization.algorithm == NVFP4 and ("input_scale" not in parameters or "prequant" in parameters):
+        return "NVFP4 weights without a scale of the activations, or with factors of them"
     if quantization.algorithm == FP8 and not {"tensor_scale", "input_scale"} <= parameters.keys():
         return "float8 weights with scales of another kind"
     return ""
@@ -285,7 +290,7 @@ def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence
 
     Facts: docs/format/quantized-layouts.md, section 10.
     """
-    if not quantization.bits or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
+    if not _tiled(quantization) or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
         return []
     fitting = aligned(sharding, quantization, tp_sizes)
     choice = ", ".join(map(str, fitting)) or "none: quantize to FP8, or not at all"
@@ -297,7 +302,12 @@ def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence
 
 def aligned(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[int]:
     """Those of `tp_sizes` at which every rank's share of every quantized module is whole tiles and groups."""
-    return [size for size in tp_sizes if not quantization.bits or not list(_misaligned(sharding, quantization, size))]
+    return [size for size in tp_sizes if not _tiled(quantization) or not list(_misaligned(sharding, quantization, size))]
+
+
+def _tiled(quantization: Quantization) -> bool:
+    """Whether a rank must hold whole tiles of integer codes, or whole groups of NVFP4."""
+    return bool(quantization.bits) or quantization.algorithm == NVFP4
 
 
 def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
@@ -320,7 +330,9 @@ def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) ->
         )
         inside = model.dimension(module.in_) / (count if module.split == "row" else 1)
         outs = " + ".join(dict.fromkeys(part.out for part in module.parts)) or module.out
-        if module.experts:
+        if quantization.algorithm == NVFP4:
+            asked = [(module.in_, inside, NVFP4_GROUP)]
+        elif module.experts:
             asked = [(outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group)]
         else:
             whole_in, whole_out = model.dimension(module.in_) / tp_size, model.dimension(module.out or "0") / tp_size

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import dask.array as da
 
 
-CODES = ("codes4", "codes8", "fp8")  # what stands in the place of a weight after unpacking
+CODES = ("codes4", "codes8", "fp8", "fp4")  # what stands in the place of a weight after unpacking
 
 
 @dataclass(frozen=True)
@@ -199,19 +199,26 @@ def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int,
 def _rows(array: da.Array, renamed: Renamed) -> da.Array:
     """The rows of an array that are a part's own: slices of its blocks, one after the other.
 
-    Packed rows are counted in words. A single scale is every part's.
+    Packed rows are counted in words, and scales of tiles in tiles. A single scale is every part's.
     """
-    if array.ndim <= renamed.axis or not _proportional(array.shape[renamed.axis], renamed.total):
+    packed = units(array.shape, renamed)
+    if not packed:
         return array
-    packed = Fraction(array.shape[renamed.axis], renamed.total)
     before = (slice(None),) * renamed.axis
     parts = [array[(*before, slice(*(int(n * packed) for n in rows)))] for rows in renamed.rows]
     return parts[0] if len(parts) == 1 else _joined(parts, renamed.axis)
 
 
-def _proportional(length: int, total: int) -> bool:
-    """Whether an axis holds all rows, one or several a word."""
-    return length > 1 and length in (total, total / 2, total / 4, total / 8)
+def units(shape: Sequence[int], renamed: Renamed) -> Fraction | None:
+    """How many of an axis's elements stand for one row: 1/8 of words of eight rows each. None where one stands for all rows.
+
+    0 where the bounds of the part are not those of elements, so that the part has no elements of its own.
+    """
+    if len(shape) <= renamed.axis or shape[renamed.axis] == 1:
+        return None
+    each = Fraction(shape[renamed.axis], renamed.total)
+    apart = all((bound * each).denominator == 1 for rows in renamed.rows for bound in rows)
+    return each if apart else Fraction(0)
 
 
 def _joined(parts: Sequence[da.Array], axis: int) -> da.Array:

@@ -6,21 +6,23 @@ Works module by module on local parameter names, so that it knows no family. `Pa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.tensor.names import TensorName, by_module
+from pipeline.tensor.names import TensorName, by_module, split_names
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages.quantization import cache_scales
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import format_named, formats
 
+FEW = 3  # problems of one cause that are still said one by one
 NO_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -59,6 +61,22 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any], own: Mapping[str, Ma
     return result
 
 
+def arranged(tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+    """The tensors of a source by name, those of packed modules in shapes that have the axes of their format.
+
+    Reads the small tensors that say them; the same mapping where nothing is stored flat.
+    """
+    result = dict(tensors)
+    for module, parameters in by_module(split_names(tensors)).items():
+        if parameters.keys() <= {"weight", "bias"}:
+            continue
+        packing = format_of(parameters)
+        made = packing.arrange(parameters) if packing else parameters
+        if made is not parameters:
+            result |= {str(TensorName(module, parameter)): tensor for parameter, tensor in made.items()}
+    return result
+
+
 def axes(
     formats_: Mapping[str, str], tensors: Mapping[TensorName, LazyTensor] = MappingProxyType({})
 ) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -81,8 +99,11 @@ def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str,
 
 
 def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> Examined:
-    """Examine the packed modules of a source, by the source's own names. Reads the small tensors that decide what they are."""
-    formats_, ordered, problems = dict[str, str](), list[str](), list[Problem]()
+    """Examine the packed modules of a source, by the source's own names. Reads the small tensors that decide what they are.
+
+    Where one thing is wrong in many modules, one problem stands for all.
+    """
+    formats_, ordered, problems = dict[str, str](), list[str](), list[tuple[str, Problem]]()
     own: dict[str, Mapping[str, Any]] = {}
     for module, parameters in by_module(tensors).items():
         parameters, scales = cache_scales.divided(parameters)
@@ -95,7 +116,23 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
         if said is not settings:
             own[module] = said
         wrong = packing.check(module, parameters, said)
-        problems += wrong
+        problems += [(module, problem) for problem in wrong]
         if not wrong and packing.act_order(parameters):
             ordered.append(module)
-    return Examined(formats_, ordered, own, problems)
+    return Examined(formats_, ordered, own, _by_cause(problems))
+
+
+def _by_cause(problems: Sequence[tuple[str, Problem]]) -> list[Problem]:
+    """One problem for all modules in which one parameter is wrong in one way; a few modules are named one by one."""
+    causes: dict[tuple[str, str], list[Problem]] = {}
+    for module, problem in problems:
+        # Sizes differ from module to module, but not what is wrong with them.
+        cause = re.sub(r"\d+", "0", f"{problem.found}; {problem.expected}")
+        causes.setdefault((problem.subject.removeprefix(module), cause), []).append(problem)
+    result = []
+    for alike in causes.values():
+        if len(alike) <= FEW:
+            result += alike
+        else:
+            result.append(replace(alike[0], found=f"{alike[0].found}, and the like in {len(alike) - 1} more modules"))
+    return result

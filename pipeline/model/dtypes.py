@@ -29,6 +29,7 @@ TABLE: tuple[DType, ...] = (
     DType("BF16", np.dtype(ml_dtypes.bfloat16), "bfloat16", "uint16"),
     DType("F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), "fp8", "uint8"),
     DType("F8_E5M2", np.dtype(ml_dtypes.float8_e5m2), "", "uint8"),
+    DType("F8_E8M0", np.dtype(ml_dtypes.float8_e8m0fnu), "", "uint8"),
     DType("I64", np.dtype(np.int64), "", "int64"),
     DType("I32", np.dtype(np.int32), "", "int32"),
     DType("I16", np.dtype(np.int16), "", "int16"),
@@ -46,7 +47,24 @@ _BY_NUMPY = {row.numpy: row for row in TABLE}
 MODEL_DTYPES = ("bfloat16", "float16", "float32")  # the types that a model can compute in
 
 # The order of tensors of different types in one file, as the safetensors library writes them: its type enumeration, reversed.
-FILE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+FILE_ORDER = (
+    "U64",
+    "I64",
+    "F64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "I8",
+    "U8",
+    "BOOL",
+)
 
 
 def of_numpy(dtype: np.dtype) -> DType:

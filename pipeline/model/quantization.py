@@ -25,7 +25,8 @@ DEFAULTS: dict[str, Any] = {
 }
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # algorithm -> bits of an integer code
 GROUPWISE = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
-FP8, FP8_ROWWISE, AWQ = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ"
+FP8, FP8_ROWWISE, AWQ, NVFP4 = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "NVFP4"
+NVFP4_GROUP = 16  # in-features of an NVFP4 scale
 CLAMP = 1200.0  # FP8 by row clamps activations, and weights before they are quantized, to this absolute value
 
 
@@ -94,7 +95,7 @@ class Quantization:
         values = {
             "quant_algo": self.algorithm,
             "kv_cache_quant_algo": "FP8" if self.fp8_kv_cache else None,
-            "group_size": self.group_size if grouped or self.algorithm == AWQ else DEFAULTS["group_size"],
+            "group_size": self.group_size if grouped or self.algorithm in (AWQ, NVFP4) else DEFAULTS["group_size"],
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,
             "has_zero_point": grouped and self.zero_points,

@@ -1,4 +1,4 @@
-"""Read the TOML files of families, layouts and flags, which may extend one another."""
+"""Read the TOML files of tables: families and layouts, which may extend one another, formats and flags."""
 
 from __future__ import annotations
 

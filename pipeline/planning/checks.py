@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.sources import format_named
 from stages.quantize import alignment, unfit
+from stages.rename import units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
@@ -25,15 +27,24 @@ if TYPE_CHECKING:
 
     from pipeline.model.quantization import Quantization
     from pipeline.planning.opening import OpenedSource
-    from stages.rename import Matches
+    from stages.rename import Matches, Renamed
 
 WEIGHTS = {"F64", "F32", "F16", "BF16"}
-TYPES = {"codes4": {"U8"}, "codes8": {"U8"}, "offsets": {"I16"}, "fp8": {"F8_E4M3"}, "group_index": {"I32", "I64"}}
+TYPES = {
+    "codes4": {"U8"},
+    "codes8": {"U8"},
+    "offsets": {"I16"},
+    "fp8": {"F8_E4M3"},
+    "fp4": {"U8"},
+    "block_scale": {"F8_E4M3"},
+    "group_index": {"I32", "I64"},
+}
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
     "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
     "codes8": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
     "fp8": ((), ("channel_scale", "tensor_scale", "input_scale")),
+    "fp4": (("block_scale", "global_scale"), ("prequant", "input_scale")),
 }
 
 
@@ -102,6 +113,8 @@ def expected(sharding: Sharding, tensors: Mapping[TensorName, object]) -> Iterat
         codes = next((name for name in SCHEMES if TensorName(base, name) in tensors), "") if parameter == "weight" else ""
         if not codes:
             yield TensorName(base, parameter), slot, parameter
+            if TensorName(base, "kv_scale") in tensors and parameter == "weight":
+                yield TensorName(base, "kv_scale"), slot, "kv_scale"
             return
         required, optional = SCHEMES[codes]
         for name in (codes, *required, *(name for name in optional if TensorName(base, name) in tensors)):
@@ -147,22 +160,36 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
 def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Sharding) -> Parameter:
     """A parameter with the group size that its array shows, where it has groups."""
     known = plain(parameter, matrix=bool(slot.module.in_))
-    units = {"codes4": {"in": Fraction(1, 2)}}.get(parameter, {})
-    if parameter in ("scales", "offsets") and array is not None:
-        units = {"group": Fraction(array.shape[-2], sharding.model.dimension(slot.module.in_))}
+    units = {"in": Fraction(1, 2)} if parameter in ("codes4", "fp4") else {}
+    axes = [axis for axis, _ in known.axes]
+    if "group" in axes and array is not None:
+        units = {"group": Fraction(array.shape[axes.index("group") - len(axes)], sharding.model.dimension(slot.module.in_))}
     return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))
 
 
 def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> list[Problem]:
     """A fused source has just the rows of its parts: more would be lost. `packed`: packed module -> its format."""
-    rows = {renamed.source: (renamed.axis, renamed.total) for renamed in matches.names.values() if renamed.rows}
+    rows: dict[TensorName, list[Renamed]] = {}
+    for renamed in matches.names.values():
+        if renamed.rows:
+            rows.setdefault(renamed.source, []).append(renamed)
     problems = []
-    for name, (axis, total) in rows.items():
+    for name, parts in rows.items():
+        axis, total = parts[0].axis, parts[0].total
         shape = source.named[name].shape
         described = format_named(packed[name.module]).parameters.get(name.parameter) if name.module in packed else None
         rows_each = described.rows if described else 1
         if name.parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_each != total):
             problems.append(Problem(str(name), f"shape {list(shape)}", f"{total} rows by the model's configuration"))
+        elif any(units(shape, part) == 0 for part in parts):
+            expected_ = f"bounds of its {len(parts)} parts, of {total} rows, between values and not inside one"
+            problems.append(Problem(str(name), f"shape {list(shape)}", expected_, "Convert the model that it was quantized from"))
+    counts = Counter(renamed.source for renamed in matches.names.values())
+    for name, count in counts.items():
+        known = format_named(packed[name.module]).parameters.get(name.parameter) if count > 1 and name.module in packed else None
+        if known and known.joint:
+            remedy = "Convert the model that it was quantized from"
+            problems.append(Problem(str(name), f"one tensor for {count} parts of a fused module", "one for each part", remedy))
     return problems
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, Quantization
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, Quantization
 from pipeline.planning.generations import no_generation
 from pipeline.planning.job import Shape
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
@@ -86,7 +86,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     asked, problems = _asked(options)
     own, group_size = native(packing, tensors)
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
-    numbers = packing.format is None or options.dequantize
+    # Codes that no kernel takes are made numbers without being asked: the plan's notes say so.
+    numbers = own is None or options.dequantize
     if options.requantize and packing.formats:
         again = asked or (own if own in GROUPWISE else "W4A16_GPTQ")
         algorithm: str | None = again
@@ -99,9 +100,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
             problems.append(Problem(_flag(options), found if not options.dequantize else "a dequantized source", expected, remedy))
     else:
         algorithm = own
-        if own is None:
-            problems.append(Problem(packing.format or "", found, "weights that one of TensorRT-LLM's kernels takes", _DEQUANTIZE))
-        elif asked and asked != own:
+        if asked and asked != own:
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
     group = options.group_size or group_size or 128
@@ -116,9 +115,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem("--dtype float32", f"with {algorithm}", "float16 or bfloat16: the kernels' activations have 16 bits")
         )
-    if options.dequantize and packing.format is None:
-        expected = "a source whose codes could be kept: GGUF's are made numbers in any case"
-        problems.append(Problem("--dequantize", found, expected))
+    if options.dequantize and not packing.formats:
+        problems.append(Problem("--dequantize", found, "a quantized source"))
     if options.requantize and not packing.formats:
         expected = "a quantized source"
         problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
@@ -147,7 +145,7 @@ def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
 
 def _flag(options: Shape) -> str:
     flags = [f"--weight_only_precision {options.weight_only_precision}"] if options.use_weight_only else []
-    flags += [f"--{name}" for name in ("use_fp8", "use_fp8_rowwise") if getattr(options, name)]
+    flags += [f"--{name}" for name in ("use_fp8", "use_fp8_rowwise", "use_nvfp4") if getattr(options, name)]
     return " ".join(flags) or "--use_weight_only"
 
 
@@ -155,7 +153,7 @@ def _requantized(options: Shape, algorithm: str, group_size: int) -> list[Proble
     problems = []
     if options.dequantize:
         problems.append(Problem("--requantize", "--dequantize too", "one of them"))
-    if algorithm in (AWQ, FP8):
+    if algorithm in (AWQ, FP8, NVFP4):
         expected = "int4_gptq, int8_gptq, int8, int4 or --use_fp8_rowwise: the others need calibration"
         problems.append(Problem(_flag(options), "--requantize", expected))
     if algorithm in GROUPWISE and not (options.group_size or group_size):
@@ -184,14 +182,27 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **inner} if isinstance(inner, Mapping) else dict(settings)
 
 
+def dequantization_notes(packing: Packing, chosen: Sequence[Quantization], dequantize: bool) -> tuple[str, ...]:
+    """Names the formats that are made numbers without being asked to, for the plan. `dequantize`: the option asks for it."""
+    made = [format_named(name) for name in dict.fromkeys(packing.formats.values()) if format_named(name).numbers]
+    first = format_named(packing.format) if packing.format else None
+    if first and all(each.from_numbers for each in chosen):
+        made.append(first)
+    if dequantize or not made:
+        return ()
+    targets = ", ".join(dict.fromkeys(each.algorithm or "a 16-bit target" for each in chosen if each.from_numbers))
+    titles = " and ".join(each.title for each in made)
+    return (f"dequantized: TensorRT-LLM 1.2 has no algorithm that takes {titles} as it is; its numbers become {targets}",)
+
+
 def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: Sequence[Quantization]) -> dict[TensorName, str]:
     """The tensors of a packed source that no target has a place for, each with the reason."""
     cache = any(quantization.fp8_kv_cache for quantization in chosen)
-    static = any(quantization.algorithm == FP8 and not quantization.from_numbers for quantization in chosen)
+    static = any(quantization.algorithm in (FP8, NVFP4) and not quantization.from_numbers for quantization in chosen)
     reasons = {
         "group_index": "groups of consecutive in-features need no list of them" if not packing.ordered else "",
         "kv_scale": _unused_cache(packing, cache),
-        "input_scale": "" if static else "the activations are not FP8 with one scale",
+        "input_scale": "" if static else "the activations have no scale of their own in the target",
     }
     result = dict[TensorName, str]()
     for module, parameters in by_module(tensors).items():

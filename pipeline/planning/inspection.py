@@ -6,6 +6,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import formats
+from stages.quantization.unread import unread_formats
 from stages.quantize import aligned
 from stages.read import find_source, sources
 from stages.read.source_reader import SourceReader
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import check, format_of
+from stages.unpack import arranged, check, format_of
 
 
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
         # Planning writes nothing: the directory is never made.
         job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
         source = find_source(job.model_dir, None, None, job.revision, download=False)
+        source = replace(source, tensors=arranged(source.tensors))
         problems = _refusals(job)
     result = _facts(source)
     family = find_family(source.container, source.architecture)
@@ -82,12 +85,22 @@ def list_families() -> list[dict[str, Any]]:
     ]
 
 
-def list_formats() -> dict[str, list[dict[str, str]]]:
-    """The sources that can be read and the quantized formats that can be unpacked, each with the first line of its file."""
+def list_formats() -> dict[str, list[dict[str, Any]]]:
+    """The sources that can be read, the quantized formats that can be unpacked, and those that are known by name alone.
+
+    Each has a name and the first line of its file, a quantized one also the targets that keep its codes (`keeps`), the target
+    where no option names one (`default`), and what its reading was compared with (`proof`).
+    """
     return {
         "sources": [_described(source) for source in sources()],
-        "quantized": [_described(packing) for packing in formats()],
+        "quantized": [_quantized_format(packing) for packing in formats()],
+        "not read": [{"name": row.name, "is": row.title} for row in unread_formats()],
     }
+
+
+def _quantized_format(packing: PackedFormat) -> dict[str, Any]:
+    default = packing.keeps[0] if packing.keeps and not packing.numbers else "16 bits"
+    return {**_described(packing), "keeps": list(packing.keeps), "default": default, "proof": packing.proof}
 
 
 def _described(known: PackedFormat | SourceReader) -> dict[str, str]:

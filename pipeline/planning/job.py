@@ -70,6 +70,7 @@ class Shape(BaseModel):
     )
     use_fp8: bool = Field(False, description="FP8 with a scale a matrix, for sources that are quantized so.")
     use_fp8_rowwise: bool = Field(False, description="FP8 with a scale a row: quantizes, or takes a source's codes.")
+    use_nvfp4: bool = Field(False, description="NVFP4, for sources that are quantized so.")
     use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
     fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
     group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
-QuantizationName: TypeAlias = Literal["none", "int8", "int4", "int4_gptq", "int8_gptq", "int4_awq", "fp8", "fp8_rowwise"]
+QuantizationName: TypeAlias = Literal["none", "int8", "int4", "int4_gptq", "int8_gptq", "int4_awq", "fp8", "fp8_rowwise", "nvfp4"]
 Switch: TypeAlias = bool | Literal["enable", "disable"]
 Plugin: TypeAlias = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
@@ -31,6 +31,7 @@ class _Common(TypedDict, total=False):
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"]
     use_fp8: bool
     use_fp8_rowwise: bool
+    use_nvfp4: bool
     use_meta_fp8_rowwise_recipe: bool
     fp8_kv_cache: bool
     group_size: int | None

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.checks import check_canonical, check_request, check_targets
-from pipeline.planning.choose_algorithm import unused
+from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.generations import generation_notes
@@ -69,7 +69,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     reasons = {str(name): reason for name, reason in left_out.items()}
     of_gpus = generation_notes(job, chosen)
     kept_notes = source_notes(opened, chosen, tensors)
-    notes = (*opened.notes, *runtime_notes, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
+    made = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
+    notes = (*opened.notes, *runtime_notes, *made, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

@@ -16,13 +16,15 @@ from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.sinks.output_checks import check_output, check_source
+from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
+from stages.quantization.unread import unread
 from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
-from stages.unpack import axes, check, zero_biases
+from stages.unpack import arranged, axes, check, zero_biases
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     settings = clean_settings(source.config)
     examined = check(source.named, settings)
     formats = examined.formats
+    unknown = unread(source.config, source.config_name, settings, by_module(source.named), formats)
+    unreadable = unknown or [*examined.problems, *_unknown_quantization(source, formats)]
     zeros = zero_biases(source.named, formats)
     target = layout(family.layout)
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
@@ -106,7 +110,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         family,
         model,
         packing,
-        (*examined.problems, *_unknown_quantization(source, formats)),
+        tuple(unreadable),
         matches,
         tuple(_sharding(options, family, model) for options in job.targets),
         (*filled.problems, *outputs),
@@ -117,7 +121,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
 def _open_source(job: Job, live_model: Any, download: bool) -> Source:
     if live_model is not None:
         return open_model(live_model)
-    return find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
+    source = find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
+    return replace(source, tensors=arranged(source.tensors))
 
 
 def _family(source: Source) -> Family:

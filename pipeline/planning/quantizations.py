@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, NVFP4
 
 OPTION = "quantization"
 WEIGHT_ONLY = "use_weight_only"
@@ -50,6 +50,7 @@ QUANTIZATIONS: Mapping[str, NamedQuantization] = {
     "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
     "fp8": NamedQuantization(FP8, True, {"use_fp8": True}),
     "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
+    "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),
 }
 # The value of each of these flags that asks for nothing.
 UNASKED: Mapping[str, Any] = {

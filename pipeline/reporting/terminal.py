@@ -130,15 +130,17 @@ def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def formats_table(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> RenderableType:
+def formats_table(facts: Mapping[str, Sequence[Mapping[str, Any]]]) -> RenderableType:
     """Make the table of `headrace formats`, rows by kind of format."""
     table = Table()
-    for column in ("kind", "name", "what it is"):
+    for column in ("kind", "name", "what it is", "codes kept as", "compared with"):
         table.add_column(column, overflow="fold")
     for kind, rows in facts.items():
         for row in rows:
-            table.add_row(kind, row["name"], row["is"])
-    return table
+            kept = "\n".join(row.get("keeps", ())) or ("" if "keeps" not in row else "none: 16 bits")
+            table.add_row(kind, row["name"], row["is"], kept, row.get("proof", ""))
+    numbers = "Any quantized format also becomes float16, bfloat16, float32, W8A16, W4A16 or FP8_PER_CHANNEL_PER_TOKEN."
+    return Group(table, numbers)
 
 
 def console(stderr: bool = False) -> Console:

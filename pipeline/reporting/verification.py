@@ -221,7 +221,9 @@ def _round_trip(
     figures_by_tensor = FiguresByTensor()
     if not problems:
         problems += check_scalars(checkpoint, (origin for task in matched.tasks for origin in task.origins), source.tensors)
-        kept = not (options.get("requantize") or options.get("dequantize"))
+        options = checkpoint.provenance.get("options", {})
+        made = any(str(note).startswith("dequantized:") for note in checkpoint.provenance.get("notes", ()))
+        kept = not (options.get("requantize") or options.get("dequantize") or made)
         work = [(compare, (checkpoint, original, task, kept), task.elements(shapes)) for task in matched.tasks]
         for figures in run_tasks("round trip", work, workers, advance):
             figures_by_tensor.add(figures)

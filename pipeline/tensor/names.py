@@ -28,8 +28,22 @@ def split_name(text: str) -> TensorName:
 
 
 def split_names(tensors: Mapping[str, T]) -> dict[TensorName, T]:
-    """Tensors under their names taken apart, in the same order."""
-    return {split_name(text): tensor for text, tensor in tensors.items()}
+    """Tensors under their names taken apart, in the same order.
+
+    A tensor is no module: where the name of one begins with that of another and a dot (bitsandbytes' `q_proj.weight.absmax` beside
+    `q_proj.weight`), both are of one module, and the longer parameter has dots.
+    """
+    return {_beside(text, tensors): tensor for text, tensor in tensors.items()}
+
+
+def _beside(text: str, tensors: Mapping[str, T]) -> TensorName:
+    """The name of one of `tensors`, taken apart."""
+    name = owner = split_name(text)
+    while owner.module:
+        owner = split_name(owner.module)
+        if str(owner) in tensors:
+            return TensorName(owner.module, text[len(owner.module) + 1 if owner.module else 0 :])
+    return name
 
 
 def by_module(tensors: Mapping[TensorName, T]) -> dict[str, dict[str, T]]:

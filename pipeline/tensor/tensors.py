@@ -32,6 +32,8 @@ TensorMap = Mapping[TensorName, "da.Array"]
 #   codes8         uint8 [out, in]: unsigned; value = code - 128
 #   scales         [group, out];  offsets int16 [group, out]: weight = (value + offset) * scale
 #   fp8            float8_e4m3fn [out, in], with tensor_scale float32 [1] or channel_scale float32 [out]
+#   fp4            uint8 [out, in / 2]: e2m1, of even `in` in the low half of a byte, with block_scale float8_e4m3fn [out, group]
+#                  and global_scale float32 [1]: weight = value * block_scale * global_scale
 #   input_scale    float32 [1], of activations; kv_scale float32 [1]; prequant [in], which activations are multiplied by;
 #   group_index    int32 [in], the group of each in-feature, where a source says it
 AXES: Mapping[str, tuple[str, ...]] = {
@@ -44,6 +46,9 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "group_index": ("in",),
     "prequant": ("in",),
     "fp8": ("out", "in"),
+    "fp4": ("out", "in"),
+    "block_scale": ("out", "group"),
+    "global_scale": ("one",),
     "channel_scale": ("out",),
     "tensor_scale": ("one",),
     "input_scale": ("one",),

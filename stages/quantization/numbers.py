@@ -12,6 +12,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import Block
+from stages.quantization.floats import e2m1, e4m3
 from stages.quantization.sources.gptq import unpacked
 from stages.quantization.targets.weight_only import not_finite
 
@@ -30,6 +31,12 @@ def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
         return derive(
             "dequantize", from_float8, {"weight": weight, "scale": scale}, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0]
         )
+    if "fp4" in parameters:
+        packed = parameters["fp4"]
+        inputs = {"codes": packed, "scales": parameters["block_scale"], "scale": parameters["global_scale"]}
+        inputs |= {"smooth": parameters["prequant"]} if "prequant" in parameters else {}
+        shape = (packed.shape[0], 2 * packed.shape[1])
+        return derive("dequantize", from_float4, inputs, shape=shape, dtype=FLOAT32, rows=packed.chunks[0])
     bits = 4 if "codes4" in parameters else 8
     codes = parameters[f"codes{bits}"]
     inputs = {"codes": codes, "scales": parameters["scales"], "offsets": parameters["offsets"]}
@@ -62,6 +69,22 @@ def from_float8(region: Region, weight: Block, scale: Block) -> np.ndarray:
     with meter("dequantize", values.nbytes):
         factors = np.asarray(scale.read(whole(scale.shape)))
         return np.asarray(values.astype(np.float32) * (factors[slice(*region[0]), None] if factors.size > 1 else factors))
+
+
+def from_float4(region: Region, codes: Block, scales: Block, scale: Block, smooth: Block | None = None) -> np.ndarray:
+    """float32 of the region: value times the scale of its group, times the scale of all, times the factor of the activations."""
+    rows, (left, right) = region
+    size = 2 * codes.shape[1] // scales.shape[1]
+    first, last = left // size, -(-right // size)
+    stored = np.asarray(codes.read((rows, (first * size // 2, last * size // 2))))
+    factors = e4m3(np.asarray(scales.read((rows, (first, last)))))
+    with meter("dequantize", stored.nbytes):
+        values = e2m1(stored)
+        values.reshape(len(values), -1, size)[...] *= factors[:, :, None]
+        values *= np.float32(np.asarray(scale.read(whole(scale.shape))).reshape(-1)[0])
+        if smooth is not None:
+            values *= np.asarray(smooth.read(((first * size, last * size),))).astype(np.float32)
+        return values[:, left - first * size : right - first * size]
 
 
 def from_codes(

@@ -21,13 +21,15 @@ class PackedParameter:
     """How a packed parameter lies along its module's axes, and what becomes of it.
 
     `axes`: by name (see AXES in pipeline/tensor/tensors.py), in the order of the array's; without `out`, it is of all rows.
-    `rows`: the out-features that a number of the axis `out` holds, where that is the same for all modules of the format.
+    `rows`: the out-features that a number of the axis `out` holds, where that is the same for all modules of the format. `joint`:
+    it is of all parts of a fused module at once, which nothing can take apart: such a module is refused.
     `becomes`: the canonical parameter that it is, where a target may have no place for that. `dropped`: why unpacking leaves it
     out.
     """
 
     axes: tuple[str, ...]
     rows: int = 1
+    joint: bool = False
     becomes: str = ""
     dropped: str = ""
 
@@ -36,18 +38,28 @@ class PackedFormat(Protocol):
     """A packed format of sources. Each file of `stages/quantization/sources` has one, as `FORMAT`.
 
     `name`: what messages and tables call it. `title`: what its users call it. `numbers`: whether unpacking gives weights that are
-    numbers, so that there are no codes to keep. `parameters`: by local name, those that are not as a dense module's, whose
+    numbers, so that there are no codes to keep. `keeps`: TensorRT-LLM's algorithms that take its codes as they are. `proof`: what
+    our reading was compared with, and how exactly. `parameters`: by local name, those that are not as a dense module's, whose
     parameters have `out` first.
     """
 
     name: str
     title: str
     numbers: bool = False
+    keeps: tuple[str, ...] = ()
+    proof: str = ""
     parameters: Mapping[str, PackedParameter]
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
         """Whether a module's parameters (by local name; anything with a shape and a dtype) are the format's."""
         ...
+
+    def arrange(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        """An accepted module's tensors in shapes that have the axes of `parameters`, where the source stores them as flat runs.
+
+        May read small tensors. Tensors that contradict one another stay as they are, for `check` to name.
+        """
+        return tensors
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
         """The reasons why an accepted module cannot be unpacked, none where it can.

@@ -19,6 +19,10 @@ from stages.verify.values import read
 
 TILE = 64  # in-features that stay together in the kernels' order
 UINT8 = np.dtype(np.uint8)
+# What a matrix's numbers are computed with.
+SCALING = ("weights_scaling_factor", "weights_scaling_factor_2", "prequant_scaling_factor")
+PARAMETERS = ("weight", "per_channel_scale", "zero", *SCALING)
+E2M1 = torch.tensor([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)])  # 4-bit floats by their codes
 SHUFFLE = {
     8: (0, 2, 1, 3),
     4: (0, 2, 4, 6, 1, 3, 5, 7),
@@ -30,8 +34,8 @@ class Matrix:
     """The matrix [out_features, in_features] of one module, or of one expert, on one rank.
 
     `tensors`: the parameters that its numbers are computed with, by local name. `kind`: "dense", "weight-only", "groupwise", "awq",
-    "fp8" or "fp8 rowwise". `bits`: of an integer code. `order`: the letter of the order that its codes are in. `expert`: which of
-    the rank's own, None for a module without experts. `fused`: its rows are those of several modules, which share a scale.
+    "fp8", "fp8 rowwise" or "nvfp4". `bits`: of an integer code. `order`: the letter of the order that its codes are in. `expert`:
+    which of the rank's own, None for a module without experts. `fused`: its rows are those of several modules, which share a scale.
     """
 
     tensors: Mapping[str, FileTensor]
@@ -51,6 +55,10 @@ class Matrix:
         """Rows of the weight, float32 [stop - start, in_features], with scales and zero points applied, but not `prequant`."""
         if self.kind == "dense":
             return self.stored(start, stop).float()
+        if self.kind == "nvfp4":
+            data = self.stored_bytes(start, stop)
+            values = E2M1[torch.stack([data & 15, data >> 4], -1).long()].reshape(stop - start, -1)
+            return values * self._grouped("weights_scaling_factor", start, stop) * read(self.tensors["weights_scaling_factor_2"])
         if self.kind.startswith("fp8"):
             return self.stored(start, stop).float() * self.scales(start, stop)
         values = self.codes(start, stop).float() * self.scales(start, stop)
@@ -93,14 +101,18 @@ class Matrix:
         """Rows of a matrix that is stored as numbers or as float8, in their own type, [stop - start, in_features]."""
         return read(self.tensors["weight"], (*self._front(), (start, stop), (0, self.shape[1]))).reshape(-1, self.shape[1])
 
+    def stored_bytes(self, start: int, stop: int) -> Tensor:
+        """Rows of a matrix of two in-features a byte, uint8 [stop - start, in_features / 2]."""
+        return read(self.tensors["weight"], ((start, stop), (0, self.shape[1] // 2)))
+
     def _grouped(self, parameter: str, start: int, stop: int) -> Tensor:
         """A parameter of groups for rows [start, stop), float32 [stop - start, in_features].
 
-        It is stored as [groups, out_features], or as [out_features, groups] in ModelOpt's form ("awq").
+        It is stored as [groups, out_features], or as [out_features, groups] in ModelOpt's forms ("awq" and "nvfp4").
         """
-        tensor = self.tensors[parameter]
-        groups = tensor.shape[-1] if self.kind == "awq" else tensor.shape[-2]
-        if self.kind == "awq":
+        tensor, by_row = self.tensors[parameter], self.kind in ("awq", "nvfp4")
+        groups = tensor.shape[-1] if by_row else tensor.shape[-2]
+        if by_row:
             values = read(tensor, (*self._front(), (start, stop), (0, groups))).reshape(-1, groups)
         else:
             values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1).T
@@ -119,18 +131,16 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
     """Find a module of a rank; `expert` counts the rank's own from 0. Raises KeyError where the rank has no such module."""
     prefix = f"{module}."
     rank_tensors = checkpoint.ranks[rank]
-    tensors = {
-        name: rank_tensors[prefix + name]
-        for name in ("weight", "per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
-        if prefix + name in rank_tensors
-    }
+    tensors = {name: rank_tensors[prefix + name] for name in PARAMETERS if prefix + name in rank_tensors}
     if "weight" not in tensors:
         raise KeyError(f"{module}.weight")
     weight, algorithm = tensors["weight"], str(checkpoint.config.get("quantization", {}).get("quant_algo"))
     first, second = weight.shape[-2:]
     bits = 4 if algorithm.startswith("W4") else 8
     letter = order(checkpoint.sm, expert is not None) if isinstance(checkpoint.sm, int) else ""
-    if len(tensors) == 1:
+    if "weights_scaling_factor_2" in tensors:
+        kind, shape = "nvfp4", (first, second * 2)
+    elif len(tensors) == 1:
         kind, shape = "dense", (first, second)
     elif weight.dtype.name.startswith("float8"):
         kind, shape = "fp8 rowwise" if "per_channel_scale" in tensors else "fp8", (first, second)

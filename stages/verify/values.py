@@ -11,7 +11,11 @@ import torch
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import LazyTensor
 
-_BITS = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
+_BITS = {
+    "bfloat16": (np.int16, torch.bfloat16),
+    "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
+    "float8_e8m0fnu": (np.uint8, torch.float8_e8m0fnu),
+}
 
 
 def to_torch(values: np.ndarray) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import BadInput, convert, verify
+from pipeline import BadInput, convert, plan, verify
 from tests.support import checkpoints, gguf_files
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
@@ -45,6 +45,7 @@ BY_ALGORITHM: dict[str, dict[str, Any]] = {
     "W4A16_AWQ": {"pre_quant_scale": True, "group_size": 64},
     "FP8": {},
     "FP8_PER_CHANNEL_PER_TOKEN": {"clamp_val": [-1200.0, 1200.0]},
+    "NVFP4": {"group_size": 16},
 }
 
 
@@ -91,6 +92,11 @@ def matrix(tensors: Arrays, name: str, sm: int = 80) -> np.ndarray:
         scale = own["per_channel_scale"].astype(np.float32)
         bits = 8 * weight.shape[1] // len(scale)
         return codes_of(weight, bits, weight.shape[0], len(scale), sm) * scale[:, None]
+    if "weights_scaling_factor_2" in own:
+        values = np.array([*source.E2M1, *-source.E2M1])
+        wide = np.stack([values[weight & 15], values[weight >> 4]], axis=-1).reshape(len(weight), -1, 16)
+        wide = wide * own["weights_scaling_factor"].astype(np.float32)[..., None] * own["weights_scaling_factor_2"]
+        return wide.reshape(len(weight), -1).astype(np.float32)
     if "weights_scaling_factor" in own and weight.dtype in (np.float16, ml_dtypes.bfloat16):
         scales = own["weights_scaling_factor"].astype(np.float32)
         zeros = own["zero"].astype(np.float32) if "zero" in own else np.zeros_like(scales)
@@ -173,8 +179,17 @@ def of(kind: str) -> dict[str, Any]:
 # (tp_size, pp_size). At 4 ranks two share a kv head, and a rank has one group of o_proj's in-features.
 SIZES = {"tp1": (1, 1), "tp2": (2, 1), "tp2pp2": (2, 2), "tp4": (4, 1)}
 FEW = {
-    "tp2pp2": ("gptq", "modelopt fp8", "fbgemm", "compressed w4a16 asymmetric", "modelopt awq"),
-    "tp4": ("gptq asymmetric", "awq", "modelopt awq", "compressed fp8", "compressed fp8 dynamic", "gptq 8 bits"),
+    "tp2pp2": ("gptq", "modelopt fp8", "fbgemm", "compressed w4a16 asymmetric", "modelopt awq", "nvfp4"),
+    "tp4": (
+        "nvfp4",
+        "compressed nvfp4",
+        "gptq asymmetric",
+        "awq",
+        "modelopt awq",
+        "compressed fp8",
+        "compressed fp8 dynamic",
+        "gptq 8 bits",
+    ),
 }
 CASES = [(name, size) for size in SIZES for name in FEW.get(size, NATIVE)]
 
@@ -240,6 +255,11 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
         np.testing.assert_array_equal(found, as_float8(wanted / common) * common)
         inputs = [held[f"model.layers.{layer}.self_attn.{part}_proj.input_scale"].astype(np.float32).max() for part in "qkv"]
         assert ours[f"{module}.activation_scaling_factor"].tolist() == [max(inputs)]
+    elif kind is FORMATS["nvfp4 scales apart"] and module.endswith("qkv"):
+        # A scale of a group has three bits of mantissa, and is rounded once more.
+        assert np.all(np.abs(found - wanted) <= np.abs(wanted) * 2.0**-4)
+        assert not np.array_equal(found, wanted)
+        assert ours[f"{module}.weights_scaling_factor_2"].tolist() == [2.0**-9 * 1.5]
     elif kind.skip("model.layers.0.self_attn", 1) and f"{module}.per_channel_scale" not in ours:
         np.testing.assert_array_equal(found, wanted.astype(np.float32))
     else:
@@ -407,6 +427,8 @@ OWN = {
     "compressed fp8": {"use_fp8": True},
     "compressed fp8 dynamic": {"use_fp8_rowwise": True},
     "fbgemm": {"use_fp8_rowwise": True},
+    "nvfp4": {"use_nvfp4": True},
+    "compressed nvfp4": {"use_nvfp4": True},
 }
 
 
@@ -462,13 +484,46 @@ def test_dequantized_is_the_model_that_the_checkpoint_stands_for(name: str, dtyp
     assert quantization(tmp_path / "ours") == BLOCK
 
 
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if not kind.algorithm])
+def test_what_no_kernel_takes_is_dequantized_without_being_asked(name: str, tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, FORMATS[name])
+    options = {"model_dir": tmp_path / "model", "tp_size": 2, "scheduler": "threads"}
+    (note,) = plan(output_dir=tmp_path / "ours", **options).notes
+    assert note.startswith("dequantized: TensorRT-LLM 1.2 has no algorithm that takes ")
+    convert(output_dir=tmp_path / "ours", **options)
+    convert(output_dir=tmp_path / "asked", dequantize=True, **options)
+    assert plan(output_dir=tmp_path / "asked", overwrite=True, dequantize=True, **options).notes == ()
+    for rank in range(2):
+        ours, asked = ((tmp_path / side / f"rank{rank}.safetensors").read_bytes() for side in ("ours", "asked"))
+        assert ours == asked
+
+
+def test_activations_and_embeddings_of_nvfp4(tmp_path: Path) -> None:
+    source.write(tmp_path / "model", LLAMA, FORMATS["nvfp4 cache"])
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", tp_size=2, fp8_kv_cache=True, scheduler="threads")
+    ours, layer = read(tmp_path / "out/rank1.safetensors"), "transformer.layers.1."
+    held = {"attention.qkv": "self_attn.q_proj", "attention.dense": "self_attn.o_proj", "mlp.proj": "mlp.down_proj"}
+    for module, theirs in held.items():
+        names = [f"model.layers.1.{theirs.replace('q_proj', part)}" for part in ("q_proj", "k_proj", "v_proj")]
+        largest = np.float32(0.001 * max(1 + len(name) % 5 for name in names))
+        assert ours[f"{layer}{module}.activation_scaling_factor"].tolist() == [largest]
+        assert {key: str(ours[f"{layer}{module}.{key}"].dtype) for key in ("weight", "weights_scaling_factor")} == {
+            "weight": "uint8",
+            "weights_scaling_factor": "float8_e4m3fn",
+        }
+    assert ours[f"{layer}attention.kv_cache_scaling_factor"].tolist() == [0.75]
+    assert {str(ours[name].dtype) for name in ("transformer.vocab_embedding.weight", "lm_head.weight")} == {"float16"}
+    assert quantization(tmp_path / "out")["kv_cache_quant_algo"] == "FP8"
+
+
 def test_dequantized_in_stages_and_with_shared_kv_heads(tmp_path: Path) -> None:
     for number, (name, size) in enumerate([("gptq asymmetric", {"tp_size": 4}), ("awq", {"tp_size": 2, "pp_size": 2})]):
         check_stands_for(name, tmp_path / str(number), dequantize=True, **size)
 
 
 def test_act_order_is_dequantized(tmp_path: Path) -> None:
-    for number, kind in enumerate([source.gptq(index="order"), source.gptq(index="order", sym=False, bits=8)]):
+    kinds = [source.gptq(index="order"), source.gptq(index="order", sym=False, bits=8), source.gptq(index="order", bits=3)]
+    for number, kind in enumerate([*kinds, source.compressed(order=True, sym=False)]):
         check_stands_for(kind, tmp_path / str(number), tp_size=2, dequantize=True)
 
 
@@ -493,7 +548,19 @@ AGAIN: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("to", AGAIN)
 @pytest.mark.parametrize(
-    "name", ["gptq", "gptq 8 bits asymmetric", "awq", "compressed w8a8", "modelopt fp8", "modelopt awq", "fbgemm"]
+    "name",
+    [
+        "gptq",
+        "gptq 8 bits asymmetric",
+        "awq",
+        "compressed w8a8",
+        "modelopt fp8",
+        "modelopt awq",
+        "fbgemm",
+        "fp8 block",
+        "nvfp4",
+        "mxfp4",
+    ],
 )
 def test_dequantized_and_quantized_in_another_way(name: str, to: str, tmp_path: Path) -> None:
     flags, algorithm = AGAIN[to]
@@ -744,6 +811,7 @@ FUSED = {
     "compressed w4a16": source.compressed(sym=False),
     "compressed fp8 dynamic": source.compressed_float8(dynamic=True),
     "modelopt awq": source.modelopt_awq(),
+    "mxfp4": source.mxfp4(),
 }
 
 
@@ -815,6 +883,53 @@ def test_groups_by_act_order_of_a_fused_tensor_are_dequantized(tmp_path: Path) -
     convert(model_dir=tmp_path / "phi", output_dir=tmp_path / "ours", scheduler="threads", tp_size=2, dequantize=True)
     convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", scheduler="threads", tp_size=2)
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "compressed nvfp4", "fp8 block", "bitsandbytes nf4"])
+@pytest.mark.parametrize("more", [{"tp_size": 1}, {"tp_size": 2, "dequantize": True}], ids=str)
+def test_small_floats_of_fused_tensors(name: str, more: dict[str, Any], tmp_path: Path) -> None:
+    kind, plain = FORMATS[name], fused(source.values(LLAMA), 2, FUSED_PHI)
+    stored, stands_for = source.quantized(plain, kind, 2)
+    checkpoints.save(tmp_path / "model", source.described(PHI, kind), stored)
+    for file, content in kind.files.items():
+        (tmp_path / "model" / file).write_text(json.dumps(content))
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ours", scheduler="threads", **more)
+    source.write_float(tmp_path / "float", PHI, stands_for)
+    size = more["tp_size"]
+    convert(model_dir=tmp_path / "float", output_dir=tmp_path / "theirs", scheduler="threads", dtype="float32", tp_size=size)
+    algorithm = quantization(tmp_path / "ours")["quant_algo"]
+    assert algorithm == (None if more.get("dequantize") else kind.algorithm or None)
+    for rank in range(more["tp_size"]):
+        ours, theirs = (read(tmp_path / side / f"rank{rank}.safetensors") for side in ("ours", "theirs"))
+        for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj"):
+            wanted = theirs[f"transformer.layers.1.{module}.weight"]
+            found = matrix(ours, f"transformer.layers.1.{module}")
+            np.testing.assert_array_equal(found, wanted if algorithm else wanted.astype(np.float16))
+
+
+def test_scales_of_scales_of_a_fused_tensor_are_refused(tmp_path: Path) -> None:
+    kind = FORMATS["bitsandbytes nf4 nested"]
+    stored, _ = source.quantized(fused(source.values(LLAMA), 2, FUSED_PHI), kind, 2)
+    checkpoints.save(tmp_path / "model", source.described(PHI, kind), stored)
+    with pytest.raises(BadInput) as error:
+        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    assert {problem.subject.rpartition(".")[2] for problem in error.value.problems} == {"nested_absmax"}
+
+
+def test_parts_that_share_a_tile_are_refused(tmp_path: Path) -> None:
+    """A kv head of 64 rows is half a tile of 128: no scale is its own."""
+    plain = fused(source.values(LLAMA), 2, {"attention.wqkv": QKV}, groups=LLAMA["num_key_value_heads"])
+    for theirs, ours in INTERNLM_NAMES.items():
+        plain = {key.replace(theirs, ours): values for key, values in plain.items()}
+    stored: Arrays = {}
+    for name, values in plain.items():
+        packed = FORMATS["fp8 block"].quantizer(name, values.astype(np.float32)).parameters if "wqkv" in name else {}
+        stored |= {f"{name.removesuffix('.weight')}.{key}": value for key, value in packed.items()} or {name: values}
+    checkpoints.save(tmp_path / "model", source.described(INTERNLM, FORMATS["fp8 block"]), stored)
+    with pytest.raises(BadInput) as error:
+        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    assert {problem.subject.rpartition(".")[2] for problem in error.value.problems} == {"weight_scale_inv"}
+    assert "bounds of its 3 parts" in error.value.problems[0].expected
 
 
 def test_float8_of_fused_tensors_with_one_scale(tmp_path: Path) -> None:

@@ -93,7 +93,19 @@ def test_a_format_is_known_by_its_parameters() -> None:
     found = format_of(held({"gguf_Q4_0": packed("Q4_0", (2, 1)), "bias": bias}))
     assert found is not None
     assert found.name == "gguf"
-    assert [each.name for each in formats()] == ["awq", "compressed-tensors", "float8", "gguf", "gptq", "modelopt-awq"]
+    assert [each.name for each in formats()] == [
+        "awq",
+        "bitsandbytes",
+        "compressed-tensors",
+        "float8-block",
+        "float8",
+        "gguf",
+        "gptq",
+        "hqq",
+        "modelopt-awq",
+        "mxfp4",
+        "nvfp4",
+    ]
 
 
 SIZES = (16, 8, 2)  # out-features, in-features, groups

@@ -47,6 +47,9 @@ class Held:
     def block(self, region: Region) -> Block:
         return HeldBlock(self.values, region)
 
+    def viewed(self, shape: tuple[int, ...], dtype: np.dtype) -> Held:
+        return Held(self.values.reshape(-1).view(dtype).reshape(shape))
+
 
 def block(values: np.ndarray) -> Block:
     return HeldBlock(values, tuple((0, size) for size in values.shape))

@@ -152,7 +152,14 @@ def numbers(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, index: np.
 
 
 def packed32(codes: np.ndarray, bits: int, axis: int, order: tuple[int, ...] = ()) -> np.ndarray:
-    """int32 words of unsigned codes along an axis: place i of a word, lowest first, holds code `order[i]` of its run."""
+    """int32 words of unsigned codes along an axis: place i of a word, lowest first, holds code `order[i]` of its run.
+
+    Codes of 3 bits go over the ends of words: their bits are one stream.
+    """
+    if 32 % bits:
+        stream = (np.moveaxis(codes, axis, -1)[..., None] >> np.arange(bits)) & 1
+        data = np.packbits(stream.reshape(*stream.shape[:-2], -1).astype(np.uint8), axis=-1, bitorder="little")
+        return np.moveaxis(np.ascontiguousarray(data).view(np.int32), -1, axis)
     count = 32 // bits
     runs = np.moveaxis(codes.astype(np.uint32), axis, -1)
     runs = runs.reshape(*runs.shape[:-1], -1, count)
@@ -216,7 +223,7 @@ def gptq(
 
     version = "gptq_v2" if second and said else "gptq"
     settings = {"bits": bits, "group_size": group, "desc_act": index == "order", "sym": sym, "checkpoint_format": version}
-    named, algorithm = {**settings, "quant_method": "gptq"}, f"W{bits}A16{'' if group == -1 and sym else '_GPTQ'}"
+    named, algorithm = {**settings, "quant_method": "gptq"}, f"W{max(bits, 4)}A16{'' if group == -1 and sym else '_GPTQ'}"
     return Format(quantize, {} if beside else named, algorithm, files={"quantize_config.json": settings} if beside else {})
 
 
@@ -391,6 +398,187 @@ def fbgemm(*, bound: float = 1200.0) -> Format:
     return Format(quantize, settings, "FP8_PER_CHANNEL_PER_TOKEN", flags={"use_meta_fp8_rowwise_recipe": True}, skip=skip)
 
 
+def by_tile(weight: np.ndarray, tile: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float8 codes, the scale of each tile, rounded up at the ends of rows and columns, and what the codes stand for."""
+    out, features = weight.shape
+    scales = np.empty((-(-out // tile), -(-features // tile)), dtype)
+    codes, stands_for = np.empty(weight.shape, FP8), np.empty(weight.shape, np.float32)
+    for i, j in np.ndindex(scales.shape):
+        part = (slice(i * tile, (i + 1) * tile), slice(j * tile, (j + 1) * tile))
+        scales[i, j] = max(np.abs(weight[part]).max() / 448, 1e-12)
+        codes[part], stands_for[part] = float8(weight[part], np.asarray(scales[i, j]))
+    return codes, scales, stands_for
+
+
+def block_float8(*, tile: int = 128, compressed_: bool = False, dtype: np.dtype = BF16) -> Format:
+    """FP8 with a scale for each tile: as DeepSeek and Qwen3 have it, or compressed-tensors' strategy `block`."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        codes, scales, stands_for = by_tile(weight, tile, dtype)
+        return Packed({"weight": codes, "weight_scale" if compressed_ else "weight_scale_inv": scales}, stands_for)
+
+    if compressed_:
+        weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [tile, tile], "symmetric": True}
+        inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": tile, "dynamic": True, "symmetric": True}
+        return Format(quantize, _groups("float-quantized", weights, inputs), "")
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [tile, tile]}
+    return Format(quantize, settings, "")
+
+
+# --- 4-bit floats
+
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+
+
+def float4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest e2m1 of each value, as a code (sign, two bits of exponent, one of mantissa) and as a number."""
+    nearest = np.abs(np.abs(values)[..., None] - E2M1).argmin(axis=-1)
+    negative = np.signbit(values)
+    return (nearest + 8 * negative).astype(np.uint8), np.where(negative, -E2M1[nearest], E2M1[nearest])
+
+
+def pairs(codes: np.ndarray) -> np.ndarray:
+    """Two codes of consecutive in-features a byte, the first in the low half."""
+    return (codes[:, 0::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
+
+
+def nvfp4(*, compressed_: bool = False, cache: bool = False, alike: bool = True, inputs: bool = True) -> Format:
+    """NVFP4 of ModelOpt, whose scale of all multiplies, or of compressed-tensors, whose divides.
+
+    `alike`: the parts of a fused module have one scale of all, as both quantizers see to. `inputs`: activations have a scale.
+    """
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:
+        own = {"q_proj": 1.5, "k_proj": 1.0, "v_proj": 0.75}.get(module.rpartition(".")[2], 1.0)
+        every = np.float32(2.0**-9 * (1 if alike else own))
+        held = np.float32(1) / every if compressed_ else every
+        every = np.float32(1) / held if compressed_ else every
+        groups = weight.reshape(len(weight), -1, 16)
+        scales = np.clip(np.abs(groups).max(axis=2) / 6 / every, 2.0**-9, 448).astype(FP8)
+        wide = scales.astype(np.float32)[..., None]
+        codes, numbers_ = float4(groups / (wide * every))
+        stands_for = (numbers_ * wide * every).reshape(weight.shape).astype(np.float32)
+        activation = np.float32(0.001 * (1 + len(module) % 5))
+        packed_codes = pairs(codes.reshape(weight.shape))
+        if compressed_:
+            parameters = {"weight_packed": packed_codes, "weight_scale": scales, "weight_global_scale": held.reshape(1)}
+            parameters |= {"input_global_scale": np.array([1 / activation], np.float32)} if inputs else {}
+            return Packed(parameters, stands_for)
+        parameters = {"weight": packed_codes, "weight_scale": scales, "weight_scale_2": np.asarray(held)}
+        parameters |= {"input_scale": np.asarray(activation)} if inputs else {}
+        if cache and module.endswith(("k_proj", "v_proj")):
+            parameters[f"{module[-6]}_scale"] = np.array(0.5 if module.endswith("k_proj") else 0.75, np.float32)
+        return Packed(parameters, stands_for)
+
+    algorithm = "NVFP4" if inputs else ""
+    if compressed_:
+        weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+        return Format(
+            quantize, _groups("nvfp4-pack-quantized", weights, {**weights, "dynamic": "local"} if inputs else None), algorithm
+        )
+    held_ = {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": "FP8" if cache else None,
+        "group_size": 16,
+        "exclude_modules": ["lm_head"],
+    }
+    said = {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": held_}
+    return Format(quantize, {}, algorithm, files={"hf_quant_config.json": said})
+
+
+def mxfp4(*, named: str = "weight_packed", exponents: str = "uint8") -> Format:
+    """MXFP4 of compressed-tensors; Quark calls the weight `weight`. `exponents`: their type."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        groups = weight.reshape(len(weight), -1, 32)
+        exponent = np.clip(np.floor(np.log2(np.maximum(np.abs(groups).max(axis=2), 1e-30))) - 2, -127, 127).astype(np.int32)
+        codes, numbers_ = float4(np.clip(groups / np.exp2(exponent.astype(np.float64))[..., None], -6, 6))
+        stands_for = (numbers_ * np.exp2(exponent.astype(np.float64))[..., None]).reshape(weight.shape).astype(np.float32)
+        stored = (exponent + 127).astype(np.uint8).view(np.dtype(getattr(ml_dtypes, exponents, np.uint8)))
+        return Packed({named: pairs(codes.reshape(weight.shape)), "weight_scale": stored}, stands_for)
+
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    return Format(quantize, _groups("mxfp4-pack-quantized", weights, None) if named == "weight_packed" else {}, "")
+
+
+# --- bitsandbytes
+
+# The quantiles of a normal distribution that nf4's codes stand for, and fp4's floats of two bits of exponent.
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+FP4 = [0.0, 0.0052083, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25]
+
+
+def bitsandbytes(*, kind: str = "nf4", nested: bool = False, block: int = 64) -> Format:
+    """4 bits, whose runs of in-features have a scale each; `nested`: these are codes themselves."""
+    table = np.array(NF4 if kind == "nf4" else [*FP4, *(-value for value in FP4)], np.float32)
+    inner = np.linspace(-1, 1, 256, dtype=np.float32)
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        runs = weight.reshape(-1, block)
+        scales = np.abs(runs).max(axis=1)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "float16", "shape": list(weight.shape)}
+        parameters: Arrays = {"weight.quant_map": table}
+        if nested:
+            offset = float(scales.mean())
+            shifted = scales - np.float32(offset)
+            largest = np.array([np.abs(shifted[first : first + 256]).max() for first in range(0, len(shifted), 256)], np.float32)
+            spread = np.repeat(largest, 256)[: len(shifted)]
+            chosen = np.abs((shifted / np.maximum(spread, 1e-12))[:, None] - inner).argmin(axis=1).astype(np.uint8)
+            scales = inner[chosen] * spread + np.float32(offset)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+            parameters |= {"weight.absmax": chosen, "weight.nested_absmax": largest, "weight.nested_quant_map": inner}
+        else:
+            parameters["weight.absmax"] = scales
+        codes = np.abs((runs / scales[:, None])[..., None] - table).argmin(axis=-1).reshape(weight.shape)
+        flat = codes.reshape(-1)
+        parameters["weight"] = ((flat[0::2] << 4) | flat[1::2]).astype(np.uint8).reshape(-1, 1)
+        parameters[f"weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        stands_for = (table[codes].reshape(-1, block) * scales[:, None]).reshape(weight.shape).astype(np.float32)
+        return Packed(parameters, stands_for)
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    return Format(quantize, {**settings, "bnb_4bit_use_double_quant": nested}, "")
+
+
+def bitsandbytes_int8() -> Format:
+    """LLM.int8: a row's largest magnitude beside its codes."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        largest = np.abs(weight).max(axis=1).astype(np.float32)
+        codes = np.rint(weight * (127 / largest)[:, None]).astype(np.int8)
+        stands_for = codes.astype(np.float32) * largest[:, None] / np.float32(127)
+        return Packed({"weight": codes, "SCB": largest, "weight_format": np.zeros((), np.uint8)}, stands_for)
+
+    return Format(quantize, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, "")
+
+
+def hqq(*, bits: int = 4, group: int = 64) -> Format:
+    """HQQ of groups along the in-features: a byte holds codes of groups that are far apart."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        runs, top = weight.reshape(-1, group), (1 << bits) - 1
+        scale = ((runs.max(axis=1) - runs.min(axis=1)) / top).astype(FP16)
+        zero = (-runs.min(axis=1) / scale.astype(np.float32)).astype(FP16)
+        wide, offset = scale.astype(np.float32)[:, None], zero.astype(np.float32)[:, None]
+        codes = np.clip(np.rint(runs / wide + offset), 0, top).astype(np.uint8)
+        parts = np.split(codes, 8 // bits)
+        joined = sum(part.astype(np.uint32) << (8 - bits * (n + 1)) for n, part in enumerate(parts))
+        parameters = {
+            "W_q": np.asarray(joined).astype(np.uint8),
+            "scale": scale[:, None],
+            "zero": zero[:, None],
+            "shape": np.array(weight.shape, np.int64),
+            **{name: np.array(value, np.int32) for name, value in (("nbits", bits), ("group_size", group), ("axis", 1))},
+            "packing": np.frombuffer(f"{bits}bit_u8".encode(), np.uint8),
+            "view_as_float": np.zeros((), np.uint8),
+        }
+        return Packed(parameters, ((codes.astype(np.float32) - offset) * wide).reshape(weight.shape))
+
+    config = {"weight_quant_params": {"nbits": bits, "group_size": group, "axis": 1}}
+    return Format(quantize, {"quant_method": "hqq", "quant_config": config}, "")
+
+
 def formats() -> dict[str, Format]:
     """Every format, and what varies inside it."""
     return {
@@ -404,6 +592,9 @@ def formats() -> dict[str, Format]:
         "gptq groups of 128": gptq(group=128),
         "gptq 8 bits": gptq(bits=8),
         "gptq 8 bits asymmetric": gptq(bits=8, sym=False),
+        "gptq 3 bits": gptq(bits=3),
+        "gptq 3 bits asymmetric": gptq(bits=3, sym=False),
+        "gptq 2 bits": gptq(bits=2, sym=False, second=True),
         "gptq a row": gptq(group=-1, index="order"),
         "gptq 8 bits a row": gptq(bits=8, group=-1),
         "awq": awq(),
@@ -431,4 +622,20 @@ def formats() -> dict[str, Format]:
         "modelopt fp8": modelopt_float8(),
         "modelopt awq": modelopt_awq(),
         "fbgemm": fbgemm(),
+        "fp8 block": block_float8(),
+        "fp8 block of 96": block_float8(tile=96, dtype=np.dtype(np.float32)),
+        "compressed fp8 block": block_float8(compressed_=True),
+        "nvfp4": nvfp4(),
+        "nvfp4 cache": nvfp4(cache=True),
+        "nvfp4 scales apart": nvfp4(alike=False),
+        "nvfp4 weights alone": nvfp4(inputs=False),
+        "compressed nvfp4": nvfp4(compressed_=True),
+        "mxfp4": mxfp4(),
+        "bitsandbytes nf4": bitsandbytes(),
+        "bitsandbytes nf4 nested": bitsandbytes(nested=True),
+        "bitsandbytes fp4": bitsandbytes(kind="fp4", block=128),
+        "bitsandbytes int8": bitsandbytes_int8(),
+        "hqq": hqq(),
+        "hqq 2 bits": hqq(bits=2, group=32),
+        "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }

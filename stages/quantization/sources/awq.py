@@ -36,6 +36,8 @@ class Awq(PackedFormat):
 
     name = "awq"
     title = "AWQ"
+    keeps = ("W4A16_GPTQ", "W4A16")
+    proof = "NVIDIA's converter 0.17, its files byte for byte"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),

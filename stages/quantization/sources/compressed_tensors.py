@@ -44,6 +44,8 @@ class CompressedTensors(PackedFormat):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
+    proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "group")),
@@ -55,10 +57,12 @@ class CompressedTensors(PackedFormat):
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a module's weight is packed, or int8 with a scale a row."""
+        """Whether a module's weight is packed in words, or int8 with a scale a row."""
         if "weight_scale" not in parameters:
             return False
-        return "weight_packed" in parameters or ("weight" in parameters and parameters["weight"].dtype == np.int8)
+        if "weight_packed" in parameters:
+            return bool(parameters["weight_packed"].dtype != np.uint8)  # small floats, which are of other formats
+        return "weight" in parameters and parameters["weight"].dtype == np.int8
 
     def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
         """With `num_bits` of a packed weight whose shape says another width than the first scheme, where some scheme has it."""

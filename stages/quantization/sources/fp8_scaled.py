@@ -32,6 +32,8 @@ class ScaledFp8(PackedFormat):
 
     name = "float8"
     title = "FP8 of ModelOpt or compressed-tensors or fbgemm"
+    keeps = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    proof = "NVIDIA's converter 0.17, its files byte for byte (ModelOpt, fbgemm)"
     parameters: Mapping[str, PackedParameter] = {
         "weight_scale": PackedParameter(("out", "one")),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),

@@ -24,6 +24,7 @@ class Gguf(PackedFormat):
     name = "gguf"
     title = "GGUF"
     numbers = True
+    proof = "the package gguf, value for value"
     parameters: Mapping[str, PackedParameter] = {}
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:

@@ -1,12 +1,14 @@
-"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 4 or 8 bits, groups of in-features, symmetric or not.
+"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 2, 3, 4 or 8 bits, groups of in-features, symmetric or not.
 
-qweight int32 [K / p, N], p = 32 / bits codes of consecutive in-features a word, lowest first; qzeros int32 [G, N / p]; scales [G,
-N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero - 1) * scale; format v2, and some of AutoRound's, store
-the zero itself. Facts: docs/format/quantized-layouts.md, sections 5 and 11.
+qweight int32 [K * bits / 32, N], codes of consecutive in-features one after the other, lowest bits first (of 3 bits over the ends
+of words); qzeros int32 [G, N * bits / 32]; scales [G, N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero -
+1) * scale; format v2, and some of AutoRound's, store the zero itself. Codes of 2 and 3 bits are codes of 4 bits, too: with the
+same middle they are the same weights. Facts: docs/format/quantized-layouts.md, sections 5, 9c and 11.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _PACKED = ("qweight", "qzeros", "scales")
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
+WIDTHS = (2, 3, 4, 8)
 
 
 class Gptq(PackedFormat):
@@ -32,6 +35,8 @@ class Gptq(PackedFormat):
 
     name = "gptq"
     title = "GPTQ"
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
+    proof = "NVIDIA's converter 0.17, its files byte for byte (4 and 8 bits)"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),
@@ -51,10 +56,12 @@ class Gptq(PackedFormat):
             return wrong
         bits = _bits(zeros.shape[1], scales.shape[1])
         subject = f"{module}.qweight"
-        if bits not in (4, 8) or settings.get("bits", bits) != bits:
+        if bits not in WIDTHS or settings.get("bits", bits) != bits:
             named = f", and bits {settings['bits']} in the settings" if "bits" in settings else ""
-            return [Problem(subject, f"{bits:g} bits by its shape{named}", "4 or 8 bits, alike")]
+            return [Problem(subject, f"{bits:g} bits by its shape{named}", "2, 3, 4 or 8 bits, alike")]
         features, groups = tensors["qweight"].shape[0] * 32 // int(bits), scales.shape[0]
+        if features * int(bits) != tensors["qweight"].shape[0] * 32 or features % 2:
+            return [Problem(subject, f"{tensors['qweight'].shape[0]} words of in-features", f"whole codes of {bits:g} bits")]
         if wrong := no_groups(module, features, groups, settings.get("group_size")):
             return wrong
         if zeros.shape[0] != groups:
@@ -74,19 +81,24 @@ class Gptq(PackedFormat):
         return module_settings(module, settings)
 
     def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
-        """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
+        """`codes4` (of 2 and 3 bits, too) or `codes8`, `scales`, `offsets`, and `group_index` where there is one."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
         features = words.shape[0] * 32 // bits
         symmetric = bool(settings.get("sym", False))
         second = stores_the_zero(settings)
-        shape = (words.shape[1], features * bits // 8)
-        codes = derive("unpack", read_codes, {"words": words}, shape=shape, dtype=UINT8, ahead=AHEAD_BYTES // shape[1])
+        width = max(bits, 4)
+        shape = (words.shape[1], features * width // 8)
+        like: dict[str, Any] = {"shape": shape, "dtype": UINT8, "ahead": AHEAD_BYTES // shape[1]}
+        if bits == width:
+            codes = derive("unpack", read_codes, {"words": words}, **like)
+        else:
+            codes = derive("unpack", read_few_bits, {"words": words}, **like, bits=bits)
         arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
         offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
         rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
         index = {"group_index": parameters["g_idx"]} if "g_idx" in parameters else {}
-        return {f"codes{bits}": codes, "scales": scales, "offsets": offsets, **index, **rest}
+        return {f"codes{width}": codes, "scales": scales, "offsets": offsets, **index, **rest}
 
     def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:
         """Whether a module's groups are not consecutive in-features (`desc_act`): then it can only be dequantized."""
@@ -94,15 +106,15 @@ class Gptq(PackedFormat):
         return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
-        """W4A16_GPTQ or W8A16_GPTQ, by the first module; W4A16 or W8A16 where every row of all modules is one symmetric group.
+        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by the first module; W4A16 or W8A16 where a row is one symmetric group.
 
         Settings that say `sym` are believed: quantizing finds out where a zero point says otherwise.
         """
         words, zeros, scales = (next(iter(modules.values()))[name].shape for name in _PACKED)
         bits = 32 * zeros[-1] // scales[-1]
         if one_group_a_row(modules, "scales", 0) and (settings.get("sym") is True or not _shifted(modules, settings)):
-            return f"W{bits}A16", 0
-        return f"W{bits}A16_GPTQ", words[0] * 32 // bits // scales[0]
+            return f"W{max(bits, 4)}A16", 0
+        return f"W{max(bits, 4)}A16_GPTQ", words[0] * 32 // bits // scales[0]
 
     def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
         """That activations which AutoRound quantized for are left as they are."""
@@ -149,15 +161,25 @@ def read_codes(region: Region, words: Block) -> np.ndarray:
     return stream[:, slice(*region[1])]
 
 
+def read_few_bits(region: Region, words: Block, bits: int) -> np.ndarray:
+    """uint8 [n, K / 2] of codes of 2 or 3 bits, as codes of 4 bits with the same middle."""
+    values = words.read((whole(words.shape)[0], region[0]))
+    with meter("unpack", values.nbytes):
+        codes = unpacked(np.ascontiguousarray(values.T), bits)
+        codes += np.uint8(8 - (1 << (bits - 1)))
+        return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
+
+
 def read_offsets(region: Region, zeros: Block, bits: int, symmetric: bool, second: bool) -> np.ndarray:
     """int16 [groups, n]: 2 ** (bits - 1) less the zero point.
 
     Some files of the first format hold zero points of the second. A symmetric one is in the middle of the range: where all of a
     module's are stored as the middle itself, they can only be the second's.
     """
-    packed = 32 // bits
-    first, last = region[1][0] // packed, -(-region[1][1] // packed)
-    words = np.ascontiguousarray(zeros.read((region[0], (first, last))))
+    # Codes begin where a word does every `packed` columns, which take `count` words.
+    packed, count = 32 // math.gcd(32, bits), bits // math.gcd(32, bits)
+    first, last = region[1][0] // packed, min(-(-region[1][1] // packed), zeros.shape[1] // count)
+    words = np.ascontiguousarray(zeros.read((region[0], (first * count, last * count))))
     everything = np.ascontiguousarray(zeros.read(whole(zeros.shape))) if symmetric and not second else words
     with meter("unpack", words.nbytes):
         middle = 1 << (bits - 1)
@@ -172,6 +194,15 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     data = words.view(np.uint8)
     if bits == 8:
         return data
+    if bits in (2, 3):
+        # 8 codes of 3 bits are 3 bytes, 4 of 2 bits are one.
+        count, size = (8, 3) if bits == 3 else (4, 1)
+        runs = data.reshape(*data.shape[:-1], -1, size).astype(np.uint32)
+        joined = sum((runs[..., n] << (8 * n) for n in range(1, size)), start=runs[..., 0])
+        codes = np.empty((*joined.shape, count), dtype=np.uint8)
+        for n in range(count):
+            codes[..., n] = (joined >> (bits * n)) & ((1 << bits) - 1)
+        return codes.reshape(*data.shape[:-1], -1)
     result = np.empty((*data.shape[:-1], data.shape[-1] * 2), dtype=np.uint8)
     result[..., 0::2], result[..., 1::2] = data & 15, data >> 4
     return result

@@ -30,6 +30,8 @@ class ModelOptAwq(PackedFormat):
 
     name = "modelopt-awq"
     title = "ModelOpt INT4-AWQ"
+    keeps = ("W4A16_AWQ",)
+    proof = "a reader written from its description alone"
     parameters: Mapping[str, PackedParameter] = {
         "weight": PackedParameter(("out", "in"), rows=2),
         "weight_scale": PackedParameter(("out", "group")),
@@ -38,8 +40,10 @@ class ModelOptAwq(PackedFormat):
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a module's weight is packed two out-features a byte, with scales by group."""
-        return {"weight", "weight_scale"} <= parameters.keys() and parameters["weight"].dtype == np.uint8
+        """Whether a module's weight is packed two out-features a byte, with scales by group that are no small floats."""
+        if not {"weight", "weight_scale"} <= parameters.keys() or parameters["weight"].dtype != np.uint8:
+            return False
+        return bool(parameters["weight_scale"].dtype.itemsize > 1)
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
         """Refuse shapes that do not fit one another or the settings."""

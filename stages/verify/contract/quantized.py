@@ -31,8 +31,9 @@ KEYS = (
 )
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # bits of a code
 GPTQ = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
-AWQ, FP8, FP8_ROWWISE = "W4A16_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
-ALGORITHMS = (*WEIGHT_ONLY, *GPTQ, AWQ, FP8, FP8_ROWWISE)
+AWQ, FP8, FP8_ROWWISE, NVFP4 = "W4A16_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"
+ALGORITHMS = (*WEIGHT_ONLY, *GPTQ, AWQ, FP8, FP8_ROWWISE, NVFP4)
+NVFP4_GROUP = 16  # in-features of a scale, which the class does not ask config.json for
 ITEM_BITS = 16  # of the types that models are quantized for
 TILE = 64  # in-features and out-features that the kernels need whole
 
@@ -158,6 +159,12 @@ def _parameters(
         else:
             yield "weights_scaling_factor", single_form((*front, 1), "float32")
             yield "activation_scaling_factor", single_form((1,), "float32")
+    elif algorithm == NVFP4:
+        # The loader reads the shape of the scales as that of a matrix, interleaves them, and renames all (runtime-1.2.md, h2).
+        yield "weight", single_form((*front, out, inside // 2), "uint8")
+        yield "weights_scaling_factor", single_form((*front, out, inside // NVFP4_GROUP), "float8_e4m3fn")
+        yield "weights_scaling_factor_2", single_form((1,), "float32")
+        yield "activation_scaling_factor", single_form((1,), "float32")
     else:
         yield from _grouped(linear, front, quantization, dtype)
 

@@ -130,7 +130,7 @@ def allowed(matrix: Matrix, expected: Tensor, start: int, dtype: torch.dtype, ke
         return _kept_codes(matrix, start, len(expected), dtype) if kept else _by_groups(matrix, expected, dtype)
     if kept:
         # One scale and the source's codes; or the parts of a fused module, which were brought to the largest scale of expected64.
-        whole = matrix.kind != "fp8" or not matrix.fused
+        whole = matrix.kind not in ("fp8", "nvfp4") or not matrix.fused
         return rounding(expected, torch.float32) * 4 if whole else _float8(expected, matrix.scales(start, start + len(expected)))
     largest = expected.abs().amax(1, keepdim=True)
     return _float8(expected, largest / LARGEST_FLOAT8) + 2 * rounding(expected, dtype)

@@ -9,7 +9,7 @@ source modules.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,13 @@ from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.origin import Origin
 from stages.verify.values import read
 
-SCALES = ("weights_scaling_factor", "per_channel_scale", "prequant_scaling_factor", "activation_scaling_factor")
+SCALES = (
+    "weights_scaling_factor",
+    "weights_scaling_factor_2",
+    "per_channel_scale",
+    "prequant_scaling_factor",
+    "activation_scaling_factor",
+)
 CACHE = "kv_cache_scaling_factor"
 
 
@@ -39,7 +45,7 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
             if parameter == "clamp_val":
                 expected = _bounds(checkpoint)
             elif parameter == "activation_scaling_factor":
-                expected = _largest(source, [f"{each}.input_scale" for each in modules[number, module]])
+                expected = _activations(source, list(modules[number, module]))
             elif parameter == CACHE:
                 left_out = checkpoint.provenance.get("left_out", ())
                 used = {name: tensor for name, tensor in source.items() if name not in left_out}
@@ -66,6 +72,14 @@ def _largest(source: Mapping[str, LazyTensor], names: Iterable[str]) -> Tensor |
     """float32 [1]: the largest of the source's scales of some names, None where it has none of them."""
     scales = [read(source[name]).float().reshape(-1) for name in names if name in source]
     return torch.cat(scales).max().reshape(1) if scales else None
+
+
+def _activations(source: Mapping[str, LazyTensor], modules: Sequence[str]) -> Tensor | None:
+    """float32 [1]: the largest scale of some modules' activations, None where there is none. compressed-tensors' NVFP4 divides."""
+    divisors = [read(source[name]).float().reshape(-1) for each in modules if (name := f"{each}.input_global_scale") in source]
+    if divisors:
+        return (1 / torch.cat(divisors)).max().reshape(1)
+    return _largest(source, [f"{each}.input_scale" for each in modules])
 
 
 def _cache(source: Mapping[str, LazyTensor], modules: Iterable[str]) -> Tensor:

@@ -420,7 +420,7 @@ def names_of(package: Any, constant: str) -> set[str]:
 
 def test_formats_lists_every_module() -> None:
     said = json.loads(headrace("formats", "--json").out)
-    assert list(said) == ["sources", "quantized"]
+    assert list(said) == ["sources", "quantized", "not read"]
     names = {kind: [row["name"] for row in rows] for kind, rows in said.items()}
     assert set(names["sources"]) == names_of(stages.read, "READER")
     assert {"huggingface", "gguf", "meta"} <= set(names["sources"])

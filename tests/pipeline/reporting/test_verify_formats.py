@@ -16,7 +16,11 @@ from pipeline.reporting.verification import verify
 from tests.support import checkpoints, quantized_checkpoints
 from tests.support.commands import headrace
 
-FORMATS = {**quantized_checkpoints.formats(), "gptq act-order": quantized_checkpoints.gptq(index="order", sym=False)}
+FORMATS = {
+    **quantized_checkpoints.formats(),
+    "gptq act-order": quantized_checkpoints.gptq(index="order", sym=False),
+    "compressed w4a16 act-order": quantized_checkpoints.compressed(order=True),
+}
 INT8 = {"use_weight_only": True}
 # What is asked beyond the format's own options, by format.
 ASKED: dict[str, list[dict[str, Any]]] = {
@@ -35,6 +39,13 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "compressed fp8 dynamic": [{}, {"dequantize": True}],
     "modelopt fp8": [{}, {"fp8_kv_cache": True}],
     "modelopt awq": [{}, {"dequantize": True}],
+    "gptq 3 bits": [{}, {"dequantize": True}, {"requantize": True}],
+    "fp8 block": [{}, INT8, {"use_fp8_rowwise": True}],
+    "nvfp4": [{}, {"pp_size": 2}, {"dequantize": True}],
+    "nvfp4 cache": [{}, {"fp8_kv_cache": True}],
+    "mxfp4": [{}, {"use_fp8_rowwise": True}],
+    "bitsandbytes nf4 nested": [{}, INT8],
+    "compressed w4a16 act-order": [{"dequantize": True}, {"requantize": True}],
 }
 CASES = [(name, more) for name in FORMATS for more in ASKED.get(name, [{}])]
 

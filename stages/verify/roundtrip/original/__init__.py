@@ -72,8 +72,7 @@ class Original:
     def _unpacked(self, settings: Mapping[str, Any]) -> dict[str, Numbers]:
         """Every tensor as numbers, by the source's own names. Raises BadInput naming each that no format explains."""
         modules: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
-        for name, tensor in self._source.tensors.items():
-            module, _, parameter = name.rpartition(".")
+        for (module, parameter), tensor in self._source.named.items():
             modules[module][parameter] = tensor
         last_block, result, problems = LastBlock(), dict[str, Numbers](), list[Problem]()
         for module, parameters in modules.items():

@@ -28,8 +28,15 @@ class LastBlock(threading.local):
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """Unpack 32-bit words, int32 [..., n], to their codes, uint8 [..., n * 32 / bits], lowest bits first; `bits` is 4 or 8."""
+    """Unpack 32-bit words, int32 [..., n], to their codes, uint8 [..., n * 32 / bits], lowest bits first.
+
+    `bits` is 2, 3, 4 or 8; codes of 3 bits go over the ends of words.
+    """
     data = word_bytes(words)
+    if bits < 4:
+        each = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        codes = each.reshape(*data.shape[:-1], -1, bits) << torch.arange(bits, dtype=torch.uint8)
+        return codes.sum(-1, dtype=torch.uint8)
     return data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
 
 

@@ -24,13 +24,13 @@ def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Ma
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
     bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
-    if words == columns and bits in (4, 8) and divides_evenly(rows * 32 // bits, groups):
+    if words == columns and bits in (2, 3, 4, 8) and divides_evenly(rows * 32 // bits, groups):
         return GptqNumbers(module, tensors, bits, settings, last_block)
     said = "qzeros" in tensors or settings.get("zero_point") is False
     if 8 * words == columns and divides_evenly(rows, groups) and said:
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-    raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 4 or 8 bits, or AutoAWQ's gemm")])
+    raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2, 3, 4 or 8 bits, or AutoAWQ's gemm")])
 
 
 class GroupedNumbers(Numbers):
@@ -102,6 +102,8 @@ class GptqNumbers(GroupedNumbers):
     def _stored_zeros(self, start: int, stop: int) -> Tensor:
         packed = 32 // self.bits
         first, last = start // packed, -(-stop // packed)
+        if 32 % self.bits:
+            return unpack_codes(read(self.tensors["qzeros"]), self.bits)[:, start:stop]
         words = read(self.tensors["qzeros"], ((0, self.tensors["qzeros"].shape[0]), (first, last)))
         return unpack_codes(words, self.bits)[:, start - first * packed : stop - first * packed]
 

@@ -184,10 +184,12 @@ def test_what_is_right_is_not_refused(settings_: dict[str, Any]) -> None:
 
 
 def test_other_widths_are_refused() -> None:
+    five = {**gptq(*module(32, 32, 1), 4), "qzeros": np.zeros((1, 5), np.int32)}
+    assert refusal(five) == "a.b.qweight: found 5 bits by its shape; expected 2, 3, 4 or 8 bits, alike"
     three = {**gptq(*module(32, 32, 1), 4), "qzeros": np.zeros((1, 3), np.int32)}
-    assert refusal(three) == "a.b.qweight: found 3 bits by its shape; expected 4 or 8 bits, alike"
+    assert refusal(three) == "a.b.qweight: found 4 words of in-features; expected whole codes of 3 bits"
     found = refusal(gptq(*module(8, 8, 1), 4), {"bits": 8})
-    assert found == "a.b.qweight: found 4 bits by its shape, and bits 8 in the settings; expected 4 or 8 bits, alike"
+    assert found == "a.b.qweight: found 4 bits by its shape, and bits 8 in the settings; expected 2, 3, 4 or 8 bits, alike"
 
 
 def test_groups_that_contradict_the_settings_or_do_not_divide() -> None:

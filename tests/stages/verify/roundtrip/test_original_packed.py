@@ -182,15 +182,15 @@ def test_zeros_that_are_said_to_be_asymmetric_are_taken_as_they_are() -> None:
         ({"weight": np.zeros((8, 64), np.int8), "weight_scale": np.zeros((8, 3), np.float32)}, r"m\.weight_scale: .*\[8, 3\]"),
         (
             {
-                "qweight": np.zeros((6, 64), np.int32),
-                "qzeros": np.zeros((1, 6), np.int32),
+                "qweight": np.zeros((10, 64), np.int32),
+                "qzeros": np.zeros((1, 10), np.int32),
                 "scales": np.zeros((1, 64), np.float16),
             },
-            r"m\.qweight: .*qzeros \[1, 6\]",
+            r"m\.qweight: .*qzeros \[1, 10\]",
         ),
         (compressed(weight_scale=np.zeros((48, 7), np.float16)), r"m\.weight_packed: .*\[48, 7\]"),
     ],
-    ids=["nf4", "e5m2", "blocks", "uneven groups", "3 bits", "uneven words"],
+    ids=["nf4", "e5m2", "blocks", "uneven groups", "5 bits", "uneven words"],
 )
 def test_what_no_format_explains_is_refused(parameters: dict[str, np.ndarray], named: str) -> None:
     with pytest.raises(BadInput, match=named):

@@ -1,0 +1,114 @@
+"""Float8 weights with a scale for each tile of 128 x 128: DeepSeek's and Qwen3's FP8, and compressed-tensors' strategy `block`.
+
+weight float8_e4m3fn [N, K]; weight_scale_inv, or compressed-tensors' weight_scale, [N / 128, K / 128], rounded up: weight = code *
+scale. Facts: docs/format/quantized-layouts.md, section 9c; docs/format/runtime-1.2.md, section h3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from pipeline.errors import Problem
+from pipeline.tensor.derived import derive
+from pipeline.tensor.metering import meter
+from pipeline.tensor.placement import Region
+from pipeline.tensor.tensors import Block, LazyTensor
+from stages.quantization.floats import e4m3
+from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParameter
+from stages.quantization.sources.fp8_scaled import flat
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+_SCALES = ("weight_scale_inv", "weight_scale")
+_TILE = (128, 128)
+FLOAT32 = np.dtype(np.float32)
+
+
+class BlockFp8(PackedFormat):
+    """Modules of float8 weights with scales by tile."""
+
+    name = "float8-block"
+    title = "FP8 by block of DeepSeek or Qwen3 or compressed-tensors"
+    numbers = True
+    proof = "a reader written from its description alone"
+    parameters: Mapping[str, PackedParameter] = {
+        "weight_scale_inv": PackedParameter(("out", "in")),
+        "weight_scale": PackedParameter(("out", "in")),
+        "input_scale": PackedParameter(OF_ALL, dropped="the activations are not FP8 with one scale"),
+        "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
+        "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
+    }
+
+    def accepts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a module's weight is float8 and has scales for both of its axes."""
+        if "weight" not in parameters or parameters["weight"].dtype != ml_dtypes.float8_e4m3fn:
+            return False
+        if "weight_scale_inv" in parameters:
+            return True
+        weight, scale = parameters["weight"].shape, getattr(parameters.get("weight_scale"), "shape", ())
+        return len(weight) == len(scale) == 2 and scale not in ((1, 1), (weight[0], 1))
+
+    def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
+        """Refuse scales that are not one for each tile of the settings' size."""
+        name = next(name for name in _SCALES if name in tensors)
+        shape, scale = tensors["weight"].shape, tensors[name].shape
+        if len(shape) != 2:
+            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix")]
+        tile = tile_size(settings)
+        wanted = tuple(-(-length // size) for length, size in zip(shape, tile, strict=True)) if tile else ()
+        if scale == wanted:
+            return []
+        expected = f"{list(wanted)}, one for each {tile[0]} x {tile[1]} of {list(shape)}" if tile else "two sizes of a tile"
+        return [Problem(f"{module}.{name}", f"shape {list(scale)}", expected)]
+
+    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+        """`weight`, float32, and the scales of a cache; the rest stays."""
+        weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)
+        inputs = {"codes": weight, "scales": parameters[name]}
+        values = derive(
+            "unpack", from_tiles, inputs, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0], tile=tile_size(settings)
+        )
+        rest = {key: array for key, array in parameters.items() if key not in ("weight", "input_scale", *_SCALES)}
+        for key in {"k_scale", "v_scale"} & rest.keys():
+            rest["kv_scale"] = derive("unpack", flat, {"values": rest.pop(key)}, shape=(1,), dtype=FLOAT32)
+        return {"weight": values, **rest}
+
+
+def tile_size(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rows and columns of a tile, as the settings say, or 128 of each; nothing where they say what is no size."""
+    said: Any = settings.get("weight_block_size")
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        said = said or (weights.get("block_structure") if isinstance(weights, Mapping) else None)
+    if not said:
+        return _TILE
+    sizes = said.lower().split("x") if isinstance(said, str) else said
+    whole = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(str(size).isdigit() and int(size) for size in sizes)
+    return tuple(map(int, sizes)) if whole else ()
+
+
+def from_tiles(region: Region, codes: Block, scales: Block, tile: tuple[int, int]) -> np.ndarray:
+    """float32 of the region: code times the scale of its tile. Reads the scales of the region's tiles alone."""
+    (top, bottom), (left, right) = region
+    (height, width), stored = tile, np.asarray(codes.read(region))
+    first, column = top // height, left // width
+    within = ((first, math.ceil(bottom / height)), (column, math.ceil(right / width)))
+    factors = np.asarray(scales.read(within)).astype(np.float32)
+    with meter("unpack", stored.nbytes):
+        values = e4m3(stored)
+        of_column = np.arange(left, right) // width - column
+        # A row of tiles at a time: no matrix of factors is made.
+        for row, own in enumerate(factors, first):
+            start, stop = max(row * height, top), min((row + 1) * height, bottom)
+            values[start - top : stop - top] *= own[of_column]
+        return values
+
+
+FORMAT = BlockFp8()

@@ -1,0 +1,62 @@
+"""HQQ's weights as numbers. Facts: docs/format/quantized-layouts.md, section 9c."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput, Problem
+from pipeline.tensor.tensors import LazyTensor
+from stages.verify.roundtrip.original.numbers import Numbers
+from stages.verify.values import read
+
+# What a module says of itself, which its numbers do not need or which `shape` says already.
+TALK = (
+    "nbits",
+    "group_size",
+    "axis",
+    "packing",
+    "view_as_float",
+    "unpack_view_dtype",
+    "quant_scale",
+    "quant_zero",
+    "compute_dtype",
+)
+TALK += ("offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
+
+
+class HqqNumbers(Numbers):
+    """(code - zero) * scale of groups along the in-features. A byte of `W_q` holds a code of each p-th part of all groups.
+
+    Raises BadInput where codes and scales are not of the shape that the module says.
+    """
+
+    def __init__(self, module: str, tensors: Mapping[str, LazyTensor]) -> None:
+        self.codes, self.scale, self.zero = (tensors[name] for name in ("W_q", "scale", "zero"))
+        said = read(tensors["shape"]).reshape(-1).tolist()
+        groups = math.prod(self.scale.shape)
+        self.count = groups // self.codes.shape[0] if self.codes.shape[0] else 0
+        sound = len(said) == 2 and groups * self.codes.shape[-1] == said[0] * said[1] and self.count in (1, 2, 4, 8)
+        if not sound or self.codes.dtype.name != "uint8" or said[1] % self.codes.shape[1]:
+            found = f"codes {list(self.codes.shape)} and {groups} scales for {said}"
+            raise BadInput([Problem(f"{module}.W_q", found, "a scale for each group of in-features")])
+        self.out, self.features = said
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out, self.features
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        step, size = self.codes.shape
+        each = self.features // size
+        groups = torch.arange(start * each, stop * each)
+        row, place = groups % step, groups // step
+        low, high = int(row.min()), int(row.max()) + 1
+        data = read(self.codes, ((low, high), (0, size)))[row - low]
+        shifts = (8 // self.count * (self.count - 1 - place)).to(torch.uint8).unsqueeze(1)
+        codes = (data >> shifts) & ((1 << 8 // self.count) - 1)
+        scale, zero = (read(tensor).reshape(-1)[groups].float().unsqueeze(1) for tensor in (self.scale, self.zero))
+        return ((codes.float() - zero) * scale).reshape(stop - start, self.features)

@@ -1,0 +1,195 @@
+"""FP8 by block, NVFP4, MXFP4, bitsandbytes and HQQ: any part of a weight is that of its definition, in any chunks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.tensor.placement import slices
+from stages.quantization import floats
+from stages.quantization.numbers import dequantize
+from stages.quantization.packed_format import PackedFormat
+from stages.unpack import format_of
+from tests.support import quantized_checkpoints as source
+from tests.support.examples import examples
+from tests.support.lazy import Held, held, values
+from tests.support.packed_tensors import CHUNKS, opened, part
+from tests.support.quantized_checkpoints import Arrays, Format
+from tests.support.strategies import regions
+
+KINDS: dict[str, tuple[str, Format, tuple[int, int]]] = {
+    "tiles": ("float8-block", source.block_float8(tile=16), (40, 56)),
+    "tiles of compressed-tensors": ("float8-block", source.block_float8(tile=16, compressed_=True), (33, 17)),
+    "nvfp4": ("nvfp4", source.nvfp4(), (24, 96)),
+    "nvfp4 of compressed-tensors": ("nvfp4", source.nvfp4(compressed_=True), (24, 96)),
+    "mxfp4": ("mxfp4", source.mxfp4(), (24, 96)),
+    "mxfp4 of quark": ("mxfp4", source.mxfp4(named="weight", exponents="float8_e8m0fnu"), (24, 96)),
+    "nf4": ("bitsandbytes", source.bitsandbytes(block=32), (24, 96)),
+    "nf4 twice": ("bitsandbytes", source.bitsandbytes(nested=True, block=32), (200, 96)),
+    "fp4 twice": ("bitsandbytes", source.bitsandbytes(kind="fp4", nested=True, block=64), (40, 128)),
+    "hqq": ("hqq", source.hqq(group=16), (24, 96)),
+    "hqq 1 bit": ("hqq", source.hqq(bits=1, group=32), (24, 96)),
+    "hqq 8 bits": ("hqq", source.hqq(bits=8, group=32), (9, 96)),
+    "int8": ("bitsandbytes", source.bitsandbytes_int8(), (24, 90)),
+}
+
+
+def weight(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(11).normal(0, 0.05, shape).astype(np.float32)
+
+
+def packed(name: str) -> tuple[PackedFormat, Arrays, np.ndarray, dict[str, Any]]:
+    """A module's format, its parameters as they are unpacked from, the weight that they stand for, and the settings."""
+    called, kind, shape = KINDS[name]
+    made = kind.quantizer("model.layers.0.mlp.up_proj", weight(shape))
+    stored = {key: np.ascontiguousarray(array) for key, array in made.parameters.items()}
+    known = format_of(held(stored))
+    assert known is not None
+    assert known.name == called
+    arranged = {
+        key: np.asarray(tensor.block(tuple((0, n) for n in tensor.shape))) for key, tensor in known.arrange(held(stored)).items()
+    }
+    return known, arranged, made.weight, dict(kind.settings)
+
+
+@examples(12)
+@pytest.mark.parametrize("name", KINDS)
+@given(data=st.data(), chunk=st.sampled_from(CHUNKS))
+def test_any_part_of_the_weight(name: str, data: st.DataObject, chunk: int) -> None:
+    known, stored, expected, settings = packed(name)
+    assert known.check("m", held(stored), settings) == []
+    result = known.unpack(opened(stored, chunk), settings)
+    found = result["weight"] if known.numbers else dequantize(result)
+    assert (found.shape, found.dtype) == (expected.shape, np.float32)
+    region = data.draw(regions(expected.shape))
+    np.testing.assert_array_equal(part(found, region), expected[slices(region)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_bias_stays(name: str) -> None:
+    known, stored, expected, settings = packed(name)
+    arrays = opened({**stored, "bias": np.arange(len(expected), dtype=np.float16)})
+    assert known.unpack(arrays, settings)["bias"] is arrays["bias"]
+
+
+def test_every_small_float() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(
+            floats.e4m3(codes.view(ml_dtypes.float8_e4m3fn)), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        )
+        np.testing.assert_array_equal(floats.e8m0(codes), codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+    both = floats.e2m1(codes[:, None])
+    four = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(both, np.stack([four[codes % 16], four[codes // 16]], axis=1))
+
+
+def test_two_runs_of_scales_of_scales_are_read_where_they_lie() -> None:
+    """600 runs of 256: rows in the second and third of them alone."""
+    known, stored, expected, settings = packed("nf4 twice")
+    assert len(stored["weight.nested_absmax"]) == 3
+    found = known.unpack(opened(stored), settings)["weight"]
+    np.testing.assert_array_equal(part(found, ((150, 200), (32, 96))), expected[150:, 32:])
+
+
+def state(**changed: Any) -> Arrays:
+    """A module of 4 bits whose JSON says something else."""
+    _, stored, _, _ = packed("nf4")
+    key = "weight.quant_state.bitsandbytes__nf4"
+    said = {**json.loads(stored[key].tobytes()), **changed}
+    return {**stored, key: np.frombuffer(json.dumps(said).encode(), np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (state(shape=[24]), "bytes that are no state of 4 bits"),
+        (state(shape=[24, -96]), "bytes that are no state of 4 bits"),
+        (state(blocksize="32"), "bytes that are no state of 4 bits"),
+        (state(shape=[24, 97]), "expected uint8 of 24 x 97 codes, two a byte"),
+        (state(blocksize=64), "m.weight.absmax: found shape [24, 3]"),
+        (state(nested_offset=0.5, nested_blocksize=256), "m.weight.nested_absmax: found no such tensor"),
+        ({**state(), "weight.quant_map": np.zeros(8, np.float32)}, "m.weight.quant_map: found shape [8]; expected 16 values"),
+        ({**state(), "weight.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}, "bytes that are no state of 4 bits"),
+    ],
+)
+def test_states_that_do_not_fit(stored: Arrays, said: str) -> None:
+    known = format_of(held(stored))
+    assert known is not None
+    (problem,) = known.check("m", known.arrange(held(stored)), {})
+    assert said in str(problem)
+
+
+def test_an_int8_weight_in_a_gpu_s_order() -> None:
+    known, stored, _, _ = packed("int8")
+    (problem,) = known.check("m", held({**stored, "weight_format": np.ones((), np.uint8)}), {})
+    assert problem.subject == "m.weight_format"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"axis": np.array(0, np.int32)}, "m.axis: found 0; expected 1. "),
+        ({"nbits": np.array(3, np.int32)}, "m.nbits: found 3; expected 1 or 2 or 4 or 8"),
+        ({"nbits": np.array(8, np.int32)}, "m.W_q: found 4 bits by its shape; expected 8 bits, as nbits says"),
+        ({"quant_zero": np.ones((), np.uint8)}, "m.quant_zero: found 1; expected 0"),
+        ({"shape": np.array([24, 48])}, "m.scale: found shape [24, 6]; expected a scale for each 16 of [24, 48]"),
+        ({"W_q": np.zeros((72, 16), np.int32)}, "m.W_q: found int32 [72, 16]"),
+    ],
+)
+def test_hqq_of_other_kinds(changed: Arrays, said: str) -> None:
+    known, stored, _, _ = packed("hqq")
+    (problem,) = known.check("m", held({**stored, **changed}), {})
+    assert str(problem).startswith(said)
+
+
+@pytest.mark.parametrize("said", [{"weight_block_size": [16]}, {"weight_block_size": [0, 16]}, {"weight_block_size": "tiles"}])
+def test_tiles_of_no_size(said: dict[str, Any]) -> None:
+    known, stored, _, _ = packed("tiles")
+    (problem,) = known.check("m", held(stored), said)
+    assert problem.expected == "two sizes of a tile"
+
+
+@pytest.mark.parametrize(
+    "said", [{"weight_block_size": [16, 16]}, {"config_groups": {"a": {"weights": {"block_structure": "16x16"}}}}]
+)
+def test_sizes_of_a_tile(said: dict[str, Any]) -> None:
+    known, stored, expected, _ = packed("tiles")
+    assert known.check("m", held(stored), said) == []
+    np.testing.assert_array_equal(values(known.unpack(opened(stored), said)["weight"]), expected)
+
+
+def test_nvfp4_is_not_taken_for_int4_awq() -> None:
+    modules: dict[str, dict[str, np.ndarray]] = {name: packed(name)[1] for name in ("nvfp4", "mxfp4 of quark")}
+    awq = {"weight": np.zeros((8, 32), np.uint8), "weight_scale": np.ones((16, 2), np.float32)}
+    names = [getattr(format_of(held(stored)), "name", None) for stored in (*modules.values(), awq)]
+    assert names == ["nvfp4", "mxfp4", "modelopt-awq"]
+
+
+def test_nvfp4_with_factors_of_the_activations_is_dequantized() -> None:
+    known, stored, expected, settings = packed("nvfp4")
+    smooth = np.linspace(0.5, 2, expected.shape[1]).astype(np.float16)
+    stored["pre_quant_scale"] = smooth
+    assert known.native({"m": held(stored)}, settings) == (None, 0)
+    np.testing.assert_array_equal(values(dequantize(known.unpack(opened(stored), settings))), expected * smooth.astype(np.float32))
+
+
+def test_a_tensor_that_cannot_be_viewed_stays_flat() -> None:
+    """Then the check names it: nothing guesses."""
+
+    class Fixed:
+        def __init__(self, tensor: Held) -> None:
+            self.shape, self.dtype, self.block = tensor.shape, tensor.dtype, tensor.block
+
+    made = KINDS["nf4"][1].quantizer("m", weight((24, 96)))
+    tensors: Any = {key: Fixed(Held(np.ascontiguousarray(array))) for key, array in made.parameters.items()}
+    known = format_of(tensors)
+    assert known is not None
+    assert known.arrange(tensors) is tensors
+    assert known.check("m", tensors, {})[0].subject == "m.weight"
