@@ -17,6 +17,7 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
 from pipeline.model.tables import Module, Slot
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
@@ -25,19 +26,18 @@ from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
 from stages.quantization.targets import fp8, groupwise, weight_only
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from stages.shard import Sharding
 
 CODES = ("codes4", "codes8", "fp8")  # what a quantized module has in the place of its weight
 BLOCK_ROWS = 8192  # out-features of a block of packed work
+Packed = dict[str, tuple[BlockArray, Parameter]]  # a module's own parameters in the target
 
 
 @dataclass(frozen=True)
 class Entry:
     """An array on its way to the ranks: the slot that it belongs to and the parameter that it is there."""
 
-    array: da.Array
+    array: BlockArray
     slot: Slot
     parameter: Parameter
 
@@ -93,7 +93,7 @@ def quantize(
     target = _Target(sharding, quantization, dtype, origin)
     modules = by_module(tensors)
     entries: dict[TensorName, Entry] = {}
-    fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
+    fused: dict[str, dict[str, tuple[Slot, Mapping[str, BlockArray]]]] = defaultdict(dict)
     layers = sharding.model.num_hidden_layers
     for name, parameters in modules.items():
         slot = sharding.layout.find(name)
@@ -112,11 +112,11 @@ def quantize(
     return entries | _constants(modules, target)
 
 
-def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[TensorName, Entry]:
+def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[BlockArray, Parameter]]) -> dict[TensorName, Entry]:
     return {TensorName(name, key): Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
 
 
-def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
     """A module as it is; a quantized one as numbers."""
     kept = {
         name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
@@ -127,7 +127,7 @@ def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> d
     return kept
 
 
-def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
     quantization, module = target.quantization, slot.module
     bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
     layout = kernel_layout(quantization.bits or 8, quantization.sm, module.experts)
@@ -147,7 +147,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]]) -> dict[TensorName, Entry]:
+def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]) -> dict[TensorName, Entry]:
     """FP8 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
@@ -162,7 +162,7 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]])
     return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
 
 
-def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
+def _constants(modules: Mapping[str, Mapping[str, BlockArray]], target: _Target) -> dict[TensorName, Entry]:
     """The small arrays that no linear owns: the clamps of activations in FP8 by row, and the scale of an FP8 cache."""
     quantization, sharding = target.quantization, target.sharding
     entries: dict[TensorName, Entry] = {}
@@ -187,18 +187,18 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
     return entries
 
 
-def _constant(name: TensorName, layer: int, array: da.Array) -> tuple[TensorName, Entry]:
+def _constant(name: TensorName, layer: int, array: BlockArray) -> tuple[TensorName, Entry]:
     """A small array that every rank of the layer's stage holds whole, under a module that the layout does not list."""
     owner = name.module.replace(f"layers.{layer}.", "layers.{layer}.")
     size = Parameter(axes=(("one", plain("tensor_scale").axes[0][1] * array.size),))
     return name, Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
 
 
-def _weight(parameters: Mapping[str, da.Array]) -> da.Array:
+def _weight(parameters: Mapping[str, BlockArray]) -> BlockArray:
     return parameters["weight"] if "weight" in parameters else numbers.dequantize(parameters)
 
 
-def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
+def _cast(array: BlockArray, dtype: np.dtype) -> BlockArray:
     if array.dtype == dtype:
         return array
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], to=dtype)
@@ -236,7 +236,7 @@ def unfit(
     return problems
 
 
-def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:
+def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quantization, sharding: Sharding) -> str:
     """How a module's weights differ from the kind that the target keeps; "" where they do not."""
     codes = next((name for name in CODES if name in parameters), "")
     if quantization.algorithm == FP8_ROWWISE and not codes:

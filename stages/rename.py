@@ -13,7 +13,6 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,13 +20,11 @@ from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.tables import Family, Layout, RenameRow, Slot
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
+from pipeline.tensor.rows import take_rows
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
-
-if TYPE_CHECKING:
-    import dask.array as da
-
 
 CODES = ("codes4", "codes8", "fp8")  # what stands in the place of a weight after unpacking
 
@@ -154,7 +151,7 @@ def match(
 
 def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMap:
     """The tensors under their new names, those with an operation mapped through it, ties as second names of one array."""
-    result: dict[TensorName, da.Array] = {}
+    result: dict[TensorName, BlockArray] = {}
     for name, renamed in matches.names.items():
         array, row = tensors[renamed.source], renamed.row
         if renamed.rows:
@@ -182,7 +179,7 @@ def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int,
     return parts
 
 
-def _rows(array: da.Array, renamed: Renamed) -> da.Array:
+def _rows(array: BlockArray, renamed: Renamed) -> BlockArray:
     """The rows of an array that are a part's own: slices of its blocks, one after the other.
 
     Packed rows are counted in words. A single scale is every part's.
@@ -190,33 +187,12 @@ def _rows(array: da.Array, renamed: Renamed) -> da.Array:
     if array.ndim <= renamed.axis or not _proportional(array.shape[renamed.axis], renamed.total):
         return array
     packed = Fraction(array.shape[renamed.axis], renamed.total)
-    before = (slice(None),) * renamed.axis
-    parts = [array[(*before, slice(*(int(n * packed) for n in rows)))] for rows in renamed.rows]
-    return parts[0] if len(parts) == 1 else _joined(parts, renamed.axis)
+    return take_rows(array, [(int(start * packed), int(stop * packed)) for start, stop in renamed.rows], renamed.axis)
 
 
 def _proportional(length: int, total: int) -> bool:
     """Whether an axis holds all rows, one or several a word."""
     return length > 1 and length in (total, total / 2, total / 4, total / 8)
-
-
-def _joined(parts: Sequence[da.Array], axis: int) -> da.Array:
-    """da.concatenate with a block's task as `lower` takes it, and without its copies."""
-    import dask.array as da
-    from dask._task_spec import Alias
-    from dask.highlevelgraph import HighLevelGraph
-
-    name = f"join-{parts[0].name}"
-    graph, first = {}, 0
-    for part in parts:
-        for index in np.ndindex(*part.numblocks):
-            key = (name, *index[:axis], first + index[axis], *index[axis + 1 :])
-            graph[key] = Alias(key, (part.name, *index))
-        first += part.numblocks[axis]
-    lengths = tuple(length for part in parts for length in part.chunks[axis])
-    chunks = (*parts[0].chunks[:axis], lengths, *parts[0].chunks[axis + 1 :])
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=parts)
-    return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=parts[0].dtype))
 
 
 def operate(block: Block, operation: str, period: int) -> Block:

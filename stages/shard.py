@@ -17,7 +17,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism, Rank
 from pipeline.model.tables import FusedPart, Layout, Module, Slot
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.placement import Interval, Placement, RankTensor, Region
+from pipeline.tensor.placement import Interval, Placement, Placements, RankTensor, Region, moved
 from pipeline.tensor.tensors import Parameter, plain
 
 ONE = Fraction(1)
@@ -81,12 +81,17 @@ class Sharding:
     def _places(self) -> dict[Any, tuple[tuple[Region | None, Region], ...]]:
         return {}
 
+    @cached_property
+    def moved(self) -> dict[Any, int]:
+        """The elements that the placements of a kind of parameter move, once they were counted."""
+        return {}
+
     def places(self, slot: Slot, parameter: Parameter, rank: Rank) -> tuple[tuple[Region | None, Region], ...]:
         """Where a parameter's regions go in its tensor on a rank, without an expert's own axis: (source, target), None for padding.
 
         It is the same in every layer, for every expert and on every pipeline stage, and computed once for all.
         """
-        key = (slot.module.name, slot.part.name if slot.part else "", slot.stacked, parameter, rank.tp)
+        key = (*_kind(slot, parameter), rank.tp)
         if key not in self._places:
             self._places[key] = tuple(_places(slot, parameter, rank, self))
         return self._places[key]
@@ -165,18 +170,43 @@ def dense(slot: Slot, parameter: str) -> Parameter:
 
 def shard(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding) -> tuple[Placement, ...]:
     """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
-    placements: list[Placement] = []
-    for rank, target in sharding.ranks(slot):
-        front: Region = ()
-        if slot.expert is not None:
-            place = sharding.cut("expert", slot, rank)
-            if place is None:
-                continue
-            front = (place.target,)
-        tensor = f"{target}.{name.parameter}"
-        for source, to in sharding.places(slot, parameter, rank):
-            placements.append(Placement(rank.index, tensor, source, (*front, *to)))
-    return tuple(placements)
+    return tuple(ShardPlacements(name, slot, parameter, sharding))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlacements(Placements):
+    """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
+
+    name: TensorName
+    slot: Slot
+    parameter: Parameter
+    sharding: Sharding
+
+    def __iter__(self) -> Iterator[Placement]:
+        slot, sharding = self.slot, self.sharding
+        for rank, target in sharding.ranks(slot):
+            front: Region = ()
+            if slot.expert is not None:
+                place = sharding.cut("expert", slot, rank)
+                if place is None:
+                    continue
+                front = (place.target,)
+            tensor = f"{target}.{self.name.parameter}"
+            for source, to in sharding.places(slot, self.parameter, rank):
+                yield Placement(rank.index, tensor, source, (*front, *to))
+
+    @property
+    def elements(self) -> int:
+        """Those of the same parameter in any other layer or expert, so that they are counted once for all."""
+        key = _kind(self.slot, self.parameter)
+        if key not in self.sharding.moved:
+            self.sharding.moved[key] = moved(self)
+        return self.sharding.moved[key]
+
+
+def _kind(slot: Slot, parameter: Parameter) -> tuple[Any, ...]:
+    """All that a parameter has in common with that of other layers and experts."""
+    return slot.module.name, slot.part.name if slot.part else "", slot.stacked, parameter
 
 
 def _places(slot: Slot, parameter: Parameter, rank: Rank, sharding: Sharding) -> Iterator[tuple[Region | None, Region]]:

@@ -12,6 +12,7 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
@@ -20,8 +21,6 @@ from stages.quantize import alignment, unfit, without_kernel
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from pipeline.model.quantization import Quantization
     from pipeline.planning.opening import OpenedSource
     from stages.rename import Matches
@@ -142,7 +141,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     return problems
 
 
-def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Sharding) -> Parameter:
+def _measured(slot: Slot, parameter: str, array: BlockArray | None, sharding: Sharding) -> Parameter:
     """A parameter with the group size that its array shows, where it has groups."""
     known = plain(parameter, matrix=bool(slot.module.in_))
     units = {"codes4": {"in": Fraction(1, 2)}}.get(parameter, {})

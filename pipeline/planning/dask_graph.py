@@ -157,9 +157,8 @@ def stage_graph(
 
 def whole_graph(plan: Phased, outputs: Sequence[Output]) -> StageGraph:
     """Make the graph of all groups of a plan, as if nothing had been done before. `outputs`: the sinks of its last phase."""
-    layers: dict[str, Mapping[Any, Any]] = {}
     groups = [
-        bind(plan, number, index, range(len(phase.sinks)), layers)
+        bind(plan, number, index, range(len(phase.sinks)))
         for number, phase in enumerate(plan.phases)
         for index in range(len(phase.groups))
     ]

@@ -39,7 +39,7 @@ def make_stores(tensors: TensorMap, targets: Sequence[TargetTensors], opened: Op
             alike = [name in target.arrays and target.arrays[name].chunks == some.chunks for target in targets]
             arrays = tuple(target.arrays[name] if fits else some for target, fits in zip(targets, alike, strict=True))
             placements = tuple(
-                tuple(p for each in shared for p in target.placements.get(each, ())) if fits else ()
+                tuple(target.placements[each] for each in shared if each in target.placements) if fits else ()
                 for target, fits in zip(targets, alike, strict=True)
             )
             before = tensors.get(name, some)
