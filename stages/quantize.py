@@ -17,7 +17,7 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, Quantization
 from pipeline.model.tables import Module, Slot
-from pipeline.tensor.arrays import BlockArray
+from pipeline.tensor.arrays import BlockArray, shared
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
@@ -33,7 +33,7 @@ BLOCK_ROWS = 8192  # out-features of a block of packed work
 Packed = dict[str, tuple[BlockArray, Parameter]]  # a module's own parameters in the target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An array on its way to the ranks: the slot that it belongs to and the parameter that it is there."""
 
@@ -113,7 +113,7 @@ def quantize(
 
 
 def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[BlockArray, Parameter]]) -> dict[TensorName, Entry]:
-    return {TensorName(name, key): Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
+    return {TensorName(name, key): Entry(array, slot, shared(parameter)) for key, (array, parameter) in packed.items()}
 
 
 def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
@@ -152,14 +152,14 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, shared = fp8.pack_tensor([parts[name][1] for name in named])
+    weights, common = fp8.pack_tensor([parts[name][1] for name in named])
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
         entries |= _entries(name, own, packed)
         if "bias" in parameters:
             entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
-    return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), shared)
+    return entries | _entries(whole, Slot(slot.module, None, slot.layer, None), common)
 
 
 def _constants(modules: Mapping[str, Mapping[str, BlockArray]], target: _Target) -> dict[TensorName, Entry]:
@@ -317,10 +317,13 @@ def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
 def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorName], object]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
     kinds: dict[tuple[str, int | None, str], dict[str, TensorName]] = defaultdict(dict)
+    written: dict[tuple[int, np.dtype], str] = {}  # once for each parameter that entries share
     for name, entry in entries.items():
         if entry.slot.module.in_layer:
-            known = entry.parameter
-            kind = str((known.axes, known.header, known.dtype, entry.array.dtype))
+            known, dtype = entry.parameter, entry.array.dtype
+            kind = written.get((id(known), dtype))
+            if kind is None:
+                kind = written[id(known), dtype] = str((known.axes, known.header, known.dtype, dtype))
             kinds[entry.slot.module.name, entry.slot.layer, name.parameter].setdefault(kind, name)
     expected = "all parts of a fused module alike"
     return [

@@ -6,7 +6,6 @@ an inverse.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,7 +28,7 @@ from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_b
 CODES = ("codes4", "codes8", "fp8")  # what stands in the place of a weight after unpacking
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Renamed:
     """Where a tensor comes from: its source tensor and the table's row that this follows.
 
@@ -69,8 +68,8 @@ class Matches:
 
     def origin(self, name: TensorName) -> TensorName:
         """The source tensor that a tensor comes from; for an unpacked one, a packed parameter of its module."""
-        if name in self.origins:
-            return self.origins[name]
+        if name in self.ties:
+            return self.ties[name]
         renamed = self.find(name)
         return renamed.source if renamed else name
 
@@ -79,19 +78,19 @@ class Matches:
         if name in self.ties:
             return tensor_bytes(sources[self.ties[name]])
         exact = [self.names[name]] if name in self.names else []
-        packed = [renamed for renamed in self._modules.get(name.module, []) if renamed.source.parameter != "bias"]
+        packed = [renamed for renamed in self._modules.get(name.module, ()) if renamed.source.parameter != "bias"]
         origins = packed if name.parameter in ("weight", *CODES) else exact
-        return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in origins)
+        return sum(_share(tensor_bytes(sources[renamed.source]), renamed) for renamed in origins)
 
     def find(self, name: TensorName) -> Renamed | None:
         """Where a tensor comes from; for an unpacked one, where the packed parameters of its module do. None for a tie."""
         return self.names.get(name) or next(iter(self._modules.get(name.module, ())), None)
 
     @cached_property
-    def _modules(self) -> Mapping[str, list[Renamed]]:
-        modules: dict[str, list[Renamed]] = defaultdict(list)
+    def _modules(self) -> Mapping[str, tuple[Renamed, ...]]:
+        modules: dict[str, tuple[Renamed, ...]] = {}
         for name, renamed in self.names.items():
-            modules[name.module].append(renamed)
+            modules[name.module] = (*modules.get(name.module, ()), renamed)
         return modules
 
 
@@ -188,6 +187,11 @@ def _rows(array: BlockArray, renamed: Renamed) -> BlockArray:
         return array
     packed = Fraction(array.shape[renamed.axis], renamed.total)
     return take_rows(array, [(int(start * packed), int(stop * packed)) for start, stop in renamed.rows], renamed.axis)
+
+
+def _share(nbytes: int, renamed: Renamed) -> int:
+    """The part of a source's bytes that is a tensor's, of a source that is mostly one tensor."""
+    return int(nbytes * renamed.share) if renamed.rows else nbytes
 
 
 def _proportional(length: int, total: int) -> bool:

@@ -51,8 +51,11 @@ class Sharding:
 
     def shape(self, slot: Slot, parameter: Parameter) -> tuple[int, ...]:
         """The shape that the source of `slot` must have, by the model's configuration: [out, in] for a weight, [out] for a bias."""
-        sizes = {"out": slot.out, "in": slot.module.in_, "group": slot.module.in_, "expert": "num_experts", "one": "1"}
-        return tuple(int(self.model.dimension(sizes[axis]) * unit) for axis, unit in axes(slot, parameter))
+        key = _kind(slot, parameter)
+        if key not in self._shapes:
+            sizes = {"out": slot.out, "in": slot.module.in_, "group": slot.module.in_, "expert": "num_experts", "one": "1"}
+            self._shapes[key] = tuple(int(self.model.dimension(sizes[axis]) * unit) for axis, unit in axes(slot, parameter))
+        return self._shapes[key]
 
     def ranks(self, slot: Slot) -> Iterator[tuple[Rank, str]]:
         """The ranks that hold a slot's module, and its name there: layers count from 0 on every pipeline stage."""
@@ -76,6 +79,29 @@ class Sharding:
         """The pipeline stage of each layer, and the layer's number there."""
         layers = [self.parallelism.layers(stage, self.model.num_hidden_layers) for stage in range(self.parallelism.pp_size)]
         return {layer: (stage, layer - own.start) for stage, own in enumerate(layers) for layer in own}
+
+    @cached_property
+    def _shapes(self) -> dict[Any, tuple[int, ...]]:
+        return {}
+
+    @cached_property
+    def _fronts(self) -> dict[int, tuple[tuple[int, Region], ...]]:
+        return {}
+
+    def held(self, slot: Slot) -> Iterator[tuple[Rank, str, Region]]:
+        """The ranks that hold a slot's source, its module's name there, and, in front, an expert's place in its stack.
+
+        Which ranks of a stage hold an expert is the same in every layer and module of experts, and worked out once.
+        """
+        if slot.expert is None or slot.layer is None:
+            yield from ((rank, name, ()) for rank, name in self.ranks(slot))
+            return
+        stage, layer = self._stages[slot.layer]
+        name, first = slot.module.name.replace("{layer}", str(layer)), stage * self.parallelism.tp_size
+        if slot.expert not in self._fronts:
+            cuts = [(n, self.cut("expert", slot, rank)) for n, rank in enumerate(self._ranks[: self.parallelism.tp_size])]
+            self._fronts[slot.expert] = tuple((n, (cut.target,)) for n, cut in cuts if cut is not None)
+        yield from ((self._ranks[first + n], name, front) for n, front in self._fronts[slot.expert])
 
     @cached_property
     def _places(self) -> dict[Any, tuple[tuple[Region | None, Region], ...]]:
@@ -183,16 +209,9 @@ class ShardPlacements(Placements):
     sharding: Sharding
 
     def __iter__(self) -> Iterator[Placement]:
-        slot, sharding = self.slot, self.sharding
-        for rank, target in sharding.ranks(slot):
-            front: Region = ()
-            if slot.expert is not None:
-                place = sharding.cut("expert", slot, rank)
-                if place is None:
-                    continue
-                front = (place.target,)
+        for rank, target, front in self.sharding.held(self.slot):
             tensor = f"{target}.{self.name.parameter}"
-            for source, to in sharding.places(slot, self.parameter, rank):
+            for source, to in self.sharding.places(self.slot, self.parameter, rank):
                 yield Placement(rank.index, tensor, source, (*front, *to))
 
     @property

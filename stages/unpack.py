@@ -24,14 +24,27 @@ def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
     return next((each for each in formats() if each.accepts(parameters)), None)
 
 
+class _Formats:
+    """The format of modules one after another: modules of equal names, shapes and types of parameters are of one format."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], PackedFormat | None] = {}
+
+    def of(self, parameters: Mapping[str, Any]) -> PackedFormat | None:
+        key = tuple((name, tuple(each.shape), each.dtype) for name, each in parameters.items())
+        if key not in self._known:
+            self._known[key] = format_of(parameters)
+        return self._known[key]
+
+
 def unpack(tensors: TensorMap, settings: Mapping[str, Any]) -> TensorMap:
     """Turn every packed module into canonical parameters (`AXES` in pipeline/tensor/tensors.py).
 
     `settings`: what its quantizer says.
     """
-    result = {}
+    result, known = {}, _Formats()
     for module, parameters in by_module(tensors).items():
-        packing = format_of(parameters)
+        packing = known.of(parameters)
         for parameter, array in (packing.unpack(parameters, settings) if packing else parameters).items():
             result[TensorName(module, parameter)] = array
     return result
@@ -55,9 +68,9 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
     Returns each packed module's format, the modules whose groups follow the activations (these can only be dequantized), and a
     problem for each module that cannot be unpacked. Reads the small tensors that decide it.
     """
-    formats_, ordered, problems = {}, [], []
+    formats_, ordered, problems, known = {}, [], [], _Formats()
     for module, parameters in by_module(tensors).items():
-        packing = format_of(parameters)
+        packing = known.of(parameters)
         if packing is None:
             continue
         formats_[module] = packing.name

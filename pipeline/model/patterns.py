@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 T = TypeVar("T")
@@ -20,11 +19,12 @@ class PatternTable(Generic[T]):
 
     def find(self, name: str) -> tuple[T, dict[str, int]] | None:
         """Return the row whose pattern matches `name`, and the numbers at its placeholders by their names; None where none does."""
-        match = self._rows.get(_NUMBER.sub("{}", name))
+        first, *rest = name.split(".")
+        numbers = [part for part in rest if part.isdigit() and part.isascii()]
+        match = self._rows.get(".".join((first, *("{}" if part.isdigit() and part.isascii() else part for part in rest))))
         if match is None:
             return None
         names, row = match
-        numbers = _NUMBER.findall(name)
         # A name that itself holds "{}" has fewer numbers than the pattern has placeholders.
         if len(names) != len(numbers) or max(map(len, numbers), default=0) > 9:
             return None

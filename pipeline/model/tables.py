@@ -172,7 +172,7 @@ class Module:
         return "{layer}" in self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """The place of a renamed source module in the target.
 

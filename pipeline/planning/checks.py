@@ -144,6 +144,8 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
 def _measured(slot: Slot, parameter: str, array: BlockArray | None, sharding: Sharding) -> Parameter:
     """A parameter with the group size that its array shows, where it has groups."""
     known = plain(parameter, matrix=bool(slot.module.in_))
+    if parameter not in ("codes4", "scales", "offsets"):
+        return known
     units = {"codes4": {"in": Fraction(1, 2)}}.get(parameter, {})
     if parameter in ("scales", "offsets") and array is not None:
         units = {"group": Fraction(array.shape[-2], sharding.model.dimension(slot.module.in_))}

@@ -65,15 +65,15 @@ class Cuts:
         if stage not in self.stages:
             return tensors
         # Names that share an array (ties) are stored once and share what is read back.
-        first: dict[str, TensorName] = {}
+        first: dict[BlockArray, TensorName] = {}
         for name, array in tensors.items():
-            first.setdefault(array.name, name)
+            first.setdefault(array, name)
         shapes = {(0, str(name)): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
         group = self._group(stage, shapes)
         stores = tuple(self._store(name, tensors) for name in first.values())
         self._add(stage, stores, (group,), before=stage)
         back = self.read_back(stage, {name: array for (_, name), array in group.arrays.items()})
-        return {name: back[str(first[array.name])] for name, array in tensors.items()}
+        return {name: back[str(first[array])] for name, array in tensors.items()}
 
     def cut_ranks(
         self, stores: tuple[Store, ...], ranks: Sequence[Sequence[RankTensor]], dtypes: Mapping[str, np.dtype]

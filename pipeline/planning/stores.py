@@ -12,6 +12,7 @@ from pipeline.planning.phases import Store
 if TYPE_CHECKING:
     from pipeline.planning.compose import TargetTensors
     from pipeline.planning.opening import OpenedSource
+    from pipeline.tensor.arrays import BlockArray
     from pipeline.tensor.names import TensorName
     from pipeline.tensor.tensors import TensorMap
     from stages.rename import Matches
@@ -24,10 +25,9 @@ def make_stores(tensors: TensorMap, targets: Sequence[TargetTensors], opened: Op
     `again`: the arrays are read from scratch, not from the source.
     """
     source, matches = opened.source.named, opened.matches
-    names: dict[tuple[str, ...], list[TensorName]] = {}
+    names: dict[tuple[BlockArray | None, ...], list[TensorName]] = {}
     for name in dict.fromkeys(name for target in targets for name in target.arrays):
-        key = tuple(target.arrays[name].name if name in target.arrays else "" for target in targets)
-        names.setdefault(key, []).append(name)
+        names.setdefault(tuple(target.arrays.get(name) for target in targets), []).append(name)
     stores = []
     for shared in names.values():
         name = shared[0]

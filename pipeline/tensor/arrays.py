@@ -110,6 +110,16 @@ class BlockArray(ABC):
         """The blocks that `make(index)` takes, in order: the same ones of each input, unless a subclass says otherwise."""
         return [(array, index) for array in self.inputs]
 
+    def __hash__(self) -> int:
+        return hash((id(self.grid), self.inputs)) if self.inputs else id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it has the values of another: those of equal names, which few need."""
+        if self is other:
+            return True
+        alike = isinstance(other, BlockArray) and self.grid is other.grid and self.inputs == other.inputs
+        return alike and self.name == other.name
+
     @property
     def name(self) -> str:
         if not self._name:

@@ -67,6 +67,14 @@ class Parameter:
     dtype: str = ""
     working_bytes: int = 0
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.axes, self.header, self.dtype, self.working_bytes))
+
+    def __hash__(self) -> int:
+        """Thousands of arrays have one object, whose fractions take long to hash."""
+        return self._hash
+
 
 @cache
 def plain(parameter: str, matrix: bool = True) -> Parameter:

@@ -19,7 +19,7 @@ from pipeline.tensor.tensors import Block
 WINDOW_BYTES = 8 << 20  # mapped at once where only some columns are read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MappedTensor:
     """`shape` elements of `dtype` in C order, from byte `offset` of the file at `path`."""
 

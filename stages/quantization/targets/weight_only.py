@@ -7,6 +7,7 @@ scale for each out-feature and each rank's share of the in-features (a segment).
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,27 +46,27 @@ def pack(
     scales = derive(
         "quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=weight.dtype, bits=bits, **arguments
     )
-    per_feature = Fraction(bits, 8)
-    return {
-        "weight": (
-            codes,
-            Parameter(
-                axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
-                header=(("in", Fraction(1)), ("out", per_feature)),
-                dtype="int8",
-                working_bytes=12 * 8 // bits,
-            ),
-        ),
-        "per_channel_scale": (
-            scales,
-            Parameter(
-                axes=(("out", Fraction(1)), ("in", Fraction(segments, features))),
-                header=(("out", Fraction(1)),),
-                dtype=dtype,
-                working_bytes=4 * features // segments,  # a scale takes all of its segment's weights
-            ),
-        ),
-    }
+    of_codes, of_scales = _parameters(layout, features, segments, dtype)
+    return {"weight": (codes, of_codes), "per_channel_scale": (scales, of_scales)}
+
+
+@cache
+def _parameters(layout: KernelLayout, features: int, segments: int, dtype: str) -> tuple[Parameter, Parameter]:
+    """How codes and scales lie along the axes of modules with as many in-features: one object for all."""
+    per_feature = Fraction(layout.bits, 8)
+    codes = Parameter(
+        axes=(("out", Fraction(1, layout.columns)), ("in", layout.columns * per_feature)),
+        header=(("in", Fraction(1)), ("out", per_feature)),
+        dtype="int8",
+        working_bytes=12 * 8 // layout.bits,
+    )
+    scales = Parameter(
+        axes=(("out", Fraction(1)), ("in", Fraction(segments, features))),
+        header=(("out", Fraction(1)),),
+        dtype=dtype,
+        working_bytes=4 * features // segments,  # a scale takes all of its segment's weights
+    )
+    return codes, scales
 
 
 def codes_of(region: Region, weight: Block, layout: KernelLayout, name: str, segments: int) -> np.ndarray:
