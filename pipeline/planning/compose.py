@@ -17,7 +17,7 @@ from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.placement import FixedPlacements, Placements, RankTensor
+from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placements, RankTensor
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages import rope
 from stages.cast import cast
@@ -33,7 +33,10 @@ ROW_MULTIPLE = 64  # rows: chunks of a matrix are cut at multiples of it, and of
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """The outcome of the stages for one target: its arrays, where their regions go, and the ranks' tensors."""
+    """The outcome of the stages for one target: its arrays, where their regions go, and the ranks' tensors.
+
+    `fixed`: the placements of arrays that are no entries, as rotary buffers are.
+    """
 
     options: TargetOptions
     sharding: Sharding
@@ -41,8 +44,15 @@ class TargetTensors:
     dtype: str
     entries: Mapping[TensorName, Entry]
     arrays: TensorMap
-    placements: Mapping[TensorName, Placements]
+    fixed: Mapping[TensorName, Placements]
     ranks: tuple[RankTensor, ...]
+
+    def placements(self, name: TensorName) -> Placements:
+        """Where the regions of an array go: nowhere, where the target has none of that name."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return self.fixed.get(name, NOWHERE)
+        return ShardPlacements(name, entry.slot, entry.parameter, self.sharding)
 
 
 def choose_all(
@@ -99,18 +109,16 @@ def compose_target(
     entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)
     arrays = {name: entry.array for name, entry in entries.items()}
     mark(made, "quantize", arrays.values())
-    placements: dict[TensorName, Placements] = {
-        name: ShardPlacements(name, entry.slot, entry.parameter, sharding) for name, entry in entries.items()
-    }
+    fixed: dict[TensorName, Placements] = {}
     ranks = tuple(_rank_tensors(entries, sharding))
     if options.write_rope_buffers:
         buffers = rope.rope_buffers(sharding.model)
         arrays |= read(buffers, block_bytes, 1)
         mark(made, "read", arrays.values())
         places = {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
-        placements |= {name: FixedPlacements(each) for name, each in places.items()}
+        fixed |= {name: FixedPlacements(each) for name, each in places.items()}
         ranks += rope.rank_tensors(buffers, sharding.parallelism)
-    return TargetTensors(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
+    return TargetTensors(options, sharding, quantization, dtype, entries, arrays, fixed, ranks)
 
 
 def _rank_tensors(entries: Mapping[TensorName, Entry], sharding: Sharding) -> Iterator[RankTensor]:

@@ -16,7 +16,7 @@ from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName, split_name
-from pipeline.tensor.placement import FixedPlacements, Placement, RankTensor, whole
+from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placement, RankTensor, whole
 from pipeline.tensor.tensors import Source, TensorMap
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class Cuts:
             back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
             for rank, name in group.arrays:
                 array = back[f"rank{rank}/{name}"]
-                placement = FixedPlacements((Placement(rank, name, whole(array.shape), whole(array.shape)),))
-                placements = tuple((placement,) if other == number else () for other in range(len(ranks)))
+                place = FixedPlacements((Placement(rank, name, whole(array.shape), whole(array.shape)),))
+                placements = tuple(place if other == number else NOWHERE for other in range(len(ranks)))
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
         self._add("shard", stores, tuple(groups), before="shard")
         return tuple(again)
@@ -147,7 +147,7 @@ class Cuts:
         nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.named)
         region = whole(array.shape)
         placements = FixedPlacements((Placement(0, str(name), region, region),))
-        return Store(str(name), (array,), ((placements,),), max(array.dtype.itemsize, 4), 1, nbytes)
+        return Store(name, (array,), (placements,), max(array.dtype.itemsize, 4), 1, nbytes)
 
     def passes(self, before: str = "write") -> tuple[str, ...]:
         """The stages that every group passes since the last cut, up to the cut after the stage `before`, or the writing."""

@@ -65,7 +65,7 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
+    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)

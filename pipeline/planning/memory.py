@@ -68,7 +68,10 @@ def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, la
     `tasks`: the groups of the plan. `layers`: of the arrays that it is composed of. Raises BadInput naming the tensor that needs
     most where nothing fits, and what would.
     """
-    needs = list(needs)
+    kinds: dict[tuple[int, int], Need] = {}  # of thousands of tensors most need the same
+    for need in needs:
+        kinds.setdefault((need.least_piece_bytes, need.copies), need)
+    needs = kinds.values()
     worst = max(needs, key=lambda need: need.least_piece_bytes * need.copies)
     copies = max(need.copies for need in needs)
     fixed = BASE_BYTES + tasks * TASK_BYTES + layers * LAYER_BYTES

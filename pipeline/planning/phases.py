@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -39,12 +38,16 @@ class Store:
     multiples of `row_multiple`.
     """
 
-    name: str
+    label: object
     arrays: tuple[BlockArray, ...]
-    placements: tuple[tuple[Placements, ...], ...]
+    placements: tuple[Placements, ...]
     itemsize: int
     row_multiple: int
     source_bytes: int
+
+    @property
+    def name(self) -> str:
+        return str(self.label)
 
     def block_bytes(self, index: Sequence[int]) -> int:
         """The bytes of the source that the block at a chunk index stands for."""
@@ -64,11 +67,11 @@ class Store:
 
     def placed(self, sink: int) -> Iterator[Placement]:
         """Where its regions go in a sink."""
-        return chain.from_iterable(self.placements[sink])
+        return iter(self.placements[sink])
 
     def written_bytes(self, sink: int) -> int:
         """The bytes that tasks write to a sink; padding is reserved, not written."""
-        return sum(placements.elements for placements in self.placements[sink]) * self.arrays[sink].dtype.itemsize
+        return self.placements[sink].elements * self.arrays[sink].dtype.itemsize
 
 
 Group = tuple[tuple[Store, tuple[int, ...]], ...]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.tensor.arrays import BlockArray, Grid, Index, block_array, grid, shared
+from pipeline.tensor.arrays import BlockArray, Grid, Index, block_array, grid
 from pipeline.tensor.placement import Region, extent, intersect, shift, slices, whole
 from pipeline.tensor.tensors import Block
 
@@ -160,16 +161,32 @@ def derive(
     chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
     Derived.
     """
+    arrays = tuple(map(block_array, inputs.values()))
+    cut = (tuple(shape), rows if rows is None else tuple(rows), columns if columns is None else tuple(columns))
+    of_inputs = tuple([(array.dtype, array.grid) for array in arrays])
+    kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, tuple(arguments), ahead)
+    return DerivedArray(kind, arrays, tuple(arguments.values()))
+
+
+@lru_cache(maxsize=1 << 12)
+def _derivation(
+    label: str,
+    make: Make,
+    dtype: np.dtype,
+    cut: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None],
+    keys: tuple[str, ...],
+    inputs: tuple[tuple[np.dtype, Grid], ...],
+    names: tuple[str, ...],
+    ahead: int,
+) -> Derivation:
+    """The kind of some arrays, one object for all of them. `cut`: shape, and the chunks of the first and second axis, if any."""
+    shape, rows, columns = cut
     chunks: tuple[tuple[int, ...], ...] = tuple((n,) for n in shape)
     if rows is not None:
-        chunks = (tuple(rows), *chunks[1:])
+        chunks = (rows, *chunks[1:])
     if columns is not None:
-        chunks = (chunks[0], tuple(columns), *chunks[2:])
-    arrays = tuple(block_array(array) for array in inputs.values())
-    of_inputs = tuple((array.dtype, array.grid) for array in arrays)
-    names = tuple(sorted(arguments))
-    kind = shared(Derivation(label, make, np.dtype(dtype), grid(chunks), tuple(inputs), of_inputs, names, ahead))
-    return DerivedArray(kind, arrays, tuple(arguments[name] for name in names))
+        chunks = (chunks[0], columns, *chunks[2:])
+    return Derivation(label, make, np.dtype(dtype), grid(chunks), keys, inputs, names, ahead)
 
 
 class Constant(Block):

@@ -132,6 +132,25 @@ class FixedPlacements(Placements):
         return moved(self.placements)
 
 
+NOWHERE = FixedPlacements(())
+
+
+class JoinedPlacements(Placements):
+    """Several placements of one array, as those of tied embeddings."""
+
+    __slots__ = ("several",)
+
+    def __init__(self, several: Iterable[Placements]) -> None:
+        self.several = tuple(several)
+
+    def __iter__(self) -> Iterator[Placement]:
+        return itertools.chain.from_iterable(self.several)
+
+    @property
+    def elements(self) -> int:
+        return sum(each.elements for each in self.several)
+
+
 def moved(placements: Iterable[Placement]) -> int:
     """The number of elements that placements move: of all that are no padding."""
     return sum(size(placement.target) for placement in placements if placement.source is not None)
