@@ -19,6 +19,8 @@ from pipeline.tensor.tensors import Block
 
 # Makes the values of a region from whole inputs, which it reads as much of as it needs.
 Make = Callable[..., np.ndarray]
+NOTHING = np.empty(0)
+UNOWNED: dict[str, int] = {}  # of blocks that keep no rows
 
 
 class Derived(Block):
@@ -27,6 +29,8 @@ class Derived(Block):
     `ahead`: rows that are made at once and kept for the next readings, where few rows cost as much as many: a source packed along
     its columns gives up a page of memory for each of them.
     """
+
+    __slots__ = ("_first", "_kept", "_owner", "ahead", "arguments", "dtype", "inputs", "make", "region", "shape")
 
     def __init__(
         self,
@@ -39,8 +43,8 @@ class Derived(Block):
     ) -> None:
         self.region, self.shape, self.dtype = region, extent(region), np.dtype(dtype)
         self.make, self.inputs, self.arguments = make, inputs, arguments
-        self.ahead, self._first, self._kept = ahead, 0, np.empty(0)
-        self._owner: dict[str, int] = {}
+        self.ahead, self._first, self._kept = ahead, 0, NOTHING
+        self._owner: dict[str, int] = {} if ahead else UNOWNED
 
     def read(self, region: Region) -> np.ndarray:
         first, last = region[0] if region else (0, 0)
@@ -54,12 +58,12 @@ class Derived(Block):
             self._kept = self._make(((first, min(first + self.ahead, self.shape[0])), *whole(self.shape[1:])))
         part = self._kept[(slice(first - self._first, last - self._first), *slices(region[1:]))]
         if last == self.shape[0]:  # read to the end, which comes last
-            self._kept = np.empty(0)
+            self._kept = NOTHING
             self._owner.clear()
         return part
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": np.empty(0), "_first": 0, "_owner": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Derived, (self.region, self.dtype, self.make, self.inputs, self.arguments, self.ahead)
 
     def _make(self, region: Region) -> np.ndarray:
         return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)

@@ -85,6 +85,8 @@ def plain(parameter: str, matrix: bool = True) -> Parameter:
 class Block(ABC):
     """A block of a tensor whose values are made on demand. Behaves like a read-only NumPy array that is only ever sliced."""
 
+    __slots__ = ()
+
     shape: tuple[int, ...]
     dtype: np.dtype
 

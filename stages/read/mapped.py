@@ -40,6 +40,8 @@ class MappedTensor:
 class MappedBlock(Block):
     """A region of a MappedTensor; nothing is mapped until it is read."""
 
+    __slots__ = ("dtype", "region", "shape", "tensor")
+
     def __init__(self, tensor: MappedTensor, region: Region) -> None:
         self.tensor, self.region = tensor, region
         self.shape, self.dtype = extent(region), tensor.dtype
