@@ -149,19 +149,19 @@ def write_group(
     number: int,
     work: Sequence[BlockWrite],
     opened: StageOfGroup,
-    keys: Sequence[Sequence[Any]],
+    numbers: Sequence[Sequence[int]],
     *inputs: Any,
     synchronize: bool = False,
     pool: str = "",
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
-    `opened`: the blocks that are made here, as chunks of scratch are opened. `keys[i]`: for each sink of `work[i]`, the key of its
-    block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The
-    others are `write_blocks`' own.
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number of
+    its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The others are
+    `write_blocks`' own.
     """
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize, pool)
+    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool)
 
 
 def write_blocks(

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.planning.phases import Phased
 from pipeline.tensor.arrays import Needed, SmallTask
-from pipeline.tensor.blocks import StageOfGroup
+from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
 from pipeline.tensor.placement import size
 from stages.read import OpenBlock
 from stages.read.scratch_chunks import OpenChunk, ScratchChunk
@@ -41,7 +41,7 @@ class BoundGroup:
     opened
         The chunks of scratch that its last task opens itself.
     blocks
-        For each of `work`, the keys of its block as each sink takes it.
+        For each of `work`, the numbers of its block as each sink takes it.
     reads, writes
         The names of the chunks of scratch that it reads and writes.
     """
@@ -52,7 +52,7 @@ class BoundGroup:
     stages: tuple[tuple[str, StageOfGroup], ...]
     opened: StageOfGroup
     work: tuple[BlockWrite, ...]
-    blocks: tuple[tuple[Any, ...], ...]
+    blocks: tuple[tuple[int, ...], ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     is_last: bool
@@ -75,8 +75,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
     for store, chunk in phase.groups[index]:
         bound = tuple(deliveries(store.placed(sink), store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-    blocks = block_keys(plan, phase_number, index, sinks)
-    stages, opened, openers, inputs = stages_of_group(plan, phase_number, index, sinks)
+    stages, opened, openers, inputs, blocks = stages_of_group(plan, phase_number, index, sinks)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
         plan.first_group(phase_number) + index,
@@ -94,23 +93,19 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
     )
 
 
-def block_keys(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
-    """For each block of a group, the keys of its small tasks as each sink takes it."""
-    group = plan.phases[phase_number].groups[index]
-    return tuple(tuple((store.arrays[sink].name, *chunk) for sink in sinks) for store, chunk in group)
-
-
 def stages_of_group(
     plan: Phased, phase_number: int, index: int, sinks: Sequence[int]
-) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs]:
-    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, and what it reads.
+) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs, tuple[tuple[int, ...], ...]]:
+    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, what it reads, and
+    the numbers of its blocks as each sink takes them.
 
     Arguments are those of `bind`. A chunk that the last task opens has the stage "".
     """
     phase = plan.phases[phase_number]
     needed: Needed = {}
-    wanted = [store.arrays[sink].collect(chunk, needed) for store, chunk in phase.groups[index] for sink in sinks]
-    return (*_by_stage(needed, phase.passes, set(wanted)), _inputs((key, task.make) for key, (task, _) in needed.items()))
+    blocks = tuple([tuple([store.arrays[n].collect(chunk, needed) for n in sinks]) for store, chunk in phase.groups[index]])
+    stages = _by_stage(needed, phase.passes, {number for each in blocks for number in each})
+    return (*stages, _inputs((block, task.make) for block, (task, _) in needed.items()), blocks)
 
 
 def _inputs(made: Iterable[tuple[Any, Callable[..., Any]]]) -> Inputs:
@@ -129,7 +124,7 @@ def _inputs(made: Iterable[tuple[Any, Callable[..., Any]]]) -> Inputs:
 
 
 def all_inputs(plan: Phased) -> Inputs:
-    """List what all groups of a plan read. Blocks have keys of another kind than those of `bind`."""
+    """List what all groups of a plan read."""
     found: dict[Any, Callable[..., Any]] = {}
     seen: set[Any] = set()
     for phase in plan.phases:
@@ -140,40 +135,40 @@ def all_inputs(plan: Phased) -> Inputs:
 
 
 def _by_stage(
-    needed: Needed, passes: Sequence[str], wanted: Collection[Any]
+    needed: Needed, passes: Sequence[str], wanted: Collection[int]
 ) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str]]:
     """A group's small tasks by stage, what each stage passes on, and which stage opens each chunk of scratch.
 
     `wanted`: the blocks that are written in the end.
     """
     tasks: dict[str, list[SmallTask]] = {stage: [] for stage in STAGES}
-    chunks = {}
-    for key, (task, stage) in needed.items():
+    chunks: dict[int, SmallTask] = {}
+    for task, stage in needed.values():
         if stage == "scratch":
-            chunks[key] = task
+            chunks[task.number] = task
         else:
             tasks[stage].append(task)
     passed = [stage for stage in STAGES if tasks[stage] or stage in passes]
     # A chunk of scratch is opened by the first stage that needs it, or by the task that writes.
     opened_by = dict.fromkeys(chunks, "")
     for stage in reversed(passed):
-        opened_by |= {key: stage for task in tasks[stage] for key in task.needs if key in chunks}
+        opened_by |= {number: stage for task in tasks[stage] for number in task.needs if number in chunks}
     result: list[tuple[str, StageOfGroup]] = []
     later = set(wanted)
     for stage in reversed(passed):
-        own = (*(chunks[key] for key, opener in opened_by.items() if opener == stage), *tasks[stage])
-        made = {task.key for task in own}
-        before = {key for task in own for key in task.needs if key in needed} - made
-        result.append((stage, StageOfGroup(own, tuple(sorted(later, key=str)))))
+        own = (*(chunks[number] for number, opener in opened_by.items() if opener == stage), *tasks[stage])
+        made = {task.number for task in own}
+        before = {number for task in own for number in task.needs if number != CHECKSUMS} - made
+        result.append((stage, StageOfGroup(own, tuple(sorted(later)))))
         later = (later - made) | before
-    opened = tuple(chunks[key] for key, opener in opened_by.items() if not opener)
-    openers = {_chunk(chunks[key]).name: opener for key, opener in opened_by.items()}
+    opened = tuple(chunks[number] for number, opener in opened_by.items() if not opener)
+    openers = {_chunk(chunks[number]).name: opener for number, opener in opened_by.items()}
     # What the last task opens itself, no stage passes on.
-    own_keys = {task.key for task in opened}
+    by_last = {task.number for task in opened}
     stages = [
-        (stage, StageOfGroup(each.tasks, tuple(k for k in each.keep if k not in own_keys))) for stage, each in reversed(result)
+        (stage, StageOfGroup(each.tasks, tuple(n for n in each.keep if n not in by_last))) for stage, each in reversed(result)
     ]
-    return tuple(stages), StageOfGroup(opened, tuple(sorted(wanted, key=str))), openers
+    return tuple(stages), StageOfGroup(opened, tuple(sorted(wanted))), openers
 
 
 def _chunk(task: SmallTask) -> ScratchChunk:

@@ -116,7 +116,7 @@ def _passed(plan: Phased, number: int, last: str) -> _Passed:
     positions = {id(store): n for n, store in enumerate(phase.stores)}
     result = _Passed()
     for index, group in enumerate(phase.groups):
-        stages, _, openers, _ = stages_of_group(plan, number, index, sinks)
+        stages, _, openers, *_ = stages_of_group(plan, number, index, sinks)
         names = [stage for stage, _ in stages]
         result.edges |= dict.fromkeys(pairwise([*names, last]))
         for name in names:

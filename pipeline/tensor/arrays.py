@@ -65,9 +65,12 @@ def shared(value: T) -> T:
 
 
 class SmallTask(NamedTuple):
-    """The making of one block: `make(*blocks)`, of the blocks whose keys are in `needs`. Reads no value of them."""
+    """The making of one block: `make(*blocks)`, of the blocks whose numbers are in `needs`. Reads no value of them.
 
-    key: Key
+    `number`: of the block, among those that are made together.
+    """
+
+    number: int
     make: Callable[..., Any]
     needs: tuple[Any, ...] = ()
 
@@ -75,7 +78,8 @@ class SmallTask(NamedTuple):
         return self.make(*[values[key] for key in self.needs])
 
 
-Needed = dict[Key, tuple[SmallTask, str]]  # small tasks by key, each with the stage that it is of
+# Small tasks by their block, each with the stage that it is of. A block is its array and its chunk index, or a key of Dask's.
+Needed = dict[Any, tuple[SmallTask, str]]
 
 
 class BlockArray(ABC):
@@ -158,25 +162,25 @@ class BlockArray(ABC):
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
-    def collect(self, index: Index, needed: Needed) -> Key:
-        """Add the small tasks that make the block at a chunk index to `needed`, sources first, and return the block's key."""
-        key = (self.name, *index)
-        if key not in needed:
-            before = tuple(array.collect(place, needed) for array, place in self.needs(index))
-            needed[key] = SmallTask(key, self.make(index), before), self.stage
-        return key
+    def collect(self, index: Index, needed: Needed) -> int:
+        """Add the small tasks that make the block at a chunk index to `needed`, sources first, and return the block's number."""
+        block = (self, index)
+        if block not in needed:
+            before = tuple([array.collect(place, needed) for array, place in self.needs(index)])
+            needed[block] = SmallTask(len(needed), self.make(index), before), self.stage
+        return needed[block][0].number
 
     def sources(self, index: Index, found: dict[Any, Callable[..., Any]], seen: set[Any]) -> None:
         """Add to `found` how those blocks are made that a block is made of and that are made of none, without naming any.
 
         `seen`: the blocks that were looked at before, which are left out.
         """
-        mark = (id(self), *index)
-        if mark in seen:
+        block = (self, index)
+        if block in seen:
             return
-        seen.add(mark)
+        seen.add(block)
         if not self.inputs:
-            found[mark] = self.make(index)
+            found[block] = self.make(index)
         for array, place in self.needs(index):
             array.sources(place, found, seen)
 
@@ -189,11 +193,18 @@ class BlockArray(ABC):
         needed: Needed = {}
         for index in self.grid.regions:
             self.collect(index, needed)
+        keys = {
+            task.number: (block[0].name, *block[1]) if isinstance(block[0], BlockArray) else block
+            for block, (task, _) in needed.items()
+        }
         layers: dict[str, dict[Key, Task]] = {}
         dependencies: dict[str, set[str]] = {}
-        for key, (task, _) in needed.items():
-            layers.setdefault(key[0], {})[key] = Task(key, task.make, *map(TaskRef, task.needs))
-            dependencies.setdefault(key[0], set()).update(need[0] for need in task.needs if need in needed and need[0] != key[0])
+        for task, _ in needed.values():
+            key = keys[task.number]
+            # Beside blocks, a task that opens a chunk of scratch needs something by its name.
+            layers.setdefault(key[0], {})[key] = Task(key, task.make, *(TaskRef(keys.get(need, need)) for need in task.needs))
+            others = {keys[need][0] for need in task.needs if need in keys}
+            dependencies.setdefault(key[0], set()).update(others - {key[0]})
         return HighLevelGraph(layers, dependencies)
 
     def to_dask(self) -> da.Array:
@@ -222,7 +233,7 @@ class DaskBlocks(BlockArray):
     def make(self, index: Index) -> Callable[..., Any]:
         return _taken_apart(self.nodes[(self.name, *index)])[0]
 
-    def collect(self, index: Index, needed: Needed) -> Key:
+    def collect(self, index: Index, needed: Needed) -> int:
         """Follow the array's own graph. A node that opens a source is of the stage that says so."""
         return self._follow((self.name, *index), needed)
 
@@ -230,16 +241,14 @@ class DaskBlocks(BlockArray):
         """Follow the array's own graph."""
         needed: Needed = {}
         self.collect(index, needed)
-        found |= {key: task.make for key, (task, _) in needed.items() if not any(need in needed for need in task.needs)}
+        found |= {block: task.make for block, (task, _) in needed.items() if not any(isinstance(n, int) for n in task.needs)}
 
-    def _follow(self, key: Key, needed: Needed) -> Key:
+    def _follow(self, key: Key, needed: Needed) -> int:
         if key not in needed:
             make, needs = _taken_apart(self.nodes[key])
-            for need in needs:
-                if need in self.nodes:
-                    self._follow(need, needed)
-            needed[key] = SmallTask(key, make, needs), getattr(make, "stage", self.stage)
-        return key
+            before = tuple([self._follow(need, needed) if need in self.nodes else need for need in needs])
+            needed[key] = SmallTask(len(needed), make, before), getattr(make, "stage", self.stage)
+        return needed[key][0].number
 
 
 class RunNode(NamedTuple):

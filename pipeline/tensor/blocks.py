@@ -36,18 +36,18 @@ class StageOfGroup:
     tasks
         The small task of each block that the stage makes, those first that others of the stage need.
     keep
-        The keys of the blocks that the stages behind it need, those that this stage leaves as they are included.
+        The numbers of the blocks that the stages behind it need, those that this stage leaves as they are included.
     known
         The parts of chunks of scratch that an earlier run wrote, by the chunk's name.
     """
 
     tasks: tuple[SmallTask, ...] = ()
-    keep: tuple[Any, ...] = ()
+    keep: tuple[int, ...] = ()
     known: tuple[tuple[str, tuple[Part, ...]], ...] = ()
 
 
-def make_blocks(stage: StageOfGroup, *inputs: Mapping[Any, Block] | ChunksWritten) -> dict[Any, Block]:
-    """Make the blocks of a stage: what its Dask task runs. No value is read; blocks are made when a region of them is asked for.
+def make_blocks(stage: StageOfGroup, *inputs: Mapping[int, Block] | ChunksWritten) -> dict[int, Block]:
+    """Make the blocks of a stage, by number: what its Dask task runs. No value is read: that is for those who ask a block.
 
     `inputs`: the blocks of the stage before it, and the results of the tasks that wrote the chunks of scratch that it opens.
     """
@@ -61,12 +61,12 @@ def make_blocks(stage: StageOfGroup, *inputs: Mapping[Any, Block] | ChunksWritte
             parts.setdefault(name, []).extend(written)
     values[CHECKSUMS] = parts
     for task in stage.tasks:
-        values[task.key] = task(values)
-    return {key: values[key] for key in stage.keep}
+        values[task.number] = task(values)
+    return {number: values[number] for number in stage.keep}
 
 
 def read_block(array: BlockArray, index: Sequence[int]) -> Any:
     """The block of an array at a chunk index: still unread, as no stage reads before it is asked for values."""
     needed: Needed = {}
-    key = block_array(array).collect(tuple(index), needed)
-    return make_blocks(StageOfGroup(tuple(task for task, _ in needed.values()), (key,)))[key]
+    number = block_array(array).collect(tuple(index), needed)
+    return make_blocks(StageOfGroup(tuple(task for task, _ in needed.values()), (number,)))[number]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from pipeline.tensor.arrays import BlockArray, Index, Key, Needed, SmallTask, grid
+from pipeline.tensor.arrays import BlockArray, Index, Needed, SmallTask, grid
 from pipeline.tensor.blocks import CHECKSUMS, Part
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, slices, whole
@@ -72,12 +72,12 @@ class CutArray(BlockArray):
     def make(self, index: Index) -> Callable[..., Any]:
         return OpenChunk(_chunk(self.stored, index, self.grid.regions[index]))
 
-    def collect(self, index: Index, needed: Needed) -> Key:
+    def collect(self, index: Index, needed: Needed) -> int:
         """A chunk's checksums are needed, beside no block."""
-        key = (self.name, *index)
-        if key not in needed:
-            needed[key] = SmallTask(key, self.make(index), (CHECKSUMS,)), self.stage
-        return key
+        block = (self, index)
+        if block not in needed:
+            needed[block] = SmallTask(len(needed), self.make(index), (CHECKSUMS,)), self.stage
+        return needed[block][0].number
 
 
 class CheckedBlock(Block):
