@@ -151,7 +151,7 @@ def write_group(
     number: int,
     work: Sequence[BlockWrite],
     opened: StageOfGroup,
-    keys: Sequence[Sequence[Any]],
+    numbers: Sequence[Sequence[int]],
     *inputs: Any,
     synchronize: bool = False,
     pool: str = "",
@@ -159,8 +159,8 @@ def write_group(
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
-    `opened`: the blocks that are made here, as chunks of scratch are opened. `keys[i]`: for each sink of `work[i]`, the key of its
-    block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of each
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number of
+    its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of each
     output that is made, the file that is there when it is whole: then nothing is written to it again. The others are
     `write_blocks`' own.
     """
@@ -171,7 +171,7 @@ def write_group(
         kept = [tuple(() if done else to for done, to in zip(there, item.deliveries, strict=True)) for item in work]
         work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize, pool)
+    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool)
 
 
 def write_blocks(

@@ -197,9 +197,8 @@ def whole_graph(plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildS
 
     `outputs`: the sinks of its last phase. `builds`: the engines that are made of them.
     """
-    layers: dict[str, Mapping[Any, Any]] = {}
     groups = [
-        bind(plan, number, index, range(len(phase.sinks)), layers)
+        bind(plan, number, index, range(len(phase.sinks)))
         for number, phase in enumerate(plan.phases)
         for index in range(len(phase.groups))
     ]

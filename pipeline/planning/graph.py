@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from pipeline.planning.bind import STAGES, stages_of_group
 from pipeline.planning.graph_dot import dot_text
@@ -117,13 +116,12 @@ def _passed(plan: Phased, number: int, last: str) -> _Passed:
     phase = plan.phases[number]
     sinks = range(len(phase.sinks))
     places = _places(plan.phases[number - 1]) if number else []
-    layers: dict[str, Mapping[Any, Any]] = {}
     groups: Counter[str] = Counter()
     elements: dict[str, Counter[int]] = {}  # of each store, by its position in the phase
     positions = {id(store): n for n, store in enumerate(phase.stores)}
     result = _Passed()
     for index, group in enumerate(phase.groups):
-        stages, _, openers, _ = stages_of_group(plan, number, index, sinks, layers)
+        stages, _, openers, *_ = stages_of_group(plan, number, index, sinks)
         names = [stage for stage, _ in stages]
         result.edges |= dict.fromkeys(pairwise([*names, last]))
         for name in names:

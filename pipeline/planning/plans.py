@@ -47,7 +47,7 @@ class Target:
 class Plan:
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked. `stage_of`: the stage that made each layer of the arrays.
+    `packed`: some of the source's modules are unpacked.
     """
 
     job: Job
@@ -63,7 +63,6 @@ class Plan:
     left_out: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
     packed: bool = False
-    stage_of: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.dask_graph import Priorities, StageGraph
 from pipeline.planning.listen import Listen
+from pipeline.run.sealed import sealed
 from pipeline.watching.conversion import serving
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
 from pipeline.watching.sockets import bound
@@ -181,7 +182,8 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
     if not tasks:
         return
     if isinstance(graph, StageGraph):
-        layered = graph.highlevel()
+        layers = {name: {key: sealed(task) for key, task in layer.items()} for name, layer in graph.layers.items()}
+        layered = StageGraph(layers, graph.places).highlevel()
     else:  # in the order given
         places = Priorities({key: -place for place, key in enumerate(tasks)})
         layered = HighLevelGraph({"tasks": MaterializedLayer(tasks, annotations={"priority": places})}, {"tasks": set()})

@@ -5,25 +5,23 @@ from __future__ import annotations
 import errno
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from pipeline.tensor.arrays import BlockArray, Index, Needed, SmallTask, grid
 from pipeline.tensor.blocks import CHECKSUMS, Part
 from pipeline.tensor.metering import meter
-from pipeline.tensor.placement import Region, chunk_regions, extent, slices, whole
+from pipeline.tensor.placement import Region, extent, slices, whole
 from pipeline.tensor.settling import settle
 from pipeline.tensor.tensors import Block, LazyTensor
 from stages.read.mapped import MappedTensor
 from stages.read.zarr_store import StoreTensor
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 READ_SCRATCH = "read_scratch"  # the stage that reading chunks back is metered as
 HASHED_BYTES = 4 << 20  # mapped and summed at a time
@@ -43,9 +41,44 @@ class ScratchChunk:
     remote: bool = False
 
 
-def open_chunk(chunk: ScratchChunk, parts: Mapping[str, Sequence[Part]]) -> Block:
-    """Open a chunk, as a small task does; nothing is read yet. `parts`: those of each chunk, by its name."""
-    return CheckedBlock(chunk, sorted(parts.get(chunk.name, ())))
+class OpenChunk(NamedTuple):
+    """Opens a chunk, as a small task does; nothing is read yet."""
+
+    chunk: ScratchChunk
+
+    @property
+    def stage(self) -> str:
+        """Chunks are opened by the first stage that needs them."""
+        return "scratch"
+
+    def __call__(self, parts: Mapping[str, Sequence[Part]]) -> Block:
+        """`parts`: those of each chunk, by its name."""
+        return CheckedBlock(self.chunk, sorted(parts.get(self.chunk.name, ())))
+
+
+class CutArray(BlockArray):
+    """A tensor of a cut, a chunk a chunk. `stored`: its Zarr array (pipeline/sinks/scratch.py, remote.py)."""
+
+    __slots__ = ("stored",)
+
+    def __init__(self, name: str, stored: Any) -> None:
+        lengths = zip(stored.chunk_shape, stored.shape, strict=True)
+        chunks = tuple(tuple(min(chunk, size - start) for start in range(0, size, chunk)) for chunk, size in lengths)
+        super().__init__(grid(chunks), stored.dtype)
+        self._name, self.stored = name, stored
+
+    def naming(self) -> str:
+        return self._name
+
+    def make(self, index: Index) -> Callable[..., Any]:
+        return OpenChunk(_chunk(self.stored, index, self.grid.regions[index]))
+
+    def collect(self, index: Index, needed: Needed) -> int:
+        """A chunk's checksums are needed, beside no block."""
+        block = (self, index)
+        if block not in needed:
+            needed[block] = SmallTask(len(needed), self.make(index), (CHECKSUMS,)), self.stage
+        return needed[block][0].number
 
 
 class CheckedBlock(Block):
@@ -178,25 +211,12 @@ def _span(region: Region, shape: Sequence[int], itemsize: int) -> tuple[int, int
     return first, sum((stop - 1) * step for (_, stop), step in zip(region, steps, strict=True)) + itemsize
 
 
-def read_scratch(stage: str, arrays: Mapping[str, Any]) -> dict[str, da.Array]:
-    """Return the tensors of a cut as Dask arrays, a chunk a chunk: files are mapped, chunks in a bucket fetched through zarr.
+def read_scratch(stage: str, arrays: Mapping[str, Any]) -> dict[str, BlockArray]:
+    """Return the tensors of a cut as arrays, a chunk a chunk: files are mapped, chunks in a bucket fetched through zarr.
 
     `arrays`: the cut's Zarr arrays by name (pipeline/sinks/scratch.py, remote.py).
     """
-    import dask.array as da
-    from dask._task_spec import Task, TaskRef
-
-    result = {}
-    for name, array in arrays.items():
-        key = f"scratch-{stage}-{name}"
-        lengths = zip(array.chunk_shape, array.shape, strict=True)
-        chunks = tuple(tuple(min(chunk, size - start) for start in range(0, size, chunk)) for chunk, size in lengths)
-        graph = {}
-        for index, region in chunk_regions(chunks):
-            chunk = _chunk(array, index, region)
-            graph[(key, *index)] = Task((key, *index), open_chunk, chunk, TaskRef(CHECKSUMS))
-        result[name] = da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=array.dtype))
-    return result
+    return {name: CutArray(f"scratch-{stage}-{name}", stored) for name, stored in arrays.items()}
 
 
 def _chunk(array: Any, index: tuple[int, ...], region: Region) -> ScratchChunk:
