@@ -159,9 +159,9 @@ def write_group(
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
-    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number of
-    its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of each
-    output that is made, the file that is there when it is whole: then nothing is written to it again. The others are
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number
+    of its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of
+    each output that is made, the file that is there when it is whole: then nothing is written to it again. The others are
     `write_blocks`' own.
     """
     there = [Path(mark).exists() for mark in outputs]

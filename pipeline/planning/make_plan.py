@@ -70,8 +70,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     reasons = {str(name): reason for name, reason in left_out.items()}
     of_gpus = generation_notes(job, chosen)
     kept_notes = source_notes(opened, chosen, tensors)
-    made = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
-    notes = (*opened.notes, *runtime_notes, *made, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
+    of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
+    notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)

@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
 
 Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
-Run = Callable[[Graph], Iterator[Any]]
+Results = Generator[Any, None, None]  # of tasks, as they end; closed, what is left is not waited for
+Run = Callable[[Graph], Results]
 
 
 class Lost(NamedTuple):
@@ -53,7 +54,7 @@ class Session(NamedTuple):
         offered = [worker["resources"] for worker in self.client.scheduler_info()["workers"].values()]
         return any(all(has.get(name, 0) >= amount for name, amount in resources.items()) for has in offered)
 
-    def run_with(self, resources: Mapping[str, float], graph: Graph) -> Iterator[Any]:
+    def run_with(self, resources: Mapping[str, float], graph: Graph) -> Results:
         """Run tasks that each take these resources of a worker, and wait for such a worker; without workers, one at a time."""
         if self.client is None:
             return run_synchronous(graph)
@@ -103,7 +104,7 @@ def _tasks(graph: Graph) -> tuple[dict[Any, Any], frozenset[Any]]:
     return dict(graph), frozenset(graph)
 
 
-def run_synchronous(graph: Graph) -> Iterator[Any]:
+def run_synchronous(graph: Graph) -> Results:
     """One task after another in this thread: the debugger's scheduler.
 
     A plan's graph runs in the order that Dask's threads would take, other tasks, which depend on none, in the order given.
@@ -129,7 +130,7 @@ def run_synchronous(graph: Graph) -> Iterator[Any]:
             yield value
 
 
-def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
+def run_threads(graph: Graph, workers: int) -> Results:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
     from dask.callbacks import Callback
@@ -169,7 +170,7 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
         thread.join()
 
 
-def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
+def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Results:
     """Submit a graph whole, and give results as they end; a build that Dask lost with its workers is `Lost`.
 
     Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.

@@ -27,7 +27,7 @@ def dequantize(parameters: Mapping[str, BlockArray]) -> BlockArray:
     """The float32 weight [out, in] of a module's canonical quantized parameters."""
     if "fp8" in parameters:
         weight = parameters["fp8"]
-        scale = parameters.get("channel_scale", parameters.get("tensor_scale"))
+        scale = parameters["channel_scale" if "channel_scale" in parameters else "tensor_scale"]
         return derive(
             "dequantize", from_float8, {"weight": weight, "scale": scale}, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0]
         )

@@ -74,7 +74,7 @@ class Hqq(PackedFormat):
         if scale.shape[0] != shape[0] or tensors["zero"].shape != scale.shape or math.prod(scale.shape) % codes.shape[0]:
             return [Problem(f"{module}.zero", f"shape {list(tensors['zero'].shape)}", f"{list(scale.shape)}, in whole rows")]
         bits = 8 * codes.shape[0] / math.prod(scale.shape)
-        said = _ints(tensors, "nbits") or [bits]
+        said: list[float] = [*_ints(tensors, "nbits")] or [bits]
         return (
             [] if said[0] == bits else [Problem(f"{module}.W_q", f"{bits:g} bits by its shape", f"{said[0]} bits, as nbits says")]
         )
