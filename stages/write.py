@@ -118,7 +118,7 @@ class Written:
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
-def deliveries(placements: Sequence[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
+def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
     """Return the deliveries of a source's block to one sink.
 
     Parameters
