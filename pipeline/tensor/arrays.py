@@ -27,8 +27,8 @@ T = TypeVar("T", bound=Hashable)
 Key = tuple[Any, ...]  # of a block: its array's name and its chunk index, as Dask has it
 Index = tuple[int, ...]
 Chunks = tuple[tuple[int, ...], ...]
-# A function of blocks that gives a block: mostly a named tuple with `__call__`, which is small, survives pickling, and is no Callable
-# to a type checker.
+# A function of blocks that gives a block: mostly a named tuple with `__call__`, which is small, survives pickling, and is no
+# Callable to a type checker.
 Maker = Any
 
 
