@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
 
 Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
-Run = Callable[[Graph], Iterator[Any]]
+Run = Callable[[Graph], Generator[Any, None, None]]
 
 
 class Lost(NamedTuple):
@@ -102,7 +102,7 @@ def _tasks(graph: Graph) -> tuple[dict[Any, Any], frozenset[Any]]:
     return dict(graph), frozenset(graph)
 
 
-def run_synchronous(graph: Graph) -> Iterator[Any]:
+def run_synchronous(graph: Graph) -> Generator[Any, None, None]:
     """One task after another in this thread: the debugger's scheduler.
 
     A plan's graph runs in the order that Dask's threads would take, other tasks, which depend on none, in the order given.
@@ -128,7 +128,7 @@ def run_synchronous(graph: Graph) -> Iterator[Any]:
             yield value
 
 
-def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
+def run_threads(graph: Graph, workers: int) -> Generator[Any, None, None]:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
     from dask.callbacks import Callback
@@ -168,7 +168,7 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
         thread.join()
 
 
-def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
+def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Generator[Any, None, None]:
     """Submit a graph whole, and give results as they end; a build that Dask lost with its workers is `Lost`.
 
     Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.
