@@ -107,7 +107,7 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
     own: dict[str, Mapping[str, Any]] = {}
     for module, parameters in by_module(tensors).items():
         parameters, scales = cache_scales.divided(parameters)
-        problems += cache_scales.check(module, scales, alone=not parameters)
+        problems += [(module, problem) for problem in cache_scales.check(module, scales, alone=not parameters)]
         packing = format_of(parameters)
         if packing is None:
             continue
