@@ -55,8 +55,7 @@ def overhead(work: Path) -> None:
             planned = plan(model_dir=source, output_dir=work / "none", **sizes)
             ready = time.perf_counter()
             with runner(scheduler, planned.budget.workers) as session:
-                layers: dict[str, Any] = {}
-                groups = [bind(planned, 0, index, (0,), layers) for index in range(planned.tasks)]
+                groups = [bind(planned, 0, index, (0,)) for index in range(planned.tasks)]
                 graph = stage_graph(groups, name=int if session.client else thread_name, run=nothing)
                 tasks = len(graph)
                 done = sum(1 for _ in session.run(graph))

@@ -35,37 +35,62 @@ SHAPES = {
         "vocab_size": 128256,
         "num_hidden_layers": 126,
     },
+    # Qwen3's mixture of experts: 36,945 tensors.
+    "235B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "num_hidden_layers": 94,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
 }
 SHARD_BYTES = 4 << 30
 
 
 def tensors(config: dict) -> list[tuple[str, list[int]]]:
-    """List the names and shapes of a Hugging Face Llama of this configuration, in file order."""
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    """List the names and shapes of a Hugging Face Llama, or Qwen3 with experts, of this configuration, in file order."""
+    hidden, vocab, experts = config["hidden_size"], config["vocab_size"], config.get("num_experts", 0)
+    inner = config["moe_intermediate_size" if experts else "intermediate_size"]
+    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    q, kv = (head * config[f"num_{name}_heads"] for name in ("attention", "key_value"))
     rows = [("model.embed_tokens.weight", [vocab, hidden])]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
+        rows.append((prefix + "input_layernorm.weight", [hidden]))
+        for mlp in [f"mlp.experts.{expert}." for expert in range(experts)] or ["mlp."]:
+            rows += [
+                (f"{prefix}{mlp}down_proj.weight", [hidden, inner]),
+                (f"{prefix}{mlp}gate_proj.weight", [inner, hidden]),
+                (f"{prefix}{mlp}up_proj.weight", [inner, hidden]),
+            ]
+        if experts:
+            rows += [
+                (prefix + "mlp.gate.weight", [experts, hidden]),
+                (prefix + "self_attn.k_norm.weight", [head]),
+                (prefix + "self_attn.q_norm.weight", [head]),
+            ]
         rows += [
-            (prefix + "input_layernorm.weight", [hidden]),
-            (prefix + "mlp.down_proj.weight", [hidden, inner]),
-            (prefix + "mlp.gate_proj.weight", [inner, hidden]),
-            (prefix + "mlp.up_proj.weight", [inner, hidden]),
             (prefix + "post_attention_layernorm.weight", [hidden]),
             (prefix + "self_attn.k_proj.weight", [kv, hidden]),
-            (prefix + "self_attn.o_proj.weight", [hidden, hidden]),
-            (prefix + "self_attn.q_proj.weight", [hidden, hidden]),
+            (prefix + "self_attn.o_proj.weight", [hidden, q]),
+            (prefix + "self_attn.q_proj.weight", [q, hidden]),
             (prefix + "self_attn.v_proj.weight", [kv, hidden]),
         ]
     return [*rows, ("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
 
 
-def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False, noise: bytes = b"") -> int:
+def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False, noise: bytes = b"", **sizes: int) -> int:
     """Write a sharded bf16 checkpoint, and return the bytes of its tensors. Sparse files read as zeros and take no disk space.
 
-    `noise` is repeated as the tensors' bytes; by default random bytes, some of which are infinite or NaN as bf16.
+    `noise` is repeated as the tensors' bytes; by default random bytes, some of which are infinite or NaN as bf16. `sizes` stand in
+    for those of the shape.
     """
-    config = dict(SHAPES[shape])
+    config: dict = {**SHAPES[shape], **sizes}
     if layers:
         config["num_hidden_layers"] = layers
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,6 +115,13 @@ def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = 
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
         "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "attention_bias": False,
     }  # fmt: skip
+    if config.get("num_experts"):
+        extra |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+        }
     (directory / "config.json").write_text(json.dumps(config | extra))
     return total
 

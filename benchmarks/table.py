@@ -1,7 +1,8 @@
 """Measure the README's table in one run: `make bench`, or `python -m benchmarks.table`.
 
 Whole commands, start-up included, run in alternating pairs with `cp -r` of the bytes that they write, each after a sync. Also
-measured: peak memory, scheduling alone, several targets from one read, cuts, and verifying against `cat` of the files it reads.
+measured: planning a mixture of experts, peak memory, scheduling alone, several targets from one read, cuts, and verifying against
+`cat` of the files it reads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import convert
+from benchmarks import convert, planning
 from benchmarks.measure import Run, machine, run
 from benchmarks.models import make, make_packed, weights
 
@@ -171,13 +172,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="of the dense rows; a third of it for the others")
     parser.add_argument("--layers", type=int, default=5, help="of the 8B-shaped model: 5 make 4.3 GB")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
-    parts = ("overhead", "memory", "dense", "scratch", "proved", "quantized", "targets")
+    parts = ("planning", "overhead", "memory", "dense", "scratch", "proved", "quantized", "targets")
     parser.add_argument("--only", choices=parts, nargs="+", default=list(parts))
     arguments = parser.parse_args()
     work, count = arguments.work.absolute(), arguments.pairs
     work.mkdir(parents=True, exist_ok=True)
     print(machine())
-    for name, part in (("overhead", convert.overhead), ("memory", convert.memory)):
+    for name, part in (("planning", planning.planning), ("overhead", convert.overhead), ("memory", convert.memory)):
         if name in arguments.only:
             part(work)
     source = work / "8B"

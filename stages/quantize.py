@@ -17,6 +17,7 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, WEIGHT_ONLY, Quantization
 from pipeline.model.tables import Module, Slot
+from pipeline.tensor.arrays import BlockArray, shared
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import Parameter, TensorMap, plain
@@ -25,20 +26,19 @@ from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
 from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from stages.shard import Sharding
 
 CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 BLOCK_ROWS = 8192  # out-features of a block of packed work
 PACK_TOGETHER = {FP8: fp8.pack_tensor, NVFP4: nvfp4.pack}  # the parts of a fused module have a scale in common
+Packed = dict[str, tuple[BlockArray, Parameter]]  # a module's own parameters in the target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An array on its way to the ranks: the slot that it belongs to and the parameter that it is there."""
 
-    array: da.Array
+    array: BlockArray
     slot: Slot
     parameter: Parameter
 
@@ -100,7 +100,7 @@ def quantize(
     target = _Target(sharding, quantization, dtype, origin)
     modules = by_module(tensors)
     entries: dict[TensorName, Entry] = {}
-    fused: dict[str, dict[str, tuple[Slot, Mapping[str, da.Array]]]] = defaultdict(dict)
+    fused: dict[str, dict[str, tuple[Slot, Mapping[str, BlockArray]]]] = defaultdict(dict)
     layers = sharding.model.num_hidden_layers
     for name, parameters in modules.items():
         if parameters.keys() == {"kv_scale"}:
@@ -121,11 +121,11 @@ def quantize(
     return entries | _stacks(fused.values(), target) | _constants(modules, target)
 
 
-def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[da.Array, Parameter]]) -> dict[TensorName, Entry]:
-    return {TensorName(name, key): Entry(array, slot, parameter) for key, (array, parameter) in packed.items()}
+def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[BlockArray, Parameter]]) -> dict[TensorName, Entry]:
+    return {TensorName(name, key): Entry(array, slot, shared(parameter)) for key, (array, parameter) in packed.items()}
 
 
-def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
     """A module as it is; a quantized one as numbers, of the type that the module has in a target."""
     kept = {
         name: (array, plain(name, matrix=bool(slot.module.in_))) for name, array in parameters.items() if name in ("weight", "bias")
@@ -136,7 +136,7 @@ def _dense(slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> d
     return kept
 
 
-def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _Target) -> dict[str, tuple[da.Array, Parameter]]:
+def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
     quantization, module = target.quantization, slot.module
     bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
     if quantization.algorithm == AWQ:
@@ -161,27 +161,29 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, da.Array], target: _
 
 
 def _fused(
-    whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, da.Array]]], pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]]
+    whole: str,
+    parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]],
+    pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]],
 ) -> dict[TensorName, Entry]:
     """FP8 or NVFP4 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, shared = pack([parts[name][1] for name in named])
+    weights, common = pack([parts[name][1] for name in named])
     if slot.expert is not None:
-        del shared["activation_scaling_factor"]  # one for all of the stack
+        del common["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
         entries |= _entries(name, own, packed)
         if "bias" in parameters:
             entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
-    return entries | _entries(whole, Slot(slot.module, None, slot.layer, slot.expert), shared)
+    return entries | _entries(whole, Slot(slot.module, None, slot.layer, slot.expert), common)
 
 
-def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, da.Array]]]], target: _Target) -> dict[TensorName, Entry]:
+def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]], target: _Target) -> dict[TensorName, Entry]:
     """The scales of activations of stacks of experts in FP8: one on each rank, for all experts that it has."""
-    stacks: dict[tuple[str, int], dict[int, list[da.Array]]] = defaultdict(dict)
+    stacks: dict[tuple[str, int], dict[int, list[BlockArray]]] = defaultdict(dict)
     for parts in fused:
         for slot, parameters in parts.values():
             if slot.expert is not None and slot.layer is not None:
@@ -194,7 +196,7 @@ def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, da.Array]]]], 
     return entries
 
 
-def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -> dict[TensorName, Entry]:
+def _constants(modules: Mapping[str, Mapping[str, BlockArray]], target: _Target) -> dict[TensorName, Entry]:
     """The small arrays that no linear owns: the clamps of activations in FP8 by row, and the scale of an FP8 cache."""
     quantization, sharding = target.quantization, target.sharding
     entries: dict[TensorName, Entry] = {}
@@ -217,7 +219,7 @@ def _constants(modules: Mapping[str, Mapping[str, da.Array]], target: _Target) -
     return entries
 
 
-def _cache_scale(modules: Mapping[str, Mapping[str, da.Array]], attention: str) -> da.Array | None:
+def _cache_scale(modules: Mapping[str, Mapping[str, BlockArray]], attention: str) -> BlockArray | None:
     """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without."""
     if "kv_scale" in modules.get(attention, {}):
         return modules[attention]["kv_scale"]
@@ -227,18 +229,18 @@ def _cache_scale(modules: Mapping[str, Mapping[str, da.Array]], attention: str) 
     return fp8.largest(scales) if len(scales) == 2 else None
 
 
-def _constant(name: TensorName, layer: int, array: da.Array) -> tuple[TensorName, Entry]:
+def _constant(name: TensorName, layer: int, array: BlockArray) -> tuple[TensorName, Entry]:
     """A small array that every rank of the layer's stage holds whole, under a module that the layout does not list."""
     owner = name.module.replace(f"layers.{layer}.", "layers.{layer}.")
     size = Parameter(axes=(("one", plain("tensor_scale").axes[0][1] * array.size),))
     return name, Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
 
 
-def _weight(parameters: Mapping[str, da.Array]) -> da.Array:
+def _weight(parameters: Mapping[str, BlockArray]) -> BlockArray:
     return parameters["weight"] if "weight" in parameters else numbers.dequantize(parameters)
 
 
-def _cast(array: da.Array, dtype: np.dtype) -> da.Array:
+def _cast(array: BlockArray, dtype: np.dtype) -> BlockArray:
     if array.dtype == dtype:
         return array
     return derive("cast", groupwise.cast, {"values": array}, shape=array.shape, dtype=dtype, rows=array.chunks[0], to=dtype)
@@ -262,7 +264,7 @@ def unfit(
     return [Problem(names[0], f"{misfit}{more[misfit]}", expected, remedy) for misfit, names in misfits.items()]
 
 
-def _misfit(slot: Slot, parameters: Mapping[str, da.Array], quantization: Quantization, sharding: Sharding) -> str:
+def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quantization, sharding: Sharding) -> str:
     """How a module's weights differ from the kind that the target keeps; "" where they do not."""
     codes = next((name for name in CODES if name in parameters), "")
     if quantization.algorithm == FP8_ROWWISE and not codes:
@@ -352,10 +354,13 @@ def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
 def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorName], object]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
     kinds: dict[tuple[str, int | None, str], dict[str, TensorName]] = defaultdict(dict)
+    written: dict[tuple[int, np.dtype], str] = {}  # once for each parameter that entries share
     for name, entry in entries.items():
         if entry.slot.module.in_layer:
-            known = entry.parameter
-            kind = str((known.axes, known.header, known.dtype, entry.array.dtype))
+            known, dtype = entry.parameter, entry.array.dtype
+            kind = written.get((id(known), dtype))
+            if kind is None:
+                kind = written[id(known), dtype] = str((known.axes, known.header, known.dtype, dtype))
             kinds[entry.slot.module.name, entry.slot.layer, name.parameter].setdefault(kind, name)
     expected = "all parts of a fused module alike"
     return [

@@ -6,14 +6,12 @@ an inverse.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,18 +20,16 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
 from pipeline.model.tables import Family, Layout, RenameRow, Slot, slot_names
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
+from pipeline.tensor.rows import take_rows
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
-
-if TYPE_CHECKING:
-    import dask.array as da
-
 
 CODES = ("codes4", "codes8", "fp8", "fp4")  # what stands in the place of a weight after unpacking
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Renamed:
     """Where a tensor comes from: its source tensor and the table's row that this follows.
 
@@ -73,8 +69,8 @@ class Matches:
 
     def origin(self, name: TensorName) -> TensorName:
         """The source tensor that a tensor comes from; for an unpacked one, a packed parameter of its module."""
-        if name in self.origins:
-            return self.origins[name]
+        if name in self.ties:
+            return self.ties[name]
         renamed = self.find(name)
         return renamed.source if renamed else name
 
@@ -83,19 +79,19 @@ class Matches:
         if name in self.ties:
             return tensor_bytes(sources[self.ties[name]])
         exact = [self.names[name]] if name in self.names else []
-        packed = [renamed for renamed in self._modules.get(name.module, []) if renamed.source.parameter != "bias"]
+        packed = [renamed for renamed in self._modules.get(name.module, ()) if renamed.source.parameter != "bias"]
         origins = packed if name.parameter in ("weight", *CODES) else exact
-        return sum(int(tensor_bytes(sources[renamed.source]) * renamed.share) for renamed in origins)
+        return sum(_share(tensor_bytes(sources[renamed.source]), renamed) for renamed in origins)
 
     def find(self, name: TensorName) -> Renamed | None:
         """Where a tensor comes from; for an unpacked one, where the packed parameters of its module do. None for a tie."""
         return self.names.get(name) or next(iter(self._modules.get(name.module, ())), None)
 
     @cached_property
-    def _modules(self) -> Mapping[str, list[Renamed]]:
-        modules: dict[str, list[Renamed]] = defaultdict(list)
+    def _modules(self) -> Mapping[str, tuple[Renamed, ...]]:
+        modules: dict[str, tuple[Renamed, ...]] = {}
         for name, renamed in self.names.items():
-            modules[name.module].append(renamed)
+            modules[name.module] = (*modules.get(name.module, ()), renamed)
         return modules
 
 
@@ -159,7 +155,7 @@ def match(
 
 def rename(tensors: TensorMap, matches: Matches, model: ModelConfig) -> TensorMap:
     """The tensors under their new names, those with an operation mapped through it, ties as second names of one array."""
-    result: dict[TensorName, da.Array] = {}
+    result: dict[TensorName, BlockArray] = {}
     for name, renamed in matches.names.items():
         array, row = tensors[renamed.source], renamed.row
         if renamed.rows:
@@ -196,7 +192,7 @@ def _parts(source: TensorName, row: RenameRow, slots: Sequence[Slot], axis: int,
     return parts
 
 
-def _rows(array: da.Array, renamed: Renamed) -> da.Array:
+def _rows(array: BlockArray, renamed: Renamed) -> BlockArray:
     """The rows of an array that are a part's own: slices of its blocks, one after the other.
 
     Packed rows are counted in words, and scales of tiles in tiles. A single scale is every part's.
@@ -204,9 +200,12 @@ def _rows(array: da.Array, renamed: Renamed) -> da.Array:
     packed = units(array.shape, renamed)
     if not packed:
         return array
-    before = (slice(None),) * renamed.axis
-    parts = [array[(*before, slice(*(int(n * packed) for n in rows)))] for rows in renamed.rows]
-    return parts[0] if len(parts) == 1 else _joined(parts, renamed.axis)
+    return take_rows(array, [(int(start * packed), int(stop * packed)) for start, stop in renamed.rows], renamed.axis)
+
+
+def _share(nbytes: int, renamed: Renamed) -> int:
+    """The part of a source's bytes that is a tensor's, of a source that is mostly one tensor."""
+    return int(nbytes * renamed.share) if renamed.rows else nbytes
 
 
 def units(shape: Sequence[int], renamed: Renamed) -> Fraction | None:
@@ -219,25 +218,6 @@ def units(shape: Sequence[int], renamed: Renamed) -> Fraction | None:
     each = Fraction(shape[renamed.axis], renamed.total)
     apart = all((bound * each).denominator == 1 for rows in renamed.rows for bound in rows)
     return each if apart else Fraction(0)
-
-
-def _joined(parts: Sequence[da.Array], axis: int) -> da.Array:
-    """da.concatenate with a block's task as `lower` takes it, and without its copies."""
-    import dask.array as da
-    from dask._task_spec import Alias
-    from dask.highlevelgraph import HighLevelGraph
-
-    name = f"join-{parts[0].name}"
-    graph, first = {}, 0
-    for part in parts:
-        for index in np.ndindex(*part.numblocks):
-            key = (name, *index[:axis], first + index[axis], *index[axis + 1 :])
-            graph[key] = Alias(key, (part.name, *index))
-        first += part.numblocks[axis]
-    lengths = tuple(length for part in parts for length in part.chunks[axis])
-    chunks = (*parts[0].chunks[:axis], lengths, *parts[0].chunks[axis + 1 :])
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=parts)
-    return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=parts[0].dtype))
 
 
 def operate(block: Block, operation: str, period: int) -> Block:

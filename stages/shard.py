@@ -17,7 +17,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism, Rank
 from pipeline.model.tables import FusedPart, Layout, Module, Slot
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.placement import Interval, Placement, RankTensor, Region
+from pipeline.tensor.placement import Interval, Placement, Placements, RankTensor, Region, moved
 from pipeline.tensor.tensors import Parameter, plain
 
 ONE = Fraction(1)
@@ -51,8 +51,11 @@ class Sharding:
 
     def shape(self, slot: Slot, parameter: Parameter) -> tuple[int, ...]:
         """The shape that the source of `slot` must have, by the model's configuration: [out, in] for a weight, [out] for a bias."""
-        sizes = {"out": slot.out, "in": slot.module.in_, "group": slot.module.in_, "expert": "num_experts", "one": "1"}
-        return tuple(int(self.model.dimension(sizes[axis]) * unit) for axis, unit in axes(slot, parameter))
+        key = _kind(slot, parameter)
+        if key not in self._shapes:
+            sizes = {"out": slot.out, "in": slot.module.in_, "group": slot.module.in_, "expert": "num_experts", "one": "1"}
+            self._shapes[key] = tuple(int(self.model.dimension(sizes[axis]) * unit) for axis, unit in axes(slot, parameter))
+        return self._shapes[key]
 
     def ranks(self, slot: Slot) -> Iterator[tuple[Rank, str]]:
         """The ranks that hold a slot's module, and its name there: layers count from 0 on every pipeline stage."""
@@ -78,7 +81,35 @@ class Sharding:
         return {layer: (stage, layer - own.start) for stage, own in enumerate(layers) for layer in own}
 
     @cached_property
+    def _shapes(self) -> dict[Any, tuple[int, ...]]:
+        return {}
+
+    @cached_property
+    def _fronts(self) -> dict[int, tuple[tuple[int, Region], ...]]:
+        return {}
+
+    def held(self, slot: Slot) -> Iterator[tuple[Rank, str, Region]]:
+        """The ranks that hold a slot's source, its module's name there, and, in front, an expert's place in its stack.
+
+        Which ranks of a stage hold an expert is the same in every layer and module of experts, and worked out once.
+        """
+        if slot.expert is None or slot.layer is None:
+            yield from ((rank, name, ()) for rank, name in self.ranks(slot))
+            return
+        stage, layer = self._stages[slot.layer]
+        name, first = slot.module.name.replace("{layer}", str(layer)), stage * self.parallelism.tp_size
+        if slot.expert not in self._fronts:
+            cuts = [(n, self.cut("expert", slot, rank)) for n, rank in enumerate(self._ranks[: self.parallelism.tp_size])]
+            self._fronts[slot.expert] = tuple((n, (cut.target,)) for n, cut in cuts if cut is not None)
+        yield from ((self._ranks[first + n], name, front) for n, front in self._fronts[slot.expert])
+
+    @cached_property
     def _places(self) -> dict[Any, tuple[tuple[Region | None, Region], ...]]:
+        return {}
+
+    @cached_property
+    def moved(self) -> dict[Any, int]:
+        """The elements that the placements of a kind of parameter move, once they were counted."""
         return {}
 
     def places(self, slot: Slot, parameter: Parameter, rank: Rank) -> tuple[tuple[Region | None, Region], ...]:
@@ -86,7 +117,7 @@ class Sharding:
 
         It is the same in every layer, for every expert and on every pipeline stage, and computed once for all.
         """
-        key = (slot.module.name, slot.part.name if slot.part else "", slot.stacked, parameter, rank.tp)
+        key = (*_kind(slot, parameter), rank.tp)
         if key not in self._places:
             self._places[key] = tuple(_places(slot, parameter, rank, self))
         return self._places[key]
@@ -165,18 +196,36 @@ def dense(slot: Slot, parameter: str) -> Parameter:
 
 def shard(name: TensorName, slot: Slot, parameter: Parameter, sharding: Sharding) -> tuple[Placement, ...]:
     """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
-    placements: list[Placement] = []
-    for rank, target in sharding.ranks(slot):
-        front: Region = ()
-        if slot.expert is not None:
-            place = sharding.cut("expert", slot, rank)
-            if place is None:
-                continue
-            front = (place.target,)
-        tensor = f"{target}.{name.parameter}"
-        for source, to in sharding.places(slot, parameter, rank):
-            placements.append(Placement(rank.index, tensor, source, (*front, *to)))
-    return tuple(placements)
+    return tuple(ShardPlacements(name, slot, parameter, sharding))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlacements(Placements):
+    """The placements of one renamed tensor, the `parameter` of its slot, on all ranks of a target, in the order of the ranks."""
+
+    name: TensorName
+    slot: Slot
+    parameter: Parameter
+    sharding: Sharding
+
+    def __iter__(self) -> Iterator[Placement]:
+        for rank, target, front in self.sharding.held(self.slot):
+            tensor = f"{target}.{self.name.parameter}"
+            for source, to in self.sharding.places(self.slot, self.parameter, rank):
+                yield Placement(rank.index, tensor, source, (*front, *to))
+
+    @property
+    def elements(self) -> int:
+        """Those of the same parameter in any other layer or expert, so that they are counted once for all."""
+        key = _kind(self.slot, self.parameter)
+        if key not in self.sharding.moved:
+            self.sharding.moved[key] = moved(self)
+        return self.sharding.moved[key]
+
+
+def _kind(slot: Slot, parameter: Parameter) -> tuple[Any, ...]:
+    """All that a parameter has in common with that of other layers and experts."""
+    return slot.module.name, slot.part.name if slot.part else "", slot.stacked, parameter
 
 
 def _places(slot: Slot, parameter: Parameter, rank: Rank, sharding: Sharding) -> Iterator[tuple[Region | None, Region]]:

@@ -46,15 +46,28 @@ def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
     return next((each for each in formats() if each.accepts(parameters)), None)
 
 
+class _Formats:
+    """The format of modules one after another: modules of equal names, shapes and types of parameters are of one format."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], PackedFormat | None] = {}
+
+    def of(self, parameters: Mapping[str, Any]) -> PackedFormat | None:
+        key = tuple((name, tuple(each.shape), each.dtype) for name, each in parameters.items())
+        if key not in self._known:
+            self._known[key] = format_of(parameters)
+        return self._known[key]
+
+
 def unpack(tensors: TensorMap, settings: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] = NO_SETTINGS) -> TensorMap:
     """Turn every packed module into canonical parameters (`AXES` in pipeline/tensor/tensors.py).
 
     `settings`: what the quantizer says; `own`: what it says of single modules, by their names here.
     """
-    result = {}
+    result, known = {}, _Formats()
     for module, parameters in by_module(tensors).items():
         rest, scales = cache_scales.divided(parameters)
-        packing = format_of(rest)
+        packing = known.of(rest)
         unpacked = packing.unpack(rest, own.get(module, settings)) if packing else rest
         for parameter, array in {**unpacked, **cache_scales.unpack(scales, settings)}.items():
             result[TensorName(module, parameter)] = array
@@ -103,12 +116,12 @@ def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any])
 
     Where one thing is wrong in many modules, one problem stands for all.
     """
-    formats_, ordered, problems = dict[str, str](), list[str](), list[tuple[str, Problem]]()
+    formats_, ordered, problems, known = dict[str, str](), list[str](), list[tuple[str, Problem]](), _Formats()
     own: dict[str, Mapping[str, Any]] = {}
     for module, parameters in by_module(tensors).items():
         parameters, scales = cache_scales.divided(parameters)
         problems += [(module, problem) for problem in cache_scales.check(module, scales, alone=not parameters)]
-        packing = format_of(parameters)
+        packing = known.of(parameters)
         if packing is None:
             continue
         formats_[module] = packing.name

@@ -10,7 +10,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.chunk_files import open_chunk_file
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
+from pipeline.tensor.settling import settling
 from pipeline.tensor.tensors import Block
 
 _local = threading.local()
@@ -116,7 +118,7 @@ class Written:
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
-def deliveries(placements: Sequence[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
+def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
     """Return the deliveries of a source's block to one sink.
 
     Parameters
@@ -149,19 +151,27 @@ def write_group(
     number: int,
     work: Sequence[BlockWrite],
     opened: StageOfGroup,
-    keys: Sequence[Sequence[Any]],
+    numbers: Sequence[Sequence[int]],
     *inputs: Any,
     synchronize: bool = False,
     pool: str = "",
+    outputs: Sequence[str] = (),
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
-    `opened`: the blocks that are made here, as chunks of scratch are opened. `keys[i]`: for each sink of `work[i]`, the key of its
-    block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The
-    others are `write_blocks`' own.
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number
+    of its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of
+    each output that is made, the file that is there when it is whole: then nothing is written to it again. The others are
+    `write_blocks`' own.
     """
+    there = [Path(mark).exists() for mark in outputs]
+    if there and all(there):
+        return Written(number, work[-1].name, 0, 0, {}, (), ())
+    if any(there) and not any(to.chunk for item in work for sink in item.deliveries for to in sink):
+        kept = [tuple(() if done else to for done, to in zip(there, item.deliveries, strict=True)) for item in work]
+        work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[key] for key in each] for each in keys], synchronize, pool)
+    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool)
 
 
 def write_blocks(
@@ -196,14 +206,15 @@ def write_blocks(
     checksums: list[Checksum] = []
     with collect() as metrics, ExitStack() as stack:
         files: dict[str, int] = {}
-        for item, versions in zip(work, blocks, strict=True):
-            hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
-            for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
-                # Sinks that take the same block share one reading of each piece.
-                values: dict[int, np.ndarray] = {}
-                for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
-                    written += _write_piece(block, piece, values, sink, digests, files, stack, pool)
-            checksums += _checksums(item, versions, hashes)
+        with settling():
+            for item, versions in zip(work, blocks, strict=True):
+                hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
+                for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
+                    # Sinks that take the same block share one reading of each piece.
+                    values: dict[int, np.ndarray] = {}
+                    for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
+                        written += _write_piece(block, piece, values, sink, digests, files, stack, pool)
+                checksums += _checksums(item, versions, hashes)
         if synchronize:
             for descriptor in files.values():
                 os.fdatasync(descriptor)

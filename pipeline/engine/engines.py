@@ -1,63 +1,69 @@
-"""The engines of a job, built as Dask tasks that take a worker's resource `GPU`.
+"""The engines of a job: their steps in the graph of a run, and what is done about the outcomes.
 
 `trtllm-build` makes all ranks of a checkpoint in one call, one task; through Python each rank is a task. Tasks return plain values;
-this module acts on them: it names the directory, tries again, or refuses.
+this module acts on them: it names the directory, or says why there is no engine.
 """
 
 from __future__ import annotations
 
 import shlex
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dask._task_spec import Task
 
 from pipeline.engine.check import check_checkpoint, checksums
-from pipeline.engine.inputs import builder_of, engine_directory, option_table
-from pipeline.engine.log import BuildLog
-from pipeline.engine.messages import no_builder, no_engine
+from pipeline.engine.inputs import engine_directory
+from pipeline.engine.log import BuildLog, Tail
+from pipeline.engine.messages import lost_builder, no_builder, no_engine, no_worker
 from pipeline.engine.output import EngineDirectory
 from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, Problem, WriteFailed
-from pipeline.planning.builder_options import command_words
+from pipeline.planning.build_steps import GPU, BuildStep, build_steps, builder_of, option_table
+from pipeline.planning.dask_graph import stage_graph
 from pipeline.planning.engine_options import EngineRequest
 from pipeline.run.execute import Built
-from pipeline.run.schedulers import Session
-from stages.build import Builder, BuilderCall, BuilderOutcome, BuilderProbe, probe, run
+from pipeline.run.schedulers import Lost, Session
+from stages.build import BuilderOutcome
+from stages.build.builders import Builder, BuilderProbe, probe
 
-GPU: Mapping[str, float] = {"GPU": 1}  # the resources of a worker that a task takes
+WAIT_SECONDS = 10.0  # for a worker with a GPU when all is converted: one that was lost may come back
 
 
 @dataclass
 class _Engine:
-    """An engine under construction: its builder's calls by name, and their outcomes. `attempts`: begun so far."""
+    """An engine under construction: its steps, and what became of them. `failure`: why there is none, once it has ended."""
 
     request: EngineRequest
     place: EngineDirectory
-    token: Path = Path()
-    command: tuple[str, ...] = ()
-    calls: dict[str, BuilderCall] = field(default_factory=dict)
+    token: Path
+    steps: tuple[BuildStep, ...]
     outcomes: list[BuilderOutcome] = field(default_factory=list)
-    seconds: float = 0.0
-    attempts: int = 0
+    lost: str = ""
+    failure: HeadraceError | None = None
 
 
 class Engines:
-    """The engines of a job: checked before anything is written, and built once their checkpoints are complete."""
+    """The engines of a job: checked before anything is written, and built each when its checkpoint is complete."""
 
     def __init__(self, requests: Sequence[EngineRequest], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
         self.requests, self.log, self.scheduler, self.overwrite = requests, log, scheduler, overwrite
         self.elsewhere = "://" in scheduler
         self._probes: dict[Builder, BuilderProbe] = {}
+        self._engines: list[_Engine] = []
+        self._results: dict[Path, Built] = {}
+        self._tail: Tail | None = None
+        self._dashboard = ""
 
     def prepare(self, session: Session | None = None, wait: bool = True) -> None:
         """Find the builder, and check each request as the builder would.
 
         `session`: the cluster to find it on, where workers are on other machines. `wait`: until a worker with a GPU is there;
-        otherwise, where there is none yet, the builder's own checks are left for later. Raises BadInput for wrong options and
+        otherwise, where there is none yet, the builder's own checks are left to it. Raises BadInput for wrong options and
         directories, and EngineFailed where there is no builder.
         """
         problems: list[Problem] = []
@@ -75,138 +81,172 @@ class Engines:
 
     def complete(self, request: EngineRequest) -> bool:
         """Whether a prepared request's engine is there already and is not to be replaced."""
-        return not self._replaces(request) and engine_directory(request, self._probes[builder_of(request)]).complete
+        return not self._replaces(request) and self._place(request).complete
 
-    def build(self, session: Session) -> tuple[Built, ...]:
-        """Build the engines that are not up to date.
+    def begin(self, stack: ExitStack, session: Session, outputs: Mapping[Path, int]) -> tuple[BuildStep, ...]:
+        """Begin the engines that are not up to date, and return their steps in the graph of the run.
 
-        Raises what `build_engine` raises; the engines that could be built are there then.
+        `stack`: on its exit nothing is left of engines that are not whole. `outputs`: the numbers of the targets that the run makes
+        whole, by their directories. Raises what `build_engine` raises.
         """
-        results: dict[Path, Built] = {}
-        try:
-            self.prepare(session)
-            problems = [problem for request in self.requests for problem in check_checkpoint(request.checkpoint)]
-            if problems:
-                raise BadInput(problems)
-            done = [request for request in self.requests if self.complete(request)]
-            results |= {request.engine: Built(request.engine, up_to_date=True) for request in done}
-            missing = [request for request in self.requests if request not in done]
-            engines = [_Engine(each, engine_directory(each, self._probes[builder_of(each)])) for each in missing]
-            self._build(engines, session, results)
-        except KeyboardInterrupt:
-            left = [str(request.engine) for request in self.requests if request.engine not in results]
-            raise Interrupted(f"interrupted; nothing is left of {', '.join(left)}: run the same command again") from None
-        except TimeoutError as error:
-            text = f"a builder of an earlier run is still at work and has {error} open: end it, and run the same command again"
-            raise EngineFailed(text) from None
-        except (OSError, WriteFailed) as error:
-            raise EngineFailed(f"the engine could not be built: {error}") from error
-        return tuple(results[request.engine] for request in self.requests)
-
-    def _build(self, engines: list[_Engine], session: Session, results: dict[Path, Built]) -> None:
-        failures: list[HeadraceError] = []
-        with ExitStack() as stack:
-            for engine in engines:
-                engine.token = stack.enter_context(engine.place.begun())
-            waiting = engines
-            while waiting:
-                for engine in waiting:
-                    self._call(engine)
-                    self.log.building(engine.place.directory, engine.command, session.dashboard)
-                self._announce(session)
-                waiting = [each for each in self._attempt(waiting, session) if not self._ended(each, results, failures)]
-        if failures:
-            raise failures[0] if len(failures) == 1 else EngineFailed("\n".join(map(str, failures)))
-
-    def _attempt(self, engines: list[_Engine], session: Session) -> Iterator[_Engine]:
-        """Run the builders, and yield each engine when its last task has ended."""
-        by_name = {name: engine for engine in engines for name in engine.calls}
-        logs = [call.log for engine in engines for call in engine.calls.values()]
-        with self.log.following(logs) as tail:
-            calls = [call for engine in engines for call in engine.calls.values()]
-            for outcome in session.run_with(GPU, _graph("build", run, {call.name: call for call in calls})):
-                engine = by_name[outcome.name]
-                engine.outcomes.append(outcome)
-                if outcome.code:
-                    engine.token.unlink(missing_ok=True)  # stops the builders of the other ranks, which are of no use
-                if len(engine.outcomes) == len(engine.calls):
-                    tail.flush()
-                    yield engine
-
-    def _call(self, engine: _Engine) -> None:
-        """Prepare the engine's next attempt: a call of the builder for each task, and an empty directory."""
-        request, place = engine.request, engine.place
-        probed = self._probes[builder_of(request)]
-        words = [*request.container(place.partial), request.own.trtllm_build] if request.own.container else [*probed.words]
-        words += ["--checkpoint_dir", str(request.checkpoint), "--output_dir", str(place.partial)]
-        words += command_words(request.arguments(option_table(probed)))
-        ranks: list[int | None] = list(range(place.ranks)) if probed.kind == "python" else [None]
-        engine.attempts += 1
-        engine.command, engine.outcomes, engine.calls = tuple(words), [], {}
-        place.clear(engine.token, place.journal)
-        engine.token.touch()
-        for rank in ranks:
+        whole = [request for request in self.requests if request.checkpoint not in outputs]
+        problems = [problem for request in whole for problem in check_checkpoint(request.checkpoint)]
+        if problems:
+            raise BadInput(problems)
+        for request in self.requests:
+            if self.complete(request):
+                self._results[request.engine] = Built(request.engine, up_to_date=True)
+                continue
+            place, probed = self._place(request), self._probes.get(builder_of(request))
+            token = stack.enter_context(self._begun(place))
             # A cluster may still know the tasks of an earlier run, so no name is used twice.
-            name = f"{place.directory.name}{'' if rank is None else f' rank {rank}'} {uuid.uuid4().hex[:8]}"
-            own = () if rank is None else ("--rank", str(rank))
-            engine.calls[name] = BuilderCall(name, (*words, *own), place.partial, place.log(rank), engine.token, self.elsewhere)
+            name, kept = f" {uuid.uuid4().hex[:8]}", (place.journal,)
+            number = outputs.get(request.checkpoint)
+            steps = build_steps(request, number, place.ranks, name=name, probed=probed, token=token, kept=kept, sync=self.elsewhere)
+            self._engines.append(_Engine(request, place, token, steps))
+        logs = {step.call.log: engine.place.directory for engine in self._engines for step in engine.steps}
+        self._tail = stack.enter_context(self.log.following(logs))
+        self._dashboard = session.dashboard
+        return tuple(step for engine in self._engines for step in engine.steps)
 
-    def _ended(self, engine: _Engine, results: dict[Path, Built], failures: list[HeadraceError]) -> bool:
-        """Finish or fail an engine whose calls have ended, or leave it for another attempt; returns whether it was the last."""
-        request, place = engine.request, engine.place
-        engine.seconds += sum(outcome.seconds for outcome in engine.outcomes)
-        failed = [outcome for outcome in engine.outcomes if outcome.code and not outcome.stopped]
-        missing = place.missing()
-        refused = [outcome.refused for outcome in failed if outcome.refused]
-        if refused:
-            failures.append(BadInput([Problem(f"{place.directory}: {engine.command[0]}", refused[0], "options that it takes")]))
-        elif (failed or missing) and engine.attempts <= request.own.retries:
-            self.log.again(place.directory, engine.attempts + 1, request.own.retries + 1)
-            return False
-        elif failed or missing:
-            command = shlex.join(request.command())
-            text = no_engine(place, engine.command[0], engine.outcomes, missing, engine.attempts, command)
-            failures.append(EngineFailed(text))
-        else:
-            nbytes = place.finish(engine.token, self._facts(engine))
-            self.log.built(place.directory, engine.seconds, nbytes)
-            results[request.engine] = Built(request.engine, engine.seconds, nbytes, engine.attempts)
+    def whole(self, output: int | None) -> None:
+        """Note that an output is whole, so that its engine is begun; None for the checkpoints that have been whole before."""
+        for engine in self._engines:
+            if engine.steps[0].output == output:
+                call = engine.steps[0].call
+                self.log.building(engine.place.directory, call.command(call.probed), self._dashboard)
+
+    def ended(self, result: BuilderOutcome | Lost) -> bool:
+        """Take in the result of a step, finish or fail an engine of which all have ended; returns whether it has failed."""
+        engine = next(each for each in self._engines if any(step.call.name == result.name for step in each.steps))
+        if isinstance(result, Lost):
+            engine.lost, result = result.why, BuilderOutcome(result.name, result.code)
+        engine.outcomes.append(result)
+        if result.code:
+            engine.token.unlink(missing_ok=True)  # stops the builders of the other ranks, which are of no use
+        if len(engine.outcomes) == len(engine.steps):
+            if self._tail:
+                self._tail.flush()
+            try:
+                self._end(engine)
+            except OSError as error:
+                engine.failure = EngineFailed(f"{engine.place.directory}: the engine could not be built: {error}")
+        return engine.failure is not None
+
+    def buildable(self, session: Session) -> bool:
+        """Whether there is a worker for what is left, when all is converted; waits a little for one."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        if not self._unbuilt() or session.offers(GPU):
+            return True
+        self.log.waiting("GPU", self.scheduler)
+        while not session.offers(GPU):
+            if time.monotonic() > deadline:
+                for engine in self._unbuilt():
+                    engine.failure = EngineFailed(no_worker(engine.place.directory, self.scheduler))
+                return False
+            time.sleep(0.2)
         return True
 
-    def _facts(self, engine: _Engine) -> dict[str, Any]:
+    def halt(self) -> None:
+        """Stop the builders that are at work."""
+        for engine in self._engines:
+            engine.token.unlink(missing_ok=True)
+
+    def left(self) -> str:
+        """The engines that are not there yet, for messages."""
+        return ", ".join(str(request.engine) for request in self.requests if request.engine not in self._results)
+
+    def built(self) -> tuple[Built, ...]:
+        """Return the engines. Raises EngineFailed, or BadInput for an option that the builder refused, where one is not there."""
+        failures = [engine.failure for engine in self._engines if engine.failure]
+        if failures:
+            raise failures[0] if len(failures) == 1 else EngineFailed("\n".join(map(str, failures)))
+        return tuple(self._results[request.engine] for request in self.requests)
+
+    def build(self, session: Session) -> tuple[Built, ...]:
+        """Build the engines of checkpoints that are whole. Raises what `build_engine` does; those that could be built are there."""
+        try:
+            self.prepare(session)
+            with ExitStack() as stack:
+                steps = self.begin(stack, session, {})
+                self.whole(None)
+                graph = stage_graph((), builds=steps, halt=self.halt, in_turn=session.client is None)
+                for result in session.run(graph):
+                    self.ended(result)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; nothing is left of {self.left()}: run the same command again") from None
+        return self.built()
+
+    @contextmanager
+    def _begun(self, place: EngineDirectory) -> Iterator[Path]:
+        """The token of an engine's directory under construction."""
+        with ExitStack() as stack:
+            try:
+                token = stack.enter_context(place.begun())
+            except TimeoutError as error:
+                text = f"a builder of an earlier run is still at work and has {error} open: end it, and run the same command again"
+                raise EngineFailed(text) from None
+            except (OSError, WriteFailed) as error:
+                raise EngineFailed(f"the engine could not be built: {error}") from error
+            yield token
+
+    def _unbuilt(self) -> list[_Engine]:
+        return [engine for engine in self._engines if len(engine.outcomes) < len(engine.steps)]
+
+    def _end(self, engine: _Engine) -> None:
+        """Finish or fail an engine whose steps have ended."""
+        request, outcomes = engine.request, engine.outcomes
+        failed = [outcome for outcome in outcomes if outcome.code and not outcome.stopped]
+        absent = engine.place.missing()
+        refused = [outcome for outcome in failed if outcome.refused]
+        without = [outcome for outcome in failed if outcome.probed.trouble]
+        command, attempts = shlex.join(request.command()), max(outcome.attempts for outcome in outcomes)
+        program = engine.steps[0].call.command(outcomes[0].probed)[0]
+        if engine.lost:
+            engine.failure = EngineFailed(lost_builder(engine.place, engine.lost))
+        elif refused:
+            problem = Problem(f"{engine.place.directory}: {program}", refused[0].refused, "options that it takes")
+            engine.failure = BadInput([problem])
+        elif without:
+            engine.failure = EngineFailed(no_builder(without[0].probed, [command]))
+        elif failed or absent:
+            engine.failure = EngineFailed(no_engine(engine.place, program, outcomes, absent, attempts, command))
+        else:
+            seconds = sum(outcome.seconds for outcome in outcomes)
+            version = outcomes[0].probed.version  # asked on the machine that built, where it was not known before
+            place = replace(engine.place, inputs={**engine.place.inputs, "version": version})
+            nbytes = place.finish(engine.token, self._facts(engine, seconds, attempts))
+            self.log.built(place.directory, seconds, nbytes)
+            self._results[request.engine] = Built(request.engine, seconds, nbytes, attempts)
+
+    def _facts(self, engine: _Engine, seconds: float, attempts: int) -> dict[str, Any]:
         """The facts of a build that headrace.json records beside its inputs."""
         checkpoint = engine.request.checkpoint
         return {
             "checkpoint": {"path": str(checkpoint), "xxh3": checksums(checkpoint)},
-            "command": list(engine.command),
+            "command": list(engine.steps[0].call.command(engine.outcomes[0].probed)),
             "built_by": engine.place.built_version(),
             "hosts": sorted({outcome.host for outcome in engine.outcomes}),
-            "seconds": round(engine.seconds, 3),
-            "attempts": engine.attempts,
+            "seconds": round(seconds, 3),
+            "attempts": attempts,
         }
 
-    def _announce(self, session: Session) -> None:
-        """Log that the build waits for a worker, where none has a GPU."""
-        if not session.offers(GPU):
-            self.log.waiting("GPU", self.scheduler)
+    def _place(self, request: EngineRequest) -> EngineDirectory:
+        return engine_directory(request, self._probes.get(builder_of(request), BuilderProbe()))
 
     def _probe(self, request: EngineRequest, session: Session | None, wait: bool) -> BuilderProbe:
         """The builder of the machine that will build; on a cluster, that of a worker with a GPU."""
         builder = builder_of(request)
         if builder not in self._probes and self.elsewhere and session:
-            if not wait and not session.offers(GPU):
-                return BuilderProbe()
-            self._announce(session)
-            (self._probes[builder],) = session.run_with(GPU, _graph("probe", probe, {uuid.uuid4().hex[:8]: builder}))
+            if not session.offers(GPU):
+                if not wait:
+                    return BuilderProbe()
+                self.log.waiting("GPU", self.scheduler)
+            key = ("probe", uuid.uuid4().hex)
+            (self._probes[builder],) = session.run_with(GPU, {key: Task(key, probe, builder)})
         elif builder not in self._probes:
             self._probes[builder] = probe(builder)
         return self._probes[builder]
 
     def _replaces(self, request: EngineRequest) -> bool:
         return self.overwrite or request.own.overwrite
-
-
-def _graph(prefix: str, function: Any, arguments: Mapping[str, Any]) -> Any:
-    """A Dask graph with a task for each argument; `arguments`: by the task's name."""
-    keys = {name: (prefix, name, number) for number, name in enumerate(arguments)}
-    return {keys[name]: Task(keys[name], function, argument) for name, argument in arguments.items()}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pipeline.engine.check import identity, world_size
 from pipeline.engine.output import EngineDirectory
-from pipeline.planning.builder_options import OptionTable, known_options, parse_help
+from pipeline.planning.builder_options import known_options
 from pipeline.planning.engine_options import EngineRequest
-from stages.build import Builder, BuilderProbe
+from stages.build.builders import BuilderProbe
 
 
 def engine_directory(request: EngineRequest, probed: BuilderProbe) -> EngineDirectory:
@@ -26,16 +26,6 @@ def engine_directory(request: EngineRequest, probed: BuilderProbe) -> EngineDire
         "version": probed.version,
     }
     return EngineDirectory(request.engine, request.ranks or world_size(request.checkpoint), inputs)
-
-
-def builder_of(request: EngineRequest) -> Builder:
-    """The builder that a request asks for."""
-    return Builder(request.own.builder, request.own.trtllm_build, request.own.container)
-
-
-def option_table(probed: BuilderProbe) -> OptionTable:
-    """The options that a builder's --help lists; those of TensorRT-LLM 1.2.1 where it was not asked."""
-    return parse_help(probed.help) or known_options()
 
 
 def _is_path(name: str) -> bool:

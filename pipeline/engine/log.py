@@ -7,22 +7,30 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.watching.progress import LogFormat
 from pipeline.watching.units import human_bytes
+from stages.build import ATTEMPT
 
 POLL_SECONDS = 0.1  # between two looks at a log
+
+_ATTEMPT = re.compile(rf"{re.escape(ATTEMPT)}(\d+) of (\d+)")
 
 
 class BuildLog:
     """Writes what happens to engines, to standard error unless another stream is given."""
 
     def __init__(self, quiet: bool = False, log_format: LogFormat = "text", stream: IO[str] | None = None) -> None:
-        self.quiet, self.as_json, self.stream = quiet, log_format == "json", stream or sys.stderr
+        self.quiet, self.as_json, self._stream = quiet, log_format == "json", stream
         self._lock = threading.Lock()
+
+    @property
+    def stream(self) -> IO[str]:
+        """Where lines go; a progress bar of a conversion that goes on meanwhile takes standard error's place."""
+        return self._stream or sys.stderr
 
     def say(self, event: str, text: str, **values: Any) -> None:
         """Write one line: `text`, or the event and its `values` as JSON."""
@@ -52,9 +60,17 @@ class BuildLog:
         text = f"built {engine} in {seconds:.1f} s, {human_bytes(nbytes)}"
         self.say("built", text, engine=str(engine), seconds=round(seconds, 3), bytes=nbytes)
 
-    def following(self, logs: Sequence[Path]) -> Tail:
-        """Report each line that is added to the logs, from now until the `with` block ends."""
-        return Tail(logs, lambda path, line: self.say("builder", line, log=str(path), line=line))
+    def following(self, logs: Mapping[Path, Path]) -> Tail:
+        """Report each line that is added to the logs of engines, from now until the `with` block ends."""
+
+        def said(path: Path, line: str) -> None:
+            another = _ATTEMPT.fullmatch(line)
+            if another:
+                self.again(logs[path], int(another[1]), int(another[2]))
+            else:
+                self.say("builder", line, log=str(path), line=line)
+
+        return Tail(tuple(logs), said)
 
 
 class Tail:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.engine.output import EngineDirectory
 
 if TYPE_CHECKING:
-    from stages.build import BuilderOutcome, BuilderProbe
+    from stages.build import BuilderOutcome
+    from stages.build.builders import BuilderProbe
 
 INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
 
@@ -18,6 +20,24 @@ def no_builder(probed: BuilderProbe, commands: Sequence[str]) -> str:
     ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
     lines = "".join(f"\n  {command}" for command in commands)
     return f"no engine can be built on {probed.host}: {probed.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
+
+
+def no_worker(engine: Path, scheduler: str) -> str:
+    """Explain that all is converted, but that nobody offers to build."""
+    return (
+        f"{engine}: found no worker with the resource GPU at {scheduler}; expected one, as a build takes GPU=1. The checkpoint is "
+        f"whole. Where trtllm-build is, start\n  dask worker {scheduler} --nthreads 1 --resources GPU=1\n"
+        "and run the same command again: it does the build alone"
+    )
+
+
+def lost_builder(place: EngineDirectory, why: str) -> str:
+    """Explain that Dask gave a build up, as the workers that did it were lost one after another."""
+    logs = ", ".join(str(log) for log in place.logs if log.exists()) or "none was written"
+    return (
+        f"{place.directory}: found that the workers which built it were lost ({why}); expected one that goes on to the end. The "
+        f"checkpoint is whole: look at the workers' memory, and run the same command again: it does the build alone\nLog: {logs}"
+    )
 
 
 def no_engine(

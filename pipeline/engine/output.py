@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.planning.build_steps import engine_files, log_of
+from pipeline.planning.engine_options import partial_of
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output_checks import existing
+from stages.build import clear, missing
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
@@ -45,7 +48,7 @@ class EngineDirectory:
     @property
     def partial(self) -> Path:
         """The directory under construction."""
-        return self.directory.with_name(self.directory.name + ".partial")
+        return partial_of(self.directory)
 
     @property
     def journal(self) -> Path:
@@ -57,14 +60,10 @@ class EngineDirectory:
         """The place of the former directory while the new one takes its name."""
         return self.directory.with_name(self.directory.name + ".replaced")
 
-    def log(self, rank: int | None = None) -> Path:
-        """The log of the builder of all ranks, or of one rank's."""
-        return self.directory.with_name(f"{self.directory.name}{'' if rank is None else f'.rank{rank}'}.log")
-
     @property
     def logs(self) -> list[Path]:
         """The paths of all logs that a build may write."""
-        return [self.log(), *(self.log(rank) for rank in range(self.ranks))]
+        return [log_of(self.directory, rank) for rank in (None, *range(self.ranks))]
 
     @property
     def complete(self) -> bool:
@@ -118,7 +117,7 @@ class EngineDirectory:
         taken = self.partial.stat().st_ino
         token = self.partial / f".token-{uuid.uuid4().hex}"
         try:
-            self.clear(journal.path)  # a builder of an earlier run on another machine stops without its token
+            clear(self.partial, (journal.path,))  # a builder of an earlier run on another machine stops without its token
             self.await_builders()
             for log in self.logs:
                 log.unlink(missing_ok=True)
@@ -135,16 +134,6 @@ class EngineDirectory:
                 journal.remove()
                 shutil.rmtree(self.partial, ignore_errors=True)
             journal.close()
-
-    def clear(self, *kept: Path) -> None:
-        """Empty the directory under construction, but for some files."""
-        for path in self.partial.iterdir():
-            if path in kept:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
     def await_builders(self) -> None:
         """Wait until no builder has a log open. Raises TimeoutError naming the log where a builder does not end in STOP_SECONDS."""
@@ -167,8 +156,7 @@ class EngineDirectory:
 
     def missing(self) -> list[str]:
         """The files of a complete engine that are missing or empty in the directory under construction."""
-        names = [CONFIG, *(f"rank{rank}.engine" for rank in range(self.ranks))]
-        return [name for name in names if not (path := self.partial / name).is_file() or not path.stat().st_size]
+        return missing(self.partial, engine_files(range(self.ranks)))
 
     def finish(self, token: Path, facts: Mapping[str, Any]) -> int:
         """Write headrace.json and give the directory under construction its name; returns the bytes of its files.

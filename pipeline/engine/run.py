@@ -15,7 +15,7 @@ from pipeline.run.execute import Built, Result, execute, open_session
 from pipeline.run.schedulers import runner
 from pipeline.watching.listener import Listener
 from pipeline.watching.state import RunWatch
-from stages.build import gpus
+from stages.build.builders import gpus
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
@@ -67,7 +67,7 @@ def convert_and_build(
     started: float | None = None,
     watch: RunWatch | None = None,
 ) -> Result:
-    """Convert, then build each target's engine, in one session of the scheduler.
+    """Convert, and build each target's engine when its checkpoint is whole, in one graph.
 
     `started`: when the command began, by time.perf_counter(). `watch`: what the run is shown by. Raises what `execute` and
     `build_engine` raise.
@@ -81,8 +81,7 @@ def convert_and_build(
     watch = watch or RunWatch()
     with open_session(plan, watch, _local_resources()) as session:
         engines.prepare(session, wait=False)
-        result = execute(plan, listener, started=started, session=session, watch=watch)
-        return replace(result, engines=engines.build(session))
+        return execute(plan, listener, started=started, session=session, watch=watch, builds=engines)
 
 
 def _local_resources() -> Mapping[str, float]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)([0-9]+)(?=\.|$)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 T = TypeVar("T")
@@ -20,12 +20,12 @@ class PatternTable(Generic[T]):
 
     def find(self, name: str) -> tuple[T, dict[str, int]] | None:
         """Return the row whose pattern matches `name`, and the numbers at its placeholders by their names; None where none does."""
-        match = self._rows.get(_NUMBER.sub("{}", name))
+        parts = _NUMBER.split(name)  # texts and, between them, numbers
+        match, numbers = self._rows.get("{}".join(parts[::2])), parts[1::2]
         if match is None:
             return None
         names, row = match
-        numbers = _NUMBER.findall(name)
         # A name that itself holds "{}" has fewer numbers than the pattern has placeholders.
-        if len(names) != len(numbers) or max(map(len, numbers), default=0) > 9:
+        if len(names) != len(numbers) or any(len(number) > 9 for number in numbers):
             return None
         return row, dict(zip(names, map(int, numbers), strict=True))

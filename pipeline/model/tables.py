@@ -196,7 +196,7 @@ class Module:
         return self.dtype or dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """The place of a renamed source module in the target.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.planning.phases import Phased
-from pipeline.tensor.blocks import StageOfGroup, collect
+from pipeline.tensor.arrays import Maker, Needed, SmallTask
+from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
 from pipeline.tensor.placement import size
-from stages.read import open_block
-from stages.read.scratch_chunks import ScratchChunk
+from stages.read import OpenBlock
+from stages.read.scratch_chunks import OpenChunk, ScratchChunk
 from stages.rope import RopeBuffer
 from stages.write import BlockWrite, deliveries
 
@@ -40,7 +41,7 @@ class BoundGroup:
     opened
         The chunks of scratch that its last task opens itself.
     blocks
-        For each of `work`, the keys of its block as each sink takes it.
+        For each of `work`, the numbers of its block as each sink takes it.
     reads, writes
         The names of the chunks of scratch that it reads and writes.
     """
@@ -51,7 +52,7 @@ class BoundGroup:
     stages: tuple[tuple[str, StageOfGroup], ...]
     opened: StageOfGroup
     work: tuple[BlockWrite, ...]
-    blocks: tuple[tuple[Any, ...], ...]
+    blocks: tuple[tuple[int, ...], ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     is_last: bool
@@ -59,7 +60,7 @@ class BoundGroup:
     inputs: Inputs = field(default_factory=lambda: Inputs({}, {}))
 
 
-def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]) -> BoundGroup:
+def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> BoundGroup:
     """Bind a group to its sinks: the small tasks of its blocks by stage, and where its bytes go.
 
     Parameters
@@ -68,16 +69,13 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], laye
         The group's position in its phase.
     sinks
         The numbers of the phase's sinks that are to be written.
-    layers
-        The small tasks of arrays' layers that were looked up before: a cache for the groups of a plan.
     """
     phase = plan.phases[phase_number]
     work = []
     for store, chunk in phase.groups[index]:
-        bound = tuple(deliveries(store.placements[sink], store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
+        bound = tuple(deliveries(store.placed(sink), store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
-    blocks = block_keys(plan, phase_number, index, sinks)
-    stages, opened, openers, inputs = stages_of_group(plan, phase_number, index, sinks, layers)
+    stages, opened, openers, inputs, blocks = stages_of_group(plan, phase_number, index, sinks)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
         plan.first_group(phase_number) + index,
@@ -95,100 +93,84 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int], laye
     )
 
 
-def block_keys(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
-    """For each block of a group, the keys of its small tasks as each sink takes it."""
-    group = plan.phases[phase_number].groups[index]
-    return tuple(tuple((store.arrays[sink].name, *chunk) for sink in sinks) for store, chunk in group)
-
-
 def stages_of_group(
-    plan: Phased, phase_number: int, index: int, sinks: Sequence[int], layers: dict[str, Mapping[Any, Any]]
-) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs]:
-    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, and what it reads.
+    plan: Phased, phase_number: int, index: int, sinks: Sequence[int]
+) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str], Inputs, tuple[tuple[int, ...], ...]]:
+    """The stages that a group passes, what its last task opens itself, which stage opens each chunk of scratch, what it reads, and
+    the numbers of its blocks as each sink takes them.
 
     Arguments are those of `bind`. A chunk that the last task opens has the stage "".
     """
     phase = plan.phases[phase_number]
-    keys = block_keys(plan, phase_number, index, sinks)
-    needed: dict[Any, Any] = {}
-    for (store, _), each in zip(phase.groups[index], keys, strict=True):
-        for key, sink in zip(each, sinks, strict=True):
-            collect(key, store.arrays[sink], layers, needed)
-    return (*_by_stage(needed, plan.stage_of, phase.passes, {key for each in keys for key in each}), _inputs(needed))
+    needed: Needed = {}
+    blocks = tuple([tuple([store.arrays[n].collect(chunk, needed) for n in sinks]) for store, chunk in phase.groups[index]])
+    stages = _by_stage(needed, phase.passes, {number for each in blocks for number in each})
+    return (*stages, _inputs((block, task.make) for block, (task, _) in needed.items()), blocks)
 
 
-def _inputs(needed: Mapping[Any, Any]) -> Inputs:
-    """List what some small tasks read: a task that opens a block of the source, or a chunk, says of which tensor and region."""
-    from dask._task_spec import Task
-
+def _inputs(made: Iterable[tuple[Any, Maker]]) -> Inputs:
+    """List what the making of some blocks reads: what opens a block of the source, or a chunk, says of which tensor and region."""
     source: dict[Any, int] = {}
     scratch: dict[str, int] = {}
-    for key, task in needed.items():
-        if not isinstance(task, Task):  # a second name of another's block
-            continue
-        if task.func is open_block:
-            tensor, region = task.args
-            if isinstance(tensor, RopeBuffer):  # computed, not read
-                continue
-            source[key] = size(region) * tensor.dtype.itemsize
-        elif isinstance(task.args[0], ScratchChunk):
-            chunk = task.args[0]
+    for key, make in made:
+        if isinstance(make, OpenBlock):
+            tensor, region = make
+            if not isinstance(tensor, RopeBuffer):  # which is computed, not read
+                source[key] = size(region) * tensor.dtype.itemsize
+        elif isinstance(make, OpenChunk):
+            chunk = make.chunk
             scratch[chunk.name] = size(chunk.region) * chunk.tensor.dtype.itemsize
     return Inputs(source, scratch)
 
 
 def all_inputs(plan: Phased) -> Inputs:
     """List what all groups of a plan read."""
-    layers: dict[str, Mapping[Any, Any]] = {}
-    source: dict[Any, int] = {}
-    scratch: dict[str, int] = {}
-    for number, phase in enumerate(plan.phases):
-        for index in range(len(phase.groups)):
-            inputs = stages_of_group(plan, number, index, range(len(phase.sinks)), layers)[-1]
-            source |= inputs.source
-            scratch |= inputs.scratch
-    return Inputs(source, scratch)
+    found: dict[Any, Maker] = {}
+    seen: set[Any] = set()
+    for phase in plan.phases:
+        for store, chunk in (block for group in phase.groups for block in group):
+            for array in store.arrays:
+                array.sources(chunk, found, seen)
+    return _inputs(found.items())
 
 
 def _by_stage(
-    needed: Mapping[Any, Any], stage_of: Mapping[str, str], passes: Sequence[str], wanted: Collection[Any]
+    needed: Needed, passes: Sequence[str], wanted: Collection[int]
 ) -> tuple[tuple[tuple[str, StageOfGroup], ...], StageOfGroup, dict[str, str]]:
     """A group's small tasks by stage, what each stage passes on, and which stage opens each chunk of scratch.
 
     `wanted`: the blocks that are written in the end.
     """
-    tasks: dict[str, list[tuple[Any, Any]]] = {stage: [] for stage in STAGES}
-    chunks = {}
-    for key, task in needed.items():
-        stage = stage_of[key[0]]
+    tasks: dict[str, list[SmallTask]] = {stage: [] for stage in STAGES}
+    chunks: dict[int, SmallTask] = {}
+    for task, stage in needed.values():
         if stage == "scratch":
-            chunks[key] = task
+            chunks[task.number] = task
         else:
-            tasks[stage].append((key, task))
+            tasks[stage].append(task)
     passed = [stage for stage in STAGES if tasks[stage] or stage in passes]
     # A chunk of scratch is opened by the first stage that needs it, or by the task that writes.
     opened_by = dict.fromkeys(chunks, "")
     for stage in reversed(passed):
-        opened_by |= {key: stage for _, task in tasks[stage] for key in task.dependencies if key in chunks}
+        opened_by |= {number: stage for task in tasks[stage] for number in task.needs if number in chunks}
     result: list[tuple[str, StageOfGroup]] = []
     later = set(wanted)
     for stage in reversed(passed):
-        own = (*((key, chunks[key]) for key, opener in opened_by.items() if opener == stage), *tasks[stage])
-        made = {key for key, _ in own}
-        before = {key for _, task in own for key in task.dependencies if key in needed} - made
-        result.append((stage, StageOfGroup(own, tuple(sorted(later, key=str)))))
+        own = (*(chunks[number] for number, opener in opened_by.items() if opener == stage), *tasks[stage])
+        made = {task.number for task in own}
+        before = {number for task in own for number in task.needs if number != CHECKSUMS} - made
+        result.append((stage, StageOfGroup(own, tuple(sorted(later)))))
         later = (later - made) | before
-    opened = tuple((key, chunks[key]) for key, opener in opened_by.items() if not opener)
-    openers = {_chunk(chunks[key]).name: opener for key, opener in opened_by.items()}
+    opened = tuple(chunks[number] for number, opener in opened_by.items() if not opener)
+    openers = {_chunk(chunks[number]).name: opener for number, opener in opened_by.items()}
     # What the last task opens itself, no stage passes on.
-    own_keys = {key for key, _ in opened}
+    by_last = {task.number for task in opened}
     stages = [
-        (stage, StageOfGroup(each.tasks, tuple(k for k in each.keep if k not in own_keys))) for stage, each in reversed(result)
+        (stage, StageOfGroup(each.tasks, tuple(n for n in each.keep if n not in by_last))) for stage, each in reversed(result)
     ]
-    return tuple(stages), StageOfGroup(opened, tuple(sorted(wanted, key=str))), openers
+    return tuple(stages), StageOfGroup(opened, tuple(sorted(wanted))), openers
 
 
-def _chunk(task: Any) -> ScratchChunk:
-    chunk = task.args[0]
-    assert isinstance(chunk, ScratchChunk)
-    return chunk
+def _chunk(task: SmallTask) -> ScratchChunk:
+    assert isinstance(task.make, OpenChunk)
+    return task.make.chunk

@@ -14,6 +14,7 @@ from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
 from pipeline.planning.nvidia_flags import check_expected
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
@@ -23,8 +24,6 @@ from stages.rename import units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from pipeline.model.quantization import Quantization
     from pipeline.planning.opening import OpenedSource
     from stages.rename import Matches, Renamed
@@ -157,11 +156,13 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     return problems
 
 
-def _measured(slot: Slot, parameter: str, array: da.Array | None, sharding: Sharding) -> Parameter:
+def _measured(slot: Slot, parameter: str, array: BlockArray | None, sharding: Sharding) -> Parameter:
     """A parameter with the group size that its array shows, where it has groups."""
     known = plain(parameter, matrix=bool(slot.module.in_))
-    units = {"in": Fraction(1, 2)} if parameter in ("codes4", "fp4") else {}
     axes = [axis for axis, _ in known.axes]
+    if parameter not in ("codes4", "fp4") and "group" not in axes:
+        return known
+    units = {"in": Fraction(1, 2)} if parameter in ("codes4", "fp4") else {}
     if "group" in axes and array is not None:
         units = {"group": Fraction(array.shape[axes.index("group") - len(axes)], sharding.model.dimension(slot.module.in_))}
     return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))

@@ -108,7 +108,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         problems.append(
             Problem(f"--group_size {options.group_size}", f"groups of {group_size} in the source", "that size, or no option")
         )
-    problems += no_generation(algorithm, options.sm)
+    problems += no_generation(algorithm, options.sm, kept=not numbers and not options.requantize)
     if options.use_meta_fp8_rowwise_recipe and algorithm != FP8_ROWWISE:
         problems.append(Problem("--use_meta_fp8_rowwise_recipe", f"{algorithm or 'no quantization'}", f"{FP8_ROWWISE}"))
     if algorithm and options.dtype == "float32":

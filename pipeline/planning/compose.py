@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import of_numpy
@@ -14,26 +14,27 @@ from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
 from pipeline.planning.job import Shape, TargetOptions
 from pipeline.planning.opening import OpenedSource
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.placement import Placement, RankTensor
+from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placements, RankTensor
 from pipeline.tensor.tensors import LazyTensor, TensorMap
 from stages import rope
 from stages.cast import cast
 from stages.quantize import Entry, quantize
 from stages.read import read
 from stages.rename import rename
-from stages.shard import Sharding, rank_tensors, shard
+from stages.shard import Sharding, ShardPlacements, rank_tensors
 from stages.unpack import unpack
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 ROW_MULTIPLE = 64  # rows: chunks of a matrix are cut at multiples of it, and of a head
 
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """The outcome of the stages for one target: its arrays, where their regions go, and the ranks' tensors."""
+    """The outcome of the stages for one target: its arrays, where their regions go, and the ranks' tensors.
+
+    `fixed`: the placements of arrays that are no entries, as rotary buffers are.
+    """
 
     options: TargetOptions
     sharding: Sharding
@@ -41,8 +42,15 @@ class TargetTensors:
     dtype: str
     entries: Mapping[TensorName, Entry]
     arrays: TensorMap
-    placements: Mapping[TensorName, tuple[Placement, ...]]
+    fixed: Mapping[TensorName, Placements]
     ranks: tuple[RankTensor, ...]
+
+    def placements(self, name: TensorName) -> Placements:
+        """Where the regions of an array go: nowhere, where the target has none of that name."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return self.fixed.get(name, NOWHERE)
+        return ShardPlacements(name, entry.slot, entry.parameter, self.sharding)
 
 
 def choose_all(
@@ -54,17 +62,19 @@ def choose_all(
     return tuple(quantization for quantization, _ in chosen), tuple(problems)
 
 
-def mark(stage_of: dict[str, str], stage: str, arrays: Iterable[da.Array]) -> None:
-    """Note which stage made the layers of arrays that no earlier stage has made."""
+def mark(made: Counter[str], stage: str, arrays: Iterable[BlockArray]) -> None:
+    """Note which stage made the arrays that no earlier stage has made, and what these are made of. `made` counts them."""
     for array in arrays:
-        for layer in array.dask.layers:
-            stage_of.setdefault(layer, stage)
+        if not array.stage:
+            array.stage = stage
+            made[stage] += 1
+            mark(made, stage, array.inputs)
 
 
-def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict[str, str]) -> TensorMap:
+def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, made: Counter[str]) -> TensorMap:
     """read, rename and unpack, with the cuts that the job asks for: canonical parameters under TensorRT-LLM's names.
 
-    `chunk_bytes`: the most that a chunk holds of its tensor. `stage_of` is told which stage made which layer of the arrays.
+    `chunk_bytes`: the most that a chunk holds of its tensor. The arrays know their stages then; `made` counts these.
     """
     row_multiple = math.lcm(ROW_MULTIPLE, opened.model.head_size)
     stages: dict[str, Callable[[TensorMap], TensorMap]] = {
@@ -73,11 +83,11 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, stage_of: dict
         "unpack": lambda tensors: unpacked(opened, tensors),
     }
     tensors: TensorMap = {}
-    for stage, made in stages.items():
-        tensors = made(tensors)
-        mark(stage_of, stage, tensors.values())
+    for stage, apply in stages.items():
+        tensors = apply(tensors)
+        mark(made, stage, tensors.values())
         tensors = cuts.cut(stage, tensors)
-        mark(stage_of, "scratch", tensors.values())
+        mark(made, "scratch", tensors.values())
     return tensors
 
 
@@ -100,24 +110,25 @@ def compose_target(
     tensors: TensorMap,
     opened: OpenedSource,
     block_bytes: int,
-    stage_of: dict[str, str],
+    made: Counter[str],
 ) -> TargetTensors:
-    """cast, quantize and shard the canonical tensors for one target. `stage_of` is told which stage made which layer."""
+    """cast, quantize and shard the canonical tensors for one target. `made` counts the arrays that each stage made."""
     dtype = target_dtype(options, opened)
     tensors = cast(tensors, sharding.layout, dtype)
-    mark(stage_of, "cast", tensors.values())
+    mark(made, "cast", tensors.values())
     entries = quantize(tensors, sharding, quantization, dtype, opened.matches.origin)
     arrays = {name: entry.array for name, entry in entries.items()}
-    mark(stage_of, "quantize", arrays.values())
-    placements = {name: shard(name, entry.slot, entry.parameter, sharding) for name, entry in entries.items()}
+    mark(made, "quantize", arrays.values())
+    fixed: dict[TensorName, Placements] = {}
     ranks = tuple(_rank_tensors(entries, sharding))
     if options.write_rope_buffers:
         buffers = rope.rope_buffers(sharding.model)
         arrays |= read(buffers, block_bytes, 1)
-        mark(stage_of, "read", arrays.values())
-        placements |= {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
+        mark(made, "read", arrays.values())
+        places = {name: rope.placements(name, tensor, sharding.parallelism) for name, tensor in buffers.items()}
+        fixed |= {name: FixedPlacements(each) for name, each in places.items()}
         ranks += rope.rank_tensors(buffers, sharding.parallelism)
-    return TargetTensors(options, sharding, quantization, dtype, entries, arrays, placements, ranks)
+    return TargetTensors(options, sharding, quantization, dtype, entries, arrays, fixed, ranks)
 
 
 def _rank_tensors(entries: Mapping[TensorName, Entry], sharding: Sharding) -> Iterator[RankTensor]:

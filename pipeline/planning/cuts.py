@@ -14,18 +14,17 @@ from pipeline.planning.memory import scratch_window
 from pipeline.planning.phases import Phase, Store, group_blocks
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName, split_name
-from pipeline.tensor.placement import Placement, RankTensor, whole
+from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placement, RankTensor, whole
 from pipeline.tensor.tensors import Source, TensorMap
 
 if TYPE_CHECKING:
-    import dask.array as da
-
     from stages.rename import Matches
 
 Group = ScratchGroup | RemoteGroup
 ALWAYS = ("read", "rename")  # the stages that every group passes, whether or not they do anything there
-ReadBack = Callable[[str, Mapping[str, Any]], Mapping[str, "da.Array"]]
+ReadBack = Callable[[str, Mapping[str, Any]], Mapping[str, BlockArray]]
 
 
 class Cuts:
@@ -66,15 +65,15 @@ class Cuts:
         if stage not in self.stages:
             return tensors
         # Names that share an array (ties) are stored once and share what is read back.
-        first: dict[str, TensorName] = {}
+        first: dict[BlockArray, TensorName] = {}
         for name, array in tensors.items():
-            first.setdefault(array.name, name)
+            first.setdefault(array, name)
         shapes = {(0, str(name)): (tensors[name].shape, tensors[name].chunksize, tensors[name].dtype) for name in first.values()}
         group = self._group(stage, shapes)
         stores = tuple(self._store(name, tensors) for name in first.values())
         self._add(stage, stores, (group,), before=stage)
         back = self.read_back(stage, {name: array for (_, name), array in group.arrays.items()})
-        return {name: back[str(first[array.name])] for name, array in tensors.items()}
+        return {name: back[str(first[array])] for name, array in tensors.items()}
 
     def cut_ranks(
         self, stores: tuple[Store, ...], ranks: Sequence[Sequence[RankTensor]], dtypes: Mapping[str, np.dtype]
@@ -94,8 +93,8 @@ class Cuts:
             back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
             for rank, name in group.arrays:
                 array = back[f"rank{rank}/{name}"]
-                placement = Placement(rank, name, whole(array.shape), whole(array.shape))
-                placements = tuple((placement,) if other == number else () for other in range(len(ranks)))
+                place = FixedPlacements((Placement(rank, name, whole(array.shape), whole(array.shape)),))
+                placements = tuple(place if other == number else NOWHERE for other in range(len(ranks)))
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
         self._add("shard", stores, tuple(groups), before="shard")
         return tuple(again)
@@ -147,7 +146,8 @@ class Cuts:
         array = tensors[name]
         nbytes = int(array.nbytes) if self.phases else self.matches.source_bytes(name, self.source.named)
         region = whole(array.shape)
-        return Store(str(name), (array,), ((Placement(0, str(name), region, region),),), max(array.dtype.itemsize, 4), 1, nbytes)
+        placements = FixedPlacements((Placement(0, str(name), region, region),))
+        return Store(name, (array,), (placements,), max(array.dtype.itemsize, 4), 1, nbytes)
 
     def passes(self, before: str = "write") -> tuple[str, ...]:
         """The stages that every group passes since the last cut, up to the cut after the stage `before`, or the writing."""

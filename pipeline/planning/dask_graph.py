@@ -2,10 +2,11 @@
 
 The stages' arrays are made of small tasks, one a block. A node of this graph is a stage of a *group* of blocks (some hundred MB of
 neighbouring bytes of the source), keyed (stage, number of the group), so that Dask's own pages show the stages: `read`, `rename`,
-`unpack`, `cast`, `quantize`, then `scratch` or `write`, and `finish` for each output. A group has a task for each stage that it
-passes. Only `scratch` and `write` move bytes: the values of the others are blocks that nothing has read.
+`unpack`, `cast`, `quantize`, then `scratch` or `write`, `finish` for each output, and `build` for each engine. A group has a task
+for each stage that it passes. Only `scratch` and `write` move bytes: the values of the others are blocks that nothing has read.
 
-A task that opens chunks of scratch depends on the tasks that write these, so that there are no phases to wait for.
+A task that opens chunks of scratch depends on the tasks that write these, so that there are no phases to wait for. `finish` depends
+on the tasks that write to its output, and `build` on the `finish` of its checkpoint alone.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.planning.bind import STAGES, BoundGroup, bind
+from pipeline.planning.build_steps import GPU, BuildStep
 from pipeline.planning.phases import Phased
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.metering import stage_bytes
+from stages.build import build
 from stages.write import write_group
 
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
 
-RESULTS = ("scratch", "write", "finish")  # the stages whose tasks give results, and not blocks
+RESULTS = ("scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
 Key = tuple[str, Any]
 
 
@@ -49,12 +52,21 @@ class Finish:
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+def no_builds() -> None:
+    """Halt no builds: there are none."""
+
+
 @dataclass(frozen=True)
 class StageGraph:
-    """A graph that is run. `layers`: the tasks by stage. `places`: how far the groups are through their phases, by number."""
+    """A graph that is run.
+
+    `layers`: the tasks by stage. `places`: how far the groups are through their phases, by number. `halt`: ends builds that are at
+    work, for whoever will not wait for them.
+    """
 
     layers: Mapping[str, Mapping[Key, Any]]
     places: Mapping[Any, tuple[float, int]] = field(repr=False)
+    halt: Callable[[], None] = field(default=no_builds, repr=False)
 
     def __len__(self) -> int:
         return sum(map(len, self.layers.values()))
@@ -72,14 +84,19 @@ class StageGraph:
     def highlevel(self) -> HighLevelGraph:
         """The graph as Dask takes it: a layer a stage, each task with the priority of its group.
 
-        Groups run in the order of the source, and those that read scratch before more is written to it.
+        Groups run in the order of the source, and those that read scratch before more is written to it. A build takes a `GPU`.
         """
         from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-        first = (-1.0, 0)  # an output is made whole as soon as it can be
-        places = {key: first if key[0] == "finish" else self.places[key[1]] for key in self.tasks}
+        first = (-1.0, 0)  # an output is made whole, and its engine begun, as soon as it can be
+        places = {key: first if key[0] in ("finish", "build") else self.places[key[1]] for key in self.tasks}
         priority = Priorities({key: phase * 1e-3 - place * 1e3 for key, (place, phase) in places.items()})
-        layers = {name: MaterializedLayer(dict(layer), annotations={"priority": priority}) for name, layer in self.layers.items()}
+        layers = {
+            name: MaterializedLayer(
+                dict(layer), annotations={"priority": priority, **({"resources": dict(GPU)} if name == "build" else {})}
+            )
+            for name, layer in self.layers.items()
+        }
         dependencies = {
             name: {dependency[0] for task in layer.values() for dependency in task.dependencies} - {name}
             for name, layer in self.layers.items()
@@ -101,6 +118,9 @@ def stage_graph(
     groups: Iterable[BoundGroup],
     finishes: Sequence[Finish] = (),
     *,
+    builds: Sequence[BuildStep] = (),
+    halt: Callable[[], None] = no_builds,
+    in_turn: bool = False,
     known: Mapping[str, Sequence[Part]] | None = None,
     window: int | None = None,
     name: Callable[[int], Any] = int,
@@ -111,6 +131,14 @@ def stage_graph(
 
     Parameters
     ----------
+    finishes
+        The outputs that are made whole, each when the tasks that write to it have ended.
+    builds
+        The engines that are built, each when its checkpoint is whole.
+    halt
+        Ends the builds that are at work.
+    in_turn
+        Whether a build waits for the one before it, where no worker's resources keep them apart.
     known
         The parts of the chunks of scratch that an earlier run wrote.
     window
@@ -128,6 +156,8 @@ def stage_graph(
         for chunk in group.writes:
             writers.setdefault(chunk, []).append((_last(group), name(group.number)))
     held_back = _window(groups, window, name)
+    # A cluster that loses a worker does again what it had done, though the output of it be whole.
+    marks = tuple(str(finish.output.mark) for finish in sorted(finishes, key=lambda finish: finish.sink))
     layers: dict[str, dict[Key, Any]] = {}
 
     def add(stage: str, number: Any, function: Callable[..., Any], *own: Any, **keywords: Any) -> Key:
@@ -147,27 +177,41 @@ def stage_graph(
         opened = _with_known(group.opened, chunks, known)
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
         waits = {"after": List(*map(TaskRef, held_back[group.number]))} if group.number in held_back else {}
-        add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **waits, **arguments)
-    written, stored = list(layers.get("write", ())), list(layers.get("scratch", ()))
+        more = {**waits, **({"outputs": marks} if marks else {}), **arguments}
+        add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
+    stored = list(layers.get("scratch", ()))
     for finish in finishes:
+        written = [(_last(group), name(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
         add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
+    built: list[Key] = []
+    for step in sorted(builds, key=lambda step: step.output is not None):
+        checkpoint = [("finish", step.output)] if ("finish", step.output) in layers.get("finish", ()) else []
+        waits = {"after": List(*map(TaskRef, [*checkpoint, *(built[-1:] if in_turn else ())]))}
+        built.append(add("build", step.call.name, _after, build, step.call, **waits))
     ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
-    return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups})
+    return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups}, halt)
 
 
-def whole_graph(plan: Phased, outputs: Sequence[Output]) -> StageGraph:
-    """Make the graph of all groups of a plan, as if nothing had been done before. `outputs`: the sinks of its last phase."""
-    layers: dict[str, Mapping[Any, Any]] = {}
+def whole_graph(plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = ()) -> StageGraph:
+    """Make the graph of all groups of a plan, as if nothing had been done before.
+
+    `outputs`: the sinks of its last phase. `builds`: the engines that are made of them.
+    """
     groups = [
-        bind(plan, number, index, range(len(phase.sinks)), layers)
+        bind(plan, number, index, range(len(phase.sinks)))
         for number, phase in enumerate(plan.phases)
         for index in range(len(phase.groups))
     ]
-    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)])
+    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)], builds=builds)
 
 
 def _last(group: BoundGroup) -> str:
     return "write" if group.is_last else "scratch"
+
+
+def _delivers(group: BoundGroup, sink: int) -> bool:
+    """Whether a group writes anything to a sink, by the sink's position among those written."""
+    return any(item.deliveries[sink] for item in group.work)
 
 
 def _distinct(writers: Mapping[str, Sequence[Key]], chunks: Iterable[str]) -> Iterator[Key]:
@@ -214,6 +258,8 @@ def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] 
 
     `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch.
     """
+    if finish.output.mark.exists():  # done before, by a worker that is lost
+        return finish.number
     entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
     stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
     for each in (*stored, *written):

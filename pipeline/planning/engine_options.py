@@ -147,6 +147,11 @@ def job_requests(targets: Sequence[EngineTarget], shared: Mapping[str, Any] | No
     return tuple(requests)
 
 
+def partial_of(engine: Path) -> Path:
+    """The directory beside an engine's in which it is built."""
+    return engine.with_name(engine.name + ".partial")
+
+
 def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return an engine's options with their paths made absolute from `folder`: a job file's, or the current directory."""
     paths = {"output_dir", *(name for name, option in known_options().items() if option.type == "path")}

@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import Problem
 from pipeline.model.kernels import ANY, alike
-from pipeline.model.quantization import AWQ, GROUPWISE, Quantization
+from pipeline.model.quantization import AWQ, GROUPWISE, WEIGHT_ONLY, Quantization
 from pipeline.model.runtime import runtime
 from pipeline.planning.job import Job
 
 
-def no_generation(algorithm: str | None, sm: int | str) -> list[Problem]:
-    """Refuse `any` where weights cannot be left without an order: the loader arranges no groups of codes but AWQ's."""
-    if sm != ANY or algorithm not in GROUPWISE:
+def no_generation(algorithm: str | None, sm: int | str, kept: bool) -> list[Problem]:
+    """Refuse `any` where weights cannot be left without an order: the loader arranges no codes but AWQ's groups of them.
+
+    `kept`: the source's own codes would be; those of a scale a row it would make of numbers anew.
+    """
+    if sm != ANY or not (algorithm in GROUPWISE or (kept and algorithm in WEIGHT_ONLY)):
         return []
     expected = "the GPU's generation, such as 90: the loader takes these codes as they are, in the order of one"
     remedy = "Or quantize numbers at build: --dequantize --use_weight_only --sm any, which adds error"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 from pipeline.planning.bind import STAGES, stages_of_group
 from pipeline.planning.graph_dot import dot_text
@@ -51,10 +50,13 @@ def _short(node: GraphNode) -> str:
     return {"source": "source", "scratch": f"zarr {node.name}", "engine": f"engine {node.name}"}.get(node.kind, node.name)
 
 
-def collapse(plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engines: Sequence[tuple[int, GraphNode]]) -> PlanGraph:
-    """Make the graph of a plan's phases between its source and its outputs.
+def collapse(
+    plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engines: Sequence[tuple[int, GraphNode]], builds: int = 0
+) -> PlanGraph:
+    """Make the graph of a plan's phases between its source, its outputs and their engines.
 
-    `outputs`: of the last phase's sinks. `engines`: each with the number of the output that it is built from.
+    `outputs`: of the last phase's sinks. `engines`: each with the number of the output that it is built from. `builds`: the tasks
+    that build them.
     """
     rows: list[Row] = []
     edges: dict[GraphEdge, None] = {}
@@ -75,8 +77,10 @@ def collapse(plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engi
             row += [(finish,), tuple(outputs)]
             edges |= {GraphEdge(stages[-1].id, finish.id): None, **{GraphEdge(finish.id, node.id): None for node in outputs}}
             if engines:
-                row.append(tuple(node for _, node in engines))
-                edges |= {GraphEdge(outputs[of].id, node.id): None for of, node in engines}
+                build = GraphNode(f"{number}.build", "stage", "build", builds)
+                row += [(build,), tuple(node for _, node in engines)]
+                for of, node in engines:
+                    edges |= {GraphEdge(outputs[of].id, build.id): None, GraphEdge(build.id, node.id): None}
         else:
             made = _cuts(phase, len(cuts))
             cuts |= {node.place: node for node in made}
@@ -112,13 +116,12 @@ def _passed(plan: Phased, number: int, last: str) -> _Passed:
     phase = plan.phases[number]
     sinks = range(len(phase.sinks))
     places = _places(plan.phases[number - 1]) if number else []
-    layers: dict[str, Mapping[Any, Any]] = {}
     groups: Counter[str] = Counter()
     elements: dict[str, Counter[int]] = {}  # of each store, by its position in the phase
     positions = {id(store): n for n, store in enumerate(phase.stores)}
     result = _Passed()
     for index, group in enumerate(phase.groups):
-        stages, _, openers, _ = stages_of_group(plan, number, index, sinks, layers)
+        stages, _, openers, *_ = stages_of_group(plan, number, index, sinks)
         names = [stage for stage, _ in stages]
         result.edges |= dict.fromkeys(pairwise([*names, last]))
         for name in names:

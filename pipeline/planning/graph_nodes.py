@@ -23,7 +23,7 @@ class GraphNode:
     nbytes
         Of the source, the size of its tensors; of `read`, the bytes of the source that it reads; of `scratch`, a cut and `write`,
         the bytes that tasks write; of an output, the size of its rank files; of other stages, the bytes of the source, or of the
-        cut before them, that their groups are made of; 0 for `finish` and engines.
+        cut before them, that their groups are made of; 0 for `finish`, `build` and engines.
     place
         The path or URL of a place; "" for a stage.
     detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from pipeline.errors import BadInput
@@ -53,34 +54,32 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     identity = plan_identity(opened)
     cuts = Cuts(job, opened.source, identity, size, read_scratch, opened.matches)
     chunk = _chunk_bytes(opened, size)
-    stage_of: dict[str, str] = {}
-    tensors = canonical(opened, cuts, chunk, stage_of)
+    made: Counter[str] = Counter()
+    tensors = canonical(opened, cuts, chunk, made)
     wrong = [*request, *opened.matches.problems, *check_canonical(opened, tensors)]
     _refuse(wrong, check_targets(opened, chosen, tensors, sound=not wrong))
     _refuse((), wrong)
 
     asked = zip(job.targets, opened.shardings, chosen, strict=True)
-    targets = [compose_target(*each, tensors, opened, size, stage_of) for each in asked]
+    targets = [compose_target(*each, tensors, opened, size, made) for each in asked]
     _refuse((), [problem for target in targets for problem in sizes_agree(target.entries, opened.matches.origin)])
     stores = make_stores(tensors, targets, opened, bool(cuts.phases))
     stores = cuts.cut_ranks(stores, [target.ranks for target in targets], {name: row.numpy for name, row in BY_TARGET.items()})
-    mark(stage_of, "scratch", [array for store in stores for array in store.arrays])
+    mark(made, "scratch", [array for store in stores for array in store.arrays])
     left_out = {**opened.matches.left_out, **unused(opened.packing, opened.source.named, chosen)}
     reasons = {str(name): reason for name, reason in left_out.items()}
     of_gpus = generation_notes(job, chosen)
     kept_notes = source_notes(opened, chosen, tensors)
-    made = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
-    notes = (*opened.notes, *runtime_notes, *made, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
+    of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
+    notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
-    limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), len(stage_of))
+    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
+    limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
-    return Plan(
-        job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed, stage_of
-    )
+    return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
 
 
 def _refuse(also: Any, problems: Any) -> None:

@@ -15,8 +15,9 @@ MIB = 1 << 20
 BASE_BYTES = 160 * MIB
 # The plan and the scheduler's records of one task, its placements included: measured on a 70B model.
 TASK_BYTES = 64 << 10
-# What planning takes for a layer of the arrays: measured on a mixture of 36,945 tensors, as it is and to int8.
-LAYER_BYTES = 7 << 10
+# An array in the plan, and its blocks in the graph and in a cluster of this process: measured on a mixture of 36,945 tensors
+# (benchmarks/planning.py), as it is and to int8, where planning alone takes a third of it.
+ARRAY_BYTES = 2560
 # Measured: pieces that stay in the processor's cache between checksum and write are twice as fast as those of 16 MiB.
 MAX_PIECE_BYTES = 4 * MIB
 BLOCK_BYTES = 256 * MIB
@@ -62,16 +63,19 @@ def scratch_window(workers: int) -> int:
     return 2 * workers + 2
 
 
-def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, layers: int = 0) -> Budget:
+def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, arrays: int = 0) -> Budget:
     """Choose the piece size for a limit.
 
-    `tasks`: the groups of the plan. `layers`: of the arrays that it is composed of. Raises BadInput naming the tensor that needs
+    `tasks`: the groups of the plan. `arrays`: those that it is composed of. Raises BadInput naming the tensor that needs
     most where nothing fits, and what would.
     """
-    needs = list(needs)
+    kinds: dict[tuple[int, int], Need] = {}  # of thousands of tensors most need the same
+    for need in needs:
+        kinds.setdefault((need.least_piece_bytes, need.copies), need)
+    needs = kinds.values()
     worst = max(needs, key=lambda need: need.least_piece_bytes * need.copies)
     copies = max(need.copies for need in needs)
-    fixed = BASE_BYTES + tasks * TASK_BYTES + layers * LAYER_BYTES
+    fixed = BASE_BYTES + tasks * TASK_BYTES + arrays * ARRAY_BYTES
     least = worst.least_piece_bytes * worst.copies
     if limit_bytes < fixed + workers * least:
         wanted = -(-(fixed + workers * least) // MIB)

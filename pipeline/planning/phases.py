@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
-from pipeline.tensor.placement import Located, Placement, Region, chunk_region, size
-
-if TYPE_CHECKING:
-    import dask.array as da
+from pipeline.tensor.arrays import BlockArray
+from pipeline.tensor.placement import Located, Placement, Placements, Region, size
 
 
 class Sink(Protocol):
@@ -34,20 +29,25 @@ class Sink(Protocol):
     def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Store:
     """One tensor on its way through a phase.
 
-    `arrays[s]` is its Dask array as sink s wants it, `placements[s]` where its regions go there (for tied embeddings, to two
-    tensors). `itemsize` is that of the widest form its values take on the way; rows are cut at multiples of `row_multiple`.
+    `arrays[s]` is its array as sink s wants it, `placements[s]` where its regions go there (for tied embeddings, to two tensors),
+    which is worked out when it is asked for. `itemsize` is that of the widest form its values take on the way; rows are cut at
+    multiples of `row_multiple`.
     """
 
-    name: str
-    arrays: tuple[da.Array, ...]
-    placements: tuple[tuple[Placement, ...], ...]
+    label: object
+    arrays: tuple[BlockArray, ...]
+    placements: tuple[Placements, ...]
     itemsize: int
     row_multiple: int
     source_bytes: int
+
+    @property
+    def name(self) -> str:
+        return str(self.label)
 
     def block_bytes(self, index: Sequence[int]) -> int:
         """The bytes of the source that the block at a chunk index stands for."""
@@ -55,7 +55,7 @@ class Store:
 
     def block_elements(self, index: Sequence[int]) -> int:
         """The number of elements of the block at a chunk index."""
-        return math.prod(axis[i] for axis, i in zip(self.arrays[0].chunks, index, strict=True))
+        return size(self.region(index))
 
     def share_bytes(self, elements: int) -> int:
         """The bytes of the source that some of its elements stand for."""
@@ -63,12 +63,15 @@ class Store:
 
     def region(self, index: Sequence[int]) -> Region:
         """The region of the tensor that the block at a chunk index covers."""
-        return chunk_region(self.arrays[0].chunks, index)
+        return self.arrays[0].grid.regions[tuple(index)]
+
+    def placed(self, sink: int) -> Iterator[Placement]:
+        """Where its regions go in a sink."""
+        return iter(self.placements[sink])
 
     def written_bytes(self, sink: int) -> int:
         """The bytes that tasks write to a sink; padding is reserved, not written."""
-        itemsize = self.arrays[sink].dtype.itemsize
-        return sum(size(placement.target) * itemsize for placement in self.placements[sink] if placement.source is not None)
+        return self.placements[sink].elements * self.arrays[sink].dtype.itemsize
 
 
 Group = tuple[tuple[Store, tuple[int, ...]], ...]
@@ -105,7 +108,7 @@ def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]
     group: list[tuple[Store, tuple[int, ...]]] = []
     filled = 0
     for store in stores:
-        for index in np.ndindex(*store.arrays[0].numblocks):
+        for index in store.arrays[0].grid.regions:
             nbytes = store.block_bytes(index)
             if group and filled + nbytes > block_bytes:
                 groups.append(tuple(group))
@@ -116,15 +119,10 @@ def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]
 
 
 class Phased(Protocol):
-    """The part of a plan that says what goes through which stages: what its graphs are made of.
-
-    `stage_of`: the stage that made each layer of the arrays.
-    """
+    """The part of a plan that says what goes through which stages: what its graphs are made of."""
 
     @property
     def phases(self) -> tuple[Phase, ...]: ...
-    @property
-    def stage_of(self) -> Mapping[str, str]: ...
     @property
     def budget(self) -> Budget: ...
     def first_group(self, phase: int) -> int: ...

@@ -14,8 +14,9 @@ from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
 from pipeline.planning.bind import Inputs, all_inputs
+from pipeline.planning.build_steps import BuildStep, build_steps
 from pipeline.planning.dask_graph import whole_graph
-from pipeline.planning.engine_options import job_requests
+from pipeline.planning.engine_options import EngineRequest, job_requests
 from pipeline.planning.graph import PlanGraph, collapse
 from pipeline.planning.graph_nodes import GraphNode
 from pipeline.planning.job import Job, TargetOptions
@@ -46,7 +47,7 @@ class Target:
 class Plan:
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked. `stage_of`: the stage that made each layer of the arrays.
+    `packed`: some of the source's modules are unpacked.
     """
 
     job: Job
@@ -62,7 +63,6 @@ class Plan:
     left_out: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
     packed: bool = False
-    stage_of: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> int:
@@ -109,7 +109,7 @@ class Plan:
     def graph(self) -> PlanGraph:
         """The plan's graph as people look at it: a node for each stage with all its tasks, and for each place of bytes."""
         source, whole = self.source, not self.job.overwrite
-        what = f"{self.family.name}, {source.dtype or 'packed'}"
+        what = f"{self.family.name}, {source.dtype or ('packed' if self.packed else 'no type named')}"
         origin = GraphNode("source", "source", source.location.name, 0, source.nbytes, str(source.location), what)
         outputs = [
             GraphNode(
@@ -124,16 +124,22 @@ class Plan:
             )
             for n, target in enumerate(self.targets)
         ]
-        numbers = {target.output.directory: n for n, target in enumerate(self.targets)}
-        requests = job_requests(self.job.targets, self.job.engine)
         engines = [
-            (
-                numbers[each.checkpoint],
-                GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"),
-            )
-            for n, each in enumerate(requests)
+            (of, GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"))
+            for n, (of, each) in enumerate(self._engines)
         ]
-        return collapse(self, origin, outputs, engines)
+        return collapse(self, origin, outputs, engines, len(self.builds))
+
+    @property
+    def _engines(self) -> list[tuple[int, EngineRequest]]:
+        """The engines that the job asks for, each with the number of its target."""
+        numbers = {target.output.directory: n for n, target in enumerate(self.targets)}
+        return [(numbers[each.checkpoint], each) for each in job_requests(self.job.targets, self.job.engine)]
+
+    @property
+    def builds(self) -> tuple[BuildStep, ...]:
+        """The steps that build the engines, where no builder has been asked yet."""
+        return tuple(step for of, request in self._engines for step in build_steps(request, of, request.ranks))
 
     @property
     def dask(self) -> HighLevelGraph:
@@ -142,7 +148,7 @@ class Plan:
         It is there to be looked at: `plan.dask.visualize("layers.svg")`, or with every task `dask.base.visualize_dsk(plan.dask)`.
         Computing it does not convert: `convert` begins the outputs first.
         """
-        return whole_graph(self, [target.output for target in self.targets]).highlevel()
+        return whole_graph(self, [target.output for target in self.targets], self.builds).highlevel()
 
     def obstacles(self) -> list[Problem]:
         """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""

@@ -18,7 +18,7 @@ from stages.read import read
 from stages.rename import rename
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 ROWS = 64  # of one matrix, of which the error is measured
 
@@ -42,7 +42,7 @@ def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], b
     return tuple(dict.fromkeys(notes))
 
 
-def _matrices(opened: OpenedSource, block_bytes: int) -> Iterator[tuple[str, da.Array]]:
+def _matrices(opened: OpenedSource, block_bytes: int) -> Iterator[tuple[str, BlockArray]]:
     """The source's linear modules, as numbers. Scratch is still empty: these come from the source itself."""
     named = read(opened.source.named, block_bytes, 1)
     tensors = unpacked(opened, rename(named, opened.matches, opened.model))
@@ -52,11 +52,11 @@ def _matrices(opened: OpenedSource, block_bytes: int) -> Iterator[tuple[str, da.
             yield module, weight
 
 
-def _numbers(parameters: Mapping[str, da.Array]) -> da.Array | None:
+def _numbers(parameters: Mapping[str, BlockArray]) -> BlockArray | None:
     return parameters.get("weight") if parameters.keys().isdisjoint(CODES) else numbers.dequantize(parameters)
 
 
-def _error(weight: da.Array, quantization: Quantization) -> float:
+def _error(weight: BlockArray, quantization: Quantization) -> float:
     """Decibels of signal to noise of the first rows, quantized and made numbers again."""
     again = numbers.dequantize(numbers.requantize(weight, quantization.group_size, bits=quantization.bits))
     rows = ((0, min(ROWS, weight.shape[0])), (0, weight.shape[1]))

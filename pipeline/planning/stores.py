@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.planning.memory import DENSE_COPIES, PACKED_COPIES, Need
 from pipeline.planning.phases import Store
+from pipeline.tensor.placement import NOWHERE, JoinedPlacements
 
 if TYPE_CHECKING:
     from pipeline.planning.compose import TargetTensors
     from pipeline.planning.opening import OpenedSource
+    from pipeline.tensor.arrays import BlockArray
     from pipeline.tensor.names import TensorName
+    from pipeline.tensor.placement import Placements
     from pipeline.tensor.tensors import TensorMap
     from stages.rename import Matches
     from stages.shard import Sharding
@@ -24,30 +27,35 @@ def make_stores(tensors: TensorMap, targets: Sequence[TargetTensors], opened: Op
     `again`: the arrays are read from scratch, not from the source.
     """
     source, matches = opened.source.named, opened.matches
-    names: dict[tuple[str, ...], list[TensorName]] = {}
+    first: dict[tuple[BlockArray | None, ...], TensorName] = {}
+    ties: dict[TensorName, list[TensorName]] = {}  # by the first name of their array
     for name in dict.fromkeys(name for target in targets for name in target.arrays):
-        key = tuple(target.arrays[name].name if name in target.arrays else "" for target in targets)
-        names.setdefault(key, []).append(name)
-    stores = []
-    for shared in names.values():
-        name = shared[0]
+        other = first.setdefault(tuple(target.arrays.get(name) for target in targets), name)
+        if other is not name:
+            ties.setdefault(other, [other]).append(name)
+    stores, order = [], []
+    for name in first.values():
+        shared = ties.get(name, (name,))
         tensor = source.get(matches.origin(name))
-        order = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
+        place = (str(getattr(tensor, "path", "~")), getattr(tensor, "offset", 0))
         period = _row_multiple(name, matches, targets[0].sharding)
         # Targets of different algorithms make different arrays of one tensor; those of one shape share the work.
         for some in {target.arrays[name].chunks: target.arrays[name] for target in targets if name in target.arrays}.values():
             alike = [name in target.arrays and target.arrays[name].chunks == some.chunks for target in targets]
-            arrays = tuple(target.arrays[name] if fits else some for target, fits in zip(targets, alike, strict=True))
-            placements = tuple(
-                tuple(p for each in shared for p in target.placements.get(each, ())) if fits else ()
-                for target, fits in zip(targets, alike, strict=True)
-            )
+            arrays = tuple([target.arrays[name] if fits else some for target, fits in zip(targets, alike, strict=True)])
+            placements = tuple([_placed(target, shared) if fits else NOWHERE for target, fits in zip(targets, alike, strict=True)])
             before = tensors.get(name, some)
             nbytes = 0 if tensor is None else int(before.nbytes) if again else matches.source_bytes(name, source)
             working = [target.entries[name].parameter.working_bytes for target in targets if name in target.entries]
             itemsize = max(0, *working, *(array.dtype.itemsize for array in (before, *arrays)))
-            stores.append((order, Store(str(name), arrays, placements, itemsize, period, nbytes)))
-    return tuple(store for _, store in sorted(stores, key=lambda item: item[0]))
+            stores.append(Store(name, arrays, placements, itemsize, period, nbytes))
+            order.append(place)
+    return tuple([stores[n] for n in sorted(range(len(stores)), key=order.__getitem__)])
+
+
+def _placed(target: TargetTensors, names: Sequence[TensorName]) -> Placements:
+    """Where the regions of an array of these names go."""
+    return target.placements(names[0]) if len(names) == 1 else JoinedPlacements(map(target.placements, names))
 
 
 def _row_multiple(name: TensorName, matches: Matches, sharding: Sharding) -> int:

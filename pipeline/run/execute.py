@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pipeline.errors import BadInput, Interrupted, WriteFailed
-from pipeline.planning.dask_graph import Finish, stage_graph
+from pipeline.planning.build_steps import BuildStep
+from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Plan
@@ -22,9 +23,22 @@ from pipeline.tensor.metering import stage_bytes
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
+from stages.write import Written
 
-if TYPE_CHECKING:
-    from stages.write import Written
+
+class Builds(Protocol):
+    """The engines that are built of a run's outputs, in its graph: `pipeline.engine.engines` has them.
+
+    A build that fails ends no conversion: `built` says so when all is done.
+    """
+
+    def begin(self, stack: ExitStack, session: Session, outputs: Mapping[Path, int]) -> Sequence[BuildStep]: ...
+    def whole(self, output: int | None) -> None: ...
+    def ended(self, result: Any) -> bool: ...
+    def buildable(self, session: Session) -> bool: ...
+    def halt(self) -> None: ...
+    def left(self) -> str: ...
+    def built(self) -> tuple[Built, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,8 @@ class Result:
     `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
     apart, and what an earlier, interrupted run moved is in none of them.
     `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
-    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built after it.
+    `seconds`: until the last output was whole; engines have their own.
+    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built of the outputs.
     """
 
     outputs: tuple[Path, ...]
@@ -69,35 +84,41 @@ def execute(
     started: float | None = None,
     session: Session | None = None,
     watch: RunWatch | None = None,
+    builds: Builds | None = None,
 ) -> Result:
     """Do what a plan says. `started` is when the run began, by time.perf_counter(), where planning is to be counted.
 
     `session`: the scheduler, where one is at hand; else the job's is opened. `watch` is what can be looked at meanwhile, as
-    headrace's page does; it hears of each task before the listener.
+    headrace's page does; it hears of each task before the listener. `builds`: engines that are built in the same graph.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
-    the disk or a worker fails; the same plan executed again goes on where this one ended.
+    the disk or a worker fails; the same plan executed again goes on where this one ended. Raises what `builds` say of engines that
+    could not be built, when all else is done.
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
-    if plan.up_to_date and not plan.job.overwrite:
+    up_to_date = plan.up_to_date and not plan.job.overwrite
+    if up_to_date:
         for target in plan.targets:  # a run that was stopped between its last output and this
             target.output.forget_journal()
         for cut in plan.scratch:
             cut.release()
-        return Result(outputs, 0, 0, time.perf_counter() - started, peak_memory_bytes(), {}, up_to_date=True)
-    obstacles = plan.obstacles()
+        if not builds:
+            return Result(outputs, 0, 0, time.perf_counter() - started, peak_memory_bytes(), {}, up_to_date=True)
+    obstacles = () if up_to_date else plan.obstacles()
     if obstacles:
         raise BadInput(obstacles)
-    listener = listener or Silent()
-    run = _Run(plan, listener, started, watch or RunWatch())
+    run = _Run(plan, (not up_to_date and listener) or Silent(), started, watch or RunWatch(), builds)
     try:
         with nullcontext(session) if session else open_session(plan, run.watch) as at_hand, ExitStack() as stack:
+            steps = builds.begin(stack, at_hand, run.pending()) if builds else ()
             run.left.begin(stack)
-            run.announce(at_hand.dashboard)
-            run.do(at_hand)
+            run.announce(at_hand.dashboard, steps)
+            run.do(at_hand, steps)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {_places(plan)} is not complete: run the same command again to go on") from None
+        rest = f"nothing is left of {builds.left()}" if run.result and builds else f"{_places(plan)} is not complete"
+        what = "" if run.result else " to go on"
+        raise Interrupted(f"interrupted; {rest}: run the same command again{what}") from None
     except BadInput:
         # Values that no target can hold show when they are read: nothing of the outputs is left then.
         run.left.abandon()
@@ -107,36 +128,28 @@ def execute(
         text = f"{error.strerror or error}{place}; {_places(plan)} is not complete: mend this and run the same command again"
         raise WriteFailed(text) from error
     finally:
-        run.watch.finished()
-        listener.finished()
-    for cut in plan.scratch:
-        cut.release()
-    seconds = time.perf_counter() - started
-    return Result(
-        outputs,
-        run.watch.bytes_read,
-        stage_bytes(run.watch.stages, "write"),
-        seconds,
-        peak_memory_bytes(),
-        run.watch.stages,
-        run.phases,
-        resumed_tasks=run.resumed_tasks,
-        scratch_bytes_read=run.watch.scratch_bytes_read,
-        scratch_bytes_written=stage_bytes(run.watch.stages, "write_scratch"),
-    )
+        run.finished()
+    assert run.result
+    return replace(run.result, up_to_date=up_to_date, engines=builds.built() if builds else ())
 
 
 class _Run:
-    """A run: what is left to do, and its totals."""
+    """A run: what is left to do, and its totals. `result`: of the conversion, once all outputs are whole."""
 
-    def __init__(self, plan: Plan, listener: Listener, started: float, watch: RunWatch) -> None:
-        self.plan, self.listener, self.started, self.watch = plan, listener, started, watch
+    def __init__(self, plan: Plan, listener: Listener, started: float, watch: RunWatch, builds: Builds | None = None) -> None:
+        self.plan, self.listener, self.started, self.watch, self.builds = plan, listener, started, watch, builds
         self.began = time.time() - (time.perf_counter() - started)
         self.left = LeftToDo(plan)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
+        self.result: Result | None = None
 
-    def announce(self, dashboard: str) -> None:
+    def pending(self) -> dict[Path, int]:
+        """The numbers of the targets that the run makes whole, by their directories."""
+        sinks = self.plan.phases[-1].sinks
+        return {sink.directory: number for number, sink in enumerate(sinks) if self.plan.job.overwrite or not sink.complete}
+
+    def announce(self, dashboard: str, steps: Sequence[BuildStep]) -> None:
         active = [left for left in self.left.phases if left.sinks]
         total = sum(left.total_bytes() for left in active)
         done = sum(left.done_bytes() for left in active)
@@ -146,9 +159,9 @@ class _Run:
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
-        self.watch.bound(group for left in self.left.phases for group in left.groups)
+        self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
 
-    def do(self, session: Session) -> None:
+    def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
         left, workers = self.left, self.plan.budget.workers
         with ExitStack() as stack:
@@ -156,21 +169,46 @@ class _Run:
             here = [each for each in left.phases if each.phase.here and each.groups]
             for each in here:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
-                for written in self._take(run_threads(graph, workers), committers):
-                    left.known |= {chunk: list(parts) for chunk, parts in written.chunk_parts.items()}
+                for result in run_threads(graph, workers):
+                    self._advanced(result, committers)
+                    left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
             clustered = session.client is not None
+            groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
             graph = stage_graph(
-                [group for each in left.phases if each not in here for group in each.groups],
-                self._finishes(),
+                groups,
+                finishes,
+                builds=steps,
+                halt=self.builds.halt if self.builds else no_builds,
+                in_turn=not clustered,
                 known=left.known,
                 window=scratch_window(workers) if clustered else None,
                 name=int if clustered else thread_name,
                 synchronize=self.plan.job.elsewhere,
                 pool=left.pool(),
             )
-            for _ in self._take(session.run(graph), committers):
-                pass
-        left.close()
+            if self.builds:
+                self.builds.whole(None)
+            unfinished = len(groups) + len(finishes)
+            if not unfinished and not self._converted(stack, session):
+                return
+            with closing(session.run(graph)) as results:
+                for result in results:
+                    if isinstance(result, int):
+                        self._whole(result, committers[-1])
+                    elif isinstance(result, Written):
+                        self._advanced(result, committers)
+                    else:
+                        self._built(result)
+                        continue
+                    unfinished -= 1
+                    if not unfinished and not self._converted(stack, session):
+                        return
+
+    def finished(self) -> None:
+        """Tell those who watch that the run is over, however it ended."""
+        self.watch.finished()
+        if self.result is None:
+            self.listener.finished()
 
     def _finishes(self) -> list[Finish]:
         outputs = self.left.phases[-1]
@@ -186,19 +224,51 @@ class _Run:
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
 
-    def _take(self, results: Iterator[Written | int], committers: Sequence[Committer]) -> Iterator[Written]:
-        """Take in the results of tasks as they end: into the journals, and to those who watch. Gives those of groups on."""
-        for result in results:
-            if isinstance(result, int):  # an output is whole
-                self.watch.whole(result)
-                continue
-            number = self.left.phase_of(result.number)
-            committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))
-            self.left.free(result.number)
-            self.phases[self.plan.phases[number].name] = time.perf_counter() - self.started
-            self.watch.advanced(result)
-            self.listener.advanced(result)
-            yield result
+    def _advanced(self, result: Written, committers: Sequence[Committer]) -> None:
+        """Take in the result of a group: into the journals, and to those who watch."""
+        number = self.left.phase_of(result.number)
+        committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))
+        self.left.free(result.number)
+        self.phases[self.plan.phases[number].name] = time.perf_counter() - self.started
+        self.watch.advanced(result)
+        self.listener.advanced(result)
+
+    def _whole(self, number: int, committer: Committer) -> None:
+        """Note that an output is whole: it needs no journal any more, and its engine is begun."""
+        committer.leave(self.left.whole(number))
+        self.watch.whole(number)
+        if self.builds:
+            self.builds.whole(number)
+
+    def _built(self, result: Any) -> None:
+        """Take in the result of a build."""
+        assert self.builds
+        self.watch.built(result.name, result.seconds, self.builds.ended(result))
+
+    def _converted(self, stack: ExitStack, session: Session) -> bool:
+        """Note that all outputs are whole, which waits for no build; returns whether a worker can do those that are left.
+
+        `stack`: of what the conversion alone needs.
+        """
+        stack.close()
+        self.left.close()
+        for cut in self.plan.scratch:
+            cut.release()
+        self.listener.finished()
+        watch = self.watch
+        self.result = Result(
+            tuple(path for target in self.plan.targets for path in target.output.paths),
+            watch.bytes_read,
+            stage_bytes(watch.stages, "write"),
+            time.perf_counter() - self.started,
+            peak_memory_bytes(),
+            watch.stages,
+            self.phases,
+            resumed_tasks=self.resumed_tasks,
+            scratch_bytes_read=watch.scratch_bytes_read,
+            scratch_bytes_written=stage_bytes(watch.stages, "write_scratch"),
+        )
+        return self.builds is None or self.builds.buildable(session)
 
 
 def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | None = None) -> AbstractContextManager[Session]:

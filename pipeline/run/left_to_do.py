@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
@@ -67,7 +66,7 @@ class _Undo:
         """Nothing to do yet."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BadInput):
+        if kind is not None and issubclass(kind, BadInput) and not self.sink.complete:
             self.sink.abandon(self.journal, self.created)
 
 
@@ -86,14 +85,13 @@ class LeftToDo:
 
     def begin(self, stack: ExitStack) -> None:
         """Begin the outputs that are not whole, or take them up; then find which chunks they need, and which are there."""
-        layers: dict[str, Mapping[Any, Any]] = {}
         for phase in reversed(self.phases):
             if phase.is_scratch:
-                self._begin_scratch(phase, stack, layers)
+                self._begin_scratch(phase, stack)
             else:
-                self._begin_outputs(phase, stack, layers)
+                self._begin_outputs(phase, stack)
 
-    def _begin_outputs(self, left: PhaseLeft, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+    def _begin_outputs(self, left: PhaseLeft, stack: ExitStack) -> None:
         overwrite = self.plan.job.overwrite
         left.sinks = tuple(range(len(left.phase.sinks))) if overwrite else left.phase.pending
         if not left.sinks:  # another run has just made them whole
@@ -102,9 +100,9 @@ class LeftToDo:
             self._begin_sink(left, number, overwrite, stack)
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
         todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
-        left.groups = tuple(bind(self.plan, left.number, index, left.sinks, layers) for index in todo)
+        left.groups = tuple(bind(self.plan, left.number, index, left.sinks) for index in todo)
 
-    def _begin_scratch(self, left: PhaseLeft, stack: ExitStack, layers: dict[str, Mapping[Any, Any]]) -> None:
+    def _begin_scratch(self, left: PhaseLeft, stack: ExitStack) -> None:
         """Begin a cut of which chunks are needed: those that the groups left to do read, or all, where it is kept and not whole.
 
         Presence decides: a chunk that is there, and of which the checksums are known, is not made again.
@@ -122,7 +120,7 @@ class LeftToDo:
         for number in sinks:
             self._begin_sink(left, number, False, stack)
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
-        groups = [bind(self.plan, left.number, index, sinks, layers) for index in range(len(left.phase.groups))]
+        groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
         keep = any(cut.keep for cut in cuts)
         wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
         # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
@@ -167,6 +165,10 @@ class LeftToDo:
             if not self._readers[chunk]:
                 del self._readers[chunk]
                 self._owners[chunk].free(chunk)
+
+    def whole(self, number: int) -> Journal:
+        """Note that an output is whole, by its number: returns its journal, which nothing here looks at any more."""
+        return self.phases[-1].journals.pop(number)
 
     def phase_of(self, number: int) -> int:
         """The number of the phase that a group is of, by the group's number."""

@@ -44,7 +44,7 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         self._tensors = output.files[rank].tensors
         self._parts: dict[str, list[_Part]] = {name: [] for name in self._tensors}
         for store in plan.phases[-1].stores:
-            for placement in store.placements[0]:
+            for placement in store.placed(0):
                 if placement.rank == rank and placement.source is not None:
                     self._parts[placement.tensor].append(_Part(store, placement))
 
@@ -87,7 +87,7 @@ class _Part:
         assert wanted is not None, "padding has no source"
         lead = len(self.placement.target) - len(wanted)
         move = [t[0] - s[0] for t, s in zip(self.placement.target[lead:], wanted, strict=True)]
-        for index in np.ndindex(*array.numblocks):
+        for index in array.grid.regions:
             region = self.store.region(index)
             common = intersect(wanted, region)
             if common is None:

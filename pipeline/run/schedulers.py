@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.dask_graph import Priorities, StageGraph
 from pipeline.planning.listen import Listen
+from pipeline.run.sealed import sealed
 from pipeline.watching.conversion import serving
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
 from pipeline.watching.sockets import bound
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
 
 Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
-Run = Callable[[Graph], Iterator[Any]]
+Results = Generator[Any, None, None]  # of tasks, as they end; closed, what is left is not waited for
+Run = Callable[[Graph], Results]
+
+
+class Lost(NamedTuple):
+    """The result of a build that Dask has lost with its workers: `name` is the second part of the task's key, `why` for people."""
+
+    name: str
+    why: str
+    code: int = 1
+    seconds: float = 0.0
 
 
 class Session(NamedTuple):
@@ -43,7 +54,7 @@ class Session(NamedTuple):
         offered = [worker["resources"] for worker in self.client.scheduler_info()["workers"].values()]
         return any(all(has.get(name, 0) >= amount for name, amount in resources.items()) for has in offered)
 
-    def run_with(self, resources: Mapping[str, float], graph: Graph) -> Iterator[Any]:
+    def run_with(self, resources: Mapping[str, float], graph: Graph) -> Results:
         """Run tasks that each take these resources of a worker, and wait for such a worker; without workers, one at a time."""
         if self.client is None:
             return run_synchronous(graph)
@@ -93,7 +104,7 @@ def _tasks(graph: Graph) -> tuple[dict[Any, Any], frozenset[Any]]:
     return dict(graph), frozenset(graph)
 
 
-def run_synchronous(graph: Graph) -> Iterator[Any]:
+def run_synchronous(graph: Graph) -> Results:
     """One task after another in this thread: the debugger's scheduler.
 
     A plan's graph runs in the order that Dask's threads would take, other tasks, which depend on none, in the order given.
@@ -119,7 +130,7 @@ def run_synchronous(graph: Graph) -> Iterator[Any]:
             yield value
 
 
-def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
+def run_threads(graph: Graph, workers: int) -> Results:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
     from dask.callbacks import Callback
@@ -154,11 +165,13 @@ def run_threads(graph: Graph, workers: int) -> Iterator[Any]:
             yield value
     finally:
         stop.set()
+        if isinstance(graph, StageGraph) and thread.is_alive():
+            graph.halt()
         thread.join()
 
 
-def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Iterator[Any]:
-    """Submit a graph whole, and give results as they end.
+def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Results:
+    """Submit a graph whole, and give results as they end; a build that Dask lost with its workers is `Lost`.
 
     Every task's future is kept until the end, so that Dask's Progress counts all tasks of the plan: results are small.
     `resources`: of a worker, that each task takes while it runs.
@@ -170,17 +183,23 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
     if not tasks:
         return
     if isinstance(graph, StageGraph):
-        layered = graph.highlevel()
+        layers = {name: {key: sealed(task) for key, task in layer.items()} for name, layer in graph.layers.items()}
+        layered = StageGraph(layers, graph.places).highlevel()
     else:  # in the order given
         places = Priorities({key: -place for place, key in enumerate(tasks)})
         layered = HighLevelGraph({"tasks": MaterializedLayer(tasks, annotations={"priority": places})}, {"tasks": set()})
     futures = client.get(layered, list(tasks), sync=False, resources=resources)
     try:
-        ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=True)
-        for _, value in ended:
+        ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=False)
+        for future, value in ended:
             if isinstance(value, CancelledError):  # the scheduler is gone, or forgot the task
                 raise value
-            yield value
+            if future.status != "error":
+                yield value
+            elif future.key[0] == "build":  # no conversion ends with it
+                yield Lost(future.key[1], str(value[1]))
+            else:
+                raise value[1].with_traceback(value[2])
     except (KilledWorker, CancelledError) as error:
         raise WriteFailed(
             f"the cluster lost a worker ({error}); the outputs are not complete: run the same command again"

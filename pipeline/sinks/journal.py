@@ -126,6 +126,7 @@ class Committer:
         self._waiting: list[Written] = []
         self._unsynced: set[str] = set()
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="headrace-journal", daemon=True)
@@ -140,6 +141,12 @@ class Committer:
             raise self._error
         with self._lock:
             self._waiting.append(written)
+
+    def leave(self, journal: Journal) -> None:
+        """Remove a journal whose sink is whole; the others go on."""
+        with self._writing:
+            self.journals = {sink: each for sink, each in self.journals.items() if each is not journal}
+            journal.remove()
 
     def __exit__(self, *_: object) -> None:
         """Commit what is left, also after an error, so that the next run need not do it again."""
@@ -157,16 +164,18 @@ class Committer:
             return
         self._unsynced |= {path for written in waiting for path in written.paths}
         numbers = [written.number for written in waiting]
-        for sink, journal in self.journals.items():
-            journal.append(entry(numbers, [c for written in waiting for c in written.checksums if c.sink == sink]))
+        with self._writing:
+            for sink, journal in self.journals.items():
+                journal.append(entry(numbers, [c for written in waiting for c in written.checksums if c.sink == sink]))
 
     def sync(self) -> None:
         """Flush the files of all committed tasks to disk, and note that in every journal."""
         paths, self._unsynced = self._unsynced, set()
         if paths:
             sync_files(paths, missing_ok=True)
-            for journal in self.journals.values():
-                journal.synced()
+            with self._writing:
+                for journal in self.journals.values():
+                    journal.synced()
 
     def _work(self) -> None:
         last = time.monotonic()

@@ -73,6 +73,11 @@ class Output:
         return self.size_bytes
 
     @property
+    def mark(self) -> Path:
+        """The file that is there when the output is whole, and from its beginning until then is not."""
+        return self.directory / CONFIG
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The paths of all files that the complete directory holds."""
         names = (CONFIG, PROVENANCE, *(path.name for path in self.copies))
@@ -120,6 +125,7 @@ class Output:
             self.directory.mkdir(parents=True, exist_ok=True)
             journal = Journal(self.directory / JOURNAL)
             if not fresh and journal.owner == owner and all(file.begun() for file in self.files):
+                self.mark.unlink(missing_ok=True)
                 return journal
             self._clear()
             journal.start(owner)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, sums_entry
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import add_array, update_attributes
+from pipeline.sinks.zarr_files import array_attributes
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
 
@@ -94,14 +95,14 @@ class RemoteGroup:
         recorded = {} if fresh else self.recorded()
         try:
             if recorded:
-                update_attributes(self.url, {"complete": False})
+                _update_attributes(self.url, {"complete": False})
             else:
                 attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
                 group = zarr.create_group(
                     self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
                 )
                 for (_, name), array in self.arrays.items():
-                    add_array(group, name, array)
+                    _add_array(group, name, array)
         except (OSError, ValueError, ImportError) as error:
             journal.remove()
             raise BadInput([Problem(f"--scratch {self.url}", str(error), "a store that can be written")]) from None
@@ -138,7 +139,7 @@ class RemoteGroup:
     def finish(self, journal: Journal) -> None:
         """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""
         sums = {chunk.removeprefix(f"{self.url}/"): parts for chunk, parts in chunk_parts(journal.entries).items()}
-        update_attributes(self.url, {SUMS: sums, "complete": True})
+        _update_attributes(self.url, {SUMS: sums, "complete": True})
         journal.remove()
 
     def abandon(self, journal: Journal, _created: Path | None = None) -> None:
@@ -166,3 +167,24 @@ class RemoteGroup:
             return dict(zarr.open_group(self.url, mode="r").attrs)
         except (OSError, ValueError):
             return {}
+
+
+def _update_attributes(url: str, values: Mapping[str, Any]) -> None:
+    """Set attributes of a Zarr group."""
+    import zarr
+
+    zarr.open_group(url, mode="r+").attrs.update(dict(values))
+
+
+def _add_array(group: Any, name: str, array: RemoteArray) -> None:
+    """Create the array for a tensor in a Zarr group: uncompressed, with every chunk stored, as bit patterns."""
+    group.create_array(
+        name,
+        shape=array.shape,
+        chunks=array.chunk_shape,
+        dtype=of_numpy(array.dtype).zarr,
+        compressors=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        attributes=array_attributes(array.shape, array.dtype, array.source),
+    )

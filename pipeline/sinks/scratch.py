@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
+from pipeline.sinks.zarr_files import read_attributes, write_array, write_group
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
@@ -116,7 +116,7 @@ class ScratchGroup:
     @property
     def complete(self) -> bool:
         """Whether an earlier run finished the cut with this id."""
-        attributes = group_attributes(self.directory)
+        attributes = read_attributes(self.directory)
         return attributes.get("id") == self.id and bool(attributes.get("complete"))
 
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
@@ -139,7 +139,7 @@ class ScratchGroup:
                 return journal
             recorded = {} if fresh else self.recorded()
             if recorded:
-                update_attributes(self.directory, {"complete": False})
+                self._update(complete=False)
             else:
                 for path in self.directory.iterdir():
                     if path.name != JOURNAL:
@@ -160,7 +160,7 @@ class ScratchGroup:
 
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
-        attributes = group_attributes(self.directory)
+        attributes = read_attributes(self.directory)
         if attributes.get("id") != self.id or not attributes.get("complete"):
             return {}
         return {str(self.directory / name): parts for name, parts in recorded_parts(attributes).items()}
@@ -196,7 +196,7 @@ class ScratchGroup:
     def finish(self, journal: Journal) -> None:
         """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""
         sums = {str(Path(chunk).relative_to(self.directory)): parts for chunk, parts in chunk_parts(journal.entries).items()}
-        update_attributes(self.directory, {SUMS: sums, "complete": True})
+        self._update(**{SUMS: sums, "complete": True})
         journal.remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
@@ -206,55 +206,24 @@ class ScratchGroup:
 
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not (self.keep or group_attributes(self.directory).get("keep")):
+        if not (self.keep or read_attributes(self.directory).get("keep")):
             shutil.rmtree(self.directory, ignore_errors=True)
             if self.directory.parent.name == DEFAULT_ROOT:
                 with contextlib.suppress(OSError):  # other cuts are in it
                     self.directory.parent.rmdir()
 
     def _create(self) -> None:
-        import zarr
-
         attributes: dict[str, Any] = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
-        attributes |= {"complete": False, "keep": self.keep}
-        group = zarr.create_group(self.directory, zarr_format=3, attributes=attributes)
+        write_group(self.directory, {**attributes, "complete": False, "keep": self.keep})
+        for place in {array.directory.parent for array in self.arrays.values()} - {self.directory}:  # of a rank
+            write_group(place, {})
         for array in self.arrays.values():
-            add_array(group, str(array.directory.relative_to(self.directory)), array)
+            write_array(array.directory, array.shape, array.chunk_shape, array.dtype, array.source)
 
-
-def update_attributes(place: Path | str, values: Mapping[str, Any]) -> None:
-    """Set attributes of a Zarr group."""
-    import zarr
-
-    zarr.open_group(place, mode="r+").attrs.update(dict(values))
-
-
-def add_array(group: Any, name: str, array: Any) -> None:
-    """Create the array for a tensor in a Zarr group: uncompressed, with every chunk stored, as bit patterns.
-
-    The array's attributes name the true dtype. `array`: a ScratchArray or a RemoteArray.
-    """
-    row = of_numpy(array.dtype)
-    group.create_array(
-        name,
-        shape=array.shape,
-        chunks=array.chunk_shape,
-        dtype=row.zarr,
-        compressors=None,
-        fill_value=0,
-        config={"write_empty_chunks": True},
-        attributes={"dtype": row.safetensors, "source": array.source, "shape": list(array.shape)},
-    )
+    def _update(self, **values: Any) -> None:
+        write_group(self.directory, {**read_attributes(self.directory), **values})
 
 
 def scratch_id(*parts: Any) -> str:
     """Return 16 hex digits that name a cut's contents: a hash of everything that its bytes depend on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def group_attributes(directory: Path) -> dict[str, Any]:
-    """Read the attributes of a Zarr group in a directory; none where there is no group."""
-    try:
-        return dict(json.loads((directory / "zarr.json").read_text()).get("attributes", {}))
-    except (OSError, ValueError):
-        return {}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import JOURNAL, group_attributes
+from pipeline.sinks.scratch import JOURNAL
+from pipeline.sinks.zarr_files import read_attributes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def list_scratch(root: Path) -> list[ScratchCut]:
     """List the cuts in a scratch directory, sorted by path."""
     cuts = []
     for directory in sorted(root.glob("*.zarr")):
-        attributes = group_attributes(directory)
+        attributes = read_attributes(directory)
         if attributes.get("headrace") == "scratch":
             nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
             cuts.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))

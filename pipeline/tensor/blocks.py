@@ -1,6 +1,6 @@
-"""The blocks of lazy arrays: the small tasks that make one, and a stage's share of them for a group of blocks.
+"""The blocks of lazy arrays: a stage's share of the small tasks that make them, for a group of blocks.
 
-A Dask array of the stages is made of small tasks, one a block and stage, that cost a scheduler more than they do. A graph that is
+An array of the stages is made of small tasks, one a block and stage, that would cost a scheduler more than they do. A graph that is
 run has one task for a stage of a *group* of blocks instead (pipeline/planning/dask_graph.py), which runs the small ones.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    import dask.array as da
+from pipeline.tensor.arrays import BlockArray, Needed, SmallTask, block_array
 
+if TYPE_CHECKING:
     from pipeline.tensor.tensors import Block
 
 CHECKSUMS = "checksums"  # what a small task that opens a chunk of scratch depends on, beside blocks
@@ -34,20 +34,20 @@ class StageOfGroup:
     Attributes
     ----------
     tasks
-        Key and small task of each block that the stage makes, those first that others of the stage need.
+        The small task of each block that the stage makes, those first that others of the stage need.
     keep
-        The keys of the blocks that the stages behind it need, those that this stage leaves as they are included.
+        The numbers of the blocks that the stages behind it need, those that this stage leaves as they are included.
     known
         The parts of chunks of scratch that an earlier run wrote, by the chunk's name.
     """
 
-    tasks: tuple[tuple[Any, Any], ...] = ()
-    keep: tuple[Any, ...] = ()
+    tasks: tuple[SmallTask, ...] = ()
+    keep: tuple[int, ...] = ()
     known: tuple[tuple[str, tuple[Part, ...]], ...] = ()
 
 
-def make_blocks(stage: StageOfGroup, *inputs: Mapping[Any, Block] | ChunksWritten) -> dict[Any, Block]:
-    """Make the blocks of a stage: what its Dask task runs. No value is read; blocks are made when a region of them is asked for.
+def make_blocks(stage: StageOfGroup, *inputs: Mapping[int, Block] | ChunksWritten) -> dict[int, Block]:
+    """Make the blocks of a stage, by number: what its Dask task runs. No value is read: that is for those who ask a block.
 
     `inputs`: the blocks of the stage before it, and the results of the tasks that wrote the chunks of scratch that it opens.
     """
@@ -60,28 +60,13 @@ def make_blocks(stage: StageOfGroup, *inputs: Mapping[Any, Block] | ChunksWritte
         for name, written in each.chunk_parts.items():
             parts.setdefault(name, []).extend(written)
     values[CHECKSUMS] = parts
-    for key, task in stage.tasks:
-        values[key] = task(values)
-    return {key: values[key] for key in stage.keep}
+    for task in stage.tasks:
+        values[task.number] = task(values)
+    return {number: values[number] for number in stage.keep}
 
 
-def read_block(array: da.Array, index: Sequence[int]) -> Any:
+def read_block(array: BlockArray, index: Sequence[int]) -> Any:
     """The block of an array at a chunk index: still unread, as no stage reads before it is asked for values."""
-    needed: dict[Any, Any] = {}
-    key = (array.name, *index)
-    collect(key, array, {}, needed)
-    return make_blocks(StageOfGroup(tuple(needed.items()), (key,)))[key]
-
-
-def collect(key: Any, array: da.Array, layers: dict[str, Mapping[Any, Any]], needed: dict[Any, Any]) -> None:
-    """Add the small tasks that make the block `key` to `needed`, sources first, following the array's layers."""
-    if key in needed:
-        return
-    name = key[0]
-    if name not in layers:
-        layers[name] = dict(array.dask.layers[name])
-    task = layers[name][key]
-    for dependency in task.dependencies:
-        if dependency != CHECKSUMS:
-            collect(dependency, array, layers, needed)
-    needed[key] = task
+    needed: Needed = {}
+    number = block_array(array).collect(tuple(index), needed)
+    return make_blocks(StageOfGroup(tuple(task for task, _ in needed.values()), (number,)))[number]

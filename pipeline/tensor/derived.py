@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.tensor.placement import Region, chunk_regions, extent, intersect, shift, slices, whole
+from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, grid
+from pipeline.tensor.placement import Region, extent, intersect, shift, slices, whole
 from pipeline.tensor.tensors import Block
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 # Makes the values of a region from whole inputs, which it reads as much of as it needs.
 Make = Callable[..., np.ndarray]
+NOTHING = np.empty(0)
+UNOWNED: dict[str, int] = {}  # of blocks that keep no rows
 
 
 class Derived(Block):
@@ -28,6 +29,8 @@ class Derived(Block):
     `ahead`: rows that are made at once and kept for the next readings, where few rows cost as much as many: a source packed along
     its columns gives up a page of memory for each of them.
     """
+
+    __slots__ = ("_first", "_kept", "_owner", "ahead", "arguments", "dtype", "inputs", "make", "region", "shape")
 
     def __init__(
         self,
@@ -40,8 +43,8 @@ class Derived(Block):
     ) -> None:
         self.region, self.shape, self.dtype = region, extent(region), np.dtype(dtype)
         self.make, self.inputs, self.arguments = make, inputs, arguments
-        self.ahead, self._first, self._kept = ahead, 0, np.empty(0)
-        self._owner: dict[str, int] = {}
+        self.ahead, self._first, self._kept = ahead, 0, NOTHING
+        self._owner: dict[str, int] = {} if ahead else UNOWNED
 
     def read(self, region: Region) -> np.ndarray:
         first, last = region[0] if region else (0, 0)
@@ -55,12 +58,12 @@ class Derived(Block):
             self._kept = self._make(((first, min(first + self.ahead, self.shape[0])), *whole(self.shape[1:])))
         part = self._kept[(slice(first - self._first, last - self._first), *slices(region[1:]))]
         if last == self.shape[0]:  # read to the end, which comes last
-            self._kept = np.empty(0)
+            self._kept = NOTHING
             self._owner.clear()
         return part
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": np.empty(0), "_first": 0, "_owner": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Derived, (self.region, self.dtype, self.make, self.inputs, self.arguments, self.ahead)
 
     def _make(self, region: Region) -> np.ndarray:
         return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)
@@ -85,10 +88,69 @@ class Mosaic(Block):
         return result
 
 
+class Derivation(NamedTuple):
+    """All that arrays of one kind have in common: how their blocks are made, of inputs that are cut alike.
+
+    `keys`, `inputs`: the names, dtypes and grids of the inputs. `names`: of the other arguments.
+    """
+
+    label: str
+    make: Make
+    dtype: np.dtype
+    cut: Grid
+    keys: tuple[str, ...]
+    inputs: tuple[tuple[np.dtype, Grid], ...]
+    names: tuple[str, ...]
+    ahead: int
+
+    def block(self, region: Region, values: Sequence[Any], blocks: Sequence[Block]) -> Block:
+        """The block of a region, of all blocks of the inputs, one input after the other, without reading them."""
+        inputs, rest = {}, list(blocks)
+        for key, (dtype, cut) in zip(self.keys, self.inputs, strict=True):
+            own, rest = rest[: len(cut.regions)], rest[len(cut.regions) :]
+            inputs[key] = own[0] if len(own) == 1 else Mosaic(cut.shape, dtype, tuple(cut.regions.values()), own)
+        return Derived(region, self.dtype, self.make, inputs, dict(zip(self.names, values, strict=True)), self.ahead)
+
+
+class OpenDerived(NamedTuple):
+    """Makes a block of a derived array. `values`: the arguments that are not arrays."""
+
+    kind: Derivation
+    values: tuple[Any, ...]
+    region: Region
+
+    def __call__(self, *blocks: Block) -> Block:
+        return self.kind.block(self.region, self.values, blocks)
+
+
+class DerivedArray(BlockArray):
+    """An array whose blocks may need any part of its inputs."""
+
+    __slots__ = ("kind", "values")
+
+    def __init__(self, kind: Derivation, inputs: tuple[BlockArray, ...], values: tuple[Any, ...]) -> None:
+        super().__init__(kind.cut, kind.dtype, inputs)
+        self.kind, self.values = kind, values
+
+    def naming(self) -> str:
+        # All that decides the values is in it.
+        kind, names = self.kind, [array.name for array in self.inputs]
+        decides = [str(kind.dtype), kind.cut.chunks, kind.keys, kind.names, self.values, names]
+        digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+        return f"{kind.label}-{kind.make.__name__}-{digest}-{names[0]}"
+
+    def needs(self, index: Index) -> Iterable[tuple[BlockArray, Index]]:  # noqa: ARG002
+        """All blocks of all inputs."""
+        return [(array, place) for array in self.inputs for place in array.grid.regions]
+
+    def make(self, index: Index) -> Maker:
+        return OpenDerived(self.kind, self.values, self.grid.regions[index])
+
+
 def derive(
     label: str,
     make: Make,
-    inputs: Mapping[str, da.Array],
+    inputs: Mapping[str, BlockArray],
     *,
     shape: Sequence[int],
     dtype: np.dtype,
@@ -96,35 +158,39 @@ def derive(
     columns: Sequence[int] | None = None,
     ahead: int = 0,
     **arguments: Any,
-) -> da.Array:
+) -> BlockArray:
     """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
 
     The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of the last (default: one
     chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
     Derived.
     """
-    import dask.array as da
-    from dask._task_spec import Dict, List, Task, TaskRef
-    from dask.highlevelgraph import HighLevelGraph
+    arrays = tuple(map(block_array, inputs.values()))
+    cut = (tuple(shape), rows if rows is None else tuple(rows), columns if columns is None else tuple(columns))
+    of_inputs = tuple([(array.dtype, array.grid) for array in arrays])
+    kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, tuple(arguments), ahead)
+    return DerivedArray(kind, arrays, tuple(arguments.values()))
 
+
+@lru_cache(maxsize=1 << 12)
+def _derivation(
+    label: str,
+    make: Make,
+    dtype: np.dtype,
+    cut: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None],
+    keys: tuple[str, ...],
+    inputs: tuple[tuple[np.dtype, Grid], ...],
+    names: tuple[str, ...],
+    ahead: int,
+) -> Derivation:
+    """The kind of some arrays, one object for all of them. `cut`: shape, and the chunks of the first and second axis, if any."""
+    shape, rows, columns = cut
     chunks: tuple[tuple[int, ...], ...] = tuple((n,) for n in shape)
     if rows is not None:
-        chunks = (tuple(rows), *chunks[1:])
+        chunks = (rows, *chunks[1:])
     if columns is not None:
-        chunks = (*chunks[:-1], tuple(columns))
-    # Two arrays of one name are one to a scheduler, so that all that decides the values is in it.
-    decides = [tuple(shape), str(dtype), chunks, sorted(arguments.items()), [array.name for array in inputs.values()]]
-    digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
-    name = f"{label}-{make.__name__}-{digest}-{next(iter(inputs.values())).name}"
-    sources = {key: (array.shape, array.dtype, *_grid(array)) for key, array in inputs.items()}
-    places = {key: (size, kind, regions) for key, (size, kind, _, regions) in sources.items()}
-    graph = {}
-    for index, region in chunk_regions(chunks):
-        key = (name, *index)
-        parts = Dict({key_: List(*map(TaskRef, keys)) for key_, (_, _, keys, _) in sources.items()})
-        graph[key] = Task(key, _open, region, np.dtype(dtype), make, parts, places, arguments, ahead)
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=list(inputs.values()))
-    return da.Array(layers, name, chunks=chunks, meta=np.empty((0,) * len(shape), dtype=dtype))
+        chunks = (*chunks[:-1], columns)
+    return Derivation(label, make, np.dtype(dtype), grid(chunks), keys, inputs, names, ahead)
 
 
 class Constant(Block):
@@ -137,36 +203,31 @@ class Constant(Block):
         return np.array(self.values, dtype=self.dtype)[slices(region)]
 
 
-def constant(name: str, values: tuple[float, ...]) -> da.Array:
+class OpenConstant(NamedTuple):
+    """Makes the block of a constant."""
+
+    values: tuple[float, ...]
+
+    def __call__(self) -> Block:
+        return Constant(self.values)
+
+
+class ConstantArray(BlockArray):
+    """An array of values that are in no file."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, name: str, values: tuple[float, ...]) -> None:
+        super().__init__(grid(((len(values),),)), np.dtype(np.float32))
+        self._name, self.values = f"constant-{name}", values
+
+    def naming(self) -> str:
+        return self._name
+
+    def make(self, index: Index) -> Maker:  # noqa: ARG002
+        return OpenConstant(self.values)
+
+
+def constant(name: str, values: tuple[float, ...]) -> BlockArray:
     """float32 [n]: an array of values that are in no file."""
-    import dask.array as da
-    from dask._task_spec import Task
-
-    key = (f"constant-{name}", 0)
-    return da.Array({key: Task(key, Constant, values)}, key[0], chunks=((len(values),),), meta=np.empty((0,), dtype=np.float32))
-
-
-def _grid(array: da.Array) -> tuple[list[tuple[Any, ...]], list[Region]]:
-    """The keys of an array's blocks, and the region of each."""
-    keys, regions = [], []
-    for index, region in chunk_regions(array.chunks):
-        keys.append((array.name, *index))
-        regions.append(region)
-    return keys, regions
-
-
-def _open(
-    region: Region,
-    dtype: np.dtype,
-    make: Make,
-    parts: Mapping[str, Sequence[Block]],
-    places: Mapping[str, tuple[tuple[int, ...], np.dtype, Sequence[Region]]],
-    arguments: Mapping[str, Any],
-    ahead: int,
-) -> Block:
-    """Run a derived block's task: put the block together from the blocks of its inputs, without reading them."""
-    inputs = {
-        key: blocks[0] if len(blocks) == 1 else Mosaic(places[key][0], places[key][1], places[key][2], blocks)
-        for key, blocks in parts.items()
-    }
-    return Derived(region, dtype, make, inputs, arguments, ahead)
+    return ConstantArray(name, values)

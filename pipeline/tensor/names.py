@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from sys import intern
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ class TensorName(NamedTuple):
 def split_name(text: str) -> TensorName:
     """The name that a file gives a tensor, taken apart: its parameter stands behind the last dot."""
     module, _, parameter = text.rpartition(".")
+    parameter = intern(parameter)  # of which there are few
     return TensorName(module, parameter) if module else TensorName("", text)
 
 

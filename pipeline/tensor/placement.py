@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 Interval = tuple[int, int]
@@ -100,6 +101,59 @@ class Placement:
     tensor: str
     source: Region | None
     target: Region
+
+
+class Placements(ABC):
+    """The placements of an array's regions, made when they are asked for. `elements`: those that they move, without padding."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Placement]: ...
+
+    @property
+    @abstractmethod
+    def elements(self) -> int: ...
+
+
+class FixedPlacements(Placements):
+    """Some placements that are there."""
+
+    __slots__ = ("placements",)
+
+    def __init__(self, placements: Iterable[Placement]) -> None:
+        self.placements = tuple(placements)
+
+    def __iter__(self) -> Iterator[Placement]:
+        return iter(self.placements)
+
+    @property
+    def elements(self) -> int:
+        return moved(self.placements)
+
+
+NOWHERE = FixedPlacements(())
+
+
+class JoinedPlacements(Placements):
+    """Several placements of one array, as those of tied embeddings."""
+
+    __slots__ = ("several",)
+
+    def __init__(self, several: Iterable[Placements]) -> None:
+        self.several = tuple(several)
+
+    def __iter__(self) -> Iterator[Placement]:
+        return itertools.chain.from_iterable(self.several)
+
+    @property
+    def elements(self) -> int:
+        return sum(each.elements for each in self.several)
+
+
+def moved(placements: Iterable[Placement]) -> int:
+    """The number of elements that placements move: of all that are no padding."""
+    return sum(size(placement.target) for placement in placements if placement.source is not None)
 
 
 @dataclass(frozen=True, slots=True)

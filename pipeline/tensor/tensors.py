@@ -1,30 +1,30 @@
 """The types that stages pass to one another.
 
-`TensorMap` is the one type until the split: Dask arrays by module and parameter. The value of a Dask chunk is a `Block`: an array
-that is not made until a region of it is asked for, so that a task may own a block of hundreds of MB and hold a few at a time.
+`TensorMap` is the one type until the split: arrays of blocks by module and parameter (arrays.py), whose Dask tasks are made when a
+group of them is lowered. The value of a chunk is a `Block`: an array that is not made until a region of it is asked for, so that a
+task may own a block of hundreds of MB and hold a few at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, grid, shared
 from pipeline.tensor.metering import meter
 from pipeline.tensor.names import TensorName, split_names
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
 
-if TYPE_CHECKING:
-    import dask.array as da
-
-TensorMap = Mapping[TensorName, "da.Array"]
+TensorMap = Mapping[TensorName, BlockArray]
 
 # The axes of each canonical parameter of a linear module. Column-parallel splits `out`; row-parallel splits `in`, and `group`
 # with it. A stack of experts has the axis `expert` in front. What every source format unpacks to:
@@ -72,7 +72,16 @@ class Parameter:
     dtype: str = ""
     working_bytes: int = 0
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.axes, self.header, self.dtype, self.working_bytes))
 
+    def __hash__(self) -> int:
+        """Thousands of arrays have one object, whose fractions take long to hash."""
+        return self._hash
+
+
+@cache
 def plain(parameter: str, matrix: bool = True) -> Parameter:
     """A parameter as AXES has it. A norm's weight is no matrix: it has no `in`."""
     return Parameter(tuple((axis, Fraction(1)) for axis in AXES[parameter] if matrix or axis == "out"))
@@ -80,6 +89,8 @@ def plain(parameter: str, matrix: bool = True) -> Parameter:
 
 class Block(ABC):
     """A block of a tensor whose values are made on demand. Behaves like a read-only NumPy array that is only ever sliced."""
+
+    __slots__ = ()
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -229,10 +240,38 @@ def tensor_bytes(tensor: LazyTensor) -> int:
 
 
 def map_blocks(
-    array: da.Array, function: Callable[..., Block], *, dtype: np.dtype, columns: int | None = None, **arguments: Any
-) -> da.Array:
+    array: BlockArray, function: Callable[..., Block], *, dtype: np.dtype, columns: int | None = None, **arguments: Any
+) -> BlockArray:
     """Apply `function(block, **arguments)` to each chunk of `array`. The result has the same chunks, but for `columns`."""
-    chunks: Sequence[Any] = array.chunks if columns is None else (*array.chunks[:-1], (columns,))
-    import dask.array as da
+    array = block_array(array)
+    cut = array.grid if columns is None else grid((*array.chunks[:-1], (columns,)))
+    return MappedBlocks(array, cut, np.dtype(dtype), shared(Bound(function, tuple(sorted(arguments.items())))))
 
-    return da.map_blocks(function, array, dtype=dtype, chunks=chunks, meta=np.empty((0,) * array.ndim, dtype=dtype), **arguments)
+
+class Bound(NamedTuple):
+    """A function of a block with its other arguments, by name."""
+
+    function: Callable[..., Block]
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, block: Block) -> Block:
+        return self.function(block, **dict(self.arguments))
+
+
+class MappedBlocks(BlockArray):
+    """An array whose blocks are each made of one block of another array."""
+
+    __slots__ = ("bound",)
+
+    def __init__(self, array: BlockArray, cut: Grid, dtype: np.dtype, bound: Bound) -> None:
+        super().__init__(cut, dtype, (array,))
+        self.bound = bound
+
+    def naming(self) -> str:
+        function, arguments = self.bound
+        decides = [str(self.dtype), self.chunks, function.__module__, arguments]
+        digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+        return f"{function.__name__}-{digest}-{self.inputs[0].name}"
+
+    def make(self, index: Index) -> Maker:  # noqa: ARG002
+        return self.bound

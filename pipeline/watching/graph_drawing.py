@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 
-from pipeline.watching.nodes import FINISH, SCRATCH, SOURCE, LiveNode
+from pipeline.watching.nodes import BUILD, FINISH, SCRATCH, SOURCE, LiveEngine, LiveNode
 from pipeline.watching.state import Snapshot
 from pipeline.watching.units import human_bytes
 
@@ -30,29 +30,45 @@ class Box:
 
 
 def graph_svg(now: Snapshot) -> str:
-    """Return the graph of a run: source, stages, and each output, from left to right."""
-    stages = [source_box(now), *(stage_box(node) for node in now.nodes)]
-    outputs = output_boxes(now)
+    """Return the graph of a run: source, stages, each output, and each engine behind the builds, from left to right."""
+    stages = [source_box(now), *(stage_box(node) for node in now.nodes if node.name != BUILD)]
+    builds = [stage_box(node) for node in now.nodes if node.name == BUILD]
+    outputs, engines = output_boxes(now), _most([engine_box(engine) for engine in now.engines])
     columns = {box.name: place for place, box in enumerate(stages)}
     arcs = [(columns[a], columns[b]) for a, b in now.edges if a in columns and b in columns]
     top = LIFT + 4 if any(b != a + 1 for a, b in arcs) else 4
-    height = max(HEIGHT, len(outputs) * (small := HEIGHT // 2 + 8) - 8)
+    height = max(HEIGHT, max(len(outputs), len(engines)) * (HEIGHT // 2 + 8) - 8)
     middle = top + height / 2
     parts = [_edge(a, b, middle) for a, b in arcs]
     parts += [_drawn(box, place * (WIDTH + GAP) + 2, middle - HEIGHT / 2, HEIGHT) for place, box in enumerate(stages)]
     x = len(stages) * (WIDTH + GAP) + 2
-    first = middle - (len(outputs) * small - 8) / 2
-    for place, box in enumerate(outputs):
-        y = first + place * small
-        if now.nodes:
-            parts.append(_arrow(x - GAP, middle, x, y + (small - 8) / 2))
-        parts.append(_drawn(box, x, y, small - 8, OUTPUT_WIDTH))
-    width = x + OUTPUT_WIDTH + 2 if outputs else x - GAP
+    if outputs:
+        parts += _column(outputs, x, middle, from_left=bool(now.nodes), to_right=bool(builds))
+        x += OUTPUT_WIDTH + GAP
+    for box in builds:
+        parts.append(_drawn(box, x, middle - HEIGHT / 2, HEIGHT))
+        parts += _column(engines, x + WIDTH + GAP, middle, from_left=True)
+        x += WIDTH + GAP + OUTPUT_WIDTH + GAP
+    width = x - GAP + (2 if outputs or builds else 0)
     tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     return (
         f'<svg class="graph" viewBox="0 0 {width} {top + height + 4:.0f}" width="{width}" role="img" aria-label="the graph">'
         f'<defs>{tip}<path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>{"".join(parts)}</svg>'
     )
+
+
+def _column(boxes: Sequence[Box], x: float, middle: float, *, from_left: bool, to_right: bool = False) -> Iterable[str]:
+    """Draw small boxes below one another, with arrows from the box on their left and to the one on their right."""
+    small = HEIGHT // 2 + 8
+    first = middle - (len(boxes) * small - 8) / 2
+    for place, box in enumerate(boxes):
+        y = first + place * small
+        beside = y + (small - 8) / 2
+        if from_left:
+            yield _arrow(x - GAP, middle, x, beside)
+        if to_right:
+            yield _arrow(x + OUTPUT_WIDTH, beside, x + OUTPUT_WIDTH + GAP, middle)
+        yield _drawn(box, x, y, small - 8, OUTPUT_WIDTH)
 
 
 def source_box(now: Snapshot) -> Box:
@@ -68,6 +84,8 @@ def stage_box(node: LiveNode) -> Box:
     gigabytes = f"{node.nbytes / node.seconds / 1e9:.2f} GB/s" if node.seconds and node.nbytes else ""
     if node.name == FINISH:
         lines: tuple[str, ...] = ("renames files,", "config.json last", "")
+    elif node.name == BUILD:
+        lines = ("TensorRT-LLM's", "own builder", f"{node.seconds:.1f} s")
     else:
         lines = (human_bytes(node.nbytes), f"{node.seconds:.1f} s", gigabytes)
     unit = "outputs" if node.name == FINISH else "tasks"
@@ -75,6 +93,13 @@ def stage_box(node: LiveNode) -> Box:
     look = "done" if node.done_tasks >= node.tasks else "busy" if node.done_tasks else ""
     text = f"{node.done_tasks} of {node.tasks} {unit}"
     return Box(node.name, (*lines, text), share, f"{look} cut" if node.name == SCRATCH else look)
+
+
+def engine_box(engine: LiveEngine) -> Box:
+    """Return a small box for an engine."""
+    text = "failed" if engine.failed else f"{engine.done_tasks} of {engine.tasks} built"
+    look = "failed" if engine.failed else "done" if engine.done_tasks == engine.tasks else "busy" if engine.done_tasks else ""
+    return Box(engine.name, (text,), engine.done_tasks / engine.tasks, look)
 
 
 def output_boxes(now: Snapshot) -> list[Box]:
@@ -89,6 +114,11 @@ def output_boxes(now: Snapshot) -> list[Box]:
         whole = name in now.whole
         text = f"{human_bytes(done)}, whole" if whole else f"{human_bytes(done)} of {human_bytes(full)}"
         boxes.append(Box(name, (text,), done / max(full, 1), "done" if whole else "busy" if done else ""))
+    return _most(boxes)
+
+
+def _most(boxes: list[Box]) -> list[Box]:
+    """The first boxes of a column, and one that says how many more there are."""
     more = len(boxes) - MOST_OUTPUTS
     return boxes if more <= 0 else [*boxes[:MOST_OUTPUTS], Box(f"and {more} more", (), None, "")]
 

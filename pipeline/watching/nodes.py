@@ -1,21 +1,22 @@
 """The nodes of a run's graph: for each stage, its tasks, seconds and bytes so far, and the edges between stages.
 
-Only the tasks `scratch`, `write` and `finish` give results. The stages before them pass on blocks that nothing has read, and are
-done when the bytes of their group are.
+Only the tasks `scratch`, `write`, `finish` and `build` give results. The stages before them pass on blocks that nothing has read,
+and are done when the bytes of their group are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.planning.bind import BoundGroup
+    from pipeline.planning.build_steps import BuildStep
     from stages.write import Written
 
-SOURCE, SCRATCH, WRITE, FINISH = "source", "scratch", "write", "finish"
+SOURCE, SCRATCH, WRITE, FINISH, BUILD = "source", "scratch", "write", "finish", "build"
 # Above so many tasks Dask's page draws no graph: our own cluster is told so. A page of 20,000 squares still moves.
 GRAPH_MAX_ITEMS = 20_000
 # Measured work that is part of another stage's task.
@@ -33,11 +34,21 @@ class LiveNode:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class LiveEngine:
+    """An engine of a run: the tasks that build it. `failed`: there will be none."""
+
+    name: str
+    tasks: int = 1
+    done_tasks: int = 0
+    failed: bool = False
+
+
 class StageProgress:
     """Adds up the nodes of one run from the results of its tasks. Not locked: its owner is."""
 
-    def __init__(self, groups: Iterable[BoundGroup] = (), outputs: int = 0) -> None:
-        """`groups`: those that the run does. `outputs`: how many directories it makes whole."""
+    def __init__(self, groups: Iterable[BoundGroup] = (), outputs: int = 0, builds: Sequence[BuildStep] = ()) -> None:
+        """`groups`: those that the run does. `outputs`: how many directories it makes whole. `builds`: of engines."""
         from pipeline.planning.bind import STAGES  # with numpy, which the command line's help does without
 
         self._passed: dict[int, tuple[str, ...]] = {}
@@ -62,9 +73,17 @@ class StageProgress:
         if outputs:
             self._tasks[FINISH] = outputs
             edges[WRITE, FINISH] = None
+        if builds:
+            self._tasks[BUILD] = len(builds)
+            if any(step.output is not None for step in builds):
+                edges[FINISH, BUILD] = None
+        self._engine_of = {step.call.name: step.engine.name for step in builds}
+        self._engines: dict[str, LiveEngine] = {}
+        for name in self._engine_of.values():
+            self._engines[name] = LiveEngine(name, self._engines[name].tasks + 1 if name in self._engines else 1)
         first = [stage for stage in STAGES if stage in before]
         after = [stage for stage in STAGES if stage in self._tasks and stage not in before]
-        self._order = [stage for stage in (*first, SCRATCH, *after, WRITE, FINISH) if stage in self._tasks]
+        self._order = [stage for stage in (*first, SCRATCH, *after, WRITE, FINISH, BUILD) if stage in self._tasks]
         self.edges = tuple(edges)
 
     @property
@@ -88,6 +107,17 @@ class StageProgress:
     def whole(self) -> None:
         """Note that one more output is whole."""
         self._done[FINISH] = self._done.get(FINISH, 0) + 1
+
+    def built(self, name: str, seconds: float, failed: bool) -> None:
+        """Note that the build of this name has ended."""
+        self._done[BUILD] = self._done.get(BUILD, 0) + 1
+        self._totals[BUILD, "seconds"] = self._totals.get((BUILD, "seconds"), 0.0) + seconds
+        engine = self._engines[self._engine_of[name]]
+        self._engines[engine.name] = replace(engine, done_tasks=engine.done_tasks + 1, failed=engine.failed or failed)
+
+    def engines(self) -> tuple[LiveEngine, ...]:
+        """The engines, as far as they are."""
+        return tuple(self._engines.values())
 
     def nodes(self) -> tuple[LiveNode, ...]:
         """The stages in their order of work."""

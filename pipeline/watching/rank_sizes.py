@@ -21,7 +21,7 @@ def rank_sizes(plan: Plan, sinks: Sequence[int]) -> list[tuple[tuple[int, int], 
     for store in phase.stores:
         for place, sink in enumerate(sinks):
             itemsize = store.arrays[sink].dtype.itemsize
-            for placement in store.placements[sink]:
+            for placement in store.placed(sink):
                 if placement.source is not None:
                     key = place, placement.rank
                     totals[key] = totals.get(key, 0) + size(placement.target) * itemsize

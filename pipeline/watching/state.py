@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.tensor.metering import stage_bytes
-from pipeline.watching.nodes import LiveNode, StageProgress
+from pipeline.watching.nodes import LiveEngine, LiveNode, StageProgress
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:
     from pipeline.planning.bind import BoundGroup, Inputs
+    from pipeline.planning.build_steps import BuildStep
     from pipeline.planning.plans import Plan
     from stages.write import Written
 
@@ -61,7 +62,8 @@ class Snapshot:
     `resumed_bytes`: what an earlier run had written. `eta_seconds` and `bytes_per_second` are None until they can be estimated.
     `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
     `layer`: the tensor that was written last. `nodes`, `edges`: the graph of stages of what this run does, of `graph_tasks` tasks.
-    `whole`: the shown names of the outputs that it has made whole. `dashboard`: as listeners get it.
+    `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds.
+    `dashboard`: as listeners get it.
     """
 
     name: str = ""
@@ -98,6 +100,7 @@ class Snapshot:
     edges: tuple[tuple[str, str], ...] = ()
     graph_tasks: int = 0
     whole: tuple[str, ...] = ()
+    engines: tuple[LiveEngine, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -164,10 +167,19 @@ class RunWatch:
             self._inputs = inputs or {}
             self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
-    def bound(self, groups: Iterable[BoundGroup]) -> None:
-        """Note the groups that this run does, after which outputs it writes: they say which stages there are, and their tasks."""
+    def bound(self, groups: Iterable[BoundGroup], builds: Sequence[BuildStep] = ()) -> None:
+        """Note the groups that this run does, after which outputs it writes: they say which stages there are, and their tasks.
+
+        `builds`: the engines that it builds.
+        """
         with self._lock:
-            self._progress = StageProgress(groups, len(self._sinks))
+            self._progress = StageProgress(groups, len(self._sinks), builds)
+
+    def built(self, name: str, seconds: float, failed: bool) -> None:
+        """Note that a build has ended, by its step's name."""
+        with self._lock:
+            self._last = self._clock()
+            self._progress.built(name, seconds, failed)
 
     def whole(self, sink: int) -> None:
         """Note that an output is whole; `sink` is its index among the sinks of the plan's last phase."""
@@ -205,8 +217,9 @@ class RunWatch:
             self._seen.update(inputs.source, inputs.scratch)
 
     def finished(self) -> None:
-        """Note that the conversion is over, for those who were not told how it ended."""
-        self.end("done" if self._plan is not None and self._done >= self._total else "failed")
+        """Note that the run is over, for those who were not told how it ended."""
+        built = all(engine.done_tasks == engine.tasks and not engine.failed for engine in self._progress.engines())
+        self.end("done" if self._plan is not None and self._done >= self._total and built else "failed")
 
     def end(self, outcome: Outcome) -> None:
         """Note how the run ended; what is said first stays."""
@@ -266,6 +279,7 @@ class RunWatch:
                 edges=self._progress.edges,
                 graph_tasks=self._progress.graph_tasks,
                 whole=tuple(shown_names(plan, self._sinks)[sink] for sink in self._whole),
+                engines=self._progress.engines(),
             )
 
     def _sample(self, force: bool = False) -> None:

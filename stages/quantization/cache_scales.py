@@ -17,7 +17,7 @@ from stages.quantization.packed_format import OF_ALL, PackedParameter
 from stages.quantization.targets.fp8 import as_scale, largest
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 T = TypeVar("T")
 _QUERIES = "queries and attention weights are not quantized"
@@ -55,7 +55,7 @@ def check(module: str, scales: Mapping[str, LazyTensor], alone: bool) -> list[Pr
     return problems
 
 
-def unpack(scales: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+def unpack(scales: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
     """`kv_scale`, float32 [1]: the largest of a module's scales. Nothing for a cache of integers."""
     ours = [as_scale(array) for name, array in scales.items() if PARAMETERS[name].becomes]
     return {"kv_scale": largest(ours)} if ours and not of_integers(settings) else {}

@@ -10,7 +10,7 @@ from pipeline.errors import Problem
 from pipeline.tensor.tensors import LazyTensor
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 Modules = Mapping[str, Mapping[str, LazyTensor]]  # tensors by module and local name
 OF_ALL = ("one",)  # the axes of a value that stands for all of a module
@@ -74,7 +74,7 @@ class PackedFormat(Protocol):
         """
         return settings
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """The canonical parameters (AXES) of a module that `check` found nothing wrong with. Reads nothing."""
         ...
 

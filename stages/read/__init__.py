@@ -9,19 +9,16 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from pipeline.errors import BadInput, Problem
 from pipeline.extensions import extensions
-from pipeline.tensor.placement import Region, chunk_regions
+from pipeline.tensor.arrays import BlockArray, Index, Maker, grid
+from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.source_reader import SourceReader
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 Name = TypeVar("Name")  # a text, or a TensorName
 
@@ -107,28 +104,44 @@ def _exists(location: Path) -> bool:
         return False
 
 
-def read(tensors: Mapping[Name, LazyTensor], block_bytes: int, row_multiple: int) -> dict[Name, da.Array]:
-    """Every tensor as a Dask array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
-    return {name: _array(str(name), tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
+def read(tensors: Mapping[Name, LazyTensor], block_bytes: int, row_multiple: int) -> dict[Name, BlockArray]:
+    """Every tensor as an array in chunks of at most `block_bytes`, cut at multiples of `row_multiple` rows."""
+    return {name: ReadArray(name, tensor, block_bytes, row_multiple) for name, tensor in tensors.items()}
 
 
-def open_block(tensor: LazyTensor, region: Region) -> Block:
-    """Run a read task: make a block of a tensor, without touching its bytes."""
-    return tensor.block(region)
+class ReadArray(BlockArray):
+    """A tensor of a source, cut into blocks."""
+
+    __slots__ = ("label", "tensor")
+
+    def __init__(self, label: object, tensor: LazyTensor, block_bytes: int, row_multiple: int) -> None:
+        cut = grid(chunk_sizes(tuple(tensor.shape), tensor.dtype.itemsize, block_bytes, row_multiple))
+        super().__init__(cut, tensor.dtype)
+        self.label, self.tensor = label, tensor
+
+    def naming(self) -> str:
+        return f"read-{self.label}"
+
+    def make(self, index: Index) -> Maker:
+        return OpenBlock(self.tensor, self.grid.regions[index])
 
 
-def _array(name: str, tensor: LazyTensor, block_bytes: int, row_multiple: int) -> da.Array:
-    import dask.array as da
-    from dask._task_spec import Task
+class OpenBlock(NamedTuple):
+    """Makes a block of a tensor, without touching its bytes."""
 
-    chunks = chunk_sizes(tensor.shape, tensor.dtype.itemsize, block_bytes, row_multiple)
-    key = f"read-{name}"
-    graph = {}
-    for index, region in chunk_regions(chunks):
-        graph[(key, *index)] = Task((key, *index), open_block, tensor, region)
-    return da.Array(graph, key, chunks=chunks, meta=np.empty((0,) * len(chunks), dtype=tensor.dtype))
+    tensor: LazyTensor
+    region: Region
+
+    @property
+    def stage(self) -> str:
+        """The stage that a source is opened in."""
+        return "read"
+
+    def __call__(self) -> Block:
+        return self.tensor.block(self.region)
 
 
+@lru_cache(maxsize=1 << 12)
 def chunk_sizes(shape: tuple[int, ...], itemsize: int, block_bytes: int, row_multiple: int) -> tuple[tuple[int, ...], ...]:
     """Chunk lengths by axis: rows in multiples of `row_multiple`; a stack is cut between its matrices, then inside them."""
     if not shape or not math.prod(shape):  # nothing to cut, whatever lengths a header claims

@@ -19,7 +19,7 @@ from pipeline.tensor.tensors import Block
 WINDOW_BYTES = 8 << 20  # mapped at once where only some columns are read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MappedTensor:
     """`shape` elements of `dtype` in C order, from byte `offset` of the file at `path`."""
 
@@ -39,6 +39,8 @@ class MappedTensor:
 
 class MappedBlock(Block):
     """A region of a MappedTensor; nothing is mapped until it is read."""
+
+    __slots__ = ("dtype", "region", "shape", "tensor")
 
     def __init__(self, tensor: MappedTensor, region: Region) -> None:
         self.tensor, self.region = tensor, region

@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import stages.build
-from stages.build import Builder, BuilderCall, BuilderOutcome, probe, run, telling_lines
+import stages.build.process
+from stages.build import BuilderCall, BuilderOutcome, build
+from stages.build.builders import Builder, BuilderProbe, probe
+from stages.build.process import telling_lines
 from tests import stand_ins
 from tests.support.builds import alive
 
@@ -23,14 +26,15 @@ def call(tmp_path: Path) -> Callable[..., BuilderCall]:
     (tmp_path / "partial").mkdir()
     (tmp_path / "token").touch()
 
-    def make(*words: object) -> BuilderCall:
-        return BuilderCall("x", tuple(map(str, words)), tmp_path / "partial", tmp_path / "x.log", tmp_path / "token")
+    def make(program: str, *words: object, **more: Any) -> BuilderCall:
+        found, places = BuilderProbe((program,), "command"), (tmp_path / "partial", tmp_path / "x.log", tmp_path / "token")
+        return BuilderCall("x", Builder(), tuple(map(str, words)), *places, probed=found, **more)
 
     return make
 
 
 def shell(call: Callable[..., BuilderCall], script: str) -> BuilderOutcome:
-    return run(call("sh", "-c", script))
+    return build(call("sh", "-c", script))
 
 
 def test_what_a_builder_writes_goes_to_its_log_and_its_directory(call: Callable[..., BuilderCall], tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_how_a_builder_ends_is_told(call: Callable[..., BuilderCall], script: st
 
 
 def test_a_builder_that_is_not_there(call: Callable[..., BuilderCall]) -> None:
-    outcome = run(call("/nowhere/trtllm-build"))
+    outcome = build(call("/nowhere/trtllm-build"))
     assert outcome.code == 127
     assert outcome.lines == ("/nowhere/trtllm-build: No such file or directory",)
 
@@ -87,7 +91,7 @@ def test_without_its_token_a_builder_does_not_begin(call: Callable[..., BuilderC
 def test_a_builder_whose_token_is_removed_is_ended_with_all_its_processes(
     call: Callable[..., BuilderCall], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.build, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(stages.build.process, "GRACE_SECONDS", 0.3)
     pids, outcomes = tmp_path / "pids", []
     deaf = "trap '' TERM INT; sh -c \"trap '' TERM; while :; do sleep 1; done\" & "
     script = f"{deaf} echo $$ $! > {pids}.new; mv {pids}.new {pids}; while :; do sleep 1; done"
@@ -200,6 +204,6 @@ def test_calls_and_outcomes_are_plain_values(call: Callable[..., BuilderCall]) -
 
     made = call("true")
     assert pickle.loads(pickle.dumps(made)) == made
-    outcome = run(made)
+    outcome = build(made)
     assert pickle.loads(pickle.dumps(outcome)) == outcome
     assert json.dumps(outcome.seconds)

@@ -27,8 +27,6 @@ from tests.support.rank_oracle import model_of
 
 MODEL = model_of(4, 2, 64, 256, 128, 64, 2, num_experts=8, shared_expert_intermediate_size=128, attn_bias=1, norm_bias=1, qk_norm=1)
 LAYOUTS = sorted(path.stem for path in Path(CONFIGS / "layouts").glob("*.toml"))
-# The out-features that a word or a byte of a format holds: a matrix of fewer has no such form.
-ROWS = {"gptq": 8, "awq": 8, "compressed w4a16 asymmetric": 8, "modelopt awq": 2}
 
 
 def packed_gguf(module: str, weight: np.ndarray) -> source.Packed:  # noqa: ARG001
@@ -72,9 +70,15 @@ def made(name: str, module: Module, kind: source.Format, dtype: str, algorithm: 
     return values(entries[TensorName(slot_name, "weight")].array), packed.weight, form.name
 
 
-def has_form(module: Module, key: str) -> bool:
-    rows = next((count for name, count in ROWS.items() if key.startswith(name)), 1)
-    return bool(module.parts) or not MODEL.dimension(module.out) % rows
+def has_form(module: Module, kind: source.Format) -> bool:
+    """Whether a format can hold a module: not one out-feature where its words or bytes hold several."""
+    if module.parts or module.experts or MODEL.dimension(module.out) > 1:
+        return True
+    try:
+        packed = kind.quantizer("model.layers.1.mlp.gate", weight_of((1, MODEL.dimension(module.in_))))
+    except ValueError:
+        return False
+    return all(array.size for array in packed.parameters.values())
 
 
 def name_of(kind: source.Format) -> str:
@@ -90,7 +94,7 @@ CASES = [(name, key) for name in LAYOUTS for key in FORMATS]
 def test_every_module_has_its_own_type_whatever_it_was_packed_as(name: str, key: str) -> None:
     kind, seen = FORMATS[key], 0
     for module in matrices(name):
-        if not has_form(module, key):
+        if not has_form(module, kind):
             continue
         # As a target of numbers has all of them, and as one that quantizes its linear modules has the others.
         for algorithm in (None, *(() if linear(module) else ("W8A16",))):
@@ -118,6 +122,13 @@ def test_a_router_is_float32(name: str) -> None:
     (router,) = (module for module in matrices(name) if module.dtype)
     assert (router.name.rpartition(".")[2], router.dtype) == ("router", "float32")
     assert router.stored_dtype("float16") == "float32"
+
+
+def test_formats_of_rows_can_hold_one() -> None:
+    gate = next(module for module in matrices("qwen_moe") if module.out == "1")
+    held = {key for key, kind in FORMATS.items() if has_form(gate, kind)}
+    assert {"modelopt fp8", "compressed fp8", "compressed fp8 dynamic", "compressed w8a8", "fbgemm", "gguf"} <= held
+    assert held.isdisjoint({"gptq", "awq", "modelopt awq"})
 
 
 def test_each_format_is_tried() -> None:

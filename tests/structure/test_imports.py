@@ -37,7 +37,7 @@ COMPUTE = {"pipeline/run/execute.py", "pipeline/run/schedulers.py"}
 OPEN_FILES = (
     "stages/read/",
     "stages/write.py",
-    "stages/build.py",  # the builder's log, and the lock on it
+    "stages/build/",  # the builder's log, and the lock on it
     "pipeline/sinks/",
     "pipeline/tensor/chunk_files.py",  # made and renamed
     "pipeline/engine/log.py",

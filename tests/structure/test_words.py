@@ -69,17 +69,14 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/jobs/apprise_channels.py": {"apprise"},
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
-    "pipeline/planning/bind.py": {"dask"},
     "pipeline/planning/dask_graph.py": {"dask"},
+    "pipeline/run/sealed.py": {"dask", "distributed"},
     "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.watching.dashboard"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
-    "stages/read/scratch_chunks.py": {"dask"},
-    "pipeline/tensor/derived.py": {"dask"},
-    "pipeline/tensor/tensors.py": {"dask"},
-    "stages/rename.py": {"dask"},
+    "pipeline/tensor/arrays.py": {"dask"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
     "stages/quantization/sources/gguf.py": {"gguf"},
-    "stages/read/__init__.py": {"dask", "stages.read"},
+    "stages/read/__init__.py": {"stages.read"},
     "stages/read/gguf.py": {"gguf"},
     "stages/read/hub.py": {"huggingface_hub"},
     "stages/read/live_model.py": {"torch"},
@@ -87,7 +84,6 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Only scratch and object storage need zarr and fsspec.
     "pipeline/jobs/retention.py": {"fsspec"},
     "pipeline/sinks/remote.py": {"fsspec", "zarr"},
-    "pipeline/sinks/scratch.py": {"zarr"},
     "stages/write.py": {"zarr"},
     # Only pages and dashboards need bokeh and distributed, only a terminal rich.
     "pipeline/jobs/services.py": {"pipeline.jobs.http"},

@@ -23,7 +23,7 @@ from stages.quantization.packed_format import Modules, PackedFormat, PackedParam
 from stages.quantization.sources.gptq import no_groups, no_words
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _PACKED = ("qweight", "qzeros", "scales")
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
@@ -83,7 +83,7 @@ class Awq(PackedFormat):
         """With what AutoRound's `extra_config` says of the module."""
         return module_settings(module, settings)
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`codes4`, `scales` and `offsets`; the rest stays."""
         words, scales = parameters["qweight"], parameters["scales"]
         shape = (scales.shape[1], words.shape[0] // 2)

@@ -24,7 +24,7 @@ from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _INT8 = ("weight", "SCB", "weight_format")
@@ -100,7 +100,7 @@ class BitsAndBytes(PackedFormat):
             if tensors[key].shape != (count,)
         ]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`weight`, float32; the rest stays."""
         weight = parameters["weight"]
         rows = weight.chunks[0]

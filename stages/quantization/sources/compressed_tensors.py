@@ -33,7 +33,7 @@ from stages.quantization.sources.fp8_scaled import flat
 from stages.quantization.sources.gptq import no_words
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 INT8, UINT8, INT16, INT32 = (np.dtype(kind) for kind in (np.int8, np.uint8, np.int16, np.int32))
 _OWN = {"weight_packed", "weight_shape", "weight_zero_point", "weight_scale", "weight_g_idx", "weight"}
@@ -100,7 +100,7 @@ class CompressedTensors(PackedFormat):
             return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
         return [*_check_zeros(module, zeros, scale, rows, bits), *_check_index(module, tensors, features, _groups(scale.shape))]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
         result = {name: array for name, array in parameters.items() if name not in _OWN}
         result.pop("input_zero_point", None)
@@ -125,7 +125,7 @@ class CompressedTensors(PackedFormat):
             result["group_index"] = derive("unpack", read_index, {"index": index}, shape=index.shape, dtype=INT32, **arguments)
         return result
 
-    def _codes(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> tuple[da.Array, int]:
+    def _codes(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> tuple[BlockArray, int]:
         """The canonical codes of a module, and their width."""
         if "weight_packed" in parameters:
             words = parameters["weight_packed"]

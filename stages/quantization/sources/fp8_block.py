@@ -23,7 +23,7 @@ from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParame
 from stages.quantization.sources.fp8_scaled import flat
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _TILE = (128, 128)
@@ -67,7 +67,7 @@ class BlockFp8(PackedFormat):
         expected = f"{list(wanted)}, one for each {tile[0]} x {tile[1]} of {list(shape)}" if tile else "two sizes of a tile"
         return [Problem(f"{module}.{name}", f"shape {list(scale)}", expected)]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`weight`, float32, and the scales of a cache; the rest stays."""
         weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)
         inputs = {"codes": weight, "scales": parameters[name]}

@@ -22,7 +22,7 @@ from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -65,7 +65,7 @@ class ScaledFp8(PackedFormat):
                 problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", expected))
         return problems
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`fp8` with `tensor_scale` or `channel_scale`, and the scale of activations, all float32; the rest stays."""
         rows = parameters["weight"].shape[0]
         result = {}

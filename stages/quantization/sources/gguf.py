@@ -13,7 +13,7 @@ from pipeline.tensor.tensors import Applied, Block, LazyTensor, map_blocks
 from stages.quantization.packed_format import PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 PREFIX = "gguf_"
 
@@ -35,7 +35,7 @@ class Gguf(PackedFormat):
         """Nothing: the reader has seen that the types can be unpacked."""
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
         import gguf
 

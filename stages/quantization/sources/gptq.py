@@ -23,7 +23,7 @@ from stages.quantization.auto_round import activation_bits, module_settings, sto
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _PACKED = ("qweight", "qzeros", "scales")
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
@@ -80,7 +80,7 @@ class Gptq(PackedFormat):
         """With what AutoRound's `extra_config` says of the module."""
         return module_settings(module, settings)
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` (of 2 and 3 bits, too) or `codes8`, `scales`, `offsets`, and `group_index` where there is one."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))

@@ -21,7 +21,7 @@ from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _VALUES = ("W_q", "scale", "zero")
 # What the quantizer says of itself, in tensors of its own.
@@ -77,7 +77,7 @@ class Hqq(PackedFormat):
         said: float = next(iter(_ints(tensors, "nbits")), bits)
         return [] if said == bits else [Problem(f"{module}.W_q", f"{bits:g} bits by its shape", f"{said} bits, as nbits says")]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`weight`, float32; the rest stays."""
         codes, scale, zero = (parameters[name] for name in _VALUES)
         inputs = {"codes": codes, "scales": scale, "zeros": zero}

@@ -22,7 +22,7 @@ from stages.quantization.integers import no_offsets, transposed
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 
 class ModelOptAwq(PackedFormat):
@@ -58,7 +58,7 @@ class ModelOptAwq(PackedFormat):
             ]
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`codes4`, `scales`, `offsets`, and `prequant` where the module has one; the rest stays."""
         weight, scale = parameters["weight"], parameters["weight_scale"]
         shape = (2 * weight.shape[0], weight.shape[1] // 2)

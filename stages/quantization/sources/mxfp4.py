@@ -20,7 +20,7 @@ from stages.quantization.floats import e2m1, e8m0
 from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 _WEIGHTS = ("weight_packed", "weight")
 _GROUP = 32
@@ -61,7 +61,7 @@ class Mxfp4(PackedFormat):
         expected = f"{list(wanted)}, one for each {_GROUP} of {2 * shape[1]} in-features"
         return [Problem(f"{module}.weight_scale", f"shape {list(scales)}", expected)]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`weight`, float32; the rest stays."""
         name = next(name for name in _WEIGHTS if name in parameters)
         packed = parameters[name]

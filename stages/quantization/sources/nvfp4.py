@@ -24,7 +24,7 @@ from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, Pac
 from stages.quantization.sources.fp8_scaled import flat
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 FLOAT32 = np.dtype(np.float32)
 # The two writers' names of the weight, and of the scale of all: ModelOpt's is multiplied, compressed-tensors' divides.
@@ -77,7 +77,7 @@ class Nvfp4(PackedFormat):
             if key in tensors and math.prod(tensors[key].shape) != 1
         ]
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`fp4`, `block_scale`, `global_scale`, and the scales of activations and cache; the rest stays."""
         result = {}
         for name, array in parameters.items():
@@ -101,7 +101,7 @@ class Nvfp4(PackedFormat):
         return (NVFP4, NVFP4_GROUP) if fits else (None, 0)
 
 
-def _scalar(array: da.Array, how: str) -> da.Array:
+def _scalar(array: BlockArray, how: str) -> BlockArray:
     make = inverse if how == "inverse" else flat
     return derive("unpack", make, {"values": array}, shape=(1,), dtype=FLOAT32)
 

@@ -20,9 +20,9 @@ from pipeline.tensor.tensors import Block, Parameter, plain
 from stages.quantization.targets.weight_only import not_finite
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
-Entries = dict[str, tuple["da.Array", Parameter]]
+Entries = dict[str, tuple["BlockArray", Parameter]]
 ONE = Fraction(1)
 FLOAT32, FLOAT8 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = np.float32(448)  # of float8_e4m3fn
@@ -30,7 +30,7 @@ _LEAST_SCALE = np.float32(1 / (448 * 512))
 MATRIX = Parameter(axes=(("out", ONE), ("in", ONE)), working_bytes=8)
 
 
-def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries], Entries]:
+def pack_tensor(parts: Sequence[Mapping[str, BlockArray]]) -> tuple[list[Entries], Entries]:
     """The weight of each part of a fused module, and what they share: the largest of their scales, which all are brought to."""
     scales = [part["tensor_scale"] for part in parts]
     common = largest(scales)
@@ -46,7 +46,7 @@ def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries],
     return weights, {"weights_scaling_factor": (common, scale), "activation_scaling_factor": (activations, scale)}
 
 
-def pack_stack(scales: Sequence[Sequence[da.Array]], shares: int) -> tuple[da.Array, Parameter]:
+def pack_stack(scales: Sequence[Sequence[BlockArray]], shares: int) -> tuple[BlockArray, Parameter]:
     """The scale of the activations of a stack of experts on each rank: the largest of those of the rank's experts.
 
     `scales`: of each expert's parts, the experts in order. `shares`: into how many equal parts the ranks divide the experts.
@@ -57,7 +57,7 @@ def pack_stack(scales: Sequence[Sequence[da.Array]], shares: int) -> tuple[da.Ar
     return array, Parameter(axes=(("expert", Fraction(shares, len(scales))),))
 
 
-def pack_channels(part: Mapping[str, da.Array]) -> Entries:
+def pack_channels(part: Mapping[str, BlockArray]) -> Entries:
     """`weight` and `per_channel_scale` of a float8 weight that has a scale for each out-feature, or one that stands for all."""
     weight = part["fp8"]
     scales = part.get("channel_scale")
@@ -66,7 +66,7 @@ def pack_channels(part: Mapping[str, da.Array]) -> Entries:
     return {"weight": (weight, MATRIX), "per_channel_scale": (scales, Parameter(axes=(("out", ONE),)))}
 
 
-def quantize_channels(name: str, weight: da.Array, segments: int, clamp: float) -> Entries:
+def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float) -> Entries:
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], a scale for each rank's share of a
     row.
     """
@@ -140,12 +140,12 @@ def largest_by_share(region: Region, shares: int, counts: tuple[int, ...], **sca
     return result
 
 
-def as_scale(values: da.Array) -> da.Array:
+def as_scale(values: BlockArray) -> BlockArray:
     """float32 [1] of a single value, whatever its shape and type."""
     return derive("unpack", spread, {"scale": values}, shape=(1,), dtype=FLOAT32)
 
 
-def largest(scales: Sequence[da.Array]) -> da.Array:
+def largest(scales: Sequence[BlockArray]) -> BlockArray:
     """float32 [1]: the largest of several scales of one element."""
     if len(scales) == 1:
         return scales[0]

@@ -21,21 +21,21 @@ from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets.weight_only import _chunks, _rows
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 ONE = Fraction(1)
 INT8, UINT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.float32)
 
 
 def pack_gptq(
-    parameters: Mapping[str, da.Array],
+    parameters: Mapping[str, BlockArray],
     layout: KernelLayout,
     dtype: np.dtype,
     name: str,
     rows: int,
     working_bytes: int = 2,
     zero_points: bool = True,
-) -> dict[str, tuple[da.Array, Parameter]]:
+) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
 
     `zero_points`: whether there is a `zero`; without it, offsets are zeros. `working_bytes`: what a byte of codes takes on its way,
@@ -64,7 +64,7 @@ def pack_gptq(
     return result
 
 
-def pack_awq(parameters: Mapping[str, da.Array], dtype: np.dtype) -> dict[str, tuple[da.Array, Parameter]]:
+def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight`, `weights_scaling_factor` and `prequant_scaling_factor` in ModelOpt's form."""
     codes, scales = parameters["codes4"], parameters["scales"]
     out, width = codes.shape

@@ -20,14 +20,14 @@ from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets.groupwise import pack_gptq
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 ONE = Fraction(1)
 
 
 def pack_rows(
-    name: str, parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, target: str, rows: int
-) -> dict[str, tuple[da.Array, Parameter]]:
+    name: str, parameters: Mapping[str, BlockArray], layout: KernelLayout, dtype: np.dtype, target: str, rows: int
+) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight` and `per_channel_scale` of codes with one group a row.
 
     `name`: the weight's in the source, for what is wrong with its values. `dtype`, called `target`: the model's type. `rows`:

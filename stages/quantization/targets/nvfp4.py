@@ -22,14 +22,14 @@ from stages.quantization.floats import e4m3
 from stages.quantization.targets.fp8 import FLOAT8, Entries, largest
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 ONE = Fraction(1)
 _WEIGHT = Parameter(axes=(("out", ONE), ("in", Fraction(1, 2))))
 _SCALES = Parameter(axes=(("out", ONE), ("group", Fraction(1, NVFP4_GROUP))), working_bytes=10)
 
 
-def pack(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries], Entries]:
+def pack(parts: Sequence[Mapping[str, BlockArray]]) -> tuple[list[Entries], Entries]:
     """The weight and scales of each part of a fused module, and what they share.
 
     That is the largest scale of all, which the parts' own scales are brought to where the quantizer has not done so, and the

@@ -7,6 +7,7 @@ scale for each out-feature and each rank's share of the in-features (a segment).
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.layout import KernelLayout
 
 if TYPE_CHECKING:
-    import dask.array as da
+    from pipeline.tensor.arrays import BlockArray
 
 # The largest number below a half: added before truncation it rounds halves away from zero, as C's round(), and nothing else up.
 _HALF = np.float32(np.nextafter(np.float32(0.5), np.float32(0)))
@@ -28,8 +29,8 @@ _CACHED = 1 << 17  # values on their way at once
 
 
 def pack(
-    name: str, weight: da.Array, layout: KernelLayout, segments: int, dtype: str, rows: int
-) -> dict[str, tuple[da.Array, Parameter]]:
+    name: str, weight: BlockArray, layout: KernelLayout, segments: int, dtype: str, rows: int
+) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], of the target's type `dtype`.
 
     `segments`: into how many equal parts the ranks split `in`. `rows`: out-features of a block of work.
@@ -45,27 +46,27 @@ def pack(
     scales = derive(
         "quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=weight.dtype, bits=bits, **arguments
     )
-    per_feature = Fraction(bits, 8)
-    return {
-        "weight": (
-            codes,
-            Parameter(
-                axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
-                header=(("in", Fraction(1)), ("out", per_feature)),
-                dtype="int8",
-                working_bytes=12 * 8 // bits,
-            ),
-        ),
-        "per_channel_scale": (
-            scales,
-            Parameter(
-                axes=(("out", Fraction(1)), ("in", Fraction(segments, features))),
-                header=(("out", Fraction(1)),),
-                dtype=dtype,
-                working_bytes=4 * features // segments,  # a scale takes all of its segment's weights
-            ),
-        ),
-    }
+    of_codes, of_scales = _parameters(layout, features, segments, dtype)
+    return {"weight": (codes, of_codes), "per_channel_scale": (scales, of_scales)}
+
+
+@cache
+def _parameters(layout: KernelLayout, features: int, segments: int, dtype: str) -> tuple[Parameter, Parameter]:
+    """How codes and scales lie along the axes of modules with as many in-features: one object for all."""
+    per_feature = Fraction(layout.bits, 8)
+    codes = Parameter(
+        axes=(("out", Fraction(1, layout.columns)), ("in", layout.columns * per_feature)),
+        header=(("in", Fraction(1)), ("out", per_feature)),
+        dtype="int8",
+        working_bytes=12 * 8 // layout.bits,
+    )
+    scales = Parameter(
+        axes=(("out", Fraction(1)), ("in", Fraction(segments, features))),
+        header=(("out", Fraction(1)),),
+        dtype=dtype,
+        working_bytes=4 * features // segments,  # a scale takes all of its segment's weights
+    )
+    return codes, scales
 
 
 def codes_of(region: Region, weight: Block, layout: KernelLayout, name: str, segments: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,11 +14,11 @@ from pathlib import Path
 import pytest
 from distributed import LocalCluster
 
-from pipeline.run.schedulers import runner
+from pipeline.engine import engines
 from tests import stand_ins
 from tests.support import checkpoints
-from tests.support.builds import alive, names, provenance
-from tests.support.commands import COMMAND
+from tests.support.builds import alive, gpu_worker, names, provenance, start, wait_for_gpu, wait_for_line
+from tests.support.commands import headrace, tree
 
 
 @pytest.fixture
@@ -29,61 +28,151 @@ def cluster() -> Iterator[str]:
         yield running.scheduler_address
 
 
-@contextlib.contextmanager
-def gpu_worker(scheduler: str, folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker with the resource GPU and, alone of all, with TensorRT-LLM."""
-    stand_ins.install(folder / "bin")
-    where = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", **environment}
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
-    with subprocess.Popen([*command, "--resources", "GPU=1"], env=where, stderr=subprocess.DEVNULL) as worker:
-        try:
-            yield worker
-        finally:
-            worker.terminate()
+# As the command, but for how long it waits for a worker with a GPU when all is converted.
+PATIENT = [
+    sys.executable,
+    "-P",
+    "-c",
+    "import pipeline.engine.engines as e; e.WAIT_SECONDS = 300; from pipeline.cli import main; main()",
+]
+JOB = "[engine]\nmax_batch_size = 8\n[[target]]\noutput_dir = 'one'\n[[target]]\noutput_dir = 'two'\ntp_size = 2\n"
 
 
-def wait_for_gpu(scheduler: str) -> None:
-    with runner(scheduler, 1) as session:
-        while not session.offers({"GPU": 1}):
-            time.sleep(0.05)
+def job(folder: Path, scheduler: str, text: str = JOB) -> Path:
+    """A job's file, and its model beside it."""
+    checkpoints.write(folder / "model", checkpoints.LLAMA)
+    (folder / "job.toml").write_text(f"model_dir = 'model'\nscheduler = '{scheduler}'\n{text}")
+    return folder / "job.toml"
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_line(running: subprocess.Popen[str], part: str) -> list[str]:
-    """The lines of standard error up to one that holds `part`."""
-    assert running.stderr
-    lines: list[str] = []
-    while not lines or part not in lines[-1]:
-        lines.append(running.stderr.readline())
-        assert lines[-1], lines
-    return lines
+def whole(folder: Path, *outputs: str) -> bool:
+    """Whether these outputs are there, and no journal nor any other trace of the work on them."""
+    held = [names(folder / name) for name in outputs]
+    return all("config.json" in each and not any(name.endswith(".partial") for name in each) for each in held)
 
 
 def test_a_job_converts_at_once_and_builds_when_a_gpu_comes(cluster: str, tmp_path: Path) -> None:
-    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
-    text = "[engine]\nmax_batch_size = 8\n[[target]]\noutput_dir = 'one'\n[[target]]\noutput_dir = 'two'\ntp_size = 2\n"
-    (tmp_path / "job.toml").write_text(f"model_dir = 'model'\nscheduler = '{cluster}'\n{text}")
-    running = start("convert", tmp_path / "job.toml")
+    running = start("convert", job(tmp_path, cluster), command=PATIENT)
     wait_for_line(running, "waiting for a Dask worker with the resource GPU")
-    # The checkpoints are whole; there is no engine, and nothing of one.
-    assert all((tmp_path / name / "config.json").exists() for name in ("one", "two"))
-    assert not [name for name in names(tmp_path) if "engine" in name]
+    # The checkpoints are whole; there is no engine.
+    assert whole(tmp_path, "one", "two")
+    assert not {"one-engine", "two-engine"} & names(tmp_path)
     with gpu_worker(cluster, tmp_path):
         out, errors = running.communicate()
     assert running.returncode == 0, errors
     assert f"{tmp_path}/two-engine: " in out
     assert "Build TensorRT engine Unnamed Network 1" in errors  # the builder's lines come from where it runs
-    # Only that worker had a builder.
-    assert provenance(tmp_path / "two-engine")["command"][0] == str(tmp_path / "bin" / "trtllm-build")
+    # Only that worker had a builder, and was asked for its version.
+    facts = provenance(tmp_path / "two-engine")
+    assert (facts["command"][0], facts["inputs"]["version"]) == (str(tmp_path / "bin" / "trtllm-build"), "1.2.1")
+
+
+def test_without_a_gpu_all_is_converted_and_that_is_said(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WAIT_SECONDS", 0.3)
+    ran = headrace("convert", job(tmp_path, cluster))
+    assert ran.code == 4, ran
+    assert whole(tmp_path, "one", "two")
+    for name in ("one", "two"):
+        assert f"{tmp_path}/{name}-engine: found no worker with the resource GPU at {cluster}; expected one" in ran.err
+    assert f"dask worker {cluster} --nthreads 1 --resources GPU=1" in ran.err
+    assert names(tmp_path) == {"model", "job.toml", "one", "two"}
+    # The same command does the builds alone, once there is one.
+    before = tree(tmp_path / "one")
+    with gpu_worker(cluster, tmp_path):
+        wait_for_gpu(cluster)
+        ran = headrace("convert", tmp_path / "job.toml")
+    assert ran.code == 0, ran
+    assert "is up to date: nothing to do" in ran.out
+    assert {"rank0.engine", "rank1.engine"} < names(tmp_path / "two-engine")
+    assert tree(tmp_path / "one") == before
+
+
+def hold_once(folder: Path, real: Path) -> Path:
+    """A folder with a trtllm-build that does nothing for long when it is called to build for the first time."""
+    builder = folder / "held" / "trtllm-build"
+    builder.parent.mkdir()
+    held = f"mkdir {folder}/began 2> /dev/null && exec sleep 600"
+    builder.write_text(f'#!/bin/sh\ncase "$*" in *--help*) ;; *) {held};; esac\nexec {real} "$@"\n')
+    builder.chmod(0o755)
+    return builder.parent
+
+
+def wait_until_it_builds(running: subprocess.Popen[str], folder: Path) -> None:
+    while not (folder / "began").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.02)
+
+
+SCRATCH = "output_dir = 'ranks'\nscratch_after = ['rename']\n[engine]\n"
+
+
+def test_the_only_worker_dies_while_it_builds(tmp_path: Path, on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the results of all that it has converted. Its nanny starts another, which does nothing of that again."""
+    monkeypatch.setenv("PATH", str(hold_once(tmp_path, on_path / "trtllm-build")), prepend=os.pathsep)
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, resources={"GPU": 1}) as alone:
+        running = start("convert", job(tmp_path, alone.scheduler_address, SCRATCH))
+        wait_until_it_builds(running, tmp_path)
+        before = tree(tmp_path / "ranks")
+        (worker,) = alone.workers.values()
+        os.kill(worker.pid, signal.SIGKILL)
+        _, errors = running.communicate()
+    assert running.returncode == 0, errors
+    assert {name: state for name, state in tree(tmp_path / "ranks").items() if name != "."} == {
+        name: state for name, state in before.items() if name not in (".", "headrace.json.partial")
+    }
+    assert ".headrace-scratch" not in names(tmp_path)
+    assert "rank0.engine" in names(tmp_path / "ranks-engine")
+
+
+def test_a_build_that_takes_its_workers_with_it_ends_no_conversion(tmp_path: Path, on_path: Path) -> None:
+    held = hold_once(tmp_path, on_path / "trtllm-build")
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as running_cluster:
+        running_cluster.scheduler.allowed_failures = 0
+        address = running_cluster.scheduler_address
+        with gpu_worker(address, tmp_path, PATH=f"{held}{os.pathsep}{os.environ['PATH']}") as worker:
+            wait_for_gpu(address)
+            running = start("convert", job(tmp_path, address, SCRATCH))
+            wait_until_it_builds(running, tmp_path)
+            worker.kill()
+            _, errors = running.communicate()
+    assert running.returncode == 4, errors
+    assert f"{tmp_path}/ranks-engine: found that the workers which built it were lost" in errors
+    assert whole(tmp_path, "ranks")
+    assert not {".headrace-scratch", "ranks-engine", "ranks-engine.partial"} & names(tmp_path)
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[str]:
+    """The address of a `dask scheduler`, a process of its own without workers."""
+    where = tmp_path / "scheduler.json"
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", where]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL) as process:
+        try:
+            while not where.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield json.loads(where.read_text())["address"]
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("trouble", ["", "once"])
+def test_a_scheduler_and_one_worker_with_a_gpu_convert_and_build(scheduler: str, tmp_path: Path, trouble: str) -> None:
+    environment = {"STAND_IN_TROUBLE": trouble, "STAND_IN_STATE": str(tmp_path / "state")}
+    with gpu_worker(scheduler, tmp_path, **environment):
+        wait_for_gpu(scheduler)
+        ran = headrace("convert", job(tmp_path, scheduler))
+    assert ran.code == (4 if trouble else 0), ran
+    assert whole(tmp_path, "one", "two")
+    made = {"one-engine", "two-engine"} & names(tmp_path)
+    assert len(made) == (1 if trouble else 2)
+    (failed,) = {"one-engine", "two-engine"} - made or {""}
+    assert f"{tmp_path}/{failed}: " in ran.err or not trouble
+    assert "OutOfMemory" in ran.err or not trouble
 
 
 def test_the_builder_of_the_gpu_s_machine_is_asked_before_the_conversion(cluster: str, tmp_path: Path) -> None:
-    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
-    options = "output_dir = 'ranks'\n[engine]\nlora_target_modules = ['attn_qq']\n"
-    (tmp_path / "job.toml").write_text(f"model_dir = 'model'\nscheduler = '{cluster}'\n{options}")
+    job(tmp_path, cluster, "output_dir = 'ranks'\n[engine]\nlora_target_modules = ['attn_qq']\n")
     with gpu_worker(cluster, tmp_path):
         wait_for_gpu(cluster)
         running = start("convert", tmp_path / "job.toml")

@@ -121,12 +121,17 @@ def test_tiles_are_asked_for_all_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "flags"),
-    [("gptq", ()), ("gptq 8 bits", ()), ("awq", ()), ("compressed w4a16", ()), ("gptq", ("--requantize",))],
+    [
+        *(("gptq", ()), ("gptq 8 bits", ()), ("awq", ()), ("compressed w4a16", ()), ("gptq", ("--requantize",))),
+        *(("compressed w8a8", ()), ("gptq a row", ())),
+    ],
     ids=str,
 )
 def test_codes_that_only_one_order_can_be_of(kind: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The loader would make other codes of those that have a scale a row, of the numbers that they stand for."""
     problem = one(refused(model_of(tmp_path, kind), "--sm", "any", *flags))
-    assert problem.startswith(f"--sm any: found W{8 if '8' in kind else 4}A16_GPTQ codes; expected the GPU's generation")
+    algorithm = source.formats()[kind].algorithm
+    assert problem.startswith(f"--sm any: found {algorithm} codes; expected the GPU's generation")
     assert "--dequantize --use_weight_only --sm any" in problem
 
 

@@ -70,7 +70,9 @@ def test_a_failure_at_any_store(tiny: Path, step: int, after: str, tmp_path: Pat
             said = str(error)
         assert "No space left on device (somewhere)" in said
         monkeypatch.setattr(stages.write, "_write_all", whole)
-        assert not any((directory / f"out{n}/config.json").exists() for n in range(len(TARGETS)))
+        # Behind a cut after `shard` no task writes to several outputs, so that one may be whole before another.
+        there = [(directory / f"out{n}/config.json").exists() for n in range(len(TARGETS))]
+        assert not (all(there) if "shard" in after else any(there))
         resumed += convert(**options).resumed_tasks
         assert outputs(directory) == outputs(tiny)
         shutil.rmtree(directory)

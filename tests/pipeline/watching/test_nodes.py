@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import plan
+from pipeline.planning.build_steps import BuildStep
 from pipeline.run.execute import execute
 from pipeline.watching.charts import MOST_POINTS, bar_rows, clock, thinned, timeline
 from pipeline.watching.graph_drawing import LIFT, MOST_OUTPUTS, graph_svg
 from pipeline.watching.groups import columns_and_rows, without_circles
 from pipeline.watching.nodes import LiveNode, StageProgress
 from pipeline.watching.state import RunWatch, Share, Snapshot
+from stages.build import BuilderCall
+from stages.build.builders import Builder
 from tests.support import checkpoints, quantized_checkpoints
 
 SCHEDULERS = ["threads", "local"]
@@ -63,6 +66,44 @@ def test_all_stages_of_a_run_are_done_at_its_end(
         assert 1.0 <= nodes["read"].nbytes / now.bytes_read < 1.05  # scales are looked at more than once
         first = stages[stages.index("scratch") + 1]
         assert {(stages[stages.index("scratch") - 1], "scratch"), ("scratch", first)} < set(now.edges)
+
+
+def builder_call(name: str) -> BuilderCall:
+    return BuilderCall(name, Builder(), (), Path(), Path(), Path())
+
+
+def test_engines_stand_behind_the_outputs() -> None:
+    steps = [BuildStep(builder_call(f"rank {n}"), Path("/engines/one"), 0) for n in (0, 1)]
+    steps.append(BuildStep(builder_call("x"), Path("/engines/two")))
+    progress = StageProgress((), 1, steps)
+    assert progress.edges[-1] == ("finish", "build")
+    progress.built("rank 1", 2.0, failed=False)
+    progress.built("x", 0.5, failed=True)
+    now = Snapshot(
+        nodes=progress.nodes(),
+        edges=progress.edges,
+        engines=progress.engines(),
+        ranks=(Share("out", 0, 5, 10),),
+    )
+    texts = drawn(now)
+    assert texts[texts.index("build") :] == [
+        *("build", "TensorRT-LLM's", "own builder", "2.5 s", "2 of 3 tasks"),
+        *("one", "1 of 2 built", "two", "failed"),
+    ]
+    assert texts.index("finish") < texts.index("out") < texts.index("build")
+    assert '<g class="failed">' in graph_svg(now)
+
+
+def test_a_run_whose_builds_fail_has_failed(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    made, call = plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out"), builder_call("x")
+    for failed, state in ((True, "failed"), (False, "done")):
+        watch = RunWatch()
+        watch.started(made, "", 0, 0, 0)
+        watch.bound((), [BuildStep(call, Path("e"))])
+        watch.built("x", 1.0, failed)
+        watch.finished()
+        assert watch.snapshot().state == state
 
 
 def test_a_run_that_has_no_groups_has_no_nodes() -> None:

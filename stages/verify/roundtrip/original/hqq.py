@@ -24,8 +24,13 @@ TALK: tuple[str, ...] = (
     "quant_scale",
     "quant_zero",
     "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
 )
-TALK += ("offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
 
 
 class HqqNumbers(Numbers):

@@ -1,0 +1,106 @@
+"""The builder of a machine: a command, one in a container, or TensorRT-LLM's Python package; its version and its options."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from stages.build.process import telling_lines
+
+HELP_SECONDS = 300.0  # importing TensorRT-LLM takes half a minute on a cold disk
+PACKAGE = "tensorrt_llm"
+RANK_SCRIPT = Path(__file__).with_name("rank.py")
+
+_VERSION = re.compile(r"TensorRT[- ]LLM version:\s*(\S+)")
+
+
+@dataclass(frozen=True)
+class Builder:
+    """The builder to use: a command (a name on PATH, or a path), perhaps in a container, or the Python package."""
+
+    kind: Literal["auto", "command", "python"] = "auto"
+    command: str = "trtllm-build"
+    container: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuilderProbe:
+    """The builder that a machine has.
+
+    `words`: the beginning of its command line, empty where there is no builder. `kind`: "command" or "python". `help`: the output
+    of its --help, "" for a container, which is not started for it. `trouble`: why there is no builder, or why it does not run.
+    `host`: the machine.
+    """
+
+    words: tuple[str, ...] = ()
+    kind: str = ""
+    version: str = ""
+    help: str = ""
+    trouble: str = ""
+    host: str = field(default_factory=socket.gethostname)
+
+
+def probe(builder: Builder) -> BuilderProbe:
+    """Find the builder of this machine and ask it for its version and its options."""
+    if builder.container:
+        if shutil.which(builder.container[0]) is None:
+            return BuilderProbe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
+        return BuilderProbe((*builder.container, builder.command), "command")
+    words, kind, trouble = _find(builder)
+    if not words:
+        return BuilderProbe(trouble=trouble)
+    environment = {**os.environ, "COLUMNS": "200"}
+    try:
+        ran = subprocess.run(
+            [*words, "--help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=HELP_SECONDS,
+            env=environment,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return BuilderProbe(words, kind, trouble=f"{words[0]} --help: {error}")
+    if ran.returncode:
+        last = "\n  ".join(telling_lines((ran.stdout + ran.stderr).splitlines()))
+        return BuilderProbe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
+    version = _VERSION.search(ran.stdout + ran.stderr)
+    return BuilderProbe(words, kind, version[1] if version else _package_version(), ran.stdout)
+
+
+def gpus() -> int:
+    """The number of NVIDIA GPUs that this machine shows."""
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def _find(builder: Builder) -> tuple[tuple[str, ...], str, str]:
+    """The words that begin the builder's command line, its kind, and what is missing where there is no builder."""
+    missing = []
+    if builder.kind != "python":
+        program = shutil.which(builder.command)
+        if program:
+            return (str(Path(program).absolute()),), "command", ""
+        missing.append(f"no {builder.command}{'' if '/' in builder.command else ' on PATH'}")
+    if builder.kind != "command":
+        if util.find_spec(PACKAGE):
+            return (sys.executable, "-P", str(RANK_SCRIPT)), "python", ""
+        missing.append(f"no Python package {PACKAGE}")
+    return (), "", " and ".join(missing)
+
+
+def _package_version() -> str:
+    """The installed version of TensorRT-LLM, "" for none."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return ""
