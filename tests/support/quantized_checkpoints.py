@@ -595,6 +595,7 @@ def formats() -> dict[str, Format]:
         "gptq 3 bits": gptq(bits=3),
         "gptq 3 bits asymmetric": gptq(bits=3, sym=False),
         "gptq 2 bits": gptq(bits=2, sym=False, second=True),
+        "gptq 3 bits a row": gptq(bits=3, group=-1),
         "gptq a row": gptq(group=-1, index="order"),
         "gptq 8 bits a row": gptq(bits=8, group=-1),
         "awq": awq(),

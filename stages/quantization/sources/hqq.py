@@ -74,10 +74,8 @@ class Hqq(PackedFormat):
         if scale.shape[0] != shape[0] or tensors["zero"].shape != scale.shape or math.prod(scale.shape) % codes.shape[0]:
             return [Problem(f"{module}.zero", f"shape {list(tensors['zero'].shape)}", f"{list(scale.shape)}, in whole rows")]
         bits = 8 * codes.shape[0] / math.prod(scale.shape)
-        said: list[float] = [*_ints(tensors, "nbits")] or [bits]
-        return (
-            [] if said[0] == bits else [Problem(f"{module}.W_q", f"{bits:g} bits by its shape", f"{said[0]} bits, as nbits says")]
-        )
+        said: float = next(iter(_ints(tensors, "nbits")), bits)
+        return [] if said == bits else [Problem(f"{module}.W_q", f"{bits:g} bits by its shape", f"{said} bits, as nbits says")]
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`weight`, float32; the rest stays."""

@@ -14,7 +14,7 @@ from stages.verify.roundtrip.original.numbers import Numbers
 from stages.verify.values import read
 
 # What a module says of itself, which its numbers do not need or which `shape` says already.
-TALK = (
+TALK: tuple[str, ...] = (
     "nbits",
     "group_size",
     "axis",
