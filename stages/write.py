@@ -116,7 +116,7 @@ class Written:
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
-def deliveries(placements: Sequence[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
+def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
     """Return the deliveries of a source's block to one sink.
 
     Parameters
@@ -156,9 +156,9 @@ def write_group(
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
-    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number of
-    its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The others are
-    `write_blocks`' own.
+    `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number
+    of its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. The others
+    are `write_blocks`' own.
     """
     blocks = make_blocks(opened, *inputs)
     return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool)

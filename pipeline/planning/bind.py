@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.planning.phases import Phased
-from pipeline.tensor.arrays import Needed, SmallTask
+from pipeline.tensor.arrays import Maker, Needed, SmallTask
 from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
 from pipeline.tensor.placement import size
 from stages.read import OpenBlock
@@ -108,7 +108,7 @@ def stages_of_group(
     return (*stages, _inputs((block, task.make) for block, (task, _) in needed.items()), blocks)
 
 
-def _inputs(made: Iterable[tuple[Any, Callable[..., Any]]]) -> Inputs:
+def _inputs(made: Iterable[tuple[Any, Maker]]) -> Inputs:
     """List what the making of some blocks reads: what opens a block of the source, or a chunk, says of which tensor and region."""
     source: dict[Any, int] = {}
     scratch: dict[str, int] = {}
@@ -125,7 +125,7 @@ def _inputs(made: Iterable[tuple[Any, Callable[..., Any]]]) -> Inputs:
 
 def all_inputs(plan: Phased) -> Inputs:
     """List what all groups of a plan read."""
-    found: dict[Any, Callable[..., Any]] = {}
+    found: dict[Any, Maker] = {}
     seen: set[Any] = set()
     for phase in plan.phases:
         for store, chunk in (block for group in phase.groups for block in group):

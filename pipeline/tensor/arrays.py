@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,6 +27,9 @@ T = TypeVar("T", bound=Hashable)
 Key = tuple[Any, ...]  # of a block: its array's name and its chunk index, as Dask has it
 Index = tuple[int, ...]
 Chunks = tuple[tuple[int, ...], ...]
+# A function of blocks that gives a block: mostly a named tuple with `__call__`, which is small, survives pickling, and is no
+# Callable to a type checker.
+Maker = Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class SmallTask(NamedTuple):
     """
 
     number: int
-    make: Callable[..., Any]
+    make: Maker
     needs: tuple[Any, ...] = ()
 
     def __call__(self, values: Mapping[Any, Any]) -> Any:
@@ -107,7 +110,7 @@ class BlockArray(ABC):
         """A name that decides the array's values: arrays of one name are one to a scheduler."""
 
     @abstractmethod
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         """A function of blocks that gives the block at a chunk index."""
 
     def needs(self, index: Index) -> Iterable[tuple[BlockArray, Index]]:
@@ -118,11 +121,12 @@ class BlockArray(ABC):
         return hash((id(self.grid), self.inputs)) if self.inputs else id(self)
 
     def __eq__(self, other: object) -> bool:
-        """Whether it has the values of another: those of equal names, which few need."""
+        """Whether the same is made of the same inputs, which a name tells; without inputs, whether it is the same object."""
         if self is other:
             return True
-        alike = isinstance(other, BlockArray) and self.grid is other.grid and self.inputs == other.inputs
-        return alike and self.name == other.name
+        if not isinstance(other, BlockArray) or not self.inputs:
+            return False
+        return self.grid is other.grid and self.inputs == other.inputs and self.name == other.name
 
     @property
     def name(self) -> str:
@@ -170,7 +174,7 @@ class BlockArray(ABC):
             needed[block] = SmallTask(len(needed), self.make(index), before), self.stage
         return needed[block][0].number
 
-    def sources(self, index: Index, found: dict[Any, Callable[..., Any]], seen: set[Any]) -> None:
+    def sources(self, index: Index, found: dict[Any, Maker], seen: set[Any]) -> None:
         """Add to `found` how those blocks are made that a block is made of and that are made of none, without naming any.
 
         `seen`: the blocks that were looked at before, which are left out.
@@ -230,14 +234,14 @@ class DaskBlocks(BlockArray):
     def naming(self) -> str:
         return self._name
 
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         return _taken_apart(self.nodes[(self.name, *index)])[0]
 
     def collect(self, index: Index, needed: Needed) -> int:
         """Follow the array's own graph. A node that opens a source is of the stage that says so."""
         return self._follow((self.name, *index), needed)
 
-    def sources(self, index: Index, found: dict[Any, Callable[..., Any]], seen: set[Any]) -> None:  # noqa: ARG002
+    def sources(self, index: Index, found: dict[Any, Maker], seen: set[Any]) -> None:  # noqa: ARG002
         """Follow the array's own graph."""
         needed: Needed = {}
         self.collect(index, needed)
@@ -261,7 +265,7 @@ class RunNode(NamedTuple):
         return self.node(dict(zip(self.needs, blocks, strict=True)))
 
 
-def _taken_apart(node: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _taken_apart(node: Any) -> tuple[Maker, tuple[Any, ...]]:
     """A node of a Dask graph as a function of blocks and their keys: its own function, where that takes nothing else."""
     from dask._task_spec import Task, TaskRef
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.tensor.arrays import BlockArray, Grid, Index, block_array, grid
+from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, grid
 from pipeline.tensor.placement import Region, extent, intersect, shift, slices, whole
 from pipeline.tensor.tensors import Block
 
@@ -103,7 +103,7 @@ class Derivation(NamedTuple):
     names: tuple[str, ...]
     ahead: int
 
-    def open(self, region: Region, values: Sequence[Any], blocks: Sequence[Block]) -> Block:
+    def block(self, region: Region, values: Sequence[Any], blocks: Sequence[Block]) -> Block:
         """The block of a region, of all blocks of the inputs, one input after the other, without reading them."""
         inputs, rest = {}, list(blocks)
         for key, (dtype, cut) in zip(self.keys, self.inputs, strict=True):
@@ -120,7 +120,7 @@ class OpenDerived(NamedTuple):
     region: Region
 
     def __call__(self, *blocks: Block) -> Block:
-        return self.kind.open(self.region, self.values, blocks)
+        return self.kind.block(self.region, self.values, blocks)
 
 
 class DerivedArray(BlockArray):
@@ -143,7 +143,7 @@ class DerivedArray(BlockArray):
         """All blocks of all inputs."""
         return [(array, place) for array in self.inputs for place in array.grid.regions]
 
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         return OpenDerived(self.kind, self.values, self.grid.regions[index])
 
 
@@ -224,7 +224,7 @@ class ConstantArray(BlockArray):
     def naming(self) -> str:
         return self._name
 
-    def make(self, index: Index) -> Callable[..., Any]:  # noqa: ARG002
+    def make(self, index: Index) -> Maker:  # noqa: ARG002
         return OpenConstant(self.values)
 
 

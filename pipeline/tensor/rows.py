@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.tensor.arrays import BlockArray, Index, block_array, grid, shared
+from pipeline.tensor.arrays import BlockArray, Index, Maker, block_array, grid, shared
 from pipeline.tensor.placement import Interval
 
 Slice = tuple[int, Interval]  # of a chunk, by its number on the axis
@@ -31,7 +31,7 @@ class TakenRows(BlockArray):
         number, _ = self.slices[index[self.axis]]
         return [(self.inputs[0], (*index[: self.axis], number, *index[self.axis + 1 :]))]
 
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         return Rows(self.axis, *self.slices[index[self.axis]][1])
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.tensor.arrays import BlockArray, Grid, Index, block_array, grid, shared
+from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, grid, shared
 from pipeline.tensor.metering import meter
 from pipeline.tensor.names import TensorName, split_names
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
@@ -268,5 +268,5 @@ class MappedBlocks(BlockArray):
         digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         return f"{function.__name__}-{digest}-{self.inputs[0].name}"
 
-    def make(self, index: Index) -> Callable[..., Any]:  # noqa: ARG002
+    def make(self, index: Index) -> Maker:  # noqa: ARG002
         return self.bound

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import BadInput
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
@@ -15,18 +16,15 @@ from pipeline.tensor.tensors import Block
 from stages.quantization.sources.gptq import unpacked
 from stages.quantization.targets.weight_only import not_finite
 
-if TYPE_CHECKING:
-    import dask.array as da
-
 FLOAT32, INT16, UINT8 = np.dtype(np.float32), np.dtype(np.int16), np.dtype(np.uint8)
 _SCALED_BYTES = 4 << 20  # of float32 weights whose scales are computed at once
 
 
-def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
+def dequantize(parameters: Mapping[str, BlockArray]) -> BlockArray:
     """The float32 weight [out, in] of a module's canonical quantized parameters."""
     if "fp8" in parameters:
         weight = parameters["fp8"]
-        scale = parameters.get("channel_scale", parameters.get("tensor_scale"))
+        scale = parameters["channel_scale" if "channel_scale" in parameters else "tensor_scale"]
         return derive(
             "dequantize", from_float8, {"weight": weight, "scale": scale}, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0]
         )
@@ -38,7 +36,7 @@ def dequantize(parameters: Mapping[str, da.Array]) -> da.Array:
     return derive("dequantize", from_codes, inputs, shape=shape, dtype=FLOAT32, rows=codes.chunks[0], bits=bits)
 
 
-def requantize(weight: da.Array, group_size: int, name: str = "a dequantized weight") -> dict[str, da.Array]:
+def requantize(weight: BlockArray, group_size: int, name: str = "a dequantized weight") -> dict[str, BlockArray]:
     """4-bit `codes`, `scales` and `offsets` of a float32 weight [out, in]: symmetric, rounded to the nearest, by consecutive
     groups. `name`: its source's, for what is wrong with its values.
     """

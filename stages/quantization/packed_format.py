@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.tensors import LazyTensor
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 Modules = Mapping[str, Mapping[str, LazyTensor]]  # tensors by module and local name
 OF_ALL = ("one",)  # the axes of a value that stands for all of a module
@@ -56,7 +54,7 @@ class PackedFormat(Protocol):
         """
         ...
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """The canonical parameters (AXES) of a module that `check` found nothing wrong with. Reads nothing."""
         ...
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pipeline.errors import BadInput, Problem
 from pipeline.extensions import extensions
-from pipeline.tensor.arrays import BlockArray, Index, grid
+from pipeline.tensor.arrays import BlockArray, Index, Maker, grid
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.source_reader import SourceReader
@@ -122,7 +122,7 @@ class ReadArray(BlockArray):
     def naming(self) -> str:
         return f"read-{self.label}"
 
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         return OpenBlock(self.tensor, self.grid.regions[index])
 
 

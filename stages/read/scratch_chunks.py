@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from pipeline.tensor.arrays import BlockArray, Index, Needed, SmallTask, grid
+from pipeline.tensor.arrays import BlockArray, Index, Maker, Needed, SmallTask, grid
 from pipeline.tensor.blocks import CHECKSUMS, Part
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, slices, whole
@@ -69,7 +69,7 @@ class CutArray(BlockArray):
     def naming(self) -> str:
         return self._name
 
-    def make(self, index: Index) -> Callable[..., Any]:
+    def make(self, index: Index) -> Maker:
         return OpenChunk(_chunk(self.stored, index, self.grid.regions[index]))
 
     def collect(self, index: Index, needed: Needed) -> int:

@@ -7,20 +7,18 @@ weight = (code - zero) * scale. Facts: docs/format/quantized-layouts.md, section
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
 from stages.quantization.sources.gptq import no_groups, no_words
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 _PACKED = ("qweight", "qzeros", "scales")
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
@@ -59,7 +57,7 @@ class Awq(PackedFormat):
             problems.append(Problem(f"{module}.qzeros", f"shape {list(tensors['qzeros'].shape)}", expected))
         return problems
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`codes4`, `scales` and `offsets`; the rest stays."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         shape = (scales.shape[1], words.shape[0] // 2)

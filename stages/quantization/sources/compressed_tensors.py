@@ -8,11 +8,12 @@ Facts: docs/format/quantized-layouts.md, sections 9b and 10.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
@@ -20,9 +21,6 @@ from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 from stages.quantization.sources.fp8_scaled import flat
 from stages.quantization.sources.gptq import no_words
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
 _OWN = {"weight_packed", "weight_shape", "weight_zero_point", "weight_scale", "weight_g_idx", "weight"}
@@ -84,7 +82,7 @@ class CompressedTensors(PackedFormat):
             return [Problem(f"{module}.weight_g_idx", "groups in the order of the activations", "consecutive in-features")]
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` or `codes8`, `scales` and `offsets`; the rest stays."""
         scales = derive("unpack", transposed, {"values": parameters["weight_scale"]}, shape=parameters["weight_scale"].shape[::-1],
                         dtype=parameters["weight_scale"].dtype)  # fmt: skip

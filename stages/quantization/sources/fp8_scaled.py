@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.quantization import CLAMP, FP8, FP8_ROWWISE
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 FLOAT32 = np.dtype(np.float32)
 _RENAMED = {"weight": "fp8", "input_scale": "input_scale", "k_scale": "kv_scale", "v_scale": "kv_scale"}
@@ -66,7 +64,7 @@ class ScaledFp8(PackedFormat):
                 problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", expected))
         return problems
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`fp8` with `tensor_scale` or `channel_scale`, and the scales of activations and cache, all float32; the rest stays."""
         rows = parameters["weight"].shape[0]
         result = {}

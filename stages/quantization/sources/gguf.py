@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, map_blocks
 from stages.quantization.packed_format import PackedFormat, PackedParameter
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 PREFIX = "gguf_"
 
@@ -34,7 +32,7 @@ class Gguf(PackedFormat):
         """Nothing: the reader has seen that the types can be unpacked."""
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """Packed uint8 [rows, bytes] (or [experts, rows, bytes]) becomes `weight`, float32 [rows, elements]; the rest stays."""
         import gguf
 

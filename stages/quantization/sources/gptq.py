@@ -8,19 +8,17 @@ Facts: docs/format/quantized-layouts.md, section 5.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 _PACKED = ("qweight", "qzeros", "scales")
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
@@ -68,7 +66,7 @@ class Gptq(PackedFormat):
             return [Problem(f"{module}.g_idx", f"group {outside[0]}", f"the groups 0 to {groups - 1} of the scales")]
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))

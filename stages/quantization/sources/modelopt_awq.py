@@ -8,21 +8,19 @@ Facts: docs/format/quantized-layouts.md, section 7.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.quantization import AWQ
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 from stages.quantization.sources.compressed_tensors import no_offsets, transposed
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 
 class ModelOptAwq(PackedFormat):
@@ -56,7 +54,7 @@ class ModelOptAwq(PackedFormat):
             ]
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         """`codes4`, `scales`, `offsets`, and `prequant` where the module has one; the rest stays."""
         weight, scale = parameters["weight"], parameters["weight_scale"]
         shape = (2 * weight.shape[0], weight.shape[1] // 2)

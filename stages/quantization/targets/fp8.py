@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pipeline.errors import BadInput
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, whole
 from pipeline.tensor.tensors import Block, Parameter, plain
 from stages.quantization.targets.weight_only import not_finite
 
-if TYPE_CHECKING:
-    import dask.array as da
-
-Entries = dict[str, tuple["da.Array", Parameter]]
+Entries = dict[str, tuple[BlockArray, Parameter]]
 ONE = Fraction(1)
 FLOAT32, FLOAT8 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = np.float32(448)  # of float8_e4m3fn
@@ -30,7 +28,7 @@ _LEAST_SCALE = np.float32(1 / (448 * 512))
 MATRIX = Parameter(axes=(("out", ONE), ("in", ONE)), working_bytes=8)
 
 
-def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries], Entries]:
+def pack_tensor(parts: Sequence[Mapping[str, BlockArray]]) -> tuple[list[Entries], Entries]:
     """The weight of each part of a fused module, and what they share: the largest of their scales, which all are brought to."""
     scales = [part["tensor_scale"] for part in parts]
     common = largest(scales)
@@ -46,7 +44,7 @@ def pack_tensor(parts: Sequence[Mapping[str, da.Array]]) -> tuple[list[Entries],
     return weights, {"weights_scaling_factor": (common, scale), "activation_scaling_factor": (activations, scale)}
 
 
-def pack_channels(part: Mapping[str, da.Array]) -> Entries:
+def pack_channels(part: Mapping[str, BlockArray]) -> Entries:
     """`weight` and `per_channel_scale` of a float8 weight that has a scale for each out-feature, or one that stands for all."""
     weight = part["fp8"]
     scales = part.get("channel_scale")
@@ -55,7 +53,7 @@ def pack_channels(part: Mapping[str, da.Array]) -> Entries:
     return {"weight": (weight, MATRIX), "per_channel_scale": (scales, Parameter(axes=(("out", ONE),)))}
 
 
-def quantize_channels(name: str, weight: da.Array, segments: int, clamp: float) -> Entries:
+def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float) -> Entries:
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], a scale for each rank's share of a
     row.
     """
@@ -121,7 +119,7 @@ def largest_of(region: Region, **scales: Block) -> np.ndarray:  # noqa: ARG001
     return np.array([max(_scalar(scale) for scale in scales.values())], dtype=np.float32)
 
 
-def largest(scales: Sequence[da.Array]) -> da.Array:
+def largest(scales: Sequence[BlockArray]) -> BlockArray:
     """float32 [1]: the largest of several scales of one element."""
     if len(scales) == 1:
         return scales[0]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
@@ -20,16 +21,13 @@ from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets.weight_only import _chunks, _rows
 
-if TYPE_CHECKING:
-    import dask.array as da
-
 ONE = Fraction(1)
 INT8, UINT8, FLOAT32 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.float32)
 
 
 def pack_gptq(
-    parameters: Mapping[str, da.Array], layout: KernelLayout, dtype: np.dtype, name: str, rows: int, working_bytes: int = 2
-) -> dict[str, tuple[da.Array, Parameter]]:
+    parameters: Mapping[str, BlockArray], layout: KernelLayout, dtype: np.dtype, name: str, rows: int, working_bytes: int = 2
+) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
 
     `working_bytes`: what a byte of codes takes on its way, more than the codes where they are computed.
@@ -54,7 +52,7 @@ def pack_gptq(
     return {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped), "zero": (zeros, grouped)}
 
 
-def pack_awq(parameters: Mapping[str, da.Array], dtype: np.dtype) -> dict[str, tuple[da.Array, Parameter]]:
+def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight`, `weights_scaling_factor` and `prequant_scaling_factor` in ModelOpt's form."""
     codes, scales = parameters["codes4"], parameters["scales"]
     out, width = codes.shape

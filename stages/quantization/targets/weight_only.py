@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent
 from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.layout import KernelLayout
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 # The largest number below a half: added before truncation it rounds halves away from zero, as C's round(), and nothing else up.
 _HALF = np.float32(np.nextafter(np.float32(0.5), np.float32(0)))
@@ -29,8 +27,8 @@ _CACHED = 1 << 17  # values on their way at once
 
 
 def pack(
-    name: str, weight: da.Array, layout: KernelLayout, segments: int, dtype: str, rows: int
-) -> dict[str, tuple[da.Array, Parameter]]:
+    name: str, weight: BlockArray, layout: KernelLayout, segments: int, dtype: str, rows: int
+) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], of the target's type `dtype`.
 
     `segments`: into how many equal parts the ranks split `in`. `rows`: out-features of a block of work.

@@ -54,7 +54,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def planned(model: Path, target: str) -> Plan:
     options = dict(TARGETS[target])
     if "target" in options:
-        options["target"] = [{**each, "output_dir": model / each["output_dir"], "tp_size": 2, "moe_ep_size": 2} for each in options["target"]]
+        options["target"] = [
+            {**each, "output_dir": model / each["output_dir"], "tp_size": 2, "moe_ep_size": 2} for each in options["target"]
+        ]
     else:
         options |= {"output_dir": model / "out", "tp_size": 2, "moe_ep_size": 2}
     return plan(model_dir=model, **options)

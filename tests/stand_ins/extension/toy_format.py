@@ -6,18 +6,16 @@ levels uint8 [in, out]; steps float16 [groups, out]. weight = (level - 8) * step
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter
-
-if TYPE_CHECKING:
-    import dask.array as da
 
 
 class Toy(PackedFormat):
@@ -42,7 +40,7 @@ class Toy(PackedFormat):
             return [Problem(f"{module}.steps", f"shape {list(steps.shape)}", f"[groups of {features}, {out}]")]
         return []
 
-    def unpack(self, parameters: Mapping[str, da.Array], settings: Mapping[str, Any]) -> dict[str, da.Array]:  # noqa: ARG002
+    def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
         levels, steps = parameters["levels"], parameters["steps"]
         features, out = levels.shape
         codes = derive("unpack", read_codes, {"levels": levels}, shape=(out, features // 2), dtype=np.dtype(np.uint8))
