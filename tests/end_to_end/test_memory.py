@@ -57,3 +57,20 @@ def test_packed(tmp_path: Path) -> None:
     limit = 200 << 20
     measured = peak(model_dir=str(MODEL), output_dir=str(tmp_path / "out"), tp_size=3, workers=2, memory_limit=limit)
     assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
+
+
+@pytest.mark.parametrize("scheduler", ["threads", "local"])
+def test_a_mixture_of_thousands_of_tensors(scheduler: str, tmp_path: Path) -> None:
+    """Here the plan is more than the pieces: each tensor is three arrays on its way to int8."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    make(tmp_path / "model", "235B", layers=8, sparse=True, vocab_size=256, **sizes)
+    ranks = {"tp_size": 2, "moe_ep_size": 2, "use_weight_only": True}
+    measured = peak(
+        model_dir=str(tmp_path / "model"),
+        output_dir=str(tmp_path / "out"),
+        scheduler=scheduler,
+        workers=2,
+        **ranks,
+        memory_limit=300 << 20,
+    )
+    assert measured["peak"] <= measured["projected"] <= 300 << 20
