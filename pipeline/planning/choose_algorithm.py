@@ -58,16 +58,14 @@ def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str
     """The type of most of a source's weights, by TensorRT-LLM's name, for a configuration that names none.
 
     A quantized source has that of its 16-bit tensors, as its scales may have 32. None where no tensor is of a type that models
-    compute in, and for formats that are made numbers by unpacking: their own type is none of these.
+    compute in, and for formats that are made numbers by unpacking and have no 16-bit tensors beside these, as GGUF's.
     """
-    if packing.formats and packing.format is None:
-        return None
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[of_numpy(tensor.dtype).target] += tensor_bytes(tensor)
     found = [name for name in MODEL_DTYPES if sizes[name]]
-    if packing.format:
-        found = [name for name in found if name != "float32"] or found
+    if packing.formats:
+        found = [name for name in found if name != "float32"] or (found if packing.format else [])
     return max(found, key=lambda name: sizes[name], default=None)
 
 

@@ -142,7 +142,7 @@ def _dtype_notes(job: Job, source: Source, packing: Packing) -> list[str]:
     if source.dtype or not found or all(target.dtype != "auto" for target in job.targets):
         return []
     name, came = source.config_name.rpartition("/")[2], auto_dtype(found)
-    told = f"its {'16-bit tensors' if packing.format and came == found else 'weights'} are {found}"
+    told = f"its {'16-bit tensors' if packing.formats and came == found else 'weights'} are {found}"
     return [f"dtype {came}: {name} names none, and {told}; --dtype says another"]
 
 

@@ -17,7 +17,7 @@ from pipeline.tensor.placement import Region, slices, whole
 from pipeline.tensor.settling import settling
 from stages.read import scratch_chunks
 from stages.read.mapped import MappedTensor
-from stages.read.scratch_chunks import CheckedBlock, ScratchChunk, open_chunk
+from stages.read.scratch_chunks import CheckedBlock, OpenChunk, ScratchChunk
 from tests.support.examples import examples
 
 SHAPE, STORED = (6, 4, 5), (7, 4, 5)  # a chunk at the edge is stored whole
@@ -35,7 +35,7 @@ def stored(folder: Path, cuts: tuple[int, ...] = ()) -> tuple[Path, list[Part]]:
 
 def opened(path: Path, parts: list[Part]) -> CheckedBlock:
     tensor = MappedTensor(str(path), 0, STORED, VALUES.dtype, "read_scratch")
-    block = open_chunk(ScratchChunk(str(path), tensor, whole(SHAPE)), {str(path): parts})
+    block = OpenChunk(ScratchChunk(str(path), tensor, whole(SHAPE)))({str(path): parts})
     assert isinstance(block, CheckedBlock)
     return block
 
