@@ -124,6 +124,7 @@ def stage_graph(
     known: Mapping[str, Sequence[Part]] | None = None,
     window: int | None = None,
     name: Callable[[int], Any] = int,
+    run_mark: str = "",
     run: Callable[..., Any] = write_group,
     **arguments: Any,
 ) -> StageGraph:
@@ -145,17 +146,25 @@ def stage_graph(
         How many groups `scratch` may be ahead of what reads it; None for any number.
     name
         Gives the second part of a task's key for the number of a group.
+    run_mark
+        Beside that number, where a scheduler may have the tasks of other runs: to it, tasks of one key are one.
     run
         What the tasks `scratch` and `write` call, with `arguments`.
     """
     from dask._task_spec import List, Task, TaskRef
 
+    def named(number: int) -> Any:
+        return (name(number), run_mark) if run_mark else name(number)
+
+    def made_whole(output: int) -> Key:
+        return "finish", (output, run_mark) if run_mark else output
+
     groups = list(groups)
     writers: dict[str, list[Key]] = {}
     for group in groups:
         for chunk in group.writes:
-            writers.setdefault(chunk, []).append((_last(group), name(group.number)))
-    held_back = _window(groups, window, name)
+            writers.setdefault(chunk, []).append((_last(group), named(group.number)))
+    held_back = _window(groups, window, named)
     # A cluster that loses a worker does again what it had done, though the output of it be whole.
     marks = tuple(str(finish.output.mark) for finish in sorted(finishes, key=lambda finish: finish.sink))
     layers: dict[str, dict[Key, Any]] = {}
@@ -166,7 +175,7 @@ def stage_graph(
         return key
 
     for group in groups:
-        number = name(group.number)
+        number = named(group.number)
         before: list[Key] = []
         for stage, work in group.stages:
             chunks = [chunk for chunk, opener in group.openers.items() if opener == stage]
@@ -181,15 +190,17 @@ def stage_graph(
         add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
     stored = list(layers.get("scratch", ()))
     for finish in finishes:
-        written = [(_last(group), name(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
-        add("finish", finish.number, finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
+        written = [(_last(group), named(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
+        add(*made_whole(finish.number), finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
     built: list[Key] = []
     for step in sorted(builds, key=lambda step: step.output is not None):
-        checkpoint = [("finish", step.output)] if ("finish", step.output) in layers.get("finish", ()) else []
+        checkpoint = (
+            [key for key in [made_whole(step.output)] if key in layers.get("finish", ())] if step.output is not None else []
+        )
         waits = {"after": List(*map(TaskRef, [*checkpoint, *(built[-1:] if in_turn else ())]))}
         built.append(add("build", step.call.name, _after, build, step.call, **waits))
     ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
-    return StageGraph(ordered, {name(group.number): (group.place, group.phase) for group in groups}, halt)
+    return StageGraph(ordered, {named(group.number): (group.place, group.phase) for group in groups}, halt)
 
 
 def whole_graph(plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = ()) -> StageGraph:

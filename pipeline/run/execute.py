@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,7 @@ class _Run:
                 known=left.known,
                 window=scratch_window(workers) if clustered else None,
                 name=int if clustered else thread_name,
+                run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
                 synchronize=self.plan.job.elsewhere,
                 pool=left.pool(),
             )
