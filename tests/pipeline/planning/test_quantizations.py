@@ -28,6 +28,7 @@ ASKED: dict[str, tuple[tuple[str, ...], quantized_checkpoints.Format | None]] = 
     "int4_awq": (("--use_weight_only", "--weight_only_precision", "int4_awq"), quantized_checkpoints.modelopt_awq()),
     "fp8": (("--use_fp8",), quantized_checkpoints.modelopt_float8()),
     "fp8_rowwise": (("--use_fp8_rowwise",), None),
+    "nvfp4": (("--use_nvfp4",), quantized_checkpoints.nvfp4()),
 }
 ALGORITHMS = {
     "none": None,
@@ -38,6 +39,7 @@ ALGORITHMS = {
     "int4_awq": "W4A16_AWQ",
     "fp8": "FP8",
     "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN",
+    "nvfp4": "NVFP4",
 }
 CONFIG = quantized_checkpoints.LLAMA
 
