@@ -63,19 +63,21 @@ def made(name: str, module: Module, kind: source.Format, dtype: str, algorithm: 
     packed = kind.quantizer(slot_name, weight_of(shape))
     form = format_of(packed.parameters)
     assert form is not None
-    assert not form.check(slot_name, held(packed.parameters), kind.settings)
-    tensors = opened({TensorName(slot_name, key): np.ascontiguousarray(stored) for key, stored in packed.parameters.items()})
+    arranged = form.arrange(held(packed.parameters))
+    assert not form.check(slot_name, arranged, kind.settings)
+    stored = {key: np.ascontiguousarray(array).reshape(arranged[key].shape) for key, array in packed.parameters.items()}
+    tensors = opened({TensorName(slot_name, key): array for key, array in stored.items()})
     canonical = cast(unpack(tensors, kind.settings), layout(name), dtype)
     entries = quantize(canonical, sharding(name), Quantization(algorithm), dtype)
     return values(entries[TensorName(slot_name, "weight")].array), packed.weight, form.name
 
 
 def has_form(module: Module, kind: source.Format) -> bool:
-    """Whether a format can hold a module: not one out-feature where its words or bytes hold several."""
-    if module.parts or module.experts or MODEL.dimension(module.out) > 1:
+    """Whether a format can hold a module: not so few out-features that they fill none of its words or bytes."""
+    if module.parts or module.experts:
         return True
     try:
-        packed = kind.quantizer("model.layers.1.mlp.gate", weight_of((1, MODEL.dimension(module.in_))))
+        packed = kind.quantizer("model.layers.1.mlp.gate", weight_of((MODEL.dimension(module.out), MODEL.dimension(module.in_))))
     except ValueError:
         return False
     return all(array.size for array in packed.parameters.values())
