@@ -184,7 +184,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             problems.append(wrong_type(file, keys, config, kind))
             continue
         if value is None:
-            value = family.defaults.get(spec.name)
+            value = family.defaults.get(spec.name, family.assumed.get(spec.name))
         if value is not None:
             values[spec.name] = value
         elif spec.default is MISSING:

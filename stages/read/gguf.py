@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
@@ -143,7 +144,7 @@ def _open(path: Path) -> Any:
                     raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
             super()._build_tensors(start_offs, fields)
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
@@ -235,7 +236,7 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
 def _source_file(path: Path, header_bytes: int) -> SourceFile:
     status = path.stat()
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest.update(file.read(header_bytes))
     return SourceFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
