@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.config_values import family_settings, typed_value, wrong_type
+from pipeline.model.config_values import assumed, family_settings, typed_value, wrong_type
 from pipeline.model.rotary import LONG_ROPE, rotary_scaling
 from pipeline.model.tables import Family, layout
 
@@ -184,7 +184,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             problems.append(wrong_type(file, keys, config, kind))
             continue
         if value is None:
-            value = family.defaults.get(spec.name, family.assumed.get(spec.name))
+            value = family.defaults.get(spec.name, assumed(config, family).get(spec.name))
         if value is not None:
             values[spec.name] = value
         elif spec.default is MISSING:

@@ -179,15 +179,18 @@ def _left_behind(source: Source, family: Family) -> list[str]:
 
     Every tensor is a number and a weight or bias, and the settings name no format whose weights look so and are others.
     """
-    settings, ignored = clean_settings(source.config), family.ignored()
-    if not settings or decided(settings):
+    said, settings, ignored = source.config.get("quantization_config"), clean_settings(source.config), family.ignored()
+    if not said or decided(settings):
         return []
     for name, tensor in source.named.items():
         if ignored.find(name.module) or ignored.find(str(name)):
             continue
         if name.parameter not in ("weight", "bias") or of_numpy(tensor.dtype).safetensors not in NUMBERS:
             return []
-    file, method = source.config_name.rpartition("/")[2], printed(str(settings.get("quant_method", settings.get("quant_algo"))))
+    file, method = (
+        source.config_name.rpartition("/")[2],
+        printed(str(settings.get("quant_method", settings.get("quant_algo", "no method")) if settings else said)),
+    )
     told = f"all {len(source.tensors)} tensors are plain numbers, so that it is converted as a dense model"
     return [f"quantization_config of {file} ({method}) is left aside: {told}"]
 

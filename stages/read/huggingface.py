@@ -88,6 +88,7 @@ class HuggingFace(SourceReader):
         dtype = _dtype(config, config_file.path, problems)
         if problems:
             raise BadInput(problems)
+        read = [file.path for file in files]
         return Source(
             kind=_format(location).kind,
             location=location,
@@ -99,9 +100,7 @@ class HuggingFace(SourceReader):
             files=(config_file, *described, *files),
             dtype=dtype,
             companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
-            notes=left_alone(
-                [file.path.name for file in files], _others(location, _format(location), [file.path for file in files])
-            ),
+            notes=left_alone([path.name for path in read], [path.name for path in _others(location, _format(location), read)]),
         )
 
 

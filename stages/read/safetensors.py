@@ -82,7 +82,7 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
         else:
             ranges.append((start, stop, name))
             tensors[name] = MappedTensor(str(path), 8 + len(header) + start, shape, row.numpy)
-    problems += [_unknown_type(path, dtype, names) for dtype, names in unknown.items()]
+    problems = [*(_unknown_type(path, dtype, names) for dtype, names in unknown.items()), *problems]
     if not problems:
         problems = _tiling(sorted(ranges), data_bytes, path)
     return tensors, problems

@@ -16,7 +16,7 @@ _READ = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "consolidated.*.pth")
 
 
 def unread_container(location: Path) -> Problem | None:
-    """Return the problem of a directory that is known and not read; None for any other, and where weights that are read lie in it."""
+    """Return the problem of a directory that is known and not read; None for any other, and where it has weights that are read."""
     if not location.is_dir():
         return None
     readable = _files(location, _READ)

@@ -16,14 +16,15 @@ from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, find_family
 from pipeline.tensor.tensors import LazyTensor, Source
 
-_SHOWN = 3
+_SHOWN = 3  # names in a message
+_LOOKED_AT = 64  # names that tell whether a source has those of its family
 
 
 def unwrapped(source: Source) -> Source:
     """Return a source under its family's own names, with a note of what was taken off.
 
-    A name that is known stays. Where no way leads to names of the family, all stay as they are. Raises BadInput for modules of an
-    adapter and for weights without values.
+    Where most names are known they stay, and where no way leads to names of the family, all stay as they are. Raises BadInput for
+    modules of an adapter and for weights without values.
     """
     table = load_table(CONFIGS / "formats", "wrappers")
     if problems := [*_unmerged(source, table["adapters"]), *_emptied(source)]:
@@ -38,7 +39,8 @@ def unwrapped(source: Source) -> Source:
     if found and (shorter := _renamed(tensors, lambda name: ".".join(part for part in name.split(".") if part not in found))):
         tensors = shorter
         notes += [f"names: {part!r} of {wrapper} is taken out of them" for part, wrapper in found.items()]
-    if not any(map(known, tensors)):
+    sample = list(tensors)[:_LOOKED_AT]
+    if 2 * sum(map(known, sample)) <= len(sample):
         for prefix, becomes in (*_prefixes(tensors), *table["replaced"].items()):
             shorter = _renamed(tensors, lambda name, old=prefix, new=becomes: _without(name, old, new))
             if shorter and 2 * sum(map(known, shorter)) > len(shorter):
@@ -74,8 +76,8 @@ def _known(family: Family) -> Callable[[str], bool]:
     rows, ignored = family.rows(), family.ignored()
 
     def known(name: str) -> bool:
-        module = name.rpartition(".")[0]
-        return bool(rows.find(module) or ignored.find(module) or ignored.find(name))
+        # A parameter may have dots of its own (`q_proj.weight.absmax`).
+        return any(rows.find(each) or ignored.find(each) for each in accumulate(name.split("."), "{}.{}".format))
 
     return known
 
@@ -109,7 +111,7 @@ def _unmerged(source: Source, row: Mapping[str, Any]) -> list[Problem]:
 
 def _emptied(source: Source) -> list[Problem]:
     names = [name for name, tensor in source.tensors.items() if tensor.shape == (0,) and name.endswith(("weight", "bias"))]
-    if not names:
+    if 2 * len(names) < len(source.tensors) or not names:  # fewer are mistakes of their own, and named so
         return []
     found = f"{len(names)} of {len(source.tensors)} tensors without values (shape [0]), as ZeRO-3 leaves them: {some(names)}"
     remedy = "Save it with stage3_gather_16bit_weights_on_model_save, or gather the training's shards with zero_to_fp32.py"
