@@ -233,6 +233,8 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
     for name in _POSITIVE:
         if name in values and not (math.isfinite(values[name]) and values[name] > 0):
             problems.append(Problem(subject(name), str(values[name]), "a number greater than 0"))
+    if not 0 < values.get("rotary_pct", 1.0) <= 1:  # false for NaN too
+        problems.append(Problem(subject("rotary_pct"), str(values["rotary_pct"]), "a share of a head: above 0, at most 1"))
     kv_heads = values.get("num_key_value_heads", 1)
     heads = values.get("num_attention_heads", kv_heads)
     if not problems and heads % kv_heads:

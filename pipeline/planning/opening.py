@@ -97,7 +97,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     omitted: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
     scaling, rope_note = written_scaling(declared, job.rope_scaling)
     model = replace(declared, rotary_scaling=scaling, **omitted)
-    dense = _left_behind(source, family)
+    dense = [] if job.quant_ckpt_path else _left_behind(source, family)  # whoever names a quantized checkpoint means one
     settings = {} if dense else clean_settings(source.config)
     examined = check(source.named, settings)
     formats = examined.formats
