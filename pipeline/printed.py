@@ -6,6 +6,8 @@ direction of what stands around them, or a hundred kilobytes.
 
 from __future__ import annotations
 
+from html import escape
+
 LONGEST = 1000  # characters of one name or value in a message
 _TAIL = 200  # of these, from its end: where a file's name stands in a path
 
@@ -31,3 +33,8 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 def printed(text: str) -> str:
     """One name or value as messages have it: of bounded length, then escaped, on one line."""
     return escaped(shortened(text))
+
+
+def in_html(text: str) -> str:
+    """Escape a text for HTML: its markup, and what is not printed as itself, but for line breaks and no-break spaces."""
+    return escape(escaped(text, keep="\n\N{NO-BREAK SPACE}"))
