@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.printed import escaped, printed
+
 
 class HeadraceError(Exception):
     """The base class of all errors that headrace raises on purpose.
@@ -26,6 +28,10 @@ class HeadraceError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # Paths and the words of other libraries stand in messages.
+        return escaped(super().__str__(), keep="\n")
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class Problem:
     passing: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.subject}: found {self.found}; expected {self.expected}"
-        return f"{text}. {self.remedy}" if self.remedy else text
+        """The problem on one line, each part escaped and of bounded length: the fields themselves are as they were found."""
+        text = f"{printed(self.subject)}: found {printed(self.found)}; expected {printed(self.expected)}"
+        return f"{text}. {printed(self.remedy)}" if self.remedy else text
 
 
 class BadInput(HeadraceError):

@@ -26,6 +26,9 @@ from pipeline.tensor.placement import Interval
 from pipeline.tensor.rows import take_rows
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
+LOST = (
+    "A tensor that nothing consumes would be lost: mend the configuration, or, if it is not the model's, convert a copy without it"
+)
 CODES = ("codes4", "codes8", "fp8", "fp4")  # what stands in the place of a weight after unpacking
 
 
@@ -264,5 +267,4 @@ def _ties(
 
 
 def _unconsumed(name: TensorName, expected: str) -> Problem:
-    remedy = "A tensor that nothing consumes would be lost: remove it from the checkpoint, or mend the configuration"
-    return Problem(str(name), "a tensor that belongs nowhere", expected, remedy)
+    return Problem(str(name), "a tensor that belongs nowhere", expected, LOST)

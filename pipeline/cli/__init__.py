@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import itertools
 import json
 import sys
@@ -61,6 +62,10 @@ def main() -> None:
     # Modules and plans are a great many objects that stay. To go through them after every 700 new ones, and once more at the end,
     # takes more than a tenth of a second.
     gc.set_threshold(50_000)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks must not end a command whose work is done.
+            stream.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)
     try:
         app(prog_name="headrace")

@@ -13,6 +13,7 @@ from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import OptionTable, known_options
 from pipeline.planning.engine_options import EngineOptions, EngineRequest, make_request
+from pipeline.printed import escaped
 from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def build_command(
     if log_format == "json":
         log.say("finished", "", engines=[facts(built)])
     elif not quiet:
-        print(sentence(built))
+        print(escaped(sentence(built)))
 
 
 def split_words(words: list[str], table: OptionTable) -> tuple[list[str], dict[str, Any]]:

@@ -19,6 +19,7 @@ from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
 from pipeline.planning.builder_options import known_options
 from pipeline.planning.job import Job
+from pipeline.printed import escaped
 from pipeline.watching.progress import listener
 from pipeline.watching.state import RunWatch
 
@@ -74,11 +75,11 @@ def convert_command(
     from pipeline.reporting.terminal import console, result_table
 
     if result.up_to_date:
-        print(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do")
+        print(escaped(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do"))
     else:
         console().print(result_table(plan, result))
     for built in result.engines:
-        print(sentence(built))
+        print(escaped(sentence(built)))
 
 
 @app.command("plan", no_args_is_help=True)
@@ -116,7 +117,7 @@ def plan_command(
 
     console().print(plan_table(plan))
     for engine in engines:
-        print(f"then {shlex.join(engine['command'])}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")
+        print(f"then {escaped(shlex.join(engine['command']))}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")
 
 
 def _import_numpy() -> None:

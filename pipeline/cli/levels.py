@@ -16,11 +16,12 @@ class levels:  # noqa: N801
     def __enter__(self) -> Callable[[str, int, int], None] | None:
         if self.quiet:
             return None
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
+        from pipeline.watching.consoles import PlainConsole
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=PlainConsole(stderr=True))
         self.tasks: dict[str, Any] = {}
         self.bar.start()
         return self._advance

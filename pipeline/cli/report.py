@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli.levels import levels
 from pipeline.errors import VerificationFailed
+from pipeline.printed import escaped
 
 app = typer.Typer()
 
@@ -36,6 +37,6 @@ def report_command(
         made = make_report(
             directory, source, quant_ckpt_path=quant_ckpt_path, output=output, verification=verification, advance=advance
         )
-    print(f"wrote {made.page}")
+    print(escaped(f"wrote {made.page}"))
     if not made.ok:
         raise VerificationFailed(made.verification.problems)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.options import Json
+from pipeline.printed import escaped
 
 app = typer.Typer(no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
 ScratchRoot = Annotated[Path, typer.Argument(help="The scratch directory, as given to --scratch.")]
@@ -46,4 +47,4 @@ def scratch_rm(
     from pipeline.sinks.scratch_listing import remove_scratch
 
     for cut in remove_scratch(root, names or []):
-        print(f"removed {cut.directory}")
+        print(escaped(f"removed {cut.directory}"))

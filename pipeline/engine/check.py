@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import read_document, read_json, read_object
 from pipeline.engine.requests import digest, identity_of
 from pipeline.errors import BadInput, Problem
 from stages.read.ranks import open_checkpoint
@@ -32,12 +33,12 @@ def check_checkpoint(directory: Path) -> list[Problem]:
 
 def world_size(directory: Path) -> int:
     """The number of engine files of a checkpoint that has been checked, context-parallel ranks included."""
-    return int(json.loads((directory / CONFIG).read_text())["mapping"]["world_size"])
+    return int(read_json(directory / CONFIG)["mapping"]["world_size"])
 
 
 def identity(directory: Path) -> dict[str, Any]:
     """Identify a checkpoint by a digest of its config.json, and by headrace's id or else the sizes and times of its rank files."""
-    config = (directory / CONFIG).read_text()
+    config = read_document(directory / CONFIG)[0].decode()
     checkpoint_id = _provenance(directory).get("id")
     if isinstance(checkpoint_id, str):
         return identity_of(checkpoint_id, config)
@@ -52,8 +53,4 @@ def checksums(directory: Path) -> str:
 
 
 def _provenance(directory: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads((directory / PROVENANCE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(directory / PROVENANCE)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.printed import escaped
 from pipeline.watching.progress import LogFormat
 from pipeline.watching.units import human_bytes
 from stages.build import ATTEMPT
@@ -36,7 +37,7 @@ class BuildLog:
         """Write one line: `text`, or the event and its `values` as JSON."""
         if self.quiet:
             return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else text
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.as_json else escaped(text, keep="\t")
         with self._lock:
             print(line, file=self.stream, flush=True)
 

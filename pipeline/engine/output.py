@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import read_object
 from pipeline.errors import Problem
 from pipeline.planning.build_steps import engine_files, log_of
 from pipeline.planning.engine_options import partial_of
@@ -179,19 +180,12 @@ class EngineDirectory:
 
     def built_version(self) -> str:
         """The version of TensorRT-LLM in config.json of the directory under construction, "" where it has none."""
-        try:
-            return str(json.loads((self.partial / CONFIG).read_text()).get("version") or "")
-        except (OSError, ValueError, AttributeError):
-            return ""
+        return str(read_object(self.partial / CONFIG).get("version") or "")
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
     """Read headrace.json of an engine; empty where there is none."""
-    try:
-        value = json.loads((directory / PROVENANCE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(directory / PROVENANCE)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

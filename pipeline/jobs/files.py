@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
 
 
@@ -24,12 +24,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def read_toml(file: Path, what: str) -> dict[str, Any]:
     """The values of a file. Raises BadInput where it cannot be read or is no TOML; `what` it should have been is for the report."""
-    try:
-        return tomllib.loads(file.read_text())
-    except OSError as error:
-        raise BadInput([Problem(str(file), error.strerror or "an error", what)]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput([Problem(str(file), f"text that is not TOML ({error})", what)]) from None
+    return read_toml_file(file, what)
 
 
 def validate(model: type[Model], values: Mapping[str, Any], file: str) -> Model:

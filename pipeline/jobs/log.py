@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import IO
 
 from pipeline.jobs.events import Event, JobFinished, JobQueued, JobStarted, Progress, Stalled
+from pipeline.printed import escaped
 from pipeline.watching.progress import LogFormat
 from pipeline.watching.units import human_bytes
 
@@ -38,7 +39,7 @@ class Log:
     def write(self, line: str) -> None:
         """Write a line, whole."""
         with self._lock:
-            print(line, file=self.stream, flush=True)
+            print(escaped(line, keep="\n"), file=self.stream, flush=True)
 
     def _text(self, event: Event) -> str:
         if isinstance(event, JobQueued):

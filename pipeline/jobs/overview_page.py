@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from bokeh.layouts import row
@@ -12,6 +11,7 @@ from bokeh.models import Div
 
 from pipeline.jobs.overview import Overview
 from pipeline.jobs.rows import RunRow
+from pipeline.printed import in_html
 from pipeline.watching.figures import BLUE, STYLE, TEAL, Bars, Timeline, document_of
 from pipeline.watching.page import duration, fact_list, rates, stage_rows
 from pipeline.watching.state import Share
@@ -85,14 +85,14 @@ def _job_row(run: RunRow, now: Overview) -> str:
     at_work = run.state == "running"
     cells = [
         str(run.job),
-        f"{escape(run.name)}<br><span class=sub>{escape(', '.join(run.outputs))}</span>",
+        f"{in_html(run.name)}<br><span class=sub>{in_html(', '.join(run.outputs))}</span>",
         f"<span class='pill {run.state}'>{run.state}</span>" + (f"<br>attempt {run.attempts}" if run.attempts > 1 else ""),
         f"<div class=bar style='width:140px'><div style='width:{100 * share:.1f}%'></div></div>" if total else "",
         f"{human_bytes(done)} of {human_bytes(total)}" if total else "",
         f"{human_bytes(last.bytes_per_second)}/s" if last and at_work else "",
         duration(last.eta_seconds) if last and at_work else "",
         f"{human_bytes(last.memory_bytes)} of {human_bytes(last.memory_limit_bytes)}" if last and last.memory_bytes >= 0 else "",
-        escape(run.cause),
+        in_html(run.cause),
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -102,8 +102,8 @@ def failures_table(failures: tuple[RunRow, ...]) -> str:
     if not failures:
         return "<h2>Recent failures</h2><p class=sub>none</p>"
     rows = "".join(
-        f"<tr><td>{_moment(run.ended)}</td><td>{run.job}</td><td>{escape(run.name)}</td>"
-        f"<td><span class='pill failed'>{run.state}</span></td><td><pre>{escape(_cut(run.error))}</pre></td></tr>"
+        f"<tr><td>{_moment(run.ended)}</td><td>{run.job}</td><td>{in_html(run.name)}</td>"
+        f"<td><span class='pill failed'>{run.state}</span></td><td><pre>{in_html(_cut(run.error))}</pre></td></tr>"
         for run in failures[:FAILURES]
     )
     return f"<h2>Recent failures</h2><table><tr><th>when</th><th>job</th><th>name</th><th></th><th>message</th></tr>{rows}</table>"

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.jobs.rows import JobRow, Unit
 from pipeline.jobs.store import JobStore
+from pipeline.printed import escaped
 from pipeline.watching.units import human_bytes
 
 _COLOURS = {"done": "green", "up_to_date": "green", "running": "cyan", "queued": "cyan", "waiting": "yellow", "cancelled": "yellow"}
@@ -41,11 +42,11 @@ def units_table(units: Sequence[Mapping[str, Any]]) -> RenderableType:
     table = _table("conversion", "jobs", "state", "writes", "peak memory")
     for each in units:
         sizes = (human_bytes(each["bytes"]), human_bytes(each["peak_memory_bytes"]))
-        table.add_row(escape(each["name"]), escape(", ".join(each["jobs"])), each["state"], *sizes)
+        table.add_row(each["name"], ", ".join(each["jobs"]), each["state"], *sizes)
     places = dict.fromkeys(each["shared_scratch"] for each in units if each["shared_scratch"])
     shared = [f"shared scratch: {place}" for place in places]
     errors = [f"{each['name']}: {each['error']}" for each in units if each["error"]]
-    return Group(table, *map(escape, [*shared, *errors]))
+    return Group(table, *map(_lines, [*shared, *errors]))
 
 
 def summary_table(said: Mapping[str, Any]) -> RenderableType:
@@ -55,9 +56,11 @@ def summary_table(said: Mapping[str, Any]) -> RenderableType:
     for each in said["jobs"]:
         run = made.get(each["run"], {})
         figures = (str(run.get("attempts", 0)), f"{run.get('seconds', 0):.1f}", human_bytes(run.get("bytes_written", 0)))
-        table.add_row(escape(each["name"]), _state(each["outcome"]), str(each["run"]), *figures)
+        table.add_row(each["name"], _state(each["outcome"]), str(each["run"]), *figures)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in said["counts"].items()) or "no jobs"
-    errors = [f"[red]{escape(each['name'])}[/red]: {escape(each['error'])}" for each in said["jobs"] if each["error"]]
+    errors = [
+        Text(escaped(each["name"]), style="red").append_text(_lines(f": {each['error']}")) for each in said["jobs"] if each["error"]
+    ]
     return Group(table, f"{counts}, in {said['seconds']:.1f} s", *errors)
 
 
@@ -71,9 +74,7 @@ def jobs_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
             else ""
         )
         error = row["error"].strip().splitlines()[-1].strip()[:60] if row["error"] else ""
-        table.add_row(
-            str(row["id"]), escape(row["name"]), _state(row["state"]), _time(row["updated"]), escape(outputs), escape(error)
-        )
+        table.add_row(str(row["id"]), row["name"], _state(row["state"]), _time(row["updated"]), outputs, error)
     return table
 
 
@@ -88,14 +89,14 @@ def job_table(said: Mapping[str, Any]) -> RenderableType:
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("job", escape(f"{said['id']}, {said['name']}"))
+    facts.add_row("job", f"{said['id']}, {said['name']}")
     facts.add_row("state", _state(said["state"]))
-    facts.add_row("source", escape(said["source"]))
+    facts.add_row("source", said["source"])
     for output in said["outputs"]:
-        facts.add_row("output", escape(output))
+        facts.add_row("output", output)
     for key, value in said["options"].items():
         if key not in ("target", "output_dir", "model_dir"):
-            facts.add_row("option", escape(f"{key} = {value}"))
+            facts.add_row("option", f"{key} = {value}")
     table = _table("run", "attempt", "cause", "state", "started", "seconds", "written", "peak memory", "exit code")
     for run in said["runs"]:
         heading = (run["cause"], _state(run["state"]), _time(run["started"] or run["queued"]))
@@ -107,13 +108,13 @@ def job_table(said: Mapping[str, Any]) -> RenderableType:
             sizes = (human_bytes(each["bytes_written"]), human_bytes(each["peak_memory_bytes"]))
             code = "" if each["exit_code"] is None else str(each["exit_code"])
             table.add_row("", str(each["number"]), "", each["outcome"] or "running", _time(each["started"]), seconds, *sizes, code)
-    return Group(facts, table, escape(said["error"]))
+    return Group(facts, table, _lines(said["error"]))
 
 
 def collected_table(said: Mapping[str, Any]) -> RenderableType:
     """The output of `headrace gc`: the scratch removed, and the number of runs forgotten."""
     verb = "would be " if said["dry_run"] else ""
-    lines = [escape(f"{verb}removed {place}") for place in said["scratch"]]
+    lines = [f"{verb}removed {place}" for place in said["scratch"]]
     return Group(*lines, f"{said['runs']} runs {verb}forgotten")
 
 
@@ -126,8 +127,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _state(state: str) -> str:
-    return f"[{_COLOURS.get(state, 'red')}]{state}[/]"
+def _state(state: str) -> Text:
+    return Text(state, style=_COLOURS.get(state, "red"))
+
+
+def _lines(text: str) -> Text:
+    """A text of several lines, as the reports of errors are."""
+    return Text(escaped(text, keep="\n"))
 
 
 def _time(seconds: float) -> str:

@@ -59,3 +59,21 @@ def family_settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]
         absent = not values and not any(key in config for key in keys)
         result[name] = values[0] if values else family.defaults.get(name) if absent else None
     return result
+
+
+def assumed(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the fields whose keys a configuration lacks, with transformers' values for them; a key that is null is no such key."""
+    return {
+        field: value
+        for field, value in family.assumed.items()
+        if field not in family.defaults and not any(key in config for key in family.fields.get(field, ()))
+    }
+
+
+def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:
+    """Say which values were taken from the family's `assumed`, as the configuration has none."""
+    name = file.rpartition("/")[2]
+    return tuple(
+        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and transformers' default is this"
+        for field, value in assumed(config, family).items()
+    )

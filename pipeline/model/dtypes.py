@@ -44,6 +44,7 @@ TABLE: tuple[DType, ...] = (
 BY_SAFETENSORS = {row.safetensors: row for row in TABLE}
 BY_TARGET = {row.target: row for row in TABLE if row.target}
 _BY_NUMPY = {row.numpy: row for row in TABLE}
+NUMBERS = frozenset({"F64", "F32", "F16", "BF16"})  # the types, by safetensors' names, whose values are weights as they are
 MODEL_DTYPES = ("bfloat16", "float16", "float32")  # the types that a model can compute in
 
 # The order of tensors of different types in one file, as the safetensors library writes them: its type enumeration, reversed.

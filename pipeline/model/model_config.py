@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.config_values import family_settings, typed_value, wrong_type
+from pipeline.model.config_values import assumed, family_settings, typed_value, wrong_type
 from pipeline.model.rotary import LONG_ROPE, rotary_scaling
 from pipeline.model.tables import Family, layout
 
@@ -184,7 +184,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             problems.append(wrong_type(file, keys, config, kind))
             continue
         if value is None:
-            value = family.defaults.get(spec.name)
+            value = family.defaults.get(spec.name, assumed(config, family).get(spec.name))
         if value is not None:
             values[spec.name] = value
         elif spec.default is MISSING:
@@ -233,6 +233,8 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
     for name in _POSITIVE:
         if name in values and not (math.isfinite(values[name]) and values[name] > 0):
             problems.append(Problem(subject(name), str(values[name]), "a number greater than 0"))
+    if not 0 < values.get("rotary_pct", 1.0) <= 1:  # false for NaN too
+        problems.append(Problem(subject("rotary_pct"), str(values["rotary_pct"]), "a share of a head: above 0, at most 1"))
     kv_heads = values.get("num_key_value_heads", 1)
     heads = values.get("num_attention_heads", kv_heads)
     if not problems and heads % kv_heads:

@@ -92,6 +92,8 @@ class Family:
         The configuration keys of each value that ModelConfig.settings takes as it is.
     defaults
         The value of a field or setting that the configuration does not have.
+    assumed
+        The value of a field that transformers has where config.json lacks its key; a plan says which it took.
     expect
         The values that a field or setting may have where TensorRT-LLM's model class supports no others.
     config
@@ -118,6 +120,7 @@ class Family:
     config: Mapping[str, Any]
     scaling: Mapping[str, Any] = field(default_factory=dict)
     known: tuple[KnownModel, ...] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -294,6 +297,7 @@ def _family(name: str) -> Family:
         expect={key: tuple(values) for key, values in data.get("expect", {}).items()},
         config=data.get("config", {}),
         scaling=data.get("scaling", {}),
+        assumed=data.get("assumed", {}),
         known=tuple(KnownModel(**row) for row in data.get("known", ())),
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.model.dtypes import of_numpy
+from pipeline.model.dtypes import NUMBERS, of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
 from pipeline.planning.nvidia_flags import check_expected
@@ -20,7 +20,7 @@ from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.sources import format_named
 from stages.quantize import alignment, unfit
-from stages.rename import units
+from stages.rename import LOST, units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.planning.opening import OpenedSource
     from stages.rename import Matches, Renamed
 
-WEIGHTS = {"F64", "F32", "F16", "BF16"}
 TYPES = {
     "codes4": {"U8"},
     "codes8": {"U8"},
@@ -146,12 +145,12 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
         if name.parameter == "kv_scale":
             continue  # one, of whichever module it is
         if name not in wanted:
-            remedy = "A tensor that nothing consumes would be lost: remove it, or mend the configuration"
+            remedy = LOST
             problems.append(Problem(source, "a tensor that the configuration does not speak of", "none", remedy))
         elif array.shape != wanted[name]:
             problems.append(Problem(source, f"shape {list(array.shape)}", f"{list(wanted[name])} by the model's configuration"))
-        elif of_numpy(array.dtype).safetensors not in TYPES.get(name.parameter, WEIGHTS):
-            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(TYPES.get(name.parameter, WEIGHTS)))
+        elif of_numpy(array.dtype).safetensors not in TYPES.get(name.parameter, NUMBERS):
+            found, types = of_numpy(array.dtype).safetensors, ", ".join(sorted(TYPES.get(name.parameter, NUMBERS)))
             problems.append(Problem(source, f"values of type {found}", f"weights of type {types}"))
     return problems
 
@@ -199,15 +198,22 @@ def check_ties(source: Source, copies: Mapping[TensorName, TensorName]) -> list[
     problems = []
     for copy, original in copies.items():
         a, b = source.named[copy], source.named[original]
-        if a.shape != b.shape or a.dtype != b.dtype or not all(_equal_pieces(a, b)):
-            expected_, remedy = f"a copy of {original}", "Set tie_word_embeddings to false, or remove the tensor"
+        numbers = {of_numpy(a.dtype).safetensors, of_numpy(b.dtype).safetensors} <= NUMBERS
+        if a.shape != b.shape or not (numbers or a.dtype == b.dtype) or not all(_equal_pieces(a, b)):
+            expected_ = f"a copy of {original}"
+            remedy = "Set tie_word_embeddings to false if the model has a head of its own, or leave the copy out"
             problems.append(Problem(str(copy), "other values, though the configuration says tied", expected_, remedy))
     return problems
 
 
 def _equal_pieces(a: LazyTensor, b: LazyTensor) -> Iterator[bool]:
-    for piece in pieces(whole(a.shape), a.dtype.itemsize, 8 << 20):
-        yield np.asarray(a.block(piece)).tobytes() == np.asarray(b.block(piece)).tobytes()
+    """Yield, piece by piece, whether two tensors of one shape are equal: in their bytes, or in their values where types differ."""
+    for piece in pieces(whole(a.shape), max(a.dtype.itemsize, b.dtype.itemsize), 8 << 20):
+        left, right = np.asarray(a.block(piece)), np.asarray(b.block(piece))
+        if a.dtype == b.dtype:
+            yield left.tobytes() == right.tobytes()
+        else:  # float64 holds the values of all types of weights
+            yield np.array_equal(left.astype(np.float64), right.astype(np.float64))
 
 
 def source_name(name: TensorName, family: Family) -> str:

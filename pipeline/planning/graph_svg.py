@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from pipeline.planning.graph_nodes import GraphEdge, GraphNode
 from pipeline.planning.graph_words import facts, printable, shortened
+from pipeline.printed import in_html
 
 # The colours of all pictures of a plan: those of dot's own SVG, too, whose nodes have the same classes.
 STYLE = """
@@ -52,7 +52,7 @@ def svg_text(rows: Sequence[Sequence[Sequence[GraphNode]]], edges: Sequence[Grap
     drawn = [*(_edge(places[edge.start], places[edge.end], height) for edge in edges)]
     drawn += [_node(node, places[node.id], height) for node in nodes]
     size = f'width="{width:.0f}" height="{bottom:.0f}" viewBox="0 0 {width:.0f} {bottom:.0f}"'
-    label = escape(printable(" -> ".join(node.name for node in nodes)))
+    label = in_html(printable(" -> ".join(node.name for node in nodes)))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}" style="max-width:100%;height:auto">',
@@ -119,7 +119,7 @@ def _node(node: GraphNode, place: Place, height: int) -> str:
     texts += [
         f'<text x="{x:g}" y="{y + LINE * n:g}" text-anchor="middle">{_text(line, 23)}</text>' for n, line in enumerate(lines, 1)
     ]
-    title = escape(printable(node.place or node.name))
+    title = in_html(printable(node.place or node.name))
     return f'<g class="{classes}"><title>{title}</title>{_shape(node, place, height)}{"".join(texts)}</g>'
 
 
@@ -135,7 +135,7 @@ def _shape(node: GraphNode, place: Place, height: int) -> str:
 
 
 def _text(text: str, most: int) -> str:
-    return escape(shortened(printable(text), most))
+    return in_html(shortened(printable(text), most))
 
 
 def coloured(svg: str) -> str:

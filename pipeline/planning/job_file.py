@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
 from pipeline.planning import engine_options
 
@@ -50,12 +50,7 @@ def read_job_file(file: Path) -> dict[str, Any]:
     A `[scratch]` table becomes the options `scratch`, `scratch_after` and `keep_scratch`. Values are not checked here. Raises
     BadInput where the file cannot be read, is not TOML, or its `[scratch]` table has an unknown key.
     """
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise BadInput([Problem(str(file), error.strerror or "an error", "a job file")]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput([Problem(str(file), f"text that is not TOML ({error})", "a job file")]) from None
+    values = read_toml_file(file, "a job file")
     scratch = values.pop("scratch", None)
     if isinstance(scratch, dict):
         names = {"dir": "scratch", "after": "scratch_after", "keep": "keep_scratch"}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.dtypes import auto_dtype
+from pipeline.model.config_values import assumed_notes
+from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, families, find_family, layout
 from pipeline.model.unsaid import fill_in
@@ -15,13 +16,15 @@ from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
+from pipeline.printed import printed
 from pipeline.sinks.output_checks import check_output, check_source
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
-from stages.quantization.unread import unread
+from stages.quantization.unread import decided, unread
 from stages.quantize import linear
 from stages.read import find_source, open_model
+from stages.read.wrapped_names import no_name_fits
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
 from stages.unpack import arranged, axes, check, zero_biases
@@ -94,14 +97,17 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     omitted: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
     scaling, rope_note = written_scaling(declared, job.rope_scaling)
     model = replace(declared, rotary_scaling=scaling, **omitted)
-    settings = clean_settings(source.config)
+    dense = [] if job.quant_ckpt_path else _left_behind(source, family)  # whoever names a quantized checkpoint means one
+    settings = {} if dense else clean_settings(source.config)
     examined = check(source.named, settings)
     formats = examined.formats
-    unknown = unread(source.config, source.config_name, settings, by_module(source.named), formats)
-    unreadable = unknown or [*examined.problems, *_unknown_quantization(source, formats)]
+    unknown = [] if dense else unread(source.config, source.config_name, settings, by_module(source.named), formats)
+    unreadable = [] if dense else unknown or [*examined.problems, *_unknown_quantization(source, formats)]
     zeros = zero_biases(source.named, formats)
     target = layout(family.layout)
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
+    if source.tensors and not matches.names and not unreadable:
+        raise BadInput([no_name_fits(source, family), *outputs])
     outside = _outside(examined.ordered, matches, target)
     packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
@@ -114,7 +120,15 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         matches,
         tuple(_sharding(options, family, model) for options in job.targets),
         (*filled.problems, *outputs),
-        (*filled.notes, *_dtype_notes(job, source, packing), *filter(None, (rope_note,)), *window_notes(model)),
+        (
+            *source.notes,
+            *dense,
+            *assumed_notes(filled.config, family, source.config_name),
+            *filled.notes,
+            *_dtype_notes(job, source, packing),
+            *filter(None, (rope_note,)),
+            *window_notes(model),
+        ),
     )
 
 
@@ -158,6 +172,27 @@ def _outside(ordered: Sequence[str], matches: Matches, target: Layout) -> frozen
     slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
     found = {module: slots.get(module) for module in ordered}
     return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
+
+
+def _left_behind(source: Source, family: Family) -> list[str]:
+    """The note on quantization settings of a source that is not quantized, as merges leave them; [] for any other source.
+
+    Every tensor is a number and a weight or bias, and the settings name no format whose weights look so and are others.
+    """
+    said, settings, ignored = source.config.get("quantization_config"), clean_settings(source.config), family.ignored()
+    if not said or decided(settings):
+        return []
+    for name, tensor in source.named.items():
+        if ignored.find(name.module) or ignored.find(str(name)):
+            continue
+        if name.parameter not in ("weight", "bias") or of_numpy(tensor.dtype).safetensors not in NUMBERS:
+            return []
+    file, method = (
+        source.config_name.rpartition("/")[2],
+        printed(str(settings.get("quant_method", settings.get("quant_algo", "no method")) if settings else said)),
+    )
+    told = f"all {len(source.tensors)} tensors are plain numbers, so that it is converted as a dense model"
+    return [f"quantization_config of {file} ({method}) is left aside: {told}"]
 
 
 def _unknown_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:

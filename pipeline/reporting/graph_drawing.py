@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from html import escape
 from pathlib import Path
 
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.graph import PlanGraph
 from pipeline.planning.graph_svg import coloured
 from pipeline.planning.graph_words import facts, printable
+from pipeline.printed import in_html
 
 SUFFIXES = (".svg", ".html", ".dot")
 DOT_SECONDS = 30  # what dot may take; then the picture is drawn without it
@@ -97,4 +97,4 @@ def page(graph: PlanGraph) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return in_html(printable(text))

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import BadInput
+from pipeline.printed import escaped
+from pipeline.watching.consoles import PlainConsole
 from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
@@ -49,13 +51,13 @@ def plan_table(plan: Plan) -> RenderableType:
     for note in summary["notes"]:
         facts.add_row("note", note)
     for obstacle in summary["obstacles"]:
-        facts.add_row("[red]obstacle[/red]", f"{obstacle}")
+        facts.add_row(Text("obstacle", style="red"), f"{obstacle}")
     return Group(facts, "", *(_target_table(target) for target in summary["targets"]))
 
 
 def result_table(plan: Plan, result: Result) -> RenderableType:
     """Make the tables of a finished conversion: the files that it wrote, its speed and its seconds by stage."""
-    parts: list[RenderableType] = [f"[bold]Done in {result.seconds:.1f} s[/bold]"]
+    parts: list[RenderableType] = [Text(f"Done in {result.seconds:.1f} s", style="bold")]
     for target in plan.targets:
         table = Table()
         for column in ("file", "tensors", "size"):
@@ -110,7 +112,7 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     for size, pairs in facts.get("moe_sizes", {}).items():
         table.add_row("", f"tp_size {size}: moe_tp_size x moe_ep_size " + ", ".join(f"{tp} x {ep}" for tp, ep in pairs))
     for problem in facts["problems"][: BadInput.shown]:
-        table.add_row("[red]problem[/red]", problem)
+        table.add_row(Text("problem", style="red"), problem)
     if len(facts["problems"]) > BadInput.shown:
         table.add_row("", f"... and {len(facts['problems']) - BadInput.shown} more")
     return table
@@ -137,16 +139,16 @@ def formats_table(facts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Renderabl
         table.add_column(column, overflow="fold")
     for kind, rows in facts.items():
         for row in rows:
-            kept = "\n".join(row.get("keeps", ())) or ("" if "keeps" not in row else "none: 16 bits")
+            kept = Text("\n".join(row.get("keeps", ())) or ("" if "keeps" not in row else "none: 16 bits"))
             table.add_row(kind, row["name"], row["is"], kept, row.get("proof", ""))
     numbers = "Any quantized format also becomes float16, bfloat16, float32, W8A16, W4A16 or FP8_PER_CHANNEL_PER_TOKEN."
     return Group(table, numbers)
 
 
-def console(stderr: bool = False) -> Console:
+def console(stderr: bool = False) -> PlainConsole:
     """Make a console; where its output is no terminal, lines are 120 characters wide."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+    made = PlainConsole(stderr=stderr)
+    return made if made.is_terminal else PlainConsole(stderr=stderr, width=120)
 
 
 def _target_table(target: dict[str, Any]) -> RenderableType:
@@ -158,7 +160,7 @@ def _target_table(target: dict[str, Any]) -> RenderableType:
     for rank in target["ranks"]:
         table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
     state = "already written: nothing to do" if target["up_to_date"] else f"{human_bytes(target['free_bytes_there'])} free there"
-    heading = f"[bold]{target['path']}[/bold]: {target['dtype']}, {sizes}"
+    heading = Text(escaped(target["path"]), style="bold").append(f": {target['dtype']}, {sizes}", style="not bold")
     return Group(heading, table, f"{human_bytes(target['bytes'])} needed, {state}")
 
 
@@ -182,7 +184,7 @@ def verification_table(summary: Mapping[str, Any]) -> RenderableType:
         For rich's `Console.print`.
     """
     integrity = summary["integrity"]
-    parts: list[RenderableType] = [f"[bold]{summary['directory']}[/bold]"]
+    parts: list[RenderableType] = [Text(escaped(summary["directory"]), style="bold")]
     sums = f"{integrity['checksums']} checksums" if integrity["checksums"] else "no checksums"
     parts.append(
         f"integrity: {integrity['tensors']} tensors, {human_bytes(integrity['bytes'])}, {sums}, {integrity['seconds']:.1f} s"
@@ -195,7 +197,7 @@ def verification_table(summary: Mapping[str, Any]) -> RenderableType:
         parts.append(_logits_table(summary["logits"]["comparisons"]))
     count = len(summary["findings"])
     parts.append(
-        f"[bold red]{count} finding{'s' if count > 1 else ''}[/bold red]" if count else "[bold green]nothing wrong[/bold green]"
+        Text(f"{count} finding{'s' if count > 1 else ''}", style="bold red") if count else Text("nothing wrong", style="bold green")
     )
     return Group(*parts)
 

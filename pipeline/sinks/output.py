@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal, sync_files
 from pipeline.sinks.reserve import missing
@@ -87,7 +88,7 @@ class Output:
     def complete(self) -> bool:
         """Whether the directory already holds the finished output with this id."""
         try:
-            provenance = json.loads((self.directory / PROVENANCE).read_text())
+            provenance = read_object(self.directory / PROVENANCE)
             sizes = [file.path.stat().st_size for file in self.files]
             whole = (self.directory / CONFIG).read_text() == self.config and all(path.exists() for path in self.paths)
         except (OSError, ValueError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from pipeline.documents import read_object
 from pipeline.errors import Problem
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
 
@@ -79,11 +80,9 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _copied(directory: Path) -> set[str]:
     """Return the names of the files that a conversion, finished or not, has copied beside the ranks in `directory`."""
-    try:
-        finished = json.loads((directory / PROVENANCE).read_text()).get("copied", [])
-    except (OSError, ValueError, AttributeError):
-        finished = []
-    return {*finished, *_owner(directory / JOURNAL).get("copied", [])}
+    finished = read_object(directory / PROVENANCE).get("copied", [])
+    own = [name for name in finished if isinstance(name, str)] if isinstance(finished, list) else []
+    return {*own, *_owner(directory / JOURNAL).get("copied", [])}
 
 
 def check_space(needs: Mapping[Path, int]) -> list[Problem]:

@@ -209,7 +209,8 @@ class Source:
 
     `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
     is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
-    `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them.
+    `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them. `notes`: what a plan says of how it
+    was read.
     """
 
     kind: str
@@ -223,6 +224,7 @@ class Source:
     dtype: str | None
     companions: tuple[Path, ...] = ()
     in_memory: bool = False
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def named(self) -> Mapping[TensorName, LazyTensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
+from pipeline.printed import in_html
 from pipeline.watching.units import human_bytes
 
 WIDTH, HEIGHT = 620, 190
@@ -53,8 +53,8 @@ def timeline(
         parts.append(f'<polygon class="area {colour}" points="{area}"/><polyline class="line {colour}" points="{line}"/>')
     if limit:
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height(limit):.1f}" y2="{height(limit):.1f}"/>')
-    drawing = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f"<section><h2>{escape(title)}</h2>{drawing}</section>"
+    drawing = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{in_html(title)}">{"".join(parts)}</svg>'
+    return f"<section><h2>{in_html(title)}</h2>{drawing}</section>"
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
@@ -81,11 +81,11 @@ def bar_rows(title: str, rows: Sequence[tuple[str | tuple[str, str], float, str]
     for name, share, text in rows:
         group, own = ("", name) if isinstance(name, str) else name
         shown, last = ("" if group == last else group), group
-        heads = (f'<th class="of">{escape(shown)}</th>' if not isinstance(name, str) else "") + f"<th>{escape(own)}</th>"
+        heads = (f'<th class="of">{in_html(shown)}</th>' if not isinstance(name, str) else "") + f"<th>{in_html(own)}</th>"
         bar = f'<div class="bar {colour}"><div style="width:{100 * min(share, 1.0):.1f}%"></div></div>'
-        lines.append(f'<tr>{heads}<td class="long">{bar}</td><td>{escape(text)}</td></tr>')
+        lines.append(f'<tr>{heads}<td class="long">{bar}</td><td>{in_html(text)}</td></tr>')
     body = f'<table class="rows">{"".join(lines)}</table>' if lines else '<p class="sub">none yet</p>'
-    return f'<section class="wide"><h2>{escape(title)}</h2>{body}</section>'
+    return f'<section class="wide"><h2>{in_html(title)}</h2>{body}</section>'
 
 
 def _binary_ceiling(value: float) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from textwrap import wrap
 
+from pipeline.printed import in_html
 from pipeline.watching.nodes import BUILD, FINISH, SCRATCH, SOURCE, LiveEngine, LiveNode
 from pipeline.watching.state import Snapshot
 from pipeline.watching.units import human_bytes
@@ -132,7 +132,7 @@ def _drawn(box: Box, x: float, y: float, height: float, width: float = WIDTH) ->
         full = (width - 20) * min(box.share, 1.0)
         bar = f'<rect class="track" {place} width="{width - 20}"/><rect class="fill" {place} width="{full:.1f}"/>'
     frame = f'<rect class="box" x="{x}" y="{y:.1f}" width="{width}" height="{height:.1f}" rx="8"/>'
-    return f'<g class="{box.look}"><title>{escape(box.name)}</title>{frame}{"".join(texts)}{bar}</g>'
+    return f'<g class="{box.look}"><title>{in_html(box.name)}</title>{frame}{"".join(texts)}{bar}</g>'
 
 
 def _lines(lines: Sequence[str], x: float, y: float, room: float) -> Iterable[str]:
@@ -145,7 +145,7 @@ def _text(text: str, x: float, y: float, look: str, room: float) -> str:
     """Return a line of text; of one that is too long the last characters, which tell more than the first."""
     longest = int(room / CHARACTER)
     shown = text if len(text) <= longest else f"…{text[1 - longest :]}"
-    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}">{escape(shown)}</text>'
+    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}">{in_html(shown)}</text>'
 
 
 def _edge(start: int, end: int, middle: float) -> str:

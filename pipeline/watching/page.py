@@ -7,10 +7,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from html import escape
 from itertools import pairwise
 
 from pipeline.model.tables import CONFIGS
+from pipeline.printed import in_html
 from pipeline.watching.charts import bar_rows, timeline
 from pipeline.watching.graph_drawing import graph_svg
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
@@ -91,10 +91,10 @@ def header(now: Snapshot) -> str:
         facts.insert(2, ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"))
     if now.resumed_bytes:
         facts.append((human_bytes(now.resumed_bytes), "done by an earlier run"))
-    state = escape(now.state)
+    state = in_html(now.state)
     return (
-        f"<div class=head><h1>{escape(now.name)} <span class='pill {state}'>{state}</span></h1>"
-        f"<p class=sub>{escape(now.source)} → {escape(', '.join(now.outputs))}</p>"
+        f"<div class=head><h1>{in_html(now.name)} <span class='pill {state}'>{state}</span></h1>"
+        f"<p class=sub>{in_html(now.source)} → {in_html(', '.join(now.outputs))}</p>"
         f"<div class='bar {state}'><div style='width:{_percent(now)}'></div></div>{fact_list(facts)}</div>"
     )
 
@@ -108,7 +108,7 @@ def dask_links(now: Snapshot) -> str:
     """Return the links to Dask's own pages of the run, or why there are none, as HTML."""
     if now.scheduler in ("threads", "synchronous"):
         text = f"Dask draws no graph of this run: --scheduler {now.scheduler} has no dashboard; the default scheduler has."
-        return f"<p class=sub>{escape(text)}</p>"
+        return f"<p class=sub>{in_html(text)}</p>"
     if now.ended:
         return "<p class=sub>Dask's own pages went with the run.</p>"
     base = "" if now.scheduler == "local" else now.dashboard.removesuffix("status")
@@ -122,7 +122,7 @@ def dask_links(now: Snapshot) -> str:
 
 
 def _links(pages: Sequence[tuple[str, str]], base: str) -> str:
-    return " · ".join(f'<a href="{escape(base + path)}">{escape(text)}</a>' for path, text in pages)
+    return " · ".join(f'<a href="{in_html(base + path)}">{in_html(text)}</a>' for path, text in pages)
 
 
 def _percent(now: Snapshot) -> str:
@@ -140,7 +140,7 @@ def fact_list(facts: Sequence[tuple[str, str]]) -> str:
     """Return (value, label) pairs as one HTML row; both are escaped."""
     return (
         "<div class=facts>"
-        + "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in facts)
+        + "".join(f"<div><b>{in_html(value)}</b><span>{in_html(label)}</span></div>" for value, label in facts)
         + "</div>"
     )
 

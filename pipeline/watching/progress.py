@@ -9,6 +9,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from pipeline.planning.listen import PAGE, parse_listen
+from pipeline.printed import escaped, printed
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.units import human_bytes, human_rate
 
@@ -72,7 +73,7 @@ class ProgressLines:
         self.begun = self.last = time.monotonic()
 
     def _say(self, event: str, text: str, **values: Any) -> None:
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.watch else text
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}) if self.watch else escaped(text)
         print(line, file=self.stream, flush=True)
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
@@ -122,27 +123,28 @@ class ProgressBar:
     """A listener with rich's progress bar: bytes written (binary units), bytes per second (decimal), time left, the last layer."""
 
     def __init__(self, stream: IO[str]) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+        from pipeline.watching.consoles import PlainConsole
+
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=Console(file=stream),
+            console=PlainConsole(file=stream),
         )
         self.task: Any = None
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         for note in notes(plan, dashboard, done_tasks):
-            self.progress.console.print(note, highlight=False)
+            self.progress.console.print(note)
         self.task = self.progress.add_task("converting", total=total_bytes, completed=done_bytes)
         self.progress.start()
 
     def advanced(self, written: Written) -> None:
-        self.progress.update(self.task, advance=written.bytes_written, description=layer(written.name))
+        self.progress.update(self.task, advance=written.bytes_written, description=printed(layer(written.name)))
 
     def finished(self) -> None:
         self.progress.stop()

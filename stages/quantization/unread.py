@@ -63,6 +63,11 @@ def unread_formats() -> tuple[UnreadFormat, ...]:
     return tuple(_row(name, row) for name, row in load_table(CONFIGS / "formats", "unread").items())
 
 
+def decided(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings alone decide the format, as its modules look like those of another, or like plain weights."""
+    return bool(settings.get("transform_config")) or any(row.overrides and row.named_by(settings) for row in unread_formats())
+
+
 def unread(
     config: Mapping[str, Any],
     config_name: str,

@@ -19,6 +19,8 @@ from pipeline.tensor.arrays import BlockArray, Index, Maker, grid
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.source_reader import SourceReader
+from stages.read.unread_containers import unread_container
+from stages.read.wrapped_names import unwrapped
 
 Name = TypeVar("Name")  # a text, or a TensorName
 
@@ -62,13 +64,14 @@ def _find_source(
 
         if not _exists(meta_ckpt_dir):
             raise BadInput([Problem(str(meta_ckpt_dir), "no such directory", "a Meta checkpoint")])
-        return meta.READER.open_source(meta_ckpt_dir)
+        _check_container(meta_ckpt_dir)
+        return unwrapped(meta.READER.open_source(meta_ckpt_dir))
     if isinstance(model_dir, str):
         from stages.read import hub
 
         model_dir = hub.find(model_dir, revision, download)
     assert model_dir is not None, "a job has a source"
-    source = open_source(model_dir)
+    source = unwrapped(open_source(model_dir))
     if quant_ckpt_path:
         from stages.read import beside
 
@@ -80,13 +83,14 @@ def open_model(model: Any) -> Source:
     """A Hugging Face model in memory. Raises BadInput where it is none, or some of its values are not in memory."""
     from stages.read import live_model
 
-    return live_model.open_model(model)
+    return unwrapped(live_model.open_model(model))
 
 
 def open_source(location: Path) -> Source:
     """Open a checkpoint by what it is. Raises BadInput where nothing is there, or nothing that headrace reads."""
     if not _exists(location):
         raise BadInput([Problem(str(location), "no such file or directory", "a checkpoint")])
+    _check_container(location)
     titles = []
     for reader in sources():
         if reader.detect(location):
@@ -95,6 +99,12 @@ def open_source(location: Path) -> Source:
     names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) if location.is_dir() else "another file"
     expected = f"{', '.join(titles[:-1])}, or {titles[-1]}"
     raise BadInput([Problem(str(location), names or "an empty directory", expected)])
+
+
+def _check_container(location: Path) -> None:
+    problem = unread_container(location)
+    if problem:
+        raise BadInput([problem])
 
 
 def _exists(location: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
@@ -143,7 +144,7 @@ def _open(path: Path) -> Any:
                     raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
             super()._build_tensors(start_offs, fields)
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
@@ -203,13 +204,16 @@ def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, locatio
     if factors is None:
         if kind == "none":
             return None
-        if kind == "linear" and "rope.scaling.factor" in config:
-            return {"rope_type": "linear", "factor": float(config["rope.scaling.factor"])}
-        raise BadInput([Problem(f"{location}: rope.scaling.type", kind, "none, linear with a factor, or Llama 3.1's factors")])
+        factor = config.get("rope.scaling.factor")
+        if kind == "linear" and isinstance(factor, int | float) and not isinstance(factor, bool):
+            return {"rope_type": "linear", "factor": float(factor)}
+        raise BadInput([Problem(f"{location}: rope.scaling.type", str(kind), "none, linear with a factor, or Llama 3.1's factors")])
     stored = np.asarray(factors.block(tuple((0, n) for n in factors.shape)), dtype=np.float64)
     if not stored.size or not np.all(np.isfinite(stored)) or stored.min() < 1:
         raise BadInput([Problem(f"{location}: rope_freqs.weight", f"{stored.size} factors", "factors of 1 or more")])
-    base = float(config.get("rope.freq_base", 10000.0))
+    base = config.get("rope.freq_base", 10000.0)
+    if isinstance(base, bool) or not isinstance(base, int | float) or not base > 0:
+        raise BadInput([Problem(f"{location}: rope.freq_base", repr(base), "a number greater than 0")])
     scaling = {
         "factor": float(round(float(stored.max()), 3)),
         "high_freq_factor": 4.0,
@@ -217,7 +221,7 @@ def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, locatio
         "original_max_position_embeddings": 8192,
         "rope_type": "llama3",
     }
-    if not np.allclose(stored, llama3_factors(base, 2 * stored.size, scaling), rtol=1e-3):
+    if not np.allclose(stored, llama3_factors(float(base), 2 * stored.size, scaling), rtol=1e-3):
         expected = "the factors of a llama3 scaling with bands 1 to 4 of 8192 positions"
         raise BadInput([Problem(f"{location}: rope_freqs.weight", f"factors {stored.min():g} to {stored.max():g}", expected)])
     return scaling
@@ -235,7 +239,7 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
 def _source_file(path: Path, header_bytes: int) -> SourceFile:
     status = path.stat()
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest.update(file.read(header_bytes))
     return SourceFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
 

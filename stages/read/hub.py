@@ -6,7 +6,6 @@ Only the files that a conversion reads are fetched: the configuration, the weigh
 from __future__ import annotations
 
 import glob
-import json
 import re
 import shlex
 from collections.abc import Collection, Iterable
@@ -14,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
 
 # The names of an index and of the single file of a model without one, best format first; Meta's own format comes last.
@@ -90,9 +90,9 @@ class _Weights:
         if self.index is None:
             return self.files
         try:
-            files = json.loads((snapshot / self.index).read_bytes())["weight_map"].values()
+            files = read_object(snapshot / self.index)["weight_map"].values()
             return tuple(sorted({file for file in files if isinstance(file, str)}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):
             return ()
 
 

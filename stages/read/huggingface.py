@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import MODEL_DTYPES
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
+from stages.read.file_sets import left_alone, repeated, stale_index, two_sets, unfinished
 from stages.read.json_file import json_file
 from stages.read.quantizer import KEY, quantizer_settings
 from stages.read.source_reader import SourceReader
@@ -62,6 +63,10 @@ TOKENIZER = (
 )
 
 
+# torch's second names of its types, as people and trainers write them.
+_ALSO_CALLED = {"half": "float16", "float": "float32", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
 class HuggingFace(SourceReader):
     """Directories as Hugging Face tools write them."""
 
@@ -83,6 +88,7 @@ class HuggingFace(SourceReader):
         dtype = _dtype(config, config_file.path, problems)
         if problems:
             raise BadInput(problems)
+        read = [file.path for file in files]
         return Source(
             kind=_format(location).kind,
             location=location,
@@ -94,6 +100,7 @@ class HuggingFace(SourceReader):
             files=(config_file, *described, *files),
             dtype=dtype,
             companions=tuple(location / name for name in TOKENIZER if (location / name).is_file()),
+            notes=left_alone([path.name for path in read], [path.name for path in _others(location, _format(location), read)]),
         )
 
 
@@ -103,6 +110,7 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
     shards, listed = _shards(location, weights, problems)
     tensors: dict[str, LazyTensor] = {}
     homes: dict[str, Path] = {}
+    twice: dict[str, tuple[Path, Path]] = {}
     files: list[SourceFile] = []
     for path in shards:
         try:
@@ -116,10 +124,10 @@ def open_tensors(location: Path, problems: list[Problem]) -> tuple[dict[str, Laz
         files.append(file)
         for name, tensor in file_tensors.items():
             if name in homes:
-                remedy = "Remove one of the files, or the tensor from one of them"
-                problems.append(Problem(name, f"the tensor in both {homes[name].name} and {path.name}", "one home", remedy))
+                twice[name] = (homes[name], path)
             homes[name] = path
             tensors[name] = tensor
+    problems += repeated(location, twice)
     opened = {str(file.path.relative_to(location)) for file in files}
     problems += [
         Problem(name, f"no such tensor in {file}", f"the tensor there, as {weights.index} says", "Fetch both again")
@@ -134,7 +142,7 @@ def _format(location: Path) -> WeightsFormat:
 
 
 def _config(path: Path) -> tuple[dict[str, Any], SourceFile]:
-    if not path.is_file():
+    if not path.exists():
         raise BadInput([Problem(str(path), "no such file", "the model's configuration", "Fetch it with the checkpoint")])
     return json_file(path)
 
@@ -153,8 +161,12 @@ def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> st
     if key is None:
         return None
     name = str(config[key]).removeprefix("torch.")
+    if name == "auto":  # as trainers write it: the weights' own
+        return None
+    name = _ALSO_CALLED.get(name, name)
     if not isinstance(config[key], str) or name not in MODEL_DTYPES:
-        problems.append(Problem(f"{path}: {key}", repr(config[key]), f"one of {', '.join(MODEL_DTYPES)}"))
+        remedy = "Mend the key, or leave it out: then the type is the weights' own"
+        problems.append(Problem(f"{path}: {key}", repr(config[key]), f"one of {', '.join(MODEL_DTYPES)}", remedy))
     return name
 
 
@@ -164,6 +176,10 @@ def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> 
     if not index.exists():
         single = location / weights.single
         paths = [single] if single.exists() else sorted(location.glob(weights.shards))
+        numbered = [path.name for path in _others(location, weights, paths) if "-of-" in path.name]
+        if single.exists() and numbered:
+            problems.append(two_sets(location, [single.name], numbered))
+        problems += unfinished(paths)
         if not paths:
             names = ", ".join(sorted(path.name for path in location.iterdir())[:8]) or "nothing"
             problems.append(Problem(str(location), names, f"{weights.single}, or shards and {weights.index}"))
@@ -172,7 +188,8 @@ def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> 
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         problems.append(Problem(f"{index}: weight_map", str(listed)[:80], "tensor names and the file of each"))
         return [], {}
-    paths = []
+    paths: list[Path] = []
+    missing: list[Problem] = []
     for file in sorted(set(listed.values())):
         # Only the name is checked: a shard may be a link to elsewhere, as in the Hub's cache, but an index must not lead outside.
         parts = PurePosixPath(file).parts
@@ -180,12 +197,24 @@ def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> 
             problems.append(Problem(str(index), f"the shard {file!r}", "a file inside the directory"))
         elif not _is_file(location / file):
             count = sum(1 for home in listed.values() if home == file)
-            problems.append(
-                Problem(str(location / file), "no such file", f"the {count} tensors that {weights.index} says it holds", "Fetch it")
-            )
+            expected = f"the {count} tensors that {weights.index} says it holds"
+            missing.append(Problem(str(location / file), "no such file", expected, "Fetch it"))
         else:
             paths.append(location / file)
+    others = [path.name for path in _others(location, weights, [location / file for file in listed.values()])]
+    if missing and others and not paths:
+        problems.append(stale_index(index, [Path(each.subject).name for each in missing], others))
+        return [], {}
+    if weights.single in others:
+        problems.append(two_sets(location, [path.name for path in paths], [weights.single]))
+    problems += missing
     return paths, listed
+
+
+def _others(location: Path, weights: WeightsFormat, read: Collection[Path]) -> list[Path]:
+    """Return the files of a format that are not among those that are read."""
+    known = set(read)
+    return [path for path in sorted(location.glob(weights.shards)) if path not in known]
 
 
 def _is_file(path: Path) -> bool:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import parse_json, read_document
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import SourceFile
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
-    """Return the object in a JSON file and the file's fingerprint. Raises BadInput where it cannot be read or holds no object."""
+    """Return the object in a JSON file and the file's fingerprint.
+
+    Raises BadInput where it cannot be read, is no regular file, or holds no object.
+    """
     try:
-        text = path.read_bytes()
-        value = json.loads(text)
-        status = path.stat()
+        text, status = read_document(path)
+        value = parse_json(text)
     except OSError as error:
         raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file")]) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])

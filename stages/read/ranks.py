@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import read_json
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.safetensors import open_file
@@ -44,10 +44,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def _object(path: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or str(error), expected or "a readable file")]) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput([Problem(str(path), f"no JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import open_regular, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.tensors import SourceFile
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+UNREAD_TYPES = {"C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}  # of the library, that no tensor here may have
 MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy allows
 MAX_SIZE = 1 << 62  # of a number in a header, so that products of sizes stay printable
 
@@ -28,7 +30,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
 
     Raises BadInput with every problem of the file, and OSError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         status = os.fstat(file.fileno())
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -49,13 +51,14 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
     """Return the tensors by name, and all problems, of a header that is followed by `data_bytes` bytes of data. Never raises."""
     try:
         text = header.decode("utf-8")
-        entries = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_number)
+        entries = parse_json(text, pairs=_no_duplicates, constant=_no_constant, integer=_number)
         json.dumps(entries, ensure_ascii=False).encode()  # raises for half a surrogate pair
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return {}, [_damaged(path, f"a header that is not JSON ({error})", "a JSON object")]
     if not isinstance(entries, Mapping):
         return {}, [_damaged(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")]
     tensors, problems, ranges = {}, [], []
+    unknown: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             if not isinstance(entry, Mapping) or not all(isinstance(value, str) for value in entry.values()):
@@ -68,7 +71,7 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
             continue
         row = BY_SAFETENSORS.get(dtype)
         if row is None:
-            problems.append(_damaged(path, f"dtype {dtype!r}", f"one of {', '.join(BY_SAFETENSORS)}", name))
+            unknown.setdefault(dtype, []).append(name)
         elif not 0 <= start <= stop <= data_bytes:
             problems.append(
                 _damaged(path, f"data_offsets [{start}, {stop}]", f"offsets inside the file's {data_bytes:,} bytes of data", name)
@@ -79,6 +82,7 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
         else:
             ranges.append((start, stop, name))
             tensors[name] = MappedTensor(str(path), 8 + len(header) + start, shape, row.numpy)
+    problems = [*(_unknown_type(path, dtype, names) for dtype, names in unknown.items()), *problems]
     if not problems:
         problems = _tiling(sorted(ranges), data_bytes, path)
     return tensors, problems
@@ -96,7 +100,7 @@ def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"shape {str(shape)[:80]}, data_offsets {str(offsets)[:80]}")
     if len(shape) > MAX_AXES or math.prod(filter(None, shape)) > MAX_SIZE or max(offsets) > MAX_SIZE:
         raise ValueError(f"a shape of {len(shape)} axes or of more elements than a file can hold")
-    return str(entry["dtype"]), tuple(shape), offsets[0], offsets[1]
+    return str(entry["dtype"])[:80], tuple(shape), offsets[0], offsets[1]
 
 
 def _tiling(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> list[Problem]:
@@ -127,6 +131,16 @@ def _number(text: str) -> int:
     if text == "-0":
         raise ValueError("-0, which is no size")
     return int(text)
+
+
+def _unknown_type(path: Path, dtype: str, names: list[str]) -> Problem:
+    count = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    remedy = (
+        "headrace reads no values of this type of safetensors: convert the model that it was made from"
+        if dtype in UNREAD_TYPES
+        else "The file is damaged, or of a later version of safetensors: save it again with types from this list"
+    )
+    return Problem(f"{path}: {names[0]}{count}", f"dtype {dtype!r}", f"one of {', '.join(BY_SAFETENSORS)}", remedy)
 
 
 def _damaged(path: Path, found: str, expected: str, tensor: str = "") -> Problem:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor, SourceFile
 from stages.read.mapped import MappedTensor
@@ -44,7 +45,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
     The file must hold a dictionary of tensors, or one such dictionary under a key of WRAPPERS. Raises BadInput with every problem
     of the file, and OSError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         status = os.fstat(file.fileno())
         try:
             read = _zip if file.read(4) == b"PK\3\4" else _legacy

@@ -51,7 +51,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "sqlalchemy",
     },
-    "pipeline/cli/levels.py": {"rich"},
+    "pipeline/cli/levels.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
     "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
@@ -89,7 +89,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/jobs/services.py": {"pipeline.jobs.http"},
     "pipeline/watching/conversion.py": {"pipeline.watching", "pipeline.watching.live", "pipeline.watching.metrics"},
     "pipeline/watching/dashboard.py": {"distributed", "pipeline.watching.groups"},
-    "pipeline/watching/progress.py": {"rich"},
+    "pipeline/watching/progress.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/server.py": {"bokeh"},
 }
 

@@ -5,7 +5,6 @@ The templates are in `configs/report/`; every text that comes from a file is esc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.tables import CONFIGS
 from pipeline.planning.plans import VERSION
@@ -91,14 +91,7 @@ def describe_directory(directory: Path) -> Checkpoint:
 
     Returns a Checkpoint without ranks, for a report on a directory whose rank files cannot be read.
     """
-    values = []
-    for name in ("config.json", "headrace.json"):
-        try:
-            value = json.loads((directory / name).read_text())
-        except (OSError, ValueError, RecursionError):
-            value = {}
-        values.append(value if isinstance(value, dict) else {})
-    return Checkpoint(directory, values[0], (), values[1])
+    return Checkpoint(directory, read_object(directory / "config.json"), (), read_object(directory / "headrace.json"))
 
 
 def default_report_path(directory: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.documents import read_json
 from pipeline.errors import BadInput, Problem, VerificationFailed
 
 REMEDY = "Give what `headrace verify --json` printed"
@@ -163,10 +163,10 @@ def parse_summary(value: object, subject: str = "verification") -> VerificationS
 def load_summary(path: Path) -> VerificationSummary:
     """Read a summary from a JSON file and check it. Raises BadInput where it cannot be read, or is no summary."""
     try:
-        return parse_summary(json.loads(path.read_text()), str(path))
+        return parse_summary(read_json(path), str(path))
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or str(error), "a verification's summary", REMEDY)]) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput([Problem(str(path), f"no JSON ({error})", "a verification's summary", REMEDY)]) from None
 
 

@@ -9,13 +9,13 @@ SCB / 127. Facts: docs/format/quantized-layouts.md, section 9c.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.documents import parse_json
 from pipeline.errors import Problem
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
@@ -127,7 +127,7 @@ def _state(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
 def read_state(data: np.ndarray) -> dict[str, Any]:
     """The state in the bytes of a quant_state; empty where these are none, or say no sizes."""
     try:
-        state = json.loads(data.tobytes())
+        state = parse_json(data.tobytes())
         sizes = [*state["shape"], state["blocksize"], *([state["nested_blocksize"]] if "nested_offset" in state else [])]
     except (ValueError, TypeError, KeyError):
         return {}

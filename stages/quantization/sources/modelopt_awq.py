@@ -52,6 +52,8 @@ class ModelOptAwq(PackedFormat):
             return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]
         half, features = shape
         size = settings.get("group_size") or (features // scales[-1] if scales and scales[-1] else 0)
+        if isinstance(size, bool) or not isinstance(size, int):
+            return [Problem(f"{module}.weight", f"group_size {size!r} in the settings", "a whole number")]
         if len(scales) != 2 or scales[0] != 2 * half or not size or scales[1] * size != features:
             return [
                 Problem(f"{module}.weight_scale", f"shape {list(scales)}", f"[{2 * half}, {features} / {size or 'group size'}]")

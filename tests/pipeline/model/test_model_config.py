@@ -104,7 +104,7 @@ def test_experts() -> None:
 
 
 def test_all_that_is_missing_is_reported_together() -> None:
-    missing = ["vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps"]
+    missing = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"]
     problems = refused(without(LLAMA, *missing))
     assert len(problems) == len(missing)
     for key in missing:

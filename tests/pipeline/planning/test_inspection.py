@@ -341,8 +341,7 @@ def test_a_quantization_that_headrace_does_not_know(tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "model", {**LLAMA, "quantization_config": {"quant_method": "nonsense"}})
     assert inspected(tmp_path / "model")["quantization"] == "nonsense"
     assert table(tmp_path / "model")["quantization"] == ["nonsense"]
-    (problem,) = problems_of(tmp_path / "model")
-    assert "quant_method nonsense" in problem
+    assert inspected(tmp_path / "model")["problems"] == []  # all its tensors are numbers
 
 
 @pytest.mark.parametrize("json_", [(), ("--json",)], ids=["table", "json"])

@@ -223,8 +223,8 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     # The library reads lengths as unsigned 64-bit numbers, and a product that overflows them as damage.
     "product overflows": (blob(json.dumps({"a": entry("F32", [2**63, 4, 0], [0, 0])})), ": a: "),
     "length of 2**64": (blob(json.dumps({"a": entry("F32", [2**64, 0], [0, 0])})), ": a: "),
-    "product of 8,000 digits": (blob(f'{{"a":{{"dtype":"F32","shape":[{HUGE},{HUGE}],"data_offsets":[0,4]}}}}', 4), ": a: "),
-    "offset of 4,000 digits": (blob(f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,{HUGE}]}}}}', 4), ": a: "),
+    "product of 8,000 digits": (blob(f'{{"a":{{"dtype":"F32","shape":[{HUGE},{HUGE}],"data_offsets":[0,4]}}}}', 4), "4,000 digits"),
+    "offset of 4,000 digits": (blob(f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,{HUGE}]}}}}', 4), "4,000 digits"),
     "offset of 5,000 digits": (blob(f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,{"9" * 5000}]}}}}', 4), ""),
     "minus zero": (blob('{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', 4), ""),
     # Neither is JSON by the standard, though Python's parser takes both.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.documents import parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
@@ -28,7 +28,7 @@ class FourBitNumbers(Numbers):
         self.tensors = tensors
         name = next(name for name in tensors if name.startswith(STATE))
         try:
-            self.state: dict[str, Any] = json.loads(bytes(read(tensors[name]).tolist()))
+            self.state: dict[str, Any] = parse_json(bytes(read(tensors[name]).tolist()))
             rows, columns = self.state["shape"]
             sound = tensors["weight"].shape[0] * 2 == rows * columns and not columns % self.state["blocksize"]
         except (ValueError, KeyError, TypeError):

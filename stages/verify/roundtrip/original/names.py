@@ -14,7 +14,8 @@ from pipeline.errors import BadInput, Problem
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
 
 # Rotary buffers, which whoever runs the model computes; a source's own are ignored.
-COMPUTED = re.compile(r"(.+\.)?(rotary_emb|rotary|rope)\.(inv_freq|freqs)|rope_freqs\.weight")
+_TABLES = r"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|rope_freqs\.weight"
+COMPUTED = re.compile(rf"{_TABLES}|.+\.(self_attn|attn|attention)\.(masked_)?bias")  # tables of positions, and masks
 # Models whose experts are called w1 (the activated projection), w3 and w2; others say gate_proj, up_proj and down_proj.
 NUMBERED = ("MixtralForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
 STACK = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(\.weight)?")

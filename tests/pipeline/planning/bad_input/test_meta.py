@@ -72,7 +72,7 @@ def test_all_missing_keys_come_in_one_report(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[Any, ...]] = {
-    "dim": ("64", 0, -64, 64.5, True, [64], 10**400),
+    "dim": ("64", 0, -64, 64.5, True, [64], 10**90),
     "n_layers": ("3", 0, -3, 2.5, True),
     "n_heads": ("8", 0, -8, 7.5, True),
     "n_kv_heads": ("4", 0, -1, 3),

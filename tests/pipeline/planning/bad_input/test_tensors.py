@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pipeline.printed import printed
 from tests.stages.read.test_safetensors_header import DAMAGED
 from tests.support import checkpoints
 from tests.support.commands import convert, one, refused
@@ -78,7 +79,7 @@ def test_a_tensor_that_nothing_consumes_is_named(tmp_path: Path, case: str) -> N
     config, name = UNCONSUMED[case]
     shape = checkpoints.shapes(config).get(name.replace(".3.", ".2.").replace("bias", "weight"), (64,))[:1]
     problem = one(refused(model_of(tmp_path, config, more={name: shape})))
-    assert problem.startswith(f"{name}: found a tensor that ")
+    assert problem.startswith(f"{printed(name)}: found a tensor that ")
 
 
 def test_buffers_that_the_runtime_computes_are_no_strangers(tmp_path: Path) -> None:
