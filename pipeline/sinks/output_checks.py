@@ -44,13 +44,32 @@ def check_output(directory: Path, overwrite: bool) -> list[Problem]:
     return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Give --overwrite to replace it")]
 
 
-def check_source(directory: Path, files: Iterable[Path]) -> list[Problem]:
-    """Check that `directory` holds none of the source's `files`: replacing an output would remove them."""
+def check_source(directory: Path, location: Path, files: Iterable[Path]) -> list[Problem]:
+    """Check that `directory` holds none of the source's `files`, as replacing an output would remove them, and is not inside it.
+
+    `location`: the source, a file or a directory.
+    """
     real = directory.resolve()
+    expected, remedy = "another directory than the source's", "Choose another --output_dir"
     if any(path.resolve().parent == real or path.parent == directory for path in files):
-        expected = "another directory than the source's"
-        return [Problem(f"--output_dir {directory}", "files of the source", expected, "Choose another --output_dir")]
+        return [Problem(f"--output_dir {directory}", "files of the source", expected, remedy)]
+    if location.is_dir() and location.resolve() in real.parents:
+        expected = "a directory outside the source, which stays as it is"
+        return [Problem(f"--output_dir {directory}", f"a place inside {location}", expected, remedy)]
     return []
+
+
+def check_apart(directories: Sequence[Path]) -> list[Problem]:
+    """Check that no output is inside another, of the same job or of one before: replacing that one would be in its way."""
+    real = {directory: directory.resolve() for directory in directories}
+    problems = []
+    for directory, place in real.items():
+        asked = [other for other, path in real.items() if path in place.parents]
+        there = [path for path in place.parents if (path / PROVENANCE).is_file() or (path / JOURNAL).is_file()]
+        if outer := (asked or there)[:1]:
+            found, remedy = f"a place inside the output {outer[0]}", "Choose another --output_dir"
+            problems.append(Problem(f"--output_dir {directory}", found, "outputs beside one another", remedy))
+    return problems
 
 
 def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
@@ -58,10 +77,13 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
     problems = []
     for output in outputs:
         finished, begun = output.directory / CONFIG, output.directory / JOURNAL
-        if overwrite or output.complete or not (finished.exists() or begun.exists()):
+        if overwrite or output.complete:
             continue
-        if finished.exists() or _owner(begun).get("id", output.id) != output.id:
-            found = f"{'a finished' if finished.exists() else 'an unfinished'} conversion of another source or with other options"
+        blank = [path for path in (finished, output.directory / PROVENANCE) if path.exists() and _blank(path)]
+        whole = finished.exists() and not blank
+        said = (_owner(begun), _provenance(output.directory) if finished.exists() else {})
+        if whole or {each["id"] for each in said if "id" in each} - {output.id}:
+            found = f"{'a finished' if whole else 'an unfinished'} conversion of another source or with other options"
             remedy = "Give --overwrite to start afresh"
             problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
     return problems
@@ -79,11 +101,24 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _copied(directory: Path) -> set[str]:
     """Return the names of the files that a conversion, finished or not, has copied beside the ranks in `directory`."""
+    said = [_provenance(directory).get("copied"), _owner(directory / JOURNAL).get("copied")]
+    return {str(name) for names in said if isinstance(names, list) for name in names}
+
+
+def _provenance(directory: Path) -> dict[str, Any]:
+    """Return what headrace.json says; empty where there is none, or one that a power cut left without contents."""
     try:
-        finished = json.loads((directory / PROVENANCE).read_text()).get("copied", [])
-    except (OSError, ValueError, AttributeError):
-        finished = []
-    return {*finished, *_owner(directory / JOURNAL).get("copied", [])}
+        said = json.loads((directory / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _blank(path: Path) -> bool:
+    """Whether a file has nothing, or zeros alone, in it: so a power cut leaves one whose contents had not come to the disk."""
+    with suppress(OSError):
+        return not path.read_bytes().strip(b"\0 \n")
+    return False
 
 
 def check_space(needs: Mapping[Path, int]) -> list[Problem]:

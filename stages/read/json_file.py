@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.tensors import SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
     """Return the object in a JSON file and the file's fingerprint. Raises BadInput where it cannot be read or holds no object."""
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            text = file.read()
         value = json.loads(text)
-        status = path.stat()
     except OSError as error:
         raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file")]) from None
     except (ValueError, RecursionError) as error:
         raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])
-    return value, SourceFile(path, status.st_size, status.st_mtime_ns, hashlib.sha256(text).hexdigest())
+    return value, source_file(path, status, text)

@@ -44,7 +44,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def _object(path: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
     try:
-        value = json.loads(path.read_text())
+        text = path.read_text()
+        if not text.strip("\0 \n"):  # a power cut leaves a file of no bytes, or of zeros
+            wanted = expected or "what headrace wrote there"
+            raise BadInput([Problem(str(path), "an empty file", wanted, "The checkpoint is not complete: convert it again")])
+        value = json.loads(text)
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or str(error), expected or "a readable file")]) from None
     except (ValueError, RecursionError) as error:
