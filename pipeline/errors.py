@@ -4,6 +4,7 @@
     |- BadInput              2  a bad request or a bad source; nothing was written
     |- Interrupted           3  stopped by the user; the same command resumes
     |- WriteFailed           3  the disk or the network failed; incomplete outputs are named as such
+    |  `- SourceChanged      3  the source changed while it was read; nothing of it is left
     |- EngineFailed          4  no engine: the builder failed or is not installed; the checkpoint is unchanged
     `- VerificationFailed    5  an output is not what it should be
 
@@ -104,6 +105,26 @@ class WriteFailed(HeadraceError):
     """Reading or writing failed while the plan ran; the files that were written are still named `*.partial`."""
 
     exit_code = 3
+
+
+class SourceChanged(WriteFailed):
+    """The source's files are not those that the run began with, so that what it wrote may be mixed of two; nothing of that is left.
+
+    Attributes
+    ----------
+    files
+        The files, each with what is not as it was.
+    """
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self.files = tuple(files)
+        shown = ", ".join(self.files[:8]) + (f" and {len(self.files) - 8} more" if len(self.files) > 8 else "")
+        remedy = "what was written of it is removed: start over when nothing writes to it any more"
+        super().__init__(f"the source changed while it was read: {shown}; {remedy}")
+
+    def __reduce__(self) -> tuple[type[SourceChanged], tuple[tuple[str, ...]]]:
+        # Workers pickle this error.
+        return SourceChanged, (self.files,)
 
 
 class EngineFailed(HeadraceError):

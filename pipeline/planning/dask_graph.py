@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import SourceChanged
 from pipeline.planning.bind import STAGES, BoundGroup, bind
 from pipeline.planning.build_steps import GPU, BuildStep
 from pipeline.planning.phases import Phased
@@ -23,7 +24,9 @@ from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.source_file import SourceFile
 from stages.build import build
+from stages.read.changing import changes
 from stages.write import write_group
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ class Finish:
 
     `number`: of its target. `sink`: its position among the sinks that are written. `earlier`: the entries of its journal.
     `started`: when the run began, in seconds since the epoch. `stages`: seconds and bytes by stage of tasks that are not in the
-    graph, as they were run before it.
+    graph, as they were run before it. `source`: the files that the run reads, which are looked at again when it has.
     """
 
     number: int
@@ -50,6 +53,7 @@ class Finish:
     bytes_read: int = 0
     scratch_bytes_read: int = 0
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    source: tuple[SourceFile, ...] = ()
 
 
 def no_builds() -> None:
@@ -267,10 +271,13 @@ def _window(groups: Sequence[BoundGroup], window: int | None, name: Callable[[in
 def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] = ()) -> int:
     """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target.
 
-    `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch.
+    `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch. Raises SourceChanged where the
+    source's files are not those that the run began with, and OSError where the disk fails.
     """
     if finish.output.mark.exists():  # done before, by a worker that is lost
         return finish.number
+    if changed := changes(finish.source):
+        raise SourceChanged(changed)
     entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
     stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
     for each in (*stored, *written):

@@ -144,6 +144,9 @@ class Job(Shape):
         "auto",
         description="Scaling of rotary positions: auto as TensorRT-LLM 1.2 reads it; none: left out; keep: as the source has it.",
     )
+    check_crc: bool = Field(
+        False, description="Hold zip archives of torch.save (.bin, .pth) against their CRCs while planning, which reads them whole."
+    )
     copy_tokenizer: bool = Field(False, description="Copy the tokenizer's and chat template's files beside the ranks.")
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Threads that work at once (in NVIDIA's script ranks at once); 0: one a core, at most 8."

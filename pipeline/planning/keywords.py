@@ -159,6 +159,7 @@ class JobOptions(ShapeOptions, total=False):
     expect: dict[str, int | float | str]
     mlp_bias: Literal["omit", "keep", "refuse"]
     rope_scaling: Literal["auto", "none", "keep"]
+    check_crc: bool
     copy_tokenizer: bool
     workers: int
     memory_limit: int | str

@@ -23,6 +23,7 @@ from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
 from stages.quantize import sizes_agree
+from stages.read.changing import arriving
 from stages.read.scratch_chunks import read_scratch
 
 
@@ -79,6 +80,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
+    # Of today alone, so that they are not said in headrace.json.
+    notes = (*notes, *arriving(opened.source.location, opened.source.files))
     return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
 
 

@@ -17,13 +17,14 @@ from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
 from pipeline.printed import printed
-from pipeline.sinks.output_checks import check_output, check_source
+from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
 from stages.quantization.sources import formats as known_formats
 from stages.quantization.unread import decided, unread
 from stages.quantize import linear
 from stages.read import find_source, open_model
+from stages.read.crc import check_crcs
 from stages.read.wrapped_names import no_name_fits
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -81,6 +82,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     Hub may be fetched. Raises BadInput where there is no source that headrace knows, with the problems of the output directories.
     """
     outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite)]
+    outputs = outputs or check_apart([target.output_dir for target in job.targets])
     try:
         source = _open_source(job, live_model, download)
         if not outputs:
@@ -109,6 +111,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     if source.tensors and not matches.names and not unreadable:
         raise BadInput([no_name_fits(source, family), *outputs])
     outside = _outside(examined.ordered, matches, target)
+    damaged, crc_notes = _crcs(job, source)
     packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
         job,
@@ -119,8 +122,9 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         tuple(unreadable),
         matches,
         tuple(_sharding(options, family, model) for options in job.targets),
-        (*filled.problems, *outputs),
+        (*filled.problems, *outputs, *damaged),
         (
+            *crc_notes,
             *source.notes,
             *dense,
             *assumed_notes(filled.config, family, source.config_name),
@@ -137,6 +141,14 @@ def _open_source(job: Job, live_model: Any, download: bool) -> Source:
         return open_model(live_model)
     source = find_source(job.model_dir, job.meta_ckpt_dir, job.quant_ckpt_path, job.revision, download)
     return replace(source, tensors=arranged(source.tensors))
+
+
+def _crcs(job: Job, source: Source) -> tuple[list[Problem], list[str]]:
+    """Check the checksums that a source's files have themselves, where the job asks for it, or note that there are none."""
+    if not job.check_crc:
+        return [], []
+    problems, archives = check_crcs(file.path for file in source.files if file.seen)
+    return problems, [] if archives else ["check_crc: no file of this source has checksums (zip archives of torch.save have)"]
 
 
 def _family(source: Source) -> Family:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
@@ -26,6 +26,7 @@ class Sink(Protocol):
     def local_bytes(self) -> int: ...
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
     def begin(self, tasks: int, fresh: bool) -> Journal: ...
+    def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]: ...
     def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
 

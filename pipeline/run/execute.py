@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import BadInput, Interrupted, WriteFailed
+from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.listen import parse_listen
@@ -93,15 +93,15 @@ def execute(
     headrace's page does; it hears of each task before the listener. `builds`: engines that are built in the same graph.
 
     Raises BadInput where an output directory is taken or has no room, Interrupted on Ctrl-C or SIGTERM, and WriteFailed where
-    the disk or a worker fails; the same plan executed again goes on where this one ended. Raises what `builds` say of engines that
-    could not be built, when all else is done.
+    the disk or a worker fails; the same plan executed again goes on where this one ended. Raises SourceChanged where the source was
+    written to meanwhile: then nothing is left to go on with. Raises what `builds` say of engines that could not be built, when all
+    else is done.
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
     up_to_date = plan.up_to_date and not plan.job.overwrite
+    _tidy(plan)
     if up_to_date:
-        for target in plan.targets:  # a run that was stopped between its last output and this
-            target.output.forget_journal()
         for cut in plan.scratch:
             cut.release()
         if not builds:
@@ -120,8 +120,8 @@ def execute(
         rest = f"nothing is left of {builds.left()}" if run.result and builds else f"{_places(plan)} is not complete"
         what = "" if run.result else " to go on"
         raise Interrupted(f"interrupted; {rest}: run the same command again{what}") from None
-    except BadInput:
-        # Values that no target can hold show when they are read: nothing of the outputs is left then.
+    except (BadInput, SourceChanged):
+        # Values that no target can hold show when they are read, and so does a source that changes: nothing of the outputs is left.
         run.left.abandon()
         raise
     except OSError as error:
@@ -166,7 +166,8 @@ class _Run:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
         left, workers = self.left, self.plan.budget.workers
         with ExitStack() as stack:
-            committers = [stack.enter_context(Committer(dict(enumerate(each.journals.values())))) for each in left.phases]
+            made = (Committer(dict(enumerate(each.journals.values())), each.vouched()) for each in left.phases)
+            committers = [stack.enter_context(each) for each in made]
             here = [each for each in left.phases if each.phase.here and each.groups]
             for each in here:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
@@ -220,8 +221,10 @@ class _Run:
             source |= group.inputs.source
             scratch |= group.inputs.scratch
         read, again = sum(source.values()), sum(scratch.values())
+        # A run that reads scratch alone need not see the source, nor need its workers.
+        files = () if self.plan.source.in_memory or not read else self.plan.source.files
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages))
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files)
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
@@ -278,6 +281,19 @@ def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | N
     job = plan.job
     listen = parse_listen(job.listen) if job.listen else None
     return runner(job.scheduler, plan.budget.workers, resources, watch, listen, job.performance_report)
+
+
+def _tidy(plan: Plan) -> None:
+    """Look after what is whole already: the journal that a run left which was stopped just then, and the disk, with `--sync`."""
+    for sink in (*plan.scratch, *(target.output for target in plan.targets)):
+        if sink.complete:
+            sink.forget_journal()
+    if plan.job.sync and not plan.job.overwrite:
+        for output in (target.output for target in plan.targets if target.output.complete):
+            try:
+                output.flush()
+            except OSError as error:
+                raise WriteFailed(f"{output.directory} cannot be brought to the disk: {error.strerror or error}") from error
 
 
 def _places(plan: Plan) -> str:

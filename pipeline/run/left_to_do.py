@@ -47,6 +47,11 @@ class PhaseLeft:
                     totals[place, rank] = totals.get((place, rank), 0) + nbytes
         return totals
 
+    def vouched(self) -> set[str]:
+        """The files of which the journals speak already: an earlier process wrote them, and may not have brought them to disk."""
+        each = (self.phase.sinks[number].vouched(journal.entries) for number, journal in self.journals.items())
+        return set().union(*each)
+
     def total_bytes(self) -> int:
         """The bytes that the phase writes to its sinks, those that an earlier run wrote included."""
         return self.phase.written_bytes(self.sinks)
@@ -121,7 +126,7 @@ class LeftToDo:
             self._begin_sink(left, number, False, stack)
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
         groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
-        keep = any(cut.keep for cut in cuts)
+        keep = any(cut.kept for cut in cuts)
         wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
         # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
         whole_chunks = _offsets(groups)
@@ -185,7 +190,7 @@ class LeftToDo:
         for left in self.phases:
             for number, journal in left.journals.items():
                 sink = left.phase.sinks[number]
-                if isinstance(sink, ScratchGroup | RemoteGroup) and sink.keep:
+                if isinstance(sink, ScratchGroup | RemoteGroup) and sink.kept:
                     sink.finish(journal)
                 elif left.is_scratch or sink.complete:
                     journal.remove()

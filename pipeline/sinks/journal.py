@@ -4,8 +4,8 @@ It is a text file with one JSON object on each line, preceded by the object's ch
 names the job. The file is locked while a job works on what it describes; the lock ends with the process that holds it.
 
 What a killed process has written is still in the system's page cache, but a power cut loses it. So every line names the boot in
-which it was written, and every SYNC_SECONDS, while tasks go on, all files are flushed to disk and a line says so. After a reboot
-only the lines before the last such line count.
+which it was written, and every SYNC_SECONDS, while tasks go on, all files are flushed to disk and a line says so: also those that
+an earlier process wrote, as the line speaks for all lines before it. After a reboot only the lines before the last such line count.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 
 if TYPE_CHECKING:
     from stages.write import Checksum, Written
@@ -120,11 +121,14 @@ def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, An
 class Committer:
     """A thread that writes finished tasks into the journals every COMMIT_SECONDS, and flushes all files every SYNC_SECONDS."""
 
-    def __init__(self, journals: Mapping[int, Journal]) -> None:
-        """`journals`: by the position of their sink among those being written, which is what `Checksum.sink` names."""
+    def __init__(self, journals: Mapping[int, Journal], earlier: Iterable[str] = ()) -> None:
+        """`journals`: by the position of their sink among those being written, which is what `Checksum.sink` names.
+
+        `earlier`: the files of which the journals' entries speak already; whoever wrote them may not have flushed them.
+        """
         self.journals = journals
         self._waiting: list[Written] = []
-        self._unsynced: set[str] = set()
+        self._unsynced: set[str] = set(earlier)
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._stop = threading.Event()
@@ -173,6 +177,10 @@ class Committer:
         paths, self._unsynced = self._unsynced, set()
         if paths:
             sync_files(paths, missing_ok=True)
+            for directory in sorted({Path(path).parent for path in paths}):
+                sync_directory(directory)
+            for journal in self.journals.values():
+                sync_names(journal.path.parent)
             with self._writing:
                 for journal in self.journals.values():
                     journal.synced()
@@ -188,21 +196,3 @@ class Committer:
             except BaseException as error:
                 self._error = error
                 return
-
-
-def sync_files(paths: Iterable[str | Path], missing_ok: bool = False) -> None:
-    """Flush the contents of files to disk. Raises OSError where one cannot be opened or flushed.
-
-    `missing_ok`: leave out files that are gone meanwhile: chunks of scratch that are freed, rank files that got their final names.
-    """
-    for path in sorted(map(str, paths)):
-        try:
-            descriptor = os.open(path, os.O_WRONLY)
-        except FileNotFoundError:
-            if missing_ok:
-                continue
-            raise
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -21,8 +21,9 @@ import xxhash
 
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
-from pipeline.sinks.journal import Journal, sync_files
+from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
+from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.placement import Located, Region
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Output:
             whole = (self.directory / CONFIG).read_text() == self.config and all(path.exists() for path in self.paths)
         except (OSError, ValueError):
             return False
-        return whole and provenance.get("id") == self.id and sizes == [file.size_bytes for file in self.files]
+        known = isinstance(provenance, dict) and provenance.get("id") == self.id
+        return whole and known and sizes == [file.size_bytes for file in self.files]
 
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
         """Yield where the bytes of a region of a rank's tensor lie."""
@@ -145,7 +147,7 @@ class Output:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.
 
         `entries` are the journal's; `timings` go into headrace.json as they are. Stopped half-way, it can be done again.
-        Raises OSError where the disk fails.
+        With `sync` all of it is on the disk before config.json is, whoever wrote it. Raises OSError where the disk fails.
         """
         checksums = self._checksums(entries)
         if self.sync:
@@ -154,10 +156,25 @@ class Output:
             file.finish()
         for path in self.copies:
             shutil.copyfile(path, self.directory / path.name)
+        if self.sync:
+            sync_files(self.directory / path.name for path in self.copies)
+            sync_names(self.directory)
         copied = [path.name for path in self.copies]
         provenance = {**self.provenance, "id": self.id, "copied": copied, "timings": dict(timings), "xxh3": checksums}
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
             _replace(self.directory / name, text, self.sync)
+
+    def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]:
+        """The files of which a journal's entries say that bytes of them are written."""
+        return {str(self.files[rank].partial) for entry in entries for rank, *_ in entry["sums"]}
+
+    def flush(self) -> None:
+        """Bring a whole output to the disk, as a run without `sync` has left that to the system.
+
+        Raises OSError where the disk fails.
+        """
+        sync_files(self.paths)
+        sync_names(self.directory)
 
     def forget_journal(self) -> None:
         """Remove the journal that a run left which ended between config.json and it; not that of a run under way."""
@@ -227,8 +244,4 @@ def _replace(path: Path, text: str, sync: bool) -> None:
             os.fsync(file.fileno())
     new.replace(path)
     if sync:
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)

@@ -14,8 +14,8 @@ from typing import Any
 
 import xxhash
 
-from pipeline.documents import read_object
-from pipeline.errors import Problem
+from pipeline.documents import read_document, read_object
+from pipeline.errors import BadInput, Problem
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
 
 # The names of the files that headrace itself writes into an output directory.
@@ -46,12 +46,25 @@ def check_output(directory: Path, overwrite: bool) -> list[Problem]:
 
 
 def check_source(directory: Path, files: Iterable[Path]) -> list[Problem]:
-    """Check that `directory` holds none of the source's `files`: replacing an output would remove them."""
+    """Check that `directory` holds none of the source's `files`, as replacing an output would remove them."""
     real = directory.resolve()
     if any(path.resolve().parent == real or path.parent == directory for path in files):
-        expected = "another directory than the source's"
-        return [Problem(f"--output_dir {directory}", "files of the source", expected, "Choose another --output_dir")]
+        expected, remedy = "another directory than the source's", "Choose another --output_dir"
+        return [Problem(f"--output_dir {directory}", "files of the source", expected, remedy)]
     return []
+
+
+def check_apart(directories: Sequence[Path]) -> list[Problem]:
+    """Check that no output is inside another, of the same job or of one before: replacing that one would be in its way."""
+    real = {directory: directory.resolve() for directory in directories}
+    problems = []
+    for directory, place in real.items():
+        asked = [other for other, path in real.items() if path in place.parents]
+        there = [path for path in place.parents if (path / PROVENANCE).is_file() or (path / JOURNAL).is_file()]
+        if outer := (asked or there)[:1]:
+            found, remedy = f"a place inside the output {outer[0]}", "Choose another --output_dir"
+            problems.append(Problem(f"--output_dir {directory}", found, "outputs beside one another", remedy))
+    return problems
 
 
 def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
@@ -59,10 +72,13 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
     problems = []
     for output in outputs:
         finished, begun = output.directory / CONFIG, output.directory / JOURNAL
-        if overwrite or output.complete or not (finished.exists() or begun.exists()):
+        if overwrite or output.complete:
             continue
-        if finished.exists() or _owner(begun).get("id", output.id) != output.id:
-            found = f"{'a finished' if finished.exists() else 'an unfinished'} conversion of another source or with other options"
+        blank = [path for path in (finished, output.directory / PROVENANCE) if path.exists() and _blank(path)]
+        whole = finished.exists() and not blank
+        said = (_owner(begun), _provenance(output.directory) if finished.exists() else {})
+        if whole or {each["id"] for each in said if "id" in each} - {output.id}:
+            found = f"{'a finished' if whole else 'an unfinished'} conversion of another source or with other options"
             remedy = "Give --overwrite to start afresh"
             problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
     return problems
@@ -80,9 +96,23 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _copied(directory: Path) -> set[str]:
     """Return the names of the files that a conversion, finished or not, has copied beside the ranks in `directory`."""
-    finished = read_object(directory / PROVENANCE).get("copied", [])
-    own = [name for name in finished if isinstance(name, str)] if isinstance(finished, list) else []
-    return {*own, *_owner(directory / JOURNAL).get("copied", [])}
+    said = [_provenance(directory).get("copied"), _owner(directory / JOURNAL).get("copied")]
+    return {str(name) for names in said if isinstance(names, list) for name in names}
+
+
+def _provenance(directory: Path) -> dict[str, Any]:
+    """Return what headrace.json says; empty where there is none, or one that a power cut left without contents."""
+    return read_object(directory / PROVENANCE)
+
+
+def _blank(path: Path) -> bool:
+    """Whether a file has nothing, or zeros alone, in it: so a power cut leaves one whose contents had not come to the disk."""
+    with suppress(OSError, BadInput):
+        return not read_document(path)[0].strip(
+            b"\\0 \
+"
+        )
+    return False
 
 
 def check_space(needs: Mapping[Path, int]) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +88,7 @@ class RemoteGroup:
         """
         import zarr
 
-        journal = Journal(self.directory / f"headrace-{self.id}.journal")
+        journal = Journal(self._journal)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
         if not fresh and journal.owner == owner and self._attributes().get("id") == self.id:
             return journal
@@ -121,6 +121,10 @@ class RemoteGroup:
             f"{self.url}/{name}": [(int(part[0]), int(part[1]), str(part[2])) for part in parts] for name, parts in sums.items()
         }
 
+    def vouched(self, _entries: Iterable[Mapping[str, Any]]) -> set[str]:
+        """The files that a run has to bring to the disk: none, as a store has what it was given."""
+        return set()
+
     def has(self, chunk: str, parts: Sequence[Part]) -> bool:
         """Whether a chunk is there, of which `parts` are known. Whether its bytes are those is seen when it is read."""
         import fsspec
@@ -142,14 +146,26 @@ class RemoteGroup:
         _update_attributes(self.url, {SUMS: sums, "complete": True})
         journal.remove()
 
+    def forget_journal(self) -> None:
+        """Remove the journal that a run left which ended after it had called the cut complete; not that of a run under way."""
+        path = self._journal
+        if path.exists():
+            with suppress(BadInput, OSError):
+                Journal(path).remove()
+
     def abandon(self, journal: Journal, _created: Path | None = None) -> None:
         """Remove everything that `begin` made."""
         journal.remove()
         self.remove()
 
+    @property
+    def kept(self) -> bool:
+        """Whether it stays: this job asked for it, or the one that made it."""
+        return self.keep or bool(self._attributes().get("keep"))
+
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not (self.keep or self._attributes().get("keep")):
+        if not self.kept:
             self.remove()
 
     def remove(self) -> None:
@@ -159,6 +175,10 @@ class RemoteGroup:
         files, path = fsspec.core.url_to_fs(self.url)
         if files.exists(path):
             files.rm(path, recursive=True)
+
+    @property
+    def _journal(self) -> Path:
+        return self.directory / f"headrace-{self.id}.journal"
 
     def _attributes(self) -> dict[str, Any]:
         import zarr

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
-from pipeline.sinks.zarr_files import read_attributes, write_array, write_group
+from pipeline.sinks.syncing import sync_names, sync_tree
+from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array, write_group
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
@@ -136,6 +137,8 @@ class ScratchGroup:
             self.directory.mkdir(parents=True, exist_ok=True)
             journal = Journal(self.directory / JOURNAL)
             if not fresh and journal.owner == owner:
+                if not self._described():
+                    self._create()
                 return journal
             recorded = {} if fresh else self.recorded()
             if recorded:
@@ -165,12 +168,21 @@ class ScratchGroup:
             return {}
         return {str(self.directory / name): parts for name, parts in recorded_parts(attributes).items()}
 
+    def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]:
+        """The files of which a journal's entries say that bytes of them are written."""
+        return {str(chunk) for entry in entries for chunk, *_ in entry["sums"]}
+
     def has(self, chunk: str, parts: Sequence[Part]) -> bool:
         """Whether a chunk is there, of which `parts` are known. Whether its bytes are those is seen when it is read."""
         try:
             return bool(parts) and Path(chunk).stat().st_size >= max(offset + nbytes for offset, nbytes, _ in parts)
         except OSError:
             return False
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays: this job asked for it, or the one that made it."""
+        return self.keep or bool(read_attributes(self.directory).get("keep"))
 
     @property
     def of_ranks(self) -> bool:
@@ -194,10 +206,22 @@ class ScratchGroup:
                 path.rename(self.pool / pooled_name(size))
 
     def finish(self, journal: Journal) -> None:
-        """Mark the cut as complete, and so as reusable, with the checksums of its chunks."""
+        """Mark the cut as complete, and so as reusable, with the checksums of its chunks.
+
+        All of it is on the disk before it says so, whoever wrote it. Raises OSError where the disk fails.
+        """
+        sync_tree(self.directory)
         sums = {str(Path(chunk).relative_to(self.directory)): parts for chunk, parts in chunk_parts(journal.entries).items()}
-        self._update(**{SUMS: sums, "complete": True})
+        self._update(sync=True, **{SUMS: sums, "complete": True})
+        sync_names(self.directory)
         journal.remove()
+
+    def forget_journal(self) -> None:
+        """Remove the journal that a run left which ended after it had called the cut complete; not that of a run under way."""
+        path = self.directory / JOURNAL
+        if path.exists():
+            with contextlib.suppress(BadInput, OSError):
+                Journal(path).remove()
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
         """Remove everything that `begin` made. `created`: the topmost directory that it made, or None."""
@@ -206,7 +230,7 @@ class ScratchGroup:
 
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not (self.keep or read_attributes(self.directory).get("keep")):
+        if not self.kept:
             shutil.rmtree(self.directory, ignore_errors=True)
             if self.directory.parent.name == DEFAULT_ROOT:
                 with contextlib.suppress(OSError):  # other cuts are in it
@@ -220,8 +244,13 @@ class ScratchGroup:
         for array in self.arrays.values():
             write_array(array.directory, array.shape, array.chunk_shape, array.dtype, array.source)
 
-    def _update(self, **values: Any) -> None:
-        write_group(self.directory, {**read_attributes(self.directory), **values})
+    def _described(self) -> bool:
+        """Whether all metadata is there; a power cut may have taken some, though the journal was on the disk."""
+        arrays = (array.directory for array in self.arrays.values())
+        return read_attributes(self.directory).get("id") == self.id and all(map(has_metadata, arrays))
+
+    def _update(self, sync: bool = False, **values: Any) -> None:
+        write_group(self.directory, {**read_attributes(self.directory), **values}, sync)
 
 
 def scratch_id(*parts: Any) -> str:

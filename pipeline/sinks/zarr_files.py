@@ -14,22 +14,33 @@ from typing import Any
 import numpy as np
 
 from pipeline.model.dtypes import of_numpy
+from pipeline.sinks.syncing import sync_directory, sync_files
 
 METADATA = "zarr.json"
 
 
-def write_group(directory: Path, attributes: Mapping[str, Any]) -> None:
-    """Make a group, or replace its metadata at one stroke."""
+def write_group(directory: Path, attributes: Mapping[str, Any], sync: bool = False) -> None:
+    """Make a group, or replace its metadata at one stroke; with `sync`, flush it to disk."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory, {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
+    _write(directory, {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}, sync)
 
 
 def read_attributes(directory: Path) -> dict[str, Any]:
     """Read the attributes of a group; none where there is no group."""
+    return dict(_read(directory).get("attributes", {}))
+
+
+def has_metadata(directory: Path) -> bool:
+    """Whether there is metadata of a group or an array: a power cut may leave an empty file."""
+    return "node_type" in _read(directory)
+
+
+def _read(directory: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((directory / METADATA).read_text()).get("attributes", {}))
+        metadata = json.loads((directory / METADATA).read_text())
     except (OSError, ValueError):
         return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def array_attributes(shape: Sequence[int], dtype: np.dtype, source: str) -> dict[str, Any]:
@@ -65,7 +76,11 @@ def write_array(directory: Path, shape: Sequence[int], chunk_shape: Sequence[int
     )
 
 
-def _write(directory: Path, metadata: Mapping[str, Any]) -> None:
+def _write(directory: Path, metadata: Mapping[str, Any], sync: bool = False) -> None:
     new = directory / f"{METADATA}.new"
     new.write_text(json.dumps(metadata, indent=2))
+    if sync:
+        sync_files([new])
     new.replace(directory / METADATA)
+    if sync:
+        sync_directory(directory)

@@ -11,7 +11,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, 
 from pipeline.tensor.metering import meter
 from pipeline.tensor.names import TensorName, split_names
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
+from pipeline.tensor.source_file import SourceFile as SourceFile
 
 TensorMap = Mapping[TensorName, BlockArray]
 
@@ -187,20 +188,6 @@ class LazyTensor(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     def block(self, region: Region) -> Block: ...
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source as it was when it was opened: a changed source differs from it."""
-
-    path: Path
-    size_bytes: int
-    mtime_ns: int
-    header_sha256: str
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The file as plain values, by its name alone: a checkpoint may be moved."""
-        return {**asdict(self), "path": self.path.name}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ with the parameter named after the packing: a `weight` of type Q4_1 becomes `ggu
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import struct
@@ -20,7 +19,8 @@ import numpy as np
 from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
-from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.tensors import LazyTensor, Source
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
 
@@ -53,6 +53,7 @@ class GgufFiles(SourceReader):
         metadata: dict[str, Any] = {}
         for path in _parts(location):
             try:
+                status = path.stat()
                 reader = _open(path)
             except BadInput as error:
                 problems += error.problems
@@ -75,7 +76,8 @@ class GgufFiles(SourceReader):
                 dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
                 stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
                 tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
-            files.append(_source_file(path, int(reader.data_offset)))
+            with path.open("rb") as file:
+                files.append(source_file(path, status, file.read(int(reader.data_offset))))
         if problems:
             raise BadInput(problems)
         architecture = str(metadata.get("general.architecture", ""))
@@ -138,7 +140,12 @@ def _open(path: Path) -> Any:
         def _build_tensors(self, start_offs: int, fields: Any) -> None:
             for field in fields:
                 _, _, _, dims, raw_dtype, offset = field.parts
-                elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(raw_dtype[0])]
+                kind = gguf.GGMLQuantizationType(raw_dtype[0])
+                elements, size = gguf.GGML_QUANT_SIZES[kind]
+                if len(dims) and int(dims[0]) % elements:
+                    raise ValueError(
+                        f"{field.name} with rows of {int(dims[0]):,} values, where {kind.name} has blocks of {elements}"
+                    )
                 end = start_offs + int(offset[0]) + math.prod(map(int, dims)) // elements * size
                 if end > self.data.size:
                     raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
@@ -154,7 +161,34 @@ def _open(path: Path) -> Any:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
     if reader.byte_order != "I":
         raise BadInput([Problem(str(path), "a file of the other byte order", "a little-endian GGUF file")])
+    if fault := _tiling(reader, path.stat().st_size):
+        raise BadInput([_damaged(path, fault)])
     return reader
+
+
+def _tiling(reader: Any, file_bytes: int) -> str:
+    """Say the first place where tensors do not lie one behind the other, each from a multiple of the file's alignment; "" for none.
+
+    As in llama.cpp's own reader; a gap or an overlap means a wrong offset, shape or type. Padding behind the last tensor may be
+    missing, and nothing else follows it.
+    """
+    alignment, begin = int(reader.alignment), int(reader.data_offset)
+    if alignment <= 0 or alignment & (alignment - 1):
+        return f"general.alignment {alignment}, which is no power of 2"
+    end, before = begin, "the header"
+    for tensor in sorted(reader.tensors, key=lambda tensor: (int(tensor.data_offset), int(tensor.n_bytes))):
+        start, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+        expected = begin + -(-(end - begin) // alignment) * alignment
+        if start != expected:
+            place = f"{tensor.name} at byte {start:,}"
+            if (start - begin) % alignment:
+                return f"{place}, which is no multiple of {alignment} behind the header's end at {begin:,}"
+            if start < expected:
+                return f"{place}, inside {before}, which ends at {end:,}"
+            return f"{place}, {start - expected:,} bytes of no tensor behind {before}"
+        end, before = start + nbytes, str(tensor.name)
+    rest = file_bytes - (begin + -(-(end - begin) // alignment) * alignment)
+    return f"{rest:,} bytes of no tensor behind {before}, the last one" if rest > 0 else ""
 
 
 def _undecodable(kind: str) -> bool:
@@ -234,14 +268,6 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     factors: np.ndarray = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
     return factors
-
-
-def _source_file(path: Path, header_bytes: int) -> SourceFile:
-    status = path.stat()
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        digest.update(file.read(header_bytes))
-    return SourceFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
 
 
 def _damaged(path: Path, found: str) -> Problem:

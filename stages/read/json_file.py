@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.documents import parse_json, read_document
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.tensors import SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
@@ -25,4 +24,4 @@ def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
         raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])
-    return value, SourceFile(path, status.st_size, status.st_mtime_ns, hashlib.sha256(text).hexdigest())
+    return value, source_file(path, status, text)

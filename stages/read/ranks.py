@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.documents import read_json
+from pipeline.documents import parse_json, read_document
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.safetensors import open_file
@@ -44,7 +44,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def _object(path: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
     try:
-        value = read_json(path)
+        text, _ = read_document(path)
+        if not text.strip(
+            b"\\0 \
+"
+        ):  # a power cut leaves a file of no bytes, or of zeros
+            wanted = expected or "what headrace wrote there"
+            raise BadInput([Problem(str(path), "an empty file", wanted, "The checkpoint is not complete: convert it again")])
+        value = parse_json(text)
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or str(error), expected or "a readable file")]) from None
     except ValueError as error:

@@ -5,7 +5,6 @@ A file is 8 bytes of header length (little-endian), a JSON header, then the tens
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 from pipeline.documents import open_regular, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
-from pipeline.tensor.tensors import SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -43,8 +42,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
     tensors, problems = parse_header(header, status.st_size - 8 - length, path)
     if problems:
         raise BadInput(problems)
-    digest = hashlib.sha256(prefix + header).hexdigest()
-    return SourceFile(path, status.st_size, status.st_mtime_ns, digest), tensors
+    return source_file(path, status, prefix + header), tensors
 
 
 def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, MappedTensor], list[Problem]]:

@@ -23,7 +23,8 @@ import numpy as np
 
 from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.tensors import LazyTensor, SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.tensors import LazyTensor
 from stages.read.mapped import MappedTensor
 from stages.read.pickles import MAX_BYTES, Pickles
 from stages.read.strided import StridedTensor, contiguous, span
@@ -34,6 +35,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAX_AXES = 8  # more than any checkpoint has, fewer than NumPy allows
 MAX_REPEATED_BYTES = 1 << 30  # of an expanded tensor (stride 0), which can be larger than its storage
 WRAPPERS = ("state_dict", "model", "module")  # the keys under which training scripts keep the state dict
+HEAD_BYTES = 64 << 10  # of a file, that are looked at again when it has been read
 FETCH = "The file is damaged or cut short: fetch it again"
 
 Homes = Mapping[str, tuple[int, int]]  # of each storage by key: the offset of its first byte in the file, and its size in bytes
@@ -50,6 +52,8 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
         try:
             read = _zip if file.read(4) == b"PK\3\4" else _legacy
             value, homes, digest = read(path, file, status.st_size)
+            file.seek(0)
+            head = file.read(HEAD_BYTES)
         except (ValueError, LookupError, TypeError, OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
             found = f"what is no checkpoint of torch.save, or a damaged one ({shown(str(error))})"
             raise BadInput([Problem(str(path), found, "a whole file", "Fetch it again")]) from None
@@ -62,7 +66,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    return SourceFile(path, status.st_size, status.st_mtime_ns, digest), tensors
+    return source_file(path, status, head, digest), tensors
 
 
 def _zip(path: Path, file: BinaryIO, file_bytes: int) -> tuple[Any, Homes, str]:

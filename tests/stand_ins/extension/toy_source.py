@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.tensors import Source, SourceFile
+from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.tensors import Source
 from stages.read.json_file import json_file
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
@@ -50,16 +51,16 @@ class NumpyFolder(SourceReader):
 def open_file(path: Path) -> tuple[MappedTensor, SourceFile]:
     """A file's array, unread, and what tells the file from a changed one. Raises ValueError where it is none."""
     with path.open("rb") as file:
+        status = os.fstat(file.fileno())
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version than 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         offset = file.tell()
         file.seek(0)
-        digest = hashlib.sha256(file.read(offset)).hexdigest()
+        head = file.read(offset)
     if fortran or dtype.hasobject:
         raise ValueError("Fortran order, or objects")
-    status = path.stat()
-    return MappedTensor(str(path), offset, shape, dtype), SourceFile(path, status.st_size, status.st_mtime_ns, digest)
+    return MappedTensor(str(path), offset, shape, dtype), source_file(path, status, head)
 
 
 READER = NumpyFolder()

@@ -54,6 +54,7 @@ def write(
 ) -> Path:
     """A float16 model; with other or fewer metadata and tensors, and with tensors whose bytes are said to be of another type."""
     writer = gguf.GGUFWriter(path, architecture, endianess=endian)
+    writer.data_alignment = (metadata or {}).get("general.alignment", 32) or 32
     for key, value in {**METADATA, **(metadata or {})}.items():
         if key not in without:
             _add(writer, key, value)

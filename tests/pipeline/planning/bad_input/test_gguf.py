@@ -125,6 +125,99 @@ def test_a_tensor_past_the_end(path: Path, sound: bytes) -> None:
     assert name.decode() in problem
 
 
+def tensor_header(content: bytes, name: str) -> tuple[int, int, int]:
+    """Where a file says a tensor's first length, its type and its offset."""
+    at = content.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    axes = struct.unpack_from("<I", content, at)[0]
+    return at + 4, at + 4 + 8 * axes, at + 8 + 8 * axes
+
+
+def changed(content: bytes, at: int, kind: str, value: int) -> bytes:
+    """The content with a number of this kind (as struct has it) put at a place."""
+    return content[:at] + struct.pack(f"<{kind}", value) + content[at + struct.calcsize(kind) :]
+
+
+@pytest.mark.parametrize(
+    ("move", "fault"),
+    [
+        (-32, "inside token_embd.weight"),
+        (32, "32 bytes of no tensor behind token_embd.weight"),
+        (1, "no multiple of 32"),
+        (-16, "no multiple of 32"),
+    ],
+)
+def test_a_tensor_somewhere_else_than_behind_the_one_before(path: Path, sound: bytes, move: int, fault: str) -> None:
+    _, _, at = tensor_header(sound, "output_norm.weight")
+    path.write_bytes(changed(sound, at, "Q", struct.unpack_from("<Q", sound, at)[0] + move))
+    problem = one(refused(path))
+    assert problem.startswith(f"{path}: found output_norm.weight at byte ")
+    assert fault in problem
+
+
+def test_two_tensors_in_one_place(path: Path, sound: bytes) -> None:
+    first, second = (tensor_header(sound, f"blk.{n}.attn_q.weight")[2] for n in (0, 1))
+    path.write_bytes(changed(sound, second, "Q", struct.unpack_from("<Q", sound, first)[0]))
+    assert "inside blk.0.attn_q.weight" in one(refused(path))
+
+
+def test_two_tensors_whose_places_are_exchanged_still_tile_the_file(path: Path, sound: bytes, tmp_path: Path) -> None:
+    """Order in the header is no matter: llama.cpp writes it in that of the data, other tools need not."""
+    first, second = (tensor_header(sound, f"blk.{n}.attn_q.weight")[2] for n in (0, 1))
+    offsets = [struct.unpack_from("<Q", sound, at)[0] for at in (first, second)]
+    path.write_bytes(changed(changed(sound, first, "Q", offsets[1]), second, "Q", offsets[0]))
+    assert convert(path, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"), [(0, "inside"), (28, "inside"), (8, "of no tensor behind"), (24, "of no tensor behind")]
+)
+def test_a_type_that_contradicts_the_offsets(path: Path, sound: bytes, number: int, fault: str) -> None:
+    """F32, F64, Q8_0 and I8 in the place of F16: what follows begins too soon or too late."""
+    _, at, _ = tensor_header(sound, "blk.0.attn_q.weight")
+    path.write_bytes(changed(sound, at, "I", number))
+    assert fault in one(refused(path))
+
+
+def test_a_shape_that_contradicts_the_offsets(path: Path, sound: bytes) -> None:
+    at, _, _ = tensor_header(sound, "blk.0.attn_q.weight")
+    path.write_bytes(changed(sound, at, "Q", HIDDEN * 2))
+    assert "inside blk.0.attn_q.weight" in one(refused(path))
+
+
+def test_rows_that_are_no_whole_blocks(path: Path, sound: bytes) -> None:
+    _, at, _ = tensor_header(sound, "blk.0.attn_q.weight")
+    path.write_bytes(changed(sound, at, "I", int(gguf.GGMLQuantizationType.Q4_K)))
+    problem = one(refused(path))
+    assert f"blk.0.attn_q.weight with rows of {HIDDEN} values, where Q4_K has blocks of 256" in problem
+
+
+@pytest.mark.parametrize("extra", [1, 32, 4096])
+def test_bytes_behind_the_last_tensor(path: Path, sound: bytes, extra: int) -> None:
+    path.write_bytes(sound + bytes(extra))
+    assert f"{extra:,} bytes of no tensor behind " in one(refused(path))
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_another_alignment_is_followed(path: Path, tmp_path: Path, alignment: int) -> None:
+    write(path, metadata={"general.alignment": alignment})
+    assert convert(path, tmp_path / "out").code == 0
+
+
+def test_an_alignment_that_the_tensors_do_not_have(path: Path) -> None:
+    content = write(path, metadata={"general.alignment": 4096}).read_bytes()
+    at = content.index(b"general.alignment") + len("general.alignment") + 4
+    path.write_bytes(changed(content, at, "I", 8192))
+    assert one(refused(path)).startswith(f"{path}: found ")
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 48])
+def test_an_alignment_that_is_no_power_of_two(path: Path, alignment: int) -> None:
+    write(path, metadata={"general.alignment": alignment})
+    problem = one(refused(path))
+    assert "alignment" in problem
+    assert "power of" in problem
+
+
 def test_text_that_is_not_utf8(path: Path, sound: bytes) -> None:
     path.write_bytes(sound.replace(b"a small model", b"a \xff\xfe\xfd\xfc\xfb model"))
     assert plan(path) in (0, 2)

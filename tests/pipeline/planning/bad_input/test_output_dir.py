@@ -8,7 +8,7 @@ import pytest
 
 from tests.pipeline.planning.bad_input.gguf_files import write as write_gguf
 from tests.support import checkpoints
-from tests.support.commands import Ran, convert, limited, one, refused, tree
+from tests.support.commands import Ran, convert, headrace, limited, one, refused, tree
 
 
 @pytest.fixture
@@ -100,6 +100,53 @@ def test_an_output_inside_the_source_directory_is_fine(model: Path) -> None:
     assert convert(model, model / "trt").code == 0
     assert {name: state for name, state in tree(model).items() if name in before and name != "."} == {
         name: state for name, state in before.items() if name != "."
+    }
+
+
+def test_beside_a_source_that_is_a_file_is_fine(tmp_path: Path) -> None:
+    assert convert(write_gguf(tmp_path / "model.gguf"), tmp_path / "out").code == 0
+
+
+def test_an_output_inside_another_of_the_job(model: Path) -> None:
+    job = model.parent / "job.toml"
+    job.write_text(f'model_dir = "{model}"\n[[target]]\noutput_dir = "out"\n[[target]]\noutput_dir = "out/two"\n')
+    before = tree(model.parent)
+    ran = headrace("convert", job)
+    assert ran.code == 2
+    assert f"{model.parent / 'out' / 'two'}: found a place inside the output {model.parent / 'out'}" in ran.err
+    assert tree(model.parent) == before
+
+
+@pytest.mark.parametrize("name", ["headrace.json", "headrace.json.partial"])
+def test_an_output_inside_one_of_another_job(model: Path, name: str) -> None:
+    (model.parent / "out").mkdir()
+    (model.parent / "out" / name).write_text("{}")
+    problem = one(refused(model, output=model.parent / "out" / "a" / "b"))
+    assert f"found a place inside the output {model.parent / 'out'}" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"[]", b"\xff\xfe"], ids=["nothing", "zeros", "a list", "no text"])
+@pytest.mark.parametrize("name", ["config.json", "headrace.json", "both"])
+def test_files_that_a_power_cut_left_empty(model: Path, name: str, content: bytes) -> None:
+    """The output is not complete: it is planned and made again, and looking at it is a report, never a traceback."""
+    output = model.parent / "out"
+    assert convert(model, output).code == 0
+    sound, blank = {path.name: path.read_bytes() for path in output.iterdir()}, not content.strip(b"\0")
+    for each in ("config.json", "headrace.json") if name == "both" else (name,):
+        (output / each).write_bytes(content)
+    for looking in (("verify", output), ("report", output, "--output", model.parent / "page.html"), ("inspect", output)):
+        ran = headrace(*looking)
+        assert ran.code in (2, 5), (looking, ran)
+        assert "Traceback" not in ran.err
+        if blank and looking[0] != "inspect":
+            assert "The checkpoint is not complete: convert it again" in ran.err
+    again = () if blank else ("--overwrite",)  # other contents may be somebody's
+    if not blank:
+        assert "--overwrite" in one(refused(model))
+    assert headrace("plan", "--model_dir", model, "--output_dir", output, *again).code == 0
+    assert convert(model, output, *again).code == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != "headrace.json"} == {
+        each: data for each, data in sound.items() if each != "headrace.json"
     }
 
 

@@ -1,0 +1,79 @@
+"""Sources that change while they are read: files that are looked at again, and downloads that seem to be under way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipeline.tensor.source_file import SourceFile
+
+FRESH_SECONDS = 5.0  # a file that was written to so shortly before may still be
+_PARTIAL = re.compile(r"\.(incomplete|part|tmp|aria2|crdownload)$")  # of huggingface_hub, wget and curl, others, aria2, Chrome
+_RSYNC = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9]{6}$")  # the name under which rsync receives a file
+_HUB = Path(".cache/huggingface/download")  # where huggingface_hub receives the files of a directory
+
+
+def changes(files: Iterable[SourceFile]) -> list[str]:
+    """Look at a source's files again. Returns "PATH (what is not as it was)" for each that changed since it was opened."""
+    return [f"{file.path} ({change})" for file in files if (change := _change(file))]
+
+
+def _change(file: SourceFile) -> str:
+    if file.seen is None:
+        return ""
+    try:
+        with file.path.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            head = opened.read(file.seen.head_bytes)
+    except OSError as error:
+        return error.strerror or str(error)
+    if status.st_size != file.size_bytes:
+        return f"{status.st_size:,} bytes, and had {file.size_bytes:,}"
+    if hashlib.sha256(head).hexdigest() != file.seen.head_sha256:
+        return "another header"
+    if status.st_mtime_ns != file.mtime_ns:
+        return "written to since"
+    # Some network file systems give a file another inode each time that it is looked up: then its own times are the same.
+    if status.st_ino != file.seen.inode and status.st_ctime_ns != file.seen.changed_ns:
+        return "another file of that name"
+    return ""
+
+
+def arriving(location: Path, files: Iterable[SourceFile]) -> list[str]:
+    """Say which files of a source seem to be written or downloaded still, by their age and by what lies beside them.
+
+    `location`: the source, a file or a directory.
+    """
+    real = [file for file in files if file.seen]
+    now = time.time()
+    fresh = [file.path.name for file in real if 0 <= now - file.mtime_ns / 1e9 < FRESH_SECONDS]
+    notes = []
+    if fresh:
+        count = f"{fresh[0]} was" if len(fresh) == 1 else f"{len(fresh)} files of the source ({fresh[0]}, ...) were"
+        notes.append(f"{count} written to in the last {FRESH_SECONDS:.0f} seconds: a download may be under way")
+    only = {location.name, location.resolve().name} if location.is_file() else None
+    partial = sorted({path.name for path in _partial({file.path for file in real}, only)})
+    if partial:
+        more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
+        notes.append(f"{partial[0]}{more} beside the source: a download may be under way, or have been broken off")
+    return notes
+
+
+def _partial(paths: Iterable[Path], only: set[str] | None) -> Iterator[Path]:
+    """The files of unfinished downloads beside some files; `only`: those whose names begin with one of these."""
+    names = {path.name for path in paths}
+    beside = {parent for path in paths for parent in (path.parent, path.resolve().parent)}
+    for directory in sorted({*beside, *(parent / _HUB for parent in beside)}):
+        try:
+            found = list(directory.iterdir())
+        except OSError:
+            continue
+        for path in found:
+            received = _RSYNC.match(path.name)
+            ours = only is None or path.name.startswith(tuple(only))
+            if (_PARTIAL.search(path.name) and ours) or (received and received["name"] in names):
+                yield path
