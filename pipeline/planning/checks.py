@@ -50,7 +50,13 @@ SCHEMES = {
 
 def check_request(opened: OpenedSource) -> list[Problem]:
     """Check the output directories and the options that can be judged without the tensors; returns the problems."""
-    problems = [*settings_problems(), *opened.output_problems, *_refused_biases(opened), *_unfit_options(opened), *check_expected(opened)]
+    problems = [
+        *settings_problems(),
+        *opened.output_problems,
+        *_refused_biases(opened),
+        *_unfit_options(opened),
+        *check_expected(opened),
+    ]
     of_shapes = (problem for sharding in opened.shardings for problem in (*divisibility(sharding), *embedding_options(sharding)))
     return [*problems, *dict.fromkeys(of_shapes)]
 

@@ -11,6 +11,7 @@ from pipeline.planning.checks import check_canonical, check_request, check_targe
 from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
+from pipeline.planning.descriptors import descriptor_problems
 from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
 from pipeline.planning.kept_notes import source_notes
@@ -22,10 +23,12 @@ from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
+from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.scratch_chunks import read_scratch
 
 
+@refusing("the source or an output", "files that can be read")
 def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     """Plan a job.
 
@@ -77,6 +80,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     phases = (*cuts.phases, write)
     needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
+    sinks = sum(len(phase.sinks) for phase in phases)
+    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)

@@ -128,7 +128,7 @@ def _free_address(listen: Listen | None) -> str:
 
 @contextmanager
 def _event_loop() -> Iterator[IOLoop]:
-    """An event loop in a thread of its own, of which nothing is logged: a task's failure is reported by the run, in its own words."""
+    """An event loop in a thread of its own, of which nothing is logged: the run itself reports the failure of a task."""
     from tornado.ioloop import IOLoop
 
     loops: list[IOLoop] = []
@@ -185,7 +185,7 @@ def _forget_handlers(servers: list[Any]) -> None:
 
 
 def _revive_offload() -> None:
-    """Make the thread anew on which Dask unpacks graphs, where this process was forked from one that had it: it has no such thread."""
+    """Make the thread anew on which Dask unpacks graphs, where this process was forked from one that had it."""
     from distributed import utils
 
     threads = utils._offload_executor._threads

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A function and its first arguments, pickled and compressed: a plan's tasks name the same tensors and files again and again."""
+    """A function and its first arguments, pickled and compressed: tasks name the same tensors and files again and again."""
 
     content: bytes
 

@@ -6,7 +6,6 @@ which says what is being written and which tasks are done, and rank files named 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal, sync_files
 from pipeline.sinks.reserve import missing
 from pipeline.tensor.placement import Located, Region
+from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 if TYPE_CHECKING:
     from pipeline.sinks.rank_file import RankFile, RankFileTensor
@@ -135,10 +135,11 @@ class Output:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
-            subject, remedy = str(error.filename or self.directory), "Free space, or choose another --output_dir"
+            subject = str(error.filename or self.directory)
+            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=full)]) from None
+            passing = error.errno in PASSING
+            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=passing)]) from None
 
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.

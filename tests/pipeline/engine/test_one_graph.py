@@ -25,8 +25,8 @@ from pipeline.planning import dask_graph
 from pipeline.planning.bind import bind
 from pipeline.planning.plans import Plan
 from pipeline.run import execute as running
-from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.cluster import in_process_cluster
+from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.schedulers import Session, run_distributed
 from pipeline.watching.state import RunWatch
 from tests.support import checkpoints

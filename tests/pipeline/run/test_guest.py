@@ -21,7 +21,7 @@ from tests.support.places import ROOT
 SECONDS = 120  # a process that takes longer hangs
 
 # What a host can look at. `state()` gives it as plain values; `failing_task_is_logged()` runs a cluster of the host's own.
-HOST = '''
+HOST = """
 import asyncio, copy, gc, logging, multiprocessing, os, sys, threading, warnings
 from pathlib import Path
 import dask, distributed
@@ -36,9 +36,10 @@ def client():
         return None
 
 def state():
-    loggers = [logging.root, *(each for each in logging.Logger.manager.loggerDict.values() if isinstance(each, logging.Logger))]
+    known = [each for each in logging.Logger.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    loggers = [logging.root, *known]
     logs = {
-        each.name: (each.level, each.propagate, each.disabled, [*each.filters], [(id(h), h.level, [*h.filters]) for h in each.handlers])
+        each.name: (each.level, each.propagate, [*each.filters], [(id(h), h.level, [*h.filters]) for h in each.handlers])
         for each in loggers
     }
     filters = [*warnings.filters]
@@ -70,7 +71,7 @@ def convert(name, **options):
     result = headrace.convert(model_dir=MODEL, output_dir=OUT / name, **options)
     assert headrace.verify(OUT / name, MODEL).ok
     return result
-'''
+"""
 
 
 @pytest.fixture(scope="module")

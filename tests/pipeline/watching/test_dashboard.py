@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline import plan
-from pipeline.run.execute import execute
 from pipeline.run.cluster import in_process_cluster
+from pipeline.run.execute import execute
 from pipeline.run.schedulers import Session, run_distributed
 from pipeline.watching.listener import Silent
 from stages.write import Written
