@@ -135,6 +135,8 @@ class Output:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
+            elif created:
+                shutil.rmtree(created, ignore_errors=True)
             subject = str(error.filename or self.directory)
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"

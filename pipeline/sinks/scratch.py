@@ -152,6 +152,8 @@ class ScratchGroup:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
+            elif created:
+                shutil.rmtree(created, ignore_errors=True)
             expected = "a directory that can be written"
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"

@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
@@ -38,7 +39,7 @@ class GgufFiles(SourceReader):
     def detect(self, location: Path) -> bool:
         """Return whether `location` is a GGUF file or a directory that has any."""
         if location.is_file():
-            with location.open("rb") as file:
+            with naming(location), location.open("rb") as file:
                 return file.read(4) == MAGIC or location.suffix == ".gguf"
         return location.is_dir() and any(location.glob("*.gguf"))
 
@@ -143,11 +144,12 @@ def _open(path: Path) -> Any:
                     raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
             super()._build_tensors(start_offs, fields)
 
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
-        reader = _HeaderReader(path)
+        with naming(path):
+            reader = _HeaderReader(path)
         _metadata(reader)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
@@ -235,7 +237,7 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
 def _source_file(path: Path, header_bytes: int) -> SourceFile:
     status = path.stat()
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         digest.update(file.read(header_bytes))
     return SourceFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import SourceFile
 from stages.read.mapped import MappedTensor
 
@@ -28,7 +29,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
 
     Raises BadInput with every problem of the file, and OSError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         status = os.fstat(file.fileno())
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, SourceFile
 from stages.read.mapped import MappedTensor
 from stages.read.pickles import MAX_BYTES, Pickles
@@ -44,7 +45,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
     The file must hold a dictionary of tensors, or one such dictionary under a key of WRAPPERS. Raises BadInput with every problem
     of the file, and OSError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         status = os.fstat(file.fileno())
         try:
             read = _zip if file.read(4) == b"PK\3\4" else _legacy

@@ -26,6 +26,7 @@ from tests.support import checkpoints
 from tests.support.commands import Ran, headrace
 
 # Errors that no call can be done without: the file is named, and what to do is said.
+CALLS = ["pwrite", "pread of the source", "open of the source", "fdatasync", "flock", "statvfs", "fallocate"]
 HARD = ["EIO", "EDQUOT", "ESTALE", "EROFS", "EMFILE", "ENFILE", "ENOSPC"]
 
 
@@ -50,7 +51,7 @@ def refusing_call(owner: Any, name: str, number: int, *, under: Path | None = No
     real, failed = getattr(owner, name), []
 
     def fail(first: Any, *rest: Any, **keywords: Any) -> Any:
-        place = os.fspath(first) if isinstance(first, str | Path) else os.readlink(f"/proc/self/fd/{_number(first)}")
+        place = os.fspath(first) if isinstance(first, str | Path) else str(Path(f"/proc/self/fd/{_number(first)}").readlink())
         if under is None or place.startswith(str(under)):
             failed.append(place)
             # As the system says it: of a descriptor it knows no name.
@@ -128,7 +129,7 @@ def test_fallocate_takes_room_and_never_shortens(tmp_path: Path) -> None:
         filesystem.allocate(descriptor, path, 1 << 20)
         assert os.fstat(descriptor).st_size == 1 << 20
         assert os.fstat(descriptor).st_blocks * 512 >= 1 << 20
-        with mock.patch.object(filesystem, "_system_call", lambda: None):
+        with mock.patch.object(filesystem, "_system_call", return_value=None):
             filesystem.allocate(descriptor, path, 5)
             assert os.fstat(descriptor).st_size == 1 << 20
             filesystem.allocate(descriptor, path, 2 << 20)
@@ -205,28 +206,15 @@ def test_no_command_ends_with_a_traceback(model: Path, tmp_path: Path, command: 
     number, out = getattr(errno, name), tmp_path / "out"
     kept = ("--scratch_after", "read", "--scratch", tmp_path / "kept", "--keep_scratch")
     assert convert(model, out, *kept).code == 0
-    real = os.stat
-
-    def stat(path: Any, *rest: Any, **keywords: Any) -> Any:
-        if (
-            isinstance(path, str | Path)
-            and Path(path).suffix in (".safetensors", "")
-            and str(path).startswith(str(tmp_path / "kept"))
-        ):
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *rest, **keywords)
-
     with contextlib.ExitStack() as stack:
         for owner, call in ((mmap, "mmap"), (os, "preadv"), (os, "rmdir"), (os, "unlink")):
             stack.enter_context(refusing_call(owner, call, number, under=tmp_path))
         if command in ("inspect", "plan"):
-            stack.enter_context(mock.patch("stages.read.safetensors.os.fstat", side_effect=OSError(number, os.strerror(number))))
+            stack.enter_context(refusing_call(os, "fstat", number, under=model / "model.safetensors"))
         if command.startswith("scratch"):
-            stack.enter_context(mock.patch.object(os, "stat", stat))
+            stack.enter_context(refusing_call(os, "stat", number, under=tmp_path / "kept/model"))
         ran = COMMANDS[command](out, model)
-    if number in FALLBACKS["mmap"]:
-        return
-    assert ran.code in (2, 3), ran
+    assert ran.code in (2, 3, 5), ran  # 5: verify goes on, and says so of each tensor
     assert str(tmp_path) in ran.err
     assert os.strerror(number) in ran.err
 
