@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from typing import Annotated
 
@@ -61,10 +62,11 @@ def _say(error: HeadraceError) -> None:
 
 def main() -> None:
     """Run the command line; errors of ours become one report and their exit code, without a traceback."""
-    # Modules and plans are a great many objects that stay. To go through them after every 700 new ones, and once more at the end,
-    # takes more than a tenth of a second.
     keep_streams()
     raise_open_files()
+    warnings.filterwarnings("ignore", module="distributed")  # of large graphs and of ports: both are as they should be
+    # Modules and plans are a great many objects that stay. To go through them after every 700 new ones, and once more at the end,
+    # takes more than a tenth of a second.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     try:
