@@ -40,6 +40,8 @@ OPEN_FILES = (
     "stages/build/",  # the builder's log, and the lock on it
     "pipeline/sinks/",
     "pipeline/tensor/chunk_files.py",  # made and renamed
+    "pipeline/tensor/mapping.py",  # maps what others have opened
+    "pipeline/cli/streams.py",  # the null device, in the place of streams that are closed
     "pipeline/engine/log.py",
     "pipeline/engine/output.py",
 )
@@ -51,6 +53,7 @@ OPEN_TEXT = (
     "pipeline/reporting/html/",
     "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
+    "pipeline/run/schedulers.py",  # Dask's performance report
     "pipeline/watching/page.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",
