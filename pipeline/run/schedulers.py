@@ -133,7 +133,6 @@ def run_synchronous(graph: Graph) -> Results:
 def run_threads(graph: Graph, workers: int) -> Results:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
-    from dask.callbacks import Callback
 
     tasks, wanted = _tasks(graph)
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -149,8 +148,9 @@ def run_threads(graph: Graph, workers: int) -> Results:
 
     def work() -> None:
         try:
-            with Callback(pretask=before, posttask=after):
-                dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers)
+            # As an argument: a context of callbacks is the process's, and would be told of its host's tasks as well.
+            told = [(None, None, before, after, None)]  # start, its state, before and after a task, finish
+            dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers, callbacks=told)
         except BaseException as error:
             results.put(error)
         else:

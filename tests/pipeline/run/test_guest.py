@@ -24,7 +24,7 @@ SECONDS = 120  # a process that takes longer hangs
 HOST = """
 import asyncio, copy, gc, logging, multiprocessing, os, sys, threading, warnings
 from pathlib import Path
-import dask, distributed
+import dask, dask.threaded, distributed
 import numpy, pydantic
 import headrace
 MODEL, OUT = Path(sys.argv[1]), Path(sys.argv[2])
@@ -194,6 +194,30 @@ def test_loggers_that_the_host_set_are_not_set_by_dask(model: Path, tmp_path: Pa
         assert (tornado.level, tornado.propagate, tornado.handlers) == (logging.INFO, True, [])
         """,
         prelude=prelude,
+    )
+
+
+def test_callbacks_of_dask_are_the_hosts_own(model: Path, tmp_path: Path) -> None:
+    """Dask's context of callbacks is the process's: the host hears of its own tasks alone, and headrace of none of them."""
+    in_a_process(
+        model,
+        tmp_path,
+        """
+        from dask.callbacks import Callback
+        keys = []
+        work = threading.Thread(target=convert, args=("out",), kwargs={"scheduler": "threads"})
+        with Callback(pretask=lambda key, *_: keys.append(key)):
+            active = Callback.active
+            work.start()
+            computed = 0
+            while work.is_alive() or not computed:
+                assert dask.threaded.get({"own": (abs, -1)}, "own") == 1
+                assert Callback.active is active and len(active) == 1
+                computed += 1
+            work.join()
+        assert keys == ["own"] * computed, keys
+        assert (OUT / "out/config.json").exists()
+        """,
     )
 
 
