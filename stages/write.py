@@ -9,7 +9,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pipeline.tensor.chunk_files import open_chunk_file
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
 from pipeline.tensor.settling import settling
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import Block
 
 _local = threading.local()
@@ -29,6 +29,7 @@ _local = threading.local()
 # Bytes of one write call. Larger ones make the page cache allocate large runs of memory, which a virtual machine may first have to
 # get from its host.
 WRITE_BYTES = 256 << 10
+OPEN_FILES = 64  # that a task keeps open where nobody has counted what its process may open
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,54 @@ class Written:
         return parts
 
 
+class OpenFiles:
+    """The files that a task writes to, open as long as it lasts, up to a number: then the one used longest ago is closed.
+
+    `paths`: of all files so far.
+    """
+
+    def __init__(self, pool: str = "", most: int = OPEN_FILES) -> None:
+        self.pool, self.most = pool, max(most, 1)
+        self.paths: dict[str, None] = {}
+        self._open: dict[str, int] = {}
+
+    def descriptor(self, delivery: Delivery) -> int:
+        """The descriptor of a delivery's file, until the next is asked for; a chunk of scratch is made where it is not there."""
+        path = delivery.path
+        descriptor = self._open.pop(path, -1)
+        if descriptor < 0:
+            while len(self._open) >= self.most:
+                os.close(self._open.pop(next(iter(self._open))))
+            if delivery.file_bytes and path not in self.paths:
+                descriptor = open_chunk_file(path, delivery.file_bytes, self.pool)
+            else:
+                descriptor = os.open(path, os.O_WRONLY)
+        self.paths[path] = None
+        self._open[path] = descriptor
+        return descriptor
+
+    def synchronize(self) -> None:
+        """Flush all files to disk."""
+        for path in self.paths:
+            descriptor = self._open.get(path, -1)
+            closed = descriptor < 0
+            if closed:
+                descriptor = os.open(path, os.O_WRONLY)
+            try:
+                with naming(path):
+                    os.fdatasync(descriptor)
+            finally:
+                if closed:
+                    os.close(descriptor)
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
 
 
@@ -156,6 +205,7 @@ def write_group(
     synchronize: bool = False,
     pool: str = "",
     outputs: Sequence[str] = (),
+    open_files: int = OPEN_FILES,
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
@@ -171,11 +221,16 @@ def write_group(
         kept = [tuple(() if done else to for done, to in zip(there, item.deliveries, strict=True)) for item in work]
         work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool)
+    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool, open_files)
 
 
 def write_blocks(
-    number: int, work: Sequence[BlockWrite], blocks: Sequence[Sequence[Block]], synchronize: bool = False, pool: str = ""
+    number: int,
+    work: Sequence[BlockWrite],
+    blocks: Sequence[Sequence[Block]],
+    synchronize: bool = False,
+    pool: str = "",
+    open_files: int = OPEN_FILES,
 ) -> Written:
     """Scatter source blocks to every rank of every target.
 
@@ -191,6 +246,8 @@ def write_blocks(
         Flush the files to disk before returning, for workers whose files no other process can flush.
     pool
         A directory of files that new chunks of scratch may take; "" for none.
+    open_files
+        How many files the task keeps open at most.
 
     Returns
     -------
@@ -200,12 +257,11 @@ def write_blocks(
     Raises
     ------
     OSError
-        Reading or writing failed.
+        Reading or writing failed; it names the file.
     """
     written = 0
     checksums: list[Checksum] = []
-    with collect() as metrics, ExitStack() as stack:
-        files: dict[str, int] = {}
+    with collect() as metrics, OpenFiles(pool, open_files) as files:
         with settling():
             for item, versions in zip(work, blocks, strict=True):
                 hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
@@ -213,13 +269,12 @@ def write_blocks(
                     # Sinks that take the same block share one reading of each piece.
                     values: dict[int, np.ndarray] = {}
                     for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
-                        written += _write_piece(block, piece, values, sink, digests, files, stack, pool)
+                        written += _write_piece(block, piece, values, sink, digests, files)
                 checksums += _checksums(item, versions, hashes)
         if synchronize:
-            for descriptor in files.values():
-                os.fdatasync(descriptor)
+            files.synchronize()
         read = int(metrics.get(("read", "bytes"), 0))
-        return Written(number, work[-1].name, read, written, dict(metrics), tuple(files), tuple(checksums))
+        return Written(number, work[-1].name, read, written, dict(metrics), tuple(files.paths), tuple(checksums))
 
 
 def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:
@@ -243,9 +298,7 @@ def _write_piece(
     read: dict[int, np.ndarray],
     sink: Sequence[Delivery],
     hashes: Sequence[xxhash.xxh3_64],
-    files: dict[str, int],
-    stack: ExitStack,
-    pool: str,
+    files: OpenFiles,
 ) -> int:
     """Write what a sink takes of a piece, and return the bytes written. `read`: values of this piece already read, by block."""
     written = 0
@@ -261,13 +314,11 @@ def _write_piece(
             written += part.nbytes
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
-        if delivery.path not in files:
-            files[delivery.path] = _open(delivery, pool)
-            stack.callback(os.close, files[delivery.path])
+        descriptor = files.descriptor(delivery)
         with meter("checksum", len(data)):
             digest.update(data)
-        with meter("write_scratch" if delivery.chunk else "write", len(data)):
-            _write_all(files[delivery.path], data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
+        with meter("write_scratch" if delivery.chunk else "write", len(data)), naming(delivery.path):
+            _write_all(descriptor, data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
         written += len(data)
     return written
 
@@ -282,12 +333,6 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
         digest.update(values.reshape(-1).view(np.uint8).data)
     with meter("write_scratch", values.nbytes):
         array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
-
-
-def _open(delivery: Delivery, pool: str) -> int:
-    if delivery.file_bytes:
-        return open_chunk_file(delivery.path, delivery.file_bytes, pool)
-    return os.open(delivery.path, os.O_WRONLY)
 
 
 def _first(part: Region, region: Region) -> int:

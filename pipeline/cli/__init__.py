@@ -11,13 +11,17 @@ import io
 import itertools
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from pipeline.cli import build, convert, facts, jobs, report, scratch, serve, verify
-from pipeline.errors import HeadraceError
+from pipeline.cli.limits import raise_open_files
+from pipeline.cli.streams import keep_streams
+from pipeline.errors import HeadraceError, WriteFailed
+from pipeline.tensor.system_errors import sentence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +63,9 @@ def _say(error: HeadraceError) -> None:
 
 def main() -> None:
     """Run the command line; errors of ours become one report and their exit code, without a traceback."""
+    keep_streams()
+    raise_open_files()
+    warnings.filterwarnings("ignore", module="distributed")  # of large graphs and of ports: both are as they should be
     # Modules and plans are a great many objects that stay. To go through them after every 700 new ones, and once more at the end,
     # takes more than a tenth of a second.
     gc.set_threshold(50_000)
@@ -72,6 +79,9 @@ def main() -> None:
     except HeadraceError as error:
         _say(error)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a command that has no words of its own for it
+        _say(WriteFailed(sentence(error)))
+        sys.exit(WriteFailed.exit_code)
     except KeyboardInterrupt:
         print("headrace: interrupted before anything was written", file=sys.stderr)
         sys.exit(3)

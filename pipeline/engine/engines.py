@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dask._task_spec import Task
-
 from pipeline.engine.check import check_checkpoint, checksums
 from pipeline.engine.inputs import engine_directory
 from pipeline.engine.log import BuildLog, Tail
@@ -242,6 +240,8 @@ class Engines:
                 if not wait:
                     return BuilderProbe()
                 self.log.waiting("GPU", self.scheduler)
+            from dask._task_spec import Task
+
             key = ("probe", uuid.uuid4().hex)
             (self._probes[builder],) = session.run_with(GPU, {key: Task(key, probe, builder)})
         elif builder not in self._probes:

@@ -8,7 +8,6 @@ locked journal, which keeps other runs away, and a token: builders on other mach
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from pipeline.planning.build_steps import engine_files, log_of
 from pipeline.planning.engine_options import partial_of
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output_checks import existing
+from pipeline.tensor.filesystem import try_lock
 from stages.build import clear, missing
 
 CONFIG = "config.json"
@@ -146,7 +146,7 @@ class EngineDirectory:
             try:
                 while True:
                     try:
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        try_lock(descriptor, log)
                         break
                     except BlockingIOError:
                         if time.monotonic() > deadline:

@@ -13,6 +13,7 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import NUMBERS, of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
+from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
@@ -48,7 +49,13 @@ SCHEMES = {
 
 def check_request(opened: OpenedSource) -> list[Problem]:
     """Check the output directories and the options that can be judged without the tensors; returns the problems."""
-    problems = [*opened.output_problems, *_refused_biases(opened), *_unfit_options(opened), *check_expected(opened)]
+    problems = [
+        *settings_problems(),
+        *opened.output_problems,
+        *_refused_biases(opened),
+        *_unfit_options(opened),
+        *check_expected(opened),
+    ]
     of_shapes = (problem for sharding in opened.shardings for problem in (*divisibility(sharding), *embedding_options(sharding)))
     return [*problems, *dict.fromkeys(of_shapes)]
 

@@ -23,6 +23,7 @@ from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.tensor.names import by_module
+from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import formats
@@ -35,6 +36,7 @@ from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
 from stages.unpack import arranged, check, format_of
 
 
+@refusing("the source", "files that can be read")
 def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[str, Any]:
     """Describe a checkpoint as plain values. Raises BadInput where it cannot be opened.
 

@@ -11,6 +11,7 @@ from pipeline.planning.checks import check_canonical, check_request, check_targe
 from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark
 from pipeline.planning.cuts import Cuts
+from pipeline.planning.descriptors import descriptor_problems
 from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
 from pipeline.planning.kept_notes import source_notes
@@ -22,11 +23,13 @@ from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
+from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.changing import arriving
 from stages.read.scratch_chunks import read_scratch
 
 
+@refusing("the source or an output", "files that can be read")
 def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     """Plan a job.
 
@@ -78,6 +81,8 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     phases = (*cuts.phases, write)
     needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
+    sinks = sum(len(phase.sinks) for phase in phases)
+    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dask._task_spec import Task
-
+from pipeline.errors import BadInput
+from pipeline.planning.dask_settings import settings_problems
 from pipeline.run.schedulers import run_threads
 
 Advance = Callable[[str, int, int], None]  # (level, bytes or values done, in all)
@@ -18,8 +18,12 @@ def run_tasks(
     """Run functions as Dask tasks and yield their results, in the order in which they end.
 
     `work`: (function, arguments, size) of each task; its size, in bytes or values, is its share of the progress that `advance` is
-    told.
+    told. Raises BadInput where Dask's settings cannot be read.
     """
+    if problems := settings_problems():
+        raise BadInput(problems)
+    from dask._task_spec import Task
+
     graph: dict[Any, Any] = {}
     sizes = []
     for number, (function, arguments, size) in enumerate(work):

@@ -159,7 +159,9 @@ def _target_table(target: dict[str, Any]) -> RenderableType:
         table.add_column(column, justify="left" if column == "file" else "right")
     for rank in target["ranks"]:
         table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
-    state = "already written: nothing to do" if target["up_to_date"] else f"{human_bytes(target['free_bytes_there'])} free there"
+    free = target["free_bytes_there"]
+    there = "room there unknown" if free is None else f"{human_bytes(free)} free there"
+    state = "already written: nothing to do" if target["up_to_date"] else there
     heading = Text(escaped(target["path"]), style="bold").append(f": {target['dtype']}, {sizes}", style="not bold")
     return Group(heading, table, f"{human_bytes(target['bytes'])} needed, {state}")
 

@@ -18,6 +18,7 @@ from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.planning.plans import VERSION
 from pipeline.reporting.tasks import Advance, run_tasks
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.read import find_source
 from stages.read.ranks import open_checkpoint
@@ -103,6 +104,7 @@ class Verification:
         }
 
 
+@refusing("the output or its source", "files that can be read")
 def verify(
     directory: Path,
     source: Path | str | None = None,

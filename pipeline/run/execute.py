@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
+from pipeline.planning.descriptors import open_files
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Plan
@@ -21,6 +22,7 @@ from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.system_errors import refusing, sentence
 from pipeline.watching.listener import Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
@@ -106,7 +108,8 @@ def execute(
             cut.release()
         if not builds:
             return Result(outputs, 0, 0, time.perf_counter() - started, peak_memory_bytes(), {}, up_to_date=True)
-    obstacles = () if up_to_date else plan.obstacles()
+    with refusing(_places(plan), "a directory that can be written"):
+        obstacles = () if up_to_date else plan.obstacles()
     if obstacles:
         raise BadInput(obstacles)
     run = _Run(plan, (not up_to_date and listener) or Silent(), started, watch or RunWatch(), builds)
@@ -125,9 +128,9 @@ def execute(
         run.left.abandon()
         raise
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        text = f"{error.strerror or error}{place}; {_places(plan)} is not complete: mend this and run the same command again"
-        raise WriteFailed(text) from error
+        raise WriteFailed(
+            f"{sentence(error)}; {_places(plan)} is not complete: mend this and run the same command again"
+        ) from error
     finally:
         run.finished()
     assert run.result
@@ -155,8 +158,11 @@ class _Run:
         total = sum(left.total_bytes() for left in active)
         done = sum(left.done_bytes() for left in active)
         self.resumed_tasks = sum(len(left.phase.groups) - len(left.groups) for left in active)
+        unlocked = [str(journal.path.parent) for each in active for journal in each.journals.values() if not journal.locked]
+        notes = [f"{place} is on a file system without locks: nothing keeps another job away from it" for place in unlocked]
+        plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
         for listener in (self.watch, self.listener):
-            listener.started(self.plan, dashboard, total, done, self.resumed_tasks)
+            listener.started(plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
@@ -175,6 +181,9 @@ class _Run:
                     self._advanced(result, committers)
                     left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
             clustered = session.client is not None
+            # Of workers elsewhere nobody knows how many files they may open.
+            journals = sum(len(each.journals) for each in left.phases)
+            counted = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
             groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
             graph = stage_graph(
                 groups,
@@ -187,6 +196,7 @@ class _Run:
                 name=int if clustered else thread_name,
                 run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
                 synchronize=self.plan.job.elsewhere,
+                **counted,
                 pool=left.pool(),
             )
             if self.builds:

@@ -24,6 +24,7 @@ from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.job import Shape, make_job
 from pipeline.planning.keywords import Dtype, LoadOptions
 from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
+from pipeline.tensor.system_errors import refusing
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +59,14 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         return name in self._tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, in host memory. Raises KeyError for a name that the rank does not have, OSError where reading fails."""
+        """The tensor, in host memory. Raises KeyError for a name that the rank does not have, BadInput where reading fails."""
         tensor = self._tensors[name]
         # Padding is zeros.
         shape, dtype = tensor.stored
         result = np.zeros(shape, dtype=BY_TARGET[dtype].numpy)
-        for part in self._parts[name]:
-            part.copy_to(result)
+        with refusing(name, "a source that can be read"):
+            for part in self._parts[name]:
+                part.copy_to(result)
         values = result.reshape(-1).view(BY_TARGET[tensor.dtype].numpy).reshape(tensor.shape)
         return as_torch(values, tensor.dtype)
 

@@ -5,11 +5,9 @@ Each is a function that runs a graph and yields the tasks' results as they end.
 
 from __future__ import annotations
 
-import logging
-import math
 import queue
 import threading
-import warnings
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.dask_graph import Priorities, StageGraph
+from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.listen import Listen
+from pipeline.run.cluster import in_process_cluster, load_distributed
 from pipeline.run.sealed import sealed
 from pipeline.watching.conversion import serving
-from pipeline.watching.nodes import GRAPH_MAX_ITEMS
-from pipeline.watching.sockets import bound
 
 if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
@@ -74,10 +72,12 @@ def runner(
 
     `watch` is what headrace's page shows: beside the dashboard of a cluster of our own, at `listen`, or for runs in this process at
     the usual address where that is free. `report`: a file for Dask's performance report. Raises BadInput where a scheduler
-    elsewhere does not answer, or `listen` is taken.
+    elsewhere does not answer, `listen` is taken, or Dask's settings cannot be read.
     """
+    if problems := settings_problems():
+        raise BadInput(problems)
     if scheduler == "local":
-        with _local_cluster(workers, resources, watch, listen) as client, _report(report):
+        with in_process_cluster(workers, resources, watch, listen) as client, _report(client, report):
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"].get("dashboard")
             url = Listen((listen or Listen()).host, port).url
@@ -88,8 +88,8 @@ def runner(
         with _page(watch, listen) as page:
             yield Session(run, page)
     else:
-        with _page(watch if listen else None, listen), _remote(scheduler) as client, _report(report):
-            yield Session(lambda graph: run_distributed(client, graph), client.dashboard_link, client)
+        with _page(watch if listen else None, listen), _remote(scheduler) as client, _report(client, report):
+            yield Session(lambda graph: run_distributed(client, graph), _link(client), client)
 
 
 def thread_name(number: int) -> str:
@@ -133,7 +133,6 @@ def run_synchronous(graph: Graph) -> Results:
 def run_threads(graph: Graph, workers: int) -> Results:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
     import dask.threaded
-    from dask.callbacks import Callback
 
     tasks, wanted = _tasks(graph)
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -149,8 +148,9 @@ def run_threads(graph: Graph, workers: int) -> Results:
 
     def work() -> None:
         try:
-            with Callback(pretask=before, posttask=after):
-                dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers)
+            # As an argument: a context of callbacks is the process's, and would be told of its host's tasks as well.
+            told = [(None, None, before, after, None)]  # start, its state, before and after a task, finish
+            dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers, callbacks=told)
         except BaseException as error:
             results.put(error)
         else:
@@ -208,75 +208,46 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
         client.cancel(futures)
 
 
-@contextmanager
-def _local_cluster(
-    workers: int, resources: Mapping[str, float] | None = None, watch: RunWatch | None = None, listen: Listen | None = None
-) -> Iterator[Any]:
-    """A client of a cluster in this process. Raises BadInput where `listen` is given and cannot be had."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    from pipeline.watching.dashboard import attended
-
-    if listen:
-        for sock in bound(listen):  # Dask would take another port without a word
-            sock.close()
-    # A task's failure is reported by the command, in its own words.
-    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
-    settings = {
-        # Memory is bounded by the plan's own accounting: the worker neither pauses nor spills.
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.target": False,
-        # The scheduler's thread takes Python's lock from the tasks each time that it looks at them; there is nobody to steal from.
-        "distributed.worker.profile.interval": "100ms",
-        "distributed.admin.tick.interval": "200ms",
-        "distributed.scheduler.work-stealing": False,
-        # Read when somebody opens the page of the graph, which a plan of thousands of tasks has too.
-        "distributed.dashboard.graph-max-items": GRAPH_MAX_ITEMS,
-    }
-    with dask.config.set(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a dashboard port in use: another is taken
-        with (
-            LocalCluster(
-                n_workers=1,
-                threads_per_worker=workers,
-                processes=False,
-                memory_limit=None,
-                resources=resources,
-                dashboard_address=(listen or Listen()).address,
-                silence_logs=logging.ERROR,
-                scheduler_kwargs={"dashboard": False},
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            # The worker takes tasks by their priority; handing them over a few at a time would cost seconds.
-            cluster.scheduler.WORKER_SATURATION = math.inf
-            with attended(cluster, watch):
-                yield client
-
-
 def _page(watch: RunWatch | None, listen: Listen | None) -> AbstractContextManager[str]:
     """The address of headrace's page on a server of its own; "" where it has none."""
     return nullcontext("") if watch is None else serving(watch, listen)
 
 
-def _report(path: Path | None) -> AbstractContextManager[None]:
-    """Dask's performance report of what the current client runs, whole in one file, so that it can be read without a network."""
-    if path is None:
-        return nullcontext()
-    from distributed import performance_report
+@contextmanager
+def _report(client: Any, path: Path | None) -> Iterator[None]:
+    """Dask's performance report of what a client runs, whole in one file, so that it can be read without a network.
 
-    report: AbstractContextManager[None] = performance_report(filename=str(path), mode="inline")
-    return report
+    Dask's own context manager asks for the process's default client, which ours is not.
+    """
+    if path is None:
+        yield
+        return
+    began = time.time()
+    count = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.monitor.count)
+    client.get_task_stream(start=0, stop=0)  # has the scheduler keep it from here on
+    try:
+        yield
+    finally:
+        page = client.sync(client.scheduler.performance_report, start=began, last_count=count, code="", mode="inline")
+        path.write_text(page)
 
 
 @contextmanager
 def _remote(address: str) -> Iterator[Any]:
+    load_distributed()
     from distributed import Client
 
     try:
-        client = Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError, TypeError) as error:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
         raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
     with client:
         yield client
+
+
+def _link(client: Any) -> str:
+    """The address of a cluster's dashboard; "" where its site's setting for that names what is not set here."""
+    try:
+        return client.dashboard_link or ""
+    except (LookupError, ValueError):
+        return ""

@@ -6,6 +6,7 @@ there and made by the worker; each of the three would hold them.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A function and its first arguments, pickled."""
+    """A function and its first arguments, pickled and compressed: tasks name the same tensors and files again and again."""
 
     content: bytes
 
@@ -21,7 +22,7 @@ class Sealed:
         """Call the function with what it was sealed with, then `inputs`."""
         from distributed.protocol.pickle import loads
 
-        function, own = loads(self.content)
+        function, own = loads(zlib.decompress(self.content))
         return function(*own, *inputs, **arguments)
 
 
@@ -31,7 +32,7 @@ def sealed(task: Any) -> Any:
     from distributed.protocol.pickle import dumps
 
     own = tuple(takewhile(lambda argument: not getattr(argument, "dependencies", ()) and not _is_reference(argument), task.args))
-    return Task(task.key, Sealed(dumps((task.func, own))), *task.args[len(own) :], **task.kwargs)
+    return Task(task.key, Sealed(zlib.compress(dumps((task.func, own)), 1)), *task.args[len(own) :], **task.kwargs)
 
 
 def _is_reference(argument: Any) -> bool:

@@ -10,7 +10,6 @@ an earlier process wrote, as the line speaks for all lines before it. After a re
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -23,6 +22,8 @@ import xxhash
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
+from pipeline.tensor.filesystem import try_lock
+from pipeline.tensor.system_errors import naming
 
 if TYPE_CHECKING:
     from stages.write import Checksum, Written
@@ -33,7 +34,10 @@ SYNC_SECONDS = 10.0  # between two flushes to disk: the work that a power cut ma
 
 
 class Journal:
-    """An open, locked journal. `owner`: the object on its first line, None where it was empty; `entries`: those on later lines."""
+    """An open, locked journal. `owner`: the object on its first line, None where it was empty; `entries`: those on later lines.
+
+    `locked`: False where its file system has no locks, so that nothing keeps another job away.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open and lock the file; create it where it does not exist. Raises BadInput where another job has locked it."""
@@ -41,12 +45,15 @@ class Journal:
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.locked = try_lock(self._file, path)
             except BlockingIOError:
                 os.close(self._file)
                 remedy = "Wait for it, or choose another directory"
                 found, expected = "another job at work on it", "one job at a time"
                 raise BadInput([Problem(str(path.parent), found, expected, remedy, passing=True)]) from None
+            except OSError:
+                os.close(self._file)
+                raise
             # The job that had it locked may have removed it in the meantime.
             if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
                 break
@@ -55,7 +62,8 @@ class Journal:
 
     def start(self, owner: Mapping[str, Any]) -> None:
         """Empty the journal and write `owner` as its first line."""
-        os.ftruncate(self._file, 0)
+        with naming(self.path):
+            os.ftruncate(self._file, 0)
         self.append(owner)
         self.owner, self.entries = dict(owner), []
 
@@ -64,14 +72,16 @@ class Journal:
         text = json.dumps({**entry, "boot": boot_id()}, separators=(",", ":"))
         os.lseek(self._file, 0, os.SEEK_END)
         data = memoryview(f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode())
-        while data:
-            data = data[os.write(self._file, data) :]
+        with naming(self.path):
+            while data:
+                data = data[os.write(self._file, data) :]
         self.entries.append(dict(entry))
 
     def synced(self) -> None:
         """Add the line that says that everything before it is on disk, and flush the journal itself."""
         self.append(SYNCED)
-        os.fdatasync(self._file)
+        with naming(self.path):
+            os.fdatasync(self._file)
 
     def close(self) -> None:
         """Close and unlock the file; closing it twice does no harm."""
@@ -85,8 +95,9 @@ class Journal:
         self.close()
 
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        size = os.fstat(self._file).st_size
-        lines = os.pread(self._file, size, 0).split(b"\n")
+        with naming(self.path):
+            size = os.fstat(self._file).st_size
+            lines = os.pread(self._file, size, 0).split(b"\n")
         entries: list[dict[str, Any]] = []
         valid_bytes = sure = 0  # `sure`: how many entries are certainly true of the files on disk
         for line in lines[:-1]:
@@ -101,7 +112,8 @@ class Journal:
                 sure = len(entries)
         if sure < len(entries):
             valid_bytes = sum(len(line) + 1 for line in lines[:sure])
-        os.ftruncate(self._file, valid_bytes)
+        with naming(self.path):
+            os.ftruncate(self._file, valid_bytes)
         return (entries[0], entries[1:sure]) if entries else (None, [])
 
 

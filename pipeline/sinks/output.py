@@ -6,7 +6,6 @@ which says what is being written and which tasks are done, and rank files named 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.placement import Located, Region
+from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 if TYPE_CHECKING:
     from pipeline.sinks.rank_file import RankFile, RankFileTensor
@@ -138,10 +138,13 @@ class Output:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
-            subject, remedy = str(error.filename or self.directory), "Free space, or choose another --output_dir"
+            elif created:
+                shutil.rmtree(created, ignore_errors=True)
+            subject = str(error.filename or self.directory)
+            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=full)]) from None
+            passing = error.errno in PASSING
+            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=passing)]) from None
 
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.

@@ -10,13 +10,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from pipeline.documents import read_document, read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
+from pipeline.tensor.filesystem import NOT_THERE
+
+T = TypeVar("T")
 
 # The names of the files that headrace itself writes into an output directory.
 _OWN_FILES = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
@@ -127,15 +130,24 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
     problems = []
     for device, nbytes in needed.items():
         free = free_bytes(names[device])
-        if nbytes > free:
+        if free is not None and nbytes > free:
             found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
             problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy, passing=True))
     return problems
 
 
-def free_bytes(directory: Path) -> int:
-    """Return the free bytes of the file system that `directory` is on, or would be on once it is made."""
-    return _nearest(directory, lambda path: shutil.disk_usage(path).free)
+def free_bytes(directory: Path) -> int | None:
+    """Return the free bytes of the file system that `directory` is on, or would be on once it is made; None where it does not say.
+
+    Some network file systems and FUSE say that they have 0 bytes in all: that is no full disk.
+    """
+    try:
+        usage = _nearest(directory, shutil.disk_usage)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        raise
+    return usage.free if usage.total else None
 
 
 def _occupied_bytes(directory: Path) -> int:
@@ -148,7 +160,7 @@ def _occupied_bytes(directory: Path) -> int:
     return total
 
 
-def _nearest(path: Path, measure: Callable[[Path], int]) -> int:
+def _nearest(path: Path, measure: Callable[[Path], T]) -> T:
     """Return `measure` of the nearest directory that exists, from `path` upwards; where that one vanishes meanwhile, try again."""
     while True:
         with suppress(FileNotFoundError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.model.dtypes import BY_TARGET, FILE_ORDER
 from pipeline.sinks.reserve import reserve
 from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
+from pipeline.tensor.system_errors import naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class RankFile:
     def create(self) -> None:
         """Reserve the file's size on disk and write its header. Raises OSError where the disk has no room."""
         reserve(self.partial, self.size_bytes)
-        with self.partial.open("r+b") as file:
+        with naming(self.partial), self.partial.open("r+b") as file:
             file.write(self.header)
 
     def begun(self) -> bool:

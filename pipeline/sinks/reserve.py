@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.tensor.filesystem import allocate
+
 
 def reserve(path: Path, size_bytes: int) -> None:
-    """Create a file of `size_bytes` zeros with its blocks allocated, so that writing into it cannot run out of space.
+    """Create a file of `size_bytes` zeros, with room for it taken where the file system can, so that writing cannot run out of it.
 
     Raises OSError, naming the file, where there is no room.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        if size_bytes:
-            os.posix_fallocate(descriptor, 0, size_bytes)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        allocate(descriptor, path, size_bytes)
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,6 @@ either is slow.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -31,6 +30,7 @@ from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
+from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 JOURNAL = "headrace.journal"
 POOL = ".free"
@@ -155,11 +155,12 @@ class ScratchGroup:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
+            elif created:
+                shutil.rmtree(created, ignore_errors=True)
             expected = "a directory that can be written"
-            remedy = "Free space, or choose another --scratch"
+            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise BadInput([Problem(subject, found, expected, remedy, passing=full)]) from None
+            raise BadInput([Problem(subject, found, expected, remedy, passing=error.errno in PASSING)]) from None
 
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""

@@ -10,6 +10,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.scratch import JOURNAL
 from pipeline.sinks.zarr_files import read_attributes
+from pipeline.tensor.system_errors import refusing
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ScratchCut:
     size_bytes: int
 
 
+@refusing("the scratch directory", "files that can be read")
 def list_scratch(root: Path) -> list[ScratchCut]:
     """List the cuts in a scratch directory, sorted by path."""
     cuts = []
@@ -34,6 +36,7 @@ def list_scratch(root: Path) -> list[ScratchCut]:
     return cuts
 
 
+@refusing("the scratch directory", "files that can be read")
 def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
     """Remove the cuts with these directory names, or all where `names` is empty; return those removed.
 

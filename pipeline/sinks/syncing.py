@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.tensor.system_errors import naming
+
 _NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of file systems that cannot flush a directory
 
 
@@ -24,7 +26,8 @@ def sync_files(paths: Iterable[str | Path], missing_ok: bool = False) -> None:
                 continue
             raise
         try:
-            os.fdatasync(descriptor)
+            with naming(path):
+                os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -7,6 +7,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.tensor.filesystem import allocate
+
 
 def pooled_name(size_bytes: int) -> str:
     """A new name for a file of this size in a pool."""
@@ -24,10 +26,10 @@ def open_chunk_file(path: str, size_bytes: int, pool: str = "") -> int:
         return os.open(path, os.O_WRONLY)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    except OSError as error:
+        allocate(descriptor, path, size_bytes)
+    except OSError:
         os.close(descriptor)
-        raise OSError(error.errno, error.strerror, path) from None
+        raise
     return descriptor
 
 

@@ -47,11 +47,11 @@ def attended(cluster: Any, watch: RunWatch | None) -> AbstractContextManager[Non
         import distributed.dashboard.scheduler as pages
         from distributed.dashboard.core import BokehApplication
 
-        from pipeline.watching.groups import groups_page
+        from pipeline.watching.groups import graph_page, groups_page
 
-        # Before Dask's own page of the same path, which cannot draw a run's stages.
+        # Before Dask's own pages of the same paths: one cannot draw a run's stages, the other not so many tasks.
         variables = pages.template_variables(scheduler)
-        ours = BokehApplication({"/groups": groups_page}, scheduler, template_variables=variables)
+        ours = BokehApplication({"/graph": graph_page, "/groups": groups_page}, scheduler, template_variables=variables)
         scheduler.http_application.add_application(ours)
         ours.initialize(IOLoop.current())
         ours.start()

@@ -1,4 +1,4 @@
-"""Dask's page of task groups, laid out so that it can draw a run's stages.
+"""Dask's pages of tasks, for as many as a run has, and of task groups, laid out so that it can draw a run's stages.
 
 Dask's own layout takes the groups in an order without regard to what they wait for (dask 2026.8), and fails where a group comes
 before one that it waits for. It fails too where groups wait for one another in a circle. The tasks of a run have none, but its
@@ -15,15 +15,26 @@ from distributed.dashboard.components import scheduler as components
 
 from pipeline.planning.bind import STAGES
 from pipeline.planning.dask_graph import RESULTS
+from pipeline.watching.nodes import GRAPH_MAX_ITEMS
 
 ORDER = {stage: place for place, stage in enumerate((*STAGES, *RESULTS))}
 MILLISECONDS = 200  # between two looks at the scheduler
 
 
+def graph_page(scheduler: Any, extra: Mapping[str, Any], document: Any) -> None:
+    """Fill a Bokeh document with the tasks of a scheduler, up to GRAPH_MAX_ITEMS; the arguments are those of Dask's pages."""
+    graph = components.TaskGraph(scheduler, sizing_mode="stretch_both")
+    graph.max_items = GRAPH_MAX_ITEMS
+    _fill(document, graph, "Dask: Task Graph", extra)
+
+
 def groups_page(scheduler: Any, extra: Mapping[str, Any], document: Any) -> None:
     """Fill a Bokeh document with the task groups of a scheduler; the arguments are those of Dask's pages."""
-    graph = StageGroups(scheduler, sizing_mode="stretch_both")
-    document.title = "Dask: Task Groups Graph"
+    _fill(document, StageGroups(scheduler, sizing_mode="stretch_both"), "Dask: Task Groups Graph", extra)
+
+
+def _fill(document: Any, graph: Any, title: str, extra: Mapping[str, Any]) -> None:
+    document.title = title
     graph.update()
     components.add_periodic_callback(document, graph, MILLISECONDS)
     document.add_root(graph.root)

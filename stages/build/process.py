@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import signal
@@ -12,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.tensor.filesystem import try_lock
 
 POLL_SECONDS = 0.2  # between two looks at the token
 GRACE_SECONDS = 10.0  # between asking a builder to end and killing it
@@ -60,7 +61,7 @@ def run(words: Sequence[str], directory: Path, log_path: Path, token: Path, sync
     with log_path.open("ab") as log:
         if not token.exists():
             return ProcessEnd(0, stopped=True)
-        fcntl.flock(log, fcntl.LOCK_SH)
+        try_lock(log.fileno(), log_path, shared=True)
         log.write(f"$ {' '.join(words)}\n".encode())
         log.flush()
         start = log.tell()

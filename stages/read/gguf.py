@@ -20,6 +20,7 @@ from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
@@ -39,7 +40,7 @@ class GgufFiles(SourceReader):
     def detect(self, location: Path) -> bool:
         """Return whether `location` is a GGUF file or a directory that has any."""
         if location.is_file():
-            with location.open("rb") as file:
+            with naming(location), location.open("rb") as file:
                 return file.read(4) == MAGIC or location.suffix == ".gguf"
         return location.is_dir() and any(location.glob("*.gguf"))
 
@@ -151,11 +152,12 @@ def _open(path: Path) -> Any:
                     raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
             super()._build_tensors(start_offs, fields)
 
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         if file.read(4) != MAGIC:
             raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
     try:
-        reader = _HeaderReader(path)
+        with naming(path):
+            reader = _HeaderReader(path)
         _metadata(reader)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
         raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None

@@ -175,7 +175,7 @@ def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> 
     index = location / weights.index
     if not index.exists():
         single = location / weights.single
-        paths = [single] if single.exists() else sorted(location.glob(weights.shards))
+        paths: list[Path] = [single] if single.exists() else sorted(location.glob(weights.shards))
         numbered = [path.name for path in _others(location, weights, paths) if "-of-" in path.name]
         if single.exists() and numbered:
             problems.append(two_sets(location, [single.name], numbered))
@@ -188,7 +188,7 @@ def _shards(location: Path, weights: WeightsFormat, problems: list[Problem]) -> 
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         problems.append(Problem(f"{index}: weight_map", str(listed)[:80], "tensor names and the file of each"))
         return [], {}
-    paths: list[Path] = []
+    paths = []
     missing: list[Problem] = []
     for file in sorted(set(listed.values())):
         # Only the name is checked: a shard may be a link to elsewhere, as in the Hub's cache, but an index must not lead outside.

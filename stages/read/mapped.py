@@ -1,17 +1,18 @@
 """A tensor that is one run of bytes in a local file, memory-mapped a piece at a time.
 
 A piece is mapped when it is read and unmapped when its array is garbage-collected, so that no page of the file stays mapped longer.
+Where the file system has no maps, pieces are read instead.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.tensor.mapping import file_bytes
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
 from pipeline.tensor.tensors import Block
@@ -85,13 +86,11 @@ class MappedBlock(Block):
         tensor = self.tensor
         start = tensor.offset + first * tensor.dtype.itemsize
         nbytes = count * tensor.dtype.itemsize
-        aligned = start - start % mmap.ALLOCATIONGRANULARITY
         with meter(self.tensor.stage, nbytes):
             descriptor = os.open(tensor.path, os.O_RDONLY)
             try:
                 if os.fstat(descriptor).st_size < start + nbytes:
                     raise OSError(f"{tensor.path} has become shorter than its header says: it was changed while being read")
-                pages = mmap.mmap(descriptor, start - aligned + nbytes, access=mmap.ACCESS_READ, offset=aligned)
+                return file_bytes(descriptor, tensor.path, start, start + nbytes).view(tensor.dtype)
             finally:
                 os.close(descriptor)
-            return np.frombuffer(pages, dtype=np.uint8, count=nbytes, offset=start - aligned).view(tensor.dtype)

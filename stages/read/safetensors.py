@@ -16,6 +16,7 @@ from pipeline.documents import open_regular, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.system_errors import naming
 from stages.read.mapped import MappedTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -29,7 +30,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
 
     Raises BadInput with every problem of the file, and OSError where it cannot be read.
     """
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         status = os.fstat(file.fileno())
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")

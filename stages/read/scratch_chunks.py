@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import xxhash
 
 from pipeline.tensor.arrays import BlockArray, Index, Maker, Needed, SmallTask, grid
 from pipeline.tensor.blocks import CHECKSUMS, Part
+from pipeline.tensor.mapping import file_bytes
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, slices, whole
 from pipeline.tensor.settling import settle
@@ -194,11 +194,7 @@ class PartSums:
         with Path(self.path).open("rb") as file:
             while self._at < stop:
                 count = min(HASHED_BYTES, stop - self._at)
-                aligned = self._at - self._at % mmap.ALLOCATIONGRANULARITY
-                with mmap.mmap(file.fileno(), self._at - aligned + count, access=mmap.ACCESS_READ, offset=aligned) as pages:
-                    view = memoryview(pages)[self._at - aligned :]
-                    self._digest.update(view)
-                    view.release()
+                self._digest.update(file_bytes(file.fileno(), self.path, self._at, self._at + count).data)
                 self._at += count
 
 

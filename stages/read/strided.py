@@ -6,13 +6,13 @@ memory, however far apart the elements are.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.tensor.mapping import file_bytes
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, shift, slices
 from pipeline.tensor.tensors import Block
@@ -65,9 +65,8 @@ class StridedBlock(Block):
         stop = start + span(target.shape, tensor.strides) * tensor.dtype.itemsize
         if os.fstat(descriptor).st_size < stop:
             raise OSError(f"{tensor.path} has become shorter than its header says: it was changed while being read")
-        aligned = start - start % mmap.ALLOCATIONGRANULARITY
-        pages = mmap.mmap(descriptor, stop - aligned, access=mmap.ACCESS_READ, offset=aligned)
-        target[...] = np.ndarray(target.shape, tensor.dtype, pages, start - aligned, steps)
+        window = file_bytes(descriptor, tensor.path, start, stop)
+        target[...] = np.ndarray(target.shape, tensor.dtype, window.data, 0, steps)
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 from pipeline.documents import open_regular
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor
 from stages.read.mapped import MappedTensor
 from stages.read.pickles import MAX_BYTES, Pickles
@@ -47,7 +48,7 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, LazyTensor]]:
     The file must hold a dictionary of tensors, or one such dictionary under a key of WRAPPERS. Raises BadInput with every problem
     of the file, and OSError where it cannot be read.
     """
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         status = os.fstat(file.fileno())
         try:
             read = _zip if file.read(4) == b"PK\3\4" else _legacy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -42,7 +43,7 @@ def unwrapped(source: Source) -> Source:
     sample = list(tensors)[:_LOOKED_AT]
     if 2 * sum(map(known, sample)) <= len(sample):
         for prefix, becomes in (*_prefixes(tensors), *table["replaced"].items()):
-            shorter = _renamed(tensors, lambda name, old=prefix, new=becomes: _without(name, old, new))
+            shorter = _renamed(tensors, partial(_without, prefix=prefix, becomes=becomes))
             if shorter and 2 * sum(map(known, shorter)) > len(shorter):
                 count = sum(name.startswith(prefix) for name in tensors)
                 notes.append(

@@ -71,7 +71,12 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},
     "pipeline/run/sealed.py": {"dask", "distributed"},
-    "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.watching.dashboard"},
+    "pipeline/run/schedulers.py": {"dask", "distributed"},
+    "pipeline/run/cluster.py": {"distributed", "tornado", "pipeline.watching.dashboard"},
+    # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.
+    "pipeline/planning/dask_settings.py": {"dask"},
+    "pipeline/reporting/tasks.py": {"dask"},
+    "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.

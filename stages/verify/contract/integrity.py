@@ -16,6 +16,7 @@ import xxhash
 from pipeline.errors import Problem
 from pipeline.model.kernels import ANY, generations
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from pipeline.tensor.system_errors import REMEDIES
 from pipeline.tensor.tensors import tensor_bytes
 from stages.verify.contract import ExpectedTensor, contract
 from stages.verify.contract.quantized import GPTQ, WEIGHT_ONLY, read_quantization
@@ -73,7 +74,7 @@ def check_tensor(checkpoint: Checkpoint, rank: int, name: str) -> Problem | None
                 stop = min(at + PIECE_BYTES, start + nbytes)
                 computed.update(stream.block(((at, stop),)).read(((0, stop - at),)).data)
         except OSError as error:
-            return Problem(subject, str(error), "a tensor that can be read", _DAMAGED)
+            return Problem(subject, str(error), "a tensor that can be read", REMEDIES.get(error.errno or 0, _DAMAGED))
         if computed.hexdigest() != digest:
             found = f"other bytes than were written, among its bytes {start:,} to {start + nbytes:,}"
             return Problem(subject, found, f"the xxh3 {digest} of headrace.json", _DAMAGED)

@@ -25,8 +25,9 @@ from pipeline.planning import dask_graph
 from pipeline.planning.bind import bind
 from pipeline.planning.plans import Plan
 from pipeline.run import execute as running
+from pipeline.run.cluster import in_process_cluster
 from pipeline.run.left_to_do import LeftToDo
-from pipeline.run.schedulers import Session, _local_cluster, run_distributed
+from pipeline.run.schedulers import Session, run_distributed
 from pipeline.watching.state import RunWatch
 from tests.support import checkpoints
 from tests.support.builds import alive, names, start
@@ -92,7 +93,7 @@ def test_a_scheduler_sees_each_build_behind_its_own_checkpoint(folder: Path, aft
     made = planned(folder, scratch_after=after)
     engines, watch = Engines(plan_requests(made), BuildLog(quiet=True), "local"), RunWatch()
     engines.prepare()
-    with _local_cluster(2, {"GPU": 1}) as client:
+    with in_process_cluster(2, {"GPU": 1}) as client:
         seen = Seen(client.cluster.scheduler)
         client.cluster.scheduler.add_plugin(seen)
         session = Session(lambda graph: run_distributed(client, graph), "", client)

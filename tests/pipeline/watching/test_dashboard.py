@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline import plan
+from pipeline.run.cluster import in_process_cluster
 from pipeline.run.execute import execute
-from pipeline.run.schedulers import Session, _local_cluster, run_distributed
+from pipeline.run.schedulers import Session, run_distributed
 from pipeline.watching.listener import Silent
 from stages.write import Written
 from tests.support import checkpoints, quantized_checkpoints
@@ -41,7 +42,7 @@ def test_the_scheduler_sees_the_stages_the_edges_and_the_totals(
     made = plan(model_dir=source, output_dir=tmp_path / "out", tp_size=2, scratch_after=after, workers=1)
     assert max(len(phase.groups) for phase in made.phases) > 3
     writes: list[str] = []
-    with _local_cluster(1) as client:
+    with in_process_cluster(1) as client:
         scheduler = client.cluster.scheduler
         listener = Seen(scheduler)
         execute(made, listener, session=Session(lambda graph: run_distributed(client, graph), "", client))
@@ -87,7 +88,7 @@ class Seen(Silent):
 
 def test_stages_are_metered_on_the_scheduler(tmp_path: Path) -> None:
     made = plan(model_dir=MODEL, output_dir=tmp_path / "out", tp_size=3)
-    with _local_cluster(2) as client:
+    with in_process_cluster(2) as client:
         result = execute(made, session=Session(lambda graph: run_distributed(client, graph), "", client))
         scheduler = client.cluster.scheduler
         # Workers send their metrics with their heartbeats.
@@ -107,7 +108,7 @@ def test_stages_are_metered_on_the_scheduler(tmp_path: Path) -> None:
 
 def test_the_dashboard_answers(tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
-    with _local_cluster(1) as client:
+    with in_process_cluster(1) as client:
         port = client.scheduler_info()["services"]["dashboard"]
         status, text = fetch(f"http://127.0.0.1:{port}/status")
         assert status == 200

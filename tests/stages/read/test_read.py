@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.tensor import mapping
 from pipeline.tensor.placement import Region, extent, slices, whole
-from stages.read import chunk_sizes, mapped, open_source, read
+from stages.read import chunk_sizes, open_source, read
 from stages.read.mapped import MappedTensor
 from stages.read.safetensors import open_file
 from tests.support import checkpoints
@@ -79,7 +80,7 @@ def mappings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return mmap.mmap(descriptor, length, offset=offset, **more)
 
     names = {name: getattr(mmap, name) for name in ("ALLOCATIONGRANULARITY", "ACCESS_READ")}
-    monkeypatch.setattr(mapped, "mmap", SimpleNamespace(mmap=record, **names))
+    monkeypatch.setattr(mapping, "mmap", SimpleNamespace(mmap=record, **names))
     return made
 
 

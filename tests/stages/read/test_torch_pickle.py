@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.tensor import mapping
 from pipeline.tensor.placement import Region, extent, size, slices, whole
 from pipeline.tensor.tensors import LazyTensor
 from stages.cast import as_type
@@ -219,7 +220,7 @@ def test_a_strided_tensor_far_larger_than_memory(tmp_path: Path, monkeypatch: py
         return mmap.mmap(descriptor, length, **more)
 
     names = {name: getattr(mmap, name) for name in ("ALLOCATIONGRANULARITY", "ACCESS_READ")}
-    monkeypatch.setattr(strided, "mmap", SimpleNamespace(mmap=record, **names))
+    monkeypatch.setattr(mapping, "mmap", SimpleNamespace(mmap=record, **names))
     rows, columns = 1 << 22, 1 << 13
     path = tmp_path / "file"
     with path.open("wb") as file:
