@@ -179,7 +179,7 @@ def _slow_down(server: Any) -> None:
 def _forget_handlers(servers: list[Any]) -> None:
     """Take from Dask's loggers the handlers that servers have added, which would stay until the servers are collected."""
     for server in servers:
-        handler = getattr(server, "_deque_handler", None)
+        handler: Any = getattr(server, "_deque_handler", None)
         for name in ("distributed.scheduler", "distributed.worker"):
             logging.getLogger(name).removeHandler(handler)
 

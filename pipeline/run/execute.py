@@ -183,7 +183,7 @@ class _Run:
             clustered = session.client is not None
             # Of workers elsewhere nobody knows how many files they may open.
             journals = sum(len(each.journals) for each in left.phases)
-            counted = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
+            counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
             groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
             graph = stage_graph(
                 groups,

@@ -27,7 +27,7 @@ def file_bytes(descriptor: int, path: str, start: int, stop: int) -> np.ndarray:
         else:
             return np.frombuffer(pages, dtype=np.uint8, count=stop - start, offset=start - aligned)
         result = np.empty(stop - start, dtype=np.uint8)
-        left = memoryview(result)
+        left = memoryview(result.data)
         while left:
             count = os.preadv(descriptor, [left], stop - len(left))
             if not count:
