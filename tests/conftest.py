@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.places import DATA
+from tests.support.quantized_checkpoints import VARIANTS
 
 # A change is judged by the same examples each time, people by new ones, and a night looks for those that are rare.
 settings.register_profile("default", deadline=None, print_blob=True)
@@ -39,3 +40,23 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests in this process need not survive a power cut; those that kill a process run it as it is."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
+
+
+# Sweeps over all packed formats: by day they try one or two forms of each, and by night the others, too.
+SWEEPS = (
+    "end_to_end/test_quantized_formats.py",
+    "end_to_end/test_quantized_runs.py",
+    "end_to_end/test_requantize.py",
+    "pipeline/planning/test_auto_dtype.py",
+    "pipeline/planning/bad_input/test_hostile_values.py",
+    "pipeline/reporting/test_verify_formats.py",
+    "stages/test_quantize.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        if item.path.as_posix().endswith(SWEEPS) and any(isinstance(each, str) and each in VARIANTS for each in given):
+            item.add_marker("nightly")

@@ -489,11 +489,12 @@ def test_dequantized_is_the_model_that_the_checkpoint_stands_for(name: str, dtyp
 def test_what_no_kernel_takes_is_dequantized_without_being_asked(name: str, tmp_path: Path) -> None:
     source.write(tmp_path / "model", LLAMA, FORMATS[name])
     options = {"model_dir": tmp_path / "model", "tp_size": 2, "scheduler": "threads"}
-    (note,) = plan(output_dir=tmp_path / "ours", **options).notes
-    assert note.startswith("dequantized: TensorRT-LLM 1.2 has no algorithm that takes ")
+    made = "dequantized: TensorRT-LLM 1.2 has no algorithm that takes "
+    assert len([note for note in plan(output_dir=tmp_path / "ours", **options).notes if note.startswith(made)]) == 1
     convert(output_dir=tmp_path / "ours", **options)
     convert(output_dir=tmp_path / "asked", dequantize=True, **options)
-    assert plan(output_dir=tmp_path / "asked", overwrite=True, dequantize=True, **options).notes == ()
+    notes = plan(output_dir=tmp_path / "asked", overwrite=True, dequantize=True, **options).notes
+    assert not [note for note in notes if note.startswith("dequantized")]
     for rank in range(2):
         ours, asked = ((tmp_path / side / f"rank{rank}.safetensors").read_bytes() for side in ("ours", "asked"))
         assert ours == asked

@@ -640,3 +640,31 @@ def formats() -> dict[str, Format]:
         "hqq 2 bits": hqq(bits=2, group=32),
         "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }
+
+
+# By day one or two forms of each format are tried in sweeps over all of them.
+USUAL = (
+    "gptq",
+    "gptq asymmetric",
+    "gptq act-order",
+    "gptq 8 bits",
+    "gptq 3 bits",
+    "gptq a row",
+    "awq",
+    "awq without zero points",
+    "auto-round",
+    "compressed w4a16",
+    "compressed w8a8",
+    "compressed fp8",
+    "compressed fp8 dynamic",
+    "modelopt fp8",
+    "modelopt awq",
+    "fbgemm",
+    "fp8 block",
+    "nvfp4",
+    "mxfp4",
+    "bitsandbytes nf4",
+    "bitsandbytes int8",
+    "hqq",
+)
+VARIANTS = frozenset(formats()) - {*USUAL}

@@ -52,7 +52,7 @@ FORMATS = {
 }
 # A stack of experts has no place for what these hold (docs/quantization.md).
 EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
-NO_EXPERTS = ("fp8", "compressed fp8", "fp8 rowwise", "modelopt awq")
+NO_EXPERTS = ("compressed fp8", "fp8 rowwise", "modelopt awq")
 # What the attention of FP8 by row lacks, and no list of excluded modules brings back.
 NOT_BY_ROW = ("gemma2", "gemma3", "phi3_long")
 BY_ROW = ("compressed fp8", "fp8 rowwise")
