@@ -43,6 +43,8 @@ def test_every_golden_with_each_cut(case: str, after: str, tmp_path: Path) -> No
     options = dict(zip(*[iter(_pairs(CASES[case]["arguments"]))] * 2, strict=True))
     source = next(iter(options))  # --model_dir or --meta_ckpt_dir
     options |= {source: DENSE / options[source], "output_dir": tmp_path / "out"}
+    if case == "bias_gqa_tp4":  # its biases of the MLP are left out by NVIDIA's converter
+        options["mlp_bias"] = "omit"
     convert(**options, scheduler="threads", scratch_after=after)
     for path in (DENSE / "expected" / case).glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
