@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.documents import parse_json, read_document
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.source_file import SourceFile, source_file
+from pipeline.tensor.system_errors import REMEDIES
 
 
 def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
@@ -19,7 +20,8 @@ def json_file(path: Path) -> tuple[dict[str, Any], SourceFile]:
         text, status = read_document(path)
         value = parse_json(text)
     except OSError as error:
-        raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file")]) from None
+        remedy = REMEDIES.get(error.errno or 0, "")
+        raise BadInput([Problem(str(path), f"what cannot be read ({error.strerror})", "a JSON file", remedy)]) from None
     except ValueError as error:
         raise BadInput([Problem(str(path), f"text that is not JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
