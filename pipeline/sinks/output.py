@@ -140,11 +140,11 @@ class Output:
                 self.abandon(journal, created)
             elif created:
                 shutil.rmtree(created, ignore_errors=True)
-            subject = str(error.filename or self.directory)
+            found = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             passing = error.errno in PASSING
-            raise BadInput([Problem(subject, error.strerror or str(error), expected, remedy, passing=passing)]) from None
+            raise BadInput([Problem(str(self.directory), found, expected, remedy, passing=passing)]) from None
 
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.

@@ -111,10 +111,7 @@ def _provenance(directory: Path) -> dict[str, Any]:
 def _blank(path: Path) -> bool:
     """Whether a file has nothing, or zeros alone, in it: so a power cut leaves one whose contents had not come to the disk."""
     with suppress(OSError, BadInput):
-        return not read_document(path)[0].strip(
-            b"\\0 \
-"
-        )
+        return not read_document(path)[0].strip(b"\0 \n")
     return False
 
 

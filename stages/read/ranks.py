@@ -45,10 +45,7 @@ def _object(path: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
     try:
         text, _ = read_document(path)
-        if not text.strip(
-            b"\\0 \
-"
-        ):  # a power cut leaves a file of no bytes, or of zeros
+        if not text.strip(b"\0 \n"):  # a power cut leaves a file of no bytes, or of zeros
             wanted = expected or "what headrace wrote there"
             raise BadInput([Problem(str(path), "an empty file", wanted, "The checkpoint is not complete: convert it again")])
         value = parse_json(text)

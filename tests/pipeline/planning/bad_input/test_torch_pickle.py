@@ -683,7 +683,7 @@ OTHERS = {
     "empty": b"",
     "one byte": b"P",
     "the beginning of a zip": b"PK\3\4",
-    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "text": b"<!DOCTYPE html>\n<p>Not found</p>\n",
     "a page": b"<!DOCTYPE html><html>Not found</html>",
     "zeros": bytes(4096),
     "a bare pickle": pickle.dumps({"a": [1.0, 2.0]}),
