@@ -68,7 +68,8 @@ def read_document(path: Path, most_bytes: int = MAX_BYTES) -> tuple[bytes, os.st
     """Read a whole file of at most `most_bytes`; return its bytes and its state. Raises as `open_regular`, BadInput for more."""
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        data = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
+        # Room for as much is taken at once as is asked for, which is no more than the file has.
+        data = file.read(min(status.st_size, most_bytes) + 1) if status.st_size <= most_bytes else b""
         if len(data) > most_bytes or status.st_size > most_bytes:
             raise BadInput([Problem(str(path), f"{max(status.st_size, len(data)):,} bytes", f"at most {most_bytes:,}")])
     return data, status
