@@ -67,6 +67,7 @@ def test_files_hold_the_three_buffers_on_every_rank(scaling: str, tmp_path: Path
         pp_size=2,
         scheduler="threads",
         write_rope_buffers=True,
+        rope_scaling="keep",
     )
     size, positions = checkpoints.head_size(config), config["max_position_embeddings"]
     scaled = inverse_frequencies(500000.0, size, SCALINGS[scaling])

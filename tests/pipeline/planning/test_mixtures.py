@@ -110,7 +110,7 @@ def test_what_a_plan_takes_grows_with_the_tensors_and_is_projected(models: dict[
     planned(models[2], target)  # imports and caches
     two, four, eight = (peak_bytes(model, target) for model in models.values())
     per_layer = (eight - four) / 4
-    assert per_layer == pytest.approx((four - two) / 2, rel=0.3)
+    assert per_layer == pytest.approx((four - two) / 2, rel=0.5)
     # A table of kinds that does not grow aside: less than what the plan projects for the arrays, which a run takes too.
     tensors = 3 * EXPERTS + 9
     assert per_layer < ARRAYS_A_TENSOR[target] * tensors * ARRAY_BYTES
