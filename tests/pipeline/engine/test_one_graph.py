@@ -134,8 +134,7 @@ def test_ranks_that_are_built_through_python_are_tasks_of_the_plan(folder: Path)
 def test_an_output_is_whole_when_the_tasks_that_write_to_it_have_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: 20_000)
     made = planned(folder)
-    layers: dict[str, Mapping[Any, Any]] = {}
-    first, *rest = (bind(made, 0, index, (0, 1), layers) for index in range(made.tasks))
+    first, *rest = (bind(made, 0, index, (0, 1)) for index in range(made.tasks))
     alone = replace(first, work=tuple(replace(item, deliveries=((), item.deliveries[1])) for item in first.work))
     finishes = [dask_graph.Finish(n, n, target.output, (), 0.0) for n, target in enumerate(made.targets)]
     graph = dask_graph.stage_graph([alone, *rest], finishes)
