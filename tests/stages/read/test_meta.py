@@ -302,7 +302,7 @@ def test_llama_3_2s_1b_has_its_own_factor_in_config_json_and_the_plan(tmp_path: 
     written = planned(tmp_path / "model", use_scaled_rope=True)
     assert (written["max_position_embeddings"], written["rotary_scaling"]) == (131072, {**BANDS, "factor": 32.0})
     ran = headrace("plan", "--meta_ckpt_dir", tmp_path / "model", "--output_dir", tmp_path / "out", "--json")
-    subjects = [note.partition(":")[0] for note in json.loads(ran.out)["notes"]]
+    subjects = [note.partition(":")[0] for note in json.loads(ran.out)["notes"] if "in the last" not in note]
     assert subjects == ["max_position_embeddings 131072", "rope_scaling_factor 32.0"]
     # Its verification tells the factor by itself.
     assert canonical_config(open_source(tmp_path / "model"))["rope_scaling"] == {**BANDS, "factor": 32.0}
