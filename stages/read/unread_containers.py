@@ -6,7 +6,9 @@ The forms are data, in `configs/formats/containers.toml`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.table_files import load_table
@@ -20,7 +22,7 @@ def unread_container(location: Path) -> Problem | None:
     if not location.is_dir():
         return None
     readable = _files(location, _READ)
-    for row in load_table(CONFIGS / "formats", "containers").values():
+    for row in _containers().values():
         if readable - _files(location, row.get("own", ())):
             continue
         patterns = row.get("any", ())
@@ -36,3 +38,8 @@ def unread_container(location: Path) -> Problem | None:
 
 def _files(location: Path, patterns: Iterable[str]) -> set[Path]:
     return {path for pattern in patterns for path in location.glob(pattern) if path.is_file()}
+
+
+@cache
+def _containers() -> dict[str, Any]:
+    return load_table(CONFIGS / "formats", "containers")

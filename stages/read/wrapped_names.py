@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, takewhile
 from typing import Any
 
@@ -27,7 +27,7 @@ def unwrapped(source: Source) -> Source:
     Where most names are known they stay, and where no way leads to names of the family, all stay as they are. Raises BadInput for
     modules of an adapter and for weights without values.
     """
-    table = load_table(CONFIGS / "formats", "wrappers")
+    table = _wrappers()
     if problems := [*_unmerged(source, table["adapters"]), *_emptied(source)]:
         raise BadInput(problems)
     family = find_family(source.container, source.architecture)
@@ -54,6 +54,11 @@ def unwrapped(source: Source) -> Source:
         else:
             return source
     return replace(source, tensors=tensors, notes=(*source.notes, *notes)) if notes else source
+
+
+@cache
+def _wrappers() -> dict[str, Any]:
+    return load_table(CONFIGS / "formats", "wrappers")
 
 
 def no_name_fits(source: Source, family: Family) -> Problem:
