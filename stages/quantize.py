@@ -20,7 +20,7 @@ from pipeline.model.tables import Module, Slot
 from pipeline.tensor.arrays import BlockArray, shared
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.tensors import Parameter, TensorMap, plain
+from pipeline.tensor.tensors import CODES, Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
 from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
@@ -28,7 +28,6 @@ from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight
 if TYPE_CHECKING:
     from stages.shard import Sharding
 
-CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 BLOCK_ROWS = 8192  # out-features of a block of packed work
 PACK_TOGETHER = {FP8: fp8.pack_tensor, NVFP4: nvfp4.pack}  # the parts of a fused module have a scale in common
 Packed = dict[str, tuple[BlockArray, Parameter]]  # a module's own parameters in the target

@@ -24,12 +24,11 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
 from pipeline.tensor.rows import take_rows
-from pipeline.tensor.tensors import Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
+from pipeline.tensor.tensors import CODES, Applied, Block, LazyTensor, TensorMap, map_blocks, tensor_bytes
 
 LOST = (
     "A tensor that nothing consumes would be lost: mend the configuration, or, if it is not the model's, convert a copy without it"
 )
-CODES = ("codes4", "codes8", "fp8", "fp4")  # what stands in the place of a weight after unpacking
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,12 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Sweeps over all packed formats: by day they try one or two forms of each, and by night the others, too.
 SWEEPS = (
-    "end_to_end/test_quantized_formats.py",
+    "end_to_end/test_cache_in_formats.py",
+    "end_to_end/test_dequantized_formats.py",
+    "end_to_end/test_fused_and_mixed_formats.py",
+    "end_to_end/test_kept_codes.py",
+    "end_to_end/test_numbers_to_codes.py",
+    "end_to_end/test_packed_experts.py",
     "end_to_end/test_quantized_runs.py",
     "end_to_end/test_requantize.py",
     "pipeline/planning/test_auto_dtype.py",

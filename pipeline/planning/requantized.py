@@ -12,8 +12,9 @@ from pipeline.planning.compose import unpacked
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import by_module
+from pipeline.tensor.tensors import CODES
 from stages.quantization import numbers
-from stages.quantize import CODES, linear, signal_to_noise
+from stages.quantize import linear, signal_to_noise
 from stages.read import read
 from stages.rename import rename
 

@@ -55,6 +55,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "input_scale": ("one",),
     "kv_scale": ("one",),
 }
+CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 
 AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns
 

@@ -15,11 +15,12 @@ import pytest
 from pipeline import convert
 from pipeline.errors import BadInput
 from pipeline.reporting.verification import verify
-from tests.end_to_end.test_quantized_formats import codes_of, cut, quantization, read, signal_to_noise
 from tests.support import checkpoints, gguf_files
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
 from tests.support.quantized_checkpoints import Arrays, Format
+from tests.support.rank_files import read
+from tests.support.rank_matrices import codes_of, cut, quantization, signal_to_noise
 
 LLAMA = {**source.LLAMA, "num_hidden_layers": 1}
 # By what the source is, with the bits that its groups keep.
