@@ -151,18 +151,30 @@ print(made.pid, flush=True)
 time.sleep(60)
 """
 
+# Holds a conversion in the middle: what opens its job file waits for whoever writes to a pipe.
+HOLDING = """
+import sys
+def hold(event, arguments):
+    if event == "open" and str(arguments[0]) == {job!r}:
+        open({pipe!r}).read()
+sys.addaudithook(hold)
+"""
+
 
 @pytest.mark.parametrize(("told", "stopped"), [("wait", False), ("go", False), ("go", True)])
-def test_a_conversion_never_outlives_a_parent_that_is_killed(job: Path, tmp_path: Path, told: str, stopped: bool) -> None:
-    # What was told to go hangs in the middle: in reading a pipe that nobody writes to.
-    os.mkfifo(tmp_path / "fifo.toml")
-    file = tmp_path / "fifo.toml" if told == "go" else job
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(file), told], stdout=subprocess.PIPE, text=True) as parent:
+def test_a_conversion_never_outlives_a_parent_that_is_killed(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, stopped: bool
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "sitecustomize.py").write_text(HOLDING.format(job=str(job), pipe=str(pipe)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(job), told], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         child = int(parent.stdout.readline())
         born = process.birth(child)
         if told == "go":
-            held = os.open(file, os.O_WRONLY)  # once the child reads it
+            held = os.open(pipe, os.O_WRONLY)  # once the child waits for it
         if stopped:
             os.kill(child, signal.SIGSTOP)
         assert process.alive(child, born)
