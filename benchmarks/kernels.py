@@ -20,7 +20,7 @@ from stages.quantization.kernels.chosen import c_is_used, kernels_in_use
 from stages.quantization.kernels.dispatch import Kernels
 from stages.quantization.kernels.layout import kernel_layout
 
-ROWS, FEATURES = 2048, 4096  # a block of 16 MB in 16 bits
+ROWS, FEATURES = 256, 4096  # 2 MB in 16 bits, about as much as a conversion does at a time
 BF16, FP16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 Work = Callable[[Kernels], object]
@@ -37,7 +37,7 @@ def work() -> dict[str, tuple[np.ndarray, Work]]:
     stream = words.view(np.uint8).reshape(ROWS, -1)
     int8, int4 = kernel_layout(8, 80, False), kernel_layout(4, 80, False)
     scale = np.float32(1.5)
-    packed = random.integers(0, 64, (ROWS, 16 * 34 * 9 * 2), dtype=np.uint8)
+    packed = random.integers(0, 64, (ROWS // 4, 16 * 34 * 9 * 2), dtype=np.uint8)
     return {
         "int8 from bf16": (brain, lambda k: k.weight_only_codes(brain, int8, 1, "")),
         "int8 from fp16": (half, lambda k: k.weight_only_codes(half, int8, 1, "")),

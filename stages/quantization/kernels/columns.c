@@ -1,6 +1,7 @@
 /* Sources that are packed along their columns: GPTQ's words, which hold in-features of one column, and AWQ's, which hold eight columns.
    Facts: docs/format/quantized-layouts.md, sections 5 and 6. The twin is columns.py. */
 #include "kernels.h"
+#include <string.h>
 
 #define BLOCK 16
 
@@ -44,38 +45,44 @@ INLINE void awq_edge(const uint32_t *words, size_t stride, size_t features, size
         }
 }
 
-/* BLOCK words of 32 in-features: 16 bytes of each of their columns. `out`: of the first column's. */
-INLINE void awq_block(const uint32_t *words, size_t stride, size_t row_bytes, uint8_t *out)
+/* In-features of a block, whose bytes are a line of the processor's cache. */
+#define LINE 128
+
+/* BLOCK words of LINE in-features: a line of each of their columns. `out`: the first column's, whose rows are `row_bytes` apart. */
+INLINE void awq_block(const uint32_t *restrict words, size_t stride, size_t row_bytes, uint8_t *restrict out)
 {
-    uint32_t codes[8][BLOCK][4];
-    for (size_t part = 0; part < 4; part++) {
-        const uint32_t *own = words + 8 * part * stride;
+    uint32_t codes[8][LINE / 8][BLOCK];
+    for (size_t part = 0; part < LINE / 8; part++) {
+        const uint32_t *rows = words + 8 * part * stride;
         for (size_t column = 0; column < 8; column++) {
-            int shift = 4 * NIBBLE[column];
-            uint32_t joined[BLOCK] = {0};
-            for (int row = 0; row < 8; row++)
-                for (size_t i = 0; i < BLOCK; i++)
-                    joined[i] |= (own[(size_t)row * stride + i] >> shift & 15u) << 4 * row;
-            for (size_t i = 0; i < BLOCK; i++)
-                codes[column][i][part] = joined[i];
+            const int shift = 4 * NIBBLE[column];
+            for (size_t i = 0; i < BLOCK; i++) {
+                const uint32_t *own = rows + i;
+                uint32_t low = (own[0] >> shift & 15u) | (own[stride] >> shift & 15u) << 4 | (own[2 * stride] >> shift & 15u) << 8
+                    | (own[3 * stride] >> shift & 15u) << 12;
+                uint32_t high = (own[4 * stride] >> shift & 15u) | (own[5 * stride] >> shift & 15u) << 4
+                    | (own[6 * stride] >> shift & 15u) << 8 | (own[7 * stride] >> shift & 15u) << 12;
+                codes[column][part][i] = low | high << 16;
+            }
         }
     }
-    for (size_t i = 0; i < BLOCK; i++)
-        for (size_t column = 0; column < 8; column++) {
-            uint32_t *row = (uint32_t *)(void *)(out + (8 * i + column) * row_bytes);
-            for (size_t part = 0; part < 4; part++)
-                row[part] = codes[column][i][part];
+    for (size_t column = 0; column < 8; column++)
+        for (size_t i = 0; i < BLOCK; i++) {
+            uint32_t line[LINE / 8];
+            for (size_t part = 0; part < LINE / 8; part++)
+                line[part] = codes[column][part][i];
+            memcpy(out + (8 * i + column) * row_bytes, line, sizeof line);
         }
 }
 
 void AT_LEVEL(awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out)
 {
-    const size_t whole = features % 8 ? 0 : features / 32 * 32; /* else rows of bytes are not aligned to words */
+    const size_t row_bytes = features / 2;
     for (size_t word = 0; word < columns; word += BLOCK) {
         size_t last = columns - word < BLOCK ? columns : word + BLOCK, start = 0;
         if (last - word == BLOCK)
-            for (; start < whole; start += 32)
-                awq_block(words + start * stride + word, stride, features / 2, out + 8 * word * (features / 2) + start / 2);
+            for (; start + LINE <= features; start += LINE)
+                awq_block(words + start * stride + word, stride, row_bytes, out + 8 * word * row_bytes + start / 2);
         awq_edge(words, stride, features, word, last, start, features, out);
     }
 }

@@ -4,6 +4,13 @@
    values are a lattice (IQ1 to IQ3) are left to the twin. */
 #include "numbers.h"
 
+/* GCC would unroll short loops before it makes vectors of them, and then makes none. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define AS_VECTORS _Pragma("GCC unroll 1")
+#else
+#define AS_VECTORS
+#endif
+
 INLINE float half_at(const uint8_t *bytes)
 {
     uint16_t value;
@@ -14,6 +21,7 @@ INLINE float half_at(const uint8_t *bytes)
 /* 32 codes of 4 bits in 16 bytes: the first half of them in the low nibbles. `high`: bits of the codes that come above these. */
 INLINE void nibbles(const uint8_t *restrict bytes, uint32_t high, int32_t offset, int32_t *restrict codes)
 {
+    AS_VECTORS
     for (int i = 0; i < 16; i++) {
         codes[i] = (int32_t)((bytes[i] & 15u) | (high >> i & 1u) << 4) + offset;
         codes[16 + i] = (int32_t)((uint32_t)bytes[i] >> 4 | (high >> (16 + i) & 1u) << 4) + offset;
@@ -22,12 +30,14 @@ INLINE void nibbles(const uint8_t *restrict bytes, uint32_t high, int32_t offset
 
 INLINE void scaled(const int32_t *restrict codes, int count, float scale, float *restrict out)
 {
+    AS_VECTORS
     for (int i = 0; i < count; i++)
         out[i] = scale * (float)codes[i];
 }
 
 INLINE void shifted(const int32_t *restrict codes, int count, float scale, float least, float *restrict out)
 {
+    AS_VECTORS
     for (int i = 0; i < count; i++)
         out[i] = scale * (float)codes[i] + least;
 }
@@ -67,6 +77,7 @@ INLINE void q5_1(const uint8_t *block, float *out)
 INLINE void q8_0(const uint8_t *restrict block, float *restrict out)
 {
     const float scale = half_at(block);
+    AS_VECTORS
     for (int i = 0; i < 32; i++)
         out[i] = scale * (float)(int8_t)block[2 + i];
 }
@@ -75,6 +86,7 @@ INLINE void iq4_nl(const uint8_t *restrict block, float *restrict out)
 {
     static const int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     const float scale = half_at(block);
+    AS_VECTORS
     for (int i = 0; i < 16; i++) {
         out[i] = scale * (float)VALUES[block[2 + i] & 15];
         out[16 + i] = scale * (float)VALUES[block[2 + i] >> 4];
@@ -89,6 +101,7 @@ INLINE void q2_k(const uint8_t *restrict block, float *restrict out)
         const uint8_t *codes = block + 16 + run / 8 * 32 + run % 2 * 16;
         const int shift = run % 8 / 2 * 2;
         const float own = scale * (float)(block[run] & 15), low = least * (float)(block[run] >> 4);
+        AS_VECTORS
         for (int i = 0; i < 16; i++)
             out[16 * run + i] = own * (float)(codes[i] >> shift & 3) - low;
     }
@@ -104,6 +117,7 @@ INLINE void q3_k(const uint8_t *restrict block, float *restrict out)
         const int shift = run % 8 / 2 * 2, bit = run / 2;
         const int low = scales[run % 8] >> run / 8 * 4 & 15, rest = scales[8 + run % 4] >> run / 4 * 2 & 3;
         const float own = scale * (float)((low | rest << 4) - 32);
+        AS_VECTORS
         for (int i = 0; i < 16; i++)
             out[16 * run + i] = own * (float)((codes[i] >> shift & 3) - ((high[i] >> bit & 1) ^ 1) * 4);
     }
@@ -127,6 +141,7 @@ INLINE void q4_k(const uint8_t *restrict block, float *restrict out)
         const uint8_t *codes = block + 16 + run / 2 * 32;
         const int shift = run % 2 * 4;
         const float own = scale * (float)scale_of_eight(block + 4, run), low = least * (float)least_of_eight(block + 4, run);
+        AS_VECTORS
         for (int i = 0; i < 32; i++)
             out[32 * run + i] = own * (float)(codes[i] >> shift & 15) - low;
     }
@@ -140,6 +155,7 @@ INLINE void q5_k(const uint8_t *restrict block, float *restrict out)
         const uint8_t *codes = block + 48 + run / 2 * 32;
         const int shift = run % 2 * 4;
         const float own = scale * (float)scale_of_eight(block + 4, run), low = least * (float)least_of_eight(block + 4, run);
+        AS_VECTORS
         for (int i = 0; i < 32; i++)
             out[32 * run + i] = own * (float)((codes[i] >> shift & 15) | (high[i] >> run & 1) << 4) - low;
     }
@@ -155,6 +171,7 @@ INLINE void q6_k(const uint8_t *restrict block, float *restrict out)
         const uint8_t *codes = block + 64 * part + quarter % 2 * 32 + side, *high = block + 128 + 32 * part + side;
         const int shift = quarter / 2 * 4;
         const float own = scale * (float)(int8_t)scales[run];
+        AS_VECTORS
         for (int i = 0; i < 16; i++)
             out[16 * run + i] = own * (float)(((codes[i] >> shift & 15) | (high[i] >> 2 * quarter & 3) << 4) - 32);
     }
