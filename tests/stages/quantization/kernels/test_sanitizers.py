@@ -46,7 +46,7 @@ def under_sanitizers(module: Path, *arguments: str) -> subprocess.CompletedProce
 
 def test_the_kernels_tests_pass_under_sanitizers(tmp_path: Path) -> None:
     module = instrumented(tmp_path / "built")
-    ran = under_sanitizers(module, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "tests.support.instrumented_kernels", *TESTS)
+    ran = under_sanitizers(module, "-m", "pytest", "-v", "-p", "no:xdist", "-p", "tests.support.instrumented_kernels", *TESTS)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     assert " passed" in ran.stdout
     assert "skipped" not in ran.stdout
