@@ -2,12 +2,6 @@
 
 #include <string.h>
 
-const struct block_type BLOCKS[BLOCK_TYPES] = {
-    [Q4_0] = {"Q4_0", 18, 32},   [Q4_1] = {"Q4_1", 20, 32},   [Q5_0] = {"Q5_0", 22, 32},   [Q5_1] = {"Q5_1", 24, 32},
-    [Q8_0] = {"Q8_0", 34, 32},   [Q2_K] = {"Q2_K", 84, 256},  [Q3_K] = {"Q3_K", 110, 256}, [Q4_K] = {"Q4_K", 144, 256},
-    [Q5_K] = {"Q5_K", 176, 256}, [Q6_K] = {"Q6_K", 210, 256}, [IQ4_NL] = {"IQ4_NL", 18, 32},
-};
-
 static size_t size_of(char format)
 {
     return format == 'B' ? 1 : format == 'H' ? 2 : 4;

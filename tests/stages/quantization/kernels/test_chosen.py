@@ -1,4 +1,4 @@
-"""Which kernels a process uses: the environment variable, what it may ask for, and that they are built where there is a compiler."""
+"""Which kernels a process uses: what the environment may ask for, and that C is built where there is a compiler."""
 
 from __future__ import annotations
 
