@@ -76,6 +76,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.
     "pipeline/planning/dask_settings.py": {"dask"},
     "pipeline/reporting/tasks.py": {"dask"},
+    # Only logits need torch.
+    "pipeline/reporting/verification.py": {"stages.verify.forward.logits"},
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
@@ -86,6 +88,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/read/hub.py": {"huggingface_hub"},
     "stages/read/live_model.py": {"torch"},
     "stages/read/zarr_store.py": {"zarr"},
+    "stages/verify/roundtrip/original/numbers.py": {"gguf"},
     # Only scratch and object storage need zarr and fsspec.
     "pipeline/jobs/retention.py": {"fsspec"},
     "pipeline/sinks/remote.py": {"fsspec", "zarr"},

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read
+from stages.verify.values import read, to_float32
 
 # What a module says of itself, which its numbers do not need or which `shape` says already.
 TALK: tuple[str, ...] = (
@@ -54,14 +53,16 @@ class HqqNumbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.out, self.features
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         step, size = self.codes.shape
         each = self.features // size
-        groups = torch.arange(start * each, stop * each)
+        groups = np.arange(start * each, stop * each)
         row, place = groups % step, groups // step
         low, high = int(row.min()), int(row.max()) + 1
         data = read(self.codes, ((low, high), (0, size)))[row - low]
-        shifts = (8 // self.count * (self.count - 1 - place)).to(torch.uint8).unsqueeze(1)
-        codes = (data >> shifts) & ((1 << 8 // self.count) - 1)
-        scale, zero = (read(tensor).reshape(-1)[groups].float().unsqueeze(1) for tensor in (self.scale, self.zero))
-        return ((codes.float() - zero) * scale).reshape(stop - start, self.features)
+        shifts = (8 // self.count * (self.count - 1 - place)).astype(np.uint8)[:, None]
+        codes = (data >> shifts) & np.uint8((1 << 8 // self.count) - 1)
+        scale, zero = (to_float32(read(tensor).reshape(-1)[groups])[:, None] for tensor in (self.scale, self.zero))
+        values = (codes.astype(np.float32) - zero) * scale
+        result: np.ndarray = values.reshape(stop - start, self.features)
+        return result

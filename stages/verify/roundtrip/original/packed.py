@@ -18,6 +18,7 @@ from stages.verify.roundtrip.original.numbers import GgufNumbers, Numbers, Store
 from stages.verify.roundtrip.original.scaled import scaled_numbers
 from stages.verify.roundtrip.original.small_floats import by_tile, float4_numbers, tile_numbers
 from stages.verify.roundtrip.original.words import PackedWords
+from stages.verify.values import is_float
 
 GGUF = "gguf_"
 # Parameters beside the weights of a quantized source: of activations and of the cache.
@@ -64,7 +65,7 @@ def unpack(
         packed = scaled_numbers(module, _take(unpacked, SCALED))
     numbers: dict[str, Numbers] = {name: StoredNumbers(tensor) for name, tensor in unpacked.items()}
     for name, tensor in unpacked.items():
-        if not StoredNumbers(tensor).dtype.is_floating_point:
+        if not is_float(tensor.dtype):
             found = f"values of type {tensor.dtype}, {list(tensor.shape)}, beside {', '.join(sorted(parameters))}"
             raise BadInput([Problem(f"{module}.{name}", found, "numbers, or a packed format that headrace reads")])
     return numbers if packed is None else {**numbers, "weight": packed}

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
-from stages.verify.values import read
+from stages.verify.values import halves, read, to_float32
 
 # The sixteen values of e2m1: a sign, two bits of exponent, one of mantissa.
-E2M1 = torch.tensor([sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+E2M1 = np.array([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)], dtype=np.float32)
 
 
 def by_tile(weight: LazyTensor, scale: LazyTensor) -> bool:
@@ -36,12 +35,13 @@ class TileNumbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         height, width = self.tile
         first, last = start // height, -(-stop // height)
-        scales = StoredNumbers(self.scales).rows(first, last).float()
-        of_rows = scales[torch.arange(start, stop) // height - first]
-        return StoredNumbers(self.weight).rows(start, stop).float() * of_rows.repeat_interleave(width, 1)[:, : self.shape[1]]
+        scales = to_float32(StoredNumbers(self.scales).rows(first, last))[np.arange(start, stop) // height - first]
+        values = to_float32(StoredNumbers(self.weight).rows(start, stop))
+        values *= np.repeat(scales, width, axis=1)[:, : self.shape[1]]
+        return values
 
 
 def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Numbers:
@@ -83,17 +83,21 @@ class Float4Numbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape[0], 2 * self.weight.shape[1]
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         data = StoredNumbers(self.weight).rows(start, stop)
-        scales = read(self.scales, ((start, stop), (0, self.scales.shape[1])))
-        if scales.dtype != torch.float8_e4m3fn:
-            scales = torch.exp2(scales.view(torch.uint8).double() - 127)
-        codes = torch.stack([data & 15, data >> 4], -1).reshape(stop - start, scales.shape[1], -1)
-        values = (E2M1[codes.long()] * scales.float().unsqueeze(-1)).reshape(stop - start, -1)
+        stored = read(self.scales, ((start, stop), (0, self.scales.shape[1])))
+        if stored.dtype.name == "float8_e4m3fn":
+            scales = to_float32(stored)
+        else:
+            scales = np.exp2(stored.view(np.uint8).astype(np.float64) - 127).astype(np.float32)
+        values = np.take(E2M1, halves(data), mode="clip")
+        values.reshape(*scales.shape, -1)[...] *= scales[:, :, None]
         if self.whole is not None:
-            factor = read(self.whole).float().reshape(())
-            values = values * (1 / factor if self.divides else factor)
-        return values if self.smooth is None else values * read(self.smooth).float()
+            factor = to_float32(read(self.whole)).reshape(())
+            values *= np.float32(1) / factor if self.divides else factor
+        if self.smooth is not None:
+            values *= to_float32(read(self.smooth)).reshape(-1)
+        return values
 
 
 def float4_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:
