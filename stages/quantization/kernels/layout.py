@@ -76,6 +76,14 @@ def kernel_layout(bits: int, sm: int, stacked: bool) -> KernelLayout:
     return KernelLayout(bits, 16 // bits if letter == "A" else 1, letter != "T")
 
 
+def int8_of_order_a(arranged: np.ndarray) -> np.ndarray:
+    """Unsigned codes uint8 [2 n, K] of rows [n, 2 K] in order A, whose every row is two out-features: `arrange` backwards."""
+    rows = 2 * len(arranged)
+    tiles = arranged.reshape(len(arranged), -1, 2, _TILE).swapaxes(1, 2)
+    halves = tiles.reshape(rows, -1, 8, 2).swapaxes(-1, -2)
+    return np.ascontiguousarray(halves).reshape(rows, -1)
+
+
 def _mix_int8(stream: np.ndarray) -> np.ndarray:
     """Rows of K bytes: in each 16, the pairs of one half alternate with those of the other, and in each word the middle bytes swap.
 

@@ -34,20 +34,34 @@ TALK: tuple[str, ...] = (
 
 
 class HqqNumbers(Numbers):
-    """(code - zero) * scale of groups along the in-features. A byte of `W_q` holds a code of each p-th part of all groups.
+    """(code - zero) * scale of groups along the in-features, or (axis 0) across them. A byte of `W_q` holds p codes.
 
-    Raises BadInput where codes and scales are not of the shape that the module says.
+    These are of groups, or lines of groups, that are as far apart as `W_q` has rows. Raises BadInput where codes and scales are not
+    of the shape that the module says.
     """
 
     def __init__(self, module: str, tensors: Mapping[str, LazyTensor]) -> None:
         self.codes, self.scale, self.zero = (tensors[name] for name in ("W_q", "scale", "zero"))
         said = read(tensors["shape"]).reshape(-1).tolist()
         groups = math.prod(self.scale.shape)
+        self.across = "axis" in tensors and int(read(tensors["axis"])) == 0
+        if self.across:
+            self._across(module, said, groups)
+            return
         self.count = groups // self.codes.shape[0] if self.codes.shape[0] else 0
         sound = len(said) == 2 and groups * self.codes.shape[-1] == said[0] * said[1] and self.count in (1, 2, 4, 8)
         if not sound or self.codes.dtype.name != "uint8" or said[1] % self.codes.shape[1]:
             found = f"codes {list(self.codes.shape)} and {groups} scales for {said}"
             raise BadInput([Problem(f"{module}.W_q", found, "a scale for each group of in-features")])
+        self.out, self.features = said
+
+    def _across(self, module: str, said: list[int], groups: int) -> None:
+        stored = math.prod(self.codes.shape)
+        self.count = math.prod(said) // stored if stored else 0
+        sound = len(said) == 2 and math.prod(said) == stored * self.count and self.count in (1, 2, 4, 8)
+        if not sound or self.codes.dtype.name != "uint8" or self.codes.shape[-1] != groups:
+            found = f"codes {list(self.codes.shape)} and {groups} scales for {said}"
+            raise BadInput([Problem(f"{module}.W_q", found, "a scale for each column of codes")])
         self.out, self.features = said
 
     @property
@@ -56,6 +70,8 @@ class HqqNumbers(Numbers):
 
     def rows(self, start: int, stop: int) -> Tensor:
         step, size = self.codes.shape
+        if self.across:
+            return self._columns(start, stop)
         each = self.features // size
         groups = torch.arange(start * each, stop * each)
         row, place = groups % step, groups // step
@@ -64,4 +80,16 @@ class HqqNumbers(Numbers):
         shifts = (8 // self.count * (self.count - 1 - place)).to(torch.uint8).unsqueeze(1)
         codes = (data >> shifts) & ((1 << 8 // self.count) - 1)
         scale, zero = (read(tensor).reshape(-1)[groups].float().unsqueeze(1) for tensor in (self.scale, self.zero))
+        return ((codes.float() - zero) * scale).reshape(stop - start, self.features)
+
+    def _columns(self, start: int, stop: int) -> Tensor:
+        """Rows of axis 0, value by value: its place in the whole says the row and column of the matrix of groups."""
+        lines, groups = self.codes.shape
+        values = torch.arange(start * self.features, stop * self.features)
+        row, column = values // groups, values % groups
+        line, place = row % lines, row // lines
+        low, high = int(line.min()), int(line.max()) + 1
+        data = read(self.codes, ((low, high), (0, groups)))[line - low, column]
+        codes = (data >> (8 // self.count * (self.count - 1 - place)).to(torch.uint8)) & ((1 << 8 // self.count) - 1)
+        scale, zero = (read(tensor).reshape(-1)[column].float() for tensor in (self.scale, self.zero))
         return ((codes.float() - zero) * scale).reshape(stop - start, self.features)

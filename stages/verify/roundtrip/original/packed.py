@@ -12,6 +12,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.bitsandbytes import STATE, EightBitNumbers, FourBitNumbers
 from stages.verify.roundtrip.original.codes import LastBlock
+from stages.verify.roundtrip.original.eetq import PARAMETERS as EETQ
+from stages.verify.roundtrip.original.eetq import EetqNumbers
 from stages.verify.roundtrip.original.grouped import grouped_numbers
 from stages.verify.roundtrip.original.hqq import TALK, HqqNumbers
 from stages.verify.roundtrip.original.numbers import GgufNumbers, Numbers, StoredNumbers
@@ -22,7 +24,15 @@ from stages.verify.roundtrip.original.words import PackedWords
 GGUF = "gguf_"
 # Parameters beside the weights of a quantized source: of activations and of the cache.
 BESIDE = (
-    *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    *(
+        "activation_scale",
+        "input_scale",
+        "input_scale_ub",
+        "input_global_scale",
+        "input_zero_point",
+        "output_scale",
+        "output_zero_point",
+    ),
     *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point"),
 )
 # The parameters that a format computes its numbers with.
@@ -50,6 +60,8 @@ def unpack(
         packed = FourBitNumbers(module, _take(unpacked, tuple(name for name in unpacked if name.startswith("weight"))))
     elif "W_q" in unpacked:
         packed = HqqNumbers(module, _take(unpacked, ("W_q", "scale", "zero", "shape", *TALK)))
+    elif "weight_scales" in unpacked:
+        packed = EetqNumbers(module, _take(unpacked, EETQ))
     elif "SCB" in unpacked:
         packed = EightBitNumbers(_take(unpacked, ("weight", "SCB", "weight_format")))
     elif _is_float4(unpacked):

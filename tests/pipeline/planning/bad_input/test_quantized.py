@@ -437,7 +437,7 @@ def with_codes(model: Path) -> Path:
     return model
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "fp8", "gptq", "new"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "eetq", "fp8", "gptq", "new"])
 def test_settings_of_a_quantizer_without_its_tensors(tmp_path: Path, method: str) -> None:
     config = {**LLAMA, "quantization_config": {"quant_method": method, "bits": 4}}
     problem = next(each for each in refused(with_codes(dense_model(tmp_path, config))) if "quantization_config" in each)
@@ -445,7 +445,7 @@ def test_settings_of_a_quantizer_without_its_tensors(tmp_path: Path, method: str
     assert all(each.title in problem for each in formats())
 
 
-@pytest.mark.parametrize("method", ["aqlm", "quip", "eetq", "exl2", "torchao"])
+@pytest.mark.parametrize("method", ["aqlm", "quip", "exl2", "torchao"])
 def test_methods_that_are_known_and_not_read(tmp_path: Path, method: str) -> None:
     config = {**LLAMA, "quantization_config": {"quant_method": method, "bits": 4}}
     problem = next(each for each in refused(with_codes(dense_model(tmp_path, config))) if "quantization_config" in each)
