@@ -1,5 +1,7 @@
 """Names that a wrapper has changed: prefixes and parts are taken off where the family's names are beneath, and that is noted.
 
+A parameter that stands for a module (transformers 5's stacks of experts) gets a parameter's name, and so do its scales.
+
 What trainers leave in the place of a model's tensors (adapters that are not merged, the empty weights of ZeRO-3) is one problem.
 The parts are data, in `configs/formats/wrappers.toml`.
 """
@@ -53,7 +55,21 @@ def unwrapped(source: Source) -> Source:
                 break
         else:
             return source
-    return replace(source, tensors=tensors, notes=(*source.notes, *notes)) if notes else source
+    tensors = _stacks(tensors, family)
+    return replace(source, tensors=tensors, notes=(*source.notes, *notes))
+
+
+def _stacks(tensors: Mapping[str, LazyTensor], family: Family) -> Mapping[str, LazyTensor]:
+    """Tensors under names that have a parameter: where a module's own name is that of a tensor, it is its weight.
+
+    And what the name goes on with is another parameter of it (`experts.gate_up_proj_scale_inv`).
+    """
+    rows, ends = family.rows(), _wrappers()["stacks"]
+    stacks = [name for name, tensor in tensors.items() if len(tensor.shape) > 2 and rows.find(name)]
+    if not stacks:
+        return tensors
+    named = {f"{name}{end}": f"{name}.{parameter}" for name in stacks for end, parameter in ends.items()}
+    return _renamed(tensors, lambda name: named.get(name, name)) or tensors
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,30 +26,47 @@ def by_tile(weight: LazyTensor, scale: LazyTensor) -> bool:
 
 @dataclass(frozen=True)
 class TileNumbers(Numbers):
-    """weight * the scale of its tile, of float8 [out_features, in_features]; `tile`: its rows and columns."""
+    """weight * the scale of its tile, of float8 [out_features, in_features]; `tile`: its rows and columns.
+
+    With `front`, rows `start` to `start + count` of one matrix of a stack, as those of StoredNumbers.
+    """
 
     weight: LazyTensor
     scales: LazyTensor
     tile: tuple[int, int]
+    front: tuple[int, ...] = ()
+    start: int = 0
+    count: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+        shape = self.weight.shape[len(self.front) :]
+        return shape if self.count is None else (self.count, *shape[1:])
+
+    def part(self, expert: int, first: int, count: int) -> TileNumbers:
+        """Rows `first` to `first + count` of matrix `expert`, of a stack [experts, rows, columns]."""
+        return replace(self, front=(expert,), start=first, count=count)
 
     def rows(self, start: int, stop: int) -> Tensor:
         height, width = self.tile
+        start, stop = self.start + start, self.start + stop
         first, last = start // height, -(-stop // height)
-        scales = StoredNumbers(self.scales).rows(first, last).float()
+        scales = StoredNumbers(self.scales, self.front).rows(first, last).float()
         of_rows = scales[torch.arange(start, stop) // height - first]
-        return StoredNumbers(self.weight).rows(start, stop).float() * of_rows.repeat_interleave(width, 1)[:, : self.shape[1]]
+        values = StoredNumbers(self.weight, self.front).rows(start, stop).float()
+        return values * of_rows.repeat_interleave(width, 1)[:, : values.shape[1]]
 
 
 def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Numbers:
     """The weight of a module with scales by tile. Raises BadInput where there is not one for each tile."""
-    weight, scales = tensors["weight"], tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-    assert scales is not None, "asked for with one"
+    weight = tensors["weight"]
+    scales: Any = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
     tile = _tile(settings)
-    wanted = tuple(-(-length // size) for length, size in zip(weight.shape, tile, strict=False))
+    stack = tuple(weight.shape[:-2])
+    if scales.shape in ((), (1,), stack, (*stack, 1, 1)) and hasattr(scales, "viewed"):
+        scales = scales.viewed((*stack, 1, 1), scales.dtype)
+        tile = (weight.shape[-2], weight.shape[-1])  # one for all of a matrix
+    wanted = (*stack, *(-(-length // size) for length, size in zip(weight.shape[-2:], tile, strict=False)))
     if scales.shape != wanted or weight.dtype.name != "float8_e4m3fn":
         found = f"scales {list(scales.shape)} of {weight.dtype} {list(weight.shape)}"
         raise BadInput([Problem(f"{module}.weight", found, f"float8_e4m3fn with a scale for each {tile[0]} x {tile[1]}")])
