@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, WEIGHT_ONLY, Quantization
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.arrays import BlockArray, shared
 from pipeline.tensor.derived import constant, derive
@@ -258,9 +259,17 @@ def unfit(
             misfit = _misfit(slot, parameters, quantization, sharding)
             if misfit:
                 misfits[misfit].append(str(origin(TensorName(name, next(iter(parameters))))))
-    expected, remedy = f"what {quantization.algorithm} keeps in every linear", "Give --dequantize, and quantize again where wanted"
+    expected = f"what {quantization.algorithm} keeps in every linear"
+    remedy = f"{_again(quantization)}, or --dequantize for numbers"
     more = {misfit: f", in {len(names)} modules" if len(names) > 1 else "" for misfit, names in misfits.items()}
     return [Problem(names[0], f"{misfit}{more[misfit]}", expected, remedy) for misfit, names in misfits.items()]
+
+
+def _again(quantization: Quantization) -> str:
+    """The option by which all modules are quantized anew and alike, whatever each of them is in the source."""
+    fits = quantization.algorithm in GROUPWISE and quantization.group_size in runtime().group_sizes
+    size = "" if fits else f" --group_size {max(runtime().group_sizes)}"
+    return f"Give --requantize{size}, which quantizes all of it again by round-to-nearest and so adds error"
 
 
 def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quantization, sharding: Sharding) -> str:
@@ -325,6 +334,8 @@ def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) ->
     for module in sharding.layout.modules.values():
         if not linear(module) or (module.when and not getattr(model, module.when)):
             continue
+        if quantization.excludes(module.name.replace("{layer}", "0")):
+            continue
         count = tp_size // sizes.moe_ep_size if module.experts else tp_size
         out = sum(_share(sharding, part.out, part.heads, count if module.split == "column" else 1) for part in module.parts) or (
             model.dimension(module.out) / (count if module.split == "column" else 1)
@@ -361,9 +372,9 @@ def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorNam
             if kind is None:
                 kind = written[id(known), dtype] = str((known.axes, known.header, known.dtype, dtype))
             kinds[entry.slot.module.name, entry.slot.layer, name.parameter].setdefault(kind, name)
-    expected = "all parts of a fused module alike"
+    expected, remedy = "all parts of a fused module alike", "Give --dequantize, or --requantize, which quantizes all of it again"
     return [
-        Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
+        Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, remedy)
         for by_kind in kinds.values()
         if len(names := list(by_kind.values())) > 1
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +110,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
     if source.tensors and not matches.names and not unreadable:
         raise BadInput([no_name_fits(source, family), *outputs])
-    outside = _outside(examined.ordered, matches, target)
+    outside = _outside(formats if len(set(formats.values())) > 1 else examined.ordered, matches, target)
     damaged, crc_notes = _crcs(job, source)
     packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
@@ -177,12 +177,12 @@ def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sha
     return Sharding(layout(family.layout), model, options.parallelism, embedding)
 
 
-def _outside(ordered: Sequence[str], matches: Matches, target: Layout) -> frozenset[str]:
+def _outside(packed: Collection[str], matches: Matches, target: Layout) -> frozenset[str]:
     """Those of some packed modules that no target quantizes."""
-    if not ordered:
+    if not packed:
         return frozenset()
     slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
-    found = {module: slots.get(module) for module in ordered}
+    found = {module: slots.get(module) for module in packed}
     return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
 
 

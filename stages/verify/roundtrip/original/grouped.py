@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of
 
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
+    settings = _of_module(module, settings)
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
     bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
     if words == columns and bits in (2, 3, 4, 8) and divides_evenly(rows * 32 // bits, groups):
@@ -31,6 +33,15 @@ def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Ma
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2, 3, 4 or 8 bits, or AutoAWQ's gemm")])
+
+
+def _of_module(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of one module: those of all with what GPTQModel's `dynamic` says of it in its first pattern that fits."""
+    for pattern, values in (settings.get("dynamic") or {}).items():
+        signed = pattern[:2] in ("-:", "+:")
+        if re.match(pattern[2:] if signed else pattern, module):
+            return settings if pattern[:2] == "-:" else {**settings, **values}
+    return settings
 
 
 class GroupedNumbers(Numbers):
