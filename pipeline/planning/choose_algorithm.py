@@ -101,7 +101,7 @@ def _several(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> list
     counts = Counter(name for module, name in packing.formats.items() if module not in packing.outside)
     found = ", ".join(f"{count} modules of {format_named(name).title}" for name, count in counts.most_common())
     expected = "one algorithm for all of them, as config.json has one"
-    return [Problem(first[counts.most_common(1)[0][0]], found, expected, _EACH)]
+    return [Problem(first[counts.most_common()[-1][0]], found, expected, _EACH)]
 
 
 def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[Quantization, list[Problem]]:
