@@ -83,6 +83,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/quantization/sources/gguf.py": {"gguf"},
     "stages/read/__init__.py": {"stages.read"},
     "stages/read/gguf.py": {"gguf"},
+    "stages/read/gguf_header.py": {"gguf"},
     "stages/read/hub.py": {"huggingface_hub"},
     "stages/read/live_model.py": {"torch"},
     "stages/read/zarr_store.py": {"zarr"},
