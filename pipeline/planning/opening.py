@@ -25,6 +25,7 @@ from stages.quantization.unread import decided, unread
 from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.read.crc import check_crcs
+from stages.read.huggingface import TOKENIZER
 from stages.read.wrapped_names import no_name_fits
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -81,7 +82,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     `live_model`: a Hugging Face model in memory, in the place of a checkpoint. `download`: whether missing files of a model on the
     Hub may be fetched. Raises BadInput where there is no source that headrace knows, with the problems of the output directories.
     """
-    outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite)]
+    copied = TOKENIZER if job.copy_tokenizer else ()
+    outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite, copied)]
     outputs = outputs or check_apart([target.output_dir for target in job.targets])
     try:
         source = _open_source(job, live_model, download)
