@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import read_object
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.syncing import sync_directory, sync_files
 
@@ -27,7 +28,8 @@ def write_group(directory: Path, attributes: Mapping[str, Any], sync: bool = Fal
 
 def read_attributes(directory: Path) -> dict[str, Any]:
     """Read the attributes of a group; none where there is no group."""
-    return dict(_read(directory).get("attributes", {}))
+    attributes = _read(directory).get("attributes")
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def has_metadata(directory: Path) -> bool:
@@ -36,11 +38,7 @@ def has_metadata(directory: Path) -> bool:
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads((directory / METADATA).read_text())
-    except (OSError, ValueError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+    return read_object(directory / METADATA)
 
 
 def array_attributes(shape: Sequence[int], dtype: np.dtype, source: str) -> dict[str, Any]:
