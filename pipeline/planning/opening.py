@@ -10,12 +10,13 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import assumed_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import Family, Layout, families, find_family, layout
+from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job, TargetOptions
+from pipeline.planning.nearest import unknown_architecture
 from pipeline.printed import printed
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module
@@ -154,11 +155,7 @@ def _crcs(job: Job, source: Source) -> tuple[list[Problem], list[str]]:
 def _family(source: Source) -> Family:
     family = find_family(source.container, source.architecture)
     if family is None:
-        known: Sequence[str] = sorted(
-            name for family in families() if family.container == source.container for name in family.architectures
-        )
-        subject = f"{source.config_name}: architecture"
-        raise BadInput([Problem(subject, source.architecture or "none", f"one of {', '.join(known)}")])
+        raise BadInput([unknown_architecture(source)])
     return family
 
 
