@@ -38,6 +38,11 @@ TYPES = {
     "block_scale": {"F8_E4M3"},
     "group_index": {"I32", "I64"},
 }
+# Of a module that tied embeddings stand in for.
+HEADLESS = (
+    "The model without its head, as embedding models are saved, generates no text: save the whole model, fetch the missing shard, or "
+    "set tie_word_embeddings to true if the embeddings are its head"
+)
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
     "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
@@ -145,7 +150,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     for name, slot, parameter in expected(sharding, tensors):
         wanted[name] = sharding.shape(slot, _measured(slot, parameter, tensors.get(name), sharding))
         if name not in tensors:
-            remedy = "Fetch the missing shard, or mend the configuration"
+            remedy = HEADLESS if name.module in family.ties else "Fetch the missing shard, or mend the configuration"
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
     for name, array in tensors.items():
         source = str(matches.origin(name))

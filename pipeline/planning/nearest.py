@@ -17,8 +17,10 @@ from pipeline.errors import Problem
 from pipeline.model.config_values import lookup
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, families, find_family, layout
+from pipeline.planning.choose_algorithm import clean_settings
 from pipeline.printed import shortened
 from pipeline.tensor.tensors import Source
+from stages.quantization.unread import unread_formats
 from stages.read.wrapped_names import known_names
 
 _SHOWN = 4  # names or keys in a sentence
@@ -146,6 +148,8 @@ def _difference(family: Family, config: Mapping[str, Any], modules: Collection[s
         keys = [key for key in row["keys"] if _says(lookup(config, key), row.get("plain", ())) and key not in read]
         if keys:
             said.append(f"{row['title']} ({_some(keys)})")
+    settings = clean_settings(config)
+    said += [f"weights of {row.title}" for row in unread_formats() if row.named_by(settings)]
     known, named = _names(family, modules)
     shared = sum(lookup(config, key) is not None for key in read - {"model_type"})
     return Difference(family, tuple(said), named, known, shared, len(read) - shared)
