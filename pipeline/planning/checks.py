@@ -40,8 +40,8 @@ TYPES = {
 }
 # Of a module that tied embeddings stand in for.
 HEADLESS = (
-    "The model without its head, as embedding models are saved, generates no text: save the whole model, fetch the missing shard, or "
-    "set tie_word_embeddings to true if the embeddings are its head"
+    "The model without its head, as embedding models are saved, generates no text: save the whole model, fetch the missing shard, "
+    "or set tie_word_embeddings to true if the embeddings are its head"
 )
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
