@@ -33,7 +33,7 @@ _TELLING = 4  # kinds of modules that names must show to tell a family
 
 @dataclass(frozen=True)
 class Difference:
-    """What sets a source apart from a family.
+    """The difference between a source and a family.
 
     Attributes
     ----------
