@@ -19,6 +19,7 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantization.kernels.chosen import kernel_problems
 from stages.quantization.sources import format_named
 from stages.quantize import alignment, unfit
 from stages.rename import LOST, units
@@ -51,6 +52,7 @@ def check_request(opened: OpenedSource) -> list[Problem]:
     """Check the output directories and the options that can be judged without the tensors; returns the problems."""
     problems = [
         *settings_problems(),
+        *kernel_problems(),
         *opened.output_problems,
         *_refused_biases(opened),
         *_unfit_options(opened),

@@ -33,7 +33,7 @@ FLOORS = (
 # The order of verification: each level may use those before it.
 VERIFY = (("stages.verify.forward",), ("stages.verify.roundtrip",), ("stages.verify.contract",))
 # stage -> what else of `stages` it may import, beside its own folder.
-SHARED_STAGES = {"unpack": {"quantization"}, "quantize": {"quantization"}}
+SHARED_STAGES = {"cast": {"quantization"}, "unpack": {"quantization"}, "quantize": {"quantization"}}
 
 COMPUTE = {"pipeline/run/execute.py", "pipeline/run/schedulers.py"}
 OPEN_FILES = (

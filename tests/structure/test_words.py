@@ -80,6 +80,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
+    "stages/quantization/kernels/gguf_blocks.py": {"gguf"},
     "stages/quantization/sources/gguf.py": {"gguf"},
     "stages/read/__init__.py": {"stages.read"},
     "stages/read/gguf.py": {"gguf"},

@@ -20,6 +20,7 @@ from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.auto_round import activation_bits, module_settings, stores_the_zero
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def read_codes(region: Region, words: Block) -> np.ndarray:
     """
     values = words.read((whole(words.shape)[0], region[0]))
     with meter("unpack", values.nbytes):
-        stream = np.ascontiguousarray(values.T).view(np.uint8)
+        stream = kernels().transposed(values).view(np.uint8)
     return stream[:, slice(*region[1])]
 
 
@@ -165,7 +166,7 @@ def read_few_bits(region: Region, words: Block, bits: int) -> np.ndarray:
     """uint8 [n, K / 2] of codes of 2 or 3 bits, as codes of 4 bits with the same middle."""
     values = words.read((whole(words.shape)[0], region[0]))
     with meter("unpack", values.nbytes):
-        codes = unpacked(np.ascontiguousarray(values.T), bits)
+        codes = unpacked(kernels().transposed(values), bits)
         codes += np.uint8(8 - (1 << (bits - 1)))
         return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
 

@@ -14,10 +14,11 @@ import pytest
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, WEIGHT_ONLY
 from pipeline.planning.job import Job
 from stages.quantization.kernels.layout import KernelLayout
+from stages.quantization.kernels.weight_only import quantize
 from stages.quantization.numbers import dequantize, requantize
 from stages.quantization.targets.fp8 import quantize_channels
 from stages.quantization.targets.groupwise import pack_gptq
-from stages.quantization.targets.weight_only import pack, quantize
+from stages.quantization.targets.weight_only import pack
 from tests.support.lazy import values
 from tests.support.packed_tensors import opened
 from tests.support.places import DOCS

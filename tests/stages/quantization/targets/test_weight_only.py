@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices
+from stages.quantization.kernels import chosen, weight_only
 from stages.quantization.kernels.layout import KernelLayout
-from stages.quantization.targets import weight_only
-from stages.quantization.targets.weight_only import _HALF, pack, quantize, row_scales
+from stages.quantization.kernels.weight_only import _HALF, quantize
+from stages.quantization.kernels.weight_only import weight_only_scales as row_scales
+from stages.quantization.targets.weight_only import pack
 from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.lazy import values
@@ -196,6 +198,7 @@ def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, c
 def test_how_many_rows_are_on_their_way_does_not_matter(bits: int, name: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_t(3, (72, 64)).astype(FP16)
     monkeypatch.setattr(weight_only, "_CACHED", cached)
+    monkeypatch.setenv(chosen.VARIABLE, chosen.NUMPY)
     codes, _ = packed(weight, FP16, KernelLayout(bits, 16 // bits if name == A else 1, name != T))
     assert values(codes).tobytes() == arrange(naive_matrix(weight, bits)[0], bits, name)
 
