@@ -16,8 +16,8 @@ demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank a
 test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test TESTS=tests/stages/read
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly" $(TESTS)
 
-# Everything, with the sweeps that `make test` leaves out and ten times as many random examples.
-nightly: $(VENV)/installed $(MODEL)  ## Run all tests, with sweeps and ten times as many random examples
+# Everything, with the sweeps that `make test` leaves out and twenty times as many random examples.
+nightly: $(VENV)/installed $(MODEL)  ## Run all tests, with sweeps and twenty times as many random examples
 	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile nightly $(TESTS)
 
 check: $(VENV)/installed  ## Lint, format and types

@@ -14,7 +14,7 @@ from tests.support.places import DATA
 from tests.support.quantized_checkpoints import VARIANTS
 
 # A change is judged by the same examples each time, people by new ones, and a night looks for those that are rare.
-settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("default", deadline=None, print_blob=True, max_examples=50)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.register_profile("nightly", settings.get_profile("default"), max_examples=1000)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pipeline.reporting.verification import verify
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents
+from tests.support.examples import by_night
 from tests.support.quantized_checkpoints import BF16, LLAMA, Arrays, Format
 from tests.support.rank_files import read
 
@@ -63,8 +65,11 @@ def cache_of(output: Path, tp: int, pp: int = 1) -> list[list[float]]:
     return [[float(held[name.format(layer)][0]) for layer in range(2 // pp)] for held in ranks]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+# By day every name with one kind, and every kind with one name.
+DAY = [(name, kind) for number, name in enumerate(NAMES) for kind in list(KINDS)[number : number + 1]] + [("autofp8", "numbers")]
+
+
+@pytest.mark.parametrize(("name", "kind"), by_night(itertools.product(NAMES, KINDS), DAY))
 def test_every_name_with_every_kind_of_module(name: str, kind: str, tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", KINDS[kind](), scales(NAMES[name]))
     options = {"model_dir": model, "tp_size": 2, "scheduler": "synchronous"}
@@ -81,7 +86,7 @@ def test_every_name_with_every_kind_of_module(name: str, kind: str, tmp_path: Pa
     assert contents(tmp_path / "without") == contents(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_night(NAMES, ["llm-compressor", "autofp8", "modelopt"]))
 def test_stages_and_dequantized_numbers_keep_them(name: str, tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", KINDS["float8"](), scales(NAMES[name], (), np.float32))
     options = {"fp8_kv_cache": True, "scheduler": "synchronous"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import make
+from tests.support.examples import by_night
 from tests.support.places import SMOLLM2 as MODEL
 
 SCRIPT = """
@@ -39,12 +41,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("scheduler", "dtype"),
-    [
-        ("threads", "bfloat16"),
-        ("local", "float16"),
-        pytest.param("threads", "float16", marks=pytest.mark.nightly),
-        pytest.param("local", "bfloat16", marks=pytest.mark.nightly),
-    ],
+    by_night(itertools.product(["threads", "local"], ["bfloat16", "float16"]), [("threads", "bfloat16"), ("local", "float16")]),
 )
 def test_dense(big: Path, scheduler: str, dtype: str, tmp_path: Path) -> None:
     limit = 200 << 20
@@ -59,7 +56,7 @@ def test_packed(tmp_path: Path) -> None:
     assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
 
 
-@pytest.mark.parametrize("scheduler", ["threads", "local"])
+@pytest.mark.parametrize("scheduler", by_night(["threads", "local"], ["local"]))
 def test_a_mixture_of_thousands_of_tensors(scheduler: str, tmp_path: Path) -> None:
     """Here the plan is more than the pieces: each tensor is three arrays on its way to int8."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}

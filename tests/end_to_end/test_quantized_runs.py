@@ -25,6 +25,7 @@ from pipeline.planning.memory import budget
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
 from tests.support.directories import contents, values_bytes
+from tests.support.examples import by_night
 from tests.support.quantized_checkpoints import LLAMA, MIXTRAL, Format
 
 FORMATS = {**source.formats(), "gptq act-order": source.gptq(index="order", sym=False)}
@@ -246,7 +247,7 @@ def test_each_target_equals_its_own_conversion(name: str, after: str, models: di
 # --- blocks, pieces and schedulers
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", by_night(RUNS, ["gptq", "awq", "float8", "int8", "packed experts"]))
 def test_blocks_and_pieces_of_any_size(name: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(models, name, tmp_path / "whole")
     for number, (block_bytes, piece_bytes) in enumerate([(1, 9000), (3000, 900), (40_000, 1)]):
@@ -379,17 +380,13 @@ MEMORY: dict[str, tuple[Format | None, int, dict[str, Any]]] = {
     "int4": (None, 2, INT4),
     "rows": (None, 1, FLOAT8),
 }
-# What takes its pieces as another does, or as two others one after the other: "again" takes half a minute.
-ALIKE = ("awq", "again", "int4")
 
 
 @pytest.mark.parametrize(
     ("name", "scheduler"),
     [
-        *((name, "threads") for name in MEMORY if name not in ALIKE),
-        ("int8", "local"),
-        *(pytest.param(name, "threads", marks=pytest.mark.nightly) for name in ALIKE),
-        pytest.param("gptq", "local", marks=pytest.mark.nightly),
+        *by_night(itertools.product(MEMORY, ["threads"]), [("gptq", "threads"), ("int8", "threads"), ("rows", "threads")]),
+        *by_night([("gptq", "local"), ("int8", "local")], [("int8", "local")]),
     ],
 )
 def test_peak_memory(name: str, scheduler: str, tmp_path: Path) -> None:

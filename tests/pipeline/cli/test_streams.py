@@ -12,6 +12,7 @@ import pytest
 from pipeline.cli.streams import Unfailing
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
+from tests.support.examples import by_night
 from tests.support.places import ROOT
 
 REDIRECTIONS = [
@@ -43,7 +44,7 @@ def in_a_shell(arguments: list[str], redirection: str) -> tuple[int, str, str]:
     return ran.returncode, ran.stdout, ran.stderr
 
 
-@pytest.mark.parametrize("redirection", REDIRECTIONS)
+@pytest.mark.parametrize("redirection", by_night(REDIRECTIONS, ["<&- >&- 2>&-", "> /dev/full 2>&1", "2>&1 | head -0"]))
 def test_a_conversion_is_done_whoever_listens(
     model: Path, tmp_path: Path, redirection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_the_only_worker_dies_while_it_builds(tmp_path: Path, on_path: Path, mon
     assert "rank0.engine" in names(tmp_path / "ranks-engine")
 
 
+@pytest.mark.nightly  # it waits for the worker to come back
 def test_a_build_that_takes_its_workers_with_it_ends_no_conversion(tmp_path: Path, on_path: Path) -> None:
     held = hold_once(tmp_path, on_path / "trtllm-build")
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as running_cluster:
@@ -219,6 +220,7 @@ def test_ctrl_c_while_it_waits(cluster: str, checkpoint: Path, engine: Path) -> 
     assert names(engine.parent) == {"ranks"}
 
 
+@pytest.mark.nightly  # it waits until the dead worker's builder has ended
 def test_what_a_worker_that_died_was_building_is_built_by_another(
     cluster: str, checkpoint: Path, engine: Path, tmp_path: Path
 ) -> None:

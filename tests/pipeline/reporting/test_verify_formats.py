@@ -15,6 +15,7 @@ from pipeline import convert
 from pipeline.reporting.verification import verify
 from tests.support import checkpoints, quantized_checkpoints
 from tests.support.commands import headrace
+from tests.support.examples import by_night
 
 FORMATS = {
     **quantized_checkpoints.formats(),
@@ -50,7 +51,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
 CASES = [(name, more) for name in FORMATS for more in ASKED.get(name, [{}])]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", by_night(["float16", "bfloat16"], ["float16"]))
 @pytest.mark.parametrize(("name", "more"), CASES, ids=str)
 def test_each_format(name: str, more: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     config = {**quantized_checkpoints.LLAMA, "num_hidden_layers": 3 if name == "fbgemm" else 2}

@@ -22,6 +22,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.nightly  # `make demo` does the same
 def test_logits_are_those_of_transformers(ranks: Path) -> None:
     result = verify(ranks, MODEL, prompt=PROMPT, logits=True)
     result.check()

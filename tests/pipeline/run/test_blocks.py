@@ -16,6 +16,7 @@ from pipeline.planning import compose
 from pipeline.planning import make_plan as planning
 from pipeline.planning.memory import budget
 from tests.support import checkpoints, gguf_files
+from tests.support.examples import by_night
 
 LLAMA = {**checkpoints.LLAMA, "attention_bias": True, "tie_word_embeddings": True, "vocab_size": 97}
 BLOCKS = (1, 3000, 40_000, 1 << 28)
@@ -80,7 +81,7 @@ def test_the_sizes_do_cut(models: dict[str, Path], tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", by_night(SOURCES, ["llama", "gguf"]))
 def test_blocks_and_pieces_of_any_size(
     source: str,
     scheduler: str,
@@ -97,7 +98,7 @@ def test_blocks_and_pieces_of_any_size(
         assert converted(models[source], tmp_path / str(number), scheduler) == expected[source], (block_bytes, piece_bytes)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", by_night(SOURCES, ["mixtral"]))
 def test_on_the_cluster_in_this_process(
     source: str, models: dict[str, Path], expected: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +106,7 @@ def test_on_the_cluster_in_this_process(
     assert converted(models[source], tmp_path, "local") == expected[source]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", by_night(SOURCES, ["gguf"]))
 def test_on_a_cluster_of_other_processes(
     source: str,
     cluster: str,

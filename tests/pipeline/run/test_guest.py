@@ -5,6 +5,7 @@ Each situation is a process of its own, as what is looked at belongs to a proces
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import checkpoints
+from tests.support.examples import by_night
 from tests.support.places import ROOT
 
 SECONDS = 120  # a process that takes longer hangs
@@ -99,7 +101,7 @@ def said(text: str) -> str:
     return re.sub(r"\S+: UserWarning: Port \d+ is already in use.*?warnings.warn\(\n", "", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("scheduler", ["local", "threads", "synchronous"])
+@pytest.mark.parametrize("scheduler", by_night(["local", "threads", "synchronous"], ["local", "threads"]))
 def test_a_call_leaves_settings_warnings_loggers_and_clients_as_they_were(model: Path, tmp_path: Path, scheduler: str) -> None:
     ran = in_a_process(
         model,
@@ -221,7 +223,7 @@ def test_callbacks_of_dask_are_the_hosts_own(model: Path, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", by_night(["fork", "spawn", "forkserver"], ["fork", "spawn"]))
 def test_a_child_of_a_process_that_has_converted(model: Path, tmp_path: Path, method: str) -> None:
     in_a_process(
         model,
@@ -317,8 +319,13 @@ def test_under_a_sites_settings(model: Path, tmp_path: Path, report: bool) -> No
     assert not report or "bokeh" in page.read_text().lower()
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "verify", "report"])
-@pytest.mark.parametrize("text", ["distributed: [", "- a list"])
+@pytest.mark.parametrize(
+    ("command", "text"),
+    by_night(
+        itertools.product(["plan", "convert", "verify", "report"], ["distributed: [", "- a list"]),
+        [("convert", "distributed: ["), ("verify", "- a list")],
+    ),
+)
 def test_settings_that_dask_cannot_read_are_refused_with_the_files_name(
     model: Path, tmp_path: Path, command: str, text: str
 ) -> None:
