@@ -28,12 +28,13 @@ def weight_only_scales(values: np.ndarray, bits: int, segments: int, name: str) 
     return scales
 
 
-def weight_only_codes(values: np.ndarray, layout: KernelLayout, segments: int, name: str) -> np.ndarray:
-    """uint8 [n / columns, columns * K * bits / 8]."""
+def weight_only_codes(values: np.ndarray, layout: KernelLayout, segments: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n / columns, columns * K * bits / 8], and float32 [n, segments]."""
     bits, columns, kind = layout.bits, layout.columns, values.dtype.name
     codes = np.empty((len(values) // columns, columns * values.shape[1] * bits // 8), dtype=np.uint8)
-    _finite(_kernels.weight_only_codes(_whole(values), kind, segments, bits, columns, layout.mixed, codes), name)
-    return codes
+    scales = np.empty((len(values), segments), dtype=np.float32)
+    _finite(_kernels.weight_only_codes(_whole(values), kind, segments, bits, columns, layout.mixed, scales, codes), name)
+    return codes, scales
 
 
 def float8_scales(values: np.ndarray, segments: int, clamp: float, name: str) -> np.ndarray:
@@ -44,12 +45,12 @@ def float8_scales(values: np.ndarray, segments: int, clamp: float, name: str) ->
     return scales
 
 
-def float8_codes(values: np.ndarray, segments: int, clamp: float, name: str) -> np.ndarray:
-    """float8_e4m3fn [n, K]."""
+def float8_codes(values: np.ndarray, segments: int, clamp: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """float8_e4m3fn [n, K], and float32 [n, segments]."""
     numbers = _numbers(values)
-    codes = np.empty(values.shape, dtype=np.uint8)
-    _finite(_kernels.float8_codes(_whole(numbers), numbers.dtype.name, segments, clamp, codes), name)
-    return codes.view(FLOAT8)
+    codes, scales = np.empty(values.shape, dtype=np.uint8), np.empty((len(values), segments), dtype=np.float32)
+    _finite(_kernels.float8_codes(_whole(numbers), numbers.dtype.name, segments, clamp, scales, codes), name)
+    return codes.view(FLOAT8), scales
 
 
 def float8_rescaled(codes: np.ndarray, scale: np.float32, common: np.float32) -> np.ndarray:

@@ -21,14 +21,16 @@ class Kernels(Protocol):
     def weight_only_scales(self, values: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
         """float32 [n, segments] of [n, K]: the largest magnitude of each segment, divided by 2 ** (bits - 1)."""
 
-    def weight_only_codes(self, values: np.ndarray, layout: KernelLayout, segments: int, name: str) -> np.ndarray:
-        """uint8 [n / columns, columns * K * bits / 8] of [n, K]: codes in the kernel's order."""
+    def weight_only_codes(
+        self, values: np.ndarray, layout: KernelLayout, segments: int, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [n / columns, columns * K * bits / 8] of [n, K]: codes in the kernel's order; and their scales, as those above."""
 
     def float8_scales(self, values: np.ndarray, segments: int, clamp: float, name: str) -> np.ndarray:
         """float32 [n, segments] of [n, K], float32 too: the largest magnitude of each segment, at most `clamp`, divided by 448."""
 
-    def float8_codes(self, values: np.ndarray, segments: int, clamp: float, name: str) -> np.ndarray:
-        """float8_e4m3fn [n, K] of [n, K], float32 too: each value, clamped, divided by the scale of its segment."""
+    def float8_codes(self, values: np.ndarray, segments: int, clamp: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """float8_e4m3fn [n, K] of [n, K], float32 too: each value, clamped, divided by the scale of its segment; and the scales."""
 
     def float8_rescaled(self, codes: np.ndarray, scale: np.float32, common: np.float32) -> np.ndarray:
         """float8_e4m3fn: codes of one scale as codes of another, multiplied, divided, then rounded once."""

@@ -49,10 +49,11 @@ INLINE int scales_of(const void *values, enum number type, size_t shares, size_t
     return 0;
 }
 
-INLINE int codes_of(const void *values, enum number type, size_t shares, size_t share, float clamp, uint8_t *restrict out)
+INLINE int codes_of(const void *values, enum number type, size_t shares, size_t share, float clamp, uint8_t *restrict out,
+                    float *restrict scales)
 {
     for (size_t n = 0; n < shares; n++) {
-        const float scale = scale_of(values, type, n * share, share, clamp);
+        const float scale = scales[n] = scale_of(values, type, n * share, share, clamp);
         if (scale == 0)
             return 1;
         for (size_t i = n * share; i < (n + 1) * share; i++) {
@@ -78,14 +79,14 @@ int AT_LEVEL(float8_scales)(const void *values, enum number type, size_t rows, s
 }
 
 int AT_LEVEL(float8_codes)(const void *values, enum number type, size_t rows, size_t features, size_t segments, float clamp,
-                           uint8_t *out)
+                           uint8_t *out, float *scales)
 {
     const size_t shares = rows * segments, share = features / segments;
     if (type == BFLOAT16)
-        return codes_of(values, BFLOAT16, shares, share, clamp, out);
+        return codes_of(values, BFLOAT16, shares, share, clamp, out, scales);
     if (type == FLOAT16)
-        return codes_of(values, FLOAT16, shares, share, clamp, out);
-    return codes_of(values, FLOAT32, shares, share, clamp, out);
+        return codes_of(values, FLOAT16, shares, share, clamp, out, scales);
+    return codes_of(values, FLOAT32, shares, share, clamp, out, scales);
 }
 
 void AT_LEVEL(float8_rescaled)(const uint8_t *restrict codes, size_t count, float scale, float common, uint8_t *restrict out)

@@ -22,11 +22,11 @@ def float8_scales(values: np.ndarray, segments: int, clamp: float, name: str) ->
     return _clamped(values, segments, clamp, name)[1]
 
 
-def float8_codes(values: np.ndarray, segments: int, clamp: float, name: str) -> np.ndarray:
-    """float8_e4m3fn [n, K]."""
+def float8_codes(values: np.ndarray, segments: int, clamp: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """float8_e4m3fn [n, K], and float32 [n, segments]."""
     clamped, scales = _clamped(values, segments, clamp, name)
     np.clip(np.divide(clamped, scales[:, :, None], out=clamped), -LARGEST, LARGEST, out=clamped)
-    return clamped.astype(FLOAT8).reshape(values.shape)
+    return clamped.astype(FLOAT8).reshape(values.shape), scales
 
 
 def float8_rescaled(codes: np.ndarray, scale: np.float32, common: np.float32) -> np.ndarray:

@@ -40,18 +40,18 @@ struct block_type {
 
 extern const struct block_type BLOCKS[BLOCK_TYPES];
 
-/* Those that return int return 0, or 1 where a value is not finite: then the output is not whole. */
+/* `scales`: of each segment of each row. Those that return int return 0, or 1 where a value is not finite: then the output is not whole. */
 struct kernels {
     const char *name;
     int (*weight_only_scales)(const uint16_t *values, enum number type, size_t rows, size_t features, size_t segments, int bits,
                               float *scales);
     /* `work`: order.columns * features bytes. */
     int (*weight_only_codes)(const uint16_t *values, enum number type, size_t rows, size_t features, size_t segments,
-                             struct order order, uint8_t *work, uint8_t *out);
+                             struct order order, uint8_t *work, uint8_t *out, float *scales);
     int (*float8_scales)(const void *values, enum number type, size_t rows, size_t features, size_t segments, float clamp,
                          float *scales);
     int (*float8_codes)(const void *values, enum number type, size_t rows, size_t features, size_t segments, float clamp,
-                        uint8_t *out);
+                        uint8_t *out, float *scales);
     void (*float8_rescaled)(const uint8_t *codes, size_t count, float scale, float common, uint8_t *out);
     void (*cast)(const void *values, enum number from, size_t count, enum number to, void *out);
     void (*arranged)(const uint8_t *stream, size_t rows, size_t row_bytes, struct order order, uint8_t *out);

@@ -74,16 +74,16 @@ INLINE void ordered(const uint8_t *codes, size_t features, size_t columns, int m
 }
 
 INLINE int codes_of(const uint16_t *values, size_t rows, size_t features, size_t segments, size_t columns, int mixed, int half,
-                    int bits, uint8_t *work, uint8_t *out)
+                    int bits, uint8_t *work, uint8_t *out, float *scales)
 {
     const size_t share = features / segments;
     for (size_t row = 0; row < rows; row += columns) {
         for (size_t i = 0; i < columns * segments; i++) {
             const uint16_t *own = values + row * features + i * share;
-            float scale;
-            if (scales_of(own, 1, share, 1, half, bits, &scale))
+            float *scale = scales + row * segments + i;
+            if (scales_of(own, 1, share, 1, half, bits, scale))
                 return 1;
-            quantized(own, share, scale, half, bits, work + i * share);
+            quantized(own, share, *scale, half, bits, work + i * share);
         }
         ordered(work, features, columns, mixed, bits, out + row * features * (size_t)bits / 8);
     }
@@ -99,14 +99,14 @@ int AT_LEVEL(weight_only_scales)(const uint16_t *values, enum number type, size_
 }
 
 int AT_LEVEL(weight_only_codes)(const uint16_t *values, enum number type, size_t rows, size_t features, size_t segments,
-                                struct order order, uint8_t *work, uint8_t *out)
+                                struct order order, uint8_t *work, uint8_t *out, float *scales)
 {
     /* Constants in each call, so that each is a loop of its own. */
     if (type == FLOAT16)
         return order.bits == 8
-            ? codes_of(values, rows, features, segments, order.columns, order.mixed, 1, 8, work, out)
-            : codes_of(values, rows, features, segments, order.columns, order.mixed, 1, 4, work, out);
+            ? codes_of(values, rows, features, segments, order.columns, order.mixed, 1, 8, work, out, scales)
+            : codes_of(values, rows, features, segments, order.columns, order.mixed, 1, 4, work, out, scales);
     return order.bits == 8
-        ? codes_of(values, rows, features, segments, order.columns, order.mixed, 0, 8, work, out)
-        : codes_of(values, rows, features, segments, order.columns, order.mixed, 0, 4, work, out);
+        ? codes_of(values, rows, features, segments, order.columns, order.mixed, 0, 8, work, out, scales)
+        : codes_of(values, rows, features, segments, order.columns, order.mixed, 0, 4, work, out, scales);
 }

@@ -17,27 +17,28 @@ _HALF_EXPONENT = np.float32(2.0**112)  # between the biases of float16's and flo
 _CACHED = 1 << 17  # values on their way at once
 
 
-def weight_only_codes(values: np.ndarray, layout: KernelLayout, segments: int, name: str) -> np.ndarray:
-    """uint8 [n / columns, columns * K * bits / 8]: rows quantized and arranged."""
+def weight_only_codes(values: np.ndarray, layout: KernelLayout, segments: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n / columns, columns * K * bits / 8]: rows quantized and arranged; and their scales, float32 [n, segments]."""
+    scales = weight_only_scales(values, layout.bits, segments, name)
     result = np.empty((len(values) // layout.columns, layout.columns * values.shape[1] * layout.bits // 8), dtype=np.uint8)
     # A few rows at a time: what they are on the way stays in the processor's cache.
     rows = max(_CACHED // values.shape[1] // layout.columns, 1) * layout.columns
     for start in range(0, len(values), rows):
-        codes = quantize(values[start : start + rows], layout.bits, segments, name)
+        codes = quantize(values[start : start + rows], layout.bits, scales[start : start + rows])
         result[start // layout.columns : (start + rows) // layout.columns] = layout.arrange_codes(codes)
-    return result
+    return result, scales
 
 
-def quantize(values: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
-    """Unsigned codes uint16 [n, K] of 16-bit values: rounded to the nearest, halves away from zero, then clamped, in float32.
+def quantize(values: np.ndarray, bits: int, scales: np.ndarray) -> np.ndarray:
+    """Unsigned codes uint16 [n, K] of 16-bit values with `scales` float32 [n, segments].
+
+    Rounded to the nearest, halves away from zero, then clamped, in float32.
 
     Magnitudes are rounded, which is the same for both signs, and the sign is put back on integers: these are the fast halves of
     NumPy.
     """
-    scales = weight_only_scales(values, bits, segments, name)
-    scales[scales == 0] = 1  # rows of zeros
-    work = _magnitudes(values).reshape(len(values), segments, -1)
-    work /= scales[:, :, None]
+    work = _magnitudes(values).reshape(*scales.shape, -1)
+    work /= np.where(scales == 0, np.float32(1), scales)[:, :, None]  # rows of zeros have 0
     work += _HALF
     codes = work.astype(np.uint16).reshape(values.shape)
     middle = np.uint16(1 << (bits - 1))

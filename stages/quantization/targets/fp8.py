@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
+from pipeline.tensor.noted import Notes, derive_noting
 from pipeline.tensor.placement import Region, extent, whole
 from pipeline.tensor.tensors import Block, Parameter, plain
 from stages.quantization.kernels.dispatch import kernels
@@ -67,10 +68,12 @@ def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], a scale for each rank's share of a
     row.
     """
-    *front, out, features = weight.shape
+    features = weight.shape[-1]
     arguments: dict[str, Any] = {"name": name, "segments": segments, "clamp": clamp}
-    codes = derive("quantize", codes_of, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments)
-    scales = derive("quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=FLOAT32, **arguments)
+    notes = Notes(scales_of, FLOAT32, 1, segments)
+    codes, scales = derive_noting(
+        "quantize", quantized, notes, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments
+    )
     by_row = Parameter(
         axes=(("out", ONE), ("in", Fraction(segments, features))),
         header=(("out", ONE),),
@@ -80,11 +83,12 @@ def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float
     return {"weight": (codes, MATRIX), "per_channel_scale": (scales, by_row)}
 
 
-def codes_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:
-    """float8 of the region's rows: each value divided by its segment's scale."""
+def quantized(region: Region, weight: Block, name: str, segments: int, clamp: float) -> tuple[np.ndarray, np.ndarray]:
+    """float8 of the region's rows, each value divided by its segment's scale; and the scales, float32 [n, segments]."""
     values, shape = _rows(region, weight)
     with meter("quantize", values.nbytes):
-        return kernels().float8_codes(values, segments, clamp, name).reshape(*shape, -1)[..., slice(*region[-1])]
+        codes, scales = kernels().float8_codes(values, segments, clamp, name)
+        return codes.reshape(*shape, -1)[..., slice(*region[-1])], scales.reshape(*shape, segments)
 
 
 def scales_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:

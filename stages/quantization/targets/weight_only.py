@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
+from pipeline.tensor.noted import Notes, derive_noting
 from pipeline.tensor.placement import Region, extent
 from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.dispatch import kernels
@@ -35,11 +35,10 @@ def pack(
     shape = (*front, out // columns, columns * features * bits // 8)
     chunks = (front and (1,) * front[0]) or _chunks(out // columns, max(rows // columns, 1))
     arguments: dict[str, Any] = {"name": name, "segments": segments}
-    codes = derive(
-        "quantize", codes_of, {"weight": weight}, shape=shape, dtype=np.dtype(np.uint8), rows=chunks, layout=layout, **arguments
-    )
-    scales = derive(
-        "quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=weight.dtype, bits=bits, **arguments
+    notes = Notes(scales_of, weight.dtype, columns, segments)
+    inputs, kind = {"weight": weight}, np.dtype(np.uint8)
+    codes, scales = derive_noting(
+        "quantize", quantized, notes, inputs, shape=shape, dtype=kind, rows=chunks, layout=layout, **arguments
     )
     of_codes, of_scales = _parameters(layout, features, segments, dtype)
     return {"weight": (codes, of_codes), "per_channel_scale": (scales, of_scales)}
@@ -64,19 +63,21 @@ def _parameters(layout: KernelLayout, features: int, segments: int, dtype: str) 
     return codes, scales
 
 
-def codes_of(region: Region, weight: Block, layout: KernelLayout, name: str, segments: int) -> np.ndarray:
-    """uint8 [n / columns, columns * K * bits / 8]: the rows of the region quantized and arranged."""
+def quantized(region: Region, weight: Block, layout: KernelLayout, name: str, segments: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the region quantized and arranged, uint8 [n / columns, columns * K * bits / 8]; and their scales, [n, segments]."""
     values, shape = _rows(region, weight, layout.columns)
     with meter("quantize", values.nbytes):
-        result = kernels().weight_only_codes(values, layout, segments, name)
-        return result.reshape(*shape, -1)[..., slice(*region[-1])]
+        codes, scales = kernels().weight_only_codes(values, layout, segments, name)
+        *front, rows = shape
+        of_rows = scales.astype(values.dtype).reshape(*front, rows * layout.columns, segments)
+        return codes.reshape(*shape, -1)[..., slice(*region[-1])], of_rows
 
 
-def scales_of(region: Region, weight: Block, bits: int, name: str, segments: int) -> np.ndarray:
+def scales_of(region: Region, weight: Block, layout: KernelLayout, name: str, segments: int) -> np.ndarray:
     """[n, segments] in the weight's own type."""
     values, shape = _rows((*region[:-1], (0, 1)), weight, 1)
     with meter("quantize", values.nbytes):
-        scales = kernels().weight_only_scales(values, bits, segments, name).astype(values.dtype)
+        scales = kernels().weight_only_scales(values, layout.bits, segments, name).astype(values.dtype)
         return np.asarray(scales.reshape(*shape, -1)[..., slice(*region[-1])])
 
 

@@ -25,9 +25,9 @@ WORDS = np.ones((4, 6), dtype=np.uint32)
 # Arguments that are right, the last of them the room for the result.
 RIGHT: dict[str, tuple[Any, ...]] = {
     "weight_only_scales": (HALVES, "bfloat16", 2, 8, room(4, 2, dtype=np.float32)),
-    "weight_only_codes": (np.ones((8, 128), dtype=np.uint16), "float16", 2, 4, 4, True, room(2, 256)),
+    "weight_only_codes": (np.ones((8, 128), dtype=np.uint16), "float16", 2, 4, 4, True, room(8, 2, dtype=np.float32), room(2, 256)),
     "float8_scales": (FLOATS, "float32", 2, 1200.0, room(4, 2, dtype=np.float32)),
-    "float8_codes": (HALVES, "bfloat16", 1, 1200.0, room(4, 128)),
+    "float8_codes": (HALVES, "bfloat16", 1, 1200.0, room(4, 1, dtype=np.float32), room(4, 128)),
     "float8_rescaled": (BYTES, 1.0, 2.0, room(4, 64)),
     "cast": (HALVES, "bfloat16", "float32", room(4, 128, dtype=np.float32)),
     "arranged": (BYTES, 8, 2, True, room(2, 128)),
@@ -89,6 +89,14 @@ def test_a_wrong_array_is_refused(name: str, place: int) -> None:
     assert np.all(out == 77)
 
 
+@pytest.mark.parametrize("name", ["weight_only_codes", "float8_codes"])
+def test_wrong_room_for_scales_is_refused(name: str) -> None:
+    *given, scales, out = RIGHT[name]
+    for kind, wrong in wrong_arrays(scales).items():
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            pytest.fail(f"{kind}: {call(name, (*given, wrong, np.full_like(out, 77)))}")
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_room_that_may_not_be_written_is_refused(name: str) -> None:
     *given, out = RIGHT[name]
@@ -133,7 +141,8 @@ def test_a_row_that_is_no_whole_number_of_runs_is_refused() -> None:
     odd = np.ones((4, 24), dtype=np.uint16)
     for bits, columns, mixed in ((8, 1, True), (4, 1, True), (8, 2, True)):
         with pytest.raises(ValueError, match="whole tiles"):
-            call("weight_only_codes", (odd, "float16", 1, bits, columns, mixed, room(4 // columns, columns * 24 * bits // 8)))
+            out = room(4 // columns, columns * 24 * bits // 8)
+            call("weight_only_codes", (odd, "float16", 1, bits, columns, mixed, room(4, 1, dtype=np.float32), out))
     with pytest.raises(ValueError, match="whole"):
         call("arranged", (np.ones((4, 24), dtype=np.uint8), 8, 1, True, room(4, 24)))
 

@@ -18,7 +18,7 @@ from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices
 from stages.quantization.kernels import chosen, weight_only
 from stages.quantization.kernels.layout import KernelLayout
-from stages.quantization.kernels.weight_only import _HALF, quantize
+from stages.quantization.kernels.weight_only import _HALF
 from stages.quantization.kernels.weight_only import weight_only_scales as row_scales
 from stages.quantization.targets.weight_only import pack
 from tests.support.examples import examples
@@ -32,6 +32,11 @@ FP16 = np.dtype(np.float16)
 
 each_type = pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 each_width = pytest.mark.parametrize("bits", [8, 4])
+
+
+def quantize(given_: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
+    """Unsigned codes with the scales that the values themselves have."""
+    return weight_only.quantize(given_, bits, row_scales(given_, bits, segments, name))
 
 
 def naive(row: np.ndarray, bits: int) -> tuple[list[int], np.float32]:
@@ -94,14 +99,16 @@ def test_every_value_as_the_largest_of_its_row(bits: int, dtype: np.dtype) -> No
     codes = quantize(largest[:, None], bits, 1, "w")[:, 0].astype(int) - top
     signs = np.sign(largest.astype(np.float32))
     assert np.array_equal(codes, np.where(signs > 0, top - 1, np.where(signs < 0, -top, 0)))
-    written = values(packed(largest[:, None], dtype, KernelLayout(bits, 1))[1])
+    written = values(packed(largest[:, None], dtype, KernelLayout(bits, 1), rows=1 << 16)[1])
     assert written.dtype == dtype
     assert written[:, 0].tobytes() == rounded(scales[:, 0], dtype).tobytes()
 
 
-def packed(weight: np.ndarray, dtype: np.dtype, layout: KernelLayout, segments: int = 1, chunk: int = 1 << 20) -> Any:
+def packed(
+    weight: np.ndarray, dtype: np.dtype, layout: KernelLayout, segments: int = 1, chunk: int = 1 << 20, rows: int = 64
+) -> Any:
     """`weight` and `per_channel_scale` as lazy arrays."""
-    result = pack("w", opened({"w": weight}, chunk)["w"], layout, segments, str(dtype), 64)
+    result = pack("w", opened({"w": weight}, chunk)["w"], layout, segments, str(dtype), rows)
     return result["weight"][0], result["per_channel_scale"][0]
 
 
