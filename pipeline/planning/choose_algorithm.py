@@ -13,9 +13,9 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, Quantization
 from pipeline.planning.generations import no_generation
-from pipeline.planning.job import Shape
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
+from pipeline.planning.target_options import Shape
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE

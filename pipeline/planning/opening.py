@@ -15,7 +15,8 @@ from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
-from pipeline.planning.job import Job, TargetOptions
+from pipeline.planning.job import Job
+from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import printed
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module

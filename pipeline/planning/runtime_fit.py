@@ -15,8 +15,8 @@ from pipeline.model.computes import Conflict, conflicts, features
 from pipeline.model.quantization import Quantization
 from pipeline.model.runtime import runtime
 from pipeline.planning.compose import target_dtype
-from pipeline.planning.job import TargetOptions
 from pipeline.planning.opening import OpenedSource
+from pipeline.planning.target_options import TargetOptions
 from pipeline.planning.targets import config_values
 from stages.shard import Sharding
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.planning.job import Shape, make_job
+from pipeline.planning.job import make_job
 from pipeline.planning.keywords import Dtype, LoadOptions
+from pipeline.planning.target_options import Shape
 from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
 from pipeline.tensor.system_errors import refusing
 

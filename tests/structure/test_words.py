@@ -89,7 +89,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Only scratch and object storage need zarr and fsspec.
     "pipeline/jobs/retention.py": {"fsspec"},
     "pipeline/sinks/remote.py": {"fsspec", "zarr"},
-    "stages/write.py": {"zarr"},
+    "stages/write/__init__.py": {"zarr"},
     # Only pages and dashboards need bokeh and distributed, only a terminal rich.
     "pipeline/jobs/services.py": {"pipeline.jobs.http"},
     "pipeline/watching/conversion.py": {"pipeline.watching", "pipeline.watching.live", "pipeline.watching.metrics"},
