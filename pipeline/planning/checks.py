@@ -19,8 +19,9 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantization.alignment import alignment
 from stages.quantization.sources import format_named
-from stages.quantize import alignment, unfit
+from stages.quantize import unfit
 from stages.rename import LOST, units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 

@@ -21,9 +21,9 @@ from pipeline.printed import printed
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
+from stages.quantization.modules import linear
 from stages.quantization.sources import formats as known_formats
 from stages.quantization.unread import decided, unread
-from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.read.crc import check_crcs
 from stages.read.wrapped_names import no_name_fits

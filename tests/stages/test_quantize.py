@@ -16,8 +16,9 @@ from pipeline.model.quantization import Quantization
 from pipeline.model.tables import CONFIGS, Module, layout, slot_names
 from pipeline.tensor.names import TensorName
 from stages.cast import cast
+from stages.quantization.modules import linear
 from stages.quantization.sources import formats
-from stages.quantize import linear, quantize
+from stages.quantize import quantize
 from stages.shard import Embedding, Sharding
 from stages.unpack import format_of, unpack
 from tests.support import quantized_checkpoints as source
