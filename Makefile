@@ -41,7 +41,9 @@ lowest: $(VENV)/installed $(MODEL)  ## Run the tests that meet each dependency o
 bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 	$(BIN)/python -m benchmarks.table
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# With the kernels in C, where there is a compiler.
+KERNELS := stages/quantization/kernels
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.c $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -55,6 +57,7 @@ $(MODEL): | $(VENV)/installed
 
 clean:  ## Remove what make has made
 	rm -rf $(VENV) .demo .bench dist
+	cd $(KERNELS) && rm -rf *.so *.cmake *.ninja .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt Makefile
 
 .PHONY: help
 help:  ## List these targets

@@ -19,7 +19,8 @@ from pipeline import plan
 from pipeline.planning.bind import bind
 from pipeline.planning.dask_graph import stage_graph
 from pipeline.run.schedulers import runner, thread_name
-from stages.write import BlockWrite, Written
+from stages.write import Written
+from stages.write.deliveries import BlockWrite
 
 HEADRACE = [sys.executable, "-m", "pipeline.cli", "convert", "--quiet"]
 

@@ -25,7 +25,8 @@ from pipeline.planning.dask_graph import stage_graph
 from pipeline.planning.memory import MIB
 from pipeline.run.schedulers import runner, thread_name
 from pipeline.watching.process import peak_memory_bytes
-from stages.write import BlockWrite, Written
+from stages.write import Written
+from stages.write.deliveries import BlockWrite
 
 TARGETS = {"dense": {}, "int8": {"use_weight_only": True}}
 RANKS = {"tp_size": 8, "moe_ep_size": 8}

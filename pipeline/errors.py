@@ -76,6 +76,7 @@ class BadInput(HeadraceError):
 
     exit_code = 2
     shown = 20
+    shown_characters = 3500
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -86,12 +87,18 @@ class BadInput(HeadraceError):
         return BadInput, (self.problems,)
 
     def report(self) -> str:
-        """Return all problems, one on each line; of more than `shown`, the first ones and the number of the others."""
+        """Return all problems, one on each line; of more than `shown`, or long ones, the first and the number of the others."""
         count = len(self.problems)
         lines = [f"{count} problem{'s' if count > 1 else ''}, nothing was written:"]
-        lines += [f"  - {problem}" for problem in self.problems[: self.shown]]
-        if count > self.shown:
-            lines.append(f"  ... and {count - self.shown} more")
+        left = self.shown_characters
+        for problem in self.problems[: self.shown]:
+            line = f"  - {problem}"
+            left -= len(line)
+            if left < 0 and len(lines) > 1:
+                break
+            lines.append(line)
+        if count >= len(lines):
+            lines.append(f"  ... and {count - len(lines) + 1} more")
         return "\n".join(lines)
 
 
@@ -114,17 +121,18 @@ class SourceChanged(WriteFailed):
     ----------
     files
         The files, each with what is not as it was.
+    remedy
+        What became of what was read, and what to do.
     """
 
-    def __init__(self, files: Iterable[str]) -> None:
-        self.files = tuple(files)
+    def __init__(self, files: Iterable[str], remedy: str = "what was written of it is removed: start over") -> None:
+        self.files, self.remedy = tuple(files), remedy
         shown = ", ".join(self.files[:8]) + (f" and {len(self.files) - 8} more" if len(self.files) > 8 else "")
-        remedy = "what was written of it is removed: start over when nothing writes to it any more"
-        super().__init__(f"the source changed while it was read: {shown}; {remedy}")
+        super().__init__(f"the source changed while it was read: {shown}; {remedy} when nothing writes to it any more")
 
-    def __reduce__(self) -> tuple[type[SourceChanged], tuple[tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type[SourceChanged], tuple[tuple[str, ...], str]]:
         # Workers pickle this error.
-        return SourceChanged, (self.files,)
+        return SourceChanged, (self.files, self.remedy)
 
 
 class EngineFailed(HeadraceError):

@@ -10,6 +10,7 @@ from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.tables import Layout
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.tensors import Applied, Block, TensorMap, map_blocks
+from stages.quantization.kernels.dispatch import kernels
 
 
 def target_dtype(name: TensorName, layout: Layout, dtype: str) -> str:
@@ -42,5 +43,4 @@ class AsType:
     to: np.dtype
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return values.astype(self.to)
+        return kernels().cast(values, self.to)

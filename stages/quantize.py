@@ -7,7 +7,7 @@ otherwise weights are numbers, or made numbers, and quantized. Facts: docs/forma
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,16 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, NVFP4_GROUP, WEIGHT_ONLY, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, WEIGHT_ONLY, Quantization
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import Module, Slot
 from pipeline.tensor.arrays import BlockArray, shared
 from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import CODES, Parameter, TensorMap, plain
 from stages.quantization import numbers
-from stages.quantization.kernels.layout import ALIGNMENT, kernel_layout
+from stages.quantization.kernels.layout import kernel_layout
+from stages.quantization.modules import is_quantized
 from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
@@ -65,24 +67,6 @@ class _Target:
             return 1
         sizes = self.sharding.parallelism
         return sizes.moe_tp_size if module.experts else sizes.tp_size
-
-
-def linear(module: Module) -> bool:
-    """Whether quantization is for a module: one of a layer's split matrices; not a router, a norm or an embedding."""
-    return module.in_layer and bool(module.in_) and module.split in ("column", "row")
-
-
-def is_quantized(slot: Slot, quantization: Quantization, layers: int) -> bool:
-    """Whether a target quantizes a slot's module.
-
-    Not where that is left to the loader or a list excludes it, and Meta's recipe leaves attention and the first and last layers as
-    they are.
-    """
-    if quantization.algorithm is None or quantization.left_to_loader or not linear(slot.module):
-        return False
-    if quantization.excludes(slot.module.name.replace("{layer}", str(slot.layer))):
-        return False
-    return not quantization.meta_recipe or (".attention." not in slot.module.name and slot.layer not in (0, layers - 1))
 
 
 def quantize(
@@ -258,9 +242,17 @@ def unfit(
             misfit = _misfit(slot, parameters, quantization, sharding)
             if misfit:
                 misfits[misfit].append(str(origin(TensorName(name, next(iter(parameters))))))
-    expected, remedy = f"what {quantization.algorithm} keeps in every linear", "Give --dequantize, and quantize again where wanted"
+    expected = f"what {quantization.algorithm} keeps in every linear"
+    remedy = f"{_again(quantization)}, or --dequantize for numbers"
     more = {misfit: f", in {len(names)} modules" if len(names) > 1 else "" for misfit, names in misfits.items()}
     return [Problem(names[0], f"{misfit}{more[misfit]}", expected, remedy) for misfit, names in misfits.items()]
+
+
+def _again(quantization: Quantization) -> str:
+    """The option by which all modules are quantized anew and alike, whatever each of them is in the source."""
+    fits = quantization.algorithm in GROUPWISE and quantization.group_size in runtime().group_sizes
+    size = "" if fits else f" --group_size {max(runtime().group_sizes)}"
+    return f"Give --requantize{size}, which quantizes all of it again by round-to-nearest and so adds error"
 
 
 def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quantization, sharding: Sharding) -> str:
@@ -286,70 +278,6 @@ def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quan
     return ""
 
 
-def alignment(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[Problem]:
-    """Refuse a tp_size that cuts modules within a kernel's tile or a group; the remedy lists those of `tp_sizes` that do not.
-
-    Facts: docs/format/quantized-layouts.md, section 10.
-    """
-    if not _tiled(quantization) or not (obstacles := list(_misaligned(sharding, quantization, sharding.parallelism.tp_size))):
-        return []
-    fitting = aligned(sharding, quantization, tp_sizes)
-    choice = ", ".join(map(str, fitting)) or "none: quantize to FP8, or not at all"
-    return [
-        Problem(f"--tp_size {sharding.parallelism.tp_size}", f"{name} {size:g} a rank", f"a multiple of {of}", f"Works: {choice}")
-        for name, size, of in obstacles
-    ]
-
-
-def aligned(sharding: Sharding, quantization: Quantization, tp_sizes: Sequence[int]) -> list[int]:
-    """Those of `tp_sizes` at which every rank's share of every quantized module is whole tiles and groups."""
-    return [size for size in tp_sizes if not _tiled(quantization) or not list(_misaligned(sharding, quantization, size))]
-
-
-def _tiled(quantization: Quantization) -> bool:
-    """Whether a rank must hold whole tiles of integer codes, or whole groups of NVFP4."""
-    return bool(quantization.bits) or quantization.algorithm == NVFP4
-
-
-def _misaligned(sharding: Sharding, quantization: Quantization, tp_size: int) -> Iterator[tuple[str, float, int]]:
-    """The axes of quantized modules whose share of a rank is not whole tiles or groups: (axis, share, what it must divide by).
-
-    The loader pads both axes of a linear to whole tiles or groups for each of tp_size ranks, whichever is split, and asks for
-    tensors of the padded shape (docs/format/quantized-layouts.md, section 8). Its class of experts pads none.
-    """
-    sizes, model = sharding.parallelism, sharding.model
-    seen = set()
-    grouped = quantization.algorithm in GROUPWISE or quantization.algorithm == AWQ
-    group = quantization.group_size if grouped else 1
-    tile = max(ALIGNMENT, group)
-    for module in sharding.layout.modules.values():
-        if not linear(module) or (module.when and not getattr(model, module.when)):
-            continue
-        count = tp_size // sizes.moe_ep_size if module.experts else tp_size
-        out = sum(_share(sharding, part.out, part.heads, count if module.split == "column" else 1) for part in module.parts) or (
-            model.dimension(module.out) / (count if module.split == "column" else 1)
-        )
-        inside = model.dimension(module.in_) / (count if module.split == "row" else 1)
-        outs = " + ".join(dict.fromkeys(part.out for part in module.parts)) or module.out
-        if quantization.algorithm == NVFP4:
-            asked = [(module.in_, inside, NVFP4_GROUP)]
-        elif module.experts:
-            asked = [(outs, out, ALIGNMENT), (module.in_, inside, ALIGNMENT), (module.in_, inside, group)]
-        else:
-            whole_in, whole_out = model.dimension(module.in_) / tp_size, model.dimension(module.out or "0") / tp_size
-            asked = [(outs, out if module.split == "column" else whole_out, tile), (module.in_, whole_in, tile)]
-        for name, size, of in asked:
-            if size % of and (name, of) not in seen:
-                seen.add((name, of))
-                yield name, size, of
-
-
-def _share(sharding: Sharding, out: str, heads: str, count: int) -> float:
-    """Rows of a part that a rank holds: a whole head at least, where it is split by heads."""
-    rows = sharding.model.dimension(out)
-    return max(rows / count, rows / sharding.model.dimension(heads)) if heads else rows / count
-
-
 def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorName], object]) -> list[Problem]:
     """Fused modules and stacks whose parts are not quantized alike: these share one tensor of one type."""
     kinds: dict[tuple[str, int | None, str], dict[str, TensorName]] = defaultdict(dict)
@@ -361,16 +289,9 @@ def sizes_agree(entries: Mapping[TensorName, Entry], origin: Callable[[TensorNam
             if kind is None:
                 kind = written[id(known), dtype] = str((known.axes, known.header, known.dtype, dtype))
             kinds[entry.slot.module.name, entry.slot.layer, name.parameter].setdefault(kind, name)
-    expected = "all parts of a fused module alike"
+    expected, remedy = "all parts of a fused module alike", "Give --dequantize, or --requantize, which quantizes all of it again"
     return [
-        Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, "Give --dequantize")
+        Problem(str(origin(names[1])), f"quantized otherwise than {origin(names[0])}", expected, remedy)
         for by_kind in kinds.values()
         if len(names := list(by_kind.values())) > 1
     ]
-
-
-def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:
-    """Decibels of a reference's power over that of what values differ from it by; infinite where they do not."""
-    wide = reference.astype(np.float64)
-    noise = float(np.mean((values - wide) ** 2))
-    return float("inf") if noise == 0 else 10 * float(np.log10(float(np.mean(wide**2)) / noise))

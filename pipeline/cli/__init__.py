@@ -22,6 +22,7 @@ from pipeline.cli.limits import raise_open_files
 from pipeline.cli.streams import keep_streams
 from pipeline.errors import HeadraceError, WriteFailed
 from pipeline.tensor.system_errors import sentence
+from stages.quantization.kernels.chosen import kernels_in_use
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +40,7 @@ def _version(asked: bool) -> None:
     if asked:
         from pipeline import __version__
 
-        print(f"headrace {__version__}")
+        print(f"headrace {__version__}\nkernels: {kernels_in_use()}")
         raise typer.Exit
 
 

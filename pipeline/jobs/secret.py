@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import Table
-from pipeline.planning.job import AbsolutePath
+from pipeline.planning.target_options import AbsolutePath
 
 
 class Secret(Table):

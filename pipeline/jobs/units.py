@@ -18,9 +18,10 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.requests import Request
 from pipeline.jobs.rows import Conversion, Unit
-from pipeline.planning.job import Job, Shape, make_job
+from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plans import Plan
+from pipeline.planning.target_options import Shape
 from pipeline.sinks.output_checks import check_taken
 from pipeline.sinks.scratch import DEFAULT_ROOT
 

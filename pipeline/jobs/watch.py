@@ -12,10 +12,12 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from pipeline.documents import MAX_BYTES, parse_json, read_json
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.schedule import Watch
 
@@ -120,9 +122,10 @@ class Watcher:
         return {"config.json", index, *shards}
 
     def _json(self, place: str, name: str) -> Any:
+        path = f"{place}/{name}"
         try:
-            return json.loads(self._files.cat_file(f"{place}/{name}"))
-        except (ValueError, FileNotFoundError):  # half-written, or gone again
+            return parse_json(self._files.cat_file(path, end=MAX_BYTES + 1)) if self.url else read_json(Path(path))
+        except (ValueError, FileNotFoundError, BadInput):  # half-written, gone again, or no file of JSON
             return None
 
 

@@ -21,8 +21,8 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 def typed_value(config: Mapping[str, Any], keys: tuple[str, ...], kind: str) -> Any:
     """Return the value of the first of `keys` that has one, as `kind` ("int", "float", "str" or "bool"); None where none has.
 
-    Of several booleans one that is true is enough. Raises TypeError for a value of another type, ValueError or OverflowError for a
-    number that is not whole where `kind` is "int".
+    Of several booleans one that is true is enough. Raises TypeError for a value of another type, ValueError for a string that is
+    empty, ValueError or OverflowError for a number that is not whole where `kind` is "int".
     """
     values = [value for value in (lookup(config, key) for key in keys) if value is not None]
     if not values:
@@ -35,6 +35,8 @@ def typed_value(config: Mapping[str, Any], keys: tuple[str, ...], kind: str) -> 
     if kind == "str":
         if not isinstance(value, str):
             raise TypeError
+        if not value:
+            raise ValueError
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
@@ -46,7 +48,7 @@ def typed_value(config: Mapping[str, Any], keys: tuple[str, ...], kind: str) -> 
 
 def wrong_type(file: str, keys: tuple[str, ...], config: Mapping[str, Any], kind: str) -> Problem:
     """Return the problem of the first of `keys` that has a value, which is not of `kind`."""
-    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}[kind]
+    expected = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string, not empty"}[kind]
     key = next(key for key in keys if lookup(config, key) is not None)
     return Problem(f"{file}: {key}", repr(lookup(config, key)), expected)
 

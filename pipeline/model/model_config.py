@@ -245,4 +245,8 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
             problems.append(Problem(subject("num_experts"), str(experts), "1 or more: the model has experts"))
         elif not 1 <= chosen <= experts:
             problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
+    elif values.get("num_experts", 0) > 1:
+        problems.append(
+            Problem(subject("num_experts"), str(values["num_experts"]), "none: models of this architecture have no experts")
+        )
     return problems

@@ -121,6 +121,10 @@ class Runtime:
         The attention of each algorithm that replaces a class's own.
     no_experts
         The algorithms in which it has no experts, each with the reason; `experts_remedy`: what a plan advises.
+    always_plain
+        The patterns of modules that are never quantized, which stand in every list of excluded modules.
+    may_be_plain
+        By algorithm, the modules that may stay in 16 bits beside codes, by the ends of their names.
     group_sizes
         The in-features that may share a scale, in the kernels of GPTQ and AWQ.
     grouped
@@ -140,6 +144,8 @@ class Runtime:
     attention: Mapping[str, AttentionVariant]
     no_experts: Mapping[str, str]
     experts_remedy: str
+    always_plain: tuple[str, ...]
+    may_be_plain: Mapping[str, tuple[str, ...]]
     group_sizes: tuple[int, ...]
     grouped: tuple[str, ...]
     misarranged: tuple[int, ...]
@@ -165,6 +171,8 @@ def runtime() -> Runtime:
         attention=attention,
         no_experts=data["experts"]["refused"],
         experts_remedy=data["experts"]["remedy"],
+        always_plain=tuple(data["plain"]["always"]),
+        may_be_plain=_frozen(data["plain"]["modules"]),
         group_sizes=tuple(data["kernels"]["group_sizes"]),
         grouped=tuple(data["kernels"]["grouped"]),
         misarranged=tuple(data["kernels"]["misarranged"]),

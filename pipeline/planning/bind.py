@@ -13,7 +13,7 @@ from pipeline.tensor.placement import size
 from stages.read import OpenBlock
 from stages.read.scratch_chunks import OpenChunk, ScratchChunk
 from stages.rope import RopeBuffer
-from stages.write import BlockWrite, deliveries
+from stages.write.deliveries import BlockWrite, deliveries
 
 STAGES = ("read", "rename", "unpack", "cast", "quantize")  # those that make blocks, in order
 

@@ -19,8 +19,10 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Parameter, Source, TensorMap, plain
+from stages.quantization.alignment import alignment
+from stages.quantization.kernels.chosen import kernel_problems
 from stages.quantization.sources import format_named
-from stages.quantize import alignment, unfit
+from stages.quantize import unfit
 from stages.rename import LOST, units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
@@ -38,6 +40,11 @@ TYPES = {
     "block_scale": {"F8_E4M3"},
     "group_index": {"I32", "I64"},
 }
+# Of a module that tied embeddings stand in for.
+HEADLESS = (
+    "The model without its head, as embedding models are saved, generates no text: save the whole model, fetch the missing shard, "
+    "or set tie_word_embeddings to true if the embeddings are its head"
+)
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
     "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
@@ -51,6 +58,7 @@ def check_request(opened: OpenedSource) -> list[Problem]:
     """Check the output directories and the options that can be judged without the tensors; returns the problems."""
     problems = [
         *settings_problems(),
+        *kernel_problems(),
         *opened.output_problems,
         *_refused_biases(opened),
         *_unfit_options(opened),
@@ -145,7 +153,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     for name, slot, parameter in expected(sharding, tensors):
         wanted[name] = sharding.shape(slot, _measured(slot, parameter, tensors.get(name), sharding))
         if name not in tensors:
-            remedy = "Fetch the missing shard, or mend the configuration"
+            remedy = HEADLESS if name.module in family.ties else "Fetch the missing shard, or mend the configuration"
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
     for name, array in tensors.items():
         source = str(matches.origin(name))

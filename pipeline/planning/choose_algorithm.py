@@ -13,27 +13,31 @@ from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
 from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, Quantization
 from pipeline.planning.generations import no_generation
-from pipeline.planning.job import Shape
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
+from pipeline.planning.target_options import Shape
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE
 from stages.quantization.cache_scales import of_integers
-from stages.quantization.packed_format import PackedParameter
+from stages.quantization.packed_format import Modules, PackedParameter
 from stages.quantization.sources import format_named
 
 NEEDS_CODES = tuple(row.algorithm for row in QUANTIZATIONS.values() if row.calibrated)
 _DEQUANTIZE = "Give --dequantize, and, where wanted, --use_weight_only or --use_fp8_rowwise"
+_EACH = (
+    f"{_DEQUANTIZE}, or --requantize --group_size 128 for 4 bits in groups: each module is read by its own format, and then all "
+    "are quantized alike"
+)
 
 
 @dataclass(frozen=True)
 class Packing:
     """The packed modules of a source, by the source's own names.
 
-    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations, `outside` those of them that are
-    numbers in every target, as a head is. `settings`: the source's
-    quantization settings; `own`: those of modules of which it says something else than of all.
+    `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `outside`: packed modules that
+    are numbers in every target, as a head is, of a source for which that matters. `settings`: the source's quantization settings;
+    `own`: those of modules of which it says something else than of all.
     """
 
     formats: Mapping[str, str]
@@ -46,7 +50,8 @@ class Packing:
     def format(self) -> str | None:
         """The format of the source's modules; None where they are numbers, or made numbers by unpacking, as GGUF's are."""
         numbers = {name for name in set(self.formats.values()) if format_named(name).numbers}
-        return next((name for name in self.formats.values() if name not in numbers), None)
+        coded = {module: name for module, name in self.formats.items() if name not in numbers}
+        return next((name for module, name in coded.items() if module not in self.outside), next(iter(coded.values()), None))
 
     @property
     def zero_points(self) -> bool:
@@ -71,12 +76,32 @@ def own_dtype(tensors: Mapping[TensorName, LazyTensor], packing: Packing) -> str
 
 def native(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[str | None, int]:
     """TensorRT-LLM's algorithm that takes the source's codes as they are, and their group size; None where there is none."""
-    kind = packing.format
-    if kind is None:
-        return None, 0
-    parameters = by_module(tensors)
+    return (None, 0) if packing.format is None else _native(packing.format, packing, by_module(tensors))
+
+
+def _native(kind: str, packing: Packing, parameters: Modules) -> tuple[str | None, int]:
+    """The same, of the modules of one format. `parameters`: of all modules."""
     modules = {module: parameters[module] for module, name in packing.formats.items() if name == kind}
-    return format_named(kind).native(modules, packing.settings)
+    inside = {module: held for module, held in modules.items() if module not in packing.outside}
+    return format_named(kind).native(inside or modules, packing.settings)
+
+
+def _several(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> list[Problem]:
+    """The problem of a source whose modules are of formats that no single algorithm keeps; none where none keeps any of them."""
+    first: dict[str, str] = {}
+    for module, name in packing.formats.items():
+        if module not in packing.outside:
+            first.setdefault(name, module)
+    if len(first) < 2:
+        return []
+    parameters = by_module(tensors)
+    algorithms = {name: _native(name, packing, parameters)[0] for name in first}
+    if len(set(algorithms.values())) < 2:
+        return []
+    counts = Counter(name for module, name in packing.formats.items() if module not in packing.outside)
+    found = ", ".join(f"{count} modules of {format_named(name).title}" for name, count in counts.most_common())
+    expected = "one algorithm for all of them, as config.json has one"
+    return [Problem(first[counts.most_common()[-1][0]], found, expected, _EACH)]
 
 
 def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> tuple[Quantization, list[Problem]]:
@@ -84,12 +109,16 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     asked, problems = _asked(options)
     own, group_size = native(packing, tensors)
     found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
+    several = [] if options.dequantize or options.requantize else _several(packing, tensors)
     # Codes that no kernel takes are made numbers without being asked: the plan's notes say so.
     numbers = own is None or options.dequantize
     if options.requantize and packing.formats:
         again = asked or (own if own in GROUPWISE else "W4A16_GPTQ")
         algorithm: str | None = again
         problems += _requantized(options, again, group_size)
+    elif several:
+        algorithm = asked or own
+        problems += several
     elif numbers:
         algorithm = asked
         if algorithm in NEEDS_CODES:
@@ -102,7 +131,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
     group = options.group_size or group_size or 128
-    if group_size and not options.requantize and not options.dequantize and options.group_size not in (None, group_size):
+    kept = not (several or options.requantize or options.dequantize)
+    if group_size and kept and options.group_size not in (None, group_size):
         problems.append(
             Problem(f"--group_size {options.group_size}", f"groups of {group_size} in the source", "that size, or no option")
         )
@@ -182,10 +212,8 @@ def clean_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def dequantization_notes(packing: Packing, chosen: Sequence[Quantization], dequantize: bool) -> tuple[str, ...]:
     """Names the formats that are made numbers without being asked to, for the plan. `dequantize`: the option asks for it."""
-    made = [format_named(name) for name in dict.fromkeys(packing.formats.values()) if format_named(name).numbers]
-    first = format_named(packing.format) if packing.format else None
-    if first and all(each.from_numbers for each in chosen):
-        made.append(first)
+    kinds, every = map(format_named, dict.fromkeys(packing.formats.values())), all(each.from_numbers for each in chosen)
+    made = [kind for kind in kinds if kind.numbers or every]
     if dequantize or not made:
         return ()
     targets = ", ".join(dict.fromkeys(each.algorithm or "a 16-bit target" for each in chosen if each.from_numbers))

@@ -12,8 +12,8 @@ from pipeline.model.dtypes import of_numpy
 from pipeline.model.quantization import Quantization
 from pipeline.planning.choose_algorithm import Packing, choose
 from pipeline.planning.cuts import Cuts
-from pipeline.planning.job import Shape, TargetOptions
 from pipeline.planning.opening import OpenedSource
+from pipeline.planning.target_options import Shape, TargetOptions
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placements, RankTensor

@@ -25,10 +25,10 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.tensor.names import by_module
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
+from stages.quantization.alignment import aligned
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import formats
 from stages.quantization.unread import unread_formats
-from stages.quantize import aligned
 from stages.read import find_source, sources
 from stages.read.source_reader import SourceReader
 from stages.rename import match

@@ -10,8 +10,8 @@ from pipeline.model.quantization import FP8_ROWWISE, Quantization
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import CODES, TensorMap
+from stages.quantization.modules import is_quantized
 from stages.quantization.sources import format_named
-from stages.quantize import is_quantized
 
 if TYPE_CHECKING:
     from stages.shard import Sharding

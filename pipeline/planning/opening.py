@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,21 +10,24 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import assumed_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import Family, Layout, families, find_family, layout
+from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes
 from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
-from pipeline.planning.job import Job, TargetOptions
+from pipeline.planning.job import Job
+from pipeline.planning.nearest import unknown_architecture
+from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import printed
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import Source
+from stages.quantization.modules import linear
 from stages.quantization.sources import formats as known_formats
 from stages.quantization.unread import decided, unread
-from stages.quantize import linear
 from stages.read import find_source, open_model
 from stages.read.crc import check_crcs
+from stages.read.huggingface import TOKENIZER
 from stages.read.wrapped_names import no_name_fits
 from stages.rename import Matches, match
 from stages.shard import Embedding, Sharding
@@ -81,7 +84,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     `live_model`: a Hugging Face model in memory, in the place of a checkpoint. `download`: whether missing files of a model on the
     Hub may be fetched. Raises BadInput where there is no source that headrace knows, with the problems of the output directories.
     """
-    outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite)]
+    copied = TOKENIZER if job.copy_tokenizer else ()
+    outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite, copied)]
     outputs = outputs or check_apart([target.output_dir for target in job.targets])
     try:
         source = _open_source(job, live_model, download)
@@ -110,7 +114,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
     if source.tensors and not matches.names and not unreadable:
         raise BadInput([no_name_fits(source, family), *outputs])
-    outside = _outside(examined.ordered, matches, target)
+    outside = _outside(formats if len(set(formats.values())) > 1 else examined.ordered, matches, target)
     damaged, crc_notes = _crcs(job, source)
     packing = Packing(formats, examined.ordered, settings, examined.own, outside)
     return OpenedSource(
@@ -154,11 +158,7 @@ def _crcs(job: Job, source: Source) -> tuple[list[Problem], list[str]]:
 def _family(source: Source) -> Family:
     family = find_family(source.container, source.architecture)
     if family is None:
-        known: Sequence[str] = sorted(
-            name for family in families() if family.container == source.container for name in family.architectures
-        )
-        subject = f"{source.config_name}: architecture"
-        raise BadInput([Problem(subject, source.architecture or "none", f"one of {', '.join(known)}")])
+        raise BadInput([unknown_architecture(source)])
     return family
 
 
@@ -177,12 +177,12 @@ def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sha
     return Sharding(layout(family.layout), model, options.parallelism, embedding)
 
 
-def _outside(ordered: Sequence[str], matches: Matches, target: Layout) -> frozenset[str]:
+def _outside(packed: Collection[str], matches: Matches, target: Layout) -> frozenset[str]:
     """Those of some packed modules that no target quantizes."""
-    if not ordered:
+    if not packed:
         return frozenset()
     slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
-    found = {module: slots.get(module) for module in ordered}
+    found = {module: slots.get(module) for module in packed}
     return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
 
 

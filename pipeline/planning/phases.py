@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
 from pipeline.tensor.arrays import BlockArray
+from pipeline.tensor.noted import NotedArray
 from pipeline.tensor.placement import Located, Placement, Placements, Region, size
 
 
@@ -104,19 +105,38 @@ class Phase:
 
 
 def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]:
-    """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order."""
+    """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order.
+
+    What is noted while a block is made follows it in its task.
+    """
     groups: list[Group] = []
     group: list[tuple[Store, tuple[int, ...]]] = []
     filled = 0
+    noted = _noted(stores)
+    behind = {id(store) for stores_of in noted.values() for store in stores_of}
     for store in stores:
+        if id(store) in behind:
+            continue
         for index in store.arrays[0].grid.regions:
             nbytes = store.block_bytes(index)
             if group and filled + nbytes > block_bytes:
                 groups.append(tuple(group))
                 group, filled = [], 0
-            group.append((store, index))
+            group += [(each, index) for each in (store, *noted.get(id(store), ()))]
             filled += nbytes
     return (*groups, tuple(group)) if group else tuple(groups)
+
+
+def _noted(stores: Sequence[Store]) -> dict[int, list[Store]]:
+    """The stores of numbers that are noted while the blocks of another store are made, by the id of that."""
+    makers = {id(array): store for store in stores for array in store.arrays}
+    result: dict[int, list[Store]] = {}
+    for store in stores:
+        values = [id(array.of) for array in store.arrays if isinstance(array, NotedArray)]
+        maker = next((makers[each] for each in values if each in makers), None)
+        if maker:
+            result.setdefault(id(maker), []).append(store)
+    return result
 
 
 class Phased(Protocol):

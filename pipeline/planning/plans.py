@@ -19,9 +19,10 @@ from pipeline.planning.dask_graph import whole_graph
 from pipeline.planning.engine_options import EngineRequest, job_requests
 from pipeline.planning.graph import PlanGraph, collapse
 from pipeline.planning.graph_nodes import GraphNode
-from pipeline.planning.job import Job, TargetOptions
+from pipeline.planning.job import Job
 from pipeline.planning.memory import Budget
 from pipeline.planning.phases import Phase
+from pipeline.planning.target_options import TargetOptions
 from pipeline.sinks.output import Output
 from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup

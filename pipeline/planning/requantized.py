@@ -14,7 +14,7 @@ from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import by_module
 from pipeline.tensor.tensors import CODES
 from stages.quantization import numbers
-from stages.quantize import linear, signal_to_noise
+from stages.quantization.modules import linear
 from stages.read import read
 from stages.rename import rename
 
@@ -63,3 +63,10 @@ def _error(weight: BlockArray, quantization: Quantization) -> float:
     rows = ((0, min(ROWS, weight.shape[0])), (0, weight.shape[1]))
     before, after = (np.asarray(read_block(array, (0, 0)).read(rows)) for array in (weight, again))
     return signal_to_noise(after, before)
+
+
+def signal_to_noise(values: np.ndarray, reference: np.ndarray) -> float:
+    """Decibels of a reference's power over that of what values differ from it by; infinite where they do not."""
+    wide = reference.astype(np.float64)
+    noise = float(np.mean((values - wide) ** 2))
+    return float("inf") if noise == 0 else 10 * float(np.log10(float(np.mean(wide**2)) / noise))

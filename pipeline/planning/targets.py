@@ -11,9 +11,9 @@ from pipeline.model.quantization import Quantization
 from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
 from pipeline.planning.compose import TargetTensors
-from pipeline.planning.job import TargetOptions
 from pipeline.planning.opening import OpenedSource
 from pipeline.planning.plans import VERSION, Target
+from pipeline.planning.target_options import TargetOptions
 from pipeline.sinks.output import Output
 from pipeline.sinks.rank_file import rank_file
 from pipeline.tensor.placement import RankTensor

@@ -10,28 +10,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.planning.plans import VERSION
-from pipeline.reporting.tasks import Advance, run_tasks
+from pipeline.reporting.one_reading import match, read_once
+from pipeline.reporting.tasks import Advance
 from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.read import find_source
 from stages.read.ranks import open_checkpoint
 from stages.read.tokenizer import open_tokenizer
-from stages.verify.contract.integrity import check_tensor, checksums, headers
-from stages.verify.forward.logits import compare_logits
-from stages.verify.roundtrip.comparison import compare
-from stages.verify.roundtrip.findings import FiguresByTensor
-from stages.verify.roundtrip.matching import SourceMatch, match_source
-from stages.verify.roundtrip.original import Original
+from stages.verify.contract.integrity import checksums, headers
 from stages.verify.roundtrip.scalars import check_scalars
-from stages.verify.roundtrip.settings import check_settings
-from stages.verify.values import one_thread_each
 
 TOKENS = 32  # random ones, where there is no prompt
 
@@ -165,19 +159,31 @@ def verify(
         findings = [Finding("integrity", problem) for problem in error.problems]
         facts = {"tensors": 0, "bytes": 0, "checksums": 0, "seconds": round(time.perf_counter() - started, 3)}
         return Verification(directory, location, tuple(findings), facts, None, None, time.perf_counter() - started)
-    with one_thread_each():
-        findings, integrity = _integrity(checkpoint, workers, advance)
-        round_trip = None
-        if opened and not findings:
-            # Tensors that are not where config.json says cannot be compared.
-            differences, round_trip, original, matched = _round_trip(checkpoint, opened, workers, advance)
-            findings += differences
+    problems = list(headers(checkpoint))
+    matched = match(checkpoint, opened) if opened and not problems else None
+    found, figures = read_once(checkpoint, matched, workers, advance)
+    problems += found
+    findings = [Finding("integrity", problem) for problem in problems]
+    sizes = [tensor_bytes(tensor) for rank in checkpoint.ranks for tensor in rank.values()]
+    integrity: dict[str, Any] = {"tensors": len(sizes), "bytes": sum(sizes), "checksums": sum(1 for _ in checksums(checkpoint))}
+    round_trip: dict[str, Any] | None = None
+    if opened and matched and not findings:
+        # Tensors that are not where config.json says, or are damaged, are not compared.
+        wrong = list(matched.problems) or list(check_scalars(checkpoint, matched.origins, opened.tensors))
+        findings += [Finding("round trip", problem) for problem in (*wrong, *figures.problems(checkpoint))]
+        round_trip = {"bytes": opened.nbytes, "tensors": figures.summary(checkpoint, matched.origins)}
+    seconds = round(time.perf_counter() - started, 3)  # of one reading, for both
+    integrity["seconds"] = seconds
+    if round_trip is not None:
+        round_trip["seconds"] = seconds
     computed = None
-    if logits and opened and round_trip is not None and not findings:
+    if logits and opened and matched and round_trip is not None and not findings:
         # Where the values are the source's own, the source itself must compute the same.
         lossless = all(row["snr_db"] is None for row in round_trip["tensors"])
         ids = None if prompt is None else open_tokenizer(opened.location).encode(prompt)
-        problems, computed = compare_logits(checkpoint, original, matched, lossless, ids, tokens, advance)
+        from stages.verify.forward.logits import compare_logits  # torch, which nothing else here needs
+
+        problems, computed = compare_logits(checkpoint, matched.original, matched.origins, lossless, ids, tokens, advance)
         findings += [Finding("logits", problem) for problem in problems]
     return Verification(directory, location, tuple(findings), integrity, round_trip, computed, time.perf_counter() - started)
 
@@ -194,45 +200,3 @@ def _silent(*_: Any) -> None:
 def _open_source(source: Path | str, quant_ckpt_path: Path | None) -> Source:
     path = Path(source)
     return find_source(path if path.exists() else source, None, quant_ckpt_path, None, download=False)
-
-
-def _integrity(checkpoint: Checkpoint, workers: int, advance: Advance) -> tuple[list[Finding], dict[str, Any]]:
-    """Check headers and checksums; returns the findings, and the facts of the level as plain values."""
-    started = time.perf_counter()
-    problems = list(headers(checkpoint))
-    work = [(check_tensor, (checkpoint, rank, name), nbytes) for rank, name, nbytes in checksums(checkpoint)]
-    problems += [problem for problem in run_tasks("integrity", work, workers, advance) if problem]
-    sizes = [tensor_bytes(tensor) for rank in checkpoint.ranks for tensor in rank.values()]
-    facts = {"tensors": len(sizes), "bytes": sum(sizes), "checksums": len(work), "seconds": round(time.perf_counter() - started, 3)}
-    return [Finding("integrity", problem) for problem in problems], facts
-
-
-def _round_trip(
-    checkpoint: Checkpoint, source: Source, workers: int, advance: Advance
-) -> tuple[list[Finding], dict[str, Any], Original, SourceMatch]:
-    """Compare every value with the source's; returns the findings, the facts of the level, the source as numbers and the match."""
-    started = time.perf_counter()
-    options = checkpoint.provenance.get("options", {})
-    # Where the conversion was told a factor of scaled positions, the source itself does not say one.
-    told = {key: options[key] for key in ("rope_scaling_factor",) if key in options and source.container == "meta"}
-    original = Original(replace(source, config={**source.config, **told}))
-    shapes = {name: original.shape(name) for name in original.names()}
-    matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))
-    options = checkpoint.provenance.get("options", {})
-    problems = [*matched.problems, *check_settings(checkpoint.config, original.config, options)]
-    figures_by_tensor = FiguresByTensor()
-    if not problems:
-        problems += check_scalars(checkpoint, (origin for task in matched.tasks for origin in task.origins), source.tensors)
-        options = checkpoint.provenance.get("options", {})
-        made = any(str(note).startswith("dequantized:") for note in checkpoint.provenance.get("notes", ()))
-        kept = not (options.get("requantize") or options.get("dequantize") or made)
-        work = [(compare, (checkpoint, original, task, kept), task.elements(shapes)) for task in matched.tasks]
-        for figures in run_tasks("round trip", work, workers, advance):
-            figures_by_tensor.add(figures)
-        problems += figures_by_tensor.problems(checkpoint)
-    facts = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "bytes": source.nbytes,
-        "tensors": figures_by_tensor.summary(checkpoint, matched.tasks),
-    }
-    return [Finding("round trip", problem) for problem in problems], facts, original, matched

@@ -101,8 +101,8 @@ def execute(
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
+    plan = _tidy(plan)
     up_to_date = plan.up_to_date and not plan.job.overwrite
-    _tidy(plan)
     if up_to_date:
         for cut in plan.scratch:
             cut.release()
@@ -293,17 +293,27 @@ def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | N
     return runner(job.scheduler, plan.budget.workers, resources, watch, listen, job.performance_report)
 
 
-def _tidy(plan: Plan) -> None:
-    """Look after what is whole already: the journal that a run left which was stopped just then, and the disk, with `--sync`."""
+def _tidy(plan: Plan) -> Plan:
+    """Look after what is whole already: the journal that a run left which was stopped just then, and the disk.
+
+    An output that an earlier boot left to the system to write is held against its checksums; with `--sync` all are brought to disk.
+    Returns the plan, with a note for each output that a power cut has damaged.
+    """
+    damaged = []
     for sink in (*plan.scratch, *(target.output for target in plan.targets)):
         if sink.complete:
             sink.forget_journal()
-    if plan.job.sync and not plan.job.overwrite:
-        for output in (target.output for target in plan.targets if target.output.complete):
-            try:
+    if plan.job.overwrite:
+        return plan
+    for output in (target.output for target in plan.targets if target.output.complete):
+        try:
+            if output.doubtful and not output.settle():
+                damaged.append(f"{output.directory} is not as it was written before the machine was started again: it is made anew")
+            elif plan.job.sync:
                 output.flush()
-            except OSError as error:
-                raise WriteFailed(f"{output.directory} cannot be brought to the disk: {error.strerror or error}") from error
+        except OSError as error:
+            raise WriteFailed(f"{sentence(error)}; {output.directory} cannot be looked at or brought to the disk") from error
+    return replace(plan, notes=(*plan.notes, *damaged)) if damaged else plan
 
 
 def _places(plan: Plan) -> str:

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput, Problem, SourceChanged
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.planning.job import Shape, make_job
+from pipeline.planning.job import make_job
 from pipeline.planning.keywords import Dtype, LoadOptions
+from pipeline.planning.target_options import Shape
 from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
 from pipeline.tensor.system_errors import refusing
+from stages.read.changing import moved
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,7 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         output = plan.targets[0].output
         self.config: Mapping[str, Any] = json.loads(output.config)
         self._tensors = output.files[rank].tensors
+        self._files = plan.source.files
         self._parts: dict[str, list[_Part]] = {name: [] for name in self._tensors}
         for store in plan.phases[-1].stores:
             for placement in store.placed(0):
@@ -59,7 +62,11 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         return name in self._tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, in host memory. Raises KeyError for a name that the rank does not have, BadInput where reading fails."""
+        """The tensor, in host memory.
+
+        Raises KeyError for a name that the rank does not have, BadInput where reading fails, and SourceChanged where the source is
+        not as it was when it was loaded: tensors of before and after would be of two models.
+        """
         tensor = self._tensors[name]
         # Padding is zeros.
         shape, dtype = tensor.stored
@@ -67,6 +74,8 @@ class RankWeights(Mapping[str, "torch.Tensor"]):
         with refusing(name, "a source that can be read"):
             for part in self._parts[name]:
                 part.copy_to(result)
+        if changed := moved(self._files):
+            raise SourceChanged(changed, "load it anew")
         values = result.reshape(-1).view(BY_TARGET[tensor.dtype].numpy).reshape(tensor.shape)
         return as_torch(values, tensor.dtype)
 

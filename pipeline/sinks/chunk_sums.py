@@ -20,8 +20,11 @@ def chunk_parts(entries: Iterable[Mapping[str, Any]]) -> dict[str, list[Part]]:
 
 
 def recorded_parts(attributes: Mapping[str, Any]) -> dict[str, list[Part]]:
-    """The parts of chunks that a group's attributes say, by the chunks' names in the group."""
-    return {name: list(map(_part, parts)) for name, parts in attributes.get(SUMS, {}).items()}
+    """The parts of chunks that a group's attributes say, by the chunks' names in the group; none where they say no such thing."""
+    try:
+        return {str(name): list(map(_part, parts)) for name, parts in attributes[SUMS].items()}
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return {}
 
 
 def sums_entry(parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from pipeline.documents import parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.filesystem import try_lock
@@ -64,6 +65,8 @@ class Journal:
         """Empty the journal and write `owner` as its first line."""
         with naming(self.path):
             os.ftruncate(self._file, 0)
+            if self.entries:  # which would speak for files that are about to be made anew
+                os.fdatasync(self._file)
         self.append(owner)
         self.owner, self.entries = dict(owner), []
 
@@ -101,12 +104,12 @@ class Journal:
         entries: list[dict[str, Any]] = []
         valid_bytes = sure = 0  # `sure`: how many entries are certainly true of the files on disk
         for line in lines[:-1]:
-            digest, _, text = line.partition(b" ")
-            if xxhash.xxh3_64_hexdigest(text).encode() != digest:
+            found = _parsed(line, first=not entries)
+            if found is None:
                 break
-            entries.append(json.loads(text))
+            entries.append(found)
             valid_bytes += len(line) + 1
-            boot = entries[-1].pop("boot")
+            boot = found.pop("boot")
             # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
             if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
                 sure = len(entries)
@@ -117,12 +120,43 @@ class Journal:
         return (entries[0], entries[1:sure]) if entries else (None, [])
 
 
+def _parsed(line: bytes, first: bool) -> dict[str, Any] | None:
+    """The object of a line; None where it is torn, or no line of a journal. The first names a job, and no tasks."""
+    digest, _, text = line.partition(b" ")
+    if xxhash.xxh3_64_hexdigest(text).encode() != digest:
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("boot"), str):
+        return None
+    return value if first or (_numbers(value.get("done")) and _sums(value.get("sums"))) else None
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _sums(values: Any) -> bool:
+    """Whether these are the checksums of an entry: [rank or chunk, offset, bytes, xxh3] of each part."""
+    return isinstance(values, list) and all(
+        isinstance(each, list) and [type(value) for value in each[1:]] == [int, int, str] and type(each[0]) in (int, str)
+        for each in values
+    )
+
+
 def boot_id() -> str:
     """Return the kernel's id of the current boot; "" where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def boot_mark() -> str:
+    """A name of the current boot that says nothing of the machine, to be kept in files that travel; "" where there is none."""
+    return xxhash.xxh3_64_hexdigest(boot_id().encode()) if boot_id() else ""
 
 
 def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, Any]:

@@ -9,25 +9,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, boot_mark
+from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.placement import Located, Region
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 if TYPE_CHECKING:
-    from pipeline.sinks.rank_file import RankFile, RankFileTensor
+    from pipeline.sinks.rank_file import RankFile
 
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
@@ -152,7 +150,7 @@ class Output:
         `entries` are the journal's; `timings` go into headrace.json as they are. Stopped half-way, it can be done again.
         With `sync` all of it is on the disk before config.json is, whoever wrote it. Raises OSError where the disk fails.
         """
-        checksums = self._checksums(entries)
+        checksums = output_sums(self.files, entries)
         if self.sync:
             sync_files(file.partial if file.partial.exists() else file.path for file in self.files)
         for file in self.files:
@@ -163,13 +161,14 @@ class Output:
             sync_files(self.directory / path.name for path in self.copies)
             sync_names(self.directory)
         copied = [path.name for path in self.copies]
-        provenance = {**self.provenance, "id": self.id, "copied": copied, "timings": dict(timings), "xxh3": checksums}
+        said = {"id": self.id, "boot": "" if self.sync else boot_mark(), "copied": copied}
+        provenance = {**self.provenance, **said, "timings": dict(timings), "xxh3": checksums}
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
             _replace(self.directory / name, text, self.sync)
 
     def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]:
         """The files of which a journal's entries say that bytes of them are written."""
-        return {str(self.files[rank].partial) for entry in entries for rank, *_ in entry["sums"]}
+        return {str(self.files[rank].partial) for entry in entries for rank, *_ in entry["sums"] if rank in range(len(self.files))}
 
     def flush(self) -> None:
         """Bring a whole output to the disk, as a run without `sync` has left that to the system.
@@ -178,6 +177,46 @@ class Output:
         """
         sync_files(self.paths)
         sync_names(self.directory)
+        provenance = read_object(self.directory / PROVENANCE)
+        if provenance.get("boot") != "":
+            _replace(self.directory / PROVENANCE, json.dumps({**provenance, "boot": ""}, indent=1) + "\n", sync=True)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a whole output was left to the system to bring to disk, in another boot than this.
+
+        The machine may have lost power before that was done, and have kept the names and sizes of files without their contents.
+        """
+        return self.complete and read_object(self.directory / PROVENANCE).get("boot", "unknown") not in ("", boot_mark())
+
+    def settle(self) -> bool:
+        """Hold a doubtful output against its checksums: then it is on the disk and says so, or it is whole no more.
+
+        Returns whether it is whole. Raises OSError where it cannot be read, BadInput where another job is at work on it.
+        """
+        with self._held():
+            if not self.doubtful:  # another job has looked meanwhile
+                return self.complete
+            sums = read_object(self.directory / PROVENANCE).get("xxh3")
+            if as_written(self.files, sums) and copied_as_they_are(self.copies, self.directory):
+                with suppress(OSError):  # of a file system that is mounted read-only
+                    self.flush()
+                return True
+            self.mark.unlink(missing_ok=True)
+            return False
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep other jobs from a whole output, where it can be written at all."""
+        try:
+            journal = Journal(self.directory / JOURNAL)
+        except OSError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            journal.remove()
 
     def forget_journal(self) -> None:
         """Remove the journal that a run left which ended between config.json and it; not that of a run under way."""
@@ -200,41 +239,6 @@ class Output:
         for path in self.directory.iterdir():
             if path.name != JOURNAL:  # check_output has made sure that headrace wrote everything here
                 path.unlink()
-
-    def _checksums(self, entries: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[list[Any]]]]:
-        """Collect {file: {tensor: [[bytes, xxh3], ...]}} from the journal's entries, for a tensor's parts in order.
-
-        Where a tensor has a single part, that is the plain xxh3 of its bytes. Raises RuntimeError for a part that belongs to no
-        tensor.
-        """
-        parts: dict[int, dict[int, tuple[int, str]]] = defaultdict(dict)
-        for entry in entries:
-            for rank, offset, nbytes, digest in entry["sums"]:
-                parts[rank][offset] = (nbytes, digest)
-        result = {}
-        for rank, file in enumerate(self.files):
-            sums = {name: _tensor_checksum(tensor, parts[rank]) for name, tensor in file.tensors.items()}
-            if parts[rank]:
-                raise RuntimeError(f"{file.path}: {len(parts[rank])} parts were written that belong to no tensor")
-            result[file.path.name] = sums
-        return result
-
-
-def _tensor_checksum(tensor: RankFileTensor, parts: dict[int, tuple[int, str]]) -> list[list[Any]]:
-    """Remove a tensor's parts from `parts` (by offset in the file), and return their [bytes, xxh3] in order."""
-    result: list[list[Any]] = []
-    offset, end = tensor.offset, tensor.offset + tensor.nbytes
-    while offset < end and offset in parts:
-        nbytes, digest = parts.pop(offset)
-        result.append([nbytes, digest])
-        offset += nbytes
-    if offset < end:
-        # Padding rows at the end are never written: they are the zeros of the reserved file.
-        padding = xxhash.xxh3_64()
-        for start in range(offset, end, 1 << 20):
-            padding.update(bytes(min(1 << 20, end - start)))
-        result.append([end - offset, padding.hexdigest()])
-    return result
 
 
 def _replace(path: Path, text: str, sync: bool) -> None:

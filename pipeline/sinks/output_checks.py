@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
 
-from pipeline.documents import read_document, read_object
+from pipeline.documents import MAX_BYTES, parse_json, read_document, read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
 from pipeline.tensor.filesystem import NOT_THERE
@@ -25,10 +24,11 @@ T = TypeVar("T")
 _OWN_FILES = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
 
 
-def check_output(directory: Path, overwrite: bool) -> list[Problem]:
+def check_output(directory: Path, overwrite: bool, copied: Collection[str] = ()) -> list[Problem]:
     """Check that an output can go to `directory`: it can be written, and holds nothing but what headrace wrote.
 
-    `overwrite`: a TensorRT-LLM checkpoint that headrace did not write may be replaced. Returns the problems found.
+    `overwrite`: a TensorRT-LLM checkpoint that headrace did not write may be replaced. `copied`: the names of files that the job
+    may copy there, as a power cut may leave copies and nothing of what says that they are. Returns the problems found.
     """
     if not directory.exists():
         return _writable(directory)
@@ -37,8 +37,8 @@ def check_output(directory: Path, overwrite: bool) -> list[Problem]:
     names = {path.name for path in directory.iterdir()}
     if not names:
         return _writable(directory)
-    copied = _copied(directory)
-    foreign = sorted(name for name in names if not _OWN_FILES.fullmatch(name) and name not in copied)
+    ours = _copied(directory) | (set(copied) if names & {PROVENANCE, JOURNAL} else set())
+    foreign = sorted(name for name in names if not _OWN_FILES.fullmatch(name) and name not in ours)
     if foreign:
         found = f"files that headrace did not write ({', '.join(foreign[:4])})"
         return [Problem(f"--output_dir {directory}", found, "a new or empty directory", "Choose another --output_dir")]
@@ -77,10 +77,11 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
         finished, begun = output.directory / CONFIG, output.directory / JOURNAL
         if overwrite or output.complete:
             continue
-        blank = [path for path in (finished, output.directory / PROVENANCE) if path.exists() and _blank(path)]
-        whole = finished.exists() and not blank
+        files = ((finished, output.config), (output.directory / PROVENANCE, ""))
+        torn = [path for path, intended in files if path.exists() and _torn(path, intended)]
+        whole = finished.exists() and not torn
         said = (_owner(begun), _provenance(output.directory) if finished.exists() else {})
-        if whole or {each["id"] for each in said if "id" in each} - {output.id}:
+        if whole or {str(each["id"]) for each in said if "id" in each} - {output.id}:
             found = f"{'a finished' if whole else 'an unfinished'} conversion of another source or with other options"
             remedy = "Give --overwrite to start afresh"
             problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
@@ -91,8 +92,9 @@ def _owner(path: Path) -> dict[str, Any]:
     """Return the object on the first line of a journal; empty where there is no valid line."""
     try:
         with path.open("rb") as file:
-            digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
-        return dict(json.loads(text)) if xxhash.xxh3_64_hexdigest(text).encode() == digest else {}
+            digest, _, text = file.readline(MAX_BYTES).rstrip(b"\n").partition(b" ")
+        value = parse_json(text) if xxhash.xxh3_64_hexdigest(text).encode() == digest else {}
+        return value if isinstance(value, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -108,10 +110,14 @@ def _provenance(directory: Path) -> dict[str, Any]:
     return read_object(directory / PROVENANCE)
 
 
-def _blank(path: Path) -> bool:
-    """Whether a file has nothing, or zeros alone, in it: so a power cut leaves one whose contents had not come to the disk."""
+def _torn(path: Path, intended: str) -> bool:
+    """Whether a power cut has left a JSON file empty, with zeros in it, or with the beginning alone of the text `intended`.
+
+    Other contents may be somebody's.
+    """
     with suppress(OSError, BadInput):
-        return not read_document(path)[0].strip(b"\0 \n")
+        data = read_document(path)[0]
+        return not data.strip() or b"\0" in data or (len(data) < len(intended) and intended.encode().startswith(data))
     return False
 
 

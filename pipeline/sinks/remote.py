@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import MAX_BYTES, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
-from pipeline.sinks.chunk_sums import SUMS, chunk_parts, sums_entry
+from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.zarr_files import array_attributes
+from pipeline.sinks.zarr_files import METADATA, array_attributes
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
 
@@ -116,10 +117,7 @@ class RemoteGroup:
         attributes = self._attributes()
         if attributes.get("id") != self.id or not attributes.get("complete"):
             return {}
-        sums = attributes.get(SUMS, {})
-        return {
-            f"{self.url}/{name}": [(int(part[0]), int(part[1]), str(part[2])) for part in parts] for name, parts in sums.items()
-        }
+        return {f"{self.url}/{name}": parts for name, parts in recorded_parts(attributes).items()}
 
     def vouched(self, _entries: Iterable[Mapping[str, Any]]) -> set[str]:
         """The files that a run has to bring to the disk: none, as a store has what it was given."""
@@ -181,12 +179,16 @@ class RemoteGroup:
         return self.directory / f"headrace-{self.id}.journal"
 
     def _attributes(self) -> dict[str, Any]:
-        import zarr
+        """The group's attributes; none where there is no group. Its metadata are read bounded, as those on a disk are."""
+        import fsspec
 
+        files, path = fsspec.core.url_to_fs(self.url)
         try:
-            return dict(zarr.open_group(self.url, mode="r").attrs)
+            metadata = parse_json(files.cat_file(f"{path}/{METADATA}", end=MAX_BYTES + 1))
         except (OSError, ValueError):
             return {}
+        attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+        return attributes if isinstance(attributes, dict) else {}
 
 
 def _update_attributes(url: str, values: Mapping[str, Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
@@ -29,11 +31,16 @@ def list_scratch(root: Path) -> list[ScratchCut]:
     """List the cuts in a scratch directory, sorted by path."""
     cuts = []
     for directory in sorted(root.glob("*.zarr")):
-        attributes = read_attributes(directory)
+        attributes = read_attributes(directory, surely=True)
         if attributes.get("headrace") == "scratch":
             nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-            cuts.append(ScratchCut(directory, attributes["stage"], attributes["source"], attributes["complete"], nbytes))
+            cuts.append(_cut(directory, attributes, nbytes))
     return cuts
+
+
+def _cut(directory: Path, attributes: Mapping[str, Any], size_bytes: int) -> ScratchCut:
+    stage, source = (str(attributes.get(key, "unknown")) for key in ("stage", "source"))
+    return ScratchCut(directory, stage, source, attributes.get("complete") is True, size_bytes)
 
 
 @refusing("the scratch directory", "files that can be read")

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.documents import read_json
+from pipeline.errors import BadInput
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.syncing import sync_directory, sync_files
 
@@ -25,9 +27,13 @@ def write_group(directory: Path, attributes: Mapping[str, Any], sync: bool = Fal
     _write(directory, {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}, sync)
 
 
-def read_attributes(directory: Path) -> dict[str, Any]:
-    """Read the attributes of a group; none where there is no group."""
-    return dict(_read(directory).get("attributes", {}))
+def read_attributes(directory: Path, surely: bool = False) -> dict[str, Any]:
+    """Read the attributes of a group; none where there is no group.
+
+    `surely`: raise OSError where the metadata is there and cannot be read; otherwise that is as good as none.
+    """
+    attributes = _read(directory, surely).get("attributes")
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def has_metadata(directory: Path) -> bool:
@@ -35,10 +41,14 @@ def has_metadata(directory: Path) -> bool:
     return "node_type" in _read(directory)
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path, surely: bool = False) -> dict[str, Any]:
     try:
-        metadata = json.loads((directory / METADATA).read_text())
-    except (OSError, ValueError):
+        metadata = read_json(directory / METADATA)
+    except (FileNotFoundError, NotADirectoryError, ValueError, BadInput):
+        return {}
+    except OSError:
+        if surely:
+            raise
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

@@ -100,10 +100,12 @@ class BlockArray(ABC):
         The stage that made it, "" until a pipeline of stages says so, once.
     """
 
-    __slots__ = ("_name", "dtype", "grid", "inputs", "stage")
+    __slots__ = ("_hash", "_name", "dtype", "grid", "inputs", "stage")
 
     def __init__(self, cut: Grid, dtype: np.dtype, inputs: tuple[BlockArray, ...] = ()) -> None:
         self.grid, self.dtype, self.inputs, self.stage, self._name = cut, dtype, inputs, "", ""
+        # Taken once, as that of what is derived many times over goes through all that it is derived of.
+        self._hash = hash((id(cut), inputs)) if inputs else id(self)
 
     @abstractmethod
     def naming(self) -> str:
@@ -118,7 +120,7 @@ class BlockArray(ABC):
         return [(array, index) for array in self.inputs]
 
     def __hash__(self) -> int:
-        return hash((id(self.grid), self.inputs)) if self.inputs else id(self)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         """Whether the same is made of the same inputs, which a name tells; without inputs, whether it is the same object."""

@@ -18,7 +18,8 @@ from pipeline.tensor.placement import Region, extent, intersect, shift, slices, 
 from pipeline.tensor.tensors import Block
 
 # Makes the values of a region from whole inputs, which it reads as much of as it needs.
-Make = Callable[..., np.ndarray]
+# What numbers are noted beside them (pipeline/tensor/noted.py), the pair of both.
+Make = Callable[..., Any]
 NOTHING = np.empty(0)
 UNOWNED: dict[str, int] = {}  # of blocks that keep no rows
 
@@ -66,7 +67,8 @@ class Derived(Block):
         return Derived, (self.region, self.dtype, self.make, self.inputs, self.arguments, self.ahead)
 
     def _make(self, region: Region) -> np.ndarray:
-        return self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)
+        values: np.ndarray = self.make(shift(region, [start for start, _ in self.region]), **self.inputs, **self.arguments)
+        return values
 
 
 class Mosaic(Block):
@@ -105,11 +107,16 @@ class Derivation(NamedTuple):
 
     def block(self, region: Region, values: Sequence[Any], blocks: Sequence[Block]) -> Block:
         """The block of a region, of all blocks of the inputs, one input after the other, without reading them."""
+        arguments = dict(zip(self.names, values, strict=True))
+        return Derived(region, self.dtype, self.make, self.inputs_of(blocks), arguments, self.ahead)
+
+    def inputs_of(self, blocks: Sequence[Block]) -> dict[str, Block]:
+        """Each input as one block, of all blocks of the inputs, one input after the other."""
         inputs, rest = {}, list(blocks)
         for key, (dtype, cut) in zip(self.keys, self.inputs, strict=True):
             own, rest = rest[: len(cut.regions)], rest[len(cut.regions) :]
             inputs[key] = own[0] if len(own) == 1 else Mosaic(cut.shape, dtype, tuple(cut.regions.values()), own)
-        return Derived(region, self.dtype, self.make, inputs, dict(zip(self.names, values, strict=True)), self.ahead)
+        return inputs
 
 
 class OpenDerived(NamedTuple):
@@ -165,11 +172,29 @@ def derive(
     chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
     Derived.
     """
+    kind, arrays = derivation_of(
+        label, make, inputs, shape=shape, dtype=dtype, rows=rows, columns=columns, ahead=ahead, names=tuple(arguments)
+    )
+    return DerivedArray(kind, arrays, tuple(arguments.values()))
+
+
+def derivation_of(
+    label: str,
+    make: Make,
+    inputs: Mapping[str, BlockArray],
+    *,
+    shape: Sequence[int],
+    dtype: np.dtype,
+    rows: Sequence[int] | None = None,
+    columns: Sequence[int] | None = None,
+    ahead: int = 0,
+    names: tuple[str, ...] = (),
+) -> tuple[Derivation, tuple[BlockArray, ...]]:
+    """The kind of a derived array, and its inputs. `names`: of the arguments; the others are those of `derive`."""
     arrays = tuple(map(block_array, inputs.values()))
     cut = (tuple(shape), rows if rows is None else tuple(rows), columns if columns is None else tuple(columns))
     of_inputs = tuple([(array.dtype, array.grid) for array in arrays])
-    kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, tuple(arguments), ahead)
-    return DerivedArray(kind, arrays, tuple(arguments.values()))
+    return _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead), arrays
 
 
 @lru_cache(maxsize=1 << 12)

@@ -1,4 +1,4 @@
-"""Small floats as float32, by tables of all their values.
+"""Small floats as float32, those of 4 bits and the powers of two by tables of all their values.
 
 e4m3 is float8_e4m3fn; e2m1 has a sign, two bits of exponent and one of mantissa; e8m0 is a power of two.
 Facts: docs/format/quantized-layouts.md, section 9c.
@@ -9,17 +9,19 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from stages.quantization.kernels.dispatch import kernels
+
+_FLOAT8, _FLOAT32 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.float32)
 _BYTES = np.arange(256, dtype=np.uint8)
 _HALF = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 _E2M1 = np.concatenate([_HALF, -_HALF])
-_E4M3 = _BYTES.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _E8M0 = np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan).astype(np.float32)
 _PAIRS = np.stack([_E2M1[_BYTES & 15], _E2M1[_BYTES >> 4]], axis=1)
 
 
 def e4m3(values: np.ndarray) -> np.ndarray:
     """float32 of float8_e4m3fn values, in their shape."""
-    return np.take(_E4M3, np.ascontiguousarray(values).view(np.uint8))
+    return kernels().cast(np.asarray(values).view(_FLOAT8), _FLOAT32)
 
 
 def e8m0(values: np.ndarray) -> np.ndarray:

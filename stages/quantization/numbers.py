@@ -12,9 +12,10 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import Block
+from stages.quantization.finite import not_finite
 from stages.quantization.floats import e2m1, e4m3
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.sources.gptq import unpacked
-from stages.quantization.targets.weight_only import not_finite
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -68,7 +69,9 @@ def from_float8(region: Region, weight: Block, scale: Block) -> np.ndarray:
     values = np.asarray(weight.read(region))
     with meter("dequantize", values.nbytes):
         factors = np.asarray(scale.read(whole(scale.shape)))
-        return np.asarray(values.astype(np.float32) * (factors[slice(*region[0]), None] if factors.size > 1 else factors))
+        wide = kernels().cast(values, FLOAT32)
+        wide *= factors[slice(*region[0]), None] if factors.size > 1 else factors
+        return wide
 
 
 def from_float4(region: Region, codes: Block, scales: Block, scale: Block, smooth: Block | None = None) -> np.ndarray:

@@ -22,6 +22,23 @@ def changes(files: Iterable[SourceFile]) -> list[str]:
     return [f"{file.path} ({change})" for file in files if (change := _change(file))]
 
 
+def moved(files: Iterable[SourceFile]) -> list[str]:
+    """Look at a source's files again, as `changes`, but open those alone whose times, size or inode are not as they were."""
+    return changes(file for file in files if not _untouched(file))
+
+
+def _untouched(file: SourceFile) -> bool:
+    """Whether nothing has happened to a file, by its state: nobody can set the time of its last change back."""
+    if file.seen is None:
+        return True
+    try:
+        status = file.path.stat()
+    except OSError:
+        return False
+    now = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return now == (file.size_bytes, file.mtime_ns, file.seen.changed_ns, file.seen.inode)
+
+
 def _change(file: SourceFile) -> str:
     if file.seen is None:
         return ""

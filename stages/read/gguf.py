@@ -6,9 +6,8 @@ with the parameter named after the packing: a `weight` of type Q4_1 becomes `ggu
 
 from __future__ import annotations
 
-import math
+import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,10 @@ from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source
+from stages.read.gguf_header import MAGIC, GgufHeader, damaged, read_header
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
 
-MAGIC = b"GGUF"
-SHORT_ARRAY = 1024  # of a metadata array with more values than this only the length is read
 PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -51,17 +49,17 @@ class GgufFiles(SourceReader):
         bytes_by_type: Counter[str] = Counter()
         unpackable: dict[str, bool] = {}
         files: list[SourceFile] = []
-        metadata: dict[str, Any] = {}
+        metadata: Mapping[str, Any] = {}
         for path in _parts(location):
             try:
-                status = path.stat()
-                reader = _open(path)
+                file, header = _open(path)
             except BadInput as error:
                 problems += error.problems
                 continue
-            metadata = metadata or _metadata(reader)
-            for tensor in reader.tensors:
-                kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape.tolist()))
+            files.append(file)
+            metadata = metadata or header.metadata
+            for tensor in header.tensors:
+                kind, shape = tensor.kind, tensor.shape
                 module, _, parameter = tensor.name.rpartition(".")
                 name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
                 if name in tensors:
@@ -73,12 +71,10 @@ class GgufFiles(SourceReader):
                 if not unpackable.get(kind, True):
                     problems.append(Problem(tensor.name, f"type {kind}", "a type of weights that the gguf package unpacks"))
                 if len(shape) > 1:
-                    bytes_by_type[kind] += int(tensor.n_bytes)
+                    bytes_by_type[kind] += tensor.nbytes
                 dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
-                stored = shape if kind in PLAIN else (*shape[:-1], int(tensor.n_bytes) // int(np.prod(shape[:-1])))
-                tensors[name] = MappedTensor(str(path), int(tensor.data_offset), stored, dtype)
-            with path.open("rb") as file:
-                files.append(source_file(path, status, file.read(int(reader.data_offset))))
+                stored = shape if kind in PLAIN else (*shape[:-1], tensor.row_bytes)
+                tensors[name] = MappedTensor(str(path), tensor.offset, stored, dtype)
         if problems:
             raise BadInput(problems)
         architecture = str(metadata.get("general.architecture", ""))
@@ -112,83 +108,37 @@ def _parts(location: Path) -> list[Path]:
     return paths
 
 
-def _open(path: Path) -> Any:
-    import gguf
-
-    class _HeaderReader(gguf.GGUFReader):  # type: ignore[misc]
-        """gguf's reader without the contents of long arrays: reading a vocabulary takes it seconds and hundreds of megabytes."""
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
-            scalar = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind))
-            if count * (8 if scalar is None else np.dtype(scalar).itemsize) > self.data.size - orig_offs:
-                raise ValueError(f"an array of {count} values that reaches past the end")
-            if count <= SHORT_ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            offset = orig_offs + 12
-            if scalar is not None:
-                offset += count * np.dtype(scalar).itemsize
-            elif kind == gguf.GGUFValueType.STRING:
-                for _ in range(count):
-                    offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
-            else:
-                raise ValueError("an array of arrays")
-            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-            return offset - orig_offs, head, [1], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64]
-
-        def _build_tensors(self, start_offs: int, fields: Any) -> None:
-            for field in fields:
-                _, _, _, dims, raw_dtype, offset = field.parts
-                kind = gguf.GGMLQuantizationType(raw_dtype[0])
-                elements, size = gguf.GGML_QUANT_SIZES[kind]
-                if len(dims) and int(dims[0]) % elements:
-                    raise ValueError(
-                        f"{field.name} with rows of {int(dims[0]):,} values, where {kind.name} has blocks of {elements}"
-                    )
-                end = start_offs + int(offset[0]) + math.prod(map(int, dims)) // elements * size
-                if end > self.data.size:
-                    raise ValueError(f"{field.name} up to byte {end:,} of {self.data.size:,}")
-            super()._build_tensors(start_offs, fields)
-
+def _open(path: Path) -> tuple[SourceFile, GgufHeader]:
+    """Read a file's header. Raises BadInput where it is damaged, or its tensors do not tile the file."""
     with naming(path), open_regular(path) as file:
-        if file.read(4) != MAGIC:
-            raise BadInput([_damaged(path, "a file that does not begin with GGUF")])
-    try:
-        with naming(path):
-            reader = _HeaderReader(path)
-        _metadata(reader)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error) as error:
-        raise BadInput([_damaged(path, f"a header that cannot be read ({error})")]) from None
-    if reader.byte_order != "I":
-        raise BadInput([Problem(str(path), "a file of the other byte order", "a little-endian GGUF file")])
-    if fault := _tiling(reader, path.stat().st_size):
-        raise BadInput([_damaged(path, fault)])
-    return reader
+        status = os.fstat(file.fileno())
+        try:
+            header = read_header(path, file, status.st_size)
+        except (ValueError, MemoryError) as error:
+            raise BadInput([damaged(path, f"a header that cannot be read ({error})")]) from None
+    if fault := _tiling(header, status.st_size):
+        raise BadInput([damaged(path, fault)])
+    return source_file(path, status, header.text), header
 
 
-def _tiling(reader: Any, file_bytes: int) -> str:
+def _tiling(header: GgufHeader, file_bytes: int) -> str:
     """Say the first place where tensors do not lie one behind the other, each from a multiple of the file's alignment; "" for none.
 
     As in llama.cpp's own reader; a gap or an overlap means a wrong offset, shape or type. Padding behind the last tensor may be
     missing, and nothing else follows it.
     """
-    alignment, begin = int(reader.alignment), int(reader.data_offset)
-    if alignment <= 0 or alignment & (alignment - 1):
-        return f"general.alignment {alignment}, which is no power of 2"
+    alignment, begin = header.alignment, header.data_offset
     end, before = begin, "the header"
-    for tensor in sorted(reader.tensors, key=lambda tensor: (int(tensor.data_offset), int(tensor.n_bytes))):
-        start, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
+    for tensor in sorted(header.tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         expected = begin + -(-(end - begin) // alignment) * alignment
-        if start != expected:
-            place = f"{tensor.name} at byte {start:,}"
-            if (start - begin) % alignment:
+        if tensor.offset != expected:
+            place = f"{tensor.name} at byte {tensor.offset:,}"
+            if (tensor.offset - begin) % alignment:
                 return f"{place}, which is no multiple of {alignment} behind the header's end at {begin:,}"
-            if start < expected:
+            if tensor.offset < expected:
                 return f"{place}, inside {before}, which ends at {end:,}"
-            return f"{place}, {start - expected:,} bytes of no tensor behind {before}"
-        end, before = start + nbytes, str(tensor.name)
+            return f"{place}, {tensor.offset - expected:,} bytes of no tensor behind {before}"
+        end, before = tensor.offset + tensor.nbytes, tensor.name
     rest = file_bytes - (begin + -(-(end - begin) // alignment) * alignment)
     return f"{rest:,} bytes of no tensor behind {before}, the last one" if rest > 0 else ""
 
@@ -203,16 +153,6 @@ def _undecodable(kind: str) -> bool:
     except (NotImplementedError, ValueError, TypeError):
         return True
     return False
-
-
-def _metadata(reader: Any) -> dict[str, Any]:
-    values = {}
-    for name, field in reader.fields.items():
-        value = field.contents()
-        if field.types[-1].name == "FLOAT32" and isinstance(value, float):
-            value = float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
-        values[name] = value
-    return values
 
 
 def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path) -> dict[str, Any]:
@@ -270,10 +210,6 @@ def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> n
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     factors: np.ndarray = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
     return factors
-
-
-def _damaged(path: Path, found: str) -> Problem:
-    return Problem(str(path), found, "a whole GGUF file", "The file is damaged or cut short: fetch it again")
 
 
 READER = GgufFiles()

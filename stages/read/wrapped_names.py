@@ -1,11 +1,14 @@
 """Names that a wrapper has changed: prefixes and parts are taken off where the family's names are beneath, and that is noted.
 
+A parameter that stands for a module (transformers 5's stacks of experts) gets a parameter's name, and so do its scales.
+
 What trainers leave in the place of a model's tensors (adapters that are not merged, the empty weights of ZeRO-3) is one problem.
 The parts are data, in `configs/formats/wrappers.toml`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -33,7 +36,7 @@ def unwrapped(source: Source) -> Source:
     family = find_family(source.container, source.architecture)
     if family is None or not source.tensors:
         return source
-    known = _known(family)
+    known = known_names(family)
     tensors: Mapping[str, LazyTensor] = source.tensors
     notes = []
     found = {part: wrapper for part, wrapper in table["segments"].items() if any(f"{part}." in name for name in tensors)}
@@ -42,18 +45,30 @@ def unwrapped(source: Source) -> Source:
         notes += [f"names: {part!r} of {wrapper} is taken out of them" for part, wrapper in found.items()]
     sample = list(tensors)[:_LOOKED_AT]
     if 2 * sum(map(known, sample)) <= len(sample):
-        for prefix, becomes in (*_prefixes(tensors), *table["replaced"].items()):
-            shorter = _renamed(tensors, partial(_without, prefix=prefix, becomes=becomes))
-            if shorter and 2 * sum(map(known, shorter)) > len(shorter):
-                count = sum(name.startswith(prefix) for name in tensors)
-                notes.append(
-                    f"names: the prefix {prefix!r} of {count} tensors is {f'read as {becomes!r}' if becomes else 'taken off'}"
-                )
-                tensors = shorter
+        for way, prefix, done in _ways(tensors, table, family, known):
+            renamed = _renamed(tensors, way)
+            if renamed and 2 * sum(map(known, renamed)) > len(renamed):
+                count = sum(way(name) != name for name in tensors)
+                notes.append(f"names: the prefix {prefix!r} {done.format(count)}")
+                tensors = renamed
                 break
         else:
             return source
-    return replace(source, tensors=tensors, notes=(*source.notes, *notes)) if notes else source
+    tensors = _stacks(tensors, family)
+    return replace(source, tensors=tensors, notes=(*source.notes, *notes))
+
+
+def _stacks(tensors: Mapping[str, LazyTensor], family: Family) -> Mapping[str, LazyTensor]:
+    """Tensors under names that have a parameter: where a module's own name is that of a tensor, it is its weight.
+
+    And what the name goes on with is another parameter of it (`experts.gate_up_proj_scale_inv`).
+    """
+    rows, ends = family.rows(), _wrappers()["stacks"]
+    stacks = [name for name, tensor in tensors.items() if len(tensor.shape) > 2 and rows.find(name)]
+    if not stacks:
+        return tensors
+    named = {f"{name}{end}": f"{name}.{parameter}" for name in stacks for end, parameter in ends.items()}
+    return _renamed(tensors, lambda name: named.get(name, name)) or tensors
 
 
 @cache
@@ -78,7 +93,8 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _known(family: Family) -> Callable[[str], bool]:
+def known_names(family: Family) -> Callable[[str], bool]:
+    """Return whether a tensor's name is one of a family's, whatever its parameter is."""
     rows, ignored = family.rows(), family.ignored()
 
     def known(name: str) -> bool:
@@ -86,6 +102,18 @@ def _known(family: Family) -> Callable[[str], bool]:
         return any(rows.find(each) or ignored.find(each) for each in accumulate(name.split("."), "{}.{}".format))
 
     return known
+
+
+def _ways(
+    names: Collection[str], table: Mapping[str, Any], family: Family, known: Callable[[str], bool]
+) -> Iterator[tuple[Callable[[str], str], str, str]]:
+    """Yield the ways that may lead to a family's names, each with the prefix that it is about and what is done with it."""
+    for prefix, becomes in (*_prefixes(names), *table["replaced"].items()):
+        done = f"of {{}} tensors is {f'read as {becomes!r}' if becomes else 'taken off'}"
+        yield partial(_without, prefix=prefix, becomes=becomes), prefix, done
+    # A model without its head is a module of its own in transformers, and is saved without the name that it has inside the other.
+    first = f"{Counter(row.partition('.')[0] for row in family.rename).most_common(1)[0][0]}."
+    yield partial(_with, prefix=first, known=known), first, "is put before the names of {} tensors, saved without it"
 
 
 def _prefixes(names: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -104,6 +132,10 @@ def _renamed(tensors: Mapping[str, LazyTensor], rename: Callable[[str], str]) ->
 
 def _without(name: str, prefix: str, becomes: str) -> str:
     return becomes + name[len(prefix) :] if name.startswith(prefix) else name
+
+
+def _with(name: str, prefix: str, known: Callable[[str], bool]) -> str:
+    return f"{prefix}{name}" if not known(name) and known(f"{prefix}{name}") else name
 
 
 def _unmerged(source: Source, row: Mapping[str, Any]) -> list[Problem]:

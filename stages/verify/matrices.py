@@ -6,32 +6,29 @@ stages/quantization.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.model.kernels import order
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
-from stages.verify.values import read
+from stages.verify.kernel_orders import interleaved, unarrange
+from stages.verify.values import UINT8, Buffers, halves, read, signed_pairs, to_float32
 
-TILE = 64  # in-features that stay together in the kernels' order
-UINT8 = np.dtype(np.uint8)
+AHEAD_ROWS = 1024  # whose scales are read at once
 # What a matrix's numbers are computed with.
 SCALING = ("weights_scaling_factor", "weights_scaling_factor_2", "prequant_scaling_factor")
 PARAMETERS = ("weight", "per_channel_scale", "zero", *SCALING)
-E2M1 = torch.tensor([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)])  # 4-bit floats by their codes
-SHUFFLE = {
-    8: (0, 2, 1, 3),
-    4: (0, 2, 4, 6, 1, 3, 5, 7),
-}  # bits -> for each place of a 32-bit word, the code of the stream that it holds
+# 4-bit floats by their codes.
+E2M1 = np.array([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Matrix:
     """The matrix [out_features, in_features] of one module, or of one expert, on one rank.
+
+    It lies in its file in units of `period` rows each, one behind the other.
 
     `tensors`: the parameters that its numbers are computed with, by local name. `kind`: "dense", "weight-only", "groupwise", "awq",
     "fp8", "fp8 rowwise" or "nvfp4". `bits`: of an integer code. `order`: the letter of the order that its codes are in. `expert`:
@@ -45,86 +42,131 @@ class Matrix:
     order: str
     expert: int | None
     fused: bool = False
+    _ahead: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def columns(self) -> int:
-        """The out-features that the kernels interleave."""
-        return interleaved(self.bits, self.order)
+    def period(self) -> int:
+        """The rows of a unit: those that the kernels interleave, or that share a byte."""
+        if self.kind in ("weight-only", "groupwise"):
+            return interleaved(self.bits, self.order)
+        return 2 if self.kind == "awq" else 1
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the weight, float32 [stop - start, in_features], with scales and zero points applied, but not `prequant`."""
-        if self.kind == "dense":
-            return self.stored(start, stop).float()
-        if self.kind == "nvfp4":
-            data = self.stored_bytes(start, stop)
-            values = E2M1[torch.stack([data & 15, data >> 4], -1).long()].reshape(stop - start, -1)
-            return values * self._grouped("weights_scaling_factor", start, stop) * read(self.tensors["weights_scaling_factor_2"])
-        if self.kind.startswith("fp8"):
-            return self.stored(start, stop).float() * self.scales(start, stop)
-        values = self.codes(start, stop).float() * self.scales(start, stop)
-        return values + self._grouped("zero", start, stop) if "zero" in self.tensors else values
+    @property
+    def unit_bytes(self) -> int:
+        """The bytes of a unit."""
+        if self.kind in ("weight-only", "groupwise"):
+            return self.period * self.shape[1] * self.bits // 8
+        weight = self.tensors["weight"]
+        return int(weight.shape[-1]) * weight.dtype.itemsize
 
-    def codes(self, start: int, stop: int) -> Tensor:
-        """The signed codes of an integer format, int8 [stop - start, in_features]."""
-        if self.kind == "awq":
-            return self._paired(start, stop)
-        first, last = start // self.columns, -(-stop // self.columns)
-        width = self.columns * self.shape[1] * self.bits // 8
+    def units(self, first: int, last: int) -> np.ndarray:
+        """Units [first, last) as they are stored, uint8 [last - first, unit_bytes]."""
         stack = () if self.expert is None else (self.tensors["weight"].shape[0],)
-        whole = self.tensors["weight"].viewed((*stack, self.shape[0] // self.columns, width), UINT8)
-        data = read(whole, (*self._front(), (first, last), (0, width))).reshape(last - first, width)
-        codes = unarrange(data, self.shape[1], self.bits, self.order)
-        return codes[start - first * self.columns : stop - first * self.columns]
+        whole = self.tensors["weight"].viewed((*stack, self.shape[0] // self.period, self.unit_bytes), UINT8)
+        return read(whole, (*self._front(), (first, last), (0, self.unit_bytes))).reshape(last - first, self.unit_bytes)
 
-    def scales(self, start: int, stop: int) -> Tensor:
-        """The scales of rows [start, stop): float32 [1 or rows, 1 or in_features]."""
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the weight, float32 [stop - start, in_features], with scales and zero points applied, but not `prequant`."""
+        first, last = start // self.period, -(-stop // self.period)
+        numbers = self.numbers(self.units(first, last), first * self.period)
+        return numbers[start - first * self.period : stop - first * self.period]
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        """The signed codes of an integer format, int8 [stop - start, in_features]."""
+        first, last = start // self.period, -(-stop // self.period)
+        return self.signed(self.units(first, last))[start - first * self.period : stop - first * self.period]
+
+    def signed(self, data: np.ndarray) -> np.ndarray:
+        """The signed codes of some units of an integer format, int8 [units * period, in_features]."""
+        if self.kind == "awq":
+            return signed_pairs(data)  # ModelOpt's int4
+        return unarrange(data, self.shape[1], self.bits, self.order)
+
+    def stored(self, data: np.ndarray) -> np.ndarray:
+        """Some units of a matrix of numbers or of float8 in their own type, [units, in_features]."""
+        return data.view(self.tensors["weight"].dtype)
+
+    def numbers(self, data: np.ndarray, start: int, buffers: Buffers | None = None) -> np.ndarray:
+        """The numbers that some units stand for, float32 [units * period, in_features], as `rows` has them.
+
+        `start`: the first unit's first row. `buffers`: to compute in; the result is the caller's until the next call with them.
+        """
+        count = len(data) * self.period
+        out = (buffers or Buffers()).array("numbers", (count, self.shape[1]))
+        if self.kind == "dense":
+            return to_float32(self.stored(data), out)
+        if self.kind == "nvfp4":
+            np.take(E2M1, halves(data), out=out, mode="clip")
+        elif self.kind.startswith("fp8"):
+            out = to_float32(self.stored(data), out)
+        else:
+            np.copyto(out, self.signed(data))
+        by_group(np.multiply, out, self.scales(start, start + count))
+        if "weights_scaling_factor_2" in self.tensors:
+            out *= read(self.tensors["weights_scaling_factor_2"])
+        zeros = self.zeros(start, start + count)
+        if zeros is not None:
+            by_group(np.add, out, zeros)
+        return out
+
+    def scales(self, start: int, stop: int) -> np.ndarray:
+        """The scales of rows [start, stop), of each group of in-features: float32 [1 or rows, groups]."""
         if self.kind in ("weight-only", "fp8 rowwise"):
-            return read(self.tensors["per_channel_scale"], (*self._front(), (start, stop))).float().reshape(-1, 1)
+            return self._some("per_channel_scale", self._by_row, start, stop)
         if self.kind == "fp8":
-            return read(self.tensors["weights_scaling_factor"], (*self._front(), (0, 1))).float().reshape(1, 1)
-        return self._grouped("weights_scaling_factor", start, stop)
+            return to_float32(read(self.tensors["weights_scaling_factor"], (*self._front(), (0, 1)))).reshape(1, 1)
+        return self._some("weights_scaling_factor", self._grouped, start, stop)
+
+    def zeros(self, start: int, stop: int) -> np.ndarray | None:
+        """The zero points times scales, which are added to rows [start, stop): float32 [rows, groups]; None for none."""
+        return self._some("zero", self._grouped, start, stop) if self.kind == "groupwise" and "zero" in self.tensors else None
 
     @property
-    def prequant(self) -> Tensor | None:
+    def prequant(self) -> np.ndarray | None:
         """The factors of activations before the matrix, float32 [in_features]; None where there are none."""
         factors = self.tensors.get("prequant_scaling_factor")
         if factors is None:
             return None
         own = self._front() if len(factors.shape) > 1 and factors.shape[0] > 1 else tuple((0, n) for n in factors.shape[:-1])
-        return read(factors, (*own, (0, factors.shape[-1]))).float().reshape(-1)
+        return to_float32(read(factors, (*own, (0, factors.shape[-1])))).reshape(-1)
 
     def _front(self) -> tuple[tuple[int, int], ...]:
         """The region of the experts' axis; nothing where there is no such axis."""
         return () if self.expert is None else ((self.expert, self.expert + 1),)
 
-    def stored(self, start: int, stop: int) -> Tensor:
-        """Rows of a matrix that is stored as numbers or as float8, in their own type, [stop - start, in_features]."""
-        return read(self.tensors["weight"], (*self._front(), (start, stop), (0, self.shape[1]))).reshape(-1, self.shape[1])
+    def _some(self, parameter: str, load: Callable[[str, int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
+        """A parameter of rows [start, stop), out of those of many rows that are read at once: no file is opened for a few."""
+        first = start - start % AHEAD_ROWS
+        last = min(first + AHEAD_ROWS, self.shape[0])
+        if stop > last:
+            return load(parameter, start, stop)
+        held = self._ahead.get(parameter)
+        if held is None or held[0] != first:
+            self._ahead[parameter] = held = (first, load(parameter, first, last))
+        return held[1][start - first : stop - first]
 
-    def stored_bytes(self, start: int, stop: int) -> Tensor:
-        """Rows of a matrix of two in-features a byte, uint8 [stop - start, in_features / 2]."""
-        return read(self.tensors["weight"], ((start, stop), (0, self.shape[1] // 2)))
+    def _by_row(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """A parameter of rows [start, stop), one a row, float32 [stop - start, 1]."""
+        return to_float32(read(self.tensors[parameter], (*self._front(), (start, stop)))).reshape(-1, 1)
 
-    def _grouped(self, parameter: str, start: int, stop: int) -> Tensor:
-        """A parameter of groups for rows [start, stop), float32 [stop - start, in_features].
+    def _grouped(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """A parameter of groups for rows [start, stop), float32 [stop - start, groups].
 
         It is stored as [groups, out_features], or as [out_features, groups] in ModelOpt's forms ("awq" and "nvfp4").
         """
-        tensor, by_row = self.tensors[parameter], self.kind in ("awq", "nvfp4")
-        groups = tensor.shape[-1] if by_row else tensor.shape[-2]
-        if by_row:
-            values = read(tensor, (*self._front(), (start, stop), (0, groups))).reshape(-1, groups)
-        else:
-            values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1).T
-        return values.float().repeat_interleave(self.shape[1] // groups, 1)
+        tensor = self.tensors[parameter]
+        if self.kind in ("awq", "nvfp4"):
+            groups = tensor.shape[-1]
+            return to_float32(read(tensor, (*self._front(), (start, stop), (0, groups))).reshape(-1, groups))
+        groups = tensor.shape[-2]
+        values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1)
+        return to_float32(np.ascontiguousarray(values.T))
 
-    def _paired(self, start: int, stop: int) -> Tensor:
-        """ModelOpt's int4: byte [i, k] holds row 2 i in its low half and row 2 i + 1 in its high one, two's complement."""
-        first, last = start // 2, -(-stop // 2)
-        data = read(self.tensors["weight"], (*self._front(), (first, last), (0, self.shape[1])))
-        data = data.reshape(-1, self.shape[1]).view(torch.uint8)
-        both = torch.stack([data & 15, data >> 4], 1).reshape(-1, self.shape[1]).to(torch.int8)
-        return ((both ^ 8) - 8)[start - 2 * first : stop - 2 * first]
+
+def by_group(operation: np.ufunc, values: np.ndarray, factors: np.ndarray) -> None:
+    """Apply an operation in place to values [rows, in_features] and one factor a group of them, [1 or rows, groups]."""
+    grouped = values.reshape(len(values), factors.shape[1], values.shape[1] // factors.shape[1])
+    operation(grouped, factors[:, :, None], out=grouped)
 
 
 def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = None) -> Matrix:
@@ -156,48 +198,6 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
     return Matrix(tensors, kind, shape, bits, letter, expert, fused)
 
 
-def vector(checkpoint: Checkpoint, rank: int, name: str) -> Tensor:
+def vector(checkpoint: Checkpoint, rank: int, name: str) -> np.ndarray:
     """Read a norm's weight, a bias or another parameter that is not quantized, as float32."""
-    return read(checkpoint.ranks[rank][name]).float()
-
-
-def interleaved(bits: int, order: str) -> int:
-    """The out-features that an order interleaves."""
-    return 16 // bits if order == "A" else 1
-
-
-def unarrange(data: Tensor, features: int, bits: int, order: str) -> Tensor:
-    """Undo an order: signed codes int8 [n * columns, features] of uint8 [n, columns * features * bits / 8]."""
-    elements, columns, middle = (
-        data if bits == 8 else torch.stack([data & 15, data >> 4], -1),
-        interleaved(bits, order),
-        1 << (bits - 1),
-    )
-    if order == "T":
-        # Two's complement, element by element where the transposed matrix has it.
-        signed = elements.reshape(len(data), features).to(torch.int16)
-        return torch.where(signed < middle, signed, signed - 2 * middle).to(torch.int8)
-    tiles = elements.reshape(len(data), features // TILE, columns * TILE)
-    # NumPy's take is tens of times faster here than torch's index_select.
-    codes = torch.from_numpy(tiles.numpy().take(_order(bits, columns).numpy(), axis=2))
-    codes = codes.reshape(len(data), features // TILE, columns, TILE)
-    codes = codes.transpose(1, 2).reshape(len(data) * columns, features)
-    return (codes.to(torch.int16) - middle).to(torch.int8)
-
-
-def _order(bits: int, columns: int) -> Tensor:
-    """The place of each code (column, in-feature) in its tile's stream, int64 [columns * TILE]: steps 1, 3 and 5 of orders A and P.
-
-    Facts: docs/format/quantized-layouts.md, section 3.
-    """
-    group, word = 128 // bits, len(SHUFFLE[bits])
-    halves, run, stride = group // 8, 2, 8
-    place = [0] * (columns * TILE)
-    shuffled = {code: at for at, code in enumerate(SHUFFLE[bits])}
-    for column in range(columns):
-        for d in range(TILE):
-            inner = d % group
-            source = d // group * group + (inner // run % halves) * stride + inner // run // halves * run + inner % run
-            at = column * TILE + d
-            place[column * TILE + source] = at // word * word + shuffled[at % word]
-    return torch.tensor(place)
+    return to_float32(read(checkpoint.ranks[rank][name]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
 
 
 class NamedWeights(Protocol):
@@ -19,13 +19,17 @@ class NamedWeights(Protocol):
         """The shape of a weight: `[out_features, in_features]` of a matrix, `[features]` of a vector."""
         ...
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a weight's first axis."""
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a weight's first axis, which must not be changed."""
         ...
 
 
 class SourceWeights(NamedWeights, Protocol):
     """The weights of a source, which may be packed."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of a weight's numbers."""
+        ...
 
     def exact(self, name: str) -> bool:
         """Whether the source stores a weight's numbers themselves, and not codes of them."""

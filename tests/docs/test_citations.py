@@ -32,7 +32,24 @@ def test_pages_have_numbered_sections() -> None:
     assert set(PAGES) == {"README.md", "checkpoint.md", "families.md", "quantized-layouts.md", "runtime-1.2.md"}
     assert PAGES["checkpoint.md"] == [str(number) for number in range(1, 14)]
     fourth = ["4", *(f"4{letter}" for letter in "abcde")]
-    assert PAGES["quantized-layouts.md"] == ["1", "2", "3", *fourth, "5", "6", "7", "8", "9", "9b", "9c", "10", "11", "12"]
+    assert PAGES["quantized-layouts.md"] == [
+        "1",
+        "2",
+        "3",
+        *fourth,
+        "5",
+        "6",
+        "7",
+        "8",
+        "9",
+        "9b",
+        "9c",
+        "10",
+        "11",
+        "12",
+        "13",
+        "14",
+    ]
     assert PAGES["families.md"] == [str(number) for number in range(1, 15)]
     assert PAGES["runtime-1.2.md"][:7] == ["a", "b", "b2", "b3", "b4", "c", "c2"]
     for sections in PAGES.values():

@@ -49,6 +49,14 @@ def test_output_equals_the_reference(case: str, scheduler: str, tmp_path: Path) 
     check_config(f"quantized/{case}", tmp_path / "out")
 
 
+@pytest.mark.nightly  # by day with the kernels in C, where these are built
+@each_case
+def test_the_kernels_of_numpy_write_the_same(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_KERNELS", "numpy")
+    run(case, tmp_path / "out", "--scheduler", "threads")
+    same_ranks(case, tmp_path / "out")
+
+
 @each_case
 def test_cuts_after_every_stage_change_no_byte(case: str, tmp_path: Path) -> None:
     run(case, tmp_path / "out", "--scheduler", "threads", "--scratch_after", "read,rename,unpack,shard")

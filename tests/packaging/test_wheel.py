@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import checkpoints
+from tests.support.built_kernels import CAN_BUILD
 from tests.support.commands import convert, headrace, tree
 from tests.support.places import ROOT
 
+KERNELS = "stages/quantization/kernels"
 BUILD = "import sys; from scikit_build_core import build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
 
 CLIENT = """
@@ -68,10 +70,11 @@ headrace.no_such_name
 SKIPPED = ("dask", "distributed", "jinja2", "numpy", "rich", "safetensors", "stages", "torch", "typer", "zarr")
 
 
-def build(hook: str, source: Path, folder: Path) -> Path:
-    """Build a distribution with the project's backend; nothing is fetched for it."""
+def build(hook: str, source: Path, folder: Path, **more: str) -> Path:
+    """Build a distribution with the project's backend, with more variables of its environment; nothing is fetched for it."""
     folder.mkdir(exist_ok=True)
-    ran = subprocess.run([sys.executable, "-c", BUILD, hook, str(folder)], cwd=source, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", BUILD, hook, str(folder)]
+    ran = subprocess.run(command, cwd=source, env={**os.environ, **more}, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder / ran.stdout.splitlines()[-1]
 
@@ -95,10 +98,16 @@ def sdist(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, place: Path) -> Path:
+def source(sdist: Path, place: Path) -> Path:
+    """The source distribution, unpacked."""
     with tarfile.open(sdist) as archive:
         archive.extractall(place / "source", filter="data")
-    (source,) = (place / "source").iterdir()
+    (folder,) = (place / "source").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, place: Path) -> Path:
     return build("build_wheel", source, place / "dist")
 
 
@@ -150,17 +159,31 @@ def check_types(python: Path, folder: Path, text: str) -> list[str]:
 def sources(*folders: str) -> set[str]:
     """The files of the repository that belong to the product, by their names in it."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc"}
+    return {str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc" and not made_by_cmake(path)}
 
 
-def test_the_wheel_is_pure_and_has_every_file_in_its_place(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-any.whl")
+def made_by_cmake(path: Path) -> bool:
+    """Whether a file beside the kernels is there because they were built in their folder."""
+    own = path.relative_to(ROOT).as_posix().startswith(KERNELS)
+    return own and path.suffix not in (".c", ".h", ".py", ".pyi") and path.name != "CMakeLists.txt"
+
+
+def files(wheel: Path) -> set[str]:
+    """The files of a wheel, without those that describe it."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_has_every_file_in_its_place_and_the_kernels_for_every_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     configs = {f"pipeline/{name}" for name in sources("configs")}
-    modules = sources("pipeline", "stages") | {"headrace.py", "headrace-stubs/__init__.pyi"}
-    assert {name for name in names if not name.startswith(info)} == modules | configs
+    modules = {name for name in sources("pipeline", "stages") if not name.endswith((".c", ".h", "CMakeLists.txt"))}
+    modules |= {"headrace.py", "headrace-stubs/__init__.pyi"}
+    module = {f"{KERNELS}/_kernels.abi3.so"} if CAN_BUILD else set()
+    assert files(wheel) == modules | configs | module
+    assert ("-cp311-abi3-linux_" if CAN_BUILD else "-py3-none-any.") in wheel.name
     assert {"pipeline/py.typed", "stages/py.typed", "pipeline/configs/families/llama.toml"} <= names
     licences = {name.removeprefix(f"{info}/licenses/") for name in names if name.startswith(f"{info}/licenses/")}
     assert licences == {path.name for path in ROOT.glob("LICENSE*")}
@@ -185,6 +208,7 @@ def test_the_source_distribution_has_what_the_wheel_is_made_of_and_no_tests(sdis
 
 def test_the_installed_command_writes_what_the_repository_writes(python: Path, model: Path, tmp_path: Path) -> None:
     command = python.with_name("headrace")
+    assert f"kernels: {'C (' if CAN_BUILD else 'NumPy'}" in run(tmp_path, command, "--version")
     where = run(
         tmp_path, python, "-c", "import headrace as h, pipeline as p, stages as s; print(h.__file__, p.__file__, s.__file__)"
     )
@@ -216,12 +240,28 @@ def test_a_type_checker_sees_each_mistake(python: Path, tmp_path: Path) -> None:
     assert sorted({int(line.split(":")[1]) for line in errors}) == list(range(first, first + len(WRONG.splitlines()) - 2)), said
 
 
-def test_an_editable_install_is_the_repository_unless_another_is_named(place: Path, tmp_path: Path) -> None:
-    python = install(build("build_editable", ROOT, place / "editable"), tmp_path / "environment")
+@pytest.mark.parametrize("missing", ["compiler", "cmake"])
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(missing: str, wheel: Path, source: Path, tmp_path: Path) -> None:
+    lacking = {"CC": str(tmp_path / "no-compiler")} if missing == "compiler" else {"PATH": str(tmp_path)}
+    pure = build("build_wheel", source, tmp_path / "dist", **lacking)
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert files(pure) == {name for name in files(wheel) if not name.endswith(".so")}
+    with zipfile.ZipFile(pure) as archive:
+        archive.extractall(tmp_path / "installed")
+    said = run(tmp_path, sys.executable, "-P", "-m", "headrace", "--version", PYTHONPATH=str(tmp_path / "installed"))
+    assert said.splitlines()[1:] == ["kernels: NumPy"]
+
+
+def test_an_editable_install_is_the_repository_unless_another_is_named(source: Path, place: Path, tmp_path: Path) -> None:
+    python = install(build("build_editable", source, place / "editable"), tmp_path / "environment")
     where = [python, "-P", "-c", "import headrace, pipeline; print(headrace.__file__, pipeline.__file__)"]
-    assert run(tmp_path, *where).split() == [str(ROOT / "headrace.py"), str(ROOT / "pipeline/__init__.py")]
+    assert run(tmp_path, *where).split() == [str(source / "headrace.py"), str(source / "pipeline/__init__.py")]
+    kernels = "import stages.quantization.kernels.chosen as c; print(c.__file__, c.kernels_in_use())"
+    file, said = run(tmp_path, python, "-P", "-c", kernels).split(maxsplit=1)
+    assert file == str(source / KERNELS / "chosen.py")
+    assert said.startswith("C (" if CAN_BUILD else "NumPy")
     assert run(tmp_path, python, "-P", "-c", "import pipeline.model.tables as t; print(t.CONFIGS)").split() == [
-        str(ROOT / "configs")
+        str(source / "configs")
     ]
     other = tmp_path / "other"
     for name in ("headrace.py", "pipeline/__init__.py"):

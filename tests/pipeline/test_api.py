@@ -174,7 +174,7 @@ def test_every_function_says_its_parameters_results_and_errors() -> None:
 def test_the_version_is_that_of_the_project(words: list[str]) -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert ran.stdout == f"headrace {wanted}\n"
+    assert ran.stdout.splitlines()[0] == f"headrace {wanted}"
 
 
 def test_an_import_loads_nothing_heavy() -> None:

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.planning.builder_options import SWITCH, BuilderOption, known_options
 from pipeline.planning.engine_options import EngineOptions, anchored
-from pipeline.planning.job import Job, Shape, TargetOptions
+from pipeline.planning.job import Job
 from pipeline.planning.keywords import BuildOptions, JobOptions, LoadOptions, ShapeOptions, Switch, TargetTable
+from pipeline.planning.target_options import Shape, TargetOptions
 from pipeline.run.loaders import OF_A_SOURCE
 
 JOB, BUILD = get_type_hints(JobOptions), get_type_hints(BuildOptions)

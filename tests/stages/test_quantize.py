@@ -15,9 +15,11 @@ from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
 from pipeline.model.tables import CONFIGS, Module, layout, slot_names
 from pipeline.tensor.names import TensorName
+from pipeline.tensor.placement import whole
 from stages.cast import cast
+from stages.quantization.modules import linear
 from stages.quantization.sources import formats
-from stages.quantize import linear, quantize
+from stages.quantize import quantize
 from stages.shard import Embedding, Sharding
 from stages.unpack import format_of, unpack
 from tests.support import quantized_checkpoints as source
@@ -63,11 +65,12 @@ def made(name: str, module: Module, kind: source.Format, dtype: str, algorithm: 
     packed = kind.quantizer(slot_name, weight_of(shape))
     form = format_of(packed.parameters)
     assert form is not None
-    arranged = form.arrange(held(packed.parameters))
-    assert not form.check(slot_name, arranged, kind.settings)
-    stored = {key: np.ascontiguousarray(array).reshape(arranged[key].shape) for key, array in packed.parameters.items()}
+    arranged = form.arrange(held({key: np.ascontiguousarray(array) for key, array in packed.parameters.items()}))
+    settings = form.module_settings(slot_name, arranged, kind.settings)
+    assert not form.check(slot_name, arranged, settings)
+    stored = {key: np.asarray(tensor.block(whole(tensor.shape))) for key, tensor in arranged.items()}
     tensors = opened({TensorName(slot_name, key): array for key, array in stored.items()})
-    canonical = cast(unpack(tensors, kind.settings), layout(name), dtype)
+    canonical = cast(unpack(tensors, settings), layout(name), dtype)
     entries = quantize(canonical, sharding(name), Quantization(algorithm), dtype)
     return values(entries[TensorName(slot_name, "weight")].array), packed.weight, form.name
 

@@ -22,7 +22,9 @@ from pipeline.model.tables import Slot
 from pipeline.tensor.names import TensorName, split_name, split_names
 from pipeline.tensor.placement import Placement, RankTensor, slices
 from pipeline.tensor.tensors import Parameter, plain
-from stages.quantize import alignment, linear, quantize
+from stages.quantization.alignment import alignment
+from stages.quantization.modules import linear
+from stages.quantize import quantize
 from stages.shard import rank_tensors, shard
 from tests.support.examples import examples
 from tests.support.kernel_oracle import arrange, order_of

@@ -97,6 +97,7 @@ def test_a_format_is_known_by_its_parameters() -> None:
         "awq",
         "bitsandbytes",
         "compressed-tensors",
+        "eetq",
         "float8-block",
         "float8",
         "gguf",

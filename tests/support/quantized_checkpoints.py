@@ -40,6 +40,7 @@ MIXTRAL: dict[str, Any] = {
 }
 # AutoRound's names of formats that store the zero points themselves.
 ITSELF = ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2", "autoround:exllamav2")
+PLACES = (*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")))
 LINEAR = ("qkv_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -553,30 +554,92 @@ def bitsandbytes_int8() -> Format:
     return Format(quantize, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}, "")
 
 
-def hqq(*, bits: int = 4, group: int = 64) -> Format:
-    """HQQ of groups along the in-features: a byte holds codes of groups that are far apart."""
+def hqq(*, bits: int = 4, group: int = 64, axis: int = 1) -> Format:
+    """HQQ of groups along the in-features (axis 1) or across them: a byte holds codes of rows of groups that are far apart."""
 
     def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
-        runs, top = weight.reshape(-1, group), (1 << bits) - 1
-        scale = ((runs.max(axis=1) - runs.min(axis=1)) / top).astype(FP16)
-        zero = (-runs.min(axis=1) / scale.astype(np.float32)).astype(FP16)
-        wide, offset = scale.astype(np.float32)[:, None], zero.astype(np.float32)[:, None]
+        runs, top = weight.reshape((-1, group) if axis else (group, -1)), (1 << bits) - 1
+        low, high = (getattr(runs, each)(axis=axis, keepdims=True) for each in ("min", "max"))
+        scale = ((high - low) / top).astype(FP16)
+        zero = (-low / scale.astype(np.float32)).astype(FP16)
+        wide, offset = scale.astype(np.float32), zero.astype(np.float32)
         codes = np.clip(np.rint(runs / wide + offset), 0, top).astype(np.uint8)
         parts = np.split(codes, 8 // bits)
         joined = sum(part.astype(np.uint32) << (8 - bits * (n + 1)) for n, part in enumerate(parts))
         parameters = {
             "W_q": np.asarray(joined).astype(np.uint8),
-            "scale": scale[:, None],
-            "zero": zero[:, None],
+            "scale": scale,
+            "zero": zero,
             "shape": np.array(weight.shape, np.int64),
-            **{name: np.array(value, np.int32) for name, value in (("nbits", bits), ("group_size", group), ("axis", 1))},
+            **{name: np.array(value, np.int32) for name, value in (("nbits", bits), ("group_size", group), ("axis", axis))},
             "packing": np.frombuffer(f"{bits}bit_u8".encode(), np.uint8),
             "view_as_float": np.zeros((), np.uint8),
         }
         return Packed(parameters, ((codes.astype(np.float32) - offset) * wide).reshape(weight.shape))
 
-    config = {"weight_quant_params": {"nbits": bits, "group_size": group, "axis": 1}}
+    config = {"weight_quant_params": {"nbits": bits, "group_size": group, "axis": axis}}
     return Format(quantize, {"quant_method": "hqq", "quant_config": config}, "")
+
+
+def order_a(codes: np.ndarray) -> np.ndarray:
+    """int8 [K, N] of unsigned codes [N, K], of 8 bits each: the bytes of the kernels' order, written from its closed form.
+
+    Raises ValueError where that has no place for so many rows or columns.
+    """
+    (out, features), place = codes.shape, np.arange(16)
+    if out % 2 or features % 64:
+        raise ValueError(f"{out} x {features}")
+    source = (place // 2 % 2) * 8 + place // 4 * 2 + place % 2
+    permuted = codes.reshape(out, -1, 16)[:, :, source].reshape(out, features)
+    n, k = np.arange(out)[:, None], np.arange(features)[None]
+    stream = np.empty(out * features, np.uint8)
+    stream[n // 2 * 2 * features + k // 64 * 128 + n % 2 * 64 + k % 64] = permuted
+    return stream.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(features, out).view(np.int8)
+
+
+def eetq(*, named: str = "weight") -> Format:
+    """EETQ: int8 with a scale a row, in the order of its kernels; its own tools call the weight qweight."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:  # noqa: ARG001
+        wide = (np.abs(weight).max(axis=1, keepdims=True) / 128).astype(np.float32)
+        codes = np.clip(np.copysign(np.floor(np.abs(weight / wide) + 0.5), weight), -128, 127).astype(np.int32)
+        scales = wide.astype(FP16)
+        parameters = {named: order_a((codes + 128).astype(np.uint8)), "weight_scales": scales[:, 0]}
+        return Packed(parameters, codes.astype(np.float32) * scales.astype(np.float32))
+
+    return Format(quantize, {"quant_method": "eetq", "weights": "int8", "modules_to_not_convert": ["lm_head"]}, "W8A16")
+
+
+# --- several formats in one model
+
+
+def each_its_own(kinds: dict[str, Format], settings: dict[str, Any], files: dict[str, dict[str, Any]] | None = None) -> Format:
+    """Modules of several formats, by the first part of their names that fits ("": all); those of no format are not quantized."""
+
+    def quantize(module: str, weight: np.ndarray) -> Packed:
+        kind = own(kinds, module)
+        assert kind is not None, "skipped"
+        return kind.quantizer(module, weight)
+
+    return Format(quantize, settings, "", files or {}, skip=lambda module, layers: own(kinds, module) is None)  # noqa: ARG005
+
+
+def own(kinds: dict[str, Format], module: str) -> Format | None:
+    """The format of a module, by the first part of its name that fits."""
+    return next((kind for part, kind in kinds.items() if part in module), None)
+
+
+def mixed_precision(kinds: dict[str, Format], layers: int) -> Format:
+    """ModelOpt's export of a model in several algorithms (MIXED_PRECISION), the modules' own in `quantized_layers`."""
+    quantized_layers = {}
+    for module in (f"model.layers.{n}.{place}" for n in range(layers) for place in PLACES):
+        kind = own(kinds, module)
+        if kind is not None:
+            said = kind.files["hf_quant_config.json"]["quantization"]
+            quantized_layers[module] = {key: said[key] for key in ("quant_algo", "group_size") if key in said}
+    held = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": quantized_layers}
+    said = {"producer": {"name": "modelopt", "version": "0.35.0"}, "quantization": {**held, "exclude_modules": ["lm_head"]}}
+    return each_its_own(kinds, {}, {"hf_quant_config.json": said})
 
 
 def formats() -> dict[str, Format]:
@@ -638,6 +701,10 @@ def formats() -> dict[str, Format]:
         "bitsandbytes int8": bitsandbytes_int8(),
         "hqq": hqq(),
         "hqq 2 bits": hqq(bits=2, group=32),
+        "hqq across": hqq(axis=0),
+        "hqq across, 8 bits": hqq(bits=8, group=32, axis=0),
+        "eetq": eetq(),
+        "eetq of its own tools": eetq(named="qweight"),
         "mxfp4 of quark": mxfp4(named="weight", exponents="float8_e8m0fnu"),
     }
 
@@ -666,5 +733,6 @@ USUAL = (
     "bitsandbytes nf4",
     "bitsandbytes int8",
     "hqq",
+    "eetq",
 )
 VARIANTS = frozenset(formats()) - {*USUAL}

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.model.kernels import order
 
 ALIGNMENT = 64  # of K and of N: what every kernel asks for
-_TILE = 64  # in-features of a tile
+TILE = 64  # in-features of a tile
 _LOW = np.uint32(0x0F0F0F0F)
 
 
@@ -33,7 +33,7 @@ class KernelLayout:
     @property
     def tile_bytes(self) -> int:
         """The bytes of one out-feature's share of a tile."""
-        return _TILE * self.bits // 8
+        return TILE * self.bits // 8
 
     def arrange(self, stream: np.ndarray) -> np.ndarray:
         """Unsigned codes uint8 [n, K * bits / 8], n a multiple of `columns`, in the kernel's order: [n / columns, ...]."""
@@ -70,10 +70,23 @@ class KernelLayout:
         return np.ascontiguousarray(groups).view(np.uint8).reshape(len(groups), -1)
 
 
+def arranged(stream: np.ndarray, layout: KernelLayout) -> np.ndarray:
+    """`layout.arrange(stream)`: the twin of arranged.c."""
+    return layout.arrange(stream)
+
+
 def kernel_layout(bits: int, sm: int, stacked: bool) -> KernelLayout:
     """The layout of matrices, or of stacks of experts, for a GPU generation."""
     letter = order(sm, stacked)
     return KernelLayout(bits, 16 // bits if letter == "A" else 1, letter != "T")
+
+
+def int8_of_order_a(arranged: np.ndarray) -> np.ndarray:
+    """Unsigned codes uint8 [2 n, K] of rows [n, 2 K] in order A, whose every row is two out-features: `arrange` backwards."""
+    rows = 2 * len(arranged)
+    tiles = arranged.reshape(len(arranged), -1, 2, TILE).swapaxes(1, 2)
+    halves = tiles.reshape(rows, -1, 8, 2).swapaxes(-1, -2)
+    return np.ascontiguousarray(halves).reshape(rows, -1)
 
 
 def _mix_int8(stream: np.ndarray) -> np.ndarray:
@@ -94,7 +107,7 @@ def _mix_int4(stream: np.ndarray) -> np.ndarray:
     Nibbles are paired on whole words, a quarter of them at a time, before any byte moves: masks and shifts are faster than moves.
     """
     words = stream.view(np.uint32).reshape(*stream.shape[:-1], -1, 4)
-    first, second, third, fourth = (np.ascontiguousarray(words[..., i]) for i in range(4))
+    first, second, third, fourth = (words[..., i].copy() for i in range(4))  # which are used up
     even, odd = _pair_nibbles(first, second)
     even2, odd2 = _pair_nibbles(third, fourth)
     result = np.empty((*words.shape, 4), dtype=np.uint8)

@@ -19,6 +19,7 @@ from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.auto_round import module_settings
 from stages.quantization.integers import no_offsets
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row
 from stages.quantization.sources.gptq import no_groups, no_words
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _PACKED = ("qweight", "qzeros", "scales")
 _COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
-_LOW = np.uint32(0x0F0F0F0F)
 _MIDDLES = np.uint32(0x88888888)  # a word of zero points in the middle of the range, 8
 
 
@@ -116,19 +116,11 @@ class Awq(PackedFormat):
 
 
 def read_codes(region: Region, words: Block) -> np.ndarray:
-    """uint8 [n, K / 2]: codes of two in-features a byte. Words of 8 columns are taken apart two in-features at a time."""
+    """uint8 [n, K / 2]: codes of two in-features a byte. Words hold 8 columns."""
     first, last = region[0][0] // 8, -(-region[0][1] // 8)
-    values = words.read((whole(words.shape)[0], (first, last))).view(np.uint32)
+    values = words.read((whole(words.shape)[0], (first, last)))
     with meter("unpack", values.nbytes):
-        even, odd = values[0::2], values[1::2]
-        low = (even & _LOW) | ((odd & _LOW) << 4)
-        high = ((even >> 4) & _LOW) | (odd & ~_LOW)
-        result = np.empty((last - first, 8, even.shape[0]), dtype=np.uint8)
-        # Byte b of `low` is nibble 2 b of the word, of `high` nibble 2 b + 1.
-        for b in range(4):
-            result[:, _COLUMNS[2 * b], :] = low.view(np.uint8)[:, b::4].T
-            result[:, _COLUMNS[2 * b + 1], :] = high.view(np.uint8)[:, b::4].T
-    rows = result.reshape(-1, even.shape[0])[region[0][0] - 8 * first : region[0][1] - 8 * first]
+        rows = kernels().awq_codes(values)[region[0][0] - 8 * first : region[0][1] - 8 * first]
     return rows[:, slice(*region[1])]
 
 

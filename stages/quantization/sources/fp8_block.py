@@ -1,7 +1,8 @@
 """Float8 weights with a scale for each tile of 128 x 128: DeepSeek's and Qwen3's FP8, and compressed-tensors' strategy `block`.
 
-weight float8_e4m3fn [N, K]; weight_scale_inv, or compressed-tensors' weight_scale, [N / 128, K / 128], rounded up: weight = code *
-scale. Facts: docs/format/quantized-layouts.md, section 9c; docs/format/runtime-1.2.md, section h3.
+weight float8_e4m3fn [N, K], or a stack of experts [E, N, K]; weight_scale_inv, or compressed-tensors' weight_scale, [N / 128,
+K / 128], rounded up, of each matrix, or one for the whole of it ([1, 1], [1] or []): weight = code * scale.
+Facts: docs/format/quantized-layouts.md, section 9c; docs/format/runtime-1.2.md, section h3.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stages.quantization.sources.fp8_scaled import flat
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
 
+_INPUTS = ("input_scale", "activation_scale")
 _SCALES = ("weight_scale_inv", "weight_scale")
 _TILE = (128, 128)
 FLOAT32 = np.dtype(np.float32)
@@ -40,7 +42,7 @@ class BlockFp8(PackedFormat):
     parameters: Mapping[str, PackedParameter] = {
         "weight_scale_inv": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "in")),
-        "input_scale": PackedParameter(OF_ALL, dropped="the activations are not FP8 with one scale"),
+        **{name: PackedParameter(OF_ALL, dropped="the activations are not FP8 with one scale") for name in _INPUTS},
         "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
         "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
     }
@@ -54,15 +56,24 @@ class BlockFp8(PackedFormat):
         weight, scale = parameters["weight"].shape, getattr(parameters.get("weight_scale"), "shape", ())
         return len(weight) == len(scale) == 2 and scale not in ((1, 1), (weight[0], 1))
 
+    def arrange(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        """One scale of a whole matrix ([], [1], or [E] of a stack) as a tile's, [1, 1]."""
+        name = next(name for name in _SCALES if name in tensors)
+        scale, stack = tensors[name], tensors["weight"].shape[:-2]
+        views: Any = scale
+        if scale.shape not in ((), (1,), stack) or math.prod(scale.shape) != math.prod(stack) or not hasattr(scale, "viewed"):
+            return tensors
+        return {**tensors, name: views.viewed((*stack, 1, 1), scale.dtype)}
+
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
         """Refuse scales that are not one for each tile of the settings' size."""
         name = next(name for name in _SCALES if name in tensors)
         shape, scale = tensors["weight"].shape, tensors[name].shape
-        if len(shape) != 2:
-            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix")]
-        tile = tile_size(settings)
-        wanted = tuple(-(-length // size) for length, size in zip(shape, tile, strict=True)) if tile else ()
-        if scale == wanted:
+        if len(shape) not in (2, 3):
+            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix, or a stack of them")]
+        tile, stack = tile_size(settings), shape[:-2]
+        wanted = (*stack, *(-(-length // size) for length, size in zip(shape[-2:], tile, strict=True))) if tile else ()
+        if tile and scale in (wanted, (*stack, 1, 1)):
             return []
         expected = f"{list(wanted)}, one for each {tile[0]} x {tile[1]} of {list(shape)}" if tile else "two sizes of a tile"
         return [Problem(f"{module}.{name}", f"shape {list(scale)}", expected)]
@@ -71,10 +82,10 @@ class BlockFp8(PackedFormat):
         """`weight`, float32, and the scales of a cache; the rest stays."""
         weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)
         inputs = {"codes": weight, "scales": parameters[name]}
-        values = derive(
-            "unpack", from_tiles, inputs, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0], tile=tile_size(settings)
-        )
-        rest = {key: array for key, array in parameters.items() if key not in ("weight", "input_scale", *_SCALES)}
+        # One scale of a matrix has a single tile, which is all of it.
+        tile = weight.shape[-2:] if parameters[name].shape[-2:] == (1, 1) else tile_size(settings)
+        values = derive("unpack", from_tiles, inputs, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0], tile=tile)
+        rest = {key: array for key, array in parameters.items() if key not in ("weight", *_INPUTS, *_SCALES)}
         for key in {"k_scale", "v_scale"} & rest.keys():
             rest["kv_scale"] = derive("unpack", flat, {"values": rest.pop(key)}, shape=(1,), dtype=FLOAT32)
         return {"weight": values, **rest}
@@ -95,19 +106,19 @@ def tile_size(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def from_tiles(region: Region, codes: Block, scales: Block, tile: tuple[int, int]) -> np.ndarray:
-    """float32 of the region: code times the scale of its tile. Reads the scales of the region's tiles alone."""
-    (top, bottom), (left, right) = region
+    """float32 [..., n, k] of the region: code times the scale of its tile. Reads the scales of the region's tiles alone."""
+    *stack, (top, bottom), (left, right) = region
     (height, width), stored = tile, np.asarray(codes.read(region))
     first, column = top // height, left // width
-    within = ((first, math.ceil(bottom / height)), (column, math.ceil(right / width)))
+    within = (*stack, (first, math.ceil(bottom / height)), (column, math.ceil(right / width)))
     factors = np.asarray(scales.read(within)).astype(np.float32)
     with meter("unpack", stored.nbytes):
         values = e4m3(stored)
         of_column = np.arange(left, right) // width - column
         # A row of tiles at a time: no matrix of factors is made.
-        for row, own in enumerate(factors, first):
+        for row in range(first, first + factors.shape[-2]):
             start, stop = max(row * height, top), min((row + 1) * height, bottom)
-            values[start - top : stop - top] *= own[of_column]
+            values[..., start - top : stop - top, :] *= factors[..., row - first, :][..., None, of_column]
         return values
 
 

@@ -1,4 +1,4 @@
-"""GGUF's block formats: packed rows to float32 values, block by block, by the dequantizers of the `gguf` package."""
+"""GGUF's block formats: packed rows to float32 values, block by block, as the `gguf` package has them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.tensor.tensors import Applied, Block, LazyTensor, map_blocks
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
@@ -65,10 +66,7 @@ class Dequantize:
     kind: str
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        import gguf
-
-        result: np.ndarray = gguf.quants.dequantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[self.kind])
-        return result
+        return kernels().gguf_numbers(values, self.kind)
 
 
 FORMAT = Gguf()

@@ -9,6 +9,7 @@ same middle they are the same weights. Facts: docs/format/quantized-layouts.md, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
-from stages.quantization.auto_round import activation_bits, module_settings, stores_the_zero
+from stages.quantization import auto_round, dynamic
+from stages.quantization.auto_round import activation_bits, stores_the_zero
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
 if TYPE_CHECKING:
@@ -77,8 +80,8 @@ class Gptq(PackedFormat):
         return []
 
     def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
-        """With what AutoRound's `extra_config` says of the module."""
-        return module_settings(module, settings)
+        """With what AutoRound's `extra_config` or GPTQModel's `dynamic` says of the module."""
+        return dynamic.module_settings(module, auto_round.module_settings(module, settings))
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` (of 2 and 3 bits, too) or `codes8`, `scales`, `offsets`, and `group_index` where there is one."""
@@ -106,20 +109,27 @@ class Gptq(PackedFormat):
         return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
-        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by the first module; W4A16 or W8A16 where a row is one symmetric group.
+        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by most modules; W4A16 or W8A16 where a row is one symmetric group.
 
         Settings that say `sym` are believed: quantizing finds out where a zero point says otherwise.
         """
-        words, zeros, scales = (next(iter(modules.values()))[name].shape for name in _PACKED)
-        bits = 32 * zeros[-1] // scales[-1]
+        # Where single modules have other widths or groups, these are what does not fit.
+        (bits, group), _ = Counter(map(_width_and_group, modules.values())).most_common(1)[0]
         if one_group_a_row(modules, "scales", 0) and (settings.get("sym") is True or not _shifted(modules, settings)):
-            return f"W{max(bits, 4)}A16", 0
-        return f"W{max(bits, 4)}A16_GPTQ", words[0] * 32 // bits // scales[0]
+            return f"W{bits}A16", 0
+        return f"W{bits}A16_GPTQ", group
 
     def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
         """That activations which AutoRound quantized for are left as they are."""
         bits = activation_bits(settings)
         return [wide_activations(f"{bits} bits", algorithm)] if bits < 16 else []
+
+
+def _width_and_group(tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
+    """The width of a module's codes as a target would have them, and the in-features of a group."""
+    words, zeros, scales = (tensors[name].shape for name in _PACKED)
+    bits = 32 * zeros[-1] // scales[-1]
+    return max(bits, 4), words[0] * 32 // bits // scales[0]
 
 
 def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
@@ -157,7 +167,7 @@ def read_codes(region: Region, words: Block) -> np.ndarray:
     """
     values = words.read((whole(words.shape)[0], region[0]))
     with meter("unpack", values.nbytes):
-        stream = np.ascontiguousarray(values.T).view(np.uint8)
+        stream = kernels().transposed(values).view(np.uint8)
     return stream[:, slice(*region[1])]
 
 
@@ -165,7 +175,7 @@ def read_few_bits(region: Region, words: Block, bits: int) -> np.ndarray:
     """uint8 [n, K / 2] of codes of 2 or 3 bits, as codes of 4 bits with the same middle."""
     values = words.read((whole(words.shape)[0], region[0]))
     with meter("unpack", values.nbytes):
-        codes = unpacked(np.ascontiguousarray(values.T), bits)
+        codes = unpacked(kernels().transposed(values), bits)
         codes += np.uint8(8 - (1 << (bits - 1)))
         return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
 

@@ -37,6 +37,7 @@ class ModelOptAwq(PackedFormat):
         "weight_scale": PackedParameter(("out", "group")),
         "pre_quant_scale": PackedParameter(("in",), becomes="prequant"),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
+        "weight_scale_2": PackedParameter(OF_ALL),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
@@ -45,8 +46,17 @@ class ModelOptAwq(PackedFormat):
             return False
         return bool(parameters["weight_scale"].dtype.itemsize > 1)
 
+    def module_settings(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """With what `quantized_layers` of a model in several algorithms (MIXED_PRECISION) says of the module."""
+        layers = settings.get("quantized_layers")
+        own = layers.get(module) if isinstance(layers, Mapping) else None
+        return {**settings, **own} if isinstance(own, Mapping) else settings
+
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
-        """Refuse shapes that do not fit one another or the settings."""
+        """Refuse shapes that do not fit one another or the settings, and W4A8_AWQ, which has scales on top of those of groups."""
+        if "weight_scale_2" in tensors:
+            remedy = "Convert the model that it was quantized from"
+            return [Problem(f"{module}.weight_scale_2", "a module in W4A8_AWQ", "W4A16_AWQ, FP8 or NVFP4", remedy)]
         shape, scales = tensors["weight"].shape, tensors["weight_scale"].shape
         if len(shape) != 2 or shape[1] % 2:
             return [Problem(f"{module}.weight", f"shape {list(shape)}", "[out-features / 2, in-features]")]

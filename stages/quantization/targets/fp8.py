@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from pipeline.errors import BadInput
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
+from pipeline.tensor.noted import Notes, derive_noting
 from pipeline.tensor.placement import Region, extent, whole
 from pipeline.tensor.tensors import Block, Parameter, plain
-from stages.quantization.targets.weight_only import not_finite
+from stages.quantization.kernels.dispatch import kernels
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Entries = dict[str, tuple["BlockArray", Parameter]]
 ONE = Fraction(1)
 FLOAT32, FLOAT8 = np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = np.float32(448)  # of float8_e4m3fn
-_LEAST_SCALE = np.float32(1 / (448 * 512))
 MATRIX = Parameter(axes=(("out", ONE), ("in", ONE)), working_bytes=8)
 
 
@@ -70,10 +68,12 @@ def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float
     """`weight` and `per_channel_scale` of a 16-bit weight [out, in] or [experts, out, in], a scale for each rank's share of a
     row.
     """
-    *front, out, features = weight.shape
+    features = weight.shape[-1]
     arguments: dict[str, Any] = {"name": name, "segments": segments, "clamp": clamp}
-    codes = derive("quantize", codes_of, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments)
-    scales = derive("quantize", scales_of, {"weight": weight}, shape=(*front, out, segments), dtype=FLOAT32, **arguments)
+    notes = Notes(scales_of, FLOAT32, 1, segments)
+    codes, scales = derive_noting(
+        "quantize", quantized, notes, {"weight": weight}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0], **arguments
+    )
     by_row = Parameter(
         axes=(("out", ONE), ("in", Fraction(segments, features))),
         header=(("out", ONE),),
@@ -83,43 +83,26 @@ def quantize_channels(name: str, weight: BlockArray, segments: int, clamp: float
     return {"weight": (codes, MATRIX), "per_channel_scale": (scales, by_row)}
 
 
-def codes_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:
-    """float8 of the region's rows: each value divided by its segment's scale."""
+def quantized(region: Region, weight: Block, name: str, segments: int, clamp: float) -> tuple[np.ndarray, np.ndarray]:
+    """float8 of the region's rows, each value divided by its segment's scale; and the scales, float32 [n, segments]."""
     values, shape = _rows(region, weight)
     with meter("quantize", values.nbytes):
-        clamped, scales = channel_scales(values, segments, clamp, name)
-        np.clip(np.divide(clamped, scales[:, :, None], out=clamped), -LARGEST, LARGEST, out=clamped)
-        return clamped.astype(FLOAT8).reshape(*shape, -1)[..., slice(*region[-1])]
+        codes, scales = kernels().float8_codes(values, segments, clamp, name)
+        return codes.reshape(*shape, -1)[..., slice(*region[-1])], scales.reshape(*shape, segments)
 
 
 def scales_of(region: Region, weight: Block, name: str, segments: int, clamp: float) -> np.ndarray:
     """float32 [n, segments]."""
     values, shape = _rows(region, weight)
     with meter("quantize", values.nbytes):
-        return channel_scales(values, segments, clamp, name)[1].reshape(*shape, -1)[..., slice(*region[-1])]
-
-
-def channel_scales(values: np.ndarray, segments: int, clamp: float, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n, K] clamped, as float32 [n, segments, K / segments], and the scale of each segment.
-
-    Raises BadInput naming the tensor where a value is not finite.
-    """
-    wide = values.astype(np.float32).reshape(len(values), segments, -1)
-    largest = np.maximum(wide.max(axis=2), -wide.min(axis=2))
-    if not np.all(np.isfinite(largest)):
-        raise BadInput([not_finite(name)])
-    np.clip(wide, np.float32(-clamp), np.float32(clamp), out=wide)
-    return wide, np.maximum(np.minimum(largest, np.float32(clamp)) / LARGEST, _LEAST_SCALE)
+        return kernels().float8_scales(values, segments, clamp, name).reshape(*shape, -1)[..., slice(*region[-1])]
 
 
 def rescaled(region: Region, weight: Block, scale: Block, common: Block) -> np.ndarray:
     """float8 codes of one scale as codes of another: multiplied, divided, then rounded once."""
     values = np.asarray(weight.read(region))
     with meter("quantize", values.nbytes):
-        wide = values.astype(np.float32)
-        wide *= _scalar(scale)
-        wide /= _scalar(common)
-        return wide.astype(FLOAT8)
+        return kernels().float8_rescaled(values, _scalar(scale), _scalar(common))
 
 
 def spread(region: Region, scale: Block) -> np.ndarray:

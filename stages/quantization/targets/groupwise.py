@@ -17,6 +17,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Parameter
+from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets.weight_only import _chunks, _rows
 
@@ -87,7 +88,7 @@ def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
     """uint8 [n / columns, columns * K * bits / 8]: the codes of the region in the kernel's order."""
     stream, shape = _rows(region, codes, layout.columns)
     with meter("quantize", stream.nbytes):
-        return layout.arrange(stream).reshape(*shape, -1)[..., slice(*region[-1])]
+        return kernels().arranged(stream, layout).reshape(*shape, -1)[..., slice(*region[-1])]
 
 
 def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype) -> np.ndarray:
@@ -99,8 +100,7 @@ def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype) -> np.n
 
 def cast(region: Region, values: Block, to: np.dtype) -> np.ndarray:
     """The region in another type; too large for float16 becomes infinity, as in torch."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(values.read(region)).astype(to)
+    return kernels().cast(np.asarray(values.read(region)), to)
 
 
 def transposed_float(region: Region, values: Block) -> np.ndarray:

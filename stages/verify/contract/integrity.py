@@ -11,24 +11,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from pipeline.errors import Problem
 from pipeline.model.kernels import ANY, generations
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
-from pipeline.tensor.system_errors import REMEDIES
 from pipeline.tensor.tensors import tensor_bytes
 from stages.verify.contract import ExpectedTensor, contract
+from stages.verify.contract.part_sums import RunningSums, unreadable
 from stages.verify.contract.quantized import GPTQ, WEIGHT_ONLY, read_quantization
 from stages.verify.contract.reader import shown
+from stages.verify.values import UINT8, read
 
 PIECE_BYTES = 4 << 20
-_BYTES = np.dtype(np.uint8)
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"rank\d+\.safetensors")
 _UNFINISHED = re.compile(r".*\.partial|(config|headrace)\.json\.new")
 _AGAIN = "Convert again"
-_DAMAGED = "The file was changed or damaged after it was written: convert again, or copy it again"
 
 
 def headers(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -52,7 +50,7 @@ def checksums(checkpoint: Checkpoint) -> Iterator[tuple[int, str, int]]:
     """List the tensors that headrace.json has usable checksums of, as (rank, name, bytes), in the order of the files."""
     for number, stored in enumerate(checkpoint.ranks):
         for name, tensor in stored.items():
-            if _parts(checkpoint, number, name) is not None:
+            if part_sums(checkpoint, number, name) is not None:
                 yield number, name, tensor_bytes(tensor)
 
 
@@ -61,25 +59,20 @@ def check_tensor(checkpoint: Checkpoint, rank: int, name: str) -> Problem | None
 
     `checkpoint` can be pickled, so that this runs as a task on any machine that sees the directory.
     """
-    parts = _parts(checkpoint, rank, name)
+    parts = part_sums(checkpoint, rank, name)
     if parts is None:
         return None
     subject, tensor = f"{_file(rank)}: {name}", checkpoint.ranks[rank][name]
-    stream = tensor.viewed((tensor_bytes(tensor),), _BYTES)
-    start = 0
-    for nbytes, digest in parts:
-        computed = xxhash.xxh3_64()
-        try:
-            for at in range(start, start + nbytes, PIECE_BYTES):
-                stop = min(at + PIECE_BYTES, start + nbytes)
-                computed.update(stream.block(((at, stop),)).read(((0, stop - at),)).data)
-        except OSError as error:
-            return Problem(subject, str(error), "a tensor that can be read", REMEDIES.get(error.errno or 0, _DAMAGED))
-        if computed.hexdigest() != digest:
-            found = f"other bytes than were written, among its bytes {start:,} to {start + nbytes:,}"
-            return Problem(subject, found, f"the xxh3 {digest} of headrace.json", _DAMAGED)
-        start += nbytes
-    return None
+    total = tensor_bytes(tensor)
+    stream, sums = tensor.viewed((total,), UINT8), RunningSums(subject, parts)
+    try:
+        for at in range(0, total, PIECE_BYTES):
+            sums.update(read(stream, ((at, min(at + PIECE_BYTES, total)),)))
+            if sums.problem:
+                break
+    except OSError as error:
+        return unreadable(subject, error)
+    return sums.problem
 
 
 def _file(rank: int) -> str:
@@ -136,13 +129,13 @@ def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
         for name in (name for name in sums if name not in stored):
             yield Problem(f"{file}: {name}", "no such tensor", "one, as headrace.json has its checksum", _AGAIN)
         for name, tensor in stored.items():
-            if _parts(checkpoint, number, name) is None:
+            if part_sums(checkpoint, number, name) is None:
                 found = f"checksums {shown(sums[name])} in headrace.json" if name in sums else "no checksum in headrace.json"
                 expected = f"one for each of its parts, {tensor_bytes(tensor):,} bytes in all"
                 yield Problem(f"{file}: {name}", found, expected, _AGAIN)
 
 
-def _parts(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]] | None:
+def part_sums(checkpoint: Checkpoint, rank: int, name: str) -> list[tuple[int, str]] | None:
     """(bytes, xxh3) of each of a tensor's consecutive parts; None where headrace.json has none that fit the tensor."""
     value: Any = checkpoint.provenance.get("xxh3")
     for key in (_file(rank), name):

@@ -17,6 +17,7 @@ from stages.verify.forward.attention import Attention, KeyValueCache
 from stages.verify.forward.experts import FeedForward
 from stages.verify.forward.norms import norm
 from stages.verify.forward.settings import DecoderSettings
+from stages.verify.forward.tensors import to_torch
 from stages.verify.forward.weights import CheckpointWeights, PipelineStage
 
 BLOCK_BYTES = 64 << 20
@@ -118,7 +119,7 @@ class Decoder:
         if table.shape != shape:
             subject = f"rank{rank}.safetensors: {EMBEDDING}"
             raise VerificationFailed([Problem(subject, f"a matrix {list(table.shape)}", f"{list(shape)}")])
-        rows = {token: table.rows(token, token + 1) for token in sorted(set(tokens.tolist()))}
+        rows = {token: to_torch(table.rows(token, token + 1)) for token in sorted(set(tokens.tolist()))}
         return torch.cat([rows[token] for token in tokens.tolist()]) if rows else torch.empty(0, shape[1])
 
     def _head(self, x: Tensor) -> Tensor:

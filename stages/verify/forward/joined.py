@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.verify.matrices import matrix
 from stages.verify.roundtrip.origin import Origin
-from stages.verify.values import read
+from stages.verify.values import read, to_float32
 
 
 class JoinedWeights:
@@ -35,22 +34,22 @@ class JoinedWeights:
         """The shape of the source's tensor."""
         return self.shapes[name]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop), float32 [stop - start, ...], gathered from the ranks; of copies, any one."""
-        result = torch.zeros(stop - start, *self.shapes[name][1:])
+        result = np.zeros((stop - start, *self.shapes[name][1:]), dtype=np.float32)
         for origin in self.origins[name]:
             first, last = max(start, origin.source_rows[0]), min(stop, origin.source_rows[1])
             if first < last:
                 row = origin.rows[0] + first - origin.source_rows[0]
-                values = self._read(origin, row, row + last - first) - origin.added
+                values = self._read(origin, row, row + last - first) - np.float32(origin.added)
                 place = result[first - start : last - start]
-                (place[:, slice(*origin.columns)] if origin.columns else place).copy_(values)
+                (place[:, slice(*origin.columns)] if origin.columns else place)[...] = values
         return result
 
-    def _read(self, origin: Origin, start: int, stop: int) -> Tensor:
+    def _read(self, origin: Origin, start: int, stop: int) -> np.ndarray:
         tensor = self.checkpoint.ranks[origin.rank][origin.tensor]
         if len(tensor.shape) == 1:
-            return read(tensor, ((start, stop),)).float()
+            return to_float32(read(tensor, ((start, stop),)))
         stored = matrix(self.checkpoint, origin.rank, origin.module, origin.expert)
         values = stored.rows(start, stop)
         return values if stored.prequant is None else values * stored.prequant

@@ -15,7 +15,7 @@ from stages.verify.forward.agreement import agreement
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.joined import JoinedWeights
 from stages.verify.forward.reference import Reference
-from stages.verify.roundtrip.matching import SourceMatch
+from stages.verify.roundtrip.origin import Origin
 from stages.verify.roundtrip.original import Original
 
 # Of the largest logit: float32 sums in another order, over as many layers as models have.
@@ -25,7 +25,7 @@ ROUNDING = 1e-3
 def compare_logits(
     checkpoint: Checkpoint,
     original: Original,
-    matched: SourceMatch,
+    origins: Sequence[Origin],
     lossless: bool,
     prompt: Sequence[int] | None,
     count: int,
@@ -37,8 +37,8 @@ def compare_logits(
     own weights, joined, too, and these logits must agree. TensorRT-LLM's classes have an epsilon of their own in the norms of q and
     k (docs/format/runtime-1.2.md, section f3); transformers runs with that one, so that it hides nothing else.
 
-    `original`: the source's weights as numbers. `matched`: the ranks' tensors by the source's. `lossless`: every value of the ranks
-    is the source's own. `prompt`: the tokens of a text; None for `count` random ones, the same every time. `advance`: called with
+    `original`: the source's weights as numbers. `origins`: of the ranks' tensors. `lossless`: every value of the ranks is the
+    source's own. `prompt`: the tokens of a text; None for `count` random ones, the same every time. `advance`: called with
     ("logits", runs done, runs in all). Returns the problems, and the facts of the level as plain values.
     """
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def compare_logits(
     comparisons = [{"against": "source", **agreement(actual, expected), "bound": ROUNDING if lossless else None}]
     if not lossless:
         shapes = {name: original.shape(name) for name in original.names()}
-        joined = JoinedWeights(checkpoint, (origin for task in matched.tasks for origin in task.origins), shapes)
+        joined = JoinedWeights(checkpoint, origins, shapes)
         expected = Reference(original.config, joined, decoder.settings.head_epsilon).logits(ids)
         comparisons.append({"against": "joined ranks", **agreement(actual, expected), "bound": ROUNDING})
         advance("logits", 3, steps)

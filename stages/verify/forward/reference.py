@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from stages.verify.forward.tensors import to_torch
 from stages.verify.named_weights import NamedWeights
 
 BLOCK_BYTES = 32 << 20  # of float32, read at once
@@ -131,13 +132,13 @@ class Reference:
 
     def _read(self, name: str, into: Tensor) -> None:
         for start, stop in _blocks(tuple(into.shape)):
-            into[start:stop] = self._weights.rows(name, start, stop)
+            into[start:stop] = to_torch(self._weights.rows(name, start, stop))
 
     def _embed(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the embedding runs, set its rows to those of the prompt's tokens, and replace the tokens by their places there."""
         used, places = torch.unique(arguments[0], return_inverse=True)
         name = self._parts[self._embedding_name][0].name
-        rows = [self._weights.rows(name, token, token + 1).float() for token in used.tolist()]
+        rows = [to_torch(self._weights.rows(name, token, token + 1)).float() for token in used.tolist()]
         module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
         return (places, *arguments[1:])
 
@@ -146,7 +147,7 @@ class Reference:
         (part,) = self._parts[self._head_name]
         result = torch.empty(*hidden.shape[:-1], part.shape[0])
         for start, stop in _blocks(part.shape):
-            rows = self._weights.rows(part.name, start, stop).float()
+            rows = to_torch(self._weights.rows(part.name, start, stop)).float()
             result[..., start:stop] = functional.linear(hidden, rows)
         bias = self._head.bias
         return result + bias if isinstance(bias, Tensor) else result

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.errors import Problem, VerificationFailed
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from stages.verify.forward.tensors import read_tensor, to_torch
 from stages.verify.matrices import Matrix, matrix, vector
-from stages.verify.values import read
+from stages.verify.values import UINT8, read, same_bits
 
 T = TypeVar("T")
-BYTES = np.dtype(np.uint8)
 # Parameters beside a module's numbers, for the precision of activations and of the cache, which are not emulated.
 BESIDE = ("activation_scaling_factor", "clamp_val", "kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
 # The loader computes these itself, whatever the file says (docs/format/checkpoint.md, section 4).
@@ -60,7 +59,7 @@ class CheckpointWeights:
     def vector(self, rank: int, name: str, size: int) -> Tensor:
         """A parameter with one axis, float32 [size]."""
         if (rank, name) not in self._vectors:
-            values = self._find(rank, name, lambda: vector(self.checkpoint, rank, name))
+            values = self._find(rank, name, lambda: to_torch(vector(self.checkpoint, rank, name)))
             if values.shape != (size,):
                 raise _failed(rank, name, f"shape {list(values.shape)}", f"[{size}]")
             self._vectors[rank, name] = values
@@ -77,7 +76,7 @@ class CheckpointWeights:
         if weight.shape != expected:
             raise _failed(rank, f"{module}.weight", f"a matrix {list(weight.shape)}", f"{list(expected)}, [out, in]")
         smooth = weight.prequant
-        x = x if smooth is None else x * smooth
+        x = x if smooth is None else x * to_torch(smooth)
         result = x.new_empty(len(x), weight.shape[0])
         for start, stop in self._steps(weight.shape):
             result[:, start:stop] = x @ self._rows(weight, (rank, module, expert, start), stop).T
@@ -93,7 +92,7 @@ class CheckpointWeights:
                 found, expected = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (other, first))
                 raise _failed(rank, name, found, f"{expected}, as on rank {ranks[0]}")
             for one, two in zip(self._bytes(first), self._bytes(other), strict=True):
-                if not torch.equal(one, two):
+                if not same_bits(one, two):
                     raise _failed(rank, name, f"other values than on rank {ranks[0]}", "the same on every rank of the stage")
             self._used[rank].add(name)
         self._same.add((ranks[0], name))
@@ -105,7 +104,7 @@ class CheckpointWeights:
             return
         other_axes = tuple((0, size) for size in tensor.shape[1:])
         for row in range(max(first, 0), tensor.shape[0]):
-            if read(tensor, ((row, row + 1), *other_axes)).float().any():
+            if read_tensor(tensor, ((row, row + 1), *other_axes)).float().any():
                 raise _failed(rank, name, f"values in row {row}", f"zeros in the rows from {max(first, 0)}: they are padding")
         self._padded.add((rank, name))
 
@@ -134,15 +133,15 @@ class CheckpointWeights:
     def _rows(self, weight: Matrix, key: tuple[int, str, int | None, int], stop: int) -> Tensor:
         if key in self._blocks:
             return self._blocks[key]
-        rows = weight.rows(key[3], stop)
+        rows = to_torch(weight.rows(key[3], stop))
         if rows.nbytes <= self.cache_bytes:
             self.cache_bytes -= rows.nbytes
             self._blocks[key] = rows
         return rows
 
-    def _bytes(self, tensor: FileTensor) -> Iterator[Tensor]:
+    def _bytes(self, tensor: FileTensor) -> Iterator[np.ndarray]:
         count = math.prod(tensor.shape) * tensor.dtype.itemsize
-        whole = tensor.viewed((count,), BYTES)
+        whole = tensor.viewed((count,), UINT8)
         return (read(whole, ((at, min(at + self.block_bytes, count)),)) for at in range(0, count, self.block_bytes))
 
 

@@ -1,127 +1,178 @@
-"""Compare the values of rank files with those of the source, rectangle by rectangle.
+"""Compare rows of a rank's tensor with those of the source that they hold.
 
 Values that are stored as numbers must be the source's, rounded once to the model's type, bit for bit. Values that are stored as
-codes may differ by as much as their format allows (figures.py).
+codes may differ by as much as their format allows (bounds.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property, partial
 
-import torch
-from torch import Tensor
+import ml_dtypes
+import numpy as np
 
-from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
-from stages.verify.roundtrip.figures import BlockPlace, Figures, allowed, rounding
-from stages.verify.roundtrip.matching import ComparisonTask
+from stages.verify.roundtrip.bounds import allowed, rounding
+from stages.verify.roundtrip.figures import BlockPlace, Figures
 from stages.verify.roundtrip.origin import Origin
-from stages.verify.values import read
+from stages.verify.values import Buffers, rounded, same_bits, to_float32
 
-STEP_ELEMENTS = 1 << 21  # compared at once: values; 8 MiB as float32
+AHEAD_BYTES = 4 << 20  # of the source that are mapped at once
+BLOCK_ELEMENTS = 1 << 17  # that are computed with at once: 512 KiB as float32
+BIT_BYTES = 1 << 20  # whose bits are compared at once
+MODEL_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def compare(checkpoint: Checkpoint, source: SourceWeights, task: ComparisonTask, kept: bool) -> dict[tuple[int, str], Figures]:
-    """Compare some rows of a source tensor with every rank that holds some of them.
+class SourceRows:
+    """Rows of the source that several ranks ask for in turn: read once for all of them, those stored as numbers some rows ahead."""
 
-    `kept`: the codes of a packed source are in the rank files unchanged. Returns figures by (rank, tensor's name).
+    def __init__(self, source: SourceWeights) -> None:
+        self.source = source
+        self._name, self._first, self._values = "", 0, np.empty(0)
+
+    def rows(self, name: str, start: int, stop: int, last: int) -> np.ndarray:
+        """Rows [start, stop) of a weight, which must not be changed; those up to `last` will be asked for."""
+        first = self._first
+        if self._name != name or start < first or stop > first + len(self._values):
+            self._name, self._values = "", np.empty(0)  # not two at once
+            end = stop
+            if self.source.exact(name):
+                row_bytes = math.prod(self.source.shape(name)[1:]) * self.source.dtype(name).itemsize
+                end = max(min(start + AHEAD_BYTES // max(row_bytes, 1), last), stop)
+            self._name, self._first, self._values = name, start, self.source.rows(name, start, end)
+        return self._values[start - self._first : stop - self._first]
+
+
+class TensorComparison:
+    """Compares one rank's tensor with the source, some of its units at a time; `figures` are those of what has been compared.
+
+    A unit is the rows that lie together in the file (`Matrix`), or a value of a vector. `kept`: the codes of a packed source are in
+    the rank files unchanged. `origins`: of the tensor's rows.
     """
-    result: dict[tuple[int, str], Figures] = defaultdict(Figures)
-    if not task.name:
-        (origin,) = task.origins
-        _compare_padding(checkpoint, origin, result[origin.rank, origin.tensor])
-        return dict(result)
-    shape = source.shape(task.name)
-    exact, kept = source.exact(task.name), kept and source.coded(task.name)
-    width = shape[1] if len(shape) > 1 else 1
-    step = max(STEP_ELEMENTS // max(width, 1) // 64, 1) * 64
-    matrices: dict[Origin, Matrix] = {}
-    for start in range(*task.rows, step):
-        stop = min(start + step, task.rows[1])
-        values = source.rows(task.name, start, stop)
-        for origin in task.origins:
-            first, last = max(start, origin.source_rows[0]), min(stop, origin.source_rows[1])
-            if first >= last:
-                continue
-            expected = values[first - start : last - start]
-            expected = expected[:, slice(*origin.columns)] if origin.columns else expected
-            row = origin.rows[0] + first - origin.source_rows[0]
-            figures = result[origin.rank, origin.tensor]
-            if expected.ndim == 1:
-                _compare_vector(checkpoint, origin, row, expected, exact, figures)
-                continue
-            if origin not in matrices:
-                matrices[origin] = matrix(checkpoint, origin.rank, origin.module, origin.expert)
-            _compare_matrix(checkpoint, matrices[origin], origin, row, expected, exact, kept, figures)
-    return dict(result)
 
+    def __init__(
+        self, checkpoint: Checkpoint, rows: SourceRows, kept: bool, rank: int, name: str, origins: Sequence[Origin]
+    ) -> None:
+        self.figures = Figures()
+        self._tensor: FileTensor = checkpoint.ranks[rank][name]
+        self._dtype = MODEL_DTYPES.get(checkpoint.config.get("dtype", ""), np.dtype(np.float32))
+        self._rows, self._source, self._kept, self._buffers = rows, rows.source, kept, Buffers()
+        self._origins: dict[int, list[Origin]] = defaultdict(list)
+        self._matrices: dict[int, Matrix] = {}
+        for origin in origins:
+            self._origins[origin.expert or 0].append(origin)
+            if len(self._tensor.shape) > 1 and (origin.expert or 0) not in self._matrices:
+                self._matrices[origin.expert or 0] = matrix(checkpoint, rank, origin.module, origin.expert)
 
-def _compare_padding(checkpoint: Checkpoint, origin: Origin, figures: Figures) -> None:
-    """Count the rows behind the end of the vocabulary, which must be zeros."""
-    tensor = checkpoint.ranks[origin.rank][origin.tensor]
-    other_axes = tuple((0, n) for n in tensor.shape[1:])
-    width = max(int(torch.tensor(tensor.shape[1:]).prod()), 1)
-    for start in range(*origin.rows, max(STEP_ELEMENTS // width, 1)):
-        values = read(tensor, ((start, min(start + max(STEP_ELEMENTS // width, 1), origin.rows[1])), *other_axes)).float()
-        if values.any():
-            figures.compare(values, torch.zeros_like(values), 0.0, BlockPlace(start))
+    @cached_property
+    def _any_matrix(self) -> Matrix | None:
+        return next(iter(self._matrices.values()), None)
+
+    @property
+    def unit_bytes(self) -> int:
+        """The bytes of a unit."""
+        return self._any_matrix.unit_bytes if self._any_matrix else self._tensor.dtype.itemsize
+
+    @property
+    def matrix_units(self) -> int:
+        """The units of a matrix; where the tensor is a stack of several, its experts' follow one another."""
+        return self._any_matrix.shape[0] // self._any_matrix.period if self._any_matrix else self._tensor.shape[0]
+
+    @cached_property
+    def block_units(self) -> int:
+        """The units that are to be compared at once: as many as stay in the processor's cache while it is computed with them."""
+        whole = self._any_matrix
+        if whole is None or (
+            whole.kind == "dense" and all(self._same_type(each) for some in self._origins.values() for each in some)
+        ):
+            return max(BIT_BYTES // self.unit_bytes, 1)
+        return max(BLOCK_ELEMENTS // (whole.shape[1] * whole.period), 1)
+
+    def compare(self, data: np.ndarray, first: int) -> None:
+        """Compare units from `first` on, uint8 [units, unit_bytes] as the file has them; they are of one matrix."""
+        expert, unit = divmod(first, self.matrix_units)
+        stored = self._matrices.get(expert)
+        period = stored.period if stored else 1
+        start = unit * period
+        for origin in self._origins[expert]:
+            top, bottom = max(start, origin.rows[0]), min(start + len(data) * period, origin.rows[1])
+            if top >= bottom:
+                continue
+            place = BlockPlace(top, origin.expert)
+            left, right = (top - start) // period, -(-(bottom - start) // period)
+            some, base = data[left:right], start + left * period
+            if stored is None or stored.kind == "dense":
+                actual = some.view(self._tensor.dtype)
+                self._compare_numbers(actual.reshape(-1) if stored is None else actual, origin, place)
+            else:
+                numbers = stored.numbers(some, base, self._buffers)[top - base : bottom - base]
+                self._compare_codes(stored, numbers, origin, place)
+
+    def _same_type(self, origin: Origin) -> bool:
+        """Whether the rank has an origin's values as the source does, if it is right."""
+        return not origin.source or (self._source.exact(origin.source) and self._source.dtype(origin.source) == self._tensor.dtype)
+
+    def _expected(self, origin: Origin, row: int, count: int) -> np.ndarray:
+        """The source's values of some rows of the rank from `row` on."""
+        start = origin.source_rows[0] + row - origin.rows[0]
+        values = self._rows.rows(origin.source, start, start + count, origin.source_rows[1])
+        return values if origin.columns is None else values[:, slice(*origin.columns)]
+
+    def _compare_numbers(self, actual: np.ndarray, origin: Origin, place: BlockPlace) -> None:
+        """Count values that are stored as numbers, which must be the source's, rounded once.
+
+        Where the source is packed, its numbers may have been computed in another order: they may differ by two roundings.
+        """
+        if not origin.source:
+            self._compare_padding(to_float32(actual), place)
+            return
+        expected = self._expected(origin, place.row, len(actual))
+        if origin.added:
+            # An addition in float16 is rounded there (docs/format/families.md, section 7).
+            wide = expected if expected.dtype == np.float16 else to_float32(expected)
+            expected = wide + wide.dtype.type(origin.added)
+        if same_bits(actual, expected):
+            self.figures.equal(actual.size)
+            return
+        numbers = to_float32(expected, self._buffers.array("expected", expected.shape))
+        if actual.shape != expected.shape:
+            self.figures.compare(np.full(expected.shape, np.nan, np.float32), numbers, 0.0, place)
+            return
+        wanted = rounded(expected, actual.dtype)
+        same = same_bits(actual, wanted)
+        if same and same_bits(rounded(wanted, expected.dtype), expected):
+            self.figures.lossless(numbers)
+            return
+        found = to_float32(actual, self._buffers.array("numbers", actual.shape))
+        if same or not self._source.exact(origin.source):
+            bound = partial(rounding, numbers, actual.dtype, 2, self._buffers)
+            self.figures.compare(found, numbers, bound, place, same, self._buffers)
         else:
-            figures.equal(values.numel())
+            self.figures.compare(found, to_float32(wanted), 0.0, place, buffers=self._buffers)
 
+    def _compare_codes(self, stored: Matrix, actual: np.ndarray, origin: Origin, place: BlockPlace) -> None:
+        """Count values that are stored as codes."""
+        if not origin.source:
+            self._compare_padding(actual, place)
+            return
+        expected = self._expected(origin, place.row, len(actual))
+        expected = to_float32(expected, self._buffers.array("expected", expected.shape))
+        if actual.shape != expected.shape:
+            self.figures.compare(np.full(expected.shape, np.nan, np.float32), expected, 0.0, place)
+            return
+        kept = self._kept and self._source.coded(origin.source)
+        bound = partial(allowed, stored, actual, expected, place.row, self._dtype, kept, self._buffers)
+        factors = stored.prequant
+        self.figures.compare(actual if factors is None else actual * factors, expected, bound, place, buffers=self._buffers)
 
-def _compare_vector(checkpoint: Checkpoint, origin: Origin, row: int, expected: Tensor, exact: bool, figures: Figures) -> None:
-    actual = read(checkpoint.ranks[origin.rank][origin.tensor], ((row, row + len(expected)),))
-    _compare_numbers(actual, expected, origin, exact, figures, BlockPlace(row))
-
-
-def _compare_matrix(
-    checkpoint: Checkpoint,
-    stored: Matrix,
-    origin: Origin,
-    row: int,
-    expected: Tensor,
-    exact: bool,
-    kept: bool,
-    figures: Figures,
-) -> None:
-    place = BlockPlace(row, origin.expert)
-    if stored.kind == "dense":
-        _compare_numbers(stored.stored(row, row + len(expected)), expected, origin, exact, figures, place)
-        return
-    actual, numbers = stored.rows(row, row + len(expected)), expected.float()
-    if stored.prequant is not None:
-        actual = actual * stored.prequant
-    figures.compare(actual, numbers, allowed(stored, numbers, row, model_dtype(checkpoint), kept), place)
-
-
-def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type of the tensors that a checkpoint does not quantize: config.json's `dtype`, float32 where it names no other."""
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(checkpoint.config.get("dtype", ""), torch.float32)
-
-
-def _compare_numbers(actual: Tensor, expected: Tensor, origin: Origin, exact: bool, figures: Figures, place: BlockPlace) -> None:
-    """Count values that are stored as numbers, which must be the source's, rounded once.
-
-    Where the source is packed (not `exact`), its numbers may have been computed in another order: they may differ by two roundings.
-    """
-    if actual.shape != expected.shape:
-        figures.compare(torch.full(expected.shape, torch.nan), expected.float(), 0.0, place)
-        return
-    if origin.added:
-        # An addition in float16 is rounded there (docs/format/families.md, section 7).
-        expected = expected + origin.added if expected.dtype == torch.float16 else expected.float() + origin.added
-    rounded = expected.to(actual.dtype)
-    same = same_bits(actual, rounded)
-    if same and same_bits(rounded.to(expected.dtype), expected):
-        figures.equal(actual.numel())
-    elif same or not exact:
-        figures.compare(actual.float(), expected.float(), rounding(expected.float(), actual.dtype) * 2, place, exact=same)
-    else:
-        figures.compare(actual.float(), rounded.float(), 0.0, place)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one type are equal bit for bit, NaN and signs of zeros included."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    def _compare_padding(self, actual: np.ndarray, place: BlockPlace) -> None:
+        """Count rows behind the end of the vocabulary, which must be zeros."""
+        if actual.any():
+            self.figures.compare(actual, np.zeros_like(actual), 0.0, place)
+        else:
+            self.figures.equal(actual.size)

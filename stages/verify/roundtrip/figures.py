@@ -1,23 +1,24 @@
-"""Errors of stored values against those that they stand for: figures that add up over blocks, and the error that a format allows.
+"""Errors of stored values against those that they stand for: figures that add up over blocks.
 
-The bounds follow docs/format/quantized-layouts.md, sections 4 to 8: an element may be off by its format's rounding, and no more.
+A block is a few hundred kilobytes, and each pass over it works on buffers that are kept, so that memory is read once.
+Sums are float32 over some thousands of values, and float64 over these.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from stages.verify.matrices import Matrix
+from stages.verify.values import Buffers
 
-LARGEST_FLOAT8 = 448.0
-HALF_STEPS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-LEAST = 2.0**-24  # the step of float16 below its normal numbers
-SLACK = 1.01  # for the rounding of the bounds themselves
+RUN = 4096  # values that are summed in float32
+# Sums outside of these are computed in float64: squares of very small or very large values are no float32.
+LEAST_SUM, GREATEST_SUM = 1e-24, 1e30
+NEARLY = 1 - 2.0**-20  # ratios below it are right, however they were rounded
 
 
 @dataclass(frozen=True)
@@ -55,34 +56,75 @@ class Figures:
     first: tuple[str, float, float] | None = field(default=None)
 
     def equal(self, elements: int) -> None:
-        """Count elements that are the same, bit for bit."""
+        """Count elements of a tensor that is the source's, bit for bit."""
         self.elements += elements
 
+    def lossless(self, values: np.ndarray) -> None:
+        """Count float32 values that are the same in both, of a tensor whose other values may have been rounded."""
+        self.elements += values.size
+        power = sum_of_squares(values)
+        self._sum(0.0, power, power, power)
+
     def compare(
-        self, actual: Tensor, expected: Tensor, allowed: Tensor | float, place: BlockPlace = BlockPlace(), exact: bool = False
+        self,
+        actual: np.ndarray,
+        expected: np.ndarray,
+        allowed: float | Callable[[], np.ndarray],
+        place: BlockPlace = BlockPlace(),
+        exact: bool = False,
+        buffers: Buffers | None = None,
     ) -> None:
         """Count float32 values `actual` that stand for `expected`, each of which may differ by `allowed`.
 
-        `place`: of the block in its tensor, to name the first wrong value. `exact`: the values are known to be `expected`, rounded.
+        `allowed`: one for all, 0 or more; or what computes float32 of the values' shape, greater than 0, called where values
+        differ. `place`: of the block in its tensor, to name the first wrong value. `exact`: the values are known to be
+        `expected`, rounded. `buffers`: to compute in.
         """
         self.exact = self.exact and exact
-        error = (actual - expected).abs()
+        self.elements += actual.size
+        if not actual.size:
+            return
+        error = (buffers or Buffers()).array("error", actual.shape)
+        with np.errstate(all="ignore"):  # NaN and infinity are wrong, and counted
+            np.abs(np.subtract(actual, expected, out=error), out=error)
+            greatest = float(error.max())
+            power = sum_of_squares(expected)
+            if not greatest:
+                self._sum(0.0, power, power, power)
+                return
+            self.max_abs = _greatest(self.max_abs, greatest)
+            noise, square = sum_of_squares(error), sum_of_squares(actual)
+            # Of values that are near one another the three sums give the fourth, better than by sums of its own that are rounded.
+            near = noise < power / 8
+            product = (power + square - noise) / 2 if near else float(np.multiply(actual, expected, dtype=np.float64).sum())
+            self._sum(noise, power, product, square)
+            if isinstance(allowed, float):
+                self.worst = _greatest(self.worst, greatest / max(allowed, 1e-38))
+                if not greatest <= allowed:
+                    self._count(actual, expected, allowed, place)
+                return
+            bound = allowed()
+            worst = float(np.divide(error, bound, out=error).max())
+            self.worst = _greatest(self.worst, worst)
+            if not worst < NEARLY:
+                self._count(actual, expected, bound, place)
+
+    def _sum(self, noise: float, power: float, product: float, square: float) -> None:
+        """Add to the sums."""
+        self.noise += noise
+        self.power += power
+        self.product += product
+        self.square += square
+
+    def _count(self, actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray | float, place: BlockPlace) -> None:
+        """Count the wrong values of a block, and keep the first."""
         # Not <=: NaN is wrong.
-        bad = ~(error <= allowed)
-        count = int(bad.sum())
+        bad = ~(np.abs(actual - expected) <= allowed)
+        count = int(np.count_nonzero(bad))
         if count and self.first is None:
-            index = tuple(int(n) for n in bad.nonzero()[0])
+            index = tuple(int(n) for n in np.unravel_index(int(bad.argmax()), bad.shape))
             self.first = (place.describe(index), float(actual[index]), float(expected[index]))
-        self.elements += actual.numel()
         self.wrong += count
-        self.max_abs = _greatest(self.max_abs, error)
-        ratio = torch.where(error > 0, error / torch.as_tensor(allowed).clamp(min=1e-38), error)
-        self.worst = _greatest(self.worst, ratio)
-        actual64, expected64 = actual.double(), expected.double()
-        self.noise += float(((actual64 - expected64) ** 2).sum())
-        self.power += float((expected64**2).sum())
-        self.product += float((actual64 * expected64).sum())
-        self.square += float((actual64**2).sum())
 
     def add(self, other: Figures) -> None:
         """Add the figures of other elements of the same tensor."""
@@ -106,61 +148,14 @@ class Figures:
         }
 
 
-def _greatest(before: float, values: Tensor) -> float:
-    greatest = float(values.max()) if values.numel() else 0.0
+def sum_of_squares(values: np.ndarray) -> float:
+    """The sum of float32 values' squares."""
+    flat = values.reshape(-1)
+    whole = len(flat) // RUN * RUN
+    runs, rest = flat[:whole].reshape(-1, RUN), flat[whole:]
+    total = float(np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64)) + float(np.einsum("i,i->", rest, rest))
+    return total if LEAST_SUM < total < GREATEST_SUM else float(np.square(values, dtype=np.float64).sum())
+
+
+def _greatest(before: float, greatest: float) -> float:
     return math.inf if math.isnan(greatest) else max(before, greatest)
-
-
-def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a step of `dtype` at each value: float32, of the shape of `values`."""
-    return values.abs() * HALF_STEPS[dtype] * SLACK + (LEAST if dtype == torch.float16 else 1e-38)
-
-
-def allowed(matrix: Matrix, expected: Tensor, start: int, dtype: torch.dtype, kept: bool) -> Tensor:
-    """The error that the format of a quantized matrix allows at each element.
-
-    `expected`: float32 [n, in_features], the source's numbers for rows [start, start + n) of `matrix`. `dtype`: the model's.
-    `kept`: the source's codes were kept, so that scales alone may have been rounded. Returns float32 [n, in_features].
-    """
-    if matrix.kind == "weight-only":
-        return 2 * rounding(expected, dtype) if kept else _by_rows(expected, matrix.bits, dtype)
-    if matrix.kind == "awq":
-        return 3 * rounding(expected, dtype)
-    if matrix.kind == "groupwise":
-        return _kept_codes(matrix, start, len(expected), dtype) if kept else _by_groups(matrix, expected, dtype)
-    if kept:
-        # One scale and the source's codes; or the parts of a fused module, which were brought to the largest scale of expected64.
-        whole = matrix.kind not in ("fp8", "nvfp4") or not matrix.fused
-        return rounding(expected, torch.float32) * 4 if whole else _float8(expected, matrix.scales(start, start + len(expected)))
-    largest = expected.abs().amax(1, keepdim=True)
-    return _float8(expected, largest / LARGEST_FLOAT8) + 2 * rounding(expected, dtype)
-
-
-def _by_rows(expected: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Weight-only: half a step of each row's scale, which is rounded; the largest value of a row has no code of its own."""
-    step = expected.abs().amax(1, keepdim=True) * 2.0 ** (1 - bits)
-    beyond = (expected - step * (2 ** (bits - 1) - 1)).clamp(min=0)
-    result: Tensor = (step * 0.5 + beyond) * SLACK + 3 * rounding(expected, dtype)
-    return result
-
-
-def _by_groups(matrix: Matrix, expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """Groupwise: half a step of codes from -8 to 7 (or of 8 bits) that reach the group's largest value; scales are rounded."""
-    groups = matrix.tensors["weights_scaling_factor"].shape[-2]
-    top = 2 ** (matrix.bits - 1) - 1
-    step = expected.reshape(len(expected), groups, -1).abs().amax(2) / top
-    result: Tensor = step.repeat_interleave(expected.shape[1] // groups, 1) * 0.55 + 4 * rounding(expected, dtype)
-    return result
-
-
-def _kept_codes(matrix: Matrix, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Groupwise with the source's codes: scales and zero points are rounded, the zero point's product twice."""
-    scales = matrix.scales(start, start + count)
-    product = matrix.codes(start, start + count).float().abs() * scales.abs()
-    zero = (matrix.rows(start, start + count) - matrix.codes(start, start + count).float() * scales).abs()
-    return rounding(product, dtype) * 2 + rounding(zero, dtype) * 3
-
-
-def _float8(expected: Tensor, scale: Tensor) -> Tensor:
-    """Half a step of float8 (e4m3): 3 bits of mantissa, and a smallest step of 2 ** -9."""
-    return (expected.abs() * 2.0**-4 + scale.abs() * 2.0**-10) * SLACK

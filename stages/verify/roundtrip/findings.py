@@ -11,8 +11,8 @@ from pipeline.errors import Problem
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.verify.matrices import matrix
 from stages.verify.roundtrip.figures import Figures
-from stages.verify.roundtrip.matching import ComparisonTask
 from stages.verify.roundtrip.model_split import model_split
+from stages.verify.roundtrip.origin import Origin
 
 SCALES = ("per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
 
@@ -42,14 +42,13 @@ class FiguresByTensor:
             result.append(Problem(f"rank{rank}.safetensors: {tensor}", found, f"{expected:.7g} there, by the source"))
         return result
 
-    def summary(self, checkpoint: Checkpoint, tasks: Iterable[ComparisonTask]) -> list[dict[str, Any]]:
+    def summary(self, checkpoint: Checkpoint, origins: Iterable[Origin]) -> list[dict[str, Any]]:
         """The figures of each tensor over all ranks, as plain values; layers have their number in the model."""
         split = model_split(checkpoint.config)
         first = [stage.start for stage in split.stages()]
         sources: dict[tuple[int, str], dict[str, None]] = defaultdict(dict)
-        for task in tasks:
-            for origin in task.origins:
-                sources[origin.rank, origin.tensor][task.name] = None
+        for origin in origins:
+            sources[origin.rank, origin.tensor][origin.source] = None
         joined: dict[str, tuple[Figures, list[int], dict[str, None]]] = {}
         for (rank, tensor), figures in sorted(self.figures.items()):
             name = global_name(tensor, first[rank // split.tp])

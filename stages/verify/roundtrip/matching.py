@@ -1,4 +1,4 @@
-"""Match a checkpoint with a source by names and shapes: which rectangles to compare, and which values have no counterpart.
+"""Match a checkpoint with a source by names and shapes: which rectangles hold the same values, and which have no counterpart.
 
 Every value of a rank file must have an origin, and every value of the source a place on some rank.
 """
@@ -6,7 +6,6 @@ Every value of a rank file must have an origin, and every value of the source a 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,27 +17,12 @@ from stages.verify.matrices import matrix
 from stages.verify.roundtrip.model_split import Span
 from stages.verify.roundtrip.origin import Origin, origins
 
-TASK_ELEMENTS = 1 << 25
-
-
-@dataclass(frozen=True)
-class ComparisonTask:
-    """Some rows of one source tensor, and the parts of rank tensors that hold some of them. `name` is "" for rows of padding."""
-
-    name: str
-    rows: Span
-    origins: tuple[Origin, ...] = field(repr=False)
-
-    def elements(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many values of the source it compares; 1 for padding. `shapes`: of the source's tensors."""
-        return (self.rows[1] - self.rows[0]) * math.prod(shapes[self.name][1:]) if self.name else 1
-
 
 @dataclass(frozen=True)
 class SourceMatch:
-    """A checkpoint matched with a source: tasks that compare their values, and the problems that names and shapes alone show."""
+    """A checkpoint matched with a source: where the ranks' values come from, and the problems that names and shapes alone show."""
 
-    tasks: tuple[ComparisonTask, ...] = field(repr=False)
+    origins: tuple[Origin, ...] = field(repr=False)
     problems: tuple[Problem, ...]
 
 
@@ -53,7 +37,6 @@ def match_source(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], 
     origins_by_source = defaultdict(list)
     for origin in rank_origins:
         origins_by_source[origin.source].append(origin)
-    padding = origins_by_source.pop("", [])
     omitted = set(left_out)
     for name, shape in shapes.items():
         if name in omitted and name not in origins_by_source:
@@ -61,21 +44,7 @@ def match_source(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], 
         uncovered_rows = uncovered(shape, [(origin.source_rows, origin.columns) for origin in origins_by_source.get(name, ())])
         if uncovered_rows:
             problems.append(Problem(name, f"{uncovered_rows} in no rank file", "every value of the source on some rank"))
-    tasks = [
-        ComparisonTask(name, rows, tuple(origins_by_source[name]))
-        for name, shape in shapes.items()
-        if name in origins_by_source
-        for rows in _row_blocks(shape)
-    ]
-    tasks += [ComparisonTask("", (0, 1), (origin,)) for origin in padding]
-    return SourceMatch(tuple(tasks), tuple(problems))
-
-
-def _row_blocks(shape: Sequence[int]) -> Iterator[Span]:
-    """The rows of a tensor that each task compares."""
-    step = max(TASK_ELEMENTS // max(math.prod(shape[1:]), 1), 64)
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+    return SourceMatch(tuple(rank_origins), tuple(problems))
 
 
 def uncovered(shape: Sequence[int], rectangles: Iterable[tuple[Span, Span | None]]) -> str:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.origin import Origin
-from stages.verify.values import read
+from stages.verify.values import read, to_float32
 
 SCALES = (
     "weights_scaling_factor",
@@ -54,35 +53,37 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
                 expected = None
             else:
                 continue
-            values = read(tensor).float()
+            values = to_float32(read(tensor))
             subject = f"rank{number}.safetensors: {name}"
-            if not bool(torch.isfinite(values).all()) or (parameter != "clamp_val" and bool((values < 0).any())):
+            if not bool(np.isfinite(values).all()) or (parameter != "clamp_val" and bool((values < 0).any())):
                 yield Problem(subject, "a value that is negative or not finite", "scales of 0 or more")
-            elif expected is not None and not torch.equal(values, expected):
+            elif expected is not None and not np.array_equal(values, expected):
                 yield Problem(subject, str(values.tolist()), f"{expected.tolist()}, by the source")
 
 
-def _bounds(checkpoint: Checkpoint) -> Tensor | None:
+def _bounds(checkpoint: Checkpoint) -> np.ndarray | None:
     """float32 [2]: config.json's clamp bounds, None where it has none."""
     bounds = checkpoint.config.get("quantization", {}).get("clamp_val")
-    return torch.tensor(bounds, dtype=torch.float32) if bounds else None
+    return np.array(bounds, dtype=np.float32) if bounds else None
 
 
-def _largest(source: Mapping[str, LazyTensor], names: Iterable[str]) -> Tensor | None:
+def _largest(source: Mapping[str, LazyTensor], names: Iterable[str]) -> np.ndarray | None:
     """float32 [1]: the largest of the source's scales of some names, None where it has none of them."""
-    scales = [read(source[name]).float().reshape(-1) for name in names if name in source]
-    return torch.cat(scales).max().reshape(1) if scales else None
+    scales = [to_float32(read(source[name])).reshape(-1) for name in names if name in source]
+    return np.concatenate(scales).max().reshape(1) if scales else None
 
 
-def _activations(source: Mapping[str, LazyTensor], modules: Sequence[str]) -> Tensor | None:
+def _activations(source: Mapping[str, LazyTensor], modules: Sequence[str]) -> np.ndarray | None:
     """float32 [1]: the largest scale of some modules' activations, None where there is none. compressed-tensors' NVFP4 divides."""
-    divisors = [read(source[name]).float().reshape(-1) for each in modules if (name := f"{each}.input_global_scale") in source]
+    divisors = [to_float32(read(source[name])).reshape(-1) for each in modules if (name := f"{each}.input_global_scale") in source]
     if divisors:
-        return (1 / torch.cat(divisors)).max().reshape(1)
+        with np.errstate(divide="ignore"):
+            largest: np.ndarray = (np.float32(1) / np.concatenate(divisors)).max(keepdims=True)
+        return largest
     return _largest(source, [f"{each}.input_scale" for each in modules])
 
 
-def _cache(source: Mapping[str, LazyTensor], modules: Iterable[str]) -> Tensor:
+def _cache(source: Mapping[str, LazyTensor], modules: Iterable[str]) -> np.ndarray:
     """float32 [1]: the larger of the keys' and the values' scales; 1 where the source does not have both.
 
     Either may be the attention module's, the fused or the single projection's, or that of the projection's outputs; the attention
@@ -96,4 +97,4 @@ def _cache(source: Mapping[str, LazyTensor], modules: Iterable[str]) -> Tensor:
             names += [f"{module}.output_scale"] if last == f"{part}_proj" else []
     scales = [_largest(source, names) for names in (keys, values)]
     found = [scale for scale in scales if scale is not None]
-    return torch.cat(found).max().reshape(1) if len(found) == 2 else torch.ones(1)
+    return np.concatenate(found).max().reshape(1) if len(found) == 2 else np.ones(1, dtype=np.float32)

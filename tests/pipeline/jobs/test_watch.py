@@ -48,6 +48,25 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "in/model"
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("hostile", ["a pipe", "deep", "sparse"])
+def test_what_is_no_file_of_json_is_no_checkpoint_and_holds_nobody_up(
+    name: str, hostile: str, looking: Looking, place: Path
+) -> None:
+    checkpoints.write(place, checkpoints.LLAMA, shards=3)
+    (place / name).unlink()
+    if hostile == "a pipe":
+        os.mkfifo(place / name)
+    elif hostile == "deep":
+        (place / name).write_text("[" * 100_000 + "]" * 100_000)
+    else:
+        with (place / name).open("wb") as file:
+            file.truncate(8 << 30)
+    checkpoints.write(place.with_name("sound"), checkpoints.LLAMA)
+    assert looking.after(0) == []
+    assert looking.after(30) == ["sound"]
+
+
 def test_found_once_when_it_has_settled(looking: Looking, place: Path) -> None:
     assert looking.after(0) == []
     checkpoints.write(place, checkpoints.LLAMA, shards=3)

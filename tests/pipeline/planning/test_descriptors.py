@@ -13,7 +13,8 @@ import pytest
 import headrace as api
 from pipeline.errors import BadInput
 from pipeline.planning.descriptors import OPEN_FILES, RESERVED, open_files
-from stages.write import Delivery, OpenFiles
+from stages.write.deliveries import Delivery
+from stages.write.open_files import OpenFiles
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.places import ROOT

@@ -5,14 +5,18 @@ The disk of these tests forgets what was not flushed (tests/support/power.py).
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import Interrupted, WriteFailed, convert, plan, verify
+from pipeline import BadInput, Interrupted, WriteFailed, convert, plan, verify
+from pipeline.planning.plans import Plan
 from pipeline.run.execute import execute
 from pipeline.sinks.journal import Committer
+from pipeline.sinks.output_sums import as_written
 from pipeline.watching.listener import Silent
 from stages.write import Written
 from tests.support import checkpoints
@@ -247,3 +251,54 @@ def test_a_journal_that_outlived_its_output_goes_while_another_is_made(model: Pa
     assert contents(place / "a") == plain
     assert {path.name for path in (place / "b").iterdir()} >= {"config.json", "headrace.json"}
     assert not (place / "b" / "headrace.json.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["rank1.safetensors", "tokenizer.json", ""])
+def test_an_output_left_to_the_system_is_looked_at_after_another_boot(
+    name: str, model: Path, plain: dict[str, bytes], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may keep all names and sizes, and zeros in a file: that is made anew. What is whole is read once."""
+    asked = options(model, place)
+    convert(**asked)
+    out, looked = asked["output_dir"], []
+    assert json.loads((out / "headrace.json").read_text())["boot"]
+    if name:
+        with (out / name).open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(bytes(2))
+    monkeypatch.setattr("pipeline.sinks.output.as_written", lambda *more: (looked.append(more), as_written(*more))[1])
+    assert convert(**asked).up_to_date, "in the boot in which it was written the system has all of it"
+    assert not looked
+    monkeypatch.setattr("pipeline.sinks.journal.boot_id", lambda: "another boot")
+    started = Noted()
+    result = execute(plan(**asked), started)
+    assert result.up_to_date is not bool(name)
+    assert [f"{out} is not as it was written" in note for note in started.notes] == [True] * bool(name)
+    assert contents(out) == plain
+    assert len(looked) == 1
+    if not name:
+        assert json.loads((out / "headrace.json").read_text())["boot"] == "", "it is on the disk"
+    monkeypatch.setattr("pipeline.sinks.journal.boot_id", lambda: "a third")
+    assert convert(**asked).up_to_date
+    assert len(looked) == 1 + bool(name)
+
+
+class Noted(Silent):
+    """Keeps what a run notes of outputs."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def started(self, plan: Plan, *_: object) -> None:
+        self.notes += [note for note in plan.notes if "as it was written" in note]
+
+
+def test_copies_whose_record_a_power_cut_took_are_no_strangers(model: Path, plain: dict[str, bytes], place: Path) -> None:
+    """tokenizer.json beside an empty headrace.json, which said that headrace had copied it."""
+    asked = options(model, place)
+    convert(**asked)
+    (asked["output_dir"] / "headrace.json").write_bytes(b"")
+    with pytest.raises(BadInput, match="files that headrace did not write"):
+        convert(**asked | {"copy_tokenizer": False})
+    convert(**asked)
+    assert contents(asked["output_dir"]) == plain

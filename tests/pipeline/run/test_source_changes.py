@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import BadInput, Interrupted, WriteFailed, convert, plan
+from pipeline import BadInput, Interrupted, WriteFailed, convert, load_from_hf_checkpoint, plan
 from pipeline.errors import SourceChanged
 from pipeline.run.execute import execute
 from pipeline.watching.listener import Silent
@@ -183,6 +183,43 @@ def test_a_run_that_reads_scratch_alone_needs_no_source(model: Path, tmp_path: P
     made = plan(**asked, output_dir=tmp_path / "second", tp_size=2)
     (model / FILE).rename(tmp_path / "away")
     assert execute(made).bytes_read == 0
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "longer"])
+def test_a_loader_gives_no_tensor_of_a_source_that_has_changed(change: str, model: Path) -> None:
+    """Between two of its tensors, also where it is another file's."""
+    weights = load_from_hf_checkpoint(model, tp_size=2, tp_rank=1)
+    before = {name: weights[name] for name in weights}
+    (model / FILE).chmod(0o600)
+    assert all(weights[name].equal(before[name]) for name in weights), "another mode changes no byte"
+    CHANGES[change][0](model / FILE)
+    for name in weights:
+        with pytest.raises(SourceChanged, match=FILE) as error:
+            weights[name]
+        assert "load it anew" in str(error.value)
+    if change != "longer":  # which is no safetensors file any more
+        again = load_from_hf_checkpoint(model, tp_size=2, tp_rank=1)
+        assert any(not again[name].equal(before[name]) for name in again)
+
+
+def test_a_loader_looks_at_a_source_that_changes_while_a_tensor_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, real = load_from_hf_checkpoint(model), os.open
+
+    def replacing(path: Any, *more: Any, **options: Any) -> int:
+        descriptor = real(path, *more, **options)
+        if str(path).endswith(FILE):
+            monkeypatch.setattr(os, "open", real)
+            replaced(model / FILE)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", replacing)
+    for name in weights:
+        try:
+            weights[name]
+        except SourceChanged:
+            break
+    else:
+        raise AssertionError("no tensor was refused")
 
 
 @pytest.mark.parametrize("shards", [1, 3])

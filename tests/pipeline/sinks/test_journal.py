@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,3 +79,30 @@ def test_one_holder_at_a_time(path: Path) -> None:
     journal.close()
     Journal(path).remove()
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5_000 + "]" * 5_000,
+        "9" * 400,
+        "[]",
+        "null",
+        '{"done": [5], "sums": []}',
+        '{"sums": [], "boot": "b"}',
+        '{"done": [5], "boot": "b"}',
+        '{"done": 5, "sums": [], "boot": "b"}',
+        '{"done": [true], "sums": [], "boot": "b"}',
+        '{"done": [-1], "sums": [], "boot": "b"}',
+        '{"done": [], "sums": [[0, 0, 0]], "boot": "b"}',
+        '{"done": [], "sums": [[0, 0, "x", "y"]], "boot": "b"}',
+        '{"done": [], "sums": [], "boot": 5}',
+    ],
+    ids=lambda text: text[:50],
+)
+def test_a_line_that_no_journal_has_ends_it(path: Path, text: str) -> None:
+    """Though its checksum is right: what stands before it counts, and it is cut off."""
+    before = path.read_bytes()
+    path.write_bytes(before + f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode())
+    assert reopened(path) == [0, 1, 2, 3, 4]
+    assert path.read_bytes() == before

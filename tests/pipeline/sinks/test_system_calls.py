@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import mmap
 import os
 import shutil
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 import headrace as api
 from pipeline.errors import BadInput, HeadraceError, WriteFailed
@@ -22,7 +25,7 @@ from pipeline.jobs.lock import only_one
 from pipeline.sinks.output_checks import check_space, free_bytes
 from pipeline.tensor import filesystem
 from pipeline.tensor.filesystem import FALLBACKS
-from tests.support import checkpoints
+from tests.support import checkpoints, gguf_files, meta_files
 from tests.support.commands import Ran, headrace
 
 # Errors that no call can be done without: the file is named, and what to do is said.
@@ -78,6 +81,30 @@ def test_without_maps_the_same_bytes_are_read(model: Path, tmp_path: Path, numbe
         assert all(weights[name].numel() for name in weights)
     assert failed
     assert files(tmp_path / "mapped") == files(tmp_path / "read") == files(tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("container", ["archive", "legacy", "meta", "gguf"])
+def test_without_maps_other_containers_are_read(container: str, tmp_path: Path) -> None:
+    """Their headers, their tensors and the strided parts of these."""
+    source, place, flag = checkpoints.values(checkpoints.LLAMA), tmp_path / "model", "--model_dir"
+    if container == "meta":
+        meta_files.write(place, checkpoints.LLAMA, source, parts=2)
+        flag = "--meta_ckpt_dir"
+    elif container == "gguf":
+        place = tmp_path / "model.gguf"
+        gguf_files.write(place, checkpoints.LLAMA, source, "Q8_0")
+    else:
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(checkpoints.LLAMA))
+        # Matrices transposed, so that they lie in the file at strides.
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array.T).T) for name, array in source.items()}
+        torch.save(tensors, place / "pytorch_model.bin", _use_new_zipfile_serialization=container == "archive")
+    arguments = ("convert", flag, place, "--scheduler", "synchronous", "--tp_size", 2, "--output_dir")
+    assert headrace(*arguments, tmp_path / "mapped").code == 0
+    with refusing_call(mmap, "mmap", errno.ENODEV) as failed:
+        assert headrace(*arguments, tmp_path / "read").code == 0
+    assert failed
+    assert files(tmp_path / "mapped") == files(tmp_path / "read")
 
 
 @pytest.mark.parametrize("number", sorted(FALLBACKS["flock"]), ids=errno.errorcode.get)

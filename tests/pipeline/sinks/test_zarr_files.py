@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import zarr
 
 from pipeline.model.dtypes import TABLE
+from pipeline.sinks.chunk_sums import recorded_parts
+from pipeline.sinks.remote import RemoteGroup
+from pipeline.sinks.scratch_listing import list_scratch
 from pipeline.sinks.zarr_files import array_attributes, read_attributes, write_array, write_group
 
 
@@ -42,3 +46,37 @@ def test_a_group_s_attributes_are_replaced(tmp_path: Path) -> None:
     assert read_attributes(tmp_path / "x") == {"complete": True} == dict(zarr.open_group(tmp_path / "x", mode="r").attrs)
     (tmp_path / "x" / "zarr.json").write_text("{")
     assert read_attributes(tmp_path / "x") == {}
+
+
+HOSTILE = [
+    "[" * 5_000,
+    "[]",
+    "5",
+    '{"attributes": 5}',
+    '{"attributes": {"headrace": "scratch"}}',
+    '{"attributes": {"headrace": "scratch", "complete": "x", "stage": [], "id": {}, "xxh3": 5}}',
+    '{"attributes": {"headrace": "scratch", "xxh3": {"a": [[1]]}}}',
+    '{"attributes": {"headrace": "scratch", "xxh3": {"a": [["x", [], {}]]}}}',
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:60])
+def test_metadata_that_nobody_writes_are_those_of_no_cut(text: str, tmp_path: Path) -> None:
+    """Of a group on a disk and of one behind a URL."""
+    (tmp_path / "x.zarr").mkdir()
+    (tmp_path / "x.zarr" / "zarr.json").write_text(text)
+    assert recorded_parts(read_attributes(tmp_path / "x.zarr")) == {}
+    assert all(not cut.complete and cut.stage for cut in list_scratch(tmp_path))
+    group = RemoteGroup(f"file://{tmp_path}/x.zarr", "read", "the id", "source", False, {})
+    assert not group.complete
+    assert group.recorded() == {}
+    assert not group.kept
+
+
+def test_metadata_that_are_larger_than_any_are_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "zarr.json").open("wb") as file:
+        file.truncate(8 << 30)
+    begun = time.process_time()
+    assert read_attributes(tmp_path) == {}
+    assert not RemoteGroup(f"file://{tmp_path}", "read", "the id", "source", False, {}).complete
+    assert time.process_time() - begun < 2

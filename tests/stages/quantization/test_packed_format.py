@@ -17,7 +17,7 @@ from tests.support.lazy import held, values
 from tests.support.packed_tensors import opened
 
 KINDS = source.formats()
-JOINT = ("fp8 block of 96", "bitsandbytes nf4 nested", "hqq", "hqq 2 bits")
+JOINT = ("fp8 block of 96", "bitsandbytes nf4 nested", "hqq", "hqq 2 bits", "hqq across", "hqq across, 8 bits")
 WEIGHT = np.random.default_rng(8).normal(0, 0.1, (256, 256)).astype(np.float32)
 MODULE = "model.layers.0.self_attn.v_proj"
 

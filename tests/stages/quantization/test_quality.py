@@ -14,10 +14,11 @@ import pytest
 from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, WEIGHT_ONLY
 from pipeline.planning.job import Job
 from stages.quantization.kernels.layout import KernelLayout
+from stages.quantization.kernels.weight_only import quantize, weight_only_scales
 from stages.quantization.numbers import dequantize, requantize
 from stages.quantization.targets.fp8 import quantize_channels
 from stages.quantization.targets.groupwise import pack_gptq
-from stages.quantization.targets.weight_only import pack, quantize
+from stages.quantization.targets.weight_only import pack
 from tests.support.lazy import values
 from tests.support.packed_tensors import opened
 from tests.support.places import DOCS
@@ -72,7 +73,8 @@ def restored(weight: np.ndarray, kind: str) -> np.ndarray | None:
     if kind.startswith("int"):
         bits = int(kind[3])
         scales = values(pack("w", array, KernelLayout(bits, 1), 1, "bfloat16", 64)["per_channel_scale"][0]).astype(np.float32)
-        return (quantize(weight, bits, 1, "w").astype(np.float32) - np.float32(1 << (bits - 1))) * scales
+        codes = quantize(weight, bits, weight_only_scales(weight, bits, 1, "w"))
+        return (codes.astype(np.float32) - np.float32(1 << (bits - 1))) * scales
     found = re.search(r"groups of (\d+)", kind)
     assert found, kind
     size = int(found[1])

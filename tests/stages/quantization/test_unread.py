@@ -69,7 +69,7 @@ def test_every_method_of_transformers_is_read_or_known() -> None:
     from transformers.utils.quantization_config import QuantizationMethod
 
     named = {value for row in ROWS.values() for value in row.said.get("quant_method", ())}
-    read = {"gptq", "awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gguf", "auto-round", "bitsandbytes", "hqq", "nvfp4"}
+    read = {"gptq", "awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gguf", "auto-round", "bitsandbytes", "hqq", "nvfp4", "eetq"}
     assert {method.value for method in QuantizationMethod} - named - read == set()
     assert not named & read
 

@@ -9,8 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor, Source
@@ -19,6 +18,7 @@ from stages.verify.roundtrip.original.config import canonical_config
 from stages.verify.roundtrip.original.names import canonical
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
 from stages.verify.roundtrip.original.packed import unpack
+from stages.verify.values import to_float32
 
 KEY = "quantization_config"
 # Models whose queries, keys and values have biases that config.json does not speak of.
@@ -50,7 +50,7 @@ class Original:
         """The shape of a weight: [out_features, in_features] of a matrix."""
         return self._numbers[name].shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> np.dtype:
         """The type of the numbers as the source stores them; float32 for what was dequantized."""
         return self._numbers[name].dtype
 
@@ -62,12 +62,15 @@ class Original:
         """Whether the source stores codes that a rank can keep."""
         return self._numbers[name].coded
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the first axis, of type `dtype(name)`. Raises IndexError where there are no such rows."""
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the first axis, of type `dtype(name)`, which must not be changed.
+
+        Raises IndexError where there are no such rows.
+        """
         numbers = self._numbers[name]
         if not 0 <= start <= stop <= numbers.shape[0]:
             raise IndexError(f"{name}: rows {start} to {stop} of {numbers.shape[0]}")
-        return numbers.rows(start, stop) if start < stop else torch.empty((0, *numbers.shape[1:]), dtype=numbers.dtype)
+        return numbers.rows(start, stop) if start < stop else np.empty((0, *numbers.shape[1:]), dtype=numbers.dtype)
 
     def _unpacked(self, settings: Mapping[str, Any]) -> dict[str, Numbers]:
         """Every tensor as numbers, by the source's own names. Raises BadInput naming each that no format explains."""
@@ -102,4 +105,4 @@ class Original:
 def _any(bias: Numbers) -> bool:
     """Whether any value is not zero."""
     assert isinstance(bias, StoredNumbers), "no format packs a bias"
-    return bool(bias.rows(0, bias.shape[0]).any())
+    return bool(to_float32(bias.rows(0, bias.shape[0])).any())

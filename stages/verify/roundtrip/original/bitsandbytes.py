@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.documents import parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
-from stages.verify.values import read
+from stages.verify.values import halves, read, to_float32
 
 STATE = "weight.quant_state.bitsandbytes__"
 
@@ -40,26 +39,28 @@ class FourBitNumbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.state["shape"])
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        columns, size = self.shape[1], self.state["blocksize"]
-        data = read(self.tensors["weight"], ((start * columns // 2, -(-stop * columns // 2)), (0, 1))).reshape(-1)
-        codes = torch.stack([data >> 4, data & 15], -1).reshape(-1)[start * columns % 2 :][: (stop - start) * columns]
-        values = self._table("weight.quant_map")[codes.long()].reshape(-1, size)
-        return (values * self._scales(start * columns // size, stop * columns // size).unsqueeze(1)).reshape(-1, columns)
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        width, size = self.shape[1], self.state["blocksize"]
+        data = read(self.tensors["weight"], ((start * width // 2, -(-stop * width // 2)), (0, 1))).reshape(-1)
+        codes = halves(data, high_first=True)[start * width % 2 :][: (stop - start) * width]
+        values: np.ndarray = self._table("weight.quant_map")[codes].reshape(-1, size)
+        values *= self._scales(start * width // size, stop * width // size)[:, None]
+        return values.reshape(-1, width)
 
-    def _table(self, name: str) -> Tensor:
-        return read(self.tensors[name]).float()
+    def _table(self, name: str) -> np.ndarray:
+        return to_float32(read(self.tensors[name]))
 
     @cached_property
-    def _outer(self) -> Tensor:
-        return self._table("weight.nested_absmax").repeat_interleave(self.state["nested_blocksize"])
+    def _outer(self) -> np.ndarray:
+        return np.repeat(self._table("weight.nested_absmax"), self.state["nested_blocksize"])
 
-    def _scales(self, first: int, last: int) -> Tensor:
+    def _scales(self, first: int, last: int) -> np.ndarray:
         stored = read(self.tensors["weight.absmax"], ((first, last),))
         if "weight.nested_absmax" not in self.tensors:
-            return stored.float()
-        inner = self._table("weight.nested_quant_map")[stored.long()]
-        return inner * self._outer[first:last] + torch.tensor(self.state["nested_offset"], dtype=torch.float32)
+            return to_float32(stored)
+        inner = self._table("weight.nested_quant_map")[stored]
+        scales: np.ndarray = inner * self._outer[first:last] + np.float32(self.state["nested_offset"])
+        return scales
 
 
 class EightBitNumbers(Numbers):
@@ -72,5 +73,8 @@ class EightBitNumbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return StoredNumbers(self.weight).rows(start, stop).float() * read(self.largest, ((start, stop),)).unsqueeze(1) / 127
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        values = to_float32(StoredNumbers(self.weight).rows(start, stop))
+        values *= to_float32(read(self.largest, ((start, stop),)))[:, None]
+        values /= 127
+        return values

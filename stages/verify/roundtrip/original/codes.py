@@ -6,20 +6,21 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from stages.verify.values import halves
 
 
 class LastBlock(threading.local):
     """The block that was unpacked last, of whichever module; each thread keeps its own."""
 
     def __init__(self) -> None:
-        self._last: tuple[Any, Tensor] | None = None
+        self._last: tuple[Any, Any] | None = None
 
     def __reduce__(self) -> tuple[type[LastBlock], tuple[()]]:
         return LastBlock, ()
 
-    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value of `key`, made unless it is the last one."""
         if self._last is None or self._last[0] != key:
             self._last = None  # not two blocks at once
@@ -27,40 +28,42 @@ class LastBlock(threading.local):
         return self._last[1]
 
 
-def unpack_codes(words: Tensor, bits: int) -> Tensor:
+def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
     """Unpack 32-bit words, int32 [..., n], to their codes, uint8 [..., n * 32 / bits], lowest bits first.
 
     `bits` is 2, 3, 4 or 8; codes of 3 bits go over the ends of words.
     """
-    data = word_bytes(words)
-    if bits < 4:
-        each = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        codes = each.reshape(*data.shape[:-1], -1, bits) << torch.arange(bits, dtype=torch.uint8)
-        return codes.sum(-1, dtype=torch.uint8)
-    return data if bits == 8 else torch.stack([data & 15, data >> 4], -1).flatten(-2)
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if bits >= 4:
+        return data if bits == 8 else halves(data)
+    each = np.unpackbits(data, axis=-1, bitorder="little").reshape(*data.shape[:-1], -1, bits)
+    codes = each[..., 0].copy()
+    for bit in range(1, bits):
+        codes |= each[..., bit] << np.uint8(bit)
+    return codes
 
 
-def word_bytes(words: Tensor) -> Tensor:
-    """The bytes of 32-bit words, int32 [..., n], as uint8 [..., 4 n], the lowest first."""
-    # Not contiguous(), which leaves the strides of axes of length 1 as they are.
-    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-
-
-def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, index: Tensor | None) -> Tensor:
+def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, index: np.ndarray | None) -> np.ndarray:
     """Compute (code - zero) * scale of each in-feature's group, float32 [rows, in_features].
 
     `codes`: uint8 [rows, in_features]. `zeros`, `scales`: float32 [rows, groups]. `index`: int64 [in_features], the group of each
     in-feature, or None where groups are consecutive in-features.
     """
+    result = codes.astype(np.float32)
     if index is not None:
-        return (codes.float() - zeros[:, index]) * scales[:, index]
-    by_group = codes.reshape(len(codes), zeros.shape[1], -1).float()
-    return (by_group.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1))).reshape(codes.shape)
+        result -= zeros[:, index]
+        result *= scales[:, index]
+        return result
+    groups = zeros.shape[1]
+    by_group = result.reshape(len(codes), groups, codes.shape[1] // groups)
+    by_group -= zeros[:, :, None]
+    by_group *= scales[:, :, None]
+    return result
 
 
-def explicit_groups(index: Tensor | None, groups: int) -> Tensor | None:
+def explicit_groups(index: np.ndarray | None, groups: int) -> np.ndarray | None:
     """The group of each in-feature, int64 [in_features]; None where groups are consecutive in-features."""
-    if index is None or torch.equal(index, torch.arange(len(index)) // (len(index) // groups)):
+    if index is None or np.array_equal(index, np.arange(len(index)) // (len(index) // groups)):
         return None
     return index
 

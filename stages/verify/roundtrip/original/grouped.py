@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
-from stages.verify.roundtrip.original.codes import LastBlock, dequantize, divides_evenly, explicit_groups, unpack_codes, word_bytes
+from stages.verify.roundtrip.original.codes import (
+    LastBlock,
+    dequantize,
+    divides_evenly,
+    explicit_groups,
+    unpack_codes,
+)
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read
+from stages.verify.values import read, to_float32
 
-AHEAD_BYTES = 8 << 20  # of codes, uint8, that are unpacked at once where they are packed along columns
+AHEAD_BYTES = 4 << 20  # of codes, uint8, that are unpacked at once where they are packed along columns
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of its eight columns
 
 
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
+    settings = _of_module(module, settings)
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
     bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
     if words == columns and bits in (2, 3, 4, 8) and divides_evenly(rows * 32 // bits, groups):
@@ -31,6 +38,24 @@ def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Ma
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2, 3, 4 or 8 bits, or AutoAWQ's gemm")])
+
+
+def _of_module(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of one module: those of all with what GPTQModel's `dynamic` says of it in its first pattern that fits."""
+    for pattern, values in (settings.get("dynamic") or {}).items():
+        signed = pattern[:2] in ("-:", "+:")
+        if re.match(pattern[2:] if signed else pattern, module):
+            return settings if pattern[:2] == "-:" else {**settings, **values}
+    return settings
+
+
+class UnpackedBlock(NamedTuple):
+    """A block of out-features, as `dequantize` takes it."""
+
+    codes: np.ndarray
+    zeros: np.ndarray
+    scales: np.ndarray
+    groups: np.ndarray | None
 
 
 class GroupedNumbers(Numbers):
@@ -48,23 +73,28 @@ class GroupedNumbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.tensors["scales"].shape[1], self.features
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        blocks = []
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        parts = []
         for first in range(start - start % self.block, stop, self.block):
             last = min(first + self.block, self.shape[0])
-            codes = self.last_block.get((self.module, first), partial(self.codes, first, last))
-            blocks.append(codes[max(start - first, 0) : stop - first])
+            block = self.last_block.get((self.module, first), partial(self._unpacked, first, last))
+            some = slice(max(start - first, 0), stop - first)
+            parts.append(dequantize(block.codes[some], block.zeros[some], block.scales[some], block.groups))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _unpacked(self, start: int, stop: int) -> UnpackedBlock:
         groups = self.tensors["scales"].shape[0]
-        scales = read(self.tensors["scales"], ((0, groups), (start, stop))).float()
-        index = read(self.tensors["g_idx"]).long() if "g_idx" in self.tensors else None
-        return dequantize(torch.cat(blocks), self.zeros(start, stop).T.float(), scales.T, explicit_groups(index, groups))
+        index = read(self.tensors["g_idx"]).astype(np.int64) if "g_idx" in self.tensors else None
+        scales = np.ascontiguousarray(read(self.tensors["scales"], ((0, groups), (start, stop))).T)
+        zeros = self.zeros(start, stop).T.astype(np.float32)
+        return UnpackedBlock(self.codes(start, stop), zeros, to_float32(scales), explicit_groups(index, groups))
 
     @abstractmethod
-    def codes(self, start: int, stop: int) -> Tensor:
+    def codes(self, start: int, stop: int) -> np.ndarray:
         """The codes of out-features [start, stop), uint8 [stop - start, in_features]; `start` is the first of a block."""
 
     @abstractmethod
-    def zeros(self, start: int, stop: int) -> Tensor:
+    def zeros(self, start: int, stop: int) -> np.ndarray:
         """The zero points of out-features [start, stop), int16 [groups, stop - start]."""
 
 
@@ -82,12 +112,12 @@ class GptqNumbers(GroupedNumbers):
         self.named_v2 = _named_v2(settings)
         self.symmetric = settings.get("sym", True) is not False
 
-    def codes(self, start: int, stop: int) -> Tensor:
+    def codes(self, start: int, stop: int) -> np.ndarray:
         words = read(self.tensors["qweight"], ((0, self.tensors["qweight"].shape[0]), (start, stop)))
         return unpack_codes(words.T, self.bits)
 
-    def zeros(self, start: int, stop: int) -> Tensor:
-        return self._stored_zeros(start, stop).to(torch.int16) + (0 if self._is_v2 else 1)
+    def zeros(self, start: int, stop: int) -> np.ndarray:
+        return self._stored_zeros(start, stop).astype(np.int16) + np.int16(0 if self._is_v2 else 1)
 
     @cached_property
     def _is_v2(self) -> bool:
@@ -99,7 +129,7 @@ class GptqNumbers(GroupedNumbers):
             return self.named_v2
         return bool((self._stored_zeros(0, self.shape[0]) == 1 << (self.bits - 1)).all())
 
-    def _stored_zeros(self, start: int, stop: int) -> Tensor:
+    def _stored_zeros(self, start: int, stop: int) -> np.ndarray:
         packed = 32 // self.bits
         first, last = start // packed, -(-stop // packed)
         if 32 % self.bits:
@@ -126,18 +156,20 @@ class AwqNumbers(GroupedNumbers):
     A word holds eight out-features, in the order of AWQ_PLACES. Without `qzeros` every zero point is 8, the middle of the range.
     """
 
-    def codes(self, start: int, stop: int) -> Tensor:
+    def codes(self, start: int, stop: int) -> np.ndarray:
         return self._columns("qweight", start, stop)
 
-    def zeros(self, start: int, stop: int) -> Tensor:
+    def zeros(self, start: int, stop: int) -> np.ndarray:
+        groups = self.tensors["scales"].shape[0]
         if "qzeros" not in self.tensors:
-            return torch.full((self.tensors["scales"].shape[0], stop - start), 8, dtype=torch.int16)
-        return self._columns("qzeros", start, stop).T.to(torch.int16)
+            return np.full((groups, stop - start), 8, dtype=np.int16)
+        return self._columns("qzeros", start, stop).T.astype(np.int16)
 
-    def _columns(self, name: str, start: int, stop: int) -> Tensor:
+    def _columns(self, name: str, start: int, stop: int) -> np.ndarray:
         """Columns [start, stop) of a packed tensor as rows, uint8 [stop - start, rows]."""
         first, last = start // 8, -(-stop // 8)
-        words = read(self.tensors[name], ((0, self.tensors[name].shape[0]), (first, last)))
-        data = word_bytes(words.T).reshape(last - first, -1, 4)
-        nibbles = torch.stack([(data[..., place // 2] >> (4 * (place % 2))) & 15 for place in AWQ_PLACES], 1)
-        return nibbles.flatten(0, 1)[start - 8 * first : stop - 8 * first]
+        words = np.ascontiguousarray(read(self.tensors[name], ((0, self.tensors[name].shape[0]), (first, last))).T).view(np.uint32)
+        nibbles = np.empty((last - first, 8, words.shape[1]), np.uint8)
+        for column, place in enumerate(AWQ_PLACES):
+            nibbles[:, column] = words >> np.uint32(4 * place) & np.uint32(15)
+        return nibbles.reshape(-1, words.shape[1])[start - 8 * first : stop - 8 * first]

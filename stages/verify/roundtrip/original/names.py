@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
+from stages.verify.roundtrip.original.small_floats import TileNumbers
 
 # Rotary buffers, which whoever runs the model computes; a source's own are ignored.
 _TABLES = r"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|rope_freqs\.weight"
@@ -162,7 +163,7 @@ def _experts(name: str, numbers: Numbers, numbered: bool) -> dict[str, Numbers]:
     The stacks are [experts, 2 * intermediate, hidden] of gate and up, and [experts, hidden, intermediate] of down.
     """
     stack = STACK.fullmatch(name)
-    if stack and isinstance(numbers, StoredNumbers) and len(numbers.shape) == 3:
+    if stack and isinstance(numbers, StoredNumbers | TileNumbers) and len(numbers.shape) == 3:
         rows = numbers.shape[1]
         block = "block_sparse_moe" if numbered else "mlp"
         prefix = f"{stack[1]}.{block}.experts"
@@ -184,7 +185,7 @@ def _gguf_experts(name: str, numbers: Numbers) -> dict[str, Numbers]:
 
 
 def _split(
-    prefix: str, stack: StoredNumbers, parts: list[tuple[str, int, int]], called: Callable[[str], str]
+    prefix: str, stack: StoredNumbers | TileNumbers, parts: list[tuple[str, int, int]], called: Callable[[str], str]
 ) -> dict[str, Numbers]:
     """Split the stack [experts, rows, columns] into `parts`, each (projection, first row, rows), of every expert."""
     return {

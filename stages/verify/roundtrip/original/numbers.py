@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
-import gguf
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.values import read
 
+FLOAT32 = np.dtype(np.float32)
 NEAR = 2  # rows that are so close to one another are read as one run: the interleaved halves of a head
 
 
@@ -26,9 +24,9 @@ class Numbers(ABC):
         """The shape of the numbers: [out_features, in_features] of a matrix."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         """The type of the rows: float32 for what was packed."""
-        return torch.float32
+        return FLOAT32
 
     @property
     def exact(self) -> bool:
@@ -41,8 +39,8 @@ class Numbers(ABC):
         return not self.exact
 
     @abstractmethod
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`."""
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`, which must not be changed."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +58,25 @@ class StoredNumbers(Numbers):
         return shape if self.count is None else (self.count, *shape[1:])
 
     @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.tensor.dtype.name)  # torch calls each type as NumPy does
-        return dtype
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
 
     @property
     def exact(self) -> bool:
         return True
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         return self._read(start, stop)
 
     def part(self, expert: int, first: int, count: int) -> Self:
         """Rows `first` to `first + count` of matrix `expert`, of a stack [experts, rows, columns]."""
         return replace(self, front=(expert,), first=first, count=count)
 
-    def _read(self, start: int, stop: int) -> Tensor:
+    def _read(self, start: int, stop: int) -> np.ndarray:
         matrices = tuple((index, index + 1) for index in self.front)
-        rest = self.tensor.shape[len(self.front) + 1 :]
-        region = (*matrices, (self.first + start, self.first + stop), *((0, length) for length in rest))
-        return read(self.tensor, region).reshape(stop - start, *rest)
+        rest = tuple((0, length) for length in self.tensor.shape[len(self.front) + 1 :])
+        values = read(self.tensor, (*matrices, (self.first + start, self.first + stop), *rest))
+        return values.reshape(stop - start, *self.tensor.shape[len(self.front) + 1 :])
 
 
 @dataclass(frozen=True)
@@ -90,13 +87,13 @@ class GgufNumbers(StoredNumbers):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        elements, size, _ = self._block
         *front, packed = super().shape
         return (*front, packed // size * elements)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
+    def dtype(self) -> np.dtype:
+        return FLOAT32
 
     @property
     def exact(self) -> bool:
@@ -106,10 +103,19 @@ class GgufNumbers(StoredNumbers):
     def coded(self) -> bool:
         return False
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        packed = self._read(start, stop).numpy()
-        values: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[self.kind])
-        return torch.from_numpy(np.ascontiguousarray(values))
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        values: np.ndarray = dequantize(np.ascontiguousarray(self._read(start, stop)), self._block[2])
+        return values
+
+    @property
+    def _block(self) -> tuple[int, int, Any]:
+        """The elements of a block, its bytes, and GGUF's type."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType[self.kind]
+        return (*GGML_QUANT_SIZES[kind], kind)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class ReorderedNumbers(Numbers):
         return self.base.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         return self.base.dtype
 
     @property
@@ -134,14 +140,18 @@ class ReorderedNumbers(Numbers):
     def coded(self) -> bool:
         return self.base.coded
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        base_rows, order = self.index(torch.arange(start, stop)).sort()
-        cuts = (base_rows.diff() > NEAR).nonzero().flatten() + 1
-        runs = [self.base.rows(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in base_rows.tensor_split(cuts)]
-        return torch.cat(runs)[order.argsort()]
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        base_rows = self.index(np.arange(start, stop))
+        order = np.argsort(base_rows, kind="stable")
+        base_rows = base_rows[order]
+        cuts = np.flatnonzero(np.diff(base_rows) > NEAR) + 1
+        result = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for places, run in zip(np.split(order, cuts), np.split(base_rows, cuts), strict=True):
+            result[places] = self.base.rows(int(run[0]), int(run[-1]) + 1)[run - run[0]]
+        return result
 
     @abstractmethod
-    def index(self, rows: Tensor) -> Tensor:
+    def index(self, rows: np.ndarray) -> np.ndarray:
         """The rows of `base`, int64 [n], that some rows of these numbers, int64 [n], are."""
 
 
@@ -154,9 +164,10 @@ class Unpermuted(ReorderedNumbers):
 
     head_size: int
 
-    def index(self, rows: Tensor) -> Tensor:
+    def index(self, rows: np.ndarray) -> np.ndarray:
         inside, half = rows % self.head_size, self.head_size // 2
-        return rows - inside + 2 * (inside % half) + inside // half
+        result: np.ndarray = rows - inside + 2 * (inside % half) + inside // half
+        return result
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,8 @@ class Ungrouped(ReorderedNumbers):
         """The number of a group's heads that are of this part."""
         return self._queries if self.part == "q" else 1
 
-    def index(self, rows: Tensor) -> Tensor:
+    def index(self, rows: np.ndarray) -> np.ndarray:
         head = rows // self.head_size
         slot = head % self._heads + {"q": 0, "k": self._queries, "v": self._queries + 1}[self.part]
-        return (head // self._heads * (self._queries + 2) + slot) * self.head_size + rows % self.head_size
+        result: np.ndarray = (head // self._heads * (self._queries + 2) + slot) * self.head_size + rows % self.head_size
+        return result

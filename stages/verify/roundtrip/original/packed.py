@@ -12,17 +12,28 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.bitsandbytes import STATE, EightBitNumbers, FourBitNumbers
 from stages.verify.roundtrip.original.codes import LastBlock
+from stages.verify.roundtrip.original.eetq import PARAMETERS as EETQ
+from stages.verify.roundtrip.original.eetq import EetqNumbers
 from stages.verify.roundtrip.original.grouped import grouped_numbers
 from stages.verify.roundtrip.original.hqq import TALK, HqqNumbers
 from stages.verify.roundtrip.original.numbers import GgufNumbers, Numbers, StoredNumbers
 from stages.verify.roundtrip.original.scaled import scaled_numbers
 from stages.verify.roundtrip.original.small_floats import by_tile, float4_numbers, tile_numbers
 from stages.verify.roundtrip.original.words import PackedWords
+from stages.verify.values import is_float
 
 GGUF = "gguf_"
 # Parameters beside the weights of a quantized source: of activations and of the cache.
 BESIDE = (
-    *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "output_scale", "output_zero_point"),
+    *(
+        "activation_scale",
+        "input_scale",
+        "input_scale_ub",
+        "input_global_scale",
+        "input_zero_point",
+        "output_scale",
+        "output_zero_point",
+    ),
     *("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point"),
 )
 # The parameters that a format computes its numbers with.
@@ -50,6 +61,8 @@ def unpack(
         packed = FourBitNumbers(module, _take(unpacked, tuple(name for name in unpacked if name.startswith("weight"))))
     elif "W_q" in unpacked:
         packed = HqqNumbers(module, _take(unpacked, ("W_q", "scale", "zero", "shape", *TALK)))
+    elif "weight_scales" in unpacked:
+        packed = EetqNumbers(module, _take(unpacked, EETQ))
     elif "SCB" in unpacked:
         packed = EightBitNumbers(_take(unpacked, ("weight", "SCB", "weight_format")))
     elif _is_float4(unpacked):
@@ -64,7 +77,7 @@ def unpack(
         packed = scaled_numbers(module, _take(unpacked, SCALED))
     numbers: dict[str, Numbers] = {name: StoredNumbers(tensor) for name, tensor in unpacked.items()}
     for name, tensor in unpacked.items():
-        if not StoredNumbers(tensor).dtype.is_floating_point:
+        if not is_float(tensor.dtype):
             found = f"values of type {tensor.dtype}, {list(tensor.shape)}, beside {', '.join(sorted(parameters))}"
             raise BadInput([Problem(f"{module}.{name}", found, "numbers, or a packed format that headrace reads")])
     return numbers if packed is None else {**numbers, "weight": packed}

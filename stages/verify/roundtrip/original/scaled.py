@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.codes import divides_evenly
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
-from stages.verify.values import read
+from stages.verify.values import read, signed_pairs, to_float32
 
 
 def scaled_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:
@@ -51,31 +50,32 @@ class ScaledNumbers(Numbers):
         out, features = self.tensors["weight"].shape
         return (2 * out if self.pairs else out), features
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        codes = self._paired(start, stop) if self.pairs else StoredNumbers(self.tensors["weight"]).rows(start, stop)
-        values = codes.float()
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        stored = StoredNumbers(self.tensors["weight"])
+        values = to_float32(self._paired(start, stop) if self.pairs else stored.rows(start, stop))
         if "weight_zero_point" in self.tensors:
-            values = values - self._spread("weight_zero_point", start, stop)
-        values = values * self._spread("weight_scale", start, stop)
+            values -= self._spread("weight_zero_point", start, stop)
+        values *= self._spread("weight_scale", start, stop)
         smooth = self.tensors.get("pre_quant_scale")
-        return values if smooth is None else values * read(smooth).float().reshape(1, -1)
+        if smooth is not None:
+            values *= to_float32(read(smooth)).reshape(1, -1)
+        return values
 
-    def _spread(self, name: str, start: int, stop: int) -> Tensor:
+    def _spread(self, name: str, start: int, stop: int) -> np.ndarray:
         """A scale or zero point of rows [start, stop): float32 [1 or rows, 1 or in_features]."""
         tensor, (out, features) = self.tensors[name], self.shape
         count = math.prod(tensor.shape)
         if count == 1 and out > 1:
-            return read(tensor).float().reshape(1, 1)
-        rows = StoredNumbers(tensor).rows(start, stop).float().reshape(stop - start, -1)
+            return to_float32(read(tensor)).reshape(1, 1)
+        rows = to_float32(StoredNumbers(tensor).rows(start, stop)).reshape(stop - start, -1)
         if count == out:
             return rows
-        index = read(self.tensors["weight_g_idx"]).long() if "weight_g_idx" in self.tensors else None
-        ordered = index is not None and index.numel() == features and bool((index >= 0).all())
-        return rows[:, index] if ordered else rows.repeat_interleave(features * out // count, 1)
+        index = read(self.tensors["weight_g_idx"]).astype(np.int64) if "weight_g_idx" in self.tensors else None
+        ordered = index is not None and index.size == features and bool((index >= 0).all())
+        return rows[:, index] if ordered else np.repeat(rows, features * out // count, axis=1)
 
-    def _paired(self, start: int, stop: int) -> Tensor:
+    def _paired(self, start: int, stop: int) -> np.ndarray:
         """The codes of rows [start, stop) of ModelOpt's int4: int8 [stop - start, in_features]."""
         first, last = start // 2, -(-stop // 2)
         data = StoredNumbers(self.tensors["weight"]).rows(first, last)
-        both = torch.stack([data & 15, data >> 4], 1).reshape(-1, data.shape[1]).to(torch.int8)
-        return ((both ^ 8) - 8)[start - 2 * first : stop - 2 * first]
+        return signed_pairs(data)[start - 2 * first : stop - 2 * first]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
-from stages.verify.values import read
+from stages.verify.values import halves, read, to_float32
 
 # The sixteen values of e2m1: a sign, two bits of exponent, one of mantissa.
-E2M1 = torch.tensor([sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+E2M1 = np.array([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)], dtype=np.float32)
 
 
 def by_tile(weight: LazyTensor, scale: LazyTensor) -> bool:
@@ -26,30 +25,47 @@ def by_tile(weight: LazyTensor, scale: LazyTensor) -> bool:
 
 @dataclass(frozen=True)
 class TileNumbers(Numbers):
-    """weight * the scale of its tile, of float8 [out_features, in_features]; `tile`: its rows and columns."""
+    """weight * the scale of its tile, of float8 [out_features, in_features]; `tile`: its rows and columns.
+
+    With `front`, rows `start` to `start + count` of one matrix of a stack, as those of StoredNumbers.
+    """
 
     weight: LazyTensor
     scales: LazyTensor
     tile: tuple[int, int]
+    front: tuple[int, ...] = ()
+    start: int = 0
+    count: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+        shape = self.weight.shape[len(self.front) :]
+        return shape if self.count is None else (self.count, *shape[1:])
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def part(self, expert: int, first: int, count: int) -> TileNumbers:
+        """Rows `first` to `first + count` of matrix `expert`, of a stack [experts, rows, columns]."""
+        return replace(self, front=(expert,), start=first, count=count)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
         height, width = self.tile
+        start, stop = self.start + start, self.start + stop
         first, last = start // height, -(-stop // height)
-        scales = StoredNumbers(self.scales).rows(first, last).float()
-        of_rows = scales[torch.arange(start, stop) // height - first]
-        return StoredNumbers(self.weight).rows(start, stop).float() * of_rows.repeat_interleave(width, 1)[:, : self.shape[1]]
+        scales = to_float32(StoredNumbers(self.scales, self.front).rows(first, last))[np.arange(start, stop) // height - first]
+        values = to_float32(StoredNumbers(self.weight, self.front).rows(start, stop))
+        result: np.ndarray = values * np.repeat(scales, width, axis=1)[:, : values.shape[1]]
+        return result
 
 
 def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Numbers:
     """The weight of a module with scales by tile. Raises BadInput where there is not one for each tile."""
-    weight, scales = tensors["weight"], tensors.get("weight_scale_inv", tensors.get("weight_scale"))
-    assert scales is not None, "asked for with one"
+    weight = tensors["weight"]
+    scales: Any = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
     tile = _tile(settings)
-    wanted = tuple(-(-length // size) for length, size in zip(weight.shape, tile, strict=False))
+    stack = tuple(weight.shape[:-2])
+    if scales.shape in ((), (1,), stack, (*stack, 1, 1)) and hasattr(scales, "viewed"):
+        scales = scales.viewed((*stack, 1, 1), scales.dtype)
+        tile = (weight.shape[-2], weight.shape[-1])  # one for all of a matrix
+    wanted = (*stack, *(-(-length // size) for length, size in zip(weight.shape[-2:], tile, strict=False)))
     if scales.shape != wanted or weight.dtype.name != "float8_e4m3fn":
         found = f"scales {list(scales.shape)} of {weight.dtype} {list(weight.shape)}"
         raise BadInput([Problem(f"{module}.weight", found, f"float8_e4m3fn with a scale for each {tile[0]} x {tile[1]}")])
@@ -83,17 +99,21 @@ class Float4Numbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape[0], 2 * self.weight.shape[1]
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> np.ndarray:
         data = StoredNumbers(self.weight).rows(start, stop)
-        scales = read(self.scales, ((start, stop), (0, self.scales.shape[1])))
-        if scales.dtype != torch.float8_e4m3fn:
-            scales = torch.exp2(scales.view(torch.uint8).double() - 127)
-        codes = torch.stack([data & 15, data >> 4], -1).reshape(stop - start, scales.shape[1], -1)
-        values = (E2M1[codes.long()] * scales.float().unsqueeze(-1)).reshape(stop - start, -1)
+        stored = read(self.scales, ((start, stop), (0, self.scales.shape[1])))
+        if stored.dtype.name == "float8_e4m3fn":
+            scales = to_float32(stored)
+        else:
+            scales = np.exp2(stored.view(np.uint8).astype(np.float64) - 127).astype(np.float32)
+        values = np.take(E2M1, halves(data), mode="clip")
+        values.reshape(*scales.shape, -1)[...] *= scales[:, :, None]
         if self.whole is not None:
-            factor = read(self.whole).float().reshape(())
-            values = values * (1 / factor if self.divides else factor)
-        return values if self.smooth is None else values * read(self.smooth).float()
+            factor = to_float32(read(self.whole)).reshape(())
+            values *= np.float32(1) / factor if self.divides else factor
+        if self.smooth is not None:
+            values *= to_float32(read(self.smooth)).reshape(-1)
+        return values
 
 
 def float4_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.codes import dequantize, divides_evenly, explicit_groups, unpack_codes
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read
+from stages.verify.values import read, to_float32
 
 
 class PackedWords(Numbers):
@@ -43,35 +42,35 @@ class PackedWords(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.tensors["weight_packed"].shape[0], self.features
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        words, scales = self.tensors["weight_packed"], self.tensors["weight_scale"]
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        words, scales = self.tensors["weight_packed"], self._signed(self.tensors["weight_scale"], start, stop)
         codes = unpack_codes(read(words, ((start, stop), (0, words.shape[1]))), self.bits)[:, : self.features]
-        return dequantize(codes, self._zeros(start, stop).float(), self._signed(scales, start, stop).float(), self._groups())
+        return dequantize(codes, self._zeros(start, stop).astype(np.float32), to_float32(scales), self._groups())
 
-    def _signed(self, tensor: LazyTensor, start: int, stop: int) -> Tensor:
+    def _signed(self, tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
         """A scale or zero point that is stored a number a value, of rows [start, stop): [stop - start, groups]."""
         if math.prod(tensor.shape) == 1:
-            return read(tensor).reshape(1, 1).expand(stop - start, 1)
+            return np.broadcast_to(read(tensor).reshape(1, 1), (stop - start, 1))
         return read(tensor, ((start, stop), *((0, n) for n in tensor.shape[1:]))).reshape(stop - start, self.groups)
 
-    def _zeros(self, start: int, stop: int) -> Tensor:
+    def _zeros(self, start: int, stop: int) -> np.ndarray:
         """The zero points of rows [start, stop), int16 [stop - start, groups]."""
         groups, zeros = self.groups, self.tensors.get("weight_zero_point")
         if zeros is None:
-            return torch.full((stop - start, groups), 1 << (self.bits - 1), dtype=torch.int16)
+            return np.full((stop - start, groups), 1 << (self.bits - 1), dtype=np.int16)
         if zeros.dtype.name == "int8":
-            return self._signed(zeros, start, stop).to(torch.int16) + (1 << (self.bits - 1))
+            return self._signed(zeros, start, stop).astype(np.int16) + np.int16(1 << (self.bits - 1))
         packed = 32 // self.bits
         first, last = start // packed, -(-stop // packed)
         codes = unpack_codes(read(zeros, ((first, last), (0, groups))).T, self.bits).T
-        return codes[start - first * packed : stop - first * packed].to(torch.int16)
+        return codes[start - first * packed : stop - first * packed].astype(np.int16)
 
-    def _groups(self) -> Tensor | None:
+    def _groups(self) -> np.ndarray | None:
         """The group of each in-feature, int64 [in_features], or None for consecutive ones. A weight_g_idx of -1 has no meaning."""
         if "weight_g_idx" not in self.tensors:
             return None
-        index = read(self.tensors["weight_g_idx"]).long()
-        valid = index.numel() == self.features and bool((index >= 0).all())
+        index = read(self.tensors["weight_g_idx"]).astype(np.int64)
+        valid = index.size == self.features and bool((index >= 0).all())
         return explicit_groups(index, self.groups) if valid else None
 
 

@@ -64,6 +64,7 @@ RENAMED: dict[str, Any] = {
     "language_model.": lambda name: f"language_model.{name}",
     "any.0.thing.": lambda name: f"any.0.thing.{name}",
     "model.language_model.": inner,
+    "without model.": lambda name: name.removeprefix("model."),
     "inside": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
     "FSDP": lambda name: name.replace("layers.1.mlp.", "layers.1._fsdp_wrapped_module.mlp._checkpoint_wrapped_module."),
 }

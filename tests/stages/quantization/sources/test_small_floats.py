@@ -36,6 +36,11 @@ KINDS: dict[str, tuple[str, Format, tuple[int, int]]] = {
     "hqq": ("hqq", source.hqq(group=16), (24, 96)),
     "hqq 1 bit": ("hqq", source.hqq(bits=1, group=32), (24, 96)),
     "hqq 8 bits": ("hqq", source.hqq(bits=8, group=32), (9, 96)),
+    "hqq across": ("hqq", source.hqq(group=16, axis=0), (48, 40)),
+    "hqq across, 1 bit": ("hqq", source.hqq(bits=1, group=32, axis=0), (24, 96)),
+    "hqq across, more than rows": ("hqq", source.hqq(bits=2, group=32, axis=0), (8, 96)),
+    "eetq": ("eetq", source.eetq(), (10, 128)),
+    "eetq of its own tools": ("eetq", source.eetq(named="qweight"), (6, 64)),
     "int8": ("bitsandbytes", source.bitsandbytes_int8(), (24, 90)),
 }
 
@@ -55,7 +60,8 @@ def packed(name: str) -> tuple[PackedFormat, Arrays, np.ndarray, dict[str, Any]]
     arranged = {
         key: np.asarray(tensor.block(tuple((0, n) for n in tensor.shape))) for key, tensor in known.arrange(held(stored)).items()
     }
-    return known, arranged, made.weight, dict(kind.settings)
+    said = known.module_settings("model.layers.0.mlp.up_proj", held(arranged), kind.settings)
+    return known, arranged, made.weight, dict(said)
 
 
 @examples(12)
@@ -135,7 +141,8 @@ def test_an_int8_weight_in_a_gpu_s_order() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"axis": np.array(0, np.int32)}, "m.axis: found 0; expected 1. "),
+        ({"axis": np.array(2, np.int32)}, "m.axis: found 2; expected 0 or 1. "),
+        ({"axis": np.array(0, np.int32)}, "m.scale: found shape [24, 6]; expected [1, 16], one for each column of W_q"),
         ({"nbits": np.array(3, np.int32)}, "m.nbits: found 3; expected 1 or 2 or 4 or 8"),
         ({"nbits": np.array(8, np.int32)}, "m.W_q: found 4 bits by its shape; expected 8 bits, as nbits says"),
         ({"quant_zero": np.ones((), np.uint8)}, "m.quant_zero: found 1; expected 0"),
@@ -193,3 +200,70 @@ def test_a_tensor_that_cannot_be_viewed_stays_flat() -> None:
     assert known is not None
     assert known.arrange(tensors) is tensors
     assert known.check("m", tensors, {})[0].subject == "m.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"W_q": np.zeros((8, 119), np.uint8)}, "m.scale: found shape [1, 120]; expected [1, 119]"),
+        ({"W_q": np.zeros((5, 120), np.uint8)}, "m.W_q: found shape [5, 120]; expected 1, 2, 4 or 8 codes a byte of [48, 40]"),
+        ({"nbits": np.array(8, np.int32)}, "m.W_q: found 4 bits by its shape; expected 8 bits, as nbits says"),
+        ({"zero": np.zeros(120, np.float16)}, "m.zero: found shape [120]"),
+    ],
+)
+def test_hqq_across_that_does_not_fit(changed: Arrays, said: str) -> None:
+    known, stored, _, _ = packed("hqq across")
+    (problem,) = known.check("m", held({**stored, **changed}), {})
+    assert str(problem).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"weight": np.zeros((96, 10), np.int8)},
+            "m.weight: found int8 [96, 10]; expected int8 [in-features, out-features] in mult",
+        ),
+        ({"weight": np.zeros((128, 9), np.int8)}, "m.weight: found int8 [128, 9]; "),
+        ({"weight_scales": np.ones(9, np.float16)}, "m.weight_scales: found shape [9]; expected [10]"),
+        ({"weight_scales": np.ones((1, 10), np.float16)}, "m.weight_scales: found shape [1, 10]; expected [10]"),
+    ],
+)
+def test_eetq_that_does_not_fit(changed: Arrays, said: str) -> None:
+    stored = {**KINDS["eetq"][1].quantizer("m", weight((10, 128))).parameters, **changed}
+    known = format_of(held(stored))
+    assert known is not None
+    (problem,) = known.check("m", known.arrange(held(stored)), {})
+    assert str(problem).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("scales", "shape"),
+    [
+        ((2, 3, 4), (2, 40, 56)),
+        ((2, 1, 1), (2, 40, 56)),
+        ((2,), (2, 40, 56)),
+        ((), (40, 56)),
+    ],
+    ids=["tiles", "one a matrix", "a list of them", "one"],
+)
+@examples(12)
+@given(data=st.data(), chunk=st.sampled_from(CHUNKS))
+def test_any_part_of_a_stack(scales: tuple[int, ...], shape: tuple[int, ...], data: st.DataObject, chunk: int) -> None:
+    random = np.random.default_rng(3)
+    stored = {
+        "weight": random.normal(0, 1, shape).astype(ml_dtypes.float8_e4m3fn),
+        "weight_scale_inv": np.asarray(random.uniform(0.5, 2, scales), np.float32),
+    }
+    known = format_of(held(stored))
+    assert known is not None
+    tensors = known.arrange(held(stored))
+    assert known.check("m", tensors, {"weight_block_size": [16, 16]}) == []
+    spread = stored["weight_scale_inv"].reshape(scales if len(scales) == 3 else (*shape[:-2], 1, 1))
+    if scales == (2, 3, 4):
+        spread = spread.repeat(16, 1).repeat(16, 2)[:, : shape[1], : shape[2]]
+    expected = stored["weight"].astype(np.float32) * np.broadcast_to(spread, shape)
+    arranged = {key: np.asarray(tensor.block(tuple((0, n) for n in tensor.shape))) for key, tensor in tensors.items()}
+    found = known.unpack(opened(arranged, chunk), {"weight_block_size": [16, 16]})["weight"]
+    region = data.draw(regions(shape))
+    np.testing.assert_array_equal(part(found, region), expected[slices(region)])

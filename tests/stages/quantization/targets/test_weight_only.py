@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices
+from stages.quantization.kernels import chosen, weight_only
 from stages.quantization.kernels.layout import KernelLayout
-from stages.quantization.targets import weight_only
-from stages.quantization.targets.weight_only import _HALF, pack, quantize, row_scales
+from stages.quantization.kernels.weight_only import _HALF
+from stages.quantization.kernels.weight_only import weight_only_scales as row_scales
+from stages.quantization.targets.weight_only import pack
 from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.lazy import values
@@ -30,6 +32,11 @@ FP16 = np.dtype(np.float16)
 
 each_type = pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 each_width = pytest.mark.parametrize("bits", [8, 4])
+
+
+def quantize(given_: np.ndarray, bits: int, segments: int, name: str) -> np.ndarray:
+    """Unsigned codes with the scales that the values themselves have."""
+    return weight_only.quantize(given_, bits, row_scales(given_, bits, segments, name))
 
 
 def naive(row: np.ndarray, bits: int) -> tuple[list[int], np.float32]:
@@ -92,14 +99,16 @@ def test_every_value_as_the_largest_of_its_row(bits: int, dtype: np.dtype) -> No
     codes = quantize(largest[:, None], bits, 1, "w")[:, 0].astype(int) - top
     signs = np.sign(largest.astype(np.float32))
     assert np.array_equal(codes, np.where(signs > 0, top - 1, np.where(signs < 0, -top, 0)))
-    written = values(packed(largest[:, None], dtype, KernelLayout(bits, 1))[1])
+    written = values(packed(largest[:, None], dtype, KernelLayout(bits, 1), rows=1 << 16)[1])
     assert written.dtype == dtype
     assert written[:, 0].tobytes() == rounded(scales[:, 0], dtype).tobytes()
 
 
-def packed(weight: np.ndarray, dtype: np.dtype, layout: KernelLayout, segments: int = 1, chunk: int = 1 << 20) -> Any:
+def packed(
+    weight: np.ndarray, dtype: np.dtype, layout: KernelLayout, segments: int = 1, chunk: int = 1 << 20, rows: int = 64
+) -> Any:
     """`weight` and `per_channel_scale` as lazy arrays."""
-    result = pack("w", opened({"w": weight}, chunk)["w"], layout, segments, str(dtype), 64)
+    result = pack("w", opened({"w": weight}, chunk)["w"], layout, segments, str(dtype), rows)
     return result["weight"][0], result["per_channel_scale"][0]
 
 
@@ -196,6 +205,7 @@ def test_any_part_of_what_is_packed(bits: int, name: str, data: st.DataObject, c
 def test_how_many_rows_are_on_their_way_does_not_matter(bits: int, name: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_t(3, (72, 64)).astype(FP16)
     monkeypatch.setattr(weight_only, "_CACHED", cached)
+    monkeypatch.setenv(chosen.VARIABLE, chosen.NUMPY)
     codes, _ = packed(weight, FP16, KernelLayout(bits, 16 // bits if name == A else 1, name != T))
     assert values(codes).tobytes() == arrange(naive_matrix(weight, bits)[0], bits, name)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pipeline.errors import BadInput
 from pipeline.tensor.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ class Reads:
         self.experts: Counter[tuple[str, int]] = Counter()
         whole = Matrix.rows
 
-        def rows(matrix: Matrix, start: int, stop: int) -> Tensor:
+        def rows(matrix: Matrix, start: int, stop: int) -> np.ndarray:
             result = whole(matrix, start, stop)
             self.blocks.append((len(result), result.shape[1]))
             if matrix.expert is not None:

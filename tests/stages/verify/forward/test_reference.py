@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -183,7 +184,7 @@ class Changed:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes.get(name) or self.original.shape(name)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self.original.rows(name, start, stop)
 
 
@@ -275,7 +276,7 @@ class Watched(Changed):
         self.loaded: set[tuple[str, ...]] = set()
         self.reference: Reference | None = None
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         self.read.append((name, start, stop))
         if self.reference is not None:
             self.loaded.add(layers_in_memory(self.reference))

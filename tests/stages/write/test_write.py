@@ -22,7 +22,8 @@ from pipeline.model.dtypes import BY_TARGET
 from pipeline.sinks.rank_file import RankFile, rank_file
 from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
 from stages.read.safetensors import open_file
-from stages.write import BlockWrite, Delivery, deliveries, write_blocks
+from stages.write import write_blocks
+from stages.write.deliveries import BlockWrite, Delivery, deliveries
 from tests.support.examples import examples
 from tests.support.lazy import HeldBlock, block
 from tests.support.strategies import regions, shapes

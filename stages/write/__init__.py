@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,62 +17,19 @@ import numpy as np
 import xxhash
 
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
-from pipeline.tensor.chunk_files import open_chunk_file
 from pipeline.tensor.metering import collect, meter
-from pipeline.tensor.placement import Located, Placement, Region, extent, intersect, pieces, shift, size, slices, whole
+from pipeline.tensor.placement import Region, extent, intersect, pieces, shift, size, slices, whole
 from pipeline.tensor.settling import settling
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import Block
+from stages.write.deliveries import BlockWrite, Delivery
+from stages.write.open_files import OPEN_FILES, OpenFiles
 
 _local = threading.local()
 
 # Bytes of one write call. Larger ones make the page cache allocate large runs of memory, which a virtual machine may first have to
 # get from its host.
 WRITE_BYTES = 256 << 10
-OPEN_FILES = 64  # that a task keeps open where nobody has counted what its process may open
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One destination of a part of a block.
-
-    The values of the block's region `source` go, in C order, to the bytes from `offset` of the file at `path`. Where `offset` is
-    -1, `path` is the URL of a Zarr array, and the values go to the region `source` moved by `origin`. `rank`: the output rank that
-    the file belongs to. `chunk`, `file_bytes`: of a chunk of scratch, as in Located.
-    """
-
-    path: str
-    offset: int
-    source: Region
-    rank: int
-    origin: tuple[int, ...] = ()
-    chunk: str = ""
-    file_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BlockWrite:
-    """The work of a task for one source block: its deliveries to each sink, and how it is cut into pieces.
-
-    Parameters
-    ----------
-    name
-        The source tensor.
-    deliveries
-        One tuple of deliveries for each sink.
-    itemsize
-        The bytes of the widest type that a value has on its way from source to sink.
-    piece_bytes
-        The most bytes of a piece.
-    row_multiple
-        Pieces are cut at multiples of this many rows.
-    """
-
-    name: str
-    deliveries: tuple[tuple[Delivery, ...], ...]
-    itemsize: int
-    piece_bytes: int
-    row_multiple: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,86 +71,6 @@ class Written:
             if checksum.chunk:
                 parts.setdefault(checksum.chunk, []).append((checksum.offset, checksum.nbytes, checksum.xxh3))
         return parts
-
-
-class OpenFiles:
-    """The files that a task writes to, open as long as it lasts, up to a number: then the one used longest ago is closed.
-
-    `paths`: of all files so far.
-    """
-
-    def __init__(self, pool: str = "", most: int = OPEN_FILES) -> None:
-        self.pool, self.most = pool, max(most, 1)
-        self.paths: dict[str, None] = {}
-        self._open: dict[str, int] = {}
-
-    def descriptor(self, delivery: Delivery) -> int:
-        """The descriptor of a delivery's file, until the next is asked for; a chunk of scratch is made where it is not there."""
-        path = delivery.path
-        descriptor = self._open.pop(path, -1)
-        if descriptor < 0:
-            while len(self._open) >= self.most:
-                os.close(self._open.pop(next(iter(self._open))))
-            if delivery.file_bytes and path not in self.paths:
-                descriptor = open_chunk_file(path, delivery.file_bytes, self.pool)
-            else:
-                descriptor = os.open(path, os.O_WRONLY)
-        self.paths[path] = None
-        self._open[path] = descriptor
-        return descriptor
-
-    def synchronize(self) -> None:
-        """Flush all files to disk."""
-        for path in self.paths:
-            descriptor = self._open.get(path, -1)
-            closed = descriptor < 0
-            if closed:
-                descriptor = os.open(path, os.O_WRONLY)
-            try:
-                with naming(path):
-                    os.fdatasync(descriptor)
-            finally:
-                if closed:
-                    os.close(descriptor)
-
-    def __enter__(self) -> OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-
-Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie
-
-
-def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) -> tuple[Delivery, ...]:
-    """Return the deliveries of a source's block to one sink.
-
-    Parameters
-    ----------
-    placements
-        Where the regions of the source go. Those without a source are padding, for which reserved files have zeros already.
-    region
-        The block's region of the source.
-    locate
-        A function of (rank, tensor, region) that yields where the region's bytes lie in the sink.
-    """
-    result = []
-    for placement in placements:
-        common = intersect(placement.source, region) if placement.source is not None else None
-        if common is None or placement.source is None:
-            continue
-        lead = len(placement.target) - len(common)
-        move = [t[0] - s[0] for t, s in zip(placement.target[lead:], placement.source, strict=True)]
-        target = (*placement.target[:lead], *shift(common, move))
-        origin = [start for start, _ in region]
-        for place in locate(placement.rank, placement.tensor, target):
-            source = shift(shift(place.region[lead:], move, -1), origin, -1)
-            corner = tuple(origin) if place.offset < 0 else ()
-            delivery = Delivery(place.path, place.offset, source, placement.rank, corner, place.chunk, place.file_bytes)
-            result.append(delivery)
-    return tuple(result)
 
 
 def write_group(

@@ -1,0 +1,104 @@
+"""Measure the kernels alone: `python -m benchmarks.kernels`.
+
+Of each kernel, by processor time of one thread: GB/s of what it reads, how many times as fast as its NumPy twin, and how many times as
+long as copying what it reads (into room that is there already) takes. What a number is worth on a busy machine is the ratio: the three
+are measured in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.measure import machine
+from stages.quantization.kernels import compiled, twins
+from stages.quantization.kernels.chosen import c_is_used, kernels_in_use
+from stages.quantization.kernels.dispatch import Kernels
+from stages.quantization.kernels.layout import kernel_layout
+
+ROWS, FEATURES = 256, 4096  # 2 MB in 16 bits, about as much as a conversion does at a time
+BF16, FP16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+Work = Callable[[Kernels], object]
+
+
+def work() -> dict[str, tuple[np.ndarray, Work]]:
+    """Name -> what is read, and the call of the kernel."""
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal((ROWS, FEATURES), dtype=np.float32) * np.float32(0.02)
+    brain, half = numbers.astype(BF16), numbers.astype(FP16)
+    eight = (numbers * 1000).astype(FLOAT8)
+    words = random.integers(0, 1 << 32, (FEATURES // 8, ROWS), dtype=np.uint64).astype(np.uint32)
+    columns = np.ascontiguousarray(words.reshape(FEATURES, -1))
+    stream = words.view(np.uint8).reshape(ROWS, -1)
+    int8, int4 = kernel_layout(8, 80, False), kernel_layout(4, 80, False)
+    scale = np.float32(1.5)
+    packed = random.integers(0, 64, (ROWS // 4, 16 * 34 * 9 * 2), dtype=np.uint8)
+    return {
+        "int8 from bf16": (brain, lambda k: k.weight_only_codes(brain, int8, 1, "")),
+        "int8 from fp16": (half, lambda k: k.weight_only_codes(half, int8, 1, "")),
+        "int4 from bf16": (brain, lambda k: k.weight_only_codes(brain, int4, 1, "")),
+        "scales of int8 from bf16": (brain, lambda k: k.weight_only_scales(brain, 8, 1, "")),
+        "FP8 by row from bf16": (brain, lambda k: k.float8_codes(brain, 1, 1200.0, "")),
+        "FP8 by row from fp32": (numbers, lambda k: k.float8_codes(numbers, 1, 1200.0, "")),
+        "FP8 to another scale": (eight, lambda k: k.float8_rescaled(eight, scale, np.float32(2))),
+        "int4 codes arranged": (stream, lambda k: k.arranged(stream, int4)),
+        "int8 codes arranged": (stream, lambda k: k.arranged(stream, int8)),
+        "GPTQ unpacked": (words, lambda k: k.transposed(words)),
+        "GPTQ to the kernel's order": (words, lambda k: k.arranged(k.transposed(words).view(np.uint8), int4)),
+        "AWQ unpacked": (columns, lambda k: k.awq_codes(columns)),
+        "AWQ to the kernel's order": (columns, lambda k: k.arranged(k.awq_codes(columns), int4)),
+        **{
+            f"GGUF {kind} to fp32": (packed[:, : packed.shape[1] // size * size].copy(), of_blocks(kind, packed, size))
+            for kind, size in (("Q4_0", 18), ("Q8_0", 34), ("Q4_K", 144), ("Q6_K", 210))
+        },
+        "bf16 to fp16": (brain, lambda k: k.cast(brain, FP16)),
+        "fp16 to bf16": (half, lambda k: k.cast(half, BF16)),
+        "fp32 to bf16": (numbers, lambda k: k.cast(numbers, BF16)),
+        "fp32 to fp16": (numbers, lambda k: k.cast(numbers, FP16)),
+        "bf16 to fp32": (brain, lambda k: k.cast(brain, FP32)),
+        "float8 to fp32": (eight, lambda k: k.cast(eight, FP32)),
+        "float8 to bf16": (eight, lambda k: k.cast(eight, BF16)),
+    }
+
+
+def of_blocks(kind: str, packed: np.ndarray, size: int) -> Work:
+    blocks = packed[:, : packed.shape[1] // size * size].copy()
+    return lambda k: k.gguf_numbers(blocks, kind)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="those whose name has this in it")
+    arguments = parser.parse_args()
+    print(machine())
+    print(
+        f"kernels: {kernels_in_use()}; one thread, blocks of {ROWS} x {FEATURES}, the best of {arguments.repeats} by processor time"
+    )
+    print(f"{'':28}{'GB/s':>8}{'x twin':>8}{'x copy':>8}")
+    for name, (source, call) in work().items():
+        if arguments.only not in name:
+            continue
+        room, ours, twin, copy = np.empty_like(source), [], [], []
+        for _ in range(arguments.repeats):
+            copy.append(seconds(lambda room=room, source=source: np.copyto(room, source)))  # type: ignore[misc]
+            twin.append(seconds(lambda call=call: call(twins)))  # type: ignore[misc]
+            if c_is_used():
+                ours.append(seconds(lambda call=call: call(compiled)))  # type: ignore[misc]
+        best = min(ours or twin)
+        print(f"{name:28}{source.nbytes / best / 1e9:8.2f}{min(twin) / best:8.1f}{best / min(copy):8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

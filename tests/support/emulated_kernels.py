@@ -1,0 +1,95 @@
+"""A plugin of pytest: the kernels in C of another processor, run by an emulator, take the place of the module that is built.
+
+HEADRACE_TEST_PROGRAM is the command of the program of emulated_kernels.c. What the module checks of its arguments is not in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+NAME = "stages.quantization.kernels._kernels"
+TYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+
+
+class Emulated(ModuleType):
+    """The functions of the module, each a job of one process that lasts as long as the tests."""
+
+    def __init__(self) -> None:
+        super().__init__(NAME)
+        command = shlex.split(os.environ["HEADRACE_TEST_PROGRAM"])
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().decode().split()
+        self.blocks = {name: (int(size), int(count)) for name, size, count in zip(*(words[n::3] for n in range(3)), strict=True)}
+
+    def run(self, name: str, values: np.ndarray, out: np.ndarray, *numbers: float) -> bool:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        data = np.ascontiguousarray(values).tobytes()
+        line = " ".join([name, str(len(data)), str(out.nbytes), str(len(numbers)), *(float(n).hex() for n in numbers)])
+        self.process.stdin.write(line.encode() + b"\n" + data)
+        self.process.stdin.flush()
+        (said,) = self.process.stdout.read(1)
+        result = self.process.stdout.read(out.nbytes)
+        assert said in (0, 1)
+        assert len(result) == out.nbytes
+        out.reshape(-1)[...] = np.frombuffer(result, dtype=out.dtype)
+        return said == 0
+
+    def weight_only_scales(self, values: np.ndarray, kind: str, segments: int, bits: int, out: np.ndarray) -> bool:
+        return self.run("weight_only_scales", values, out, *values.shape, segments, TYPES.index(kind), bits)
+
+    def weight_only_codes(
+        self, values: np.ndarray, kind: str, segments: int, bits: int, columns: int, mixed: bool, out: np.ndarray
+    ) -> bool:
+        return self.run("weight_only_codes", values, out, *values.shape, segments, TYPES.index(kind), bits, columns, mixed)
+
+    def float8_scales(self, values: np.ndarray, kind: str, segments: int, clamp: float, out: np.ndarray) -> bool:
+        return self.run("float8_scales", values, out, *values.shape, segments, TYPES.index(kind), clamp)
+
+    def float8_codes(self, values: np.ndarray, kind: str, segments: int, clamp: float, out: np.ndarray) -> bool:
+        return self.run("float8_codes", values, out, *values.shape, segments, TYPES.index(kind), clamp)
+
+    def float8_rescaled(self, codes: np.ndarray, scale: float, common: float, out: np.ndarray) -> None:
+        self.run("float8_rescaled", codes, out, codes.size, scale, common)
+
+    def cast(self, values: np.ndarray, kind: str, to: str, out: np.ndarray) -> None:
+        self.run("cast", values, out, values.size, TYPES.index(kind), TYPES.index(to))
+
+    def arranged(self, stream: np.ndarray, bits: int, columns: int, mixed: bool, out: np.ndarray) -> None:
+        self.run("arranged", stream, out, *stream.shape, bits, columns, mixed)
+
+    def transposed(self, words: np.ndarray, out: np.ndarray) -> None:
+        self.run("transposed", words, out, *words.shape)
+
+    def awq_codes(self, words: np.ndarray, out: np.ndarray) -> None:
+        self.run("awq_codes", words, out, *words.shape)
+
+    def gguf_numbers(self, blocks: np.ndarray, kind: str, out: np.ndarray) -> None:
+        self.run("gguf_numbers", blocks, out, blocks.size // self.blocks[kind][0], list(self.blocks).index(kind))
+
+    def gguf_types(self) -> dict[str, tuple[int, int]]:
+        return self.blocks
+
+    def level(self) -> Any:
+        return "emulated"
+
+    def levels(self) -> list[str]:
+        return ["emulated"]
+
+    def use(self, level: str) -> str:
+        return level
+
+
+module = Emulated()
+package, _, name = NAME.rpartition(".")
+sys.modules[NAME] = module
+setattr(importlib.import_module(package), name, module)
