@@ -17,8 +17,8 @@ from pipeline.tensor.arrays import BlockArray, Grid, Index, Maker, block_array, 
 from pipeline.tensor.placement import Region, extent, intersect, shift, slices, whole
 from pipeline.tensor.tensors import Block
 
-# Makes the values of a region from whole inputs, which it reads as much of as it needs.
-# What numbers are noted beside them (pipeline/tensor/noted.py), the pair of both.
+# Makes the values of a region from whole inputs, which it reads as much of as it needs; where numbers of rows are noted beside them
+# (pipeline/tensor/noted.py), the pair of both.
 Make = Callable[..., Any]
 NOTHING = np.empty(0)
 UNOWNED: dict[str, int] = {}  # of blocks that keep no rows
