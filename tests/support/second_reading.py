@@ -48,6 +48,8 @@ SIZES: dict[str, tuple[tuple[str, ...], Any]] = {
     "attn_bias": (("attention_bias",), False),
     "mlp_bias": (("mlp_bias",), False),
 }
+# Keys of config.json alone: Meta's code reads none of them from params.json.
+HUGGING_FACES = ("hidden_act", "attention_bias", "mlp_bias", "rope_scaling", "max_position_embeddings")
 
 
 class Unread(Exception):
@@ -196,6 +198,8 @@ def _expected(said: Mapping[str, Any], output: Mapping[str, Any]) -> list[tuple[
     result = []
     rope = said.get("rope_parameters")
     both = {**said, **rope} if isinstance(rope, dict) else dict(said)
+    if "dim" in said:
+        both = {key: value for key, value in both.items() if key not in HUGGING_FACES}
     for key, (names, default) in SIZES.items():
         value = next((both[name] for name in names if both.get(name) is not None), default)
         if key == "num_key_value_heads" and value is None:
