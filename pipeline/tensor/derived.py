@@ -150,6 +150,13 @@ class DerivedArray(BlockArray):
         """All blocks of all inputs."""
         return [(array, place) for array in self.inputs for place in array.grid.regions]
 
+    def sources(self, index: Index, found: dict[Any, Maker], seen: set[Any]) -> None:  # noqa: ARG002
+        """Those of the whole array, once: each of its blocks is made of all blocks of the inputs."""
+        if id(self) not in seen:
+            seen.add(id(self))
+            for array, place in self.needs(()):
+                array.sources(place, found, seen)
+
     def make(self, index: Index) -> Maker:
         return OpenDerived(self.kind, self.values, self.grid.regions[index])
 
