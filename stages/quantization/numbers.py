@@ -64,10 +64,14 @@ def requantize(weight: BlockArray, group_size: int, name: str = "a dequantized w
     return {f"codes{bits}": codes, "scales": scales, "offsets": offsets}
 
 
+# Below: products that are no number, as of an infinite scale, are refused by name where they are quantized, or written as the
+# source has them; NumPy's warning names nothing.
+
+
 def from_float8(region: Region, weight: Block, scale: Block) -> np.ndarray:
     """float32 of the region: code times scale."""
     values = np.asarray(weight.read(region))
-    with meter("dequantize", values.nbytes):
+    with meter("dequantize", values.nbytes), np.errstate(invalid="ignore", over="ignore"):
         factors = np.asarray(scale.read(whole(scale.shape)))
         wide = kernels().cast(values, FLOAT32)
         wide *= factors[slice(*region[0]), None] if factors.size > 1 else factors
@@ -81,7 +85,7 @@ def from_float4(region: Region, codes: Block, scales: Block, scale: Block, smoot
     first, last = left // size, -(-right // size)
     stored = np.asarray(codes.read((rows, (first * size // 2, last * size // 2))))
     factors = e4m3(np.asarray(scales.read((rows, (first, last)))))
-    with meter("dequantize", stored.nbytes):
+    with meter("dequantize", stored.nbytes), np.errstate(invalid="ignore", over="ignore"):
         values = e2m1(stored)
         values.reshape(len(values), -1, size)[...] *= factors[:, :, None]
         values *= np.float32(np.asarray(scale.read(whole(scale.shape))).reshape(-1)[0])
@@ -98,7 +102,7 @@ def from_codes(
     stream = np.ascontiguousarray(codes.read((region[0], (0, codes.shape[1]))))
     factors = np.asarray(scales.read(((0, groups), region[0]))).astype(np.float32).T
     shifts = np.asarray(offsets.read(((0, groups), region[0]))).astype(np.float32).T
-    with meter("dequantize", stream.nbytes):
+    with meter("dequantize", stream.nbytes), np.errstate(invalid="ignore", over="ignore"):
         values = unpacked(stream, bits).astype(np.float32) - np.float32(1 << (bits - 1))
         features = values.shape[1]
         if index is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ml_dtypes
@@ -149,3 +150,14 @@ def test_scales_of_any_type_are_numbers_first(dtype: type) -> None:
     expected = (codes - 8).astype(np.float32) * scales.astype(np.float32).T.repeat(8, axis=1)
     assert ours.dtype == np.float32
     assert ours.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_products_that_are_no_number_are_refused_and_no_warning_beside(scale: float) -> None:
+    codes = {"codes4": np.full((8, 32), 0x88, np.uint8), "scales": np.full((1, 8), scale, np.float16)}
+    weight = dequantize(opened({**codes, "offsets": np.zeros((1, 8), np.int16)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(values(weight)).all()  # 0 times what is not finite
+        with pytest.raises(BadInput, match=r"w: found a value that is not finite"):
+            values(requantize(weight, 64, "w")["codes4"])
