@@ -93,7 +93,8 @@ class Mosaic(Block):
 class Derivation(NamedTuple):
     """All that arrays of one kind have in common: how their blocks are made, of inputs that are cut alike.
 
-    `keys`, `inputs`: the names, dtypes and grids of the inputs. `names`: of the other arguments.
+    `keys`, `inputs`: the names, dtypes and grids of the inputs. `names`: of the other arguments. `by_place`: a block needs of each
+    input, which is cut as the array is, the block at its own place alone.
     """
 
     label: str
@@ -104,11 +105,20 @@ class Derivation(NamedTuple):
     inputs: tuple[tuple[np.dtype, Grid], ...]
     names: tuple[str, ...]
     ahead: int
+    by_place: bool
 
     def block(self, region: Region, values: Sequence[Any], blocks: Sequence[Block]) -> Block:
-        """The block of a region, of all blocks of the inputs, one input after the other, without reading them."""
+        """The block of a region, of the blocks of the inputs that it needs, one input after the other, without reading them."""
         arguments = dict(zip(self.names, values, strict=True))
-        return Derived(region, self.dtype, self.make, self.inputs_of(blocks), arguments, self.ahead)
+        inputs = self.inputs_at(region, blocks) if self.by_place else self.inputs_of(blocks)
+        return Derived(region, self.dtype, self.make, inputs, arguments, self.ahead)
+
+    def inputs_at(self, region: Region, blocks: Sequence[Block]) -> dict[str, Block]:
+        """Each input as one block that knows the values of a region alone."""
+        return {
+            key: Mosaic(cut.shape, dtype, (region,), (block,))
+            for key, (dtype, cut), block in zip(self.keys, self.inputs, blocks, strict=True)
+        }
 
     def inputs_of(self, blocks: Sequence[Block]) -> dict[str, Block]:
         """Each input as one block, of all blocks of the inputs, one input after the other."""
@@ -146,13 +156,17 @@ class DerivedArray(BlockArray):
         digest = hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         return f"{kind.label}-{kind.make.__name__}-{digest}-{names[0]}"
 
-    def needs(self, index: Index) -> Iterable[tuple[BlockArray, Index]]:  # noqa: ARG002
-        """All blocks of all inputs."""
+    def needs(self, index: Index) -> Iterable[tuple[BlockArray, Index]]:
+        """All blocks of all inputs; of those `by_place`, the ones at its own."""
+        if self.kind.by_place:
+            return [(array, index) for array in self.inputs]
         return [(array, place) for array in self.inputs for place in array.grid.regions]
 
-    def sources(self, index: Index, found: dict[Any, Maker], seen: set[Any]) -> None:  # noqa: ARG002
+    def sources(self, index: Index, found: dict[Any, Maker], seen: set[Any]) -> None:
         """Those of the whole array, once: each of its blocks is made of all blocks of the inputs."""
-        if id(self) not in seen:
+        if self.kind.by_place:
+            super().sources(index, found, seen)
+        elif id(self) not in seen:
             seen.add(id(self))
             for array, place in self.needs(()):
                 array.sources(place, found, seen)
@@ -171,16 +185,27 @@ def derive(
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
     ahead: int = 0,
+    by_place: bool = False,
     **arguments: Any,
 ) -> BlockArray:
     """An array of `shape` and `dtype` that `make(region, **inputs, **arguments)` gives the values of.
 
     The inputs are whole, unread blocks. `rows` are the chunks of the first axis, `columns` those of the last (default: one
     chunk). `label`, with the first input's name, names the array; `make` and the arguments must survive pickling. `ahead`: see
-    Derived.
+    Derived. `by_place`: a region is made of the same region of each input, so that a block needs only those at its place
+    where all are cut alike.
     """
     kind, arrays = derivation_of(
-        label, make, inputs, shape=shape, dtype=dtype, rows=rows, columns=columns, ahead=ahead, names=tuple(arguments)
+        label,
+        make,
+        inputs,
+        shape=shape,
+        dtype=dtype,
+        rows=rows,
+        columns=columns,
+        ahead=ahead,
+        names=tuple(arguments),
+        by_place=by_place,
     )
     return DerivedArray(kind, arrays, tuple(arguments.values()))
 
@@ -196,12 +221,16 @@ def derivation_of(
     columns: Sequence[int] | None = None,
     ahead: int = 0,
     names: tuple[str, ...] = (),
+    by_place: bool = False,
 ) -> tuple[Derivation, tuple[BlockArray, ...]]:
     """The kind of a derived array, and its inputs. `names`: of the arguments; the others are those of `derive`."""
     arrays = tuple(map(block_array, inputs.values()))
     cut = (tuple(shape), rows if rows is None else tuple(rows), columns if columns is None else tuple(columns))
     of_inputs = tuple([(array.dtype, array.grid) for array in arrays])
-    return _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead), arrays
+    kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead, False)
+    if by_place and all(array.grid.chunks == kind.cut.chunks for array in arrays):
+        kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead, True)
+    return kind, arrays
 
 
 @lru_cache(maxsize=1 << 12)
@@ -214,6 +243,7 @@ def _derivation(
     inputs: tuple[tuple[np.dtype, Grid], ...],
     names: tuple[str, ...],
     ahead: int,
+    by_place: bool,
 ) -> Derivation:
     """The kind of some arrays, one object for all of them. `cut`: shape, and the chunks of the first and second axis, if any."""
     shape, rows, columns = cut
@@ -222,7 +252,7 @@ def _derivation(
         chunks = (rows, *chunks[1:])
     if columns is not None:
         chunks = (*chunks[:-1], columns)
-    return Derivation(label, make, np.dtype(dtype), grid(chunks), keys, inputs, names, ahead)
+    return Derivation(label, make, np.dtype(dtype), grid(chunks), keys, inputs, names, ahead, by_place)
 
 
 class Constant(Block):

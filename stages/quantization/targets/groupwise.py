@@ -52,7 +52,7 @@ def pack_gptq(
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
     grid: dict[str, Any] = {"rows": scales.chunks[0] if front else None, "columns": scales.chunks[-1]}
     like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, **grid}
-    factors = derive("quantize", cast, {"values": scales}, **like, to=dtype)
+    factors = derive("quantize", cast, {"values": scales}, **like, by_place=True, to=dtype)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
         header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
@@ -61,7 +61,8 @@ def pack_gptq(
     )
     result = {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped)}
     if zero_points:
-        result["zero"] = derive("quantize", zero_of, {"offsets": offsets, "scales": scales}, **like, to=dtype), grouped
+        inputs = {"offsets": offsets, "scales": scales}
+        result["zero"] = derive("quantize", zero_of, inputs, **like, by_place=True, to=dtype), grouped
     return result
 
 

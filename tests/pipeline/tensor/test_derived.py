@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 import threading
+from typing import Any
 
 import numpy as np
 
-from pipeline.tensor.derived import Derived
+from pipeline.tensor.derived import Derived, derive
 from pipeline.tensor.placement import Region, slices
+from pipeline.tensor.tensors import Block
+from tests.support.lazy import values
+from tests.support.packed_tensors import opened
 
 VALUES = np.arange(4096, dtype=np.int32).reshape(512, 8)
 
@@ -58,3 +62,20 @@ def test_what_is_kept_does_not_travel() -> None:
     assert len(pickle.dumps(one)) < 2000
     again = pickle.loads(pickle.dumps(one))
     assert np.array_equal(again.read(((8, 16), (0, 8))), VALUES[8:16])
+
+
+def doubled(region: Region, given: Block) -> np.ndarray:
+    return 2 * np.asarray(given.read(region))
+
+
+def test_what_is_made_place_by_place_needs_the_blocks_at_its_place_alone() -> None:
+    whole = np.arange(40).reshape(10, 4)
+    source = opened({"w": whole}, 64)["w"]
+    assert source.npartitions > 2
+    alike: dict[str, Any] = {"shape": whole.shape, "dtype": whole.dtype, "by_place": True}
+    array = derive("double", doubled, {"given": source}, rows=source.chunks[0], **alike)
+    assert [place for _, place in array.needs((1, 0))] == [(1, 0)]
+    assert np.array_equal(values(array), 2 * whole)
+    other = derive("double", doubled, {"given": source}, **alike)  # cut otherwise: of all
+    assert len(list(other.needs((0, 0)))) == source.npartitions
+    assert np.array_equal(values(other), 2 * whole)
