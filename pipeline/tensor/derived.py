@@ -225,12 +225,14 @@ def derivation_of(
 ) -> tuple[Derivation, tuple[BlockArray, ...]]:
     """The kind of a derived array, and its inputs. `names`: of the arguments; the others are those of `derive`."""
     arrays = tuple(map(block_array, inputs.values()))
-    cut = (tuple(shape), rows if rows is None else tuple(rows), columns if columns is None else tuple(columns))
-    of_inputs = tuple([(array.dtype, array.grid) for array in arrays])
-    kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead, False)
-    if by_place and all(array.grid.chunks == kind.cut.chunks for array in arrays):
-        kind = _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead, True)
-    return kind, arrays
+    chunks: tuple[tuple[int, ...], ...] = tuple((n,) for n in shape)
+    if rows is not None:
+        chunks = (tuple(rows), *chunks[1:])
+    if columns is not None:
+        chunks = (*chunks[:-1], tuple(columns))
+    cut, of_inputs = grid(chunks), tuple([(array.dtype, array.grid) for array in arrays])
+    alike = by_place and all(own.chunks == chunks for _, own in of_inputs)
+    return _derivation(label, make, dtype, cut, tuple(inputs), of_inputs, names, ahead, alike), arrays
 
 
 @lru_cache(maxsize=1 << 12)
@@ -238,21 +240,15 @@ def _derivation(
     label: str,
     make: Make,
     dtype: np.dtype,
-    cut: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None],
+    cut: Grid,
     keys: tuple[str, ...],
     inputs: tuple[tuple[np.dtype, Grid], ...],
     names: tuple[str, ...],
     ahead: int,
     by_place: bool,
 ) -> Derivation:
-    """The kind of some arrays, one object for all of them. `cut`: shape, and the chunks of the first and second axis, if any."""
-    shape, rows, columns = cut
-    chunks: tuple[tuple[int, ...], ...] = tuple((n,) for n in shape)
-    if rows is not None:
-        chunks = (rows, *chunks[1:])
-    if columns is not None:
-        chunks = (*chunks[:-1], columns)
-    return Derivation(label, make, np.dtype(dtype), grid(chunks), keys, inputs, names, ahead, by_place)
+    """The kind of some arrays, one object for all of them."""
+    return Derivation(label, make, np.dtype(dtype), cut, keys, inputs, names, ahead, by_place)
 
 
 class Constant(Block):

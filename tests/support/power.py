@@ -13,6 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.watching.listener import Silent
+from stages.write import Written
+
+
+class Stop(Silent):
+    """Interrupts a run after so many groups."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.done = after, 0
+
+    def advanced(self, written: Written) -> None:  # noqa: ARG002
+        self.done += 1
+        if self.done >= self.after:
+            raise KeyboardInterrupt
+
 
 class Disk:
     """What is on the disk in and below a directory: all that is there when it begins, and what is flushed from then on.

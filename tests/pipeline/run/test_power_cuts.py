@@ -18,10 +18,9 @@ from pipeline.run.execute import execute
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output_sums import as_written
 from pipeline.watching.listener import Silent
-from stages.write import Written
 from tests.support import checkpoints
 from tests.support.directories import contents
-from tests.support.power import Disk
+from tests.support.power import Disk, Stop
 
 
 @pytest.fixture
@@ -47,18 +46,6 @@ def place(tmp_path: Path) -> Path:
 def options(model: Path, place: Path, **more: Any) -> dict[str, Any]:
     usual = {"model_dir": model, "output_dir": place / "new" / "out", "tp_size": 2, "scheduler": "synchronous"}
     return usual | {"copy_tokenizer": True} | more
-
-
-class Stop(Silent):
-    """Interrupts a run after so many groups."""
-
-    def __init__(self, after: int) -> None:
-        self.after, self.done = after, 0
-
-    def advanced(self, written: Written) -> None:  # noqa: ARG002
-        self.done += 1
-        if self.done >= self.after:
-            raise KeyboardInterrupt
 
 
 def interrupted(asked: dict[str, Any], after: int) -> None:

@@ -18,11 +18,11 @@ import pytest
 from pipeline import HeadraceError, Interrupted, convert, plan, verify
 from pipeline.run.execute import execute
 from pipeline.sinks.journal import Committer
-from pipeline.watching.listener import Silent
 from stages.write import Written
 from tests.support import checkpoints
 from tests.support.directories import contents
 from tests.support.moments import LEFT, Held, record
+from tests.support.power import Stop
 
 CONFIG = checkpoints.LLAMA | {"num_hidden_layers": 2}
 
@@ -47,18 +47,6 @@ KINDS = {
     "made again": Kind({"overwrite": True}, stops=(99,)),
     "started over": Kind({"overwrite": True}, stops=(5,)),
 }
-
-
-class Stop(Silent):
-    """Interrupts a run after so many groups."""
-
-    def __init__(self, after: int) -> None:
-        self.after, self.done = after, 0
-
-    def advanced(self, written: Written) -> None:  # noqa: ARG002
-        self.done += 1
-        if self.done >= self.after:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
