@@ -2,8 +2,8 @@
 
 Each must be the source's own value, or the one that the format prescribes.
 
-Facts: docs/format/quantized-layouts.md, sections 4e, 7 and 8. A rank's `activation_scaling_factor` is the largest of those of its
-source modules.
+Facts: docs/format/quantized-layouts.md, sections 4e, 7, 8 and 11. A rank's `activation_scaling_factor` is the largest of those of
+its source modules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.model.quantization import GROUPWISE, WEIGHT_ONLY
 from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.origin import Origin
@@ -27,6 +28,8 @@ SCALES = (
     "activation_scaling_factor",
 )
 CACHE = "kv_cache_scaling_factor"
+# Factors of integer codes, which kernels multiply: AutoRound's symmetric ones are of either sign.
+SIGNED = ("weights_scaling_factor", "per_channel_scale")
 
 
 def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Mapping[str, LazyTensor]) -> Iterator[Problem]:
@@ -38,6 +41,8 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
     modules: dict[tuple[int, str], dict[str, None]] = defaultdict(dict)
     for origin in origins:
         modules[origin.rank, origin.module][origin.source.rpartition(".")[0]] = None
+    integers = checkpoint.config.get("quantization", {}).get("quant_algo") in {**WEIGHT_ONLY, **GROUPWISE}
+    either_sign = ("clamp_val", *(SIGNED if integers else ()))
     for number, rank in enumerate(checkpoint.ranks):
         for name, tensor in rank.items():
             module, _, parameter = name.rpartition(".")
@@ -55,8 +60,10 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
                 continue
             values = to_float32(read(tensor))
             subject = f"rank{number}.safetensors: {name}"
-            if not bool(np.isfinite(values).all()) or (parameter != "clamp_val" and bool((values < 0).any())):
-                yield Problem(subject, "a value that is negative or not finite", "scales of 0 or more")
+            if not bool(np.isfinite(values).all()):
+                yield Problem(subject, "a value that is not finite", "finite ones")
+            elif parameter not in either_sign and bool((values < 0).any()):
+                yield Problem(subject, "a value that is negative", "scales of 0 or more")
             elif expected is not None and not np.array_equal(values, expected):
                 yield Problem(subject, str(values.tolist()), f"{expected.tolist()}, by the source")
 

@@ -116,6 +116,10 @@ def halve(tensors: Tensors, name: str) -> None:
     tensors[name] = tensors[name] * 0.5
 
 
+def negate(tensors: Tensors, name: str) -> None:
+    tensors[name] = -tensors[name]
+
+
 def twice_the_first_row(tensors: Tensors, name: str) -> None:
     values = tensors[name].clone()
     values[1] = values[0]
@@ -151,6 +155,7 @@ QUANTIZED_CHANGES: dict[str, list[tuple[Change, str]]] = {
     ],
     "gptq": [
         (zero_first, f"{FC}.weights_scaling_factor"),
+        (negate, f"{FC}.weights_scaling_factor"),
         (halve, f"{QKV}.zero"),
         (flip_a_byte, f"{DENSE}.weight"),
         (exchange_gate_and_up, f"{FC}.weight"),
@@ -159,6 +164,7 @@ QUANTIZED_CHANGES: dict[str, list[tuple[Change, str]]] = {
     "fp8": [
         (zero_first, f"{FC}.weights_scaling_factor"),
         (halve, f"{QKV}.activation_scaling_factor"),
+        (negate, f"{DENSE}.weights_scaling_factor"),
         (flip_a_byte, f"{DENSE}.weight"),
         (halve, "transformer.layers.0.attention.kv_cache_scaling_factor"),
     ],
