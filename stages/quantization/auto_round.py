@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from stages.quantization.bit_planes import PLANAR, checkpoint_format
+
 _WIDTH = 16  # bits of a module that is left as it is
 
 
@@ -26,7 +28,7 @@ def packing_format(settings: Mapping[str, Any]) -> str:
 def stores_the_zero(settings: Mapping[str, Any]) -> bool:
     """Whether GPTQ's `qzeros` hold the zero points themselves, and not one less."""
     if not is_auto_round(settings):
-        return settings.get("checkpoint_format") == "gptq_v2"
+        return checkpoint_format(settings) in ("gptq_v2", PLANAR)
     named = packing_format(settings)
     return "gptqmodel" in named or "gptq" not in named
 

@@ -38,6 +38,7 @@ def test_pages_have_numbered_sections() -> None:
         "3",
         *fourth,
         "5",
+        "5b",
         "6",
         "7",
         "8",

@@ -1,8 +1,10 @@
-"""Float8 weights with a scale for each tile of 128 x 128: DeepSeek's and Qwen3's FP8, and compressed-tensors' strategy `block`.
+"""Float8 weights with a scale for each tile: by block (DeepSeek, Qwen3, compressed-tensors, ModelOpt), GPTQModel's FP8, and MXFP8.
 
-weight float8_e4m3fn [N, K], or a stack of experts [E, N, K]; weight_scale_inv, or compressed-tensors' weight_scale, [N / 128,
-K / 128], rounded up, of each matrix, or one for the whole of it ([1, 1], [1] or []): weight = code * scale.
-Facts: docs/format/quantized-layouts.md, section 9c; docs/format/runtime-1.2.md, section h3.
+weight float8_e4m3fn [N, K], or a stack of experts [E, N, K]; weight_scale_inv, or weight_scale, [N / 128, K / 128], rounded up, of
+each matrix (ModelOpt: [N / 128, 1, K / 128, 1]), or one for the whole of it ([1, 1], [1] or []), or for each row (GPTQModel: [N]):
+weight = code * scale; where the settings say that scales are inverse (GPTQModel), code / scale. MXFP8: weight_scale uint8 or
+float8_e8m0fnu [N, K / 32], exponents of powers of two. Facts: docs/format/quantized-layouts.md, section 9c;
+docs/format/runtime-1.2.md, section h3.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
-from stages.quantization.floats import e4m3
+from stages.quantization.floats import e4m3, e8m0
 from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParameter
 from stages.quantization.sources.fp8_scaled import flat
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _INPUTS = ("input_scale", "activation_scale")
 _SCALES = ("weight_scale_inv", "weight_scale")
 _TILE = (128, 128)
+_MX = (1, 32)  # the rows and in-features of a power of two
+_EXPONENTS = ("uint8", "float8_e8m0fnu")
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -36,9 +40,9 @@ class BlockFp8(PackedFormat):
     """Modules of float8 weights with scales by tile."""
 
     name = "float8-block"
-    title = "FP8 by block of DeepSeek or Qwen3 or compressed-tensors"
+    title = "FP8 by block of DeepSeek or Qwen3 or compressed-tensors, FP8 of GPTQModel, or MXFP8"
     numbers = True
-    proof = "a reader written from its description alone"
+    proof = "compressed-tensors 0.19, ModelOpt 0.47, GPTQModel 7.6 (AutoRound 0.15: MXFP8), value for value"
     parameters: Mapping[str, PackedParameter] = {
         "weight_scale_inv": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "in")),
@@ -54,16 +58,25 @@ class BlockFp8(PackedFormat):
         if "weight_scale_inv" in parameters:
             return True
         weight, scale = parameters["weight"].shape, getattr(parameters.get("weight_scale"), "shape", ())
-        return len(weight) == len(scale) == 2 and scale not in ((1, 1), (weight[0], 1))
+        if len(weight) != 2 or len(scale) not in (2, 4):
+            return False
+        return parameters["weight_scale"].dtype.name in _EXPONENTS or scale not in ((1, 1), (weight[0], 1))
 
     def arrange(self, tensors: Mapping[str, LazyTensor]) -> Mapping[str, LazyTensor]:
-        """One scale of a whole matrix ([], [1], or [E] of a stack) as a tile's, [1, 1]."""
+        """Scales as [rows of tiles, columns of tiles]: of a whole matrix ([], [1], or [E] of a stack), of each row ([N]), and
+        ModelOpt's.
+        """
         name = next(name for name in _SCALES if name in tensors)
-        scale, stack = tensors[name], tensors["weight"].shape[:-2]
+        scale, stack, rows = tensors[name], tensors["weight"].shape[:-2], tensors["weight"].shape[-2:-1]
         views: Any = scale
-        if scale.shape not in ((), (1,), stack) or math.prod(scale.shape) != math.prod(stack) or not hasattr(scale, "viewed"):
-            return tensors
-        return {**tensors, name: views.viewed((*stack, 1, 1), scale.dtype)}
+        tiles: tuple[int, ...] = scale.shape
+        if scale.shape in ((), (1,), stack) and math.prod(scale.shape) == math.prod(stack):
+            tiles = (*stack, 1, 1)
+        elif scale.shape == rows:
+            tiles = (*rows, 1)
+        elif len(scale.shape) == 4 and scale.shape[1::2] == (1, 1):
+            tiles = scale.shape[0::2]
+        return {**tensors, name: views.viewed(tiles, scale.dtype)} if tiles != scale.shape and hasattr(scale, "viewed") else tensors
 
     def check(self, module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> list[Problem]:
         """Refuse scales that are not one for each tile of the settings' size."""
@@ -71,9 +84,11 @@ class BlockFp8(PackedFormat):
         shape, scale = tensors["weight"].shape, tensors[name].shape
         if len(shape) not in (2, 3):
             return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix, or a stack of them")]
-        tile, stack = tile_size(settings), shape[:-2]
+        tile, stack = tile_of(shape, scale, tensors[name].dtype, settings), shape[:-2]
+        if (said := settings.get("weight_scale_semantics", "inverse")) != "inverse":
+            return [Problem(f"{module}.{name}", f"weight_scale_semantics {said!r} in the settings", "inverse, or none")]
         wanted = (*stack, *(-(-length // size) for length, size in zip(shape[-2:], tile, strict=True))) if tile else ()
-        if tile and scale in (wanted, (*stack, 1, 1)):
+        if tile and scale == wanted:
             return []
         expected = f"{list(wanted)}, one for each {tile[0]} x {tile[1]} of {list(shape)}" if tile else "two sizes of a tile"
         return [Problem(f"{module}.{name}", f"shape {list(scale)}", expected)]
@@ -82,13 +97,22 @@ class BlockFp8(PackedFormat):
         """`weight`, float32, and the scales of a cache; the rest stays."""
         weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)
         inputs = {"codes": weight, "scales": parameters[name]}
-        # One scale of a matrix has a single tile, which is all of it.
-        tile = weight.shape[-2:] if parameters[name].shape[-2:] == (1, 1) else tile_size(settings)
-        values = derive("unpack", from_tiles, inputs, shape=weight.shape, dtype=FLOAT32, rows=weight.chunks[0], tile=tile)
+        tile = tile_of(weight.shape, parameters[name].shape, parameters[name].dtype, settings)
+        like: dict[str, Any] = {"shape": weight.shape, "dtype": FLOAT32, "rows": weight.chunks[0]}
+        values = derive("unpack", from_tiles, inputs, **like, tile=tile, divides="weight_scale_semantics" in settings)
         rest = {key: array for key, array in parameters.items() if key not in ("weight", *_INPUTS, *_SCALES)}
         for key in {"k_scale", "v_scale"} & rest.keys():
             rest["kv_scale"] = derive("unpack", flat, {"values": rest.pop(key)}, shape=(1,), dtype=FLOAT32)
         return {"weight": values, **rest}
+
+
+def tile_of(weight: tuple[int, ...], scale: tuple[int, ...], dtype: np.dtype, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rows and columns of a module's tile, by its shapes; nothing where the settings say what is no size."""
+    if scale[-2:] == (1, 1):
+        return weight[-2:]  # all of a matrix is one
+    if scale == (weight[0], 1):
+        return 1, weight[-1]
+    return _MX if dtype.name in _EXPONENTS and scale[-2:-1] == weight[-2:-1] else tile_size(settings)
 
 
 def tile_size(settings: Mapping[str, Any]) -> tuple[int, ...]:
@@ -105,20 +129,28 @@ def tile_size(settings: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(int, sizes)) if whole else ()
 
 
-def from_tiles(region: Region, codes: Block, scales: Block, tile: tuple[int, int]) -> np.ndarray:
-    """float32 [..., n, k] of the region: code times the scale of its tile. Reads the scales of the region's tiles alone."""
+def from_tiles(region: Region, codes: Block, scales: Block, tile: tuple[int, int], divides: bool = False) -> np.ndarray:
+    """float32 [..., n, k] of the region: code times the scale of its tile, or divided by it. Reads the scales of the region's tiles
+    alone.
+    """
     *stack, (top, bottom), (left, right) = region
     (height, width), stored = tile, np.asarray(codes.read(region))
     first, column = top // height, left // width
     within = (*stack, (first, math.ceil(bottom / height)), (column, math.ceil(right / width)))
-    factors = np.asarray(scales.read(within)).astype(np.float32)
+    read = np.asarray(scales.read(within))
+    factors = e8m0(read) if read.dtype.name in _EXPONENTS else read.astype(np.float32)
+    apply = np.divide if divides else np.multiply
     with meter("unpack", stored.nbytes):
         values = e4m3(stored)
         of_column = np.arange(left, right) // width - column
+        if height == 1:
+            apply(values, factors[..., of_column], out=values)
+            return values
         # A row of tiles at a time: no matrix of factors is made.
         for row in range(first, first + factors.shape[-2]):
             start, stop = max(row * height, top), min((row + 1) * height, bottom)
-            values[..., start - top : stop - top, :] *= factors[..., row - first, :][..., None, of_column]
+            part = values[..., start - top : stop - top, :]
+            apply(part, factors[..., row - first, :][..., None, of_column], out=part)
         return values
 
 

@@ -33,7 +33,10 @@ class ScaledFp8(PackedFormat):
     name = "float8"
     title = "FP8 of ModelOpt or compressed-tensors or fbgemm"
     keeps = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
-    proof = "NVIDIA's converter 0.17, its files byte for byte (ModelOpt, fbgemm)"
+    proof = (
+        "NVIDIA's converter 0.17, its files byte for byte (ModelOpt, fbgemm); ModelOpt 0.47 and compressed-tensors 0.19, value for "
+        "value"
+    )
     parameters: Mapping[str, PackedParameter] = {
         "weight_scale": PackedParameter(("out", "one")),
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
@@ -80,8 +83,15 @@ class ScaledFp8(PackedFormat):
         return result
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:  # noqa: ARG002
-        """FP8 where every module has one scale of the activations, which else are of no use; then FP8_PER_CHANNEL_PER_TOKEN."""
-        return (FP8 if all("input_scale" in tensors for tensors in modules.values()) else FP8_ROWWISE), 0
+        """FP8 where every module has one scale, and one of the activations, which else are of no use: FP8_PER_CHANNEL_PER_TOKEN."""
+        if all("input_scale" in tensors for tensors in modules.values()) and not all(map(_by_row, modules.values())):
+            return FP8, 0
+        return FP8_ROWWISE, 0
+
+
+def _by_row(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a module has a scale for each out-feature."""
+    return math.prod(tensors["weight_scale"].shape) == tensors["weight"].shape[0] > 1
 
 
 def flat(region: Region, values: Block) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 2, 3, 4 or 8 bits, groups of in-features, symmetric or not.
+"""GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it: 2 to 8 bits, groups of in-features, symmetric or not.
 
 qweight int32 [K * bits / 32, N], codes of consecutive in-features one after the other, lowest bits first (of 3 bits over the ends
 of words); qzeros int32 [G, N * bits / 32]; scales [G, N]; g_idx int32 [K], the group of each in-feature. weight = (code - zero -
-1) * scale; format v2, and some of AutoRound's, store the zero itself. Codes of 2 and 3 bits are codes of 4 bits, too: with the
-same middle they are the same weights. Facts: docs/format/quantized-layouts.md, sections 5, 9c and 11.
+1) * scale; format v2, the planar one (gptq_p) and some of AutoRound's store the zero itself. Codes of 2 and 3 bits are codes of 4
+bits, too, and those of 5 to 7 bits codes of 8: with the same middle they are the same weights.
+Facts: docs/format/quantized-layouts.md, sections 5, 5b, 9c and 11.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization import auto_round, dynamic
 from stages.quantization.auto_round import activation_bits, stores_the_zero
+from stages.quantization.bit_planes import BLOCK, from_planes, planar
 from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 _PACKED = ("qweight", "qzeros", "scales")
 UINT8, INT16 = np.dtype(np.uint8), np.dtype(np.int16)
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
 class Gptq(PackedFormat):
@@ -39,7 +41,7 @@ class Gptq(PackedFormat):
     name = "gptq"
     title = "GPTQ"
     keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
-    proof = "NVIDIA's converter 0.17, its files byte for byte (4 and 8 bits)"
+    proof = "NVIDIA's converter 0.17, its files byte for byte (4 and 8 bits); GPTQModel 7.6, AutoRound 0.15, value for value"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),
@@ -61,10 +63,13 @@ class Gptq(PackedFormat):
         subject = f"{module}.qweight"
         if bits not in WIDTHS or settings.get("bits", bits) != bits:
             named = f", and bits {settings['bits']} in the settings" if "bits" in settings else ""
-            return [Problem(subject, f"{bits:g} bits by its shape{named}", "2, 3, 4 or 8 bits, alike")]
+            return [Problem(subject, f"{bits:g} bits by its shape{named}", "2 to 8 bits, alike")]
         features, groups = tensors["qweight"].shape[0] * 32 // int(bits), scales.shape[0]
         if features * int(bits) != tensors["qweight"].shape[0] * 32 or features % 2:
             return [Problem(subject, f"{tensors['qweight'].shape[0]} words of in-features", f"whole codes of {bits:g} bits")]
+        if planar(settings, bits) and (features % BLOCK or scales.shape[1] % BLOCK):
+            expected = f"multiples of {BLOCK}, of {bits:g} bits in planes"
+            return [Problem(subject, f"{features} in-features, {scales.shape[1]} out-features", expected)]
         if wrong := no_groups(module, features, groups, settings.get("group_size")):
             return wrong
         if zeros.shape[0] != groups:
@@ -84,20 +89,20 @@ class Gptq(PackedFormat):
         return dynamic.module_settings(module, auto_round.module_settings(module, settings))
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
-        """`codes4` (of 2 and 3 bits, too) or `codes8`, `scales`, `offsets`, and `group_index` where there is one."""
+        """`codes4` (of 2 and 3 bits, too) or `codes8` (of 5 to 7, too), `scales`, `offsets`, and `group_index` if there is one."""
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
         features = words.shape[0] * 32 // bits
         symmetric = bool(settings.get("sym", False))
         second = stores_the_zero(settings)
-        width = max(bits, 4)
+        width, planes = _width(bits), planar(settings, bits)
         shape = (words.shape[1], features * width // 8)
         like: dict[str, Any] = {"shape": shape, "dtype": UINT8, "ahead": AHEAD_BYTES // shape[1]}
         if bits == width:
             codes = derive("unpack", read_codes, {"words": words}, **like)
         else:
-            codes = derive("unpack", read_few_bits, {"words": words}, **like, bits=bits)
-        arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second}
+            codes = derive("unpack", read_few_bits, {"words": words}, **like, bits=bits, planes=planes)
+        arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second, "planes": planes}
         offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
         rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
         index = {"group_index": parameters["g_idx"]} if "g_idx" in parameters else {}
@@ -109,7 +114,8 @@ class Gptq(PackedFormat):
         return not np.array_equal(index, np.arange(index.size) // max(index.size // groups, 1))
 
     def native(self, modules: Modules, settings: Mapping[str, Any]) -> tuple[str | None, int]:
-        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ, by most modules; W4A16 or W8A16 where a row is one symmetric group.
+        """W4A16_GPTQ (of 2 and 3 bits, too) or W8A16_GPTQ (of 5 to 7), by most modules; W4A16 or W8A16 where a row is one symmetric
+        group.
 
         Settings that say `sym` are believed: quantizing finds out where a zero point says otherwise.
         """
@@ -129,7 +135,7 @@ def _width_and_group(tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
     """The width of a module's codes as a target would have them, and the in-features of a group."""
     words, zeros, scales = (tensors[name].shape for name in _PACKED)
     bits = 32 * zeros[-1] // scales[-1]
-    return max(bits, 4), words[0] * 32 // bits // scales[0]
+    return _width(bits), words[0] * 32 // bits // scales[0]
 
 
 def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
@@ -138,7 +144,9 @@ def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
     for tensors in modules.values():
         stored, columns = tensors["qzeros"], tensors["scales"].shape[1]
         bits, block = int(_bits(stored.shape[1], columns)), stored.block(whole(stored.shape))
-        if np.any(read_offsets(((0, 1), (0, columns)), block, bits=bits, symmetric=False, second=second)):
+        if np.any(
+            read_offsets(((0, 1), (0, columns)), block, bits=bits, symmetric=False, second=second, planes=planar(settings, bits))
+        ):
             return True
     return False
 
@@ -171,23 +179,28 @@ def read_codes(region: Region, words: Block) -> np.ndarray:
     return stream[:, slice(*region[1])]
 
 
-def read_few_bits(region: Region, words: Block, bits: int) -> np.ndarray:
-    """uint8 [n, K / 2] of codes of 2 or 3 bits, as codes of 4 bits with the same middle."""
+def read_few_bits(region: Region, words: Block, bits: int, planes: bool) -> np.ndarray:
+    """uint8 [n, K / 2] of codes of 2 or 3 bits, as codes of 4 bits with the same middle; [n, K] of 5 to 7 bits, as those of 8.
+    `planes`: words are in planes.
+    """
     values = words.read((whole(words.shape)[0], region[0]))
     with meter("unpack", values.nbytes):
-        codes = unpacked(kernels().transposed(values), bits)
-        codes += np.uint8(8 - (1 << (bits - 1)))
+        stream, width = kernels().transposed(values), _width(bits)
+        codes = from_planes(stream, bits) if planes else unpacked(stream, bits)
+        codes += np.uint8((1 << (width - 1)) - (1 << (bits - 1)))
+        if width == 8:
+            return codes[:, slice(*region[1])]
         return np.asarray(codes[:, 0::2] | codes[:, 1::2] << 4)[:, slice(*region[1])]
 
 
-def read_offsets(region: Region, zeros: Block, bits: int, symmetric: bool, second: bool) -> np.ndarray:
-    """int16 [groups, n]: 2 ** (bits - 1) less the zero point.
+def read_offsets(region: Region, zeros: Block, bits: int, symmetric: bool, second: bool, planes: bool = False) -> np.ndarray:
+    """int16 [groups, n]: 2 ** (bits - 1) less the zero point. `planes`: words are in planes.
 
     Some files of the first format hold zero points of the second. A symmetric one is in the middle of the range: where all of a
     module's are stored as the middle itself, they can only be the second's.
     """
     # Codes begin where a word does every `packed` columns, which take `count` words.
-    packed, count = 32 // math.gcd(32, bits), bits // math.gcd(32, bits)
+    packed, count = (BLOCK, bits) if planes else (32 // math.gcd(32, bits), bits // math.gcd(32, bits))
     first, last = region[1][0] // packed, min(-(-region[1][1] // packed), zeros.shape[1] // count)
     words = np.ascontiguousarray(zeros.read((region[0], (first * count, last * count))))
     everything = np.ascontiguousarray(zeros.read(whole(zeros.shape))) if symmetric and not second else words
@@ -195,7 +208,8 @@ def read_offsets(region: Region, zeros: Block, bits: int, symmetric: bool, secon
         middle = 1 << (bits - 1)
         if symmetric and not second:
             second = bool(np.all(unpacked(everything, bits) == middle))
-        result = (middle - unpacked(words, bits).astype(np.int16) - (0 if second else 1)).astype(np.int16)
+        codes = from_planes(words, bits) if planes else unpacked(words, bits)
+        result = (middle - codes.astype(np.int16) - (0 if second else 1)).astype(np.int16)
     return result[:, region[1][0] - first * packed : region[1][1] - first * packed]
 
 
@@ -221,6 +235,11 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
 def _index(tensors: Mapping[str, LazyTensor]) -> np.ndarray:
     """The group of each in-feature, where a module says it; nothing where it does not."""
     return np.asarray(tensors["g_idx"].block(whole(tensors["g_idx"].shape))) if "g_idx" in tensors else np.empty(0, dtype=np.int32)
+
+
+def _width(bits: int) -> int:
+    """The width of the codes that a target has of those of `bits` bits."""
+    return 4 if bits <= 4 else 8
 
 
 def _bits(words: int, columns: int) -> float:

@@ -29,8 +29,18 @@ from tests.support.quantized_checkpoints.compressed_tensors import compressed, c
 from tests.support.quantized_checkpoints.eetq_order import eetq, order_a
 from tests.support.quantized_checkpoints.every import USUAL, VARIANTS, formats
 from tests.support.quantized_checkpoints.floats4 import E2M1, float4, mxfp4, nvfp4, pairs
-from tests.support.quantized_checkpoints.floats8 import block_float8, by_tile, compressed_float8, fbgemm, float8, modelopt_float8
-from tests.support.quantized_checkpoints.groups import ITSELF, auto_round, awq, gptq, grouped, numbers, packed32
+from tests.support.quantized_checkpoints.floats8 import (
+    block_float8,
+    by_tile,
+    compressed_float8,
+    fbgemm,
+    float8,
+    gptqmodel_float8,
+    modelopt_block_float8,
+    modelopt_float8,
+    mxfp8,
+)
+from tests.support.quantized_checkpoints.groups import ITSELF, auto_round, awq, gptq, grouped, numbers, packed32, planes32
 from tests.support.quantized_checkpoints.half_quadratic import hqq
 from tests.support.quantized_checkpoints.mixtures import each_its_own, mixed_precision, own
 from tests.support.quantized_checkpoints.modelopt_int4 import modelopt_awq
@@ -68,19 +78,23 @@ __all__ = [
     "float8",
     "formats",
     "gptq",
+    "gptqmodel_float8",
     "grouped",
     "hqq",
     "linear",
     "mixed_precision",
     "modelopt_awq",
+    "modelopt_block_float8",
     "modelopt_float8",
     "mxfp4",
+    "mxfp8",
     "numbers",
     "nvfp4",
     "order_a",
     "own",
     "packed32",
     "pairs",
+    "planes32",
     "quantized",
     "scheme",
     "values",

@@ -9,7 +9,15 @@ from tests.support.quantized_checkpoints.bits_and_bytes import bitsandbytes, bit
 from tests.support.quantized_checkpoints.compressed_tensors import compressed, compressed_int8
 from tests.support.quantized_checkpoints.eetq_order import eetq
 from tests.support.quantized_checkpoints.floats4 import mxfp4, nvfp4
-from tests.support.quantized_checkpoints.floats8 import block_float8, compressed_float8, fbgemm, modelopt_float8
+from tests.support.quantized_checkpoints.floats8 import (
+    block_float8,
+    compressed_float8,
+    fbgemm,
+    gptqmodel_float8,
+    modelopt_block_float8,
+    modelopt_float8,
+    mxfp8,
+)
 from tests.support.quantized_checkpoints.groups import auto_round, awq, gptq
 from tests.support.quantized_checkpoints.half_quadratic import hqq
 from tests.support.quantized_checkpoints.modelopt_int4 import modelopt_awq
@@ -32,6 +40,11 @@ def formats() -> dict[str, Format]:
         "gptq 3 bits asymmetric": gptq(bits=3, sym=False),
         "gptq 2 bits": gptq(bits=2, sym=False, second=True),
         "gptq 3 bits a row": gptq(bits=3, group=-1),
+        "gptq planar 3 bits": gptq(bits=3, sym=False, planar=True),
+        "gptq planar 4 bits": gptq(sym=False, planar=True),
+        "gptq planar 5 bits": gptq(bits=5, planar=True),
+        "gptq planar 6 bits a row": gptq(bits=6, group=-1, planar=True),
+        "gptq planar 7 bits": gptq(bits=7, sym=False, planar=True),
         "gptq a row": gptq(group=-1, index="order"),
         "gptq 8 bits a row": gptq(bits=8, group=-1),
         "awq": awq(),
@@ -43,6 +56,8 @@ def formats() -> dict[str, Format]:
         "auto-round as gptqmodel, 8 bits": auto_round(packing="auto_round:gptqmodel", bits=8),
         "auto-round symmetric, older": auto_round(packing="auto_round:gptq:exllamav2", sym=True, older=True),
         "auto-round older": auto_round(packing="autoround:exllamav2", older=True),
+        "auto-round of either sign": auto_round(packing="auto_round:auto_gptq", sym=True, signs=True),
+        "auto-round of either sign, 8 bits": auto_round(packing="auto_round:auto_gptq", bits=8, sym=True, signs=True),
         "auto-round as awq": auto_round(packing="auto_round:auto_awq"),
         "compressed w4a16": compressed(),
         "compressed w4a16 asymmetric": compressed(sym=False, dtype=FP16),
@@ -56,12 +71,19 @@ def formats() -> dict[str, Format]:
         "compressed w4a8": compressed_int8(bits=4, group=64),
         "compressed fp8": compressed_float8(dynamic=False),
         "compressed fp8 dynamic": compressed_float8(dynamic=True),
+        "compressed fp8 a row, static": compressed_float8(dynamic=False, rows=True),
         "modelopt fp8": modelopt_float8(),
         "modelopt awq": modelopt_awq(),
         "fbgemm": fbgemm(),
         "fp8 block": block_float8(),
         "fp8 block of 96": block_float8(tile=96, dtype=np.dtype(np.float32)),
         "compressed fp8 block": block_float8(compressed_=True),
+        "modelopt fp8 block": modelopt_block_float8(),
+        "gptqmodel fp8 block": gptqmodel_float8(method="block"),
+        "gptqmodel fp8 a row": gptqmodel_float8(method="row"),
+        "gptqmodel fp8": gptqmodel_float8(method="tensor"),
+        "mxfp8": mxfp8(),
+        "mxfp8 of exponents": mxfp8(exponents="float8_e8m0fnu"),
         "nvfp4": nvfp4(),
         "nvfp4 cache": nvfp4(cache=True),
         "nvfp4 scales apart": nvfp4(alike=False),

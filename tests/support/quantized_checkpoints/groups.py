@@ -13,14 +13,18 @@ ITSELF = ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2", "autorou
 
 
 def grouped(
-    weight: np.ndarray, bits: int, group: int, symmetric: bool, dtype: np.dtype
+    weight: np.ndarray, bits: int, group: int, symmetric: bool, dtype: np.dtype, signs: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unsigned codes [N, K], zero points [N, G] and scales [N, G] of the type that the format stores."""
+    """Unsigned codes [N, K], zero points [N, G] and scales [N, G] of the type that the format stores. `signs`: a symmetric scale
+    has the sign that gives its group's largest magnitude the lowest code.
+    """
     out, features = weight.shape
     groups = weight.reshape(out, features // group, group)
     top = (1 << bits) - 1
     if symmetric:
         scales = (np.abs(groups).max(axis=2) * 2 / top).astype(dtype)
+        if signs:
+            scales = np.where(groups.max(axis=2) > -groups.min(axis=2), -scales, scales).astype(dtype)
         zeros = np.full(scales.shape, 1 << (bits - 1))
     else:
         low, high = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
@@ -52,15 +56,32 @@ def packed32(codes: np.ndarray, bits: int, axis: int, order: tuple[int, ...] = (
     return np.moveaxis(np.asarray(words, dtype=np.uint32), -1, axis).view(np.int32)
 
 
-def auto_round(*, bits: int = 4, group: int = 64, sym: bool = False, packing: str = "auto_round", older: bool = False) -> Format:
+def planes32(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """int32 words of unsigned codes in planes along an axis: of 32 codes first the words of their lowest 4 bits (of 3: 2)."""
+    blocks = np.moveaxis(codes, axis, -1).reshape(*np.moveaxis(codes, axis, -1).shape[:-1], -1, 32)
+    widths = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}[bits]
+    planes = [packed32(blocks >> sum(widths[:n]) & ((1 << width) - 1), width, -1) for n, width in enumerate(widths)]
+    words = np.concatenate(planes, axis=-1)
+    return np.moveaxis(words.reshape(*words.shape[:-2], -1), -1, axis)
+
+
+def auto_round(
+    *,
+    bits: int = 4,
+    group: int = 64,
+    sym: bool = False,
+    packing: str = "auto_round",
+    older: bool = False,
+    signs: bool = False,
+) -> Format:
     """AutoRound's format; `packing` says how it packs: as GPTQ with zero points less one, as GPTQ with these themselves, or as AWQ.
 
-    `older`: the settings as they were called before version 0.5.
+    `older`: the settings as they were called before version 0.5. `signs`: as `grouped` has it.
     """
     kind = (
         awq(group=group, sym=sym)
         if "awq" in packing
-        else gptq(bits=bits, group=group, sym=sym, second=packing in ITSELF, index="none")
+        else gptq(bits=bits, group=group, sym=sym, second=packing in ITSELF, index="none", signs=signs)
     )
     method, key = ("intel/auto-round", "backend") if older else ("auto-round", "packing_format")
     settings = {"quant_method": method, key: packing, "bits": bits, "group_size": group, "sym": sym, "data_type": "int"}
@@ -78,12 +99,15 @@ def gptq(
     said: bool = True,
     dtype: np.dtype = FP16,
     beside: bool = False,
+    planar: bool = False,
+    signs: bool = False,
 ) -> Format:
     """AutoGPTQ's and GPTQModel's format.
 
     `group` -1: one scale a row. `second`: zero points as format v2 has them, and `said` whether the settings say so. `index`:
     "trivial", "none", or "order", where the groups follow the activations. `bias`: every module has one, of zeros. `beside`: the
-    settings are in a file of their own.
+    settings are in a file of their own. `planar`: GPTQModel's words in planes, whose zero points are those of v2. `signs`: as
+    `grouped` has it.
     """
     random = np.random.default_rng(5)
 
@@ -91,24 +115,25 @@ def gptq(
         out, features = weight.shape
         size = features if group == -1 else group
         order = random.permutation(features) if index == "order" else np.arange(features)
-        arranged, zeros, scales = grouped(weight[:, order], bits, size, sym, dtype)
+        arranged, zeros, scales = grouped(weight[:, order], bits, size, sym, dtype, signs)
         codes = np.empty_like(arranged)
         codes[:, order] = arranged
         groups = np.empty(features, dtype=np.int32)
         groups[order] = np.arange(features) // size
-        stored = zeros if second else zeros - 1
+        stored = zeros if second or planar else zeros - 1
+        pack = planes32 if planar and 32 % bits else packed32
         parameters = {
-            "qweight": packed32(codes.T, bits, 0),
-            "qzeros": packed32(stored.T, bits, 1),
+            "qweight": pack(codes.T, bits, 0),
+            "qzeros": pack(stored.T, bits, 1),
             "scales": scales.T,
             **({} if index == "none" else {"g_idx": groups}),
             **({"bias": np.zeros(out, np.float16)} if bias else {}),
         }
         return Packed(parameters, numbers(codes, zeros, scales, groups))
 
-    version = "gptq_v2" if second and said else "gptq"
+    version = "gptq_p" if planar else "gptq_v2" if second and said else "gptq"
     settings = {"bits": bits, "group_size": group, "desc_act": index == "order", "sym": sym, "checkpoint_format": version}
-    named, algorithm = {**settings, "quant_method": "gptq"}, f"W{max(bits, 4)}A16{'' if group == -1 and sym else '_GPTQ'}"
+    named, algorithm = {**settings, "quant_method": "gptq"}, f"W{4 if bits <= 4 else 8}A16{'' if group == -1 and sym else '_GPTQ'}"
     return Format(quantize, {} if beside else named, algorithm, files={"quantize_config.json": settings} if beside else {})
 
 

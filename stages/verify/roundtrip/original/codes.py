@@ -43,6 +43,22 @@ def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
     return codes
 
 
+def unpack_planes(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack words in planes, int32 [rows, n], to their codes, uint8 [rows, n * 32 / bits].
+
+    32 codes are `bits` words: first those of 4 bits of each code (of 3 bits: of 2), then those of the bits above.
+    """
+    data = np.ascontiguousarray(words).reshape(len(words), -1, bits)
+    each = np.unpackbits(data.view(np.uint8), axis=-1, bitorder="little")  # [rows, blocks, 32 * bits]
+    codes, bit, first = np.zeros((*each.shape[:2], 32), np.uint8), 0, 0
+    for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}[bits]:
+        plane = each[..., first : first + 32 * width].reshape(*each.shape[:2], 32, width)
+        for place in range(width):
+            codes |= plane[..., place] << np.uint8(bit + place)
+        bit, first = bit + width, first + 32 * width
+    return codes.reshape(len(words), -1)
+
+
 def dequantize(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, index: np.ndarray | None) -> np.ndarray:
     """Compute (code - zero) * scale of each in-feature's group, float32 [rows, in_features].
 

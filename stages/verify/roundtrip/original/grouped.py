@@ -1,4 +1,4 @@
-"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5, 6 and 11."""
+"""GPTQ's and AutoAWQ's weights as numbers. Facts: docs/format/quantized-layouts.md, sections 5, 5b, 6 and 11."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from stages.verify.roundtrip.original.codes import (
     divides_evenly,
     explicit_groups,
     unpack_codes,
+    unpack_planes,
 )
 from stages.verify.roundtrip.original.numbers import Numbers
 from stages.verify.values import read, to_float32
@@ -31,13 +32,13 @@ def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Ma
     settings = _of_module(module, settings)
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
     bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
-    if words == columns and bits in (2, 3, 4, 8) and divides_evenly(rows * 32 // bits, groups):
+    if words == columns and 2 <= bits <= 8 and divides_evenly(rows * 32 // bits, groups):
         return GptqNumbers(module, tensors, bits, settings, last_block)
     said = "qzeros" in tensors or settings.get("zero_point") is False
     if 8 * words == columns and divides_evenly(rows, groups) and said:
         return AwqNumbers(module, tensors, rows, last_block)
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-    raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2, 3, 4 or 8 bits, or AutoAWQ's gemm")])
+    raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2 to 8 bits, or AutoAWQ's gemm")])
 
 
 def _of_module(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,7 +102,7 @@ class GroupedNumbers(Numbers):
 class GptqNumbers(GroupedNumbers):
     """GPTQ: `qweight` int32 [in_features / p, out_features], p = 32 / bits consecutive in-features a word.
 
-    Zero points are stored less one, except in format v2 and in those of AutoRound's that are not AutoGPTQ's.
+    Zero points are stored less one, except in format v2, the planar one, and in those of AutoRound's that are not AutoGPTQ's.
     """
 
     def __init__(
@@ -110,11 +111,16 @@ class GptqNumbers(GroupedNumbers):
         super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
         self.bits = bits
         self.named_v2 = _named_v2(settings)
+        self.planar = bits in (5, 6, 7) or (bits == 3 and _said(settings) == "gptq_p")
         self.symmetric = settings.get("sym", True) is not False
 
     def codes(self, start: int, stop: int) -> np.ndarray:
         words = read(self.tensors["qweight"], ((0, self.tensors["qweight"].shape[0]), (start, stop)))
-        return unpack_codes(words.T, self.bits)
+        return self._codes_of(words.T)
+
+    def _codes_of(self, words: np.ndarray) -> np.ndarray:
+        """Unpack words, int32 [rows, n], to their codes, uint8 [rows, n * 32 / bits]."""
+        return unpack_planes(words, self.bits) if self.planar else unpack_codes(words, self.bits)
 
     def zeros(self, start: int, stop: int) -> np.ndarray:
         return self._stored_zeros(start, stop).astype(np.int16) + np.int16(0 if self._is_v2 else 1)
@@ -133,7 +139,7 @@ class GptqNumbers(GroupedNumbers):
         packed = 32 // self.bits
         first, last = start // packed, -(-stop // packed)
         if 32 % self.bits:
-            return unpack_codes(read(self.tensors["qzeros"]), self.bits)[:, start:stop]
+            return self._codes_of(read(self.tensors["qzeros"]))[:, start:stop]
         words = read(self.tensors["qzeros"], ((0, self.tensors["qzeros"].shape[0]), (first, last)))
         return unpack_codes(words, self.bits)[:, start - first * packed : stop - first * packed]
 
@@ -144,10 +150,14 @@ def _named_v2(settings: Mapping[str, Any]) -> bool:
     AutoRound names one itself, in `packing_format` or, in older files, in `backend`: AutoGPTQ's is the default.
     """
     if "round" not in str(settings.get("quant_method")):
-        return settings.get("checkpoint_format") == "gptq_v2"
+        return _said(settings) in ("gptq_v2", "gptq_p")
     names = (str(settings.get(key)).replace("auto-round", "auto_round") for key in ("packing_format", "backend"))
     parts = next((name.split(":") for name in names if name.startswith(("auto_round", "autoround"))), ["", "auto_gptq"])
     return not {"auto_gptq", "gptq"} & set(parts)
+
+
+def _said(settings: Mapping[str, Any]) -> Any:
+    return settings.get("checkpoint_format", settings.get("format"))
 
 
 class AwqNumbers(GroupedNumbers):

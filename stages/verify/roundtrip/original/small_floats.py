@@ -17,22 +17,28 @@ from stages.verify.values import halves, read, to_float32
 # The sixteen values of e2m1: a sign, two bits of exponent, one of mantissa.
 E2M1 = np.array([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)], dtype=np.float32)
 
+EXPONENTS = ("uint8", "float8_e8m0fnu")  # of powers of two, with a bias of 127
+
 
 def by_tile(weight: LazyTensor, scale: LazyTensor) -> bool:
-    """Whether a scale is one for each tile of a float8 matrix: not one for all, nor one for each row."""
-    return len(weight.shape) == len(scale.shape) == 2 and scale.shape != (1, 1) and scale.shape[0] != weight.shape[0]
+    """Whether a scale is one for each tile of a float8 matrix, or a power of two: not one for all, nor one for each row."""
+    if len(weight.shape) != 2 or scale.dtype.name in EXPONENTS:
+        return len(weight.shape) == len(scale.shape) == 2
+    return len(scale.shape) == 4 or (len(scale.shape) == 2 and scale.shape != (1, 1) and scale.shape[0] != weight.shape[0])
 
 
 @dataclass(frozen=True)
 class TileNumbers(Numbers):
     """weight * the scale of its tile, of float8 [out_features, in_features]; `tile`: its rows and columns.
 
-    With `front`, rows `start` to `start + count` of one matrix of a stack, as those of StoredNumbers.
+    `inverse`: weight / the scale. With `front`, rows `start` to `start + count` of one matrix of a stack, as those of
+    StoredNumbers.
     """
 
     weight: LazyTensor
     scales: LazyTensor
     tile: tuple[int, int]
+    inverse: bool = False
     front: tuple[int, ...] = ()
     start: int = 0
     count: int | None = None
@@ -50,10 +56,18 @@ class TileNumbers(Numbers):
         height, width = self.tile
         start, stop = self.start + start, self.start + stop
         first, last = start // height, -(-stop // height)
-        scales = to_float32(StoredNumbers(self.scales, self.front).rows(first, last))[np.arange(start, stop) // height - first]
+        scales = _factors(StoredNumbers(self.scales, self.front).rows(first, last))[np.arange(start, stop) // height - first]
         values = to_float32(StoredNumbers(self.weight, self.front).rows(start, stop))
-        result: np.ndarray = values * np.repeat(scales, width, axis=1)[:, : values.shape[1]]
+        factors = np.repeat(scales, width, axis=1)[:, : values.shape[1]]
+        result: np.ndarray = values / factors if self.inverse else values * factors
         return result
+
+
+def _factors(stored: np.ndarray) -> np.ndarray:
+    """Scales as float32: bytes are exponents of two."""
+    if stored.dtype.name in EXPONENTS:
+        return np.exp2(stored.view(np.uint8).astype(np.float64) - 127).astype(np.float32)
+    return to_float32(stored)
 
 
 def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Numbers:
@@ -65,11 +79,17 @@ def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mappi
     if scales.shape in ((), (1,), stack, (*stack, 1, 1)) and hasattr(scales, "viewed"):
         scales = scales.viewed((*stack, 1, 1), scales.dtype)
         tile = (weight.shape[-2], weight.shape[-1])  # one for all of a matrix
+    elif scales.shape in (weight.shape[:1], (weight.shape[0], 1)) and hasattr(scales, "viewed"):
+        scales, tile = scales.viewed((weight.shape[0], 1), scales.dtype), (1, weight.shape[-1])
+    elif len(scales.shape) == 4 and scales.shape[1::2] == (1, 1) and hasattr(scales, "viewed"):
+        scales = scales.viewed(scales.shape[0::2], scales.dtype)
+    elif scales.dtype.name in EXPONENTS and scales.shape[0] == weight.shape[0]:
+        tile = (1, 32)
     wanted = (*stack, *(-(-length // size) for length, size in zip(weight.shape[-2:], tile, strict=False)))
     if scales.shape != wanted or weight.dtype.name != "float8_e4m3fn":
         found = f"scales {list(scales.shape)} of {weight.dtype} {list(weight.shape)}"
         raise BadInput([Problem(f"{module}.weight", found, f"float8_e4m3fn with a scale for each {tile[0]} x {tile[1]}")])
-    return TileNumbers(weight, scales, tile)
+    return TileNumbers(weight, scales, tile, "weight_scale_semantics" in settings)
 
 
 def _tile(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -105,7 +125,7 @@ class Float4Numbers(Numbers):
         if stored.dtype.name == "float8_e4m3fn":
             scales = to_float32(stored)
         else:
-            scales = np.exp2(stored.view(np.uint8).astype(np.float64) - 127).astype(np.float32)
+            scales = _factors(stored)
         values = np.take(E2M1, halves(data), mode="clip")
         values.reshape(*scales.shape, -1)[...] *= scales[:, :, None]
         if self.whole is not None:

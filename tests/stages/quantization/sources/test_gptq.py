@@ -27,6 +27,7 @@ from tests.support.packed_tensors import (
     random_scales,
     shapes,
 )
+from tests.support.quantized_checkpoints import planes32
 from tests.support.strategies import regions
 
 V2 = {"checkpoint_format": "gptq_v2"}
@@ -184,12 +185,30 @@ def test_what_is_right_is_not_refused(settings_: dict[str, Any]) -> None:
 
 
 def test_other_widths_are_refused() -> None:
-    five = {**gptq(*module(32, 32, 1), 4), "qzeros": np.zeros((1, 5), np.int32)}
-    assert refusal(five) == "a.b.qweight: found 5 bits by its shape; expected 2, 3, 4 or 8 bits, alike"
+    nine = {**gptq(*module(32, 32, 1), 4), "qzeros": np.zeros((1, 9), np.int32)}
+    assert refusal(nine) == "a.b.qweight: found 9 bits by its shape; expected 2 to 8 bits, alike"
     three = {**gptq(*module(32, 32, 1), 4), "qzeros": np.zeros((1, 3), np.int32)}
     assert refusal(three) == "a.b.qweight: found 4 words of in-features; expected whole codes of 3 bits"
     found = refusal(gptq(*module(8, 8, 1), 4), {"bits": 8})
-    assert found == "a.b.qweight: found 4 bits by its shape, and bits 8 in the settings; expected 2, 3, 4 or 8 bits, alike"
+    assert found == "a.b.qweight: found 4 bits by its shape, and bits 8 in the settings; expected 2 to 8 bits, alike"
+
+
+@pytest.mark.parametrize("named", ["checkpoint_format", "format"])
+def test_words_in_planes_are_told_by_the_settings_alone(named: str) -> None:
+    """A `gptq_p` of 3 bits has the shapes of a `gptq`, and zero points of its own of any width."""
+    codes, zeros, scales = random_codes((32, 64), 3, 0), random_codes((2, 32), 3, 1), random_scales((2, 32), 0)
+    stored = {"qweight": planes32(codes.T, 3, 0), "qzeros": planes32(zeros, 3, 1), "scales": scales}
+    result = FORMAT.unpack(opened(stored), {named: "gptq_p"})
+    assert np.array_equal(values(dequantize(result)), naive_weight(codes, zeros, scales))
+    four = gptq(random_codes((8, 16), 4, 0), zeros[:, :8], scales[:, :8], 4)
+    assert np.array_equal(values(FORMAT.unpack(opened(four), {named: "gptq_p"})["offsets"]), 8 - zeros[:, :8])
+
+
+def test_planes_are_of_whole_blocks_of_codes() -> None:
+    five = {"qweight": np.zeros((5, 48), np.int32), "qzeros": np.zeros((1, 8), np.int32), "scales": np.ones((1, 48), np.float16)}
+    assert refusal(five).startswith("a.b.qweight: found 5.33333 bits by its shape")
+    six = {"qweight": np.zeros((6, 16), np.int32), "qzeros": np.zeros((1, 3), np.int32), "scales": np.ones((1, 16), np.float16)}
+    assert refusal(six) == "a.b.qweight: found 32 in-features, 16 out-features; expected multiples of 32, of 6 bits in planes"
 
 
 def test_groups_that_contradict_the_settings_or_do_not_divide() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -26,13 +27,19 @@ from tests.support.strategies import regions
 KINDS: dict[str, tuple[str, Format, tuple[int, int]]] = {
     "tiles": ("float8-block", source.block_float8(tile=16), (40, 56)),
     "tiles of compressed-tensors": ("float8-block", source.block_float8(tile=16, compressed_=True), (33, 17)),
+    "tiles of modelopt": ("float8-block", source.modelopt_block_float8(), (20, 260)),
+    "tiles of gptqmodel": ("float8-block", source.gptqmodel_float8(method="block", tile=(16, 8)), (40, 24)),
+    "rows of gptqmodel": ("float8-block", source.gptqmodel_float8(method="row"), (33, 18)),
+    "all of gptqmodel": ("float8-block", source.gptqmodel_float8(method="tensor"), (33, 18)),
+    "mxfp8": ("float8-block", source.mxfp8(), (24, 96)),
+    "mxfp8 of one group": ("float8-block", source.mxfp8(exponents="float8_e8m0fnu"), (24, 32)),
     "nvfp4": ("nvfp4", source.nvfp4(), (24, 96)),
     "nvfp4 of compressed-tensors": ("nvfp4", source.nvfp4(compressed_=True), (24, 96)),
     "mxfp4": ("mxfp4", source.mxfp4(), (24, 96)),
     "mxfp4 of quark": ("mxfp4", source.mxfp4(named="weight", exponents="float8_e8m0fnu"), (24, 96)),
     "nf4": ("bitsandbytes", source.bitsandbytes(block=32), (24, 96)),
-    "nf4 twice": ("bitsandbytes", source.bitsandbytes(nested=True, block=32), (200, 96)),
-    "fp4 twice": ("bitsandbytes", source.bitsandbytes(kind="fp4", nested=True, block=64), (40, 128)),
+    "nf4 twice": ("bitsandbytes", source.bitsandbytes(nested=True, block=32), (24, 96)),
+    "fp4 twice": ("bitsandbytes", source.bitsandbytes(kind="fp4", nested=True, block=64), (20, 128)),
     "hqq": ("hqq", source.hqq(group=16), (24, 96)),
     "hqq 1 bit": ("hqq", source.hqq(bits=1, group=32), (24, 96)),
     "hqq 8 bits": ("hqq", source.hqq(bits=8, group=32), (9, 96)),
@@ -49,10 +56,13 @@ def weight(shape: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(11).normal(0, 0.05, shape).astype(np.float32)
 
 
-def packed(name: str) -> tuple[PackedFormat, Arrays, np.ndarray, dict[str, Any]]:
-    """A module's format, its parameters as they are unpacked from, the weight that they stand for, and the settings."""
+@functools.cache
+def packed(name: str, rows: int = 0) -> tuple[PackedFormat, Arrays, np.ndarray, dict[str, Any]]:
+    """A module's format, its parameters as they are unpacked from, the weight that they stand for, and the settings. `rows`: of the
+    weight, in the place of the usual ones.
+    """
     called, kind, shape = KINDS[name]
-    made = kind.quantizer("model.layers.0.mlp.up_proj", weight(shape))
+    made = kind.quantizer("model.layers.0.mlp.up_proj", weight((rows or shape[0], shape[1])))
     stored = {key: np.ascontiguousarray(array) for key, array in made.parameters.items()}
     known = format_of(held(stored))
     assert known is not None
@@ -96,9 +106,16 @@ def test_every_small_float() -> None:
     np.testing.assert_array_equal(both, np.stack([four[codes % 16], four[codes // 16]], axis=1))
 
 
+def test_another_meaning_of_scales_is_refused() -> None:
+    """GPTQModel's settings say that its scales divide; what they may say one day is not guessed."""
+    known, stored, _, settings = packed("rows of gptqmodel")
+    (problem,) = known.check("m", held(stored), {**settings, "weight_scale_semantics": "direct"})
+    assert str(problem).startswith("m.weight_scale_inv: found weight_scale_semantics 'direct' in the settings; expected inverse")
+
+
 def test_two_runs_of_scales_of_scales_are_read_where_they_lie() -> None:
     """600 runs of 256: rows in the second and third of them alone."""
-    known, stored, expected, settings = packed("nf4 twice")
+    known, stored, expected, settings = packed("nf4 twice", 200)
     assert len(stored["weight.nested_absmax"]) == 3
     found = known.unpack(opened(stored), settings)["weight"]
     np.testing.assert_array_equal(part(found, ((150, 200), (32, 96))), expected[150:, 32:])

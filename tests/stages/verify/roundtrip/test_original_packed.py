@@ -21,7 +21,7 @@ from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.numbers import Numbers
 from stages.verify.values import to_float32
 from tests.stages.verify.roundtrip.test_original import Counted
-from tests.support import quantized_checkpoints
+from tests.support import checkpoints, quantized_checkpoints
 from tests.support.lazy import Held, held
 from tests.support.places import DATA
 from tests.support.quantized_checkpoints import LLAMA, MIXTRAL, formats, gptq, grouped, numbers, packed32
@@ -182,15 +182,15 @@ def test_zeros_that_are_said_to_be_asymmetric_are_taken_as_they_are() -> None:
         ({"weight": np.zeros((8, 64), np.int8), "weight_scale": np.zeros((8, 3), np.float32)}, r"m\.weight_scale: .*\[8, 3\]"),
         (
             {
-                "qweight": np.zeros((10, 64), np.int32),
-                "qzeros": np.zeros((1, 10), np.int32),
+                "qweight": np.zeros((18, 64), np.int32),
+                "qzeros": np.zeros((1, 18), np.int32),
                 "scales": np.zeros((1, 64), np.float16),
             },
-            r"m\.qweight: .*qzeros \[1, 10\]",
+            r"m\.qweight: .*qzeros \[1, 18\]",
         ),
         (compressed(weight_scale=np.zeros((48, 7), np.float16)), r"m\.weight_packed: .*\[48, 7\]"),
     ],
-    ids=["nf4", "e5m2", "blocks", "uneven groups", "5 bits", "uneven words"],
+    ids=["nf4", "e5m2", "blocks", "uneven groups", "9 bits", "uneven words"],
 )
 def test_what_no_format_explains_is_refused(parameters: dict[str, np.ndarray], named: str) -> None:
     with pytest.raises(BadInput, match=named):
@@ -200,7 +200,7 @@ def test_what_no_format_explains_is_refused(parameters: dict[str, np.ndarray], n
 def test_every_module_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     tensors = quantized_checkpoints.values(LLAMA)
     wrong = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(2)]
-    quantized_checkpoints.checkpoints.save(tmp_path, LLAMA, {**tensors, **dict.fromkeys(wrong, np.zeros((256, 64), np.uint8))})
+    checkpoints.save(tmp_path, LLAMA, {**tensors, **dict.fromkeys(wrong, np.zeros((256, 64), np.uint8))})
     with pytest.raises(BadInput) as caught:
         Original(open_source(tmp_path))
     assert [problem.subject for problem in caught.value.problems] == wrong
