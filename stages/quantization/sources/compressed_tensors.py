@@ -45,7 +45,7 @@ class CompressedTensors(PackedFormat):
     name = "compressed-tensors"
     title = "compressed-tensors"
     keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
-    proof = "a reader written from its description alone"
+    proof = "compressed-tensors 0.19 (checkpoints of llm-compressor 0.14), value for value"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "group")),
@@ -90,7 +90,8 @@ class CompressedTensors(PackedFormat):
                 said = _values(tensors["weight_shape"]).reshape(-1).tolist()
             if bits not in (4, 8) or len(said) != 2 or said[0] != rows or features * 32 != said[1] * bits:
                 shape = f"shape [{rows}, {features}] for the weight_shape {said}, num_bits {bits}"
-                return [Problem(f"{module}.weight_packed", shape, "4 or 8 bits each")]
+                remedy = "" if bits in (4, 8) else "Convert the model that it was quantized from"
+                return [Problem(f"{module}.weight_packed", shape, "4 or 8 bits each", remedy)]
             features = said[1]
         elif zeros is not None and zeros.dtype != INT8:
             return [Problem(f"{module}.weight_zero_point", f"values of type {zeros.dtype}", "int8, as the weight's")]

@@ -101,6 +101,23 @@ def test_one_problem_for_a_whole_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("parts", [["_data", "_scale"], ["_data._data", "_scale", "_shift"]], ids=["8 bits", "4 bits"])
+def test_quanto_s_own_checkpoints_have_no_settings(parts: list[str], tmp_path: Path) -> None:
+    """As optimum-quanto 0.2.7 saves them: parts of the weight, and scales of activations that are not quantized."""
+    tensors = source.values(source.LLAMA)
+    linear = [name for name in tensors if source.linear(name)]
+    for name in linear:
+        rows, codes = tensors.pop(name).shape
+        tensors |= {f"{name}.{part}": np.zeros((rows, codes if "data" in part else 1), np.int8) for part in parts}
+        tensors[f"{name.removesuffix('.weight')}.input_scale"] = np.ones((), np.float16)
+    checkpoints.save(tmp_path / "model", source.LLAMA, tensors)
+    with pytest.raises(BadInput) as error:
+        make_plan(make_job({"model_dir": tmp_path / "model", "output_dir": tmp_path / "out"}))
+    (problem,) = error.value.problems
+    assert problem.found.endswith(f"which is optimum-quanto, in {len(linear)} modules")
+    assert "Convert the model that it was quantized from" in problem.remedy
+
+
 def test_one_problem_for_one_cause_in_many_modules(tmp_path: Path) -> None:
     """A width that no format reads is wrong in each module, and is said once."""
     source.write(tmp_path / "model", source.LLAMA, source.gptq())
