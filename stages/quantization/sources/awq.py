@@ -37,7 +37,7 @@ class Awq(PackedFormat):
     name = "awq"
     title = "AWQ"
     keeps = ("W4A16_GPTQ", "W4A16")
-    proof = "NVIDIA's converter 0.17, its files byte for byte"
+    proof = "NVIDIA's converter 0.17, its files byte for byte; AutoRound 0.15, value for value"
     parameters: Mapping[str, PackedParameter] = {
         "qweight": PackedParameter(("in", "out")),
         "qzeros": PackedParameter(("group", "out")),

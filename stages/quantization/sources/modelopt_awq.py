@@ -31,7 +31,7 @@ class ModelOptAwq(PackedFormat):
     name = "modelopt-awq"
     title = "ModelOpt INT4-AWQ"
     keeps = ("W4A16_AWQ",)
-    proof = "a reader written from its description alone"
+    proof = "ModelOpt 0.47's simulated quantization: the same codes, but 3 in 10,000, where its packing rounds otherwise"
     parameters: Mapping[str, PackedParameter] = {
         "weight": PackedParameter(("out", "in"), rows=2),
         "weight_scale": PackedParameter(("out", "group")),

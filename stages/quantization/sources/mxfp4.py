@@ -33,7 +33,7 @@ class Mxfp4(PackedFormat):
     name = "mxfp4"
     title = "MXFP4 of compressed-tensors or Quark"
     numbers = True
-    proof = "compressed-tensors 0.20, value for value"
+    proof = "compressed-tensors 0.20, ModelOpt 0.47, AutoRound 0.15, value for value"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
         "weight": PackedParameter(("out", "in")),

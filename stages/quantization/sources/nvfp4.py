@@ -38,7 +38,7 @@ class Nvfp4(PackedFormat):
     name = "nvfp4"
     title = "NVFP4 of ModelOpt or compressed-tensors"
     keeps = ("NVFP4",)
-    proof = "compressed-tensors 0.20, up to its rounding to bfloat16"
+    proof = "compressed-tensors 0.20, up to its rounding to bfloat16; ModelOpt 0.47, up to the last bit of float32"
     parameters: Mapping[str, PackedParameter] = {
         "weight": PackedParameter(("out", "in")),
         "weight_packed": PackedParameter(("out", "in")),
