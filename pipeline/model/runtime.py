@@ -104,6 +104,16 @@ class WeightOrder:
 
 
 @dataclass(frozen=True)
+class LongAttention:
+    """Attention that no class computes, and that is the plain one up to a length. `title`: what it is called. `length`: where the
+    value of its key in a source's configuration says the length in tokens.
+    """
+
+    title: str
+    length: str
+
+
+@dataclass(frozen=True)
 class Runtime:
     """The facts on one release of TensorRT-LLM.
 
@@ -135,6 +145,8 @@ class Runtime:
         The order of each GPU generation (80 for SM 8.0).
     windows
         The key of `runtime_defaults` that holds the attention windows of the layers.
+    beyond_a_length
+        By the key of a source's configuration, attention that no class computes beyond a length.
     """
 
     release: str
@@ -151,6 +163,7 @@ class Runtime:
     misarranged: tuple[int, ...]
     orders: Mapping[int, WeightOrder]
     windows: str
+    beyond_a_length: Mapping[str, LongAttention]
 
 
 @cache
@@ -178,6 +191,7 @@ def runtime() -> Runtime:
         misarranged=tuple(data["kernels"]["misarranged"]),
         orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
         windows=data["windows"]["key"],
+        beyond_a_length={key: LongAttention(**row) for key, row in data["beyond_a_length"].items()},
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import assumed_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
+from pipeline.model.long_attention import long_attention_notes
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
@@ -136,6 +137,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *_dtype_notes(job, source, packing),
             *filter(None, (rope_note,)),
             *window_notes(model),
+            *long_attention_notes(filled.config, model.max_position_embeddings),
         ),
     )
 
