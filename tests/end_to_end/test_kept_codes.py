@@ -103,7 +103,7 @@ def check_matrix(ours: Arrays, module: str, wanted: np.ndarray, kind: Format, he
         assert not kind.zero or ours[f"{module}.zero"].dtype == np.float16
         scales = ours[f"{module}.weights_scaling_factor"].astype(np.float32)
         scale = np.repeat(scales.T, wanted.shape[1] // len(scales), axis=1)
-        assert np.all(np.abs(found - wanted) <= scale * 0.15)
+        assert np.all(np.abs(found - wanted) <= np.abs(scale) * 0.15)
     elif kind.algorithm in ("W8A16", "W4A16"):
         # A scale is rounded once, where the source has it in float32; a code that is off by one is a 128th away.
         assert (ours[f"{module}.weight"].dtype, ours[f"{module}.per_channel_scale"].dtype) == (np.int8, np.float16)

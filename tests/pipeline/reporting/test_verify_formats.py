@@ -105,7 +105,7 @@ def test_quantized_tensors_beside_their_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_routers(name: str, tmp_path: Path) -> None:
     """A router is float32 in the ranks, whatever it was in the source; experts are as the format and the options say."""
-    experts = 32 if name.startswith(("gptq 2", "gptq 3")) else 8  # as many as fill a run of its words
+    experts = 32 if name.startswith(("gptq 2", "gptq 3", "gptq planar")) else 8  # as many as fill a run of its words
     config = {**quantized_checkpoints.MIXTRAL, "num_local_experts": experts, "num_hidden_layers": 1}
     kind = FORMATS[name]
     stored, _ = quantized_checkpoints.quantized(quantized_checkpoints.values(config), kind, 1)
