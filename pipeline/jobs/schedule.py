@@ -20,8 +20,8 @@ path = "/models/incoming"
 tp_size = [1, 2]                        # a matrix, see matrix.py
 output_dir = "/ranks/{model}-tp{tp_size}"
 
-[http]                                  # see listening.py and http.py
-token = { env = "HEADRACE_TOKEN" }
+[http]
+listen = "127.0.0.1:8788"
 
 [notify]                                # see notify.py
 on = ["failure", "stall"]
@@ -40,15 +40,13 @@ from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
-from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from pipeline.jobs.files import Table, read_toml, validate
-from pipeline.jobs.listening import Http
-from pipeline.jobs.notify import Notify
-from pipeline.jobs.retention import Retention
+from pipeline.jobs.fleet import STALL_SECONDS, STOP_SECONDS
+from pipeline.jobs.notify import Notify, anchored_secrets
 from pipeline.jobs.retry import Retry
-from pipeline.jobs.runner import STALL_SECONDS, STOP_SECONDS
-from pipeline.jobs.secret import anchored_secrets
+from pipeline.planning.listen import listen_text
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
@@ -124,16 +122,28 @@ class Watch(Trigger):
         return value
 
 
-class Schedule(Table):
-    """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from."""
+class Http(Table):
+    """Where the daemon's page is. `hosts`: names that it is asked for by, beside those that it listens as."""
 
+    listen: Annotated[str, AfterValidator(listen_text)] | None = None
+    hosts: tuple[str, ...] = ()
+
+
+class Schedule(Table):
+    """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from.
+
+    `scheduler`: the address of a Dask cluster whose workers convert, None for one in the daemon's process. `record_days`: how long
+    what happened is remembered.
+    """
+
+    scheduler: str | None = None
     timezone: TimeZone = "UTC"
     max_jobs: Annotated[int | None, Field(ge=1)] = None
     max_memory: ByteSize | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = STALL_SECONDS
     stop_seconds: Annotated[float, Field(ge=0)] = STOP_SECONDS
     retry: Retry = Retry()
-    retention: Retention = Retention()
+    record_days: Annotated[float, Field(ge=0)] = 90.0
     cron: tuple[Cron, ...] = ()
     interval: tuple[Interval, ...] = ()
     watch: tuple[Watch, ...] = ()

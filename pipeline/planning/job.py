@@ -88,6 +88,9 @@ class Job(Shape):
         ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
     )
     keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
+    scratch_outputs: tuple[AbsolutePath, ...] = Field(
+        (), description="Outputs of several jobs for which scratch is kept: whoever completes the last of them removes it."
+    )
     sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
     overwrite: bool = Field(False, description="Start afresh where the output directory holds another conversion.")
     per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")

@@ -169,6 +169,7 @@ class JobOptions(ShapeOptions, total=False):
     scratch: str | Path | None
     scratch_after: str | Sequence[CutName]
     keep_scratch: bool
+    scratch_outputs: Sequence[str | Path]
     sync: bool
     overwrite: bool
     per_group: bool

@@ -303,6 +303,8 @@ def _tidy(plan: Plan) -> Plan:
     for sink in (*plan.scratch, *(target.output for target in plan.targets)):
         if sink.complete:
             sink.forget_journal()
+            if not isinstance(sink, Output):
+                sink.join()
     if plan.job.overwrite:
         return plan
     for output in (target.output for target in plan.targets if target.output.complete):

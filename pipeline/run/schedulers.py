@@ -88,8 +88,8 @@ def runner(
         with _page(watch, listen) as page:
             yield Session(run, page)
     else:
-        with _page(watch if listen else None, listen), _remote(scheduler) as client, _report(client, report):
-            yield Session(lambda graph: run_distributed(client, graph), _link(client), client)
+        with _page(watch if listen else None, listen), remote(scheduler) as client, _report(client, report):
+            yield Session(lambda graph: run_distributed(client, graph), dashboard_link(client), client)
 
 
 def thread_name(number: int) -> str:
@@ -233,7 +233,8 @@ def _report(client: Any, path: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _remote(address: str) -> Iterator[Any]:
+def remote(address: str) -> Iterator[Any]:
+    """A client of a cluster elsewhere. Raises BadInput where none answers."""
     load_distributed()
     from distributed import Client
 
@@ -245,7 +246,7 @@ def _remote(address: str) -> Iterator[Any]:
         yield client
 
 
-def _link(client: Any) -> str:
+def dashboard_link(client: Any) -> str:
     """The address of a cluster's dashboard; "" where its site's setting for that names what is not set here."""
     try:
         return client.dashboard_link or ""

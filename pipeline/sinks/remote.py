@@ -16,6 +16,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import served
 from pipeline.sinks.zarr_files import METADATA, array_attributes
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
@@ -50,6 +51,7 @@ class RemoteGroup:
     source: str
     keep: bool
     arrays: Mapping[tuple[int, str], RemoteArray] = field(repr=False)
+    outputs: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -99,9 +101,8 @@ class RemoteGroup:
                 _update_attributes(self.url, {"complete": False})
             else:
                 attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
-                group = zarr.create_group(
-                    self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
-                )
+                marks = {"complete": False, "keep": self.keep, "outputs": list(self.outputs)}
+                group = zarr.create_group(self.url, zarr_format=3, overwrite=True, attributes={**attributes, **marks})
                 for (_, name), array in self.arrays.items():
                     _add_array(group, name, array)
         except (OSError, ValueError, ImportError) as error:
@@ -162,9 +163,15 @@ class RemoteGroup:
         return self.keep or bool(self._attributes().get("keep"))
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not self.kept:
+        """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
+        if not self.kept or served(self._attributes()):
             self.remove()
+
+    def join(self) -> None:
+        """Add this job's outputs to those that the cut is kept for."""
+        said = self._attributes().get("outputs", [])
+        if more := [output for output in self.outputs if output not in said]:
+            _update_attributes(self.url, {"outputs": [*said, *more]})
 
     def remove(self) -> None:
         """Remove the cut."""

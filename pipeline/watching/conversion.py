@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import BadInput, Interrupted
-from pipeline.planning.listen import PAGE, Listen
+from pipeline.planning.listen import EVERYWHERE, PAGE, Listen
 from pipeline.watching.sockets import bound
 from pipeline.watching.state import RunWatch
 
@@ -68,7 +68,9 @@ def serving(watch: RunWatch, listen: Listen | None) -> Iterator[str]:
         sockets = []
     viewers = Viewers()
     ours, theirs = socket.socketpair()
-    work = threading.Thread(target=_serve_when_asked, args=(sockets, theirs, watch, viewers), name="headrace-pages", daemon=True)
+    work = threading.Thread(
+        target=_serve_when_asked, args=(sockets, theirs, watch, viewers, listen or Listen()), name="headrace-pages", daemon=True
+    )
     work.start()
     try:
         with _told(watch, viewers):
@@ -113,7 +115,9 @@ def _told(watch: RunWatch, viewers: Viewers) -> Iterator[None]:
         viewers.part()
 
 
-def _serve_when_asked(sockets: Sequence[socket.socket], stop: socket.socket, watch: RunWatch, viewers: Viewers) -> None:
+def _serve_when_asked(
+    sockets: Sequence[socket.socket], stop: socket.socket, watch: RunWatch, viewers: Viewers, listen: Listen
+) -> None:
     """Wait for a connection or the end, which comes when the other end of `stop` is closed; serve from the first one on."""
     with selectors.DefaultSelector() as selector:
         for each in (*sockets, stop):
@@ -125,14 +129,16 @@ def _serve_when_asked(sockets: Sequence[socket.socket], stop: socket.socket, wat
         return
     from pipeline.watching import server  # Tornado takes a tenth of a second to import
 
-    server.serve(sockets, _routes(watch, viewers), stop)
+    hosts = None if listen.host in EVERYWHERE else server.hosts_of(listen)
+    server.serve(sockets, _routes(watch, viewers), stop, hosts)
 
 
 def _routes(watch: RunWatch, viewers: Viewers) -> list[Any]:
     from pipeline.watching import server
     from pipeline.watching.live import page_routes
+    from pipeline.watching.page import ConversionPage
 
-    return [*page_routes(watch, viewers.count), *server.routes(_metrics(watch), lambda: health(watch))]
+    return [*page_routes(ConversionPage(watch), viewers.count), *server.routes(_metrics(watch), lambda: health(watch))]
 
 
 def _metrics(watch: RunWatch) -> Callable[[], bytes | None]:
