@@ -282,7 +282,7 @@ class Fleet:
             self._end(run, outcome, 2, error)
             run.parts = [part.number for part in self.add(parts, run.cause)]
             return
-        if outcome == "done" and all(each.get("up_to_date") for each in run.attempts):
+        if outcome == "done" and all(each.get("up_to_date") for each in run.attempts if each["code"] == 0):
             outcome = "up_to_date"
         self._end(run, outcome, 3 if code < 0 else code, error)
 

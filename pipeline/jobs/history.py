@@ -88,8 +88,8 @@ class History:
             else:
                 hold.take(journal, locked=True)
             yield
-            hold.leave(journal)
         finally:
+            hold.leave(journal)
             os.close(descriptor)
 
     def runs(self, state: str | None = None, limit: int = -1) -> list[dict[str, Any]]:

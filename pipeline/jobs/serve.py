@@ -125,14 +125,14 @@ class Daemon:
             every = IntervalTrigger(seconds=watch.every_seconds, timezone=UTC)
             scheduler.add_job(self._guarded, every, (watch.name, self._look, watch, watcher), next_run_time=now, name=watch.name)
         daily = ("history", self.history.forget, self.schedule.record_days)
-        scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="")
+        scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="-")
         scheduler.start()
         stack.callback(scheduler.shutdown)
         return scheduler
 
     def _next_times(self) -> dict[str, str]:
         jobs = self._scheduler.get_jobs() if self._scheduler else []
-        return {job.name: f"{job.next_run_time:%Y-%m-%d %H:%M:%S %Z}" for job in jobs if job.name and job.next_run_time}
+        return {job.name: f"{job.next_run_time:%Y-%m-%d %H:%M:%S %Z}" for job in jobs if job.name != "-" and job.next_run_time}
 
     def _guarded(self, name: str, work: Callable[..., object], *arguments: Any) -> None:
         """Do a trigger's work; an error is logged, and the trigger works again the next time."""
