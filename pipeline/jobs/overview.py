@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.jobs.fleet import ACTIVE, Fleet, Run
@@ -81,11 +82,11 @@ class Overview:
 
     def routes(self) -> list[Route]:
         """The page, `/metrics`, `/health` and `/api/jobs`."""
-        return [
-            *page_routes(self),
-            *routes(Metrics(self.reading).text, self.health),
+        own: list[Route] = [
             ("/api/jobs", JobsHandler, {"overview": self}),
+            (r"/report/(\d{1,12})/(\d{1,6})", ReportHandler, {"overview": self}),
         ]
+        return [*page_routes(self), *routes(Metrics(self.reading).text, self.health), *own]
 
     def look(self) -> tuple[str, str, bool]:
         """The page's content as HTML, its title, and whether the batch has ended."""
@@ -141,6 +142,27 @@ class JobsHandler(Guarded):
         self.write(self.overview.as_json())
 
 
+class ReportHandler(Guarded):
+    """`GET /report/7/0`: the page that `headrace report` made of the first output of run 7."""
+
+    def initialize(self, overview: Overview) -> None:
+        self.overview = overview
+
+    def get(self, number: str, place: str) -> None:
+        run = self.overview.fleet.runs.get(int(number))
+        page = dict(enumerate(_reports(run))).get(int(place)) if run else None
+        if page is None:
+            self.refuse(404, "no such report")
+            return
+        self.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+        self.write(page.read_text())
+
+
+def _reports(run: Run) -> list[Path]:
+    """The reports that there are of a run's outputs."""
+    return [page for output in run.unit.outputs if (page := Path(f"{output}.report.html")).is_file()]
+
+
 def _add(totals: dict[str, dict[str, float]], stages: Mapping[str, Mapping[str, float]]) -> None:
     for stage, units in stages.items():
         mine = totals.setdefault(stage, {})
@@ -178,7 +200,7 @@ def _running(run: Run) -> Running:
 def _table(title: str, rows: list[str], *columns: str) -> str:
     heads = "".join(f"<th>{column}</th>" for column in columns)
     more = f"<p class=sub>and {len(rows) - SHOWN} more</p>" if len(rows) > SHOWN else ""
-    table = f"<table><tr>{heads}</tr>{''.join(rows[:SHOWN])}</table>{more}" if rows else "<p class=sub>none</p>"
+    table = f"<table class=jobs><tr>{heads}</tr>{''.join(rows[:SHOWN])}</table>{more}" if rows else "<p class=sub>none</p>"
     return f"<section class=wide><h2>{title}</h2>{table}</section>"
 
 
@@ -187,15 +209,18 @@ def _row(run: Run, *cells: str) -> str:
     if page := run.place.get("page"):
         name = f'<a href="{in_html(str(page))}">{name}</a>' if run.state == "running" else name
     outputs = f"<span class=sub>{in_html(', '.join(run.unit.outputs))}</span>"
+    for place, page in enumerate(_reports(run)):
+        outputs += f' <a href="report/{run.number}/{place}">{in_html(page.name)}</a>'
     pill = f"<span class='pill {run.state.split()[0]}'>{run.state}</span>"
-    again = f"<br>attempt {len(run.attempts) + (run.state == 'running')}" if run.attempts else ""
+    attempt = len(run.attempts) + (run.state == "running")
+    again = f"<br>attempt {attempt}" if attempt > 1 else ""
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in (f"{run.number} {name}<br>{outputs}", pill + again, *cells)) + "</tr>"
 
 
 def _live_row(run: Run) -> str:
     said, (done, total) = run.progress, (run.progress.get("bytes", 0), run.progress.get("total_bytes", 0))
     share = 100 * done / total if total else 0.0
-    bar = f"<div class=bar style='width:140px'><div style='width:{share:.1f}%'></div></div>"
+    bar = f"<div class=bar><div style='width:{share:.1f}%'></div></div>"
     memory = (
         f"{human_bytes(said['memory_bytes'])} of {human_bytes(said['memory_limit_bytes'])}"
         if said.get("memory_bytes", -1) >= 0

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from pipeline.errors import BadInput, Interrupted
+from pipeline.errors import Interrupted
 from pipeline.planning.listen import EVERYWHERE, PAGE, Listen
 from pipeline.watching.sockets import bound
 from pipeline.watching.state import RunWatch
@@ -57,24 +57,20 @@ def joined(application: Any, watch: RunWatch) -> Iterator[None]:
 def serving(watch: RunWatch, listen: Listen | None) -> Iterator[str]:
     """Serve the page, `/metrics` and `/health` without a dashboard, and yield the page's URL.
 
-    `listen` is None for the usual address, and for none where that is taken: then "" is yielded. Raises BadInput where the address
-    of `listen` is taken or is not this machine's.
+    `listen` is None for the usual address, and for any free port where that is taken. Raises BadInput where the address of `listen`
+    is taken or is not this machine's.
     """
-    try:
-        sockets = bound(listen or Listen())
-    except BadInput:
-        if listen:
-            raise
-        sockets = []
+    wanted = listen or Listen()
+    sockets = bound(wanted, or_any_port=listen is None)
     viewers = Viewers()
     ours, theirs = socket.socketpair()
     work = threading.Thread(
-        target=_serve_when_asked, args=(sockets, theirs, watch, viewers, listen or Listen()), name="headrace-pages", daemon=True
+        target=_serve_when_asked, args=(sockets, theirs, watch, viewers, wanted), name="headrace-pages", daemon=True
     )
     work.start()
     try:
         with _told(watch, viewers):
-            yield (listen or Listen()).url + PAGE if sockets else ""
+            yield Listen(wanted.host, sockets[0].getsockname()[1]).url + PAGE
     finally:
         ours.close()
         work.join()
