@@ -165,6 +165,7 @@ def _batch(
         return summary(fleet, fleet.add(units, "batch"), time.monotonic() - started)
     log = Log(sys.stderr, log_format)
     with ExitStack() as stack:
+        stack.enter_context(log.of_all())
         at_hand = stack.enter_context(cluster(*workers, listen=listen))
         fleet = Fleet(at_hand.client, retry)
         fleet.listeners.append(log)

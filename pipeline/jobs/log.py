@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any
 
 from pipeline.jobs.fleet import Run
@@ -43,6 +45,21 @@ class Log:
         line = {"event": event, "time": round(time.time(), 3), "message": text}
         self._write(json.dumps(line) if self.as_json else f"{time.strftime('%H:%M:%S')} {text}")
 
+    @contextmanager
+    def of_all(self) -> Iterator[None]:
+        """Have what Python's loggers say, those of other packages too, as lines of this log while the context lasts."""
+        handler = _Handler(self)
+        loggers = [logging.getLogger(name) for name in ("", "distributed", "headrace", "apscheduler")]
+        kept = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.handlers[:] = [handler]
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger, handlers, propagate in kept:
+                logger.handlers[:], logger.propagate = handlers, propagate
+
     def _write(self, line: str) -> None:
         with self._lock:
             print(escaped(line[:LONGEST], keep="\n"), file=self.stream, flush=True)
@@ -69,3 +86,14 @@ class Log:
         if run.state == "unsettled":
             return "left for another time: its source was written to a moment ago"
         return "up to date: nothing to do" if run.state == "up_to_date" else f"{run.state} (exit code {run.exit_code}): {run.error}"
+
+
+class _Handler(logging.Handler):
+    """Hands records of warnings and errors to a log."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.say(record.levelname.lower(), self.format(record))

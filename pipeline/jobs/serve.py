@@ -52,7 +52,7 @@ class Daemon:
         self.schedule, self.history, self.log = schedule, history, log
         self.stop = threading.Event()
         self.fleet: Fleet | None = None
-        self._watchers = [(each, Watcher(each, partial(self._known, each))) for each in schedule.watch]
+        self._watchers = [(each, Watcher(each, partial(self._known, each), partial(log.say, "watch"))) for each in schedule.watch]
         self._scheduler: Any = None
         self._saved: dict[int, float] = {}
 
@@ -60,6 +60,7 @@ class Daemon:
         """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the history has a daemon."""
         schedule = self.schedule
         with ExitStack() as stack:
+            stack.enter_context(self.log.of_all())
             stack.enter_context(self.history.only_one())
             workers = stack.enter_context(cluster(schedule.scheduler, schedule.max_jobs, schedule.max_memory))
             seconds = {"stop_seconds": schedule.stop_seconds, "stall_seconds": schedule.stall_seconds}
