@@ -159,7 +159,9 @@ class _Run:
         done = sum(left.done_bytes() for left in active)
         self.resumed_tasks = sum(len(left.phase.groups) - len(left.groups) for left in active)
         unlocked = [str(journal.path.parent) for each in active for journal in each.journals.values() if not journal.locked]
-        notes = [f"{place} is on a file system without locks: nothing keeps another job away from it" for place in unlocked]
+        notes = [
+            f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
+        ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
         for listener in (self.watch, self.listener):
             listener.started(plan, dashboard, total, done, self.resumed_tasks)

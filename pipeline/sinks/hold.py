@@ -7,11 +7,11 @@ earlier one of this host, is passed over. Another host's is never guessed to be 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
-import uuid
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from pipeline.documents import parse_json
 from pipeline.errors import BadInput, Problem
 
 SUFFIX = ".lock"
+WORDS_SECONDS = 1.0  # between the making of a file and the writing of its words
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,22 @@ def take(journal: Path, locked: bool) -> None:
     `locked`: it holds the journal's own lock, so that no other process of this boot is at work, whatever its note says. Raises
     BadInput where another host's process is, or one of this host that still runs.
     """
-    note, me = place(journal), Holder.me()
+    me = Holder.me()
+    _take(place(journal), me, journal, lambda found: found.gone or (locked and found.boot == me.boot))
+
+
+def _take(note: Path, me: Holder, journal: Path, over: Callable[[Holder], bool]) -> None:
     while not _created(note, me):
-        found = holder(note)
-        if found and not found.gone and not (locked and found.boot == me.boot):
+        found = _said(note)
+        if found and not over(found):
             raise busy(journal, found)
-        # Of several that find it gone one takes it away; who took another's new note away in its place puts that back.
-        stale = note.with_name(f"{note.name}.{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            note.rename(stale)
-            taken = holder(stale)
-            stale.unlink()
-            if taken and taken != found:
-                _created(note, taken)
+        # Of several that find it gone one at a time may take its place: who holds a note beside it, by this same rule.
+        beside = note.with_name(f"{note.name}.next")
+        _take(beside, me, journal, over)
+        if os.path.lexists(note) and holder(note) == found:
+            beside.rename(note)  # at no moment is there none
+            return
+        beside.unlink()
 
 
 def busy(journal: Path, found: Holder | None) -> BadInput:
@@ -130,7 +134,16 @@ def _created(note: Path, of: Holder) -> bool:
                 stream.write(words)
         except FileExistsError:
             return False
+        return holder(note) == of  # not of one that had no words for too long
     return True
+
+
+def _said(note: Path) -> Holder | None:
+    """The process that a note names, waiting a moment for the words of one that is a file."""
+    end = time.monotonic() + WORDS_SECONDS
+    while (found := holder(note)) is None and os.path.lexists(note) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 def _namespace() -> str:
@@ -148,11 +161,11 @@ def release(directory: Path) -> Holder | None:
     """
     if not directory.is_dir():
         raise BadInput([Problem(str(directory), "no such directory", "an output, or a cut of scratch")])
-    held = None
-    for note in directory.glob(f"headrace.*{SUFFIX}"):
-        held = holder(note)
-        if held and held.seen and not held.gone:
-            found = f"process {held.pid} of this machine at work on it"
-            raise BadInput([Problem(str(directory), found, "one that is gone", "Stop it, or wait for it")])
+    notes = sorted(directory.glob(f"headrace.*{SUFFIX}*"))
+    held = [found for found in map(holder, notes) if found]
+    if at_work := [each for each in held if each.seen and not each.gone]:
+        found = f"process {at_work[0].pid} of this machine at work on it"
+        raise BadInput([Problem(str(directory), found, "one that is gone", "Stop it, or wait for it")])
+    for note in notes:
         note.unlink(missing_ok=True)
-    return held
+    return held[0] if held else None

@@ -38,7 +38,7 @@ SYNC_SECONDS = 10.0  # between two flushes to disk: the work that a power cut ma
 class Journal:
     """An open, locked journal. `owner`: the object on its first line, None where it was empty; `entries`: those on later lines.
 
-    `locked`: False where its file system has no locks, so that nothing keeps another job away.
+    `locked`: False where its file system has no locks, so that the note alone keeps another job away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,8 +60,8 @@ class Journal:
             os.close(self._file)
         try:
             take(path, self.locked)
-        except BaseException:
-            self.close()
+        except BaseException:  # the note is another's, who may be in this process
+            os.close(self._file)
             raise
         self.owner, self.entries = self._read()
 
