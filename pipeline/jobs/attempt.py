@@ -45,27 +45,36 @@ def attempt(options: Mapping[str, Any], wanted: Callable[[], bool], heard: Heard
 
     Returns the exit code, the error, whether it may pass, figures in bytes and seconds, and the last lines that it said.
     """
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] in ("started", "progress"):  # other libraries' words may be objects, too
+            heard(event)
+
     try:
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
             file = Path(folder) / "job.toml"
             write_job(file, options)
-            child = Child(["convert", str(file), "--log_format", "json"], heard)
+            child = Child(["convert", str(file), "--log_format", "json"], told)
             heard({"event": "began", "pid": child.process.pid, "host": socket.gethostname()})
             code = _followed(child, wanted, stop_seconds)
     except OSError as error:  # a full disk here, or no room for one more process
         return {"code": 3, "error": str(error), "passing": True, "seconds": 0.0, "tail": []}
     finished, failed = child.events.get("finished", {}), child.events.get("error", {})
-    problems = failed.get("problems") or []
+    problems = failed.get("problems")
     return {
         "code": code,
         "error": child.report(code) if code else "",
-        "passing": bool(problems) and all(isinstance(each, dict) and each.get("passing") for each in problems),
+        "passing": isinstance(problems, list) and bool(problems) and all(map(_passing, problems)),
         "seconds": time.monotonic() - child.begun,
         "up_to_date": bool(finished.get("up_to_date")),
         "stages": finished.get("stages") or child.events.get("progress", {}).get("stages") or {},
         "tail": list(child.tail),
         **{name: finished.get(name, 0) for name in _FIGURES},
     }
+
+
+def _passing(problem: Any) -> bool:
+    return isinstance(problem, dict) and bool(problem.get("passing"))
 
 
 def _followed(child: Child, wanted: Callable[[], bool], stop_seconds: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 TAIL_LINES = 100  # of what it said last
 LONGEST_LINE = 1 << 20  # bytes
+LONGEST_KEPT = 4096  # characters of a line of the tail
 ROOT = Path(__file__).resolve().parents[2]
 
 Heard = Callable[[Mapping[str, Any]], None]
@@ -84,6 +86,9 @@ class Child:
                 event = json.loads(text)
                 self.events[str(event["event"])] = event
             except (ValueError, TypeError, KeyError, RecursionError):
-                self.tail.append(text)
+                self.tail.append(text[:LONGEST_KEPT])
                 continue
-            self._heard(event)
+            try:
+                self._heard(event)
+            except Exception:  # nobody would read what follows, and the child would wait for that
+                logging.getLogger(__name__).exception("an event of process %d", self.process.pid)
