@@ -102,15 +102,15 @@ def message(event: str, run: Run, said: Mapping[str, Any]) -> tuple[str, str, st
 def notifying(options: Notify, fleet: Fleet) -> Iterator[None]:
     """Notify of a fleet's events while the context lasts, never holding it up. Raises BadInput as `services` does."""
     services = options.services()
-    waiting: queue.Queue[tuple[str, str, str] | None] = queue.Queue(WAITING)
+    waiting: queue.SimpleQueue[tuple[str, str, str] | None] = queue.SimpleQueue()
     ending = threading.Event()
 
     def hear(event: str, run: Run, said: Mapping[str, Any]) -> None:
         found = message(event, run, said)
         if found and found[0] in options.on:
-            try:
-                waiting.put_nowait(found)
-            except queue.Full:
+            if waiting.qsize() < WAITING:
+                waiting.put(found)
+            else:
                 LOGGER.error("dropped %r, as %d messages wait", found[1], WAITING)
 
     def send() -> None:
