@@ -6,7 +6,6 @@ again. `headrace jobs` reads it, and leaves requests (to cancel, to do again) in
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -23,6 +22,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.fleet import ACTIVE, Run
 from pipeline.jobs.units import Unit
 from pipeline.sinks import hold
+from pipeline.tensor.filesystem import try_lock
 
 SCHEMA = 2
 DAY = 86_400.0
@@ -78,18 +78,16 @@ class History:
         descriptor = os.open(journal, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                hold.take(journal, try_lock(descriptor, journal))
             except BlockingIOError:
                 found = hold.holder(hold.place(journal))
                 who = f"process {found.pid} on {found.host}, a daemon on it" if found else "a daemon on it"
                 raise BadInput([Problem(f"--store {self.path}", who, "none", "Stop it first, or give each a --store")]) from None
-            except OSError:
-                hold.take(journal, locked=False)
-            else:
-                hold.take(journal, locked=True)
-            yield
+            try:
+                yield
+            finally:
+                hold.leave(journal)
         finally:
-            hold.leave(journal)
             os.close(descriptor)
 
     def runs(self, state: str | None = None, limit: int = -1) -> list[dict[str, Any]]:
