@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.cli.options import Json, LogFormat, nvidia_options
 from pipeline.errors import BadInput, Problem, WriteFailed
+from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def batch_command(
     matrix |= nvidia.options
     asked = _asked(names or [], {name: value for name, value in matrix.items() if value})
     memory = _bytes(max_memory) or asked.settings.max_memory
+    where = _address(listen)
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
     units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
     if dry_run or write_jobs:
@@ -136,7 +138,7 @@ def batch_command(
         retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
         jobs = max_jobs or asked.settings.max_jobs
         address = scheduler or asked.settings.scheduler
-        result = _batch(units, (address, jobs, memory), retry, metrics, listen, log_format)
+        result = _batch(units, (address, jobs, memory), retry, metrics, where, log_format)
         if summary:
             from pipeline.jobs.files import write_json
 
@@ -150,7 +152,7 @@ def _batch(
     workers: tuple[str | None, int | None, int | None],
     retry: Any,
     metrics: Path | None,
-    listen: str | None,
+    listen: Listen | None,
     log_format: Any,
 ) -> dict[str, Any]:
     """Do the units, and return the summary."""
@@ -193,7 +195,8 @@ def _kept(file: Path, overview: Any) -> Iterator[None]:
 
     def work() -> None:
         while not ended.wait(METRICS_SECONDS):
-            write()
+            with suppress(OSError):  # the next may go well
+                write()
 
     try:
         write()
@@ -206,7 +209,8 @@ def _kept(file: Path, overview: Any) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        write()
+        with suppress(OSError):
+            write()
 
 
 def _write_jobs(directory: Path, units: list[Unit]) -> None:
@@ -324,6 +328,13 @@ def _bytes(text: str | None) -> int | None:
         return int(TypeAdapter(ByteSize).validate_python(text)) if text else None
     except ValidationError:
         raise BadInput([Problem("--max_memory", repr(text), "a size such as 8GiB")]) from None
+
+
+def _address(text: str | None) -> Listen | None:
+    try:
+        return parse_listen(text) if text else None
+    except ValueError as error:
+        raise BadInput([Problem("--listen", repr(text), str(error))]) from None
 
 
 def _missing(error: ModuleNotFoundError) -> BadInput:

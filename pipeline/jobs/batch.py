@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.fleet import GOOD, Fleet, Run
 from pipeline.jobs.overview import Overview
-from pipeline.planning.listen import PAGE, Listen, parse_listen
+from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching.server import serving
 
 SCHEMA = 1
@@ -42,7 +42,7 @@ class Workers:
 
 
 @contextmanager
-def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None, listen: str | None = None) -> Iterator[Workers]:
+def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None, listen: Listen | None = None) -> Iterator[Workers]:
     """The cluster that units run on.
 
     Parameters
@@ -53,7 +53,7 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
         Of that in this process: how many units at a time (None: one for eight cores), and the bytes of memory that all of them may
         use (None: four fifths of the machine's).
     listen
-        HOST:PORT of the dashboard of that in this process.
+        Where the dashboard of that in this process is.
     """
     from pipeline.run.cluster import in_process_cluster
     from pipeline.run.schedulers import dashboard_link, remote
@@ -62,11 +62,10 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
     if scheduler is None:
         resources = {"MEMORY": float(max_memory or machine_memory() * 4 // 5), "GPU": float(max(gpus(), 1))}
         at_once = max_jobs or max((os.cpu_count() or 1) // THREADS, 1)
-        wanted = parse_listen(listen) if listen else Listen()
-        with in_process_cluster(at_once, resources, listen=wanted if listen else None) as client:
+        with in_process_cluster(at_once, resources, listen=listen) as client:
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"]["dashboard"]
-            yield Workers(client, Listen(wanted.host, port).url + "/status", True)
+            yield Workers(client, Listen((listen or Listen()).host, port).url + "/status", True)
         return
     if not scheduler.startswith(("tcp://", "tls://")):
         raise BadInput([Problem("--scheduler", scheduler, "tcp://HOST:PORT or tls://HOST:PORT of a Dask cluster")])
@@ -75,7 +74,7 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
 
 
 @contextmanager
-def shown(fleet: Fleet, workers: Workers, listen: str | None) -> Iterator[tuple[Overview, str]]:
+def shown(fleet: Fleet, workers: Workers, listen: Listen | None) -> Iterator[tuple[Overview, str]]:
     """An overview of a fleet on a page while the context lasts, and the page's address.
 
     It is beside the dashboard of a cluster in this process; else on a server at `listen`.
@@ -85,7 +84,7 @@ def shown(fleet: Fleet, workers: Workers, listen: str | None) -> Iterator[tuple[
         workers.client.cluster.scheduler.http_application.add_handlers(".*", overview.routes())
         yield overview, workers.dashboard.removesuffix("/status") + PAGE
         return
-    with serving(parse_listen(listen) if listen else Listen(), overview.routes(), or_any_port=listen is None) as url:
+    with serving(listen or Listen(), overview.routes(), or_any_port=listen is None) as url:
         yield overview, url + PAGE
 
 
