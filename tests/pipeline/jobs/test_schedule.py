@@ -72,7 +72,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
             "expected fetch_to with a path that is a url",
         ),
         ("max_memory = 'much'", "max_memory: found 'much'"),
-        ("[retention]\nfailed_scratch_days = -1", "retention.failed_scratch_days: found -1"),
+        ("record_days = -1", "record_days: found -1"),
+        ("[http]\nlisten = '8788'", "http.listen: found '8788'"),
+        ("[http]\nhosts = 'me'", "http.hosts: found 'me'"),
+        ("[retention]", "retention: found a key that headrace does not have"),
         ("x", "text that is not TOML"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, Interrupted
 from pipeline.jobs.fetch import fetch
 from pipeline.jobs.schedule import Watch
 from pipeline.jobs.watch import Watcher
-from tests.pipeline.jobs.stores import Clock
 from tests.support import checkpoints
 
 
@@ -26,12 +26,12 @@ class Looking:
     def __init__(self, path: str, **options: Any) -> None:
         remote = {"fetch_to": "/nowhere"} if "://" in path else {}
         watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **remote, **options)
-        self.known, self.clock = dict[str, str](), Clock()
-        self.watcher = Watcher(watch, self.known.get, self.clock)
+        self.known, self.now = dict[str, str](), 1000.0
+        self.watcher = Watcher(watch, self.known.get, lambda: self.now)
 
     def after(self, seconds: float) -> list[str]:
         """The names of what is found then, and is known from then on."""
-        self.clock.now += seconds
+        self.now += seconds
         found = self.watcher.look()
         self.known |= {each.place: each.fingerprint for each in found}
         return [each.name for each in found]
@@ -191,21 +191,26 @@ def test_an_object_store_is_watched_and_its_checkpoint_fetched(tmp_path: Path, b
     assert looking.after(0) == []
     upload(tmp_path / "model", f"{bucket}/org/model")
     looking.after(0)
-    looking.clock.now += 30
+    looking.now += 30
     (arrival,) = looking.watcher.look()
     assert (arrival.name, arrival.place.split("//")[0]) == ("model", "memory:")
-    size = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
-    request = {"url": arrival.place, "directory": str(tmp_path / "here/model")}
-    assert fetch(request) == {"bytes": size}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "here/model").iterdir()} == {
+    here, stop = tmp_path / "here/model", threading.Event()
+    fetch(arrival.place, str(here), stop)
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
     }
     # What is there is not fetched again; what is not whole is.
-    assert fetch(request) == {"bytes": 0}
-    (tmp_path / "here/model/config.json").unlink()
-    (tmp_path / "here/model/config.json.partial").write_text("ha")
-    assert fetch(request) == {"bytes": (tmp_path / "model/config.json").stat().st_size}
-    assert not list((tmp_path / "here/model").glob("*.partial"))
+    os.utime(here / "model.safetensors.index.json", (1, 1))
+    (here / "config.json").unlink()
+    (here / "config.json.partial").write_text("ha")
+    fetch(arrival.place, str(here), stop)
+    assert (here / "model.safetensors.index.json").stat().st_mtime == 1
+    assert (here / "config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
+    assert not list(here.glob("*.partial"))
+    stop.set()
+    with pytest.raises(Interrupted):
+        fetch(arrival.place, str(tmp_path / "again"), stop)
+    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_what_nothing_here_can_read_is_refused() -> None:
@@ -215,4 +220,4 @@ def test_what_nothing_here_can_read_is_refused() -> None:
 
 def test_a_fetch_that_fails_says_where(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(BadInput, match="expected a checkpoint that can be copied"):
-        fetch({"url": f"{bucket}/gone", "directory": str(tmp_path / "x")})
+        fetch(f"{bucket}/gone", str(tmp_path / "x"), threading.Event())

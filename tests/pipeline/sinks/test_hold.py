@@ -166,9 +166,8 @@ def test_a_note_that_is_being_written_is_waited_for(journal: Path) -> None:
     writing.join()
 
 
-def test_who_is_slow_to_write_its_words_does_not_hold_what_was_taken(
-    journal: Path, without_links: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("without_links")
+def test_who_is_slow_to_write_its_words_does_not_hold_what_was_taken(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no links: another finds the note without words for too long, and takes its place."""
     there, real = Holder("elsewhere", "its boot", 7, "x 1"), Path.open
 
