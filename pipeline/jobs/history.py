@@ -125,17 +125,19 @@ class History:
         with self._lock, self._db:
             self._db.execute(f"insert or replace into runs values ({', '.join(f':{name}' for name in values)})", values)
 
-    def unfinished(self) -> list[tuple[Unit, str]]:
-        """The units, with their causes, that a daemon was at when it ended, the oldest first; they are called interrupted now."""
-        with self._lock, self._db:
+    def unfinished(self) -> list[tuple[int, Unit, str]]:
+        """The numbers, units and causes of what a daemon was at when it ended, the oldest first."""
+        with self._lock:
             marks = ", ".join("?" * len(ACTIVE))
             rows = self._db.execute(f"select * from runs where state in ({marks}) order by number", ACTIVE).fetchall()
-            error = "the daemon that was at it is gone; it was asked for again"
-            self._db.execute(
-                f"update runs set state = 'interrupted', exit_code = 3, error = ?, ended = ? where state in ({marks})",
-                [error, time.time(), *ACTIVE],
-            )
-        return [(Unit.of(json.loads(row["unit"])), row["cause"]) for row in rows]
+        return [(row["number"], Unit.of(json.loads(row["unit"])), row["cause"]) for row in rows]
+
+    def given_up(self, number: int) -> None:
+        """Call a run interrupted that another was made for."""
+        error = "the daemon that was at it is gone; it was asked for again"
+        with self._lock, self._db:
+            change = "update runs set state = 'interrupted', exit_code = 3, error = ?, ended = ? where number = ?"
+            self._db.execute(change, [error, time.time(), number])
 
     def ended_as(self, unit: Unit) -> tuple[str, str]:
         """The state and error of the last run of a unit's outputs and options; ("", "") where there was none."""

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -55,6 +56,7 @@ class Daemon:
         self._watchers = [(each, Watcher(each, partial(self._known, each), partial(log.say, "watch"))) for each in schedule.watch]
         self._scheduler: Any = None
         self._saved: dict[int, float] = {}
+        self._planning: list[Child] = []
 
     def run(self) -> int:
         """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the history has a daemon."""
@@ -73,8 +75,9 @@ class Daemon:
             self.log.say("page", f"page {url}{PAGE}; Dask's dashboard {workers.dashboard}")
             if schedule.notify:
                 stack.enter_context(notifying(schedule.notify, fleet))
-            for unit, cause in self.history.unfinished():
+            for number, unit, cause in self.history.unfinished():
                 fleet.add([unit], cause)
+                self.history.given_up(number)
             self._scheduler = self._started(stack)
             triggers = len(schedule.cron) + len(schedule.interval) + len(schedule.watch)
             self.log.say("serving", f"serving {triggers} triggers, history {self.history.path}")
@@ -91,9 +94,8 @@ class Daemon:
                 fleet.wake.wait(0.2 if fleet.active() else 1.0)
                 fleet.wake.clear()
         finally:
-            left = fleet.active()
             fleet.halt()
-            for run in left:  # for the next daemon
+            for run in [*fleet.runs.values()]:  # for the next daemon
                 if run.state == "interrupted":
                     run.state, run.ended = "queued", None
                     self.history.save(run)
@@ -129,6 +131,7 @@ class Daemon:
         scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="-")
         scheduler.start()
         stack.callback(scheduler.shutdown)
+        stack.callback(lambda: [child.signal(SIGTERM) for child in [*self._planning]])
         return scheduler
 
     def _next_times(self) -> dict[str, str]:
@@ -195,11 +198,15 @@ class Daemon:
         limit = [] if self.schedule.max_memory is None else ["--max_memory", str(int(self.schedule.max_memory))]
         words = ["batch", *names, "--dry_run", "--json", "--log_format", "json", *limit]
         child = Child(words, stdout=subprocess.PIPE)
+        self._planning.append(child)
+        if self.stop.is_set():
+            child.signal(SIGTERM)
         assert child.process.stdout
         with child.process.stdout as stream:
             said = stream.read()
         code = child.process.wait()
         child.poll()
+        self._planning.remove(child)
         if self.stop.is_set():
             raise Interrupted("stopped")
         if "error" in child.events:

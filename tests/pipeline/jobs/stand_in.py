@@ -10,7 +10,7 @@ from pipeline.jobs.fleet import Fleet, Run
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.units import Unit
 
-WAIT_SECONDS = 90.0
+WAIT_SECONDS = 60.0
 
 
 def wait(until: Callable[[], object]) -> None:
