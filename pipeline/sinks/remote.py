@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pipeline.documents import MAX_BYTES, parse_json
 from pipeline.errors import BadInput, Problem
@@ -94,11 +95,13 @@ class RemoteGroup:
         journal = Journal(self._journal)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
         if not fresh and journal.owner == owner and self._attributes().get("id") == self.id:
+            self.join()
             return journal
         recorded = {} if fresh else self.recorded()
         try:
             if recorded:
                 _update_attributes(self.url, {"complete": False})
+                self.join()
             else:
                 attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
                 marks = {"complete": False, "keep": self.keep, "outputs": list(self.outputs)}
@@ -129,7 +132,8 @@ class RemoteGroup:
         import fsspec
 
         files, path = fsspec.core.url_to_fs(chunk)
-        return bool(parts) and bool(files.exists(path))
+        # Zarr stores no chunk of zeros alone into an array that it has opened again.
+        return bool(parts) and (bool(files.exists(path)) or all(map(_of_zeros, parts)))
 
     def free(self, chunk: str) -> None:
         """Remove a chunk that nothing reads any more."""
@@ -205,8 +209,13 @@ def _update_attributes(url: str, values: Mapping[str, Any]) -> None:
     zarr.open_group(url, mode="r+").attrs.update(dict(values))
 
 
+def _of_zeros(part: Part) -> bool:
+    _, nbytes, digest = part
+    return xxhash.xxh3_64_hexdigest(bytes(nbytes)) == digest
+
+
 def _add_array(group: Any, name: str, array: RemoteArray) -> None:
-    """Create the array for a tensor in a Zarr group: uncompressed, with every chunk stored, as bit patterns."""
+    """Create the array for a tensor in a Zarr group: uncompressed, as bit patterns."""
     group.create_array(
         name,
         shape=array.shape,
@@ -214,6 +223,5 @@ def _add_array(group: Any, name: str, array: RemoteArray) -> None:
         dtype=of_numpy(array.dtype).zarr,
         compressors=None,
         fill_value=0,
-        config={"write_empty_chunks": True},
         attributes=array_attributes(array.shape, array.dtype, array.source),
     )
