@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -20,6 +20,7 @@ from pipeline.cli.options import Json, LogFormat, nvidia_options
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
+from pipeline.printed import escaped
 
 if TYPE_CHECKING:
     from pipeline.jobs.history import History
@@ -35,7 +36,6 @@ StorePath = Annotated[
 ]
 JobNumber = Annotated[int, typer.Argument(help="The number of a job, as `headrace jobs` lists it.")]
 LISTED = "Values of that option in the matrix, with commas between."
-METRICS_SECONDS = 15.0
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _batch(
     log_format: Any,
 ) -> dict[str, Any]:
     """Do the units, and return the summary."""
-    from pipeline.jobs.batch import cluster, shown, summary
+    from pipeline.jobs.batch import cluster, metrics_kept, shown, summary
     from pipeline.jobs.fleet import Fleet
     from pipeline.jobs.log import Log
 
@@ -174,43 +174,11 @@ def _batch(
         overview, page = stack.enter_context(shown(fleet, at_hand, listen))
         log.say("page", f"page {page}; Dask's dashboard {at_hand.dashboard}")
         if metrics:
-            stack.enter_context(_kept(metrics, overview))
+            stack.enter_context(metrics_kept(metrics, overview))
         runs = fleet.add(units, "batch")
         fleet.work(stop, until_idle=True)
         overview.has_ended = True
         return summary(fleet, runs, time.monotonic() - started)
-
-
-@contextmanager
-def _kept(file: Path, overview: Any) -> Iterator[None]:
-    """Keep a file of metrics up to date: each time whole, by a rename."""
-    from pipeline.watching.metrics import Metrics
-
-    text, ended = Metrics(overview.reading).text, threading.Event()
-
-    def write() -> None:
-        new = file.with_name(f".{file.name}.new")
-        new.write_bytes(text())
-        new.replace(file)
-
-    def work() -> None:
-        while not ended.wait(METRICS_SECONDS):
-            with suppress(OSError):  # the next may go well
-                write()
-
-    try:
-        write()
-    except OSError as error:
-        raise BadInput([Problem(f"--metrics {file}", error.strerror or "an error", "a file that can be written")]) from None
-    thread = threading.Thread(target=work, name="headrace-metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with suppress(OSError):
-            write()
 
 
 def _write_jobs(directory: Path, units: list[Unit]) -> None:
@@ -249,8 +217,6 @@ def list_command(
     json_: Json = False,
 ) -> None:
     """List jobs, the newest first."""
-    from typing import get_args
-
     with history(store or context.obj) as opened:
         from pipeline.jobs.fleet import State
 
@@ -269,8 +235,6 @@ def show_command(context: typer.Context, number: JobNumber, store: StorePath = N
 @jobs_app.command("logs")
 def logs_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Print the last lines that a job's processes have printed, and its error."""
-    from pipeline.printed import escaped
-
     with history(store or context.obj) as opened:
         row = opened.run(number)
         print(escaped("\n".join(filter(None, (row["log"], row["error"]))), keep="\n"))

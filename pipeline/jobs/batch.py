@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.fleet import GOOD, Fleet, Run
 from pipeline.jobs.overview import Overview
 from pipeline.planning.listen import PAGE, Listen
+from pipeline.watching.metrics import Metrics
 from pipeline.watching.server import serving
 
 SCHEMA = 1
+METRICS_SECONDS = 15.0  # between two writes of a file of metrics
 THREADS = 8  # that one conversion keeps busy, at most
 # Exit codes, the worst last: what running it again may mend, what is not as it should be, what somebody must mend, a bug.
 _WORSE = (0, 3, 4, 5, 2, 1)
@@ -88,8 +91,38 @@ def shown(fleet: Fleet, workers: Workers, listen: Listen | None) -> Iterator[tup
         yield overview, url + PAGE
 
 
+@contextmanager
+def metrics_kept(file: Path, overview: Overview) -> Iterator[None]:
+    """Keep a file of metrics up to date: each time whole, by a rename. Raises BadInput where it cannot be written at first."""
+    text, ended = Metrics(overview.reading).text, threading.Event()
+
+    def write() -> None:
+        new = file.with_name(f".{file.name}.new")
+        new.write_bytes(text())
+        new.replace(file)
+
+    def work() -> None:
+        while not ended.wait(METRICS_SECONDS):
+            with suppress(OSError):  # the next may go well
+                write()
+
+    try:
+        write()
+    except OSError as error:
+        raise BadInput([Problem(f"--metrics {file}", error.strerror or "an error", "a file that can be written")]) from None
+    thread = threading.Thread(target=work, name="headrace-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            write()
+
+
 def summary(fleet: Fleet, asked: Sequence[Run], seconds: float) -> dict[str, Any]:
-    """What came of the runs that were asked for, as plain values: of each job, and of each unit that was made for them."""
+    """The outcome of the runs that were asked for, as plain values: of each job, and of each unit that was made for them."""
     jobs = [_job(name, outputs, run) for run in asked for name, outputs, run in _members(fleet, run)]
     code = max((job["exit_code"] for job in jobs), key=_WORSE.index, default=0)
     counts = dict(Counter(job["outcome"] for job in jobs))
@@ -98,7 +131,7 @@ def summary(fleet: Fleet, asked: Sequence[Run], seconds: float) -> dict[str, Any
 
 
 def planned(units: Sequence[Any]) -> dict[str, Any]:
-    """What a batch of these units would do, as plain values: the schema is that of `headrace batch --dry_run --json`."""
+    """The plan of a batch of these units, as plain values: the schema is that of `headrace batch --dry_run --json`."""
     codes = [2 for unit in units if unit.state == "refused"]
     rows = [{**unit.as_json(), "bytes": sum(unit.room.values())} for unit in units]
     return {"schema": SCHEMA, "exit_code": max(codes, default=0), "units": rows}

@@ -74,7 +74,7 @@ class Child:
             self.process.send_signal(number)
 
     def report(self, code: int) -> str:
-        """What was wrong, by its own account: the error that it reported, or else the last lines that it printed."""
+        """The reason of its end, by its own account: the error that it reported, or else the last lines that it printed."""
         said = str(self.events.get("error", {}).get("message") or "\n".join(self.tail))
         return f"ended by {signal.Signals(-code).name}\n{said}".rstrip() if code < 0 else said
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import fsspec
+
 from pipeline.errors import BadInput, Interrupted, Problem
 
 
@@ -14,8 +16,6 @@ def fetch(url: str, directory: str, stop: threading.Event) -> None:
     A file that is there in its full size is not fetched again, one that is under way is named `*.partial`: so a copy that was cut
     short goes on with the file that it was at. Raises BadInput, and Interrupted between two files once `stop` is set.
     """
-    import fsspec
-
     place = Path(directory)
     try:
         files, path = fsspec.core.url_to_fs(url)

@@ -1,4 +1,4 @@
-"""What a daemon did, in a SQLite database that it alone writes: runs, when triggers fired, what watches have found.
+"""The record of a daemon, in a SQLite database that it alone writes: runs, when triggers fired, what watches have found.
 
 It decides nothing: what is done is known from the outputs. A daemon that was killed finds here what it was at, and asks for it
 again. `headrace jobs` reads it, and leaves requests (to cancel, to do again) in a directory beside it, for the daemon to take.
@@ -148,7 +148,7 @@ class History:
         return (row["state"], row["error"]) if same else ("", "")
 
     def mark(self, kind: str, name: str) -> str | None:
-        """What was noted last of a trigger (`fired`) or a place that a watch looks at (`arrived`)."""
+        """The last note of a trigger (`fired`) or a place that a watch looks at (`arrived`)."""
         with self._lock:
             row = self._db.execute("select value from marks where kind = ? and name = ?", [kind, name]).fetchone()
         return None if row is None else str(row[0])

@@ -1,4 +1,4 @@
-"""What happens to runs as lines on a stream: text for people, or JSON, one object a line."""
+"""Events of runs as lines on a stream: text for people, or JSON, one object a line."""
 
 from __future__ import annotations
 

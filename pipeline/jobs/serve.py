@@ -28,6 +28,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import BadInput, HeadraceError, Interrupted, Problem
 from pipeline.jobs.batch import cluster
 from pipeline.jobs.child import Child
+from pipeline.jobs.fetch import fetch
 from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.fleet import ACTIVE, GOOD, Fleet, Run
 from pipeline.jobs.history import DAY, History
@@ -169,8 +170,6 @@ class Daemon:
         """Where the checkpoint is on this machine."""
         if watch.fetch_to is None:
             return arrival.place
-        from pipeline.jobs.fetch import fetch
-
         directory = f"{watch.fetch_to}/{arrival.fingerprint}/{arrival.name}"
         self.log.say("fetching", f"trigger {watch.name}: fetching {arrival.place} to {directory}")
         fetch(arrival.place, directory, self.stop)

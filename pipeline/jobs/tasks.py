@@ -30,7 +30,7 @@ class There:
         return self.said is not None or bool(self._future.done())
 
     def result(self) -> dict[str, Any]:
-        """What it ended with; a failure that may pass where a worker or the cluster was lost."""
+        """The result of its attempt; a failure that may pass where a worker or the cluster was lost."""
         if self.said is not None:
             return dict(self.said)
         if self._future.status == "finished":
@@ -66,7 +66,7 @@ class Here:
         return self._future.done()
 
     def result(self) -> dict[str, Any]:
-        """What it ended with."""
+        """The result of its attempt."""
         return self._future.result()
 
     def stop(self) -> None:

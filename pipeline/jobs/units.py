@@ -34,7 +34,7 @@ Planned = Literal["to do", "up_to_date", "refused", "unsettled"]
 
 @dataclass(frozen=True)
 class Unit:
-    """What is done as one: a conversion with its engines, for the jobs named in `members`, or why it is not done (`error`).
+    """One piece of work: a conversion with its engines, for the jobs named in `members`, or why it is not done (`error`).
 
     `options` are a Job's fields as plain values. As planned: `peak_memory_bytes`, and `room`, the bytes needed by directory.
     `engines`: the directories of engines to build after it. `after`: the name of the unit that must have ended before. `parts`: the
@@ -66,7 +66,7 @@ class Unit:
         return asdict(self)
 
     def steps(self) -> list[tuple[Literal["convert", "build"], dict[str, Any]]]:
-        """What is done for it, one after the other, with the job of each: engines are built of ranks that are whole."""
+        """The steps to do it, one after the other, with the job of each: engines are built of ranks that are whole."""
         if not self.engines:
             return [("convert", dict(self.options))]
         plain = {key: value for key, value in self.options.items() if key != "engine"}

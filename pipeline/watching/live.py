@@ -25,7 +25,7 @@ Count = Callable[[int], None]
 
 
 class Shown(Protocol):
-    """What a page shows. `has_ended`: whether it will not change any more."""
+    """The subject of a page. `has_ended`: whether it will not change any more."""
 
     @property
     def has_ended(self) -> bool: ...

@@ -56,11 +56,11 @@ OPEN_TEXT = (
     "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
     "pipeline/run/schedulers.py",  # Dask's performance report
-    "pipeline/watching/page.py",
+    "pipeline/watching/live.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",
 )
-TEXT_ONLY = ("pipeline/jobs/lock.py",)  # it opens the pid of who holds it
+TEXT_ONLY = ("pipeline/jobs/history.py",)  # a database for its owner alone, and the lock on it
 
 
 @cache
