@@ -130,9 +130,7 @@ def batch_command(
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
     units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
     if dry_run or write_jobs:
-        if write_jobs:
-            _write_jobs(write_jobs, units)
-        result = planned(units)
+        result = planned(units, _write_jobs(write_jobs, units) if write_jobs else {})
         _show(result, json_, "planned_table")
     else:
         retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
@@ -181,17 +179,20 @@ def _batch(
         return summary(fleet, runs, time.monotonic() - started)
 
 
-def _write_jobs(directory: Path, units: list[Unit]) -> None:
-    """Write `NN-name.toml` for each unit that is to be done, in the order of their numbers."""
+def _write_jobs(directory: Path, units: list[Unit]) -> dict[str, str]:
+    """Write `NNN-name.toml` for each unit that is to be done, in the order of their numbers; their paths by the units' names."""
     from pipeline.jobs.files import write_job
 
+    written = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for number, unit in enumerate(each for each in units if each.state == "to do"):
             name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in unit.name)
-            write_job(directory / f"{number:03}-{name}.toml", unit.options)
+            written[unit.name] = str(directory / f"{number:03}-{name}.toml")
+            write_job(Path(written[unit.name]), unit.options)
     except OSError as error:
         raise BadInput([Problem(f"--write_jobs {directory}", str(error), "a directory that can be written")]) from None
+    return written
 
 
 @jobs_app.callback(invoke_without_command=True)

@@ -130,10 +130,13 @@ def summary(fleet: Fleet, asked: Sequence[Run], seconds: float) -> dict[str, Any
     return {"schema": SCHEMA, "exit_code": code, "seconds": round(seconds, 3), "counts": counts, "jobs": jobs, "units": units}
 
 
-def planned(units: Sequence[Any]) -> dict[str, Any]:
-    """The plan of a batch of these units, as plain values: the schema is that of `headrace batch --dry_run --json`."""
+def planned(units: Sequence[Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """The plan of a batch of these units, as plain values: the schema is that of `headrace batch --dry_run --json`.
+
+    `files`: the job files that were written, by the units' names.
+    """
     codes = [2 for unit in units if unit.state == "refused"]
-    rows = [{**unit.as_json(), "bytes": sum(unit.room.values())} for unit in units]
+    rows = [{**unit.as_json(), "bytes": sum(unit.room.values()), "file": files.get(unit.name)} for unit in units]
     return {"schema": SCHEMA, "exit_code": max(codes, default=0), "units": rows}
 
 

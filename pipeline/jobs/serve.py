@@ -212,7 +212,10 @@ class Daemon:
             raise BadInput([_problem(each) for each in child.events["error"].get("problems", ())] or [_said(child.report(code))])
         if not said:
             raise HeadraceError(f"planning ended with exit code {code}: {child.report(code)}")
-        return [Unit.of({key: value for key, value in each.items() if key != "bytes"}) for each in json.loads(said)["units"]]
+        return [
+            Unit.of({key: value for key, value in each.items() if key not in ("bytes", "file")})
+            for each in json.loads(said)["units"]
+        ]
 
     def _known(self, watch: Watch, place: str) -> str | None:
         return self.history.mark("arrived", f"{watch.name} {printable(place)}")

@@ -116,6 +116,7 @@ def test_job_files_for_other_queues(models: Path, tmp_path: Path) -> None:
     ran, said = batch(*matrix(models, tmp_path), "--write_jobs", jobs)
     assert (ran.code, len(said["units"])) == (2, 4)
     files = sorted(jobs.iterdir())
+    assert [each["file"] for each in said["units"]] == [str(files[0]), None, str(files[1]), None]
     assert [file.name for file in files] == ["000-a--2-jobs-.toml", "001-b--2-jobs-.toml"]
     assert list(tmp_path.iterdir()) == [jobs], "nothing is converted"
     for file, name in zip(files, "ab", strict=True):
