@@ -103,7 +103,7 @@ class Watcher:
         return {_name(entry["name"]): (int(entry["size"] or 0), _stamp(entry)) for entry in files}
 
     def _entries(self, place: str) -> list[Any]:
-        """What is in a directory; nothing where it is not there, or below the place that is watched and not to be read."""
+        """The entries of a directory; none where it is not there, or below the place that is watched and not to be read."""
         try:
             return list(self._files.ls(place, detail=True))
         except (FileNotFoundError, NotADirectoryError):

@@ -174,7 +174,7 @@ def test_gemmas_names(model: Path) -> None:
     assert convert(model, model.parent / "ours", "--tp_size", 2).code == 0
     assert contents(model.parent / "theirs") == contents(model.parent / "ours")
     ran = headrace("batch", *words, "--dry_run", "--json")
-    assert (ran.code, json.loads(ran.out)[0]["state"]) == (0, "up_to_date")
+    assert (ran.code, json.loads(ran.out)["units"][0]["state"]) == (0, "up_to_date")
 
 
 def test_gemmas_name_of_fp8(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -122,7 +125,7 @@ def test_what_does_not_move_grows_idle_and_stalls(seen: Overview, stage: Stage) 
     assert "stalled" not in seen.look()[0]
 
 
-def test_the_page_shows_what_runs_waits_and_ended(stage: Stage) -> None:
+def test_the_page_shows_what_runs_waits_and_ended() -> None:
     again = Stage(Retry(attempts=2, first_seconds=600))
     page = Overview(again.fleet, "schedule", lambda: {"nightly <b>": "2026-03-01 02:30:00 UTC"}, "http://here:8787/status")
     running, failed, bad = again.queue(unit("running"), unit("failed"), unit("bad", state="refused", error=f"because {EVIL}"))
@@ -135,12 +138,15 @@ def test_the_page_shows_what_runs_waits_and_ended(stage: Stage) -> None:
     assert body.index("Running") < body.index("Waiting") < body.index("Ended")
     for word in (
         "512.0 MiB of 1.0 GiB", "1.0 MiB of 2.0 MiB", '<a href="http://worker-1:8787/headrace">running</a>',
-        "again at", "the disk is full", "attempt 1", "because &lt;script&gt;", "/ranks/running",
+        "again at", "the disk is full", "because &lt;script&gt;", "/ranks/running",
         "<li>nightly &lt;b&gt;: 2026-03-01 02:30:00 UTC</li>", 'href="http://here:8787/status"', 'href="metrics"',
     ):  # fmt: skip
         assert word in body, word
     assert bad.state == "refused"
-    assert stage.fleet.runs == {}
+    failed.not_before = 0.0
+    again.fleet.step()
+    again.start(failed)
+    assert "attempt 2" in page.look()[0]
 
 
 def test_names_and_errors_are_escaped_wherever_they_stand(seen: Overview, stage: Stage) -> None:
@@ -185,6 +191,22 @@ def test_throughput_and_memory_are_sampled(seen: Overview, stage: Stage, monkeyp
     body, _, _ = seen.look()
     assert "5.0 MiB" in body
     assert body.count("<svg") == 2
+
+
+def test_reports_of_outputs_and_nothing_else(stage: Stage, seen: Overview, tmp_path: Path) -> None:
+    (tmp_path / "a.report.html").write_text("<p>a report</p>")
+    (tmp_path / "secret").write_text("hidden")
+    os.mkfifo(tmp_path / "b.report.html")
+    run = replace(unit("llama"), outputs=(str(tmp_path / "a"), str(tmp_path / "b")))
+    stage.queue(run)
+    body, _, _ = seen.look()
+    assert '<a href="report/1/0">a.report.html</a>' in body
+    assert "b.report.html" not in body
+    with serving(Listen(port=free_port()), seen.routes()) as base:
+        assert fetch(f"{base}/report/1/0") == (200, "<p>a report</p>")
+        for path in ("1/1", "2/0", "1/-1", "1/0/../secret", "1/..%2fsecret", f"{10**15}/0", "x/0"):
+            assert fetch(f"{base}/report/{path}")[0] == 404, path
+        assert fetch(f"{base}/report/1/0", headers={"Host": "evil.example"})[0] == 421
 
 
 def test_over_http(stage: Stage, seen: Overview) -> None:

@@ -27,7 +27,8 @@ class Looking:
         remote = {"fetch_to": "/nowhere"} if "://" in path else {}
         watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **remote, **options)
         self.known, self.now = dict[str, str](), 1000.0
-        self.watcher = Watcher(watch, self.known.get, lambda: self.now)
+        self.said = list[str]()
+        self.watcher = Watcher(watch, self.known.get, self.said.append, lambda: self.now)
 
     def after(self, seconds: float) -> list[str]:
         """The names of what is found then, and is known from then on."""
@@ -160,6 +161,35 @@ def test_odd_names_and_links_are_found_too(tmp_path: Path) -> None:
     looking = Looking(str(tmp_path / "[in]"))
     looking.after(0)
     assert looking.after(30) == ["a [b] *", "link"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_directory_that_cannot_be_read_is_passed_over_with_a_word(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "in/model", checkpoints.LLAMA)
+    (tmp_path / "in/closed").mkdir(mode=0)
+    looking = Looking(str(tmp_path / "in"))
+    looking.after(0)
+    assert looking.after(30) == ["model"]
+    assert looking.said == [f"watch w: {tmp_path / 'in/closed'} is passed over: Permission denied"]
+
+
+def test_one_place_that_fails_does_not_hide_the_others(looking: Looking, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.write(place, checkpoints.LLAMA)
+    checkpoints.write(place.with_name("stale"), checkpoints.LLAMA)
+    real = looking.watcher._files.ls
+
+    def ls(path: str, **more: Any) -> Any:
+        if path.endswith("stale"):
+            raise OSError(116, "Stale file handle")
+        return real(path, **more)
+
+    monkeypatch.setattr(looking.watcher._files, "ls", ls)
+    looking.after(0)
+    assert looking.after(30) == ["model"]
+    assert looking.said == [f"watch w: {place.with_name('stale')} is passed over: Stale file handle"], "once"
+    monkeypatch.setattr(looking.watcher._files, "ls", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        looking.after(0)
 
 
 def test_a_directory_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
