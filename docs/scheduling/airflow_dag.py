@@ -4,8 +4,8 @@ import json
 import subprocess
 from datetime import UTC, datetime, timedelta
 
-from airflow.exceptions import AirflowFailException
 from airflow.sdk import dag, task
+from airflow.sdk.exceptions import AirflowFailException
 
 BATCH, FOLDER = "/etc/headrace/night.toml", "/var/lib/headrace/jobs"
 

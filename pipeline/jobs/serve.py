@@ -132,8 +132,12 @@ class Daemon:
         scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="-")
         scheduler.start()
         stack.callback(scheduler.shutdown)
-        stack.callback(lambda: [child.signal(SIGTERM) for child in [*self._planning]])
+        stack.callback(self._end_planning)
         return scheduler
+
+    def _end_planning(self) -> None:
+        for child in [*self._planning]:
+            child.signal(SIGTERM)
 
     def _next_times(self) -> dict[str, str]:
         jobs = self._scheduler.get_jobs() if self._scheduler else []

@@ -29,7 +29,7 @@ IMPORTED = {
         "Definitions", "DynamicOut", "DynamicOutput", "Failure", "RetryRequested", "ScheduleDefinition", "job", "op",
     ),
     "airflow.sdk": ("dag", "task"),
-    "airflow.exceptions": ("AirflowFailException",),
+    "airflow.sdk.exceptions": ("AirflowFailException",),
 }  # fmt: skip
 
 
@@ -170,9 +170,9 @@ def test_prefect_tries_again_what_may_pass(example: Callable[[str], dict[str, An
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-def test_the_flow_in_prefect_itself(batch: Path, example: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
-    """In an environment of its own; `example` puts `headrace` on PATH."""
-    assert example
+@pytest.mark.usefixtures("example")  # which puts `headrace` on PATH
+def test_the_flow_in_prefect_itself(batch: Path, tmp_path: Path) -> None:
+    """In an environment of its own."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
     installed = subprocess.run(

@@ -7,8 +7,8 @@ import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,16 +259,8 @@ def test_two_batches_at_once_end_each_with_all_done(models: Path, tmp_path: Path
         'tp_size = [1, 2]\noutput_dir = "out/{model}-{tp_size}"\n'
     )
     with running(tmp_path / "batch.toml") as first, running(tmp_path / "batch.toml") as second:
-        ended: dict[int, str] = {}
-        threads = [
-            threading.Thread(target=lambda n=n, each=each: ended.update({n: each.communicate()[0]}))  # type: ignore[misc]
-            for n, each in enumerate((first, second))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    both = [json.loads(ended[n]) for n in range(2)]
+        with ThreadPoolExecutor(2) as threads:
+            both = [json.loads(out) for out, _ in threads.map(lambda each: each.communicate(), (first, second))]
     for said in both:
         assert said["exit_code"] == 0, said
         assert set(outcomes(said).values()) <= {"done", "up_to_date"}

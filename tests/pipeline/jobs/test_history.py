@@ -9,8 +9,8 @@ import os
 import sqlite3
 import stat
 import subprocess
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -164,11 +164,8 @@ def test_what_is_no_history_is_refused(tmp_path: Path, write: bool) -> None:
 
 def test_threads_write_at_once(history: History, stage: Stage) -> None:
     runs = stage.queue(*(unit(str(n)) for n in range(40)))
-    threads = [threading.Thread(target=lambda part=part: [history.save(run) for run in part]) for part in (runs[:20], runs[20:])]  # type: ignore[misc]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(history.save, runs))
     assert len(history.runs()) == 40
 
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import BadInput
 from pipeline.jobs import notify
 from pipeline.jobs.files import validate
-from pipeline.jobs.notify import LONGEST_ERROR, Notify, message, notifying
+from pipeline.jobs.notify import LONGEST_ERROR, Notify, Secret, message, notifying
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.schedule import Schedule
 from tests.pipeline.jobs.receiver import receiving
@@ -25,7 +25,7 @@ SPACE = "No space left on device"
 
 def options(receiver_url: str, monkeypatch: pytest.MonkeyPatch, *on: str) -> Notify:
     monkeypatch.setenv("URLS", receiver_url.replace("http://", "json://user:hidden@"))
-    return Notify(on=on, apprise={"env": "URLS"})  # type: ignore[arg-type]
+    return Notify(on=on, apprise=Secret(env="URLS"))  # type: ignore[arg-type]
 
 
 def one_of_each(stage: Stage) -> None:
@@ -103,7 +103,7 @@ def test_what_is_not_delivered_is_tried_again_and_said_without_the_secret(
     with receiving() as first, receiving(500, 500) as second, receiving(500, 500, 500) as third, caplog.at_level(logging.DEBUG):
         urls = [receiver.url.replace("http://", "json://user:hidden@") for receiver in (first, second, third)]
         (tmp_path / "urls").write_text("\n".join(urls) + "\n")
-        with notifying(Notify(on=("failure",), apprise={"file": tmp_path / "urls"}), stage.fleet):
+        with notifying(Notify(on=("failure",), apprise=Secret(file=tmp_path / "urls")), stage.fleet):
             stage.queue(unit("bad", state="refused", error=SPACE))
             for receiver, count in ((first, 1), (second, 3), (third, 3)):
                 receiver.wait(count)
@@ -151,7 +151,7 @@ def test_nobody_waits_for_a_receiver_that_does_not_answer(
 
     monkeypatch.setattr(Notify, "services", lambda _: [Slow()])
     stage, begun = Stage(), time.monotonic()
-    with notifying(Notify(on=("failure",), apprise={"env": "URLS"}), stage.fleet):
+    with notifying(Notify(on=("failure",), apprise=Secret(env="URLS")), stage.fleet):
         stage.queue(*(unit(str(n), state="refused", error="no") for n in range(10)))
     assert time.monotonic() - begun < 5
     let_go.set()
@@ -161,7 +161,7 @@ def test_nobody_waits_for_a_receiver_that_does_not_answer(
 def test_urls_that_are_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("URLS", "json://localhost/x nosuch://hidden discord://hidden")
     with caplog.at_level(logging.DEBUG), pytest.raises(BadInput) as raised:
-        Notify(apprise={"env": "URLS"}).services()
+        Notify(apprise=Secret(env="URLS")).services()
     assert [problem.found for problem in raised.value.problems] == ["URL 2 of 3, URL 3 of 3, which Apprise does not know"]
     assert "hidden" not in str(raised.value) + caplog.text
 
@@ -194,11 +194,11 @@ def test_a_secret_that_is_not_there(value: str | None, found: str, monkeypatch: 
     if value is not None:
         monkeypatch.setenv("URLS", value)
     with pytest.raises(BadInput, match=f"notify.apprise: found {found} the environment variable URLS"):
-        Notify(apprise={"env": "URLS"}).services()
+        Notify(apprise=Secret(env="URLS")).services()
 
 
 def test_a_secret_of_a_file(tmp_path: Path) -> None:
-    made = Notify(apprise={"file": tmp_path / "urls"})
+    made = Notify(apprise=Secret(file=tmp_path / "urls"))
     with pytest.raises(BadInput, match=f"No such file or directory at {tmp_path / 'urls'}"):
         made.services()
     (tmp_path / "urls").write_bytes(b"\xff\xfe hidden")

@@ -24,7 +24,7 @@ class Looking:
     """A watcher with its memory and its clock."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        remote = {"fetch_to": "/nowhere"} if "://" in path else {}
+        remote: dict[str, Any] = {"fetch_to": "/nowhere"} if "://" in path else {}
         watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **remote, **options)
         self.known, self.now = dict[str, str](), 1000.0
         self.said = list[str]()

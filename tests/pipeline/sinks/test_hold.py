@@ -223,7 +223,7 @@ def test_who_ended_while_it_took_a_place_is_passed_over_too(journal: Path, besid
 
 def _contend(journal: Path, links: bool, start: Any, tried: Any, results: Any) -> None:
     if not links:
-        Path.symlink_to = lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links"))  # type: ignore[method-assign, assignment]
+        Path.symlink_to = lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links"))  # type: ignore[method-assign]
     start.wait(30)
     try:
         take(journal, locked=False)

@@ -28,9 +28,9 @@ def job(tmp_path: Path, scratch: str) -> Convert:
     quantized_checkpoints.write(tmp_path / "model", quantized_checkpoints.LLAMA, quantized_checkpoints.gptq())
 
     def converted(name: str, outputs: str = "", **more: Any) -> Any:
-        cut = {"scratch": scratch, "scratch_after": "unpack", "keep_scratch": bool(outputs)}
+        cut: dict[str, Any] = {"scratch": scratch, "scratch_after": "unpack", "keep_scratch": bool(outputs)}
         places = [tmp_path / each for each in outputs]
-        options = {"model_dir": tmp_path / "model", "output_dir": tmp_path / name, "scheduler": "threads"}
+        options: dict[str, Any] = {"model_dir": tmp_path / "model", "output_dir": tmp_path / name, "scheduler": "threads"}
         return convert(**options, **cut, scratch_outputs=places, **more)
 
     return converted
@@ -93,7 +93,12 @@ def test_an_output_that_is_being_written_is_not_whole(job: Convert, scratch: str
 
 
 def test_what_is_kept_for_good_stays(job: Convert, scratch: str, tmp_path: Path) -> None:
-    options = {"model_dir": tmp_path / "model", "scheduler": "threads", "scratch": scratch, "scratch_after": "unpack"}
+    options: dict[str, Any] = {
+        "model_dir": tmp_path / "model",
+        "scheduler": "threads",
+        "scratch": scratch,
+        "scratch_after": "unpack",
+    }
     convert(output_dir=tmp_path / "kept", keep_scratch=True, **options)
     job("x")
     assert cuts(scratch)
