@@ -42,7 +42,8 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
-from pipeline.jobs.files import Table, read_toml, validate
+from pipeline.documents import read_toml_file
+from pipeline.jobs.files import Table, validate
 from pipeline.jobs.fleet import STALL_SECONDS, STOP_SECONDS
 from pipeline.jobs.notify import Notify, anchored_secrets
 from pipeline.jobs.retry import Retry
@@ -170,7 +171,7 @@ def read_schedule(file: Path) -> Schedule:
     folder = file.absolute().parent
     values = {
         key: anchored_secrets(value, folder) if key in ("http", "notify") else value
-        for key, value in read_toml(file, "a schedule").items()
+        for key, value in read_toml_file(file, "a schedule").items()
     }
     schedule = validate(Schedule, values, str(file))
     watches = tuple(
