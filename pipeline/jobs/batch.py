@@ -59,7 +59,7 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
         Where the dashboard of that in this process is.
     """
     from pipeline.run.cluster import in_process_cluster
-    from pipeline.run.schedulers import dashboard_link, remote
+    from pipeline.run.schedulers import dashboard_link, elsewhere
     from stages.build.builders import gpus
 
     if scheduler is None:
@@ -72,7 +72,7 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
         return
     if not scheduler.startswith(("tcp://", "tls://")):
         raise BadInput([Problem("--scheduler", scheduler, "tcp://HOST:PORT or tls://HOST:PORT of a Dask cluster")])
-    with remote(scheduler) as client:
+    with elsewhere(scheduler) as client:
         yield Workers(client, dashboard_link(client), False)
 
 

@@ -73,6 +73,9 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
     if isinstance(values.get("engine"), dict):
         result["engine"] = engine_options.anchored(values["engine"], folder)
+    if isinstance(values.get("cluster"), dict) and isinstance(tls := values["cluster"].get("tls"), dict):
+        files = {key: str(folder / Path(value).expanduser()) if isinstance(value, str) else value for key, value in tls.items()}
+        result["cluster"] = {**values["cluster"], "tls": files}
     for key in PATHS & set(values):
         if isinstance(values[key], str) and "://" not in values[key]:
             path = folder / Path(values[key]).expanduser()

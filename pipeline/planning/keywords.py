@@ -6,9 +6,9 @@ where they are used, by Job and EngineOptions; that both say the same is tested.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
@@ -164,6 +164,7 @@ class JobOptions(ShapeOptions, total=False):
     workers: int
     memory_limit: int | str
     scheduler: str
+    cluster: Mapping[str, Any]
     listen: str | None
     performance_report: str | Path | None
     scratch: str | Path | None
