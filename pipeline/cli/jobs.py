@@ -136,7 +136,8 @@ def batch_command(
         retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
         jobs = max_jobs or asked.settings.max_jobs
         address = scheduler or asked.settings.scheduler
-        result = _batch(units, (address, jobs, memory), retry, metrics, where, log_format)
+        named = None if scheduler else asked.settings.cluster
+        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
         if summary:
             from pipeline.jobs.files import write_json
 
@@ -148,6 +149,7 @@ def batch_command(
 def _batch(
     units: list[Unit],
     workers: tuple[str | None, int | None, int | None],
+    named: Any,
     retry: Any,
     metrics: Path | None,
     listen: Listen | None,
@@ -166,7 +168,7 @@ def _batch(
     log = Log(sys.stderr, log_format)
     with ExitStack() as stack:
         stack.enter_context(log.of_all())
-        at_hand = stack.enter_context(cluster(*workers, listen=listen))
+        at_hand = stack.enter_context(cluster(*workers, listen=listen, named=named))
         fleet = Fleet(at_hand.client, retry)
         fleet.listeners.append(log)
         overview, page = stack.enter_context(shown(fleet, at_hand, listen))

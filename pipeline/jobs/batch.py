@@ -45,7 +45,13 @@ class Workers:
 
 
 @contextmanager
-def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None, listen: Listen | None = None) -> Iterator[Workers]:
+def cluster(
+    scheduler: str | None,
+    max_jobs: int | None,
+    max_memory: int | None,
+    listen: Listen | None = None,
+    named: Mapping[str, Any] | None = None,
+) -> Iterator[Workers]:
     """The cluster that units run on.
 
     Parameters
@@ -57,12 +63,14 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
         use (None: four fifths of the machine's).
     listen
         Where the dashboard of that in this process is.
+    named
+        A `[cluster]` table: the class of a cluster that is started for it, or the TLS files of one at an address.
     """
     from pipeline.run.cluster import in_process_cluster
     from pipeline.run.schedulers import dashboard_link, elsewhere
     from stages.build.builders import gpus
 
-    if scheduler is None:
+    if scheduler is None and not named:
         resources = {"MEMORY": float(max_memory or machine_memory() * 4 // 5), "GPU": float(max(gpus(), 1))}
         at_once = max_jobs or max((os.cpu_count() or 1) // THREADS, 1)
         with in_process_cluster(at_once, resources, listen=listen) as client:
@@ -70,9 +78,9 @@ def cluster(scheduler: str | None, max_jobs: int | None, max_memory: int | None,
             port = client.scheduler_info()["services"]["dashboard"]
             yield Workers(client, Listen((listen or Listen()).host, port).url + "/status", True)
         return
-    if not scheduler.startswith(("tcp://", "tls://")):
+    if scheduler and not scheduler.startswith(("tcp://", "tls://")):
         raise BadInput([Problem("--scheduler", scheduler, "tcp://HOST:PORT or tls://HOST:PORT of a Dask cluster")])
-    with elsewhere(scheduler) as client:
+    with elsewhere(scheduler or "", named) as client:
         yield Workers(client, dashboard_link(client), False)
 
 

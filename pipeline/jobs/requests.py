@@ -43,6 +43,7 @@ class BatchFile(Table):
     max_jobs: Annotated[int | None, Field(ge=1, description="Conversions at a time.")] = None
     max_memory: Annotated[ByteSize | None, Field(description="Most memory of all conversions together.")] = None
     scheduler: Annotated[str | None, Field(description="A Dask cluster whose workers convert.")] = None
+    cluster: Annotated[dict[str, Any] | None, Field(description="One to start for it: its class and options.")] = None
     retry: Retry = Retry()
     files: tuple[str, ...] = ()
     defaults: dict[str, Any] = Field(default_factory=dict)

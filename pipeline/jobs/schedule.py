@@ -133,11 +133,13 @@ class Http(Table):
 class Schedule(Table):
     """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from.
 
-    `scheduler`: the address of a Dask cluster whose workers convert, None for one in the daemon's process. `record_days`: how long
+    `scheduler`: the address of a Dask cluster whose workers convert, `cluster`: the class and options of one to start, neither: one in
+    the daemon's process. `record_days`: how long
     what happened is remembered.
     """
 
     scheduler: str | None = None
+    cluster: dict[str, Any] | None = None
     timezone: TimeZone = "UTC"
     max_jobs: Annotated[int | None, Field(ge=1)] = None
     max_memory: ByteSize | None = None

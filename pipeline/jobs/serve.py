@@ -65,7 +65,9 @@ class Daemon:
         with ExitStack() as stack:
             stack.enter_context(self.log.of_all())
             stack.enter_context(self.history.only_one())
-            workers = stack.enter_context(cluster(schedule.scheduler, schedule.max_jobs, schedule.max_memory))
+            workers = stack.enter_context(
+                cluster(schedule.scheduler, schedule.max_jobs, schedule.max_memory, named=schedule.cluster)
+            )
             seconds = {"stop_seconds": schedule.stop_seconds, "stall_seconds": schedule.stall_seconds}
             fleet = self.fleet = Fleet(workers.client, schedule.retry, first=self.history.next(), **seconds)
             fleet.listeners += [self.log, self._record]

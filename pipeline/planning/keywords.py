@@ -6,7 +6,7 @@ where they are used, by Job and EngineOptions; that both say the same is tested.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -164,7 +164,7 @@ class JobOptions(ShapeOptions, total=False):
     workers: int
     memory_limit: int | str
     scheduler: str
-    cluster: Mapping[str, Any]
+    cluster: dict[str, Any] | None
     listen: str | None
     performance_report: str | Path | None
     scratch: str | Path | None

@@ -69,3 +69,17 @@ def test_the_files_of_tls_are_relative_to_the_job_file(job: Path) -> None:
     made = make_job({}, write(job, 'class = "distributed.LocalCluster"\ntls = { ca_file = "ca.pem" }'))
     assert made.cluster
     assert made.cluster["tls"]["ca_file"] == str(job.parent / "ca.pem")
+
+
+def test_a_batch_runs_on_the_cluster_that_its_file_names(tmp_path: Path, job: Path) -> None:
+    write(job, "")
+    job.write_text('model_dir = "model"\noutput_dir = "out"\n')
+    batch = tmp_path / "batch.toml"
+    local = 'class = "distributed.LocalCluster"\nn_workers = 2\nprocesses = true\ndashboard_address = ":0"\n'
+    batch.write_text(f'files = ["job.toml"]\n[cluster]\n{local}resources = {{ MEMORY = 1e10 }}\n')
+    ran = headrace("batch", batch)
+    assert (ran.code, "1 done" in ran.out) == (0, True), ran.err
+    batch.write_text(f'files = ["job.toml"]\n[cluster]\n{local}')
+    job.write_text('model_dir = "model"\noutput_dir = "out2"\n')
+    ran = headrace("batch", batch)
+    assert (ran.code, "no worker that offers MEMORY" in ran.out) == (2, True), ran
