@@ -133,8 +133,8 @@ class Http(Table):
 class Schedule(Table):
     """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from.
 
-    `scheduler`: the address of a Dask cluster whose workers convert, `cluster`: the class and options of one to start, neither: one in
-    the daemon's process. `record_days`: how long
+    `scheduler`: the address of a Dask cluster whose workers convert, `cluster`: the class and options of one to start, neither: one
+    in the daemon's process. `record_days`: how long
     what happened is remembered.
     """
 

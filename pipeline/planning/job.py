@@ -201,6 +201,10 @@ def _sources(job: Job, live: bool) -> list[Problem]:
         problems.append(Problem("--quant_ckpt_path", f"{job.quant_ckpt_path} alone", expected))
     if job.revision and not isinstance(job.model_dir, str):
         problems.append(Problem(f"--revision {job.revision}", f"the local path {job.model_dir}", "a model on the Hub, org/name"))
+    if job.revision and "://" in str(job.model_dir):
+        problems.append(
+            Problem(f"--revision {job.revision}", "a URL beside it", "hf://org/name@revision, or a model on the Hub, org/name")
+        )
     return problems
 
 

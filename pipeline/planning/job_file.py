@@ -29,8 +29,8 @@ def absolute_path(value: Any) -> Any:
 
 
 def model_name(value: Any) -> Any:
-    """Return the id of a model on the Hugging Face Hub as it is, where no such path exists; any other value as an absolute path."""
-    if isinstance(value, str) and HUB_ID.fullmatch(value) and not Path(value).exists():
+    """Return a URL, or the id of a model on the Hugging Face Hub where no such path exists, as it is; else an absolute path."""
+    if isinstance(value, str) and ("://" in value or HUB_ID.fullmatch(value)) and not Path(value).exists():
         return value
     return absolute_path(value)
 
