@@ -282,7 +282,7 @@ def _store(url: str) -> Any:
 
     from obstore.store import HTTPStore, from_url
 
-    options: dict[str, Any] = {"timeout": "120s", "connect_timeout": "20s"}
+    options: Any = {"timeout": "120s", "connect_timeout": "20s"}
     retries: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
     parts = urlsplit(url)
     if parts.scheme in ("http", "https"):

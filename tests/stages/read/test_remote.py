@@ -212,6 +212,7 @@ def put(url: str, directory: Path) -> str:
     return url
 
 
+@pytest.mark.nightly
 def test_a_bucket_of_s3(tmp_path: Path, bucket: str) -> None:
     place = at(tmp_path)
     url = put(f"{bucket}/models/m", place)
