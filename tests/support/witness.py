@@ -1,8 +1,8 @@
 """A witness of the conversions that a batch or a daemon starts: which process wrote what, whether two did at once, and when.
 
-Its code runs in every conversion before anything else, by Python's sitecustomize. It holds a lock for each directory that is written
-until the process is gone, and says so in a log that is only added to. A conversion whose directory is named in `hold` waits, once it
-is about to work, for as long as it is; one of `middle-` and that name when it has begun to write.
+Its code runs in every conversion before anything else, by Python's sitecustomize. It holds a lock for each directory that is
+written until the process is gone, and says so in a log that is only added to. A conversion whose directory is named in `hold`
+waits, once it is about to work, for as long as it is; one of `middle-` and that name when it has begun to write.
 """
 
 from __future__ import annotations

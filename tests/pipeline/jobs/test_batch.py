@@ -258,9 +258,9 @@ def test_two_batches_at_once_end_each_with_all_done(models: Path, tmp_path: Path
         f'[retry]\nfirst_seconds = 0.2\nfactor = 1\nattempts = 50\n[[matrix]]\nmodel_dir = ["{models}/a", "{models}/b"]\n'
         'tp_size = [1, 2]\noutput_dir = "out/{model}-{tp_size}"\n'
     )
-    with running(tmp_path / "batch.toml") as first, running(tmp_path / "batch.toml") as second:
-        with ThreadPoolExecutor(2) as threads:
-            both = [json.loads(out) for out, _ in threads.map(lambda each: each.communicate(), (first, second))]
+    file = tmp_path / "batch.toml"
+    with running(file) as first, running(file) as second, ThreadPoolExecutor(2) as threads:
+        both = [json.loads(out) for out, _ in threads.map(lambda each: each.communicate(), (first, second))]
     for said in both:
         assert said["exit_code"] == 0, said
         assert set(outcomes(said).values()) <= {"done", "up_to_date"}

@@ -1,4 +1,4 @@
-"""Batches on a Dask cluster of several processes: what its loss, and that of its parts, leaves; nothing twice, and the same bytes."""
+"""Batches on a Dask cluster of several processes: what the loss of a part of it leaves; nothing twice, and the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fleet: what its cluster gives units, what is tried again, and what stopping, cancelling and splitting leave. Attempts are played."""
+"""The fleet, its attempts played: what units get, what is tried again, and what stopping, cancelling and splitting leave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK = Retry(attempts=3, first_seconds=0.05, factor=1)
 
 @dataclass
 class Stage:
-    """What attempts do: the codes that a unit's attempts end with (0 when they are used up), and which wait until they are let go."""
+    """What attempts do: the codes that those of a unit end with (0 when they are used up), and which wait to be let go."""
 
     codes: dict[str, list[int]] = field(default_factory=dict)
     held: dict[str, threading.Event] = field(default_factory=dict)

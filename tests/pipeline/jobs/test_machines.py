@@ -113,7 +113,7 @@ def test_a_machine_knows_its_own_processes_to_be_gone(
     assert code == 0, said
 
 
-def test_batches_of_two_machines_do_each_job_once(tmp_path: Path, witness: Witness, machines: tuple[Machine, Machine]) -> None:
+def test_batches_of_two_machines_do_each_job_once(tmp_path: Path, machines: tuple[Machine, Machine]) -> None:
     text = '[retry]\nattempts = 40\nfirst_seconds = 0.3\nfactor = 1\n[[matrix]]\nmodel_dir = "model"\nsync = [true, false]\n'
     (tmp_path / "batch.toml").write_text(text + 'memory_limit = ["1GiB", "2GiB"]\noutput_dir = "o-{sync}-{memory_limit}"\n')
     started = [machine.start("batch", tmp_path / "batch.toml", "--max_jobs", 2, "--json") for machine in machines]

@@ -1,4 +1,4 @@
-"""What every worker elsewhere must be and see, on a real cluster of processes, each in a mount namespace of its own where it matters."""
+"""What every worker elsewhere must be and see, on real workers, in a mount namespace of their own where it matters."""
 
 from __future__ import annotations
 
