@@ -1,4 +1,4 @@
-"""What every worker of a cluster elsewhere must be and see, before anything is written: this version, the source, the outputs.
+"""Questions to every worker of a cluster elsewhere, before anything is written: its version, and whether it sees all files.
 
 Workers write rank files at offsets and read the source themselves, so that both must be on one file system for all of them. That is
 tried, not assumed: with a file in each output's place that each worker reads and answers.
@@ -55,7 +55,7 @@ def check_workers(client: Any, source: Sequence[Path], outputs: Sequence[Path]) 
 
 
 def look(files: Mapping[str, int], probes: Mapping[str, str]) -> dict[str, Any]:
-    """What a worker is and sees: its versions, what differs of files of these sizes, and of the probes, which it answers."""
+    """The answer of a worker: its versions, what differs of files of these sizes, and of the probes, which it answers."""
     wrong, name = {}, uuid.uuid4().hex
     for path, size in files.items():
         try:
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
 
 
 def _answers(client: Any, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What each worker answers, by its address; the exception of one that cannot."""
+    """The answer of each worker, by its address; the exception of one that cannot."""
     answers: dict[str, Any] = client.run(function, *arguments, on_error="return")
     return answers
 

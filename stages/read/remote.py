@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -176,7 +177,7 @@ def _image(url: str, directory: Path, objects: list[Object]) -> int:
 
 
 def _head(url: str, each: Object) -> bytes:
-    """What is needed of an object to open it: all of a small file, the header of one of weights."""
+    """The part of an object that opening it needs: all of a small file, the header of one of weights."""
     if not each.name.endswith(WEIGHTS):
         return bytes(fetch_range(url, each.name, 0, each.size_bytes, each.etag)) if each.size_bytes else b""
     file = _Beginning(url, each)
@@ -236,7 +237,7 @@ def _asked(url: str) -> list[Object]:
 
 
 def _existing(url: str, name: str) -> Object:
-    """What a server says of an object that must be there. Raises BadInput where it is not."""
+    """An object that must be there, as its server describes it. Raises BadInput where it is not."""
     found = _head_of(url, name) if re.fullmatch(r"[\w.-]+", name) else None
     if found is None:
         raise BadInput([Problem(f"{url}/{name}", "no such file", "every file of weights")])
@@ -244,7 +245,7 @@ def _existing(url: str, name: str) -> Object:
 
 
 def _head_of(url: str, name: str) -> Object | None:
-    """What a server says of an object; None where there is none."""
+    """An object, as its server describes it; None where there is none."""
     import obstore
 
     try:
@@ -278,8 +279,6 @@ def _again(work: Callable[[], T], what: str) -> T:
 @lru_cache(64)
 def _store(url: str) -> Any:
     """The store at a URL, once a process; it makes requests again itself where a server is busy (5xx) or gone for a moment."""
-    from datetime import timedelta
-
     from obstore.store import HTTPStore, from_url
 
     options: Any = {"timeout": "120s", "connect_timeout": "20s"}

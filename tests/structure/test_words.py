@@ -73,7 +73,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},
     "pipeline/run/sealed.py": {"dask", "distributed"},
-    "pipeline/run/schedulers.py": {"dask", "distributed"},
+    "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.run.named_cluster"},
+    "pipeline/run/named_cluster.py": {"distributed"},
     "pipeline/run/cluster.py": {"distributed", "tornado", "pipeline.watching.dashboard"},
     # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.
     "pipeline/planning/dask_settings.py": {"dask"},
@@ -91,6 +92,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/read/gguf_header.py": {"gguf"},
     "stages/read/hub.py": {"huggingface_hub"},
     "stages/read/live_model.py": {"torch"},
+    "stages/read/remote.py": {"huggingface_hub", "obstore"},
     "stages/read/zarr_store.py": {"zarr"},
     "stages/verify/roundtrip/original/numbers.py": {"gguf"},
     # Only scratch and object storage need zarr and fsspec.

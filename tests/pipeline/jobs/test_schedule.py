@@ -62,7 +62,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
             "[[interval]]\nname = 'a'\nevery = 9\nfiles = ['f']",
             "interval.0.every: found a key that headrace does not have; expected catch_up,",
         ),
-        ("[[timer]]", "timer: found a key that headrace does not have; expected cron,"),
+        ("[[timer]]", "timer: found a key that headrace does not have; expected cluster, cron,"),
         (WATCH, "watch.0.job: found nothing"),
         (f"{WATCH}[watch.job]\noutput_dir = 'o'", "expected an output_dir with {model} in it"),
         (f"{WATCH}[watch.job]\noutput_dir = '{{model}}'\nmodel_dir = 'x'", "expected options without model_dir"),
