@@ -18,6 +18,7 @@ test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test
 
 # Everything, with the sweeps that `make test` leaves out and twenty times as many random examples.
 nightly: $(VENV)/installed $(MODEL)  ## Run all tests, with sweeps and twenty times as many random examples
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[night]'
 	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile nightly $(TESTS)
 
 check: $(VENV)/installed  ## Lint, format and types

@@ -1,29 +1,27 @@
-"""Run the command line in a process that never outlives its parent: `python -m pipeline.cli.child convert JOBFILE`.
+"""Run the command line in a process that never outlives its parent: `python -m pipeline.cli.child PARENT convert JOBFILE`.
 
-The child starts to work only when it reads its parent's pid from standard input, which the parent writes once the jobs' store has
-recorded the child's pid. A parent that is killed before that leaves no child at work. When the parent ends, standard input is
-closed, and the child kills itself at once; a later run resumes the conversion. On Linux the kernel also kills it, even while it is
-stopped (SIGSTOP).
+On Linux the kernel kills it when the thread that made it ends, even while it is stopped (SIGSTOP). Everywhere its standard input is
+a pipe that closes when the parent is gone, which ends it at once; a later run resumes the conversion.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 
-from pipeline.jobs.parent import end_with_parent, word
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Wait for the parent's pid on standard input, then run the command line. Exits with 3 where the parent is gone."""
-    end_with_parent()
-    # If the parent wrote its pid and died before the call above, this process has another parent now.
-    if os.read(0, 64) != word(os.getppid()):
+    """Tie this process to its parent, then run the command line. Exits with 3 where the parent is gone already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv.pop(1)):
         sys.exit(3)
     threading.Thread(target=_follow, name="headrace-parent", daemon=True).start()
-    # Imported only now, so that a child without a parent does no work.
     from pipeline.cli import main as command_line
 
     command_line()

@@ -1,78 +1,71 @@
-"""The commands `headrace batch`, `headrace jobs` and `headrace gc`: many conversions, and the store that records them."""
+"""The commands `headrace batch` and `headrace jobs`: many conversions, and what a daemon's history says of them."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.cli.options import Json, LogFormat, nvidia_options
 from pipeline.errors import BadInput, Problem, WriteFailed
-from pipeline.jobs.events import Hub
-from pipeline.jobs.log import Log
-from pipeline.jobs.rows import STATES
+from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
+from pipeline.printed import escaped
 
 if TYPE_CHECKING:
+    from pipeline.jobs.history import History
     from pipeline.jobs.requests import Asked
-    from pipeline.jobs.runner import Runner
-    from pipeline.jobs.store import JobStore
+    from pipeline.jobs.units import Unit
 
 app = typer.Typer()
-jobs_app = typer.Typer(help="List the jobs of a store, look at one, cancel or retry one.")
+jobs_app = typer.Typer(help="What `headrace serve` did and does: list jobs, look at one, cancel it or do it again.")
 
 StorePath = Annotated[
-    Path | None, typer.Option("--store", help="The jobs' database; default: $XDG_STATE_HOME/headrace/jobs.db.", show_default=False)
+    Path | None,
+    typer.Option("--store", help="The daemon's history; default: $XDG_STATE_HOME/headrace/history.db.", show_default=False),
 ]
 JobNumber = Annotated[int, typer.Argument(help="The number of a job, as `headrace jobs` lists it.")]
 LISTED = "Values of that option in the matrix, with commas between."
 
 
 @contextmanager
-def opened(path: Path | None, create: bool = True) -> Iterator[JobStore]:
-    """Open the jobs' store at `path` (None: the default place), yield it, and close it at the end.
+def history(path: Path | None, write: bool = False) -> Iterator[History]:
+    """Open the history at `path` (None: the default place), and close it at the end.
 
-    Without `create`, a store that `path` names must exist, and jobs whose processes are gone are marked as ended. Raises BadInput
-    where it does not exist or a package is missing, and WriteFailed (exit code 3) where the database fails while it is open.
+    Raises BadInput where a package is missing or it cannot be opened, and WriteFailed (exit code 3) where it fails later.
     """
-    if path and not create and not path.exists():
-        raise BadInput([Problem(f"--store {path}", "no such file", "a store that `headrace batch` or `headrace serve` has made")])
-    try:
-        import sqlalchemy as sa
+    import sqlite3
 
-        from pipeline.jobs.recovery import recover
-        from pipeline.jobs.store import open_store
+    try:
+        from pipeline.jobs.history import History, default_path
     except ModuleNotFoundError as error:
-        problem = Problem("headrace[jobs]", f"no package {error.name}", "it installed", "Run pip install 'headrace[jobs]'")
-        raise BadInput([problem]) from None
-    store = open_store(path)
+        raise _missing(error) from None
+    opened = History(path or default_path(), write)
     try:
-        if not create:
-            recover(store)
-        yield store
-    except sa.exc.DatabaseError as error:
-        raise WriteFailed(f"{store.path}: {error.orig}") from error
+        yield opened
+    except sqlite3.Error as error:
+        raise WriteFailed(f"{opened.path}: {error}") from error
     finally:
-        store.close()
+        opened.close()
 
 
-def stop_in_order(stop: threading.Event, runner: Runner) -> None:
-    """Have Ctrl-C and SIGTERM set `stop`, so that running jobs are interrupted cleanly; a second signal stops them at once."""
+def stop_in_order(stop: threading.Event) -> None:
+    """Have Ctrl-C and SIGTERM set `stop`, so that conversions are interrupted in order; a second signal ends all at once."""
 
     def handle(*_: object) -> None:
         if stop.is_set():
-            runner.stop_seconds = 0.0
+            os._exit(3)  # what converts ends with this process
         stop.set()
-        runner.wake.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -95,8 +88,11 @@ def batch_command(
     pp_size: Annotated[str | None, typer.Option("--pp_size", help=LISTED)] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help=LISTED)] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help=LISTED)] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="tcp:// or tls:// of a Dask cluster whose workers offer MEMORY; default: this process.")
+    ] = None,
     max_jobs: Annotated[
-        int | None, typer.Option("--max_jobs", min=1, help="Conversions at a time; default: one for eight cores.")
+        int | None, typer.Option("--max_jobs", min=1, help="Conversions at a time here; default: one for eight cores.")
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option("--max_memory", help="Memory of all together, as 8GiB; default: 4/5 of the machine's.")
@@ -104,64 +100,101 @@ def batch_command(
     scratch: Annotated[str | None, typer.Option(help="Directory or URL for the cuts of jobs that name none.")] = None,
     keep_scratch: Annotated[bool, typer.Option("--keep_scratch", help="Keep cuts after success.")] = False,
     attempts: Annotated[int | None, typer.Option(min=1, help="How often to try what may pass; default: 4.")] = None,
+    settle: Annotated[float, typer.Option(min=0, help="Leave sources of which a file is younger, in seconds.")] = 0.0,
     summary: Annotated[Path | None, typer.Option(help="File for the summary, as JSON.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="File for Prometheus' textfile collector, kept up to date.")] = None,
+    write_jobs: Annotated[
+        Path | None, typer.Option("--write_jobs", help="Write a job file for each conversion into a directory; convert nothing.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be done, in which order; do nothing.")] = False,
-    store: StorePath = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT of the page and Dask's dashboard.")] = None,
     json_: Json = False,
     log_format: LogFormat = "text",
 ) -> None:
     """Convert many checkpoints: each source is read once, what fails does not stop the rest, what is done is not done again.
 
-    Exit codes: 0 all done or up to date, otherwise the worst job's: 1 a bug, 2 bad input, 3 interrupted or failed half-way.
+    Exit codes: 0 all done or up to date, otherwise the worst job's: 1 a bug, 2 bad input, 5 verification, 4 no engine,
+    3 interrupted or failed half-way.
     """
-    from pipeline.jobs import report
-    from pipeline.jobs.units import make_units
-
+    try:
+        from pipeline.jobs.batch import planned
+        from pipeline.jobs.units import make_units
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
     lists = {"tp_size": tp_size, "pp_size": pp_size, "dtype": dtype, "quantization": quantization}
     matrix = {"model_dir": model_dir, "output_dir": output_dir, **{name: _values(name, text) for name, text in lists.items()}}
     matrix |= nvidia.options
-    requested = _requested_jobs(names or [], {name: value for name, value in matrix.items() if value})
-    memory = _bytes(max_memory) or requested.settings.max_memory
+    asked = _asked(names or [], {name: value for name, value in matrix.items() if value})
+    memory = _bytes(max_memory) or asked.settings.max_memory
+    where = _address(listen)
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
-    units = make_units([request.given(chosen, Path.cwd()) for request in requested.requests], memory)
-    if dry_run:
-        _show([report.unit(each) for each in units], json_, "units_table")
-        return
-    with opened(store) as jobs_store:
-        from pipeline.jobs.batch import Batch
-        from pipeline.jobs.limits import Limits
+    units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
+    if dry_run or write_jobs:
+        result = planned(units, _write_jobs(write_jobs, units) if write_jobs else {})
+        _show(result, json_, "planned_table")
+    else:
+        retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
+        jobs = max_jobs or asked.settings.max_jobs
+        address = scheduler or asked.settings.scheduler
+        named = None if scheduler else asked.settings.cluster
+        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
+        if summary:
+            from pipeline.jobs.files import write_json
 
-        hub, stop = Hub(), threading.Event()
-        hub.subscribe(Log(sys.stderr, log_format))
-        retry = requested.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
-        batch = Batch(jobs_store, hub, units, Limits.of(max_jobs or requested.settings.max_jobs, memory), retry)
-        stop_in_order(stop, batch.runner)
-        result = batch.run(stop)
-    if summary:
-        from pipeline.jobs.files import write_json
-
-        write_json(summary, result.as_json())
-    _show(result.as_json(), json_, "summary_table")
-    raise typer.Exit(result.exit_code)
+            write_json(summary, result)
+        _show(result, json_, "summary_table")
+    raise typer.Exit(result["exit_code"])
 
 
-@app.command("gc")
-def gc_command(
-    failed_scratch_days: Annotated[
-        float, typer.Option("--failed_scratch_days", min=0, help="How long scratch of failed runs is kept.")
-    ] = 7.0,
-    record_days: Annotated[float, typer.Option("--record_days", min=0, help="How long ended runs are remembered.")] = 90.0,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be removed; remove nothing.")] = False,
-    store: StorePath = None,
-    json_: Json = False,
-) -> None:
-    """Remove scratch that runs left long ago, and what the store says of runs that ended long ago; never an output."""
-    with opened(store, create=False) as jobs_store:
-        from pipeline.jobs.retention import Retention, collect
+def _batch(
+    units: list[Unit],
+    workers: tuple[str | None, int | None, int | None],
+    named: Any,
+    retry: Any,
+    metrics: Path | None,
+    listen: Listen | None,
+    log_format: Any,
+) -> dict[str, Any]:
+    """Do the units, and return the summary."""
+    from pipeline.jobs.batch import cluster, metrics_kept, shown, summary
+    from pipeline.jobs.fleet import Fleet
+    from pipeline.jobs.log import Log
 
-        retention = Retention(failed_scratch_days=failed_scratch_days, record_days=record_days)
-        collected = collect(jobs_store, retention, dry_run)
-    _show({"scratch": list(collected.scratch), "runs": collected.runs, "dry_run": dry_run}, json_, "collected_table")
+    stop, started = threading.Event(), time.monotonic()
+    stop_in_order(stop)
+    if not any(unit.state == "to do" for unit in units):
+        fleet = Fleet(None, retry)
+        return summary(fleet, fleet.add(units, "batch"), time.monotonic() - started)
+    log = Log(sys.stderr, log_format)
+    with ExitStack() as stack:
+        stack.enter_context(log.of_all())
+        at_hand = stack.enter_context(cluster(*workers, listen=listen, named=named))
+        fleet = Fleet(at_hand.client, retry)
+        fleet.listeners.append(log)
+        overview, page = stack.enter_context(shown(fleet, at_hand, listen))
+        log.say("page", f"page {page}; Dask's dashboard {at_hand.dashboard}")
+        if metrics:
+            stack.enter_context(metrics_kept(metrics, overview))
+        runs = fleet.add(units, "batch")
+        fleet.work(stop, until_idle=True)
+        overview.has_ended = True
+        return summary(fleet, runs, time.monotonic() - started)
+
+
+def _write_jobs(directory: Path, units: list[Unit]) -> dict[str, str]:
+    """Write `NNN-name.toml` for each unit that is to be done, in the order of their numbers; their paths by the units' names."""
+    from pipeline.jobs.files import write_job
+
+    written = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for number, unit in enumerate(each for each in units if each.state == "to do"):
+            name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in unit.name)
+            written[unit.name] = str(directory / f"{number:03}-{name}.toml")
+            write_job(Path(written[unit.name]), unit.options)
+    except OSError as error:
+        raise BadInput([Problem(f"--write_jobs {directory}", str(error), "a directory that can be written")]) from None
+    return written
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -172,48 +205,77 @@ def jobs_command(
     store: StorePath = None,
     json_: Json = False,
 ) -> None:
-    """List jobs, the one that something happened to last first."""
+    """List jobs, the newest first."""
     context.obj = store
-    if context.invoked_subcommand is not None:
-        return
-    with opened(store, create=False) as jobs_store:
-        known = next((each for each in STATES if each == state), None)
-        if state and known is None:
-            raise BadInput([Problem("--state", state, f"one of {', '.join(STATES)}")])
-        rows = [asdict(row) for row in jobs_store.jobs(known, limit)]
-    _show(rows, json_, "jobs_table")
+    if context.invoked_subcommand is None:
+        list_command(context, state, limit, store, json_)
+
+
+@jobs_app.command("list")
+def list_command(
+    context: typer.Context,
+    state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    store: StorePath = None,
+    json_: Json = False,
+) -> None:
+    """List jobs, the newest first."""
+    with history(store or context.obj) as opened:
+        from pipeline.jobs.fleet import State
+
+        if state and state not in get_args(State):
+            raise BadInput([Problem("--state", state, f"one of {', '.join(get_args(State))}")])
+        _show(opened.runs(state, limit), json_, "jobs_table")
 
 
 @jobs_app.command("show")
 def show_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
-    """Show a job: its options, its runs and their attempts."""
-    with opened(store or context.obj, create=False) as jobs_store:
-        _show_job(jobs_store, number, json_)
+    """Show a job: its options, its figures, and all of what was wrong."""
+    with history(store or context.obj) as opened:
+        _show(opened.run(number), json_, "job_table")
+
+
+@jobs_app.command("logs")
+def logs_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
+    """Print the last lines that a job's processes have printed, and its error."""
+    with history(store or context.obj) as opened:
+        row = opened.run(number)
+        print(escaped("\n".join(filter(None, (row["log"], row["error"]))), keep="\n"))
 
 
 @jobs_app.command("cancel")
-def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
-    """Cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
-    with opened(store or context.obj, create=False) as jobs_store:
-        jobs_store.cancel(number)
-        _show_job(jobs_store, number, json_)
+def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
+    """Have the daemon cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
+    _ask(context, number, store, "cancel")
 
 
 @jobs_app.command("retry")
-def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
-    """Have `headrace serve` on this store do a job again; it waits where none is at work."""
-    with opened(store or context.obj, create=False) as jobs_store:
-        jobs_store.retry(number)
-        _show_job(jobs_store, number, json_)
+def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
+    """Have the daemon do a job again; where none is at work, the next one does."""
+    _ask(context, number, store, "retry")
 
 
-def _show_job(store: JobStore, number: int, as_json: bool) -> None:
-    from pipeline.jobs import report
+def _ask(context: typer.Context, number: int, store: Path | None, action: str) -> None:
+    with history(store or context.obj) as opened:
+        from pipeline.jobs.fleet import ACTIVE
 
-    _show(report.job(store, store.job(number)), as_json, "job_table")
+        row = opened.run(number)
+        wrong = {
+            "cancel": (row["state"] not in ACTIVE, f"it ended: {row['state']}", "a job that waits or runs"),
+            "retry": (row["state"] in ACTIVE, f"it is {row['state']}", "a job that has ended"),
+        }[action]
+        if wrong[0]:
+            raise BadInput([Problem(f"job {number}", *wrong[1:])])
+        if not row["outputs"]:
+            raise BadInput([Problem(f"job {number}", "a request that never became one", "a job", "Mend it, and ask again")])
+        try:
+            opened.ask(action, number)
+        except OSError as error:
+            raise BadInput([Problem(str(opened.asked), error.strerror or "an error", "the daemon's directory")]) from None
+        print(f"job {number}: asked to {action}")
 
 
-def _requested_jobs(names: list[str], matrix: dict[str, Any]) -> Asked:
+def _asked(names: list[str], matrix: dict[str, Any]) -> Asked:
     """Return the jobs that the batch and job files ask for, and those of the matrix that the flags ask for."""
     from pipeline.jobs.requests import Asked, gather, of_matrix
 
@@ -233,6 +295,17 @@ def _bytes(text: str | None) -> int | None:
         return int(TypeAdapter(ByteSize).validate_python(text)) if text else None
     except ValidationError:
         raise BadInput([Problem("--max_memory", repr(text), "a size such as 8GiB")]) from None
+
+
+def _address(text: str | None) -> Listen | None:
+    try:
+        return parse_listen(text) if text else None
+    except ValueError as error:
+        raise BadInput([Problem("--listen", repr(text), str(error))]) from None
+
+
+def _missing(error: ModuleNotFoundError) -> BadInput:
+    return BadInput([Problem("headrace[jobs]", f"no package {error.name}", "it installed", "Run pip install 'headrace[jobs]'")])
 
 
 def _show(facts: Any, as_json: bool, table: str) -> None:

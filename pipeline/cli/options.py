@@ -43,7 +43,7 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     hints = inspect.get_annotations(command, eval_str=True)
     file_type: Any = Annotated[Path | None, JOB_FILE]
     parameters = [inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file_type, default=None)]
-    for name in sorted(set(Job.model_fields) - {"target", "engine", "expect"}, key=_order):
+    for name in sorted(set(Job.model_fields) - {"target", "engine", "expect", "scratch_outputs", "cluster"}, key=_order):
         field = Job.model_fields[name]
         annotation: Any = Annotated[_flag_type(field), _option(name, field)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.jobs import StorePath, opened, stop_in_order
+from pipeline.cli.jobs import StorePath, history, stop_in_order
 from pipeline.cli.options import LogFormat
-from pipeline.jobs.log import Log
 
 app = typer.Typer()
 
@@ -28,19 +27,17 @@ def serve_command(
 
     Runs until SIGTERM or Ctrl-C, which leave what is under way to be taken up at the next start. One daemon a store.
     """
-    with opened(store) as jobs_store:
+    with history(store, write=True) as opened:
         from pipeline.jobs.files import validate
-        from pipeline.jobs.listening import Http
-        from pipeline.jobs.schedule import read_schedule
+        from pipeline.jobs.log import Log
+        from pipeline.jobs.schedule import Http, read_schedule
         from pipeline.jobs.serve import Daemon
-        from pipeline.jobs.services import services
 
         settings = read_schedule(schedule)
         if listen is not None:
-            http = validate(Http, {"listen": listen}, "--listen")
-            settings = settings.model_copy(update={"http": settings.http.model_copy(update={"listen": http.listen})})
-        daemon = Daemon(settings, jobs_store, Log(sys.stderr, log_format))
-        daemon.services += services(daemon)
-        stop_in_order(daemon.stop, daemon.runner)
+            http = validate(Http, {"listen": listen, "hosts": settings.http.hosts}, "--listen")
+            settings = settings.model_copy(update={"http": http})
+        daemon = Daemon(settings, opened, Log(sys.stderr, log_format))
+        stop_in_order(daemon.stop)
         code = daemon.run()
     raise typer.Exit(code)

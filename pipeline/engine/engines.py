@@ -98,7 +98,7 @@ class Engines:
             place, probed = self._place(request), self._probes.get(builder_of(request))
             token = stack.enter_context(self._begun(place))
             # A cluster may still know the tasks of an earlier run, so no name is used twice.
-            name, kept = f" {uuid.uuid4().hex[:8]}", (place.journal,)
+            name, kept = f" {uuid.uuid4().hex[:8]}", place.held
             number = outputs.get(request.checkpoint)
             steps = build_steps(request, number, place.ranks, name=name, probed=probed, token=token, kept=kept, sync=self.elsewhere)
             self._engines.append(_Engine(request, place, token, steps))

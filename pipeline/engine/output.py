@@ -24,6 +24,7 @@ from pipeline.documents import read_object
 from pipeline.errors import Problem
 from pipeline.planning.build_steps import engine_files, log_of
 from pipeline.planning.engine_options import partial_of
+from pipeline.sinks import hold
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output_checks import existing
 from pipeline.tensor.filesystem import try_lock
@@ -32,10 +33,11 @@ from stages.build import clear, missing
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
 JOURNAL = PROVENANCE + ".partial"
+NOTE = PROVENANCE + hold.SUFFIX
 STOP_SECONDS = 30.0  # that a stopped builder may take to end
 
 _BUILT = r"rank\d+\.engine|rank\d+_managed_weights\.safetensors|config\.json|quant_cfg\.json|model\.cache|lora"
-_OURS = re.compile(rf"{_BUILT}|headrace\.json(\.partial)?|\.token-\w+")
+_OURS = re.compile(rf"{_BUILT}|headrace\.json(\.partial|\.lock(\.next)*)?|\.token-\w+")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class EngineDirectory:
     def journal(self) -> Path:
         """The locked file that keeps other runs away."""
         return self.partial / JOURNAL
+
+    @property
+    def held(self) -> tuple[Path, Path]:
+        """The files there by which it is held: the journal, and the note beside it."""
+        return self.journal, hold.place(self.journal)
 
     @property
     def replaced(self) -> Path:
@@ -118,7 +125,7 @@ class EngineDirectory:
         taken = self.partial.stat().st_ino
         token = self.partial / f".token-{uuid.uuid4().hex}"
         try:
-            clear(self.partial, (journal.path,))  # a builder of an earlier run on another machine stops without its token
+            clear(self.partial, self.held)  # a builder of an earlier run on another machine stops without its token
             self.await_builders()
             for log in self.logs:
                 log.unlink(missing_ok=True)
@@ -164,7 +171,7 @@ class EngineDirectory:
 
         `facts`: entries of headrace.json beside the inputs.
         """
-        paths = [path for path in sorted(self.partial.rglob("*")) if path.is_file() and path not in (token, self.journal)]
+        paths = [path for path in sorted(self.partial.rglob("*")) if path.is_file() and path not in (token, *self.held)]
         files = {str(path.relative_to(self.partial)): path.stat().st_size for path in paths}
         digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
         provenance = {"headrace": "engine", "id": digest, "inputs": dict(self.inputs), **facts, "files": files}
@@ -173,7 +180,7 @@ class EngineDirectory:
         if self.directory.exists():
             self.directory.rename(self.replaced)
         self.partial.rename(self.directory)
-        for name in (token.name, JOURNAL):
+        for name in (token.name, JOURNAL, NOTE):
             (self.directory / name).unlink(missing_ok=True)
         shutil.rmtree(self.replaced, ignore_errors=True)
         return sum(files.values())

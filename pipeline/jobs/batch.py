@@ -1,109 +1,185 @@
-"""A batch: everything that was asked for, one conversion after another or some at a time, and what came of each."""
+"""A batch: units on a cluster of this process or of several machines, and a summary of what came of each."""
 
 from __future__ import annotations
 
+import os
 import threading
-import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.jobs.events import Hub
-from pipeline.jobs.limits import Limits
-from pipeline.jobs.retry import Retry
-from pipeline.jobs.rows import GOOD, RunRow, Unit
-from pipeline.jobs.runner import Runner
-from pipeline.jobs.store import JobStore
-from pipeline.jobs.submit import submit
+from pipeline.errors import BadInput, Problem
+from pipeline.jobs.fleet import GOOD, Fleet, Run
+from pipeline.jobs.overview import Overview
+from pipeline.planning.listen import PAGE, Listen
+from pipeline.watching.metrics import Metrics
+from pipeline.watching.server import serving
 
+SCHEMA = 1
+METRICS_SECONDS = 15.0  # between two writes of a file of metrics
+THREADS = 8  # that one conversion keeps busy, at most
 # Exit codes, the worst last: what running it again may mend, what is not as it should be, what somebody must mend, a bug.
-_WORSE = (0, 3, 5, 2, 1)
+_WORSE = (0, 3, 4, 5, 2, 1)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's where that is less."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 @dataclass(frozen=True)
-class BatchEntry:
-    """The result of one job of a batch, and the number of its run in the store."""
+class Workers:
+    """A cluster that units run on: its client, and the address of its dashboard. `here`: it is in this process."""
 
-    name: str
-    outputs: tuple[str, ...]
-    outcome: str
-    exit_code: int
-    run: int
-    error: str
+    client: Any
+    dashboard: str
+    here: bool
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The results of a batch: of the jobs as they were asked for, and of the conversions that were made for them."""
+@contextmanager
+def cluster(
+    scheduler: str | None,
+    max_jobs: int | None,
+    max_memory: int | None,
+    listen: Listen | None = None,
+    named: Mapping[str, Any] | None = None,
+) -> Iterator[Workers]:
+    """The cluster that units run on.
 
-    jobs: tuple[BatchEntry, ...]
-    conversions: tuple[dict[str, Any], ...]
-    seconds: float
+    Parameters
+    ----------
+    scheduler
+        The address of one, `tcp://` or `tls://`, whose workers offer MEMORY; None for one in this process.
+    max_jobs, max_memory
+        Of that in this process: how many units at a time (None: one for eight cores), and the bytes of memory that all of them may
+        use (None: four fifths of the machine's).
+    listen
+        Where the dashboard of that in this process is.
+    named
+        A `[cluster]` table: the class of a cluster that is started for it, or the TLS files of one at an address.
+    """
+    from pipeline.run.cluster import in_process_cluster
+    from pipeline.run.schedulers import dashboard_link, elsewhere
+    from stages.build.builders import gpus
 
-    @property
-    def exit_code(self) -> int:
-        """0 where all is well, else the worst of all jobs."""
-        return max((entry.exit_code for entry in self.jobs), key=_WORSE.index, default=0)
-
-    def as_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "exit_code": self.exit_code,
-            "seconds": round(self.seconds, 3),
-            "counts": dict(Counter(entry.outcome for entry in self.jobs)),
-            "jobs": [asdict(entry) for entry in self.jobs],
-            "conversions": list(self.conversions),
-        }
-
-
-class Batch:
-    """Units to be done, in a queue of their own."""
-
-    def __init__(self, store: JobStore, hub: Hub, units: Sequence[Unit], limits: Limits, retry: Retry | None = None) -> None:
-        self.store, self.hub, self.units = store, hub, units
-        self.queue = store.register("batch").id
-        self.runner = Runner(store, hub, self.queue, self.queue, limits, retry)
-
-    def run(self, stop: threading.Event | None = None) -> Summary:
-        """Do what is not done of them, in this thread; go on past what fails. `stop` ends it in order."""
-        started = time.monotonic()
-        try:
-            runs = submit(self.store, self.hub, self.units, self.queue, "batch")
-            self.runner.work(stop or threading.Event(), until_idle=True)
-        finally:
-            self.store.interrupt(self.queue, "the batch was stopped before it began")
-            self.store.end_worker(self.queue)
-        return _summary(self.store, self.queue, self.units, runs, time.monotonic() - started)
+    if scheduler is None and not named:
+        resources = {"MEMORY": float(max_memory or machine_memory() * 4 // 5), "GPU": float(max(gpus(), 1))}
+        at_once = max_jobs or max((os.cpu_count() or 1) // THREADS, 1)
+        with in_process_cluster(at_once, resources, listen=listen) as client:
+            # Dask names the machine's address even where the dashboard listens on this machine alone.
+            port = client.scheduler_info()["services"]["dashboard"]
+            yield Workers(client, Listen((listen or Listen()).host, port).url + "/status", True)
+        return
+    if scheduler and not scheduler.startswith(("tcp://", "tls://")):
+        raise BadInput([Problem("--scheduler", scheduler, "tcp://HOST:PORT or tls://HOST:PORT of a Dask cluster")])
+    with elsewhere(scheduler or "", named) as client:
+        yield Workers(client, dashboard_link(client), False)
 
 
-def _summary(store: JobStore, queue: str, units: Sequence[Unit], runs: Sequence[RunRow], seconds: float) -> Summary:
-    by_outputs = {run.outputs: run for run in reversed(store.runs(queue=queue, limit=None))}
-    entries = []
-    for unit, before in zip(units, runs, strict=True):
-        run = store.run(before.id)
-        for part in unit.parts or (unit,):
-            own = by_outputs.get(part.conversion.outputs, run) if run.state == "split" else run
-            outcome = "up_to_date" if part.up_to_date and own.state == "done" else own.state
-            code = 0 if own.state in GOOD else own.exit_code or 3
-            entries.append(BatchEntry(part.members[0], part.conversion.outputs, outcome, code, own.id, own.error))
-    conversions = tuple(_figures(store, run) for run in sorted(by_outputs.values(), key=lambda run: run.id))
-    return Summary(tuple(entries), conversions, seconds)
+@contextmanager
+def shown(fleet: Fleet, workers: Workers, listen: Listen | None) -> Iterator[tuple[Overview, str]]:
+    """An overview of a fleet on a page while the context lasts, and the page's address.
+
+    It is beside the dashboard of a cluster in this process; else on a server at `listen`.
+    """
+    overview = Overview(fleet, "batch", dashboard=workers.dashboard)
+    if workers.here:
+        workers.client.cluster.scheduler.http_application.add_handlers(".*", overview.routes())
+        yield overview, workers.dashboard.removesuffix("/status") + PAGE
+        return
+    with serving(listen or Listen(), overview.routes(), or_any_port=listen is None) as url:
+        yield overview, url + PAGE
 
 
-def _figures(store: JobStore, run: RunRow) -> dict[str, Any]:
-    attempts = store.attempts(run.id)
+@contextmanager
+def metrics_kept(file: Path, overview: Overview) -> Iterator[None]:
+    """Keep a file of metrics up to date: each time whole, by a rename. Raises BadInput where it cannot be written at first."""
+    text, ended = Metrics(overview.reading).text, threading.Event()
+
+    def write() -> None:
+        new = file.with_name(f".{file.name}.new")
+        new.write_bytes(text())
+        new.replace(file)
+
+    def work() -> None:
+        while not ended.wait(METRICS_SECONDS):
+            with suppress(OSError):  # the next may go well
+                write()
+
+    try:
+        write()
+    except OSError as error:
+        raise BadInput([Problem(f"--metrics {file}", error.strerror or "an error", "a file that can be written")]) from None
+    thread = threading.Thread(target=work, name="headrace-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            write()
+
+
+def summary(fleet: Fleet, asked: Sequence[Run], seconds: float) -> dict[str, Any]:
+    """The outcome of the runs that were asked for, as plain values: of each job, and of each unit that was made for them."""
+    jobs = [_job(name, outputs, run) for run in asked for name, outputs, run in _members(fleet, run)]
+    code = max((job["exit_code"] for job in jobs), key=_WORSE.index, default=0)
+    counts = dict(Counter(job["outcome"] for job in jobs))
+    units = [_unit(run) for run in fleet.runs.values()]
+    return {"schema": SCHEMA, "exit_code": code, "seconds": round(seconds, 3), "counts": counts, "jobs": jobs, "units": units}
+
+
+def planned(units: Sequence[Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """The plan of a batch of these units, as plain values: the schema is that of `headrace batch --dry_run --json`.
+
+    `files`: the job files that were written, by the units' names.
+    """
+    codes = [2 for unit in units if unit.state == "refused"]
+    rows = [{**unit.as_json(), "bytes": sum(unit.room.values()), "file": files.get(unit.name)} for unit in units]
+    return {"schema": SCHEMA, "exit_code": max(codes, default=0), "units": rows}
+
+
+def _members(fleet: Fleet, run: Run) -> Iterator[tuple[str, tuple[str, ...], Run]]:
+    """Each job of a run, its outputs, and the run that it ended in."""
+    if run.parts:
+        for number in run.parts:
+            yield from _members(fleet, fleet.runs[number])
+    elif run.unit.parts:
+        for part in run.unit.parts:
+            yield part.name, part.outputs, run
+    else:
+        yield run.unit.name, run.unit.outputs, run
+
+
+def _job(name: str, outputs: tuple[str, ...], run: Run) -> dict[str, Any]:
+    done = next((part.state for part in run.unit.parts if part.outputs == outputs), "")
+    outcome = "up_to_date" if done == "up_to_date" and run.state == "done" else run.state
+    code = 0 if run.state in GOOD else run.exit_code or 3
+    return {"name": name, "unit": run.number, "outputs": list(outputs), "outcome": outcome, "exit_code": code, "error": run.error}
+
+
+def _unit(run: Run) -> dict[str, Any]:
+    figures: Mapping[str, Any] = {name: int(run.total(name)) for name in ("bytes_read", "bytes_written")}
     return {
-        "run": run.id,
-        "job": run.job,
-        "name": run.name,
-        "outputs": list(run.outputs),
+        "number": run.number,
+        "name": run.unit.name,
+        "outputs": list(run.unit.outputs),
         "outcome": run.state,
         "exit_code": run.exit_code,
         "error": run.error,
-        "attempts": len(attempts),
-        "seconds": round(sum(attempt.seconds or 0.0 for attempt in attempts), 3),
-        "bytes_read": sum(attempt.bytes_read for attempt in attempts),
-        "bytes_written": sum(attempt.bytes_written for attempt in attempts),
-        "peak_memory_bytes": max((attempt.peak_memory_bytes for attempt in attempts), default=0),
+        "attempts": len(run.attempts),
+        "seconds": round(run.total("seconds"), 3),
+        "started": run.started,
+        "ended": run.ended,
+        **figures,
+        "peak_memory_bytes": max((each.get("peak_memory_bytes") or 0 for each in run.attempts), default=0),
     }

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
 
 
@@ -20,11 +19,6 @@ class Table(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def read_toml(file: Path, what: str) -> dict[str, Any]:
-    """The values of a file. Raises BadInput where it cannot be read or is no TOML; `what` it should have been is for the report."""
-    return read_toml_file(file, what)
 
 
 def validate(model: type[Model], values: Mapping[str, Any], file: str) -> Model:

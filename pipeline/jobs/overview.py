@@ -1,160 +1,252 @@
-"""All jobs at one moment, for the daemon's page and for Prometheus: what the hub has told since it began, beside the store."""
+"""All runs of a batch or a daemon at one moment: a page, metrics for Prometheus, and JSON."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from pipeline.jobs.events import Event, JobFinished, JobStarted, Progress, Stalled
-from pipeline.jobs.reading import Reader
-from pipeline.jobs.rows import RunRow
-from pipeline.watching.metrics import Durations, Reading, Running
-from pipeline.watching.state import MAX_SAMPLES, Sample, Share
+from pipeline.jobs.fleet import ACTIVE, Fleet, Run
+from pipeline.printed import in_html
+from pipeline.watching.charts import timeline
+from pipeline.watching.live import page_routes
+from pipeline.watching.metrics import Durations, Metrics, Reading, Running
+from pipeline.watching.page import duration, fact_list, rates
+from pipeline.watching.server import Guarded, Route, routes
+from pipeline.watching.state import Sample, Share
+from pipeline.watching.units import human_bytes, human_rate
 
-SAMPLE_SECONDS = 5.0  # between two samples: conversions tell of themselves every few seconds
-SHOWN = 50  # jobs, and failures, on a page
-FORGET_SECONDS = 60.0  # after which a conversion that the store knows nothing of is none
-
-
-@dataclass(frozen=True)
-class Live:
-    """A conversion at work: its last progress, and when its bytes last grew, by time.monotonic()."""
-
-    job: int
-    name: str
-    moved: float
-    progress: Progress | None = None
+SAMPLE_SECONDS, SAMPLES = 5.0, 720
+SHOWN = 100  # rows of a table
+LONGEST_ERROR = 4000  # characters
+KEPT = 1000  # runs that have ended, in memory
 
 
-@dataclass(frozen=True)
 class Overview:
-    """Everything that a page shows. `samples`: bytes written by all jobs since the daemon began, and the memory that they held.
+    """Listens to a fleet, and shows it. `name`: the page's title; `next_times`: when each trigger of a daemon fires next."""
 
-    `active`: runs that work, then those that wait; `failures`: those that ended badly last. Each newest first, and not all of many.
-    """
+    def __init__(self, fleet: Fleet, name: str, next_times: Callable[[], Mapping[str, str]] = dict, dashboard: str = "") -> None:
+        self.fleet, self.name, self.next_times, self.dashboard = fleet, name, next_times, dashboard
+        self.has_ended = False
+        self._begun = time.monotonic()
+        self._samples: deque[Sample] = deque([Sample(0.0, 0, 0)], SAMPLES)
+        self._stages: dict[str, dict[str, float]] = {}
+        self._durations: dict[str, Durations] = {}
+        self._ended: Counter[str] = Counter()
+        self._stalls = self._written = 0
+        fleet.listeners.append(self)
 
-    reading: Reading
-    active: tuple[RunRow, ...]
-    live: Mapping[int, Live]
-    failures: tuple[RunRow, ...]
-    samples: tuple[Sample, ...]
-    seconds: float
+    def __call__(self, event: str, run: Run, _said: Mapping[str, Any]) -> None:
+        """Hear of an event, with the fleet's lock held."""
+        self._stalls += event == "stalled"
+        if event == "ended":
+            self._ended[run.state] += 1
+            for attempt in run.attempts:
+                _add(self._stages, attempt.get("stages") or {})
+                self._written += int(attempt.get("bytes_written") or 0)
+            if run.attempts:
+                took = self._durations.get(run.state, Durations())
+                self._durations[run.state] = took.plus(run.total("seconds"))
+            ended = [number for number, each in self.fleet.runs.items() if each.state not in ACTIVE]
+            if self.name == "schedule":  # a batch sums its runs up at the end
+                for number in ended[:-KEPT]:
+                    del self.fleet.runs[number]
+        self._sample()
 
+    def reading(self) -> Reading:
+        """The values of all metrics."""
+        with self.fleet.lock:
+            active = self.fleet.active()
+            stages = {stage: dict(units) for stage, units in self._stages.items()}
+            for run in active:
+                _add(stages, run.progress.get("stages") or {})
+            waiting = Counter(str(run.state) for run in active)
+            running = tuple(_running(run) for run in active if run.state == "running")
+            states: dict[str, int] = {**self._ended, **waiting}
+            queue = len(active) - len(running)
+            return Reading(stages, states, queue, self._stalls, dict(self._durations), running)
 
-@dataclass
-class _Counters:
-    """Totals over the attempts that have ended, and the number of stalls: they never decrease."""
+    def as_json(self) -> dict[str, Any]:
+        """All runs as plain values, the newest first."""
+        with self.fleet.lock:
+            runs = [_values(run) for run in sorted(self.fleet.runs.values(), key=lambda run: -run.number)]
+        return {"runs": runs, "next": dict(self.next_times())}
 
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    stalls: int = 0
-    durations: dict[str, Durations] = field(default_factory=dict)
+    def health(self) -> dict[str, Any]:
+        """The answer to `/health`: how many runs are in each state, and for how long each at work has written nothing."""
+        now = self.reading()
+        running = [{"job": each.name, "idle_seconds": round(each.idle_seconds, 1)} for each in now.running]
+        return {"status": "ok", "states": dict(now.states), "queue_length": now.queue_length, "running": running}
 
+    def routes(self) -> list[Route]:
+        """The page, `/metrics`, `/health` and `/api/jobs`."""
+        own: list[Route] = [
+            ("/api/jobs", JobsHandler, {"overview": self}),
+            (r"/report/(\d{1,12})/(\d{1,6})", ReportHandler, {"overview": self}),
+        ]
+        return [*page_routes(self), *routes(Metrics(self.reading).text, self.health), *own]
 
-class Overseer:
-    """Listens to a hub, and gives an Overview whenever one is asked for, from any thread."""
-
-    def __init__(self, store: Reader, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds that never go back."""
-        self._store, self._clock = store, clock
-        self._begun = clock()
-        self._lock = threading.Lock()
-        self._live: dict[int, Live] = {}
-        self._counters = _Counters()
-        self._samples: deque[Sample] = deque([Sample(0.0, 0, 0)])
-
-    def __call__(self, event: Event) -> None:
-        """Hear of an event."""
-        with self._lock:
-            if isinstance(event, JobStarted):
-                self._live[event.run] = Live(event.job, event.name, self._clock())
-            elif isinstance(event, Progress):
-                before = self._live.get(event.run)
-                grown = before is None or before.progress is None or event.bytes > before.progress.bytes
-                self._live[event.run] = Live(
-                    event.job, event.name, self._clock() if grown or before is None else before.moved, event
-                )
-            elif isinstance(event, Stalled):
-                self._counters.stalls += 1
-            elif isinstance(event, JobFinished):
-                self._live.pop(event.run, None)
-                _add(self._counters.stages, event.by_stage)
-                if event.attempt:  # 0: refused or up to date before any was made
-                    took = self._counters.durations.get(event.outcome, Durations())
-                    self._counters.durations[event.outcome] = took.plus(event.seconds)
+    def look(self) -> tuple[str, str, bool]:
+        """The page's content as HTML, its title, and whether the batch has ended."""
+        with self.fleet.lock:
+            runs = sorted(self.fleet.runs.values(), key=lambda run: -run.number)
             self._sample()
-
-    def look(self) -> Overview:
-        """Everything, as it is now."""
-        counts = self._store.counts_by_state()
-        running = self._store.runs(states=("running",), limit=None)
-        active = [*running, *self._store.runs(states=("waiting", "queued"), limit=SHOWN)]
-        failures = self._store.recent_failures(SHOWN)
-        with self._lock:
-            now = self._clock()
-            self._forget({run.id for run in running}, now)
-            self._sample()
-            reading = Reading(
-                stages=self._stages(),
-                states={str(state): count for state, count in counts.items()},
-                queue_length=counts["queued"] + counts["waiting"],
-                stalls=self._counters.stalls,
-                durations=dict(self._counters.durations),
-                running=tuple(_running(live, now) for live in self._live.values()),
+            samples = list(self._samples)
+            active = [run for run in runs if run.state in ACTIVE]
+            counts = Counter(run.state for run in runs)
+            at_work = [_live_row(run) for run in active if run.state == "running"]
+            waiting = [_waiting_row(run) for run in reversed(active) if run.state != "running"]
+            ended = [_ended_row(run) for run in runs if run.state not in ACTIVE]
+            tables = (
+                _table("Running", at_work, "job", "", "written", "rate", "left", "memory")
+                + _table("Waiting", waiting, "job", "", "why")
+                + _table("Ended", ended, "job", "", "when", "took", "written", "message")
             )
-            samples = tuple(self._samples)
-            return Overview(reading, tuple(active), dict(self._live), tuple(failures), samples, now - self._begun)
+        facts: list[tuple[str, str]] = [(str(count), state) for state, count in sorted(counts.items())]
+        facts += [(human_bytes(self._total()), "written"), (duration(time.monotonic() - self._begun), "elapsed")]
+        times = "".join(f"<li>{in_html(name)}: {in_html(when)}</li>" for name, when in self.next_times().items())
+        held = [(sample.seconds, float(sample.memory_bytes)) for sample in samples]
+        links = '<a href="metrics">metrics</a> · <a href="health">health</a> · <a href="api/jobs">JSON</a>'
+        if self.dashboard:
+            links += f' · <a href="{in_html(self.dashboard)}">Dask\'s dashboard</a>'
+        body = (
+            f"<div class=head><h1>headrace {in_html(self.name)}</h1>{fact_list(facts)}</div>"
+            + (f"<section class=wide><h2>Next</h2><ul>{times}</ul></section>" if times else "")
+            + tables
+            + f"<div class=two>{timeline('Throughput of all', rates(samples), colour='blue', suffix='/s')}"
+            f"{timeline('Memory of all', held, colour='teal')}</div><footer>{links}</footer>"
+        )
+        left = len(active)
+        return body, f"{left} left: headrace" if left else "headrace", self.has_ended
 
-    def _forget(self, running: set[int], now: float) -> None:
-        """Drop what another process has taken over: its end is told there."""
-        for run, live in list(self._live.items()):
-            if run not in running and now - live.moved > FORGET_SECONDS:
-                _add(self._counters.stages, live.progress.by_stage if live.progress else {})
-                del self._live[run]
-
-    def _stages(self) -> dict[str, dict[str, float]]:
-        """Seconds and bytes by stage, of attempts that have ended and of those at work."""
-        totals = {stage: dict(units) for stage, units in self._counters.stages.items()}
-        for live in self._live.values():
-            _add(totals, live.progress.by_stage if live.progress else {})
-        return totals
+    def _total(self) -> int:
+        return self._written + sum(int(run.progress.get("bytes_written") or 0) for run in self.fleet.active())
 
     def _sample(self) -> None:
-        seconds = self._clock() - self._begun
-        if seconds - self._samples[-1].seconds < SAMPLE_SECONDS:
+        seconds = time.monotonic() - self._begun
+        if seconds - self._samples[-1].seconds >= SAMPLE_SECONDS:
+            held = sum(max(int(run.progress.get("memory_bytes") or 0), 0) for run in self.fleet.active())
+            self._samples.append(Sample(seconds, self._total(), held))
+
+
+class JobsHandler(Guarded):
+    """`GET /api/jobs`."""
+
+    def initialize(self, overview: Overview) -> None:
+        self.overview = overview
+
+    def get(self) -> None:
+        self.set_header("Cache-Control", "no-store")
+        self.write(self.overview.as_json())
+
+
+class ReportHandler(Guarded):
+    """`GET /report/7/0`: the page that `headrace report` made of the first output of run 7."""
+
+    def initialize(self, overview: Overview) -> None:
+        self.overview = overview
+
+    def get(self, number: str, place: str) -> None:
+        run = self.overview.fleet.runs.get(int(number))
+        page = dict(enumerate(_reports(run))).get(int(place)) if run else None
+        if page is None:
+            self.refuse(404, "no such report")
             return
-        held = sum(max(live.progress.memory_bytes, 0) for live in self._live.values() if live.progress)
-        written = int(self._stages().get("write", {}).get("bytes", 0))
-        self._samples.append(Sample(seconds, written, held))
-        if len(self._samples) > MAX_SAMPLES:
-            self._samples = deque(list(self._samples)[::2])
+        self.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+        self.write(page.read_text())
+
+
+def _reports(run: Run) -> list[Path]:
+    """The reports that there are of a run's outputs."""
+    return [page for output in run.unit.outputs if (page := Path(f"{output}.report.html")).is_file()]
 
 
 def _add(totals: dict[str, dict[str, float]], stages: Mapping[str, Mapping[str, float]]) -> None:
-    """Add seconds and bytes by stage."""
     for stage, units in stages.items():
         mine = totals.setdefault(stage, {})
         for unit, value in units.items():
             mine[unit] = mine.get(unit, 0.0) + value
 
 
-def _running(live: Live, now: float) -> Running:
-    last = live.progress
-    name = f"{live.job} {live.name}"  # names alone may be those of several
-    if last is None:
-        return Running(name, 0, 0, now - live.moved)
+def _values(run: Run) -> dict[str, Any]:
+    return {
+        "number": run.number, "name": run.unit.name, "state": run.state, "cause": run.cause, "outputs": list(run.unit.outputs),
+        "queued": run.queued, "started": run.started, "ended": run.ended, "exit_code": run.exit_code, "error": run.error,
+        "attempts": len(run.attempts), "bytes": run.progress.get("bytes", 0), "total_bytes": run.progress.get("total_bytes", 0),
+        **{name: run.place.get(name, "") for name in ("host", "pid", "page", "dashboard")},
+    }  # fmt: skip
+
+
+def _running(run: Run) -> Running:
+    said = run.progress
+    memory = said.get("memory_bytes", -1)
     return Running(
-        name=name,
-        done_bytes=last.bytes,
-        total_bytes=last.total_bytes,
-        idle_seconds=now - live.moved,
-        bytes_per_second=last.bytes_per_second,
-        eta_seconds=last.eta_seconds,
-        memory_bytes=last.memory_bytes if last.memory_bytes >= 0 else None,
-        memory_limit_bytes=last.memory_limit_bytes or None,
-        tasks=last.tasks,
-        done_tasks=last.done_tasks,
-        ranks=tuple(Share(*rank) for rank in last.ranks),
+        name=f"{run.number} {run.unit.name}",  # names alone may be those of several
+        done_bytes=said.get("bytes", 0),
+        total_bytes=said.get("total_bytes", 0),
+        idle_seconds=time.monotonic() - run.moved,
+        bytes_per_second=said.get("bytes_per_second"),
+        eta_seconds=said.get("eta_seconds"),
+        memory_bytes=memory if memory >= 0 else None,
+        memory_limit_bytes=said.get("memory_limit_bytes"),
+        tasks=said.get("tasks"),
+        done_tasks=said.get("done_tasks"),
+        ranks=tuple(Share(str(rank[0]), *rank[1:]) for rank in said.get("ranks", ())),
     )
+
+
+def _table(title: str, rows: list[str], *columns: str) -> str:
+    heads = "".join(f"<th>{column}</th>" for column in columns)
+    more = f"<p class=sub>and {len(rows) - SHOWN} more</p>" if len(rows) > SHOWN else ""
+    table = f"<table class=jobs><tr>{heads}</tr>{''.join(rows[:SHOWN])}</table>{more}" if rows else "<p class=sub>none</p>"
+    return f"<section class=wide><h2>{title}</h2>{table}</section>"
+
+
+def _row(run: Run, *cells: str) -> str:
+    name = in_html(run.unit.name)
+    if page := run.place.get("page"):
+        name = f'<a href="{in_html(str(page))}">{name}</a>' if run.state == "running" else name
+    outputs = f"<span class=sub>{in_html(', '.join(run.unit.outputs))}</span>"
+    for place, page in enumerate(_reports(run)):
+        outputs += f' <a href="report/{run.number}/{place}">{in_html(page.name)}</a>'
+    pill = f"<span class='pill {run.state.split()[0]}'>{run.state}</span>"
+    attempt = len(run.attempts) + (run.state == "running")
+    again = f"<br>attempt {attempt}" if attempt > 1 else ""
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in (f"{run.number} {name}<br>{outputs}", pill + again, *cells)) + "</tr>"
+
+
+def _live_row(run: Run) -> str:
+    said, (done, total) = run.progress, (run.progress.get("bytes", 0), run.progress.get("total_bytes", 0))
+    share = 100 * done / total if total else 0.0
+    bar = f"<div class=bar><div style='width:{share:.1f}%'></div></div>"
+    memory = (
+        f"{human_bytes(said['memory_bytes'])} of {human_bytes(said['memory_limit_bytes'])}"
+        if said.get("memory_bytes", -1) >= 0
+        else ""
+    )
+    rate, left = (human_rate(said["bytes_per_second"]), duration(said["eta_seconds"])) if "eta_seconds" in said else ("", "")
+    return _row(
+        run, f"{bar}{human_bytes(done)} of {human_bytes(total)}" if total else "", "stalled" if run.stalled else rate, left, memory
+    )
+
+
+def _waiting_row(run: Run) -> str:
+    why = f"again at {_moment(run.not_before)}" if run.state == "waiting" else f"after {run.unit.after}" if run.unit.after else ""
+    return _row(run, f"{in_html(why)} {_message(run.error)}")
+
+
+def _ended_row(run: Run) -> str:
+    took, written = run.total("seconds"), int(run.total("bytes_written"))
+    return _row(
+        run, _moment(run.ended), duration(took) if took else "", human_bytes(written) if written else "", _message(run.error)
+    )
+
+
+def _message(error: str) -> str:
+    return f"<pre>{in_html(error[:LONGEST_ERROR])}</pre>" if error else ""
+
+
+def _moment(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds)) if seconds else ""

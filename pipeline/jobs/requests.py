@@ -24,8 +24,9 @@ from typing import Annotated, Any
 
 from pydantic import ByteSize, Field
 
+from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
-from pipeline.jobs.files import Table, read_toml, validate
+from pipeline.jobs.files import Table, validate
 from pipeline.jobs.matrix import expand
 from pipeline.jobs.retry import Retry
 from pipeline.planning.job import Job, make_job
@@ -41,6 +42,8 @@ class BatchFile(Table):
 
     max_jobs: Annotated[int | None, Field(ge=1, description="Conversions at a time.")] = None
     max_memory: Annotated[ByteSize | None, Field(description="Most memory of all conversions together.")] = None
+    scheduler: Annotated[str | None, Field(description="A Dask cluster whose workers convert.")] = None
+    cluster: Annotated[dict[str, Any] | None, Field(description="One to start for it: its class and options.")] = None
     retry: Retry = Retry()
     files: tuple[str, ...] = ()
     defaults: dict[str, Any] = Field(default_factory=dict)
@@ -100,11 +103,6 @@ def of_matrix(table: Mapping[str, Any], folder: Path, where: str, patterns: bool
     return [_request(options, where) for options in expand(table, folder, where, patterns)]
 
 
-def of_options(options: Mapping[str, Any], folder: Path, where: str) -> Request:
-    """A job of its options, whose paths are relative to a folder."""
-    return _request(anchored(options, folder), where)
-
-
 def _paths(name: str, folder: Path) -> list[Path]:
     path = folder / Path(name).expanduser()
     if path.is_dir():
@@ -123,7 +121,7 @@ def _paths(name: str, folder: Path) -> list[Path]:
 def _file(path: Path, above: frozenset[Path]) -> Asked:
     """The jobs that a file asks for. A job file that is wrong becomes a request with its problems."""
     try:
-        values = read_toml(path, "a job file or a batch file")
+        values = read_toml_file(path, "a job file or a batch file")
     except BadInput as error:
         return Asked((Request(path.stem, str(path), None, error.problems),))
     if not {"files", "job", "matrix", "defaults"} & set(values):

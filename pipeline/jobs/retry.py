@@ -1,4 +1,4 @@
-"""Decides when a failed conversion is tried again: after longer and longer waits, and never for bad input or a bug."""
+"""Decides when a conversion that failed is tried again: after longer and longer waits, and never for bad input or a bug."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.jobs.events import Outcome
 from pipeline.jobs.files import Table
 
 
@@ -18,15 +17,12 @@ class Retry(Table):
     factor: Annotated[float, Field(ge=1)] = 3.0
     longest_seconds: Annotated[float, Field(ge=0)] = 600.0
 
-    def delay(self, outcome: Outcome, failures: int, passing: bool) -> float | None:
+    def delay(self, outcome: str, failures: int, passing: bool) -> float | None:
         """Seconds to wait after the failure of that number, from 1; None where it is not tried again.
 
-        Tried again is what failed (the disk or the network, or a signal from somewhere) and what was refused for a reason that may
-        pass: another job at work in the same place, or a disk without room.
+        Tried again is what failed (the disk or the network, a signal from somewhere, a worker that was lost) and what was refused
+        for a reason that may pass: another job at work in the same place, or a disk without room.
         """
         if failures >= self.attempts or not (outcome == "failed" or (outcome == "refused" and passing)):
             return None
-        wait = self.first_seconds
-        for _ in range(failures - 1):
-            wait = min(self.longest_seconds, wait * self.factor)
-        return min(self.longest_seconds, wait)
+        return min(self.longest_seconds, self.first_seconds * self.factor ** min(failures - 1, 50))

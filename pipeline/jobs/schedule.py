@@ -20,8 +20,8 @@ path = "/models/incoming"
 tp_size = [1, 2]                        # a matrix, see matrix.py
 output_dir = "/ranks/{model}-tp{tp_size}"
 
-[http]                                  # see listening.py and http.py
-token = { env = "HEADRACE_TOKEN" }
+[http]
+listen = "127.0.0.1:8788"
 
 [notify]                                # see notify.py
 on = ["failure", "stall"]
@@ -40,15 +40,14 @@ from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
-from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
-from pipeline.jobs.files import Table, read_toml, validate
-from pipeline.jobs.listening import Http
-from pipeline.jobs.notify import Notify
-from pipeline.jobs.retention import Retention
+from pipeline.documents import read_toml_file
+from pipeline.jobs.files import Table, validate
+from pipeline.jobs.fleet import STALL_SECONDS, STOP_SECONDS
+from pipeline.jobs.notify import Notify, anchored_secrets
 from pipeline.jobs.retry import Retry
-from pipeline.jobs.runner import STALL_SECONDS, STOP_SECONDS
-from pipeline.jobs.secret import anchored_secrets
+from pipeline.planning.listen import listen_text
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
@@ -124,16 +123,30 @@ class Watch(Trigger):
         return value
 
 
-class Schedule(Table):
-    """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from."""
+class Http(Table):
+    """Where the daemon's page is. `hosts`: names that it is asked for by, beside those that it listens as."""
 
+    listen: Annotated[str, AfterValidator(listen_text)] | None = None
+    hosts: tuple[str, ...] = ()
+
+
+class Schedule(Table):
+    """A schedule: a daemon's triggers and limits. Times in seconds. `folder`: the one that relative paths in it start from.
+
+    `scheduler`: the address of a Dask cluster whose workers convert, `cluster`: the class and options of one to start, neither: one
+    in the daemon's process. `record_days`: how long
+    what happened is remembered.
+    """
+
+    scheduler: str | None = None
+    cluster: dict[str, Any] | None = None
     timezone: TimeZone = "UTC"
     max_jobs: Annotated[int | None, Field(ge=1)] = None
     max_memory: ByteSize | None = None
     stall_seconds: Annotated[float, Field(gt=0)] = STALL_SECONDS
     stop_seconds: Annotated[float, Field(ge=0)] = STOP_SECONDS
     retry: Retry = Retry()
-    retention: Retention = Retention()
+    record_days: Annotated[float, Field(ge=0)] = 90.0
     cron: tuple[Cron, ...] = ()
     interval: tuple[Interval, ...] = ()
     watch: tuple[Watch, ...] = ()
@@ -160,7 +173,7 @@ def read_schedule(file: Path) -> Schedule:
     folder = file.absolute().parent
     values = {
         key: anchored_secrets(value, folder) if key in ("http", "notify") else value
-        for key, value in read_toml(file, "a schedule").items()
+        for key, value in read_toml_file(file, "a schedule").items()
     }
     schedule = validate(Schedule, values, str(file))
     watches = tuple(

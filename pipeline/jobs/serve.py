@@ -1,93 +1,149 @@
-"""The daemon: triggers queue jobs, the runner does them, and everything is taken up again after whatever has stopped it.
+"""The daemon: triggers ask for units, a fleet does them, and everything is taken up again after whatever has stopped it.
 
-A trigger works in a thread of its scheduler: it has the jobs planned by another process, and queues them. Conversions are begun by
-the main thread alone. What ends the daemon ends its conversions: in order on SIGTERM, at once with a daemon that is killed. The
-next one finds in the store what was under way, and goes on with it.
+A trigger works in a thread of its scheduler: it has its units planned by another process, as `headrace batch --dry_run` does. What
+ends the daemon ends its conversions: in order on SIGTERM, at once with a daemon that is killed. The next one finds in the history
+what was under way, and asks for it again.
 """
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
+import subprocess
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from pipeline.errors import HeadraceError, Interrupted
-from pipeline.jobs.aside import Aside
-from pipeline.jobs.events import Hub
-from pipeline.jobs.files import printable
-from pipeline.jobs.limits import Limits
-from pipeline.jobs.lock import only_one
+from pipeline.errors import BadInput, HeadraceError, Interrupted, Problem
+from pipeline.jobs.batch import cluster
+from pipeline.jobs.child import Child
+from pipeline.jobs.fetch import fetch
+from pipeline.jobs.files import job_file, printable
+from pipeline.jobs.fleet import ACTIVE, GOOD, Fleet, Run
+from pipeline.jobs.history import DAY, History
 from pipeline.jobs.log import Log
-from pipeline.jobs.recovery import recover
-from pipeline.jobs.retention import DAY, collect
-from pipeline.jobs.rows import Conversion, Unit
-from pipeline.jobs.runner import Runner
-from pipeline.jobs.schedule import Cron, Interval, Schedule, Trigger, Watch, first_time, trigger_of
-from pipeline.jobs.store import SERVE, JobStore
-from pipeline.jobs.submit import submit
+from pipeline.jobs.notify import notifying
+from pipeline.jobs.overview import Overview
+from pipeline.jobs.schedule import Cron, Interval, Schedule, Watch, first_time, trigger_of
+from pipeline.jobs.units import Unit
 from pipeline.jobs.watch import Arrival, Watcher
+from pipeline.planning.job_file import anchored
+from pipeline.planning.listen import PAGE, Listen, parse_listen
+from pipeline.watching.server import serving
 
-Service = Callable[["Daemon"], AbstractContextManager[Any]]
+LISTEN = Listen(port=8788)
+SAVE_SECONDS = 10.0  # between two records of a run's progress
 
 
 class Daemon:
-    """A daemon on a store. `services` are entered before the first job and left after the last: pages, metrics, notifiers."""
+    """A daemon on a history, by a schedule; `stop` ends it in order."""
 
-    def __init__(self, schedule: Schedule, store: JobStore, log: Log | None = None) -> None:
+    def __init__(self, schedule: Schedule, history: History, log: Log) -> None:
         """Raises BadInput where a watch cannot be kept."""
-        self.schedule, self.store, self.log = schedule, store, log
-        self.hub, self.stop, self.services = Hub(), threading.Event(), list[Service]()
-        self._aside = Aside()
-        self._watchers = [(each, Watcher(each, self._known(each))) for each in schedule.watch]
-        if log:
-            self.hub.subscribe(log)
-        limits = Limits.of(schedule.max_jobs, schedule.max_memory)
-        seconds = (schedule.stall_seconds, schedule.stop_seconds)
-        self.runner = Runner(store, self.hub, store.register("serve").id, SERVE, limits, schedule.retry, *seconds)
+        self.schedule, self.history, self.log = schedule, history, log
+        self.stop = threading.Event()
+        self.fleet: Fleet | None = None
+        self._watchers = [(each, Watcher(each, partial(self._known, each), partial(log.say, "watch"))) for each in schedule.watch]
+        self._scheduler: Any = None
+        self._saved: dict[int, float] = {}
+        self._planning: list[Child] = []
 
     def run(self) -> int:
-        """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the store has a daemon."""
-        lock = self.store.path.with_name(f"{self.store.path.name}.lock")
+        """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the history has a daemon."""
+        schedule = self.schedule
         with ExitStack() as stack:
-            stack.callback(self.store.end_worker, self.runner.worker)
-            stack.enter_context(only_one(lock))
-            recover(self.store)
-            for service in self.services:
-                stack.enter_context(service(self))
-            scheduler = self._scheduler()
-            stack.callback(scheduler.shutdown)
-            stack.callback(self._aside.close)
-            scheduler.start()
-            self._say("serving", f"serving {len(self.schedule.triggers)} triggers, store {self.store.path}")
-            self.runner.work(self.stop, until_idle=False)
-        self._say("stopped", "stopped; what was under way is taken up at the next start")
+            stack.enter_context(self.log.of_all())
+            stack.enter_context(self.history.only_one())
+            workers = stack.enter_context(
+                cluster(schedule.scheduler, schedule.max_jobs, schedule.max_memory, named=schedule.cluster)
+            )
+            seconds = {"stop_seconds": schedule.stop_seconds, "stall_seconds": schedule.stall_seconds}
+            fleet = self.fleet = Fleet(workers.client, schedule.retry, first=self.history.next(), **seconds)
+            fleet.listeners += [self.log, self._record]
+            overview = Overview(fleet, "schedule", self._next_times, workers.dashboard)
+            listen = parse_listen(schedule.http.listen) if schedule.http.listen else LISTEN
+            anywhere = schedule.http.listen is None
+            url = stack.enter_context(serving(listen, overview.routes(), or_any_port=anywhere, names=schedule.http.hosts))
+            self.log.say("page", f"page {url}{PAGE}; Dask's dashboard {workers.dashboard}")
+            if schedule.notify:
+                stack.enter_context(notifying(schedule.notify, fleet))
+            for number, unit, cause in self.history.unfinished():
+                fleet.add([unit], cause)
+                self.history.given_up(number)
+            self._scheduler = self._started(stack)
+            triggers = len(schedule.cron) + len(schedule.interval) + len(schedule.watch)
+            self.log.say("serving", f"serving {triggers} triggers, history {self.history.path}")
+            self._work(fleet)
+        self.log.say("stopped", "stopped; what was under way is taken up at the next start")
         return 0
 
-    def _scheduler(self) -> Any:
+    def _work(self, fleet: Fleet) -> None:
+        try:
+            while not self.stop.is_set():
+                for request in self.history.requests():
+                    self._asked(fleet, request)
+                fleet.step()
+                fleet.wake.wait(0.2 if fleet.active() else 1.0)
+                fleet.wake.clear()
+        finally:
+            fleet.halt()
+            for run in [*fleet.runs.values()]:  # for the next daemon
+                if run.state == "interrupted":
+                    run.state, run.ended = "queued", None
+                    self.history.save(run)
+
+    def _asked(self, fleet: Fleet, request: Mapping[str, Any]) -> None:
+        """Do what `headrace jobs cancel` and `retry` ask for."""
+        try:
+            number, action = int(request["number"]), request["action"]
+            if action == "cancel":
+                fleet.cancel(number)
+            elif action == "retry":
+                fleet.add([Unit.of({**self.history.run(number)["unit"], "state": "to do", "error": "", "after": ""})], "retry")
+        except (BadInput, KeyError, TypeError, ValueError) as error:
+            self.log.say("error", f"a request: {error}")
+
+    def _started(self, stack: ExitStack) -> Any:
+        """APScheduler with all triggers, until the stack unwinds."""
         # What is late, or comes twice, is by design: it is done once.
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
-        threads = ThreadPoolExecutor(len(self.schedule.triggers) + 1)
-        defaults = {"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
-        scheduler = BackgroundScheduler(timezone=UTC, executors={"default": threads}, job_defaults=defaults)
-        now = datetime.fromtimestamp(self.store.clock(), UTC)
         timed: list[Cron | Interval] = [*self.schedule.cron, *self.schedule.interval]
+        executors = {"default": ThreadPoolExecutor(len(timed) + len(self._watchers) + 1)}
+        defaults = {"coalesce": True, "misfire_grace_time": None, "max_instances": 1}
+        scheduler = BackgroundScheduler(timezone=UTC, executors=executors, job_defaults=defaults)
+        now = datetime.now(UTC)
         for each in timed:
-            trigger = trigger_of(each, self.schedule)
-            first = first_time(each, trigger, self.store.fired(each.name), now)
-            scheduler.add_job(self._guarded, trigger, (each.name, self._fire, each), next_run_time=first)
+            trigger, fired = trigger_of(each, self.schedule), self.history.mark("fired", each.name)
+            first = first_time(each, trigger, float(fired) if fired else None, now)
+            scheduler.add_job(self._guarded, trigger, (each.name, self._fire, each), next_run_time=first, name=each.name)
         for watch, watcher in self._watchers:
             every = IntervalTrigger(seconds=watch.every_seconds, timezone=UTC)
-            scheduler.add_job(self._guarded, every, (watch.name, self._look, watch, watcher), next_run_time=now)
-        collecting = ("retention", collect, self.store, self.schedule.retention)
-        scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), collecting, next_run_time=now)
+            scheduler.add_job(self._guarded, every, (watch.name, self._look, watch, watcher), next_run_time=now, name=watch.name)
+        daily = ("history", self.history.forget, self.schedule.record_days)
+        scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="-")
+        scheduler.start()
+        stack.callback(scheduler.shutdown)
+        stack.callback(self._end_planning)
         return scheduler
+
+    def _end_planning(self) -> None:
+        for child in [*self._planning]:
+            child.signal(SIGTERM)
+
+    def _next_times(self) -> dict[str, str]:
+        jobs = self._scheduler.get_jobs() if self._scheduler else []
+        return {job.name: f"{job.next_run_time:%Y-%m-%d %H:%M:%S %Z}" for job in jobs if job.name != "-" and job.next_run_time}
 
     def _guarded(self, name: str, work: Callable[..., object], *arguments: Any) -> None:
         """Do a trigger's work; an error is logged, and the trigger works again the next time."""
@@ -96,45 +152,93 @@ class Daemon:
         except Interrupted:
             return
         except Exception as error:
-            self._say("error", f"trigger {name}: {error or type(error).__name__}")
+            self.log.say("error", f"trigger {name}: {error or type(error).__name__}")
 
     def _fire(self, trigger: Cron | Interval) -> None:
-        self._queue(trigger, {"names": list(trigger.files)}, ", ".join(trigger.files))
-        self.store.set_fired(trigger.name, self.store.clock())
+        files = [name if "://" in name else str(self.schedule.folder / name) for name in trigger.files]
+        self._queue(trigger.name, files, ", ".join(trigger.files))
+        self.history.set_mark("fired", trigger.name, str(time.time()))
 
     def _look(self, watch: Watch, watcher: Watcher) -> None:
         for arrival in watcher.look():
-            source = self._fetched(watch, arrival)
             job = {**watch.job, "output_dir": watch.job["output_dir"].replace("{fingerprint}", arrival.fingerprint)}
-            where = f"watch.{watch.name}.job"
-            self._queue(watch, {"matrix": {"model_dir": [source], **job}, "where": where}, arrival.place)
-            self.store.set_arrival(watch.name, printable(arrival.place), arrival.fingerprint)
+            table = anchored({**job, "model_dir": glob.escape(self._fetched(watch, arrival))}, self.schedule.folder)
+            file = self.history.asked / f"watch-{watch.name}-{arrival.fingerprint}.toml"
+            values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
+            file.write_text(f"[[matrix]]\n{job_file(values)}")
+            try:
+                self._queue(watch.name, [str(file)], arrival.place)
+            finally:
+                file.unlink()
+            self.history.set_mark("arrived", f"{watch.name} {printable(arrival.place)}", arrival.fingerprint)
 
     def _fetched(self, watch: Watch, arrival: Arrival) -> str:
         """Where the checkpoint is on this machine."""
         if watch.fetch_to is None:
             return arrival.place
         directory = f"{watch.fetch_to}/{arrival.fingerprint}/{arrival.name}"
-        self._say("fetching", f"trigger {watch.name}: fetching {arrival.place} to {directory}")
-        self._aside.run("pipeline.jobs.fetch", {"url": arrival.place, "directory": directory})
+        self.log.say("fetching", f"trigger {watch.name}: fetching {arrival.place} to {directory}")
+        fetch(arrival.place, directory, self.stop)
         return directory
 
-    def _queue(self, trigger: Trigger, request: dict[str, Any], source: str) -> None:
-        """Queue the jobs that a trigger asks for. An error in the whole of it is recorded as a refused run."""
-        bounds = {"folder": str(self.schedule.folder), "max_memory": self.schedule.max_memory}
+    def _queue(self, trigger: str, names: list[str], source: str) -> None:
+        """Ask for the units of batch files. An error in the whole of it is recorded as a refused run."""
         try:
-            units = self._aside.units({**bounds, **request})
-        except Interrupted:
-            raise
-        except HeadraceError as error:
-            nothing = Conversion(trigger.name, source, (), {"trigger": trigger.name, "source": source}, (), {}, 0)
-            units = [Unit(nothing, (trigger.name,), error=str(error))]
-        submit(self.store, self.hub, units, SERVE, trigger.name, repeat=False)
-        self.runner.wake.set()
+            units = self._planned(names)
+        except BadInput as error:
+            units = [Unit(trigger, (trigger,), source, (), {}, "refused", str(error))]
+        assert self.fleet
+        with self.fleet.lock:
+            busy = {run.unit.outputs for run in self.fleet.active()}
+            wanted = [unit for unit in units if unit.outputs not in busy and not self._as_before(unit)]
+            self.fleet.add(wanted, trigger)
 
-    def _known(self, watch: Watch) -> Callable[[str], str | None]:
-        return lambda place: self.store.arrival(watch.name, printable(place))
+    def _as_before(self, unit: Unit) -> bool:
+        """Whether it ended the last time as it would now, so that a trigger does not record the same every minute."""
+        state, error = self.history.ended_as(unit)
+        return unit.state != "to do" and ((state, error) == (unit.state, unit.error) or (unit.state in GOOD and state in GOOD))
 
-    def _say(self, event: str, text: str) -> None:
-        if self.log:
-            self.log.say(event, text)
+    def _planned(self, names: list[str]) -> list[Unit]:
+        """Units as `headrace batch --dry_run --json` plans them, in a process whose memory is given back."""
+        limit = [] if self.schedule.max_memory is None else ["--max_memory", str(int(self.schedule.max_memory))]
+        words = ["batch", *names, "--dry_run", "--json", "--log_format", "json", *limit]
+        child = Child(words, stdout=subprocess.PIPE)
+        self._planning.append(child)
+        if self.stop.is_set():
+            child.signal(SIGTERM)
+        assert child.process.stdout
+        with child.process.stdout as stream:
+            said = stream.read()
+        code = child.process.wait()
+        child.poll()
+        self._planning.remove(child)
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+        if "error" in child.events:
+            raise BadInput([_problem(each) for each in child.events["error"].get("problems", ())] or [_said(child.report(code))])
+        if not said:
+            raise HeadraceError(f"planning ended with exit code {code}: {child.report(code)}")
+        return [
+            Unit.of({key: value for key, value in each.items() if key not in ("bytes", "file")})
+            for each in json.loads(said)["units"]
+        ]
+
+    def _known(self, watch: Watch, place: str) -> str | None:
+        return self.history.mark("arrived", f"{watch.name} {printable(place)}")
+
+    def _record(self, event: str, run: Run, _said: Mapping[str, Any]) -> None:
+        """Keep the history as the fleet is."""
+        now = time.monotonic()
+        if event != "progress" or now - self._saved.get(run.number, 0.0) > SAVE_SECONDS:
+            self._saved[run.number] = now
+            self.history.save(run)
+        if run.state not in ACTIVE:
+            self._saved.pop(run.number, None)
+
+
+def _problem(said: Mapping[str, Any]) -> Problem:
+    return Problem(**{name: said[name] for name in ("subject", "found", "expected", "remedy", "passing") if name in said})
+
+
+def _said(text: str) -> Problem:
+    return Problem("planning", text, "units")

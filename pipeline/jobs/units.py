@@ -1,4 +1,4 @@
-"""Turns jobs into conversions: jobs of one source become one conversion, and all are put in the order in which they are done.
+"""Turns jobs into units: jobs of one source become one conversion, and all are put in the order in which they are done.
 
 Jobs that differ by their targets alone become one conversion with a [[target]] for each: the source is read and unpacked once.
 Each is planned by itself first, so that one that is refused does not take the others with it. Conversions of one source that
@@ -9,15 +9,16 @@ in scratch that they share.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.requests import Request
-from pipeline.jobs.rows import Conversion, Unit
+from pipeline.planning.engine_options import job_requests
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plans import Plan
@@ -28,9 +29,54 @@ from pipeline.sinks.scratch import DEFAULT_ROOT
 _OF_A_TARGET = {*Shape.model_fields, "output_dir", "target"}
 _OF_A_SOURCE = ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision")
 
+Planned = Literal["to do", "up_to_date", "refused", "unsettled"]
+
 
 @dataclass(frozen=True)
-class _Planned:
+class Unit:
+    """One piece of work: a conversion with its engines, for the jobs named in `members`, or why it is not done (`error`).
+
+    `options` are a Job's fields as plain values. As planned: `peak_memory_bytes`, and `room`, the bytes needed by directory.
+    `engines`: the directories of engines to build after it. `after`: the name of the unit that must have ended before. `parts`: the
+    units of the jobs one by one, where there are several. Names are unique in a batch.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    source: str
+    outputs: tuple[str, ...]
+    options: Mapping[str, Any]
+    state: Planned = "to do"
+    error: str = ""
+    room: Mapping[str, int] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    engines: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
+    after: str = ""
+    parts: tuple[Unit, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Unit:
+        """A unit of its values in JSON."""
+        lists = {name: tuple(values[name]) for name in ("members", "outputs", "engines", "scratch")}
+        return cls(**{**values, **lists, "parts": tuple(cls.of(part) for part in values["parts"])})
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def steps(self) -> list[tuple[Literal["convert", "build"], dict[str, Any]]]:
+        """The steps to do it, one after the other, with the job of each: engines are built of ranks that are whole."""
+        if not self.engines:
+            return [("convert", dict(self.options))]
+        plain = {key: value for key, value in self.options.items() if key != "engine"}
+        if "target" in plain:
+            plain["target"] = [{key: value for key, value in each.items() if key != "engine"} for each in plain["target"]]
+        return [("convert", plain), ("build", dict(self.options))]
+
+
+@dataclass(frozen=True)
+class _Asked:
     """A job with its plan, for some requests. Without a plan it has problems, or is of a model on the Hub that is not here yet."""
 
     names: tuple[str, ...]
@@ -38,30 +84,48 @@ class _Planned:
     job: Job | None
     plan: Plan | None = None
     problems: tuple[Problem, ...] = ()
-    parts: tuple[_Planned, ...] = ()
+    parts: tuple[_Asked, ...] = ()
+    settled: bool = True
 
     @property
     def to_do(self) -> bool:
         """Whether there is a plan, and something left of it to do."""
-        return self.plan is not None and not self.problems and not self.up_to_date
+        return self.plan is not None and self.state == "to do"
 
     @property
-    def up_to_date(self) -> bool:
-        return bool(self.plan and self.job and self.plan.up_to_date and not self.job.overwrite)
+    def state(self) -> Planned:
+        if self.problems:
+            return "refused"
+        done = self.plan and self.job and self.plan.up_to_date and not self.job.overwrite
+        if done and self.job and not job_requests(self.job.targets, self.job.engine):
+            return "up_to_date"
+        return "to do" if self.settled else "unsettled"
 
 
-def make_units(requests: Sequence[Request], max_memory: int | None = None) -> list[Unit]:
-    """The conversions of these requests, in the order in which they are to be done; those that are refused among them.
+def make_units(requests: Sequence[Request], max_memory: int | None = None, settle_seconds: float = 0.0) -> list[Unit]:
+    """The units of these requests, in the order in which they are to be done; those that are not done among them.
 
-    `max_memory`: what one conversion may use at most, in bytes. Opens headers only, and writes nothing.
+    `max_memory`: what one conversion may use at most, in bytes. `settle_seconds`: a source of which a file is younger is left for
+    another time. Opens headers only, and writes nothing.
     """
-    planned = [_plan(request, max_memory) for request in _distinct(requests)]
+    asked = [_plan(request, max_memory, settle_seconds) for request in _distinct(requests)]
     units: list[Unit] = []
-    for of_source in _grouped(planned, _source_key):
+    for of_source in _grouped(asked, _source_key):
         merged = [each for alike in _grouped(of_source, _merge_key) for each in _merge(alike)]
         shared = _share([each for each in merged if each.to_do])
-        units += [_unit(*shared.get(id(each), (each, "", False))) for each in merged]
+        before = ""
+        for each in merged:
+            unit = _named(_unit(shared.get(id(each), each)), units)
+            units.append(replace(unit, after=before) if id(each) in shared else unit)
+            before = unit.name if id(each) in shared else before
     return units
+
+
+def _named(unit: Unit, others: Sequence[Unit]) -> Unit:
+    """A unit with a name that no other has."""
+    taken = {each.name for each in others}
+    names = (unit.name, *(f"{unit.name} ({number})" for number in range(2, len(taken) + 3)))
+    return replace(unit, name=next(name for name in names if name not in taken))
 
 
 def _distinct(requests: Sequence[Request]) -> list[Request]:
@@ -81,49 +145,60 @@ def _distinct(requests: Sequence[Request]) -> list[Request]:
     return result
 
 
-def _plan(request: Request, max_memory: int | None) -> _Planned:
+def _plan(request: Request, max_memory: int | None, settle_seconds: float) -> _Asked:
     names, job = (request.name,), request.job
     if job is None:
-        return _Planned(names, request.where, None, problems=request.problems)
+        return _Asked(names, request.where, None, problems=request.problems)
     if max_memory is not None and job.memory_limit > max_memory:
         job = make_job({**job.model_dump(exclude_unset=True), "memory_limit": max_memory})
     try:
         job_file(_options(job))
     except ValueError:
         found = printable(str([job.model_dir, *(target.output_dir for target in job.targets)]))
-        return _Planned(names, request.where, None, problems=(Problem(request.where, found, "names in UTF-8"),))
+        return _Asked(names, request.where, None, problems=(Problem(request.where, found, "names in UTF-8"),))
+    if settle_seconds and _age(job) < settle_seconds:
+        return _Asked(names, request.where, job, settled=False)
     try:
         plan = make_plan(job)
     except BadInput as error:
         # What is on the Hub and not here is planned by `convert`, once it has fetched it.
         absent = isinstance(job.model_dir, str) and all(each.subject.startswith(job.model_dir) for each in error.problems)
-        return _Planned(names, request.where, job, problems=() if absent else error.problems)
+        return _Asked(names, request.where, job, problems=() if absent else error.problems)
     taken = check_taken([target.output for target in plan.targets], job.overwrite)
-    return _Planned(names, request.where, job, plan, tuple(taken))
+    return _Asked(names, request.where, job, plan, tuple(taken))
 
 
-def _grouped(planned: Iterable[_Planned], key: Callable[[_Planned], str]) -> list[list[_Planned]]:
+def _age(job: Job) -> float:
+    """Seconds since a file of a job's source was written last."""
+    source = job.meta_ckpt_dir or job.model_dir
+    if not isinstance(source, Path) or not source.exists():
+        return float("inf")
+    files = [source, *source.iterdir()] if source.is_dir() else [source]
+    return time.time() - max(each.lstat().st_mtime for each in files)
+
+
+def _grouped(asked: Iterable[_Asked], key: Callable[[_Asked], str]) -> list[list[_Asked]]:
     """The jobs of each key, in the order in which the keys first came."""
-    groups: dict[str, list[_Planned]] = {}
-    for each in planned:
+    groups: dict[str, list[_Asked]] = {}
+    for each in asked:
         groups.setdefault(key(each), []).append(each)
     return list(groups.values())
 
 
-def _source_key(planned: _Planned) -> str:
-    if planned.job is None:
-        return planned.where
-    values = [getattr(planned.job, name) for name in _OF_A_SOURCE]
+def _source_key(asked: _Asked) -> str:
+    if asked.job is None:
+        return asked.where
+    values = [getattr(asked.job, name) for name in _OF_A_SOURCE]
     return json.dumps([str(value.resolve() if isinstance(value, Path) else value) for value in values])
 
 
-def _merge_key(planned: _Planned) -> str:
-    if planned.job is None or planned.plan is None or planned.problems:
-        return f"alone {id(planned)}"
-    return json.dumps(planned.job.model_dump(mode="json", exclude=_OF_A_TARGET), sort_keys=True)
+def _merge_key(asked: _Asked) -> str:
+    if asked.job is None or asked.plan is None or asked.problems:
+        return f"alone {id(asked)}"
+    return json.dumps(asked.job.model_dump(mode="json", exclude=_OF_A_TARGET), sort_keys=True)
 
 
-def _merge(alike: Sequence[_Planned]) -> list[_Planned]:
+def _merge(alike: Sequence[_Asked]) -> list[_Asked]:
     """Jobs that differ by their targets alone as one conversion, where all of them together can be planned."""
     jobs = [each.job for each in alike if each.job]
     if len(alike) == 1:
@@ -136,60 +211,57 @@ def _merge(alike: Sequence[_Planned]) -> list[_Planned]:
     except BadInput:  # as for more memory than they need one by one
         return list(alike)
     names = tuple(name for each in alike for name in each.names)
-    return [_Planned(names, alike[0].where, job, plan, parts=tuple(alike))]
+    return [_Asked(names, alike[0].where, job, plan, parts=tuple(alike))]
 
 
-def _share(alike: Sequence[_Planned]) -> dict[int, tuple[_Planned, str, bool]]:
+def _share(alike: Sequence[_Asked]) -> dict[int, _Asked]:
     """Conversions of one packed source with a cut after unpack that is the same for all, by the id of what each was before.
 
-    With each goes the cut's place, and whether a job asks for it to be kept. Nothing where there is but one, where a job says
-    itself what to do with scratch, or where they would not share it.
+    The cut is kept for the outputs of all of them, unless a job asks for it to stay. Nothing where there is but one, where a job
+    says itself what to do with scratch, or where they would not share it.
     """
     jobs = [each.job for each in alike if each.job]
     chosen = any("scratch_after" in job.model_fields_set for job in jobs)
     if len(jobs) < 2 or chosen or not all(each.plan and each.plan.packed for each in alike):
         return {}
     root = jobs[0].scratch or str(jobs[0].targets[0].output_dir.parent / DEFAULT_ROOT)
-    cut = {"scratch_after": ("unpack",), "keep_scratch": True, "scratch": root}
+    outputs = () if any(job.keep_scratch for job in jobs) else tuple(target.output_dir for job in jobs for target in job.targets)
+    cut = {"scratch_after": ("unpack",), "keep_scratch": True, "scratch": root, "scratch_outputs": outputs}
     try:
         changed = [make_job({**job.model_dump(exclude_unset=True), **cut}) for job in jobs]
         again = [replace(each, job=job, plan=make_plan(job)) for each, job in zip(alike, changed, strict=True)]
     except BadInput:
         return {}
     places = {tuple(cut.place for cut in each.plan.scratch) for each in again if each.plan}
-    if len(places) > 1:
-        return {}
-    ((place,),) = places
-    keep = any(job.keep_scratch for job in jobs)
-    return {id(before): (after, place, keep) for before, after in zip(alike, again, strict=True)}
+    return {} if len(places) > 1 else {id(before): after for before, after in zip(alike, again, strict=True)}
 
 
-def _unit(planned: _Planned, shared: str = "", keep: bool = False) -> Unit:
-    job, plan = planned.job, planned.plan
-    error = str(BadInput(planned.problems)) if planned.problems else ""
+def _unit(asked: _Asked) -> Unit:
+    job, plan = asked.job, asked.plan
+    error = str(BadInput(asked.problems)) if asked.problems else ""
     if job is None:
-        name, where = printable(planned.names[0]), printable(planned.where)
-        return Unit(Conversion(name, where, (), {"request": where, "name": name}, (), {}, 0), (name,), error=printable(error))
-    parts = tuple(_unit(part) for part in planned.parts)
+        name, where = printable(asked.names[0]), printable(asked.where)
+        return Unit(name, (name,), where, (), {}, "refused", printable(error))
     source = str(job.meta_ckpt_dir or job.model_dir)
-    kept = keep if shared else job.keep_scratch
-    cuts = plan.scratch if plan and not kept else ()
-    conversion = Conversion(
-        name=planned.names[0] if not parts else f"{Path(source).name} ({len(parts)} jobs)",
+    requests = job_requests(job.targets, job.engine)
+    return Unit(
+        name=asked.names[0] if not asked.parts else f"{Path(source).name} ({len(asked.parts)} jobs)",
+        members=asked.names,
         source=source,
         outputs=tuple(str(target.output_dir) for target in job.targets),
         options=_options(job),
-        resources=(*(str(target.output_dir.resolve()) for target in job.targets), *filter(None, [shared])),
+        state=asked.state,
+        error=error,
         room=_room(plan) if plan else {},
         peak_memory_bytes=plan.budget.peak_bytes if plan else 0 if error else int(job.memory_limit),
-        scratch=tuple(cut.place for cut in cuts),
-        parts=tuple((part.members[0], len(part.conversion.outputs)) for part in parts),
+        engines=tuple(str(request.engine) for request in requests),
+        scratch=tuple(cut.place for cut in plan.scratch) if plan else (),
+        parts=tuple(_unit(part) for part in asked.parts),
     )
-    return Unit(conversion, planned.names, planned.up_to_date, error, parts, shared)
 
 
 def _options(job: Job) -> dict[str, Any]:
-    """A job's options as plain values, without those that are the defaults: what names it in the store, and its job file."""
+    """A job's options as plain values, without those that are the defaults: its job file."""
     return job.model_dump(mode="json", exclude_defaults=True)
 
 

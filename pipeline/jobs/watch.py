@@ -39,9 +39,16 @@ class Arrival:
 class Watcher:
     """Looks at one place again and again. `known` gives the fingerprint of what was found at a place before."""
 
-    def __init__(self, watch: Watch, known: Callable[[str], str | None], clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises BadInput where nothing here can read such a place."""
-        self.watch, self.known, self.clock = watch, known, clock
+    def __init__(
+        self,
+        watch: Watch,
+        known: Callable[[str], str | None],
+        say: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`say` is told, once, of each directory that cannot be read. Raises BadInput where nothing here can read such a place."""
+        self.watch, self.known, self.say, self.clock = watch, known, say, clock
+        self._unread: set[str] = set()
         self.url = "://" in watch.path
         try:
             self._files, self._root = fsspec.core.url_to_fs(watch.path)
@@ -86,22 +93,28 @@ class Watcher:
 
     def _inside(self, place: str) -> Iterator[str]:
         """The directories in a directory; none where it is not there, or not yet."""
-        try:
-            entries = self._files.ls(place, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for entry in entries:
+        for entry in self._entries(place):
             # A link is of another type, or of what it leads to.
             if entry["type"] == "directory" or (entry["type"] != "file" and self._files.isdir(entry["name"])):
                 yield entry["name"].rstrip("/")
 
     def _listing(self, place: str) -> Listing:
-        try:
-            entries = self._files.ls(place, detail=True)
-        except FileNotFoundError:
-            return {}
-        files = [entry for entry in entries if entry["type"] != "directory" and entry["name"].rstrip("/") != place]
+        files = [entry for entry in self._entries(place) if entry["type"] != "directory" and entry["name"].rstrip("/") != place]
         return {_name(entry["name"]): (int(entry["size"] or 0), _stamp(entry)) for entry in files}
+
+    def _entries(self, place: str) -> list[Any]:
+        """The entries of a directory; none where it is not there, or below the place that is watched and not to be read."""
+        try:
+            return list(self._files.ls(place, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            if place.rstrip("/") == self._root.rstrip("/"):
+                raise
+            if place not in self._unread:
+                self._unread.add(place)
+                self.say(f"watch {self.watch.name}: {place} is passed over: {error.strerror or error}")
+            return []
 
     def _parts(self, place: str, listing: Listing) -> set[str] | None:
         """The names of the files that the checkpoint is made of; None where it is not whole."""

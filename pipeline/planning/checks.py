@@ -101,7 +101,7 @@ def _unfit_options(opened: OpenedSource) -> list[Problem]:
     job, source, problems = opened.job, opened.source, []
     if job.copy_tokenizer and not source.companions:
         expected = "a Hugging Face directory with its tokenizer"
-        problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.location}", expected))
+        problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.place}", expected))
     if "://" in (job.scratch or "") and "shard" in job.cuts:
         remedy = "Cut after another stage, or give --scratch a directory"
         problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))

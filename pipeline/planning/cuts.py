@@ -55,7 +55,7 @@ class Cuts:
             read_back,
             matches,
         )
-        self.keep = job.keep_scratch
+        self.keep, self.outputs = job.keep_scratch, tuple(map(str, job.scratch_outputs))
         self.window = scratch_window(job.threads) + 2  # blocks, and those being written and read
         self.phases: list[Phase] = []
         self.groups: list[Group] = []
@@ -123,20 +123,22 @@ class Cuts:
         listed = sorted((rank, name, shape, chunks, str(dtype)) for (rank, name), (shape, chunks, dtype) in shapes.items())
         key = scratch_id(stage, self.stages[: self.stages.index(stage.rstrip("0123456789"))], self.identity, listed)
         place = self.source.location
-        name = f"{place.name if place.is_dir() else place.stem}-{stage}-{key}.zarr"
+        last = self.source.url.rpartition("/")[2] or (place.name if place.is_dir() else place.stem)
+        name = f"{last}-{stage}-{key}.zarr"
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
                 (rank, tensor): RemoteArray(f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
-            return RemoteGroup(url, stage, key, str(self.source.location), self.keep, remote)
+            return RemoteGroup(url, stage, key, self.source.place, self.keep, remote, self.outputs)
         directory = Path(self.root) / name
         arrays = {}
         for (rank, name), (shape, chunks, dtype) in shapes.items():
             folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
             arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
-        return ScratchGroup(directory, stage, key, str(self.source.location), self.keep, arrays, self.window * self.block_bytes)
+        bound = self.window * self.block_bytes
+        return ScratchGroup(directory, stage, key, self.source.place, self.keep, arrays, bound, self.outputs)
 
     def _origin(self, tensor: str) -> str:
         """The source tensor that a scratch array comes from."""

@@ -115,7 +115,7 @@ def _facts(source: Source) -> dict[str, Any]:
     for tensor in source.tensors.values():
         dtypes[of_numpy(tensor.dtype).safetensors] += tensor_bytes(tensor)
     return {
-        "path": str(source.location),
+        "path": source.place,
         "kind": source.kind,
         "architecture": source.architecture,
         "dtype": source.dtype,

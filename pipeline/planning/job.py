@@ -34,6 +34,8 @@ ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
+TLS_FILES = ("ca_file", "cert", "key")
+
 
 class Job(Shape):
     """One conversion: a source, and one target (`output_dir` and the fields of Shape) or several (`target`).
@@ -77,6 +79,9 @@ class Job(Shape):
     )
     memory_limit: ByteSize = Field(ByteSize(2 << 30), description="Most memory that the process may use, such as 2GiB.")
     scheduler: str = Field("local", description="local (with dashboard), threads, synchronous, or tcp://host:port.")
+    cluster: dict[str, Any] | None = Field(
+        None, description="A Dask cluster to start for the job: a [cluster] table with its class and options."
+    )
     listen: ListenAddress | None = Field(
         None, description="HOST:PORT of the dashboard and headrace's page; default: 127.0.0.1:8787, only where there is a cluster."
     )
@@ -88,6 +93,9 @@ class Job(Shape):
         ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
     )
     keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
+    scratch_outputs: tuple[AbsolutePath, ...] = Field(
+        (), description="Outputs of several jobs for which scratch is kept: whoever completes the last of them removes it."
+    )
     sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
     overwrite: bool = Field(False, description="Start afresh where the output directory holds another conversion.")
     per_group: bool = Field(False, description="Accepted for NVIDIA's sake: scales by group are the source's.")
@@ -117,7 +125,7 @@ class Job(Shape):
     @property
     def elsewhere(self) -> bool:
         """Whether the workers are other processes, perhaps on other machines."""
-        return self.scheduler.startswith(("tcp://", "tls://"))
+        return self.scheduler.startswith(("tcp://", "tls://")) or bool(self.cluster and "class" in self.cluster)
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
@@ -193,6 +201,10 @@ def _sources(job: Job, live: bool) -> list[Problem]:
         problems.append(Problem("--quant_ckpt_path", f"{job.quant_ckpt_path} alone", expected))
     if job.revision and not isinstance(job.model_dir, str):
         problems.append(Problem(f"--revision {job.revision}", f"the local path {job.model_dir}", "a model on the Hub, org/name"))
+    if job.revision and "://" in str(job.model_dir):
+        problems.append(
+            Problem(f"--revision {job.revision}", "a URL beside it", "hf://org/name@revision, or a model on the Hub, org/name")
+        )
     return problems
 
 
@@ -205,7 +217,7 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
-    problems += _report(job)
+    problems += [*_cluster(job), *_report(job)]
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -234,6 +246,26 @@ def _precision(job: Job) -> list[Problem]:
     if PRECISION in job.model_fields_set and not any(each.use_weight_only for each in (job, *job.targets)):
         unused.append(job.targets[0])
     return list(dict.fromkeys(precision_alone(target.weight_only_precision) for target in unused))
+
+
+def _cluster(job: Job) -> list[Problem]:
+    """Check the [cluster] table."""
+    table = job.cluster
+    if table is None:
+        return []
+    named, tls = table.get("class"), table.get("tls")
+    problems = []
+    if named is not None and not isinstance(named, str):
+        problems.append(Problem("cluster.class", repr(named), "the name of a class, such as distributed.SSHCluster"))
+    if named and "scheduler" in job.model_fields_set:
+        problems.append(Problem("cluster.class", f"--scheduler {job.scheduler} beside it", "one or the other"))
+    if not named and (tls is None or not job.scheduler.startswith("tls://")):
+        problems.append(Problem("cluster", "no class", "class = a name, or tls for a --scheduler tls://"))
+    if tls is not None and not (isinstance(tls, dict) and set(tls) <= set(TLS_FILES)):
+        problems.append(Problem("cluster.tls", repr(tls), f"a table of {', '.join(TLS_FILES)}"))
+    if not isinstance(workers := table.get("workers", 1), int) or workers < 1:
+        problems.append(Problem("cluster.workers", repr(workers), "a number of workers"))
+    return problems
 
 
 def _report(job: Job) -> list[Problem]:

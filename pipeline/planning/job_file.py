@@ -29,8 +29,8 @@ def absolute_path(value: Any) -> Any:
 
 
 def model_name(value: Any) -> Any:
-    """Return the id of a model on the Hugging Face Hub as it is, where no such path exists; any other value as an absolute path."""
-    if isinstance(value, str) and HUB_ID.fullmatch(value) and not Path(value).exists():
+    """Return a URL, or the id of a model on the Hugging Face Hub where no such path exists, as it is; else an absolute path."""
+    if isinstance(value, str) and ("://" in value or HUB_ID.fullmatch(value)) and not Path(value).exists():
         return value
     return absolute_path(value)
 
@@ -73,6 +73,9 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         result["target"] = [anchored(table, folder) if isinstance(table, dict) else table for table in values["target"]]
     if isinstance(values.get("engine"), dict):
         result["engine"] = engine_options.anchored(values["engine"], folder)
+    if isinstance(values.get("cluster"), dict) and isinstance(tls := values["cluster"].get("tls"), dict):
+        files = {key: str(folder / Path(value).expanduser()) if isinstance(value, str) else value for key, value in tls.items()}
+        result["cluster"] = {**values["cluster"], "tls": files}
     for key in PATHS & set(values):
         if isinstance(values[key], str) and "://" not in values[key]:
             path = folder / Path(values[key]).expanduser()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
@@ -164,11 +164,13 @@ class JobOptions(ShapeOptions, total=False):
     workers: int
     memory_limit: int | str
     scheduler: str
+    cluster: dict[str, Any] | None
     listen: str | None
     performance_report: str | Path | None
     scratch: str | Path | None
     scratch_after: str | Sequence[CutName]
     keep_scratch: bool
+    scratch_outputs: Sequence[str | Path]
     sync: bool
     overwrite: bool
     per_group: bool

@@ -27,18 +27,6 @@ class Listen:
         host = LOCALHOST if self.host in EVERYWHERE else self.host
         return f"http://{Listen(host, self.port).address}"
 
-    @property
-    def origins(self) -> list[str]:
-        """The origins, as Bokeh's host patterns, whose pages may open websockets to this server.
-
-        Names of this machine may have any port, because a tunnel (`ssh -L`) has a port of its own. A server that listens on all
-        addresses accepts any host name on its own port, because it cannot know the names that other machines use for it.
-        """
-        hosts = ["localhost:*", "127.0.0.1:*", "[::1]:*"]
-        return (
-            [*hosts, f"*:{self.port}"] if self.host in EVERYWHERE else [*hosts, f"{Listen(self.host).address.rpartition(':')[0]}:*"]
-        )
-
 
 def parse_listen(text: str) -> Listen:
     """Parse `HOST:PORT`, or `:PORT` for connections from this machine only. Raises ValueError for anything else."""

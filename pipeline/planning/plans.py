@@ -111,7 +111,7 @@ class Plan:
         """The plan's graph as people look at it: a node for each stage with all its tasks, and for each place of bytes."""
         source, whole = self.source, not self.job.overwrite
         what = f"{self.family.name}, {source.dtype or ('packed' if self.packed else 'no type named')}"
-        origin = GraphNode("source", "source", source.location.name, 0, source.nbytes, str(source.location), what)
+        origin = GraphNode("source", "source", source.place.rstrip("/").rpartition("/")[2], 0, source.nbytes, source.place, what)
         outputs = [
             GraphNode(
                 f"output.{n}",
@@ -163,7 +163,7 @@ class Plan:
         source, model = self.source, self.model
         return {
             "source": {
-                "path": str(source.location),
+                "path": source.place,
                 "kind": source.kind,
                 "family": self.family.name,
                 "architecture": model.architecture,

@@ -61,7 +61,7 @@ def make_target(
     provenance = {
         "headrace": VERSION,
         "source": {
-            "path": str(source.location),
+            "path": source.place,
             "kind": source.kind,
             "files": [file.fingerprint() for file in source.files],
         },

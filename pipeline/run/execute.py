@@ -19,6 +19,7 @@ from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
+from pipeline.run.workers import check_workers
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
@@ -115,6 +116,9 @@ def execute(
     run = _Run(plan, (not up_to_date and listener) or Silent(), started, watch or RunWatch(), builds)
     try:
         with nullcontext(session) if session else open_session(plan, run.watch) as at_hand, ExitStack() as stack:
+            if plan.job.elsewhere:
+                files = [] if plan.source.in_memory else [Path(file.path) for file in plan.source.files]
+                check_workers(at_hand.client, files, _directories(plan))
             steps = builds.begin(stack, at_hand, run.pending()) if builds else ()
             run.left.begin(stack)
             run.announce(at_hand.dashboard, steps)
@@ -159,7 +163,9 @@ class _Run:
         done = sum(left.done_bytes() for left in active)
         self.resumed_tasks = sum(len(left.phase.groups) - len(left.groups) for left in active)
         unlocked = [str(journal.path.parent) for each in active for journal in each.journals.values() if not journal.locked]
-        notes = [f"{place} is on a file system without locks: nothing keeps another job away from it" for place in unlocked]
+        notes = [
+            f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
+        ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
         for listener in (self.watch, self.listener):
             listener.started(plan, dashboard, total, done, self.resumed_tasks)
@@ -290,7 +296,7 @@ def open_session(plan: Plan, watch: RunWatch, resources: Mapping[str, float] | N
     """The scheduler of a plan's job, with what shows `watch`. `resources` are those of the in-process cluster's worker."""
     job = plan.job
     listen = parse_listen(job.listen) if job.listen else None
-    return runner(job.scheduler, plan.budget.workers, resources, watch, listen, job.performance_report)
+    return runner(job.scheduler, plan.budget.workers, resources, watch, listen, job.performance_report, job.cluster)
 
 
 def _tidy(plan: Plan) -> Plan:
@@ -303,6 +309,8 @@ def _tidy(plan: Plan) -> Plan:
     for sink in (*plan.scratch, *(target.output for target in plan.targets)):
         if sink.complete:
             sink.forget_journal()
+            if not isinstance(sink, Output):
+                sink.join()
     if plan.job.overwrite:
         return plan
     for output in (target.output for target in plan.targets if target.output.complete):
@@ -314,6 +322,11 @@ def _tidy(plan: Plan) -> Plan:
         except OSError as error:
             raise WriteFailed(f"{sentence(error)}; {output.directory} cannot be looked at or brought to the disk") from error
     return replace(plan, notes=(*plan.notes, *damaged)) if damaged else plan
+
+
+def _directories(plan: Plan) -> list[Path]:
+    """Every local directory that tasks of a plan write."""
+    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes]
 
 
 def _places(plan: Plan) -> str:

@@ -67,8 +67,11 @@ def runner(
     watch: RunWatch | None = None,
     listen: Listen | None = None,
     report: Path | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> Iterator[Session]:
-    """Open a session with `scheduler`; `resources` are those of the in-process cluster's worker.
+    """Open a session with `scheduler`, or with the cluster that a [cluster] table names.
+
+    `resources` are those of the in-process cluster's worker.
 
     `watch` is what headrace's page shows: beside the dashboard of a cluster of our own, at `listen`, or for runs in this process at
     the usual address where that is free. `report`: a file for Dask's performance report. Raises BadInput where a scheduler
@@ -76,7 +79,7 @@ def runner(
     """
     if problems := settings_problems():
         raise BadInput(problems)
-    if scheduler == "local":
+    if scheduler == "local" and not cluster:
         with in_process_cluster(workers, resources, watch, listen) as client, _report(client, report):
             # Dask names the machine's address even where the dashboard listens on this machine alone.
             port = client.scheduler_info()["services"].get("dashboard")
@@ -88,8 +91,8 @@ def runner(
         with _page(watch, listen) as page:
             yield Session(run, page)
     else:
-        with _page(watch if listen else None, listen), _remote(scheduler) as client, _report(client, report):
-            yield Session(lambda graph: run_distributed(client, graph), _link(client), client)
+        with _page(watch if listen else None, listen), elsewhere(scheduler, cluster) as client, _report(client, report):
+            yield Session(lambda graph: run_distributed(client, graph), dashboard_link(client), client)
 
 
 def thread_name(number: int) -> str:
@@ -233,19 +236,27 @@ def _report(client: Any, path: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _remote(address: str) -> Iterator[Any]:
+def elsewhere(address: str, cluster: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    """A client of the cluster at an address, or of one started by a [cluster] table. Raises BadInput where none answers."""
+    from pipeline.run.named_cluster import named_cluster, security
+
+    if cluster and "class" in cluster:
+        with named_cluster(cluster) as client:
+            yield client
+        return
     load_distributed()
     from distributed import Client
 
+    tls = {"security": security(cluster["tls"])} if cluster else {}
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=10, set_as_default=False, **tls)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
         raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
     with client:
         yield client
 
 
-def _link(client: Any) -> str:
+def dashboard_link(client: Any) -> str:
     """The address of a cluster's dashboard; "" where its site's setting for that names what is not set here."""
     try:
         return client.dashboard_link or ""

@@ -1,7 +1,8 @@
 """The journal of an unfinished conversion: which tasks are done, so that an interrupted run loses only seconds of work.
 
 It is a text file with one JSON object on each line, preceded by the object's checksum; a torn last line is dropped. The first line
-names the job. The file is locked while a job works on what it describes; the lock ends with the process that holds it.
+names the job. The file is locked while a job works on what it describes; the lock ends with the process that holds it, whose name
+is beside it (hold.py).
 
 What a killed process has written is still in the system's page cache, but a power cut loses it. So every line names the boot in
 which it was written, and every SYNC_SECONDS, while tasks go on, all files are flushed to disk and a line says so: also those that
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pipeline.documents import parse_json
-from pipeline.errors import BadInput, Problem
+from pipeline.sinks.hold import boot_id, busy, holder, leave, place, take
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.filesystem import try_lock
 from pipeline.tensor.system_errors import naming
@@ -37,7 +38,7 @@ SYNC_SECONDS = 10.0  # between two flushes to disk: the work that a power cut ma
 class Journal:
     """An open, locked journal. `owner`: the object on its first line, None where it was empty; `entries`: those on later lines.
 
-    `locked`: False where its file system has no locks, so that nothing keeps another job away.
+    `locked`: False where its file system has no locks, so that the note alone keeps another job away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,9 +50,7 @@ class Journal:
                 self.locked = try_lock(self._file, path)
             except BlockingIOError:
                 os.close(self._file)
-                remedy = "Wait for it, or choose another directory"
-                found, expected = "another job at work on it", "one job at a time"
-                raise BadInput([Problem(str(path.parent), found, expected, remedy, passing=True)]) from None
+                raise busy(path, holder(place(path))) from None
             except OSError:
                 os.close(self._file)
                 raise
@@ -59,6 +58,11 @@ class Journal:
             if path.exists() and os.fstat(self._file).st_ino == path.stat().st_ino:
                 break
             os.close(self._file)
+        try:
+            take(path, self.locked)
+        except BaseException:  # the note is another's, who may be in this process
+            os.close(self._file)
+            raise
         self.owner, self.entries = self._read()
 
     def start(self, owner: Mapping[str, Any]) -> None:
@@ -89,11 +93,13 @@ class Journal:
     def close(self) -> None:
         """Close and unlock the file; closing it twice does no harm."""
         if self._file >= 0:
+            leave(self.path)
             os.close(self._file)
             self._file = -1
 
     def remove(self) -> None:
         """Delete the file and unlock it."""
+        leave(self.path)
         self.path.unlink(missing_ok=True)
         self.close()
 
@@ -144,14 +150,6 @@ def _sums(values: Any) -> bool:
         isinstance(each, list) and [type(value) for value in each[1:]] == [int, int, str] and type(each[0]) in (int, str)
         for each in values
     )
-
-
-def boot_id() -> str:
-    """Return the kernel's id of the current boot; "" where the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def boot_mark() -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks import hold
 from pipeline.sinks.journal import Journal, boot_mark
 from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
 from pipeline.sinks.reserve import missing
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 PROVENANCE = "headrace.json"
 JOURNAL = PROVENANCE + ".partial"
+NOTE = PROVENANCE + hold.SUFFIX
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,13 @@ class Output:
         # config.json first, so that a half-removed output does not look complete.
         (self.directory / CONFIG).unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            if path.name != JOURNAL:  # check_output has made sure that headrace wrote everything here
+            if path.name not in (JOURNAL, NOTE):  # check_output has made sure that headrace wrote everything here
                 path.unlink()
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a conversion has ended in a directory: its config.json is there, and no journal."""
+    return (directory / CONFIG).exists() and not (directory / JOURNAL).exists()
 
 
 def _replace(path: Path, text: str, sync: bool) -> None:

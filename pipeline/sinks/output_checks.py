@@ -21,7 +21,9 @@ from pipeline.tensor.filesystem import NOT_THERE
 T = TypeVar("T")
 
 # The names of the files that headrace itself writes into an output directory.
-_OWN_FILES = re.compile(r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new)?")
+_OWN_FILES = re.compile(
+    r"(rank\d+\.safetensors|config\.json|headrace\.json)(\.partial|\.new|\.lock(\.next)*)?|\.headrace-probe-[0-9a-f-]+"
+)
 
 
 def check_output(directory: Path, overwrite: bool, copied: Collection[str] = ()) -> list[Problem]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pipeline.documents import MAX_BYTES, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import served
 from pipeline.sinks.zarr_files import METADATA, array_attributes
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.placement import Located, Region
@@ -50,6 +52,7 @@ class RemoteGroup:
     source: str
     keep: bool
     arrays: Mapping[tuple[int, str], RemoteArray] = field(repr=False)
+    outputs: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -92,16 +95,17 @@ class RemoteGroup:
         journal = Journal(self._journal)
         owner = {"headrace": "scratch", "id": self.id, "tasks": tasks}
         if not fresh and journal.owner == owner and self._attributes().get("id") == self.id:
+            self.join()
             return journal
         recorded = {} if fresh else self.recorded()
         try:
             if recorded:
                 _update_attributes(self.url, {"complete": False})
+                self.join()
             else:
                 attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
-                group = zarr.create_group(
-                    self.url, zarr_format=3, overwrite=True, attributes={**attributes, "complete": False, "keep": self.keep}
-                )
+                marks = {"complete": False, "keep": self.keep, "outputs": list(self.outputs)}
+                group = zarr.create_group(self.url, zarr_format=3, overwrite=True, attributes={**attributes, **marks})
                 for (_, name), array in self.arrays.items():
                     _add_array(group, name, array)
         except (OSError, ValueError, ImportError) as error:
@@ -128,7 +132,8 @@ class RemoteGroup:
         import fsspec
 
         files, path = fsspec.core.url_to_fs(chunk)
-        return bool(parts) and bool(files.exists(path))
+        # Zarr stores no chunk of zeros alone into an array that it has opened again.
+        return bool(parts) and (bool(files.exists(path)) or all(map(_of_zeros, parts)))
 
     def free(self, chunk: str) -> None:
         """Remove a chunk that nothing reads any more."""
@@ -162,9 +167,15 @@ class RemoteGroup:
         return self.keep or bool(self._attributes().get("keep"))
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not self.kept:
+        """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
+        if not self.kept or served(self._attributes()):
             self.remove()
+
+    def join(self) -> None:
+        """Add this job's outputs to those that the cut is kept for."""
+        said = self._attributes().get("outputs", [])
+        if more := [output for output in self.outputs if output not in said]:
+            _update_attributes(self.url, {"outputs": [*said, *more]})
 
     def remove(self) -> None:
         """Remove the cut."""
@@ -198,8 +209,13 @@ def _update_attributes(url: str, values: Mapping[str, Any]) -> None:
     zarr.open_group(url, mode="r+").attrs.update(dict(values))
 
 
+def _of_zeros(part: Part) -> bool:
+    _, nbytes, digest = part
+    return xxhash.xxh3_64_hexdigest(bytes(nbytes)) == digest
+
+
 def _add_array(group: Any, name: str, array: RemoteArray) -> None:
-    """Create the array for a tensor in a Zarr group: uncompressed, with every chunk stored, as bit patterns."""
+    """Create the array for a tensor in a Zarr group: uncompressed, as bit patterns."""
     group.create_array(
         name,
         shape=array.shape,
@@ -207,6 +223,5 @@ def _add_array(group: Any, name: str, array: RemoteArray) -> None:
         dtype=of_numpy(array.dtype).zarr,
         compressors=None,
         fill_value=0,
-        config={"write_empty_chunks": True},
         attributes=array_attributes(array.shape, array.dtype, array.source),
     )

@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks import hold
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.output import is_whole
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_names, sync_tree
 from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array, write_group
@@ -89,7 +91,8 @@ class ScratchArray:
 class ScratchGroup:
     """One cut on a local disk: its arrays by (rank, tensor), with rank 0 for all before the split.
 
-    `id` names the contents: cuts with equal ids hold equal bytes. `keep`: leave it in place after use.
+    `id` names the contents: cuts with equal ids hold equal bytes. `keep`: leave it in place after use. `outputs`: the directories
+    that are written from it, by several jobs; one that is kept for these alone goes when all of them are whole.
     """
 
     directory: Path
@@ -99,6 +102,7 @@ class ScratchGroup:
     keep: bool
     arrays: Mapping[tuple[int, str], ScratchArray] = field(repr=False)
     bound_bytes: int = 0
+    outputs: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -139,13 +143,15 @@ class ScratchGroup:
             if not fresh and journal.owner == owner:
                 if not self._described():
                     self._create()
+                self.join()
                 return journal
             recorded = {} if fresh else self.recorded()
             if recorded:
                 self._update(complete=False)
+                self.join()
             else:
                 for path in self.directory.iterdir():
-                    if path.name != JOURNAL:
+                    if path.name not in (JOURNAL, JOURNAL + hold.SUFFIX):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 self._create()
             journal.start(owner)
@@ -184,6 +190,12 @@ class ScratchGroup:
     def kept(self) -> bool:
         """Whether it stays: this job asked for it, or the one that made it."""
         return self.keep or bool(read_attributes(self.directory).get("keep"))
+
+    def join(self) -> None:
+        """Add this job's outputs to those that the cut is kept for."""
+        said = read_attributes(self.directory).get("outputs", [])
+        if more := [output for output in self.outputs if output not in said]:
+            self._update(outputs=[*said, *more])
 
     @property
     def of_ranks(self) -> bool:
@@ -230,8 +242,8 @@ class ScratchGroup:
         shutil.rmtree(created or self.directory, ignore_errors=True)
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it wants it kept."""
-        if not self.kept:
+        """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
+        if not self.kept or served(read_attributes(self.directory)):
             shutil.rmtree(self.directory, ignore_errors=True)
             if self.directory.parent.name == DEFAULT_ROOT:
                 with contextlib.suppress(OSError):  # other cuts are in it
@@ -239,7 +251,8 @@ class ScratchGroup:
 
     def _create(self) -> None:
         attributes: dict[str, Any] = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
-        write_group(self.directory, {**attributes, "complete": False, "keep": self.keep})
+        marks = {"complete": False, "keep": self.keep, "outputs": list(self.outputs)}
+        write_group(self.directory, {**attributes, **marks})
         for place in {array.directory.parent for array in self.arrays.values()} - {self.directory}:  # of a rank
             write_group(place, {})
         for array in self.arrays.values():
@@ -252,6 +265,12 @@ class ScratchGroup:
 
     def _update(self, sync: bool = False, **values: Any) -> None:
         write_group(self.directory, {**read_attributes(self.directory), **values}, sync)
+
+
+def served(attributes: Mapping[str, Any]) -> bool:
+    """Whether a cut is kept for some outputs alone, and all of them are whole."""
+    outputs = attributes.get("outputs")
+    return isinstance(outputs, list) and bool(outputs) and all(is_whole(Path(str(output))) for output in outputs)
 
 
 def scratch_id(*parts: Any) -> str:

@@ -198,7 +198,7 @@ class Source:
     `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
     is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
     `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them. `notes`: what a plan says of how it
-    was read.
+    was read. `url`: where it is, if that is no local path: `location` is an image of its headers then.
     """
 
     kind: str
@@ -213,6 +213,12 @@ class Source:
     companions: tuple[Path, ...] = ()
     in_memory: bool = False
     notes: tuple[str, ...] = ()
+    url: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people and for records: a path or a URL."""
+        return self.url or str(self.location)
 
     @cached_property
     def named(self) -> Mapping[TensorName, LazyTensor]:

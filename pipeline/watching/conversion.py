@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from pipeline.errors import BadInput, Interrupted
-from pipeline.planning.listen import PAGE, Listen
+from pipeline.errors import Interrupted
+from pipeline.planning.listen import EVERYWHERE, PAGE, Listen
 from pipeline.watching.sockets import bound
 from pipeline.watching.state import RunWatch
 
@@ -57,22 +57,20 @@ def joined(application: Any, watch: RunWatch) -> Iterator[None]:
 def serving(watch: RunWatch, listen: Listen | None) -> Iterator[str]:
     """Serve the page, `/metrics` and `/health` without a dashboard, and yield the page's URL.
 
-    `listen` is None for the usual address, and for none where that is taken: then "" is yielded. Raises BadInput where the address
-    of `listen` is taken or is not this machine's.
+    `listen` is None for the usual address, and for any free port where that is taken. Raises BadInput where the address of `listen`
+    is taken or is not this machine's.
     """
-    try:
-        sockets = bound(listen or Listen())
-    except BadInput:
-        if listen:
-            raise
-        sockets = []
+    wanted = listen or Listen()
+    sockets = bound(wanted, or_any_port=listen is None)
     viewers = Viewers()
     ours, theirs = socket.socketpair()
-    work = threading.Thread(target=_serve_when_asked, args=(sockets, theirs, watch, viewers), name="headrace-pages", daemon=True)
+    work = threading.Thread(
+        target=_serve_when_asked, args=(sockets, theirs, watch, viewers, wanted), name="headrace-pages", daemon=True
+    )
     work.start()
     try:
         with _told(watch, viewers):
-            yield (listen or Listen()).url + PAGE if sockets else ""
+            yield Listen(wanted.host, sockets[0].getsockname()[1]).url + PAGE
     finally:
         ours.close()
         work.join()
@@ -113,7 +111,9 @@ def _told(watch: RunWatch, viewers: Viewers) -> Iterator[None]:
         viewers.part()
 
 
-def _serve_when_asked(sockets: Sequence[socket.socket], stop: socket.socket, watch: RunWatch, viewers: Viewers) -> None:
+def _serve_when_asked(
+    sockets: Sequence[socket.socket], stop: socket.socket, watch: RunWatch, viewers: Viewers, listen: Listen
+) -> None:
     """Wait for a connection or the end, which comes when the other end of `stop` is closed; serve from the first one on."""
     with selectors.DefaultSelector() as selector:
         for each in (*sockets, stop):
@@ -125,14 +125,16 @@ def _serve_when_asked(sockets: Sequence[socket.socket], stop: socket.socket, wat
         return
     from pipeline.watching import server  # Tornado takes a tenth of a second to import
 
-    server.serve(sockets, _routes(watch, viewers), stop)
+    hosts = None if listen.host in EVERYWHERE else server.hosts_of(listen)
+    server.serve(sockets, _routes(watch, viewers), stop, hosts)
 
 
 def _routes(watch: RunWatch, viewers: Viewers) -> list[Any]:
     from pipeline.watching import server
     from pipeline.watching.live import page_routes
+    from pipeline.watching.page import ConversionPage
 
-    return [*page_routes(watch, viewers.count), *server.routes(_metrics(watch), lambda: health(watch))]
+    return [*page_routes(ConversionPage(watch), viewers.count), *server.routes(_metrics(watch), lambda: health(watch))]
 
 
 def _metrics(watch: RunWatch) -> Callable[[], bytes | None]:

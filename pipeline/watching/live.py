@@ -1,17 +1,21 @@
-"""Answer for the page of one conversion: the page itself, and a stream of events that brings it up to date while it is open."""
+"""Answer for a page: the page itself, and a stream of events that brings it up to date while it is open."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import json
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 from tornado.iostream import StreamClosedError
 from tornado.web import RequestHandler
 
+from pipeline.model.tables import CONFIGS
 from pipeline.planning.listen import PAGE
-from pipeline.watching.page import document, news, policy
-from pipeline.watching.state import RunWatch
+from pipeline.watching.server import Guarded
 
 SECONDS = 1.0  # between two events
 TICK_SECONDS = 0.05  # between two looks whether the run has ended
@@ -20,24 +24,54 @@ TICK_SECONDS = 0.05  # between two looks whether the run has ended
 Count = Callable[[int], None]
 
 
-class PageHandler(RequestHandler):
+class Shown(Protocol):
+    """The subject of a page. `has_ended`: whether it will not change any more."""
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def look(self) -> tuple[str, str, bool]:
+        """The page's content as HTML, its title, and whether it will not change any more: all of one moment."""
+        ...
+
+
+@cache
+def _files() -> tuple[str, str, str]:
+    """The frame of all pages, its styles and its script."""
+    html, css, script = ((CONFIGS / "page" / name).read_text() for name in ("page.html", "page.css", "page.js"))
+    return html, css, script
+
+
+def document(body: str) -> str:
+    """Return a whole page: its content as it is now, and a script that puts in what the server sends later."""
+    html, css, script = _files()
+    return html.replace("@CSS@", css).replace("@SCRIPT@", script).replace("@BODY@", body)
+
+
+def policy() -> str:
+    """Return a page's Content-Security-Policy: its own script and styles, and no other server."""
+    digest = base64.b64encode(hashlib.sha256(_files()[2].encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; script-src 'sha256-{digest}'"
+
+
+class PageHandler(Guarded):
     """Answers `GET /headrace` with the page as it is now."""
 
-    def initialize(self, watch: RunWatch) -> None:
-        self.watch = watch
+    def initialize(self, shown: Shown) -> None:
+        self.shown = shown
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/html; charset=utf-8")
         self.set_header("Content-Security-Policy", policy())
         self.set_header("Cache-Control", "no-store")
-        self.write(document(self.watch.snapshot()))
+        self.write(document(self.shown.look()[0]))
 
 
-class LiveHandler(RequestHandler):
-    """Answers `GET /headrace/live` with server-sent events, one a second; the last says how the run ended."""
+class LiveHandler(Guarded):
+    """Answers `GET /headrace/live` with server-sent events, one a second; the last says how it ended."""
 
-    def initialize(self, watch: RunWatch, count: Count) -> None:
-        self.watch, self.count = watch, count
+    def initialize(self, shown: Shown, count: Count) -> None:
+        self.shown, self.count = shown, count
         self.gone = False
 
     def on_connection_close(self) -> None:
@@ -50,10 +84,10 @@ class LiveHandler(RequestHandler):
         self.count(1)
         try:
             while not self.gone:
-                now = self.watch.snapshot()
-                self.write(f"data: {news(now)}\n\n")
+                body, title, ended = self.shown.look()
+                self.write(f"data: {json.dumps({'body': body, 'title': title, 'ended': ended})}\n\n")
                 await self.flush()
-                if now.ended:
+                if ended:
                     return
                 await self._pause()
         except StreamClosedError:
@@ -64,10 +98,10 @@ class LiveHandler(RequestHandler):
     async def _pause(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + SECONDS
-        while loop.time() < end and not self.watch.has_ended and not self.gone:
+        while loop.time() < end and not self.shown.has_ended and not self.gone:
             await asyncio.sleep(TICK_SECONDS)
 
 
-def page_routes(watch: RunWatch, count: Count) -> list[tuple[str, type[RequestHandler], dict[str, Any]]]:
+def page_routes(shown: Shown, count: Count = lambda _: None) -> list[tuple[str, type[RequestHandler], dict[str, Any]]]:
     """Return the page's routes for Tornado."""
-    return [(PAGE, PageHandler, {"watch": watch}), (f"{PAGE}/live", LiveHandler, {"watch": watch, "count": count})]
+    return [(PAGE, PageHandler, {"shown": shown}), (f"{PAGE}/live", LiveHandler, {"shown": shown, "count": count})]

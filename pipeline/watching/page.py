@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 
-from pipeline.model.tables import CONFIGS
 from pipeline.printed import in_html
 from pipeline.watching.charts import bar_rows, timeline
 from pipeline.watching.graph_drawing import graph_svg
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
 from pipeline.watching.progress import layer
-from pipeline.watching.state import Sample, Snapshot
+from pipeline.watching.state import RunWatch, Sample, Snapshot
 from pipeline.watching.units import human_bytes, human_rate
 
 CAPTION = (
@@ -35,29 +30,22 @@ DASK = (
 )
 
 
-def document(now: Snapshot) -> str:
-    """Return the whole page: the run as it is now, and a script that puts in what the server sends later."""
-    html, css, script = _files()
-    return html.replace("@CSS@", css).replace("@SCRIPT@", script).replace("@BODY@", body(now))
+class ConversionPage:
+    """The page of a run, for those that serve it."""
 
+    def __init__(self, watch: RunWatch) -> None:
+        self._watch = watch
 
-def policy() -> str:
-    """Return the page's Content-Security-Policy: its own script and styles, and no other server."""
-    digest = base64.b64encode(hashlib.sha256(_files()[2].encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; script-src 'sha256-{digest}'"
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has ended."""
+        return self._watch.has_ended
 
-
-def news(now: Snapshot) -> str:
-    """Return one message to an open page, as JSON: its new body and title, and whether that is the last."""
-    title = f"{now.state}: {now.name}" if now.ended else f"{_percent(now)} {now.name}" if now.name else "headrace"
-    return json.dumps({"body": body(now), "title": title, "ended": now.ended})
-
-
-@cache
-def _files() -> tuple[str, str, str]:
-    """The page's frame, its styles and its script."""
-    html, css, script = ((CONFIGS / "page" / name).read_text() for name in ("page.html", "page.css", "page.js"))
-    return html, css, script
+    def look(self) -> tuple[str, str, bool]:
+        """The page's content as HTML, its title, and whether the run has ended."""
+        now = self._watch.snapshot()
+        title = f"{now.state}: {now.name}" if now.ended else f"{_percent(now)} {now.name}" if now.name else "headrace"
+        return body(now), title, now.ended
 
 
 def body(now: Snapshot) -> str:

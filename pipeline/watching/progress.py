@@ -78,12 +78,12 @@ class ProgressLines:
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         self.total, self.done, self.resumed, self.begun = total_bytes, done_bytes, done_bytes, time.monotonic()
-        text = f"converting {plan.source.location} in {plan.tasks} tasks"
+        text = f"converting {plan.source.place} in {plan.tasks} tasks"
         for part in notes(plan, dashboard, done_tasks):
             text += f"; {part}"
         values = {"tasks": plan.tasks, "done_tasks": done_tasks, "bytes": total_bytes, "done_bytes": done_bytes}
         places = {"dashboard": dashboard, "page": page_address(plan.job, dashboard)}
-        self._say("started", text, source=str(plan.source.location), **values, **places, left_out=len(plan.left_out))
+        self._say("started", text, source=plan.source.place, **values, **places, left_out=len(plan.left_out))
 
     def advanced(self, written: Written) -> None:
         self.done += written.bytes_written

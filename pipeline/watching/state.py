@@ -246,7 +246,7 @@ class RunWatch:
             outputs = tuple(str(target.output.directory) for target in plan.targets)
             return Snapshot(
                 name=", ".join(Path(path).name for path in outputs),
-                source=str(plan.source.location),
+                source=plan.source.place,
                 source_kind=plan.source.kind,
                 source_bytes=plan.source.nbytes,
                 outputs=outputs,

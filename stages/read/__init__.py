@@ -66,6 +66,10 @@ def _find_source(
             raise BadInput([Problem(str(meta_ckpt_dir), "no such directory", "a Meta checkpoint")])
         _check_container(meta_ckpt_dir)
         return unwrapped(meta.READER.open_source(meta_ckpt_dir))
+    if isinstance(model_dir, str) and "://" in model_dir:
+        from stages.read import remote
+
+        return unwrapped(remote.open_remote(model_dir, open_source))
     if isinstance(model_dir, str):
         from stages.read import hub
 

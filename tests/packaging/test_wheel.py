@@ -219,7 +219,7 @@ def test_the_installed_command_writes_what_the_repository_writes(python: Path, m
     job = tmp_path / "job.toml"
     job.write_text("model_dir = 'model'\noutput_dir = 'theirs'\ntp_size = 2\nuse_fp8_rowwise = true\nscheduler = 'threads'\n")
     # A batch converts in processes of its own, which must find the package as well.
-    run(tmp_path, command, "batch", job, "--store", tmp_path / "jobs.db")
+    run(tmp_path, command, "batch", job)
     ranks = [path.name for path in (tmp_path / "ours").glob("rank*")] + ["config.json"]
     assert len(ranks) == 3
     assert all((tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes() for name in ranks)

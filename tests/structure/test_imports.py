@@ -56,11 +56,12 @@ OPEN_TEXT = (
     "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
     "pipeline/run/schedulers.py",  # Dask's performance report
-    "pipeline/watching/page.py",
+    "pipeline/run/workers.py",  # probes of file systems
+    "pipeline/watching/live.py",
     "pipeline/watching/process.py",
     "pipeline/jobs/",
 )
-TEXT_ONLY = ("pipeline/jobs/lock.py",)  # it opens the pid of who holds it
+TEXT_ONLY = ("pipeline/jobs/history.py", "pipeline/run/workers.py")  # a database for its owner, and its lock; probes
 
 
 @cache

@@ -62,7 +62,7 @@ def mapping(output: Path) -> dict[str, int]:
 
 LOADED = """
 import atexit, sys
-heavy = {"numpy", "dask", "distributed", "bokeh", "zarr", "torch", "transformers", "sqlalchemy", "apscheduler", "gguf"}
+heavy = {"numpy", "dask", "distributed", "bokeh", "zarr", "torch", "transformers", "sqlite3", "apscheduler", "gguf"}
 atexit.register(lambda: print("loaded", *sorted(heavy & sys.modules.keys())))
 from pipeline.cli import main
 main()

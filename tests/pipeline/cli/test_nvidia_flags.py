@@ -80,7 +80,7 @@ def test_a_shape_that_the_model_has(flag: str, dashed: bool, model: Path) -> Non
     arguments = ("--model_dir", model, "--output_dir", model.parent / "out", spelled(flag, dashed), SHAPE[flag][0])
     assert headrace("plan", *arguments).code == 0
     ran = headrace("batch", *arguments, "--dry_run", "--json")
-    assert (ran.code, json.loads(ran.out)[0]["state"]) == (0, "to do"), ran
+    assert (ran.code, json.loads(ran.out)["units"][0]["state"]) == (0, "to do"), ran
 
 
 @spellings
@@ -129,7 +129,7 @@ def test_shapes_in_python_and_in_job_files(model: Path) -> None:
 
 def test_a_batch_does_what_was_pasted(model: Path) -> None:
     """Each of its conversions is a process of its own that reads a job file."""
-    words = ("--model_dir", model, "--output_dir", model.parent / "out", "--store", model.parent / "jobs.db")
+    words = ("--model_dir", model, "--output_dir", model.parent / "out")
     assert headrace("batch", *words, "--world-size", 2, "--n_layer", 3, "--hidden_act", "silu", "--log_level", "info").code == 0
     assert json.loads((model.parent / "out" / "config.json").read_text())["mapping"]["tp_size"] == 2
 
@@ -174,7 +174,7 @@ def test_gemmas_names(model: Path) -> None:
     assert convert(model, model.parent / "ours", "--tp_size", 2).code == 0
     assert contents(model.parent / "theirs") == contents(model.parent / "ours")
     ran = headrace("batch", *words, "--dry_run", "--json")
-    assert (ran.code, json.loads(ran.out)[0]["state"]) == (0, "up_to_date")
+    assert (ran.code, json.loads(ran.out)["units"][0]["state"]) == (0, "up_to_date")
 
 
 def test_gemmas_name_of_fp8(tmp_path: Path) -> None:

@@ -6,51 +6,21 @@ import itertools
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import convert
-from pipeline.jobs import process
-from pipeline.jobs.rows import ACTIVE, RunRow
-from pipeline.jobs.store import JobStore, open_store
+from pipeline.jobs.fleet import ACTIVE
+from pipeline.jobs.history import History
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.directories import contents
+from tests.support.witness import Witness, gone, wait
 
-# Runs in every conversion before anything else: it holds a lock for each directory that is written, until the process is gone, and
-# says so in a log that is only added to. Where another process holds one, two are at work at the same time.
-WITNESS = """
-import fcntl, os, sys, time, tomllib
-if "pipeline.cli.child" in sys.orig_argv:
-    folder = os.environ["NIGHT"]
-    with open(sys.orig_argv[-3], "rb") as file:
-        job = tomllib.load(file)
-    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for target in job.get("target", [job]):
-        output = target["output_dir"]
-        held = os.open(f"{folder}/{output.replace('/', '_')}.lock", os.O_WRONLY | os.O_CREAT)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.write(log, f"overlap {os.getpid()} {output}\\n".encode())
-    os.write(log, f"start {os.getpid()} {job.get('output_dir', 'merged')}\\n".encode())
-
-    class Slow:
-        # Once it has been told to go, and is about to work. Some work long, the first time.
-        def find_spec(self, name, path=None, target=None):
-            if name == "pipeline.planning.make_plan":
-                once = f"{folder}/{next((word for word in ('victim', 'b-2GiB') if word in str(job)), '')}.begun"
-                seconds = 0.3 if os.path.exists(once) or once.endswith("/.begun") else 20
-                open(once, "w").close()
-                os.write(log, f"work {os.getpid()} {job.get('output_dir', 'merged')}\\n".encode())
-                time.sleep(seconds)
-
-    sys.meta_path.insert(0, Slow())
-"""
 BATCH = """
 [defaults]
 model_dir = "b"
@@ -79,6 +49,8 @@ output_dir = "{out}/c-{{dtype}}"
 """
 SCHEDULE = """
 max_jobs = 2
+[http]
+listen = "127.0.0.1:{port}"
 [retry]
 attempts = 3
 first_seconds = 0.5
@@ -98,59 +70,59 @@ class Night:
     """The place of it, and the daemons that come and go."""
 
     def __init__(self, place: Path) -> None:
-        self.place, self.end = place, time.monotonic() + WAIT_SECONDS
+        self.place, self.witness = place, Witness(place)
         for seed, name in enumerate("abc"):
             checkpoints.write(place / name, checkpoints.LLAMA, seed=seed)
-        for name in ("site", "witness", "disk"):
-            (place / name).mkdir()
-        (place / "site/sitecustomize.py").write_text(WITNESS)
+        (place / "disk").mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.port = server.getsockname()[1]
         (place / "batch.toml").write_text(BATCH.format(out=place / "out", disk=place / "disk"))
-        (place / "schedule.toml").write_text(SCHEDULE)
-        self.store: JobStore = open_store(place / "jobs.db")
+        (place / "schedule.toml").write_text(SCHEDULE.format(port=self.port))
 
     def daemon(self) -> subprocess.Popen[bytes]:
         """A daemon that sees a small disk at `disk`."""
-        run = shlex.join([*COMMAND, "serve", str(self.place / "schedule.toml"), "--store", str(self.store.path)])
+        run = shlex.join([*COMMAND, "serve", str(self.place / "schedule.toml"), "--store", str(self.place / "history.db")])
         disk = shlex.quote(str(self.place / "disk"))
         user = ["--map-root-user"] if os.geteuid() else []
         shell = f"mount -t tmpfs -o size=64k tmpfs {disk} && exec {run}"
-        paths = os.pathsep.join([str(self.place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "NIGHT": str(self.place / "witness")}
-        return subprocess.Popen(["unshare", "--mount", *user, "sh", "-c", shell], env=environment, stderr=sys.stderr)
+        command = ["unshare", "--mount", *user, "sh", "-c", shell]
+        return subprocess.Popen(command, env=self.witness.environment, stderr=sys.stderr)
 
-    def log(self) -> list[list[str]]:
-        path = self.place / "witness/log"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    def runs(self) -> list[dict[str, Any]]:
+        history = History(self.place / "history.db")
+        try:
+            return history.runs()
+        finally:
+            history.close()
 
-    def wait(self, until: Callable[[], object]) -> None:
-        while not until():
-            assert time.monotonic() < self.end, (self.log(), [(run.name, run.state, run.error) for run in self.store.runs()])
-            time.sleep(0.05)
+    def run(self, name: str) -> dict[str, Any]:
+        """The last run that writes a directory."""
+        return next(run for run in self.runs() if any(Path(output).name == name for output in run["outputs"]))
 
-    def working(self, name: str) -> list[int]:
-        """The processes that have begun to work on a directory."""
-        return [int(pid) for event, pid, output in self.log() if event == "work" and Path(output).name == name]
-
-    def run(self, name: str) -> RunRow:
-        """The run that writes a directory."""
-        (run,) = (run for run in self.store.runs() if any(Path(output).name == name for output in run.outputs))
-        return run
+    def wait(self, until: Any) -> None:
+        wait(until, WAIT_SECONDS, lambda: (self.witness.log(), [(run["name"], run["state"], run["error"]) for run in self.runs()]))
 
 
 def test_a_night(tmp_path: Path) -> None:
     night = Night(tmp_path)
-    store = night.store
+    witness = night.witness
+    witness.hold("victim", "b-2GiB")
     first = night.daemon()
     # One conversion is killed in the middle.
-    night.wait(lambda: night.working("victim"))
-    (victim,) = night.working("victim")
+    night.wait(lambda: witness.pids("work", "victim"))
+    (victim,) = witness.pids("work", "victim")
+    witness.let("victim")
     os.kill(victim, signal.SIGKILL)
     # So is the daemon, in the middle of another that would work for long, and another daemon starts at once.
-    night.wait(lambda: store.counts_by_state()["done"] >= 3 and night.working("b-2GiB"))
+    night.wait(lambda: Counter(run["state"] for run in night.runs())["done"] >= 3 and witness.pids("work", "b-2GiB"))
+    (held,) = witness.pids("work", "b-2GiB")
     first.kill()
     first.wait()
+    wait(lambda: gone(held), 5)
+    witness.let("b-2GiB")
     second = night.daemon()
-    night.wait(lambda: store.workers()[0].pid == second.pid and not store.runs(states=ACTIVE))
+    night.wait(lambda: len(witness.pids("work", "b-2GiB")) == 2)
+    night.wait(lambda: not [run for run in night.runs() if run["state"] in ACTIVE])
     second.terminate()
     assert second.wait() == 0
 
@@ -160,42 +132,27 @@ def test_a_night(tmp_path: Path) -> None:
         convert(model_dir=tmp_path / source, output_dir=alone, scheduler="threads", **options)
         assert contents(tmp_path / "out" / name) == contents(alone), name
     assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("headrace*.lock"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(GOOD)
 
-    # Once: each run has one attempt that did it, and one run stands for each job.
-    runs = store.runs()
-    attempts = {run.id: store.attempts(run.id) for run in runs}
-    for name in GOOD:
-        outcomes = [each.outcome for each in attempts[night.run(name).id]]
-        assert outcomes.count("done") <= 1, "what is done is not done again"
-        # One that ended in the moment in which the daemon was killed is found done.
-        assert outcomes[-1] == "done" or outcomes[-2:] == ["lost", "up_to_date"]
-        assert set(outcomes[:-1]) <= {"failed", "lost"}
+    # Once: by the processes' own word no two wrote one directory at a time, and none outlives the daemons.
+    assert [word for word in witness.log() if word[0] == "overlap"] == []
+    assert len(witness.pids("work", "victim")) == len(witness.pids("work", "b-2GiB")) == 2
+    assert all(gone(int(word[1])) for word in witness.log())
+    for name in set(GOOD) - {"victim", "b-2GiB"}:
+        assert 1 <= len(witness.pids("work", name)) <= 2, "what is done is not done again, but for what the daemon was at"
 
-    # Nothing ran twice at the same time: by the processes' own word, and by the store's.
-    log = night.log()
-    assert [word for word in log if word[0] == "overlap"] == []
-    assert len(night.working("victim")) == len(night.working("b-2GiB")) == 2
-    held = [(run.outputs, each) for run in runs for each in attempts[run.id]]
-    for output in {output for outputs, _ in held for output in outputs}:
-        spans = sorted((each.started, each.ended) for outputs, each in held if output in outputs)
-        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), output
-
-    # The store tells the truth: of every process that began, how each ended, and what is left.
-    started = {int(word[1]) for word in log if word[0] == "start"}
-    known = {each.pid for each in itertools.chain.from_iterable(attempts.values())}
-    assert started <= known
-    assert not any(process.birth(pid) for pid in started)
-    states = Counter(run.state for run in runs)
-    assert (states["done"] + states["up_to_date"], states["refused"], len(runs)) == (6, 3, 9)
-    victims = attempts[night.run("victim").id]
-    assert (victims[0].pid, victims[0].outcome, victims[0].exit_code) == (victim, "failed", 3)
-    assert "SIGKILL" in victims[0].error
-    assert "num_attention_heads 8" in night.run("a-3").error
-    (odd,) = (run for run in runs if run.name == "b-odd")
-    assert "job.0.colour: found an option that headrace does not have" in odd.error
+    # The history tells the truth.
+    runs = night.runs()
+    victim_runs = [run for run in runs if any(Path(output).name == "victim" for output in run["outputs"])]
+    assert victim_runs[0]["state"] in ("done", "up_to_date")
+    assert sum(run["attempts"] for run in victim_runs) >= 2
+    last = {tuple(run["outputs"]) or run["name"]: run for run in reversed(runs)}
+    states = Counter(run["state"] for run in last.values())
+    assert (states["done"] + states["up_to_date"], states["refused"], len(last)) == (6, 3, 9)
+    assert "num_attention_heads 8" in night.run("a-3")["error"]
+    (odd,) = (run for run in runs if run["name"] == "b-odd")
+    assert "job.0.colour: found an option that headrace does not have" in odd["error"]
     full = night.run("full")
-    assert "bytes free" in full.error
-    assert [each.outcome for each in attempts[full.id] if each.outcome != "lost"] == ["refused"] * 3
-    assert sorted(each.ended is None for each in store.workers()) == [False, False]
-    assert store.counts_by_state()["running"] == store.counts_by_state()["queued"] == 0
+    assert "bytes free" in full["error"]
+    assert all(before["number"] > after["number"] for before, after in itertools.pairwise(runs))

@@ -1,149 +1,210 @@
-"""What is told of which events, what `[notify]` may say, and that no secret shows."""
+"""Which events are told, what `[notify]` may say, and that no secret shows."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from pipeline.errors import BadInput
-from pipeline.jobs.events import Event, Hub, JobQueued, JobStarted, Progress, Stalled
-from pipeline.jobs.messages import LONGEST_ERROR, message
-from pipeline.jobs.notify import Notify, notifying
+from pipeline.jobs import notify
+from pipeline.jobs.files import validate
+from pipeline.jobs.notify import LONGEST_ERROR, Notify, Secret, message, notifying
+from pipeline.jobs.retry import Retry
+from pipeline.jobs.schedule import Schedule
 from tests.pipeline.jobs.receiver import receiving
-from tests.pipeline.jobs.test_webhook import FAILED
+from tests.pipeline.jobs.stand_in import Stage, unit
 
-BASE: dict[str, Any] = {"time": 1.0, "job": 1, "run": 2, "name": "llama"}
-STALLED = Stalled(**BASE, attempt=1, seconds=600, bytes=1 << 30, total_bytes=4 << 30)
-DONE = replace(FAILED, outcome="done", exit_code=0, error="", bytes=3 << 20)
+SPACE = "No space left on device"
+
+
+def options(receiver_url: str, monkeypatch: pytest.MonkeyPatch, *on: str) -> Notify:
+    monkeypatch.setenv("URLS", receiver_url.replace("http://", "json://user:hidden@"))
+    return Notify(on=on, apprise=Secret(env="URLS"))  # type: ignore[arg-type]
+
+
+def one_of_each(stage: Stage) -> None:
+    """A success, a failure and a stall, and what nobody is told of."""
+    stage.queue(unit("before", state="up_to_date"), unit("bad", state="refused", error="no"))
+    done, failed, stalled = stage.queue(unit("done"), unit("failed"), unit("stalled"))
+    for run in (done, failed, stalled):
+        stage.start(run)
+    stage.end(done, written=3 << 20)
+    stage.end(failed, 3, SPACE)
+    stalled.moved -= 700
+    stage.fleet.step()
+    stage.fleet.cancel(stalled.number)
+    stage.end(stalled, 3, "interrupted")
 
 
 @pytest.mark.parametrize(
-    ("event", "kind"),
+    ("on", "titles"),
     [
-        (DONE, "success"),
-        (FAILED, "failure"),
-        (replace(FAILED, outcome="refused"), "failure"),
-        (replace(FAILED, outcome="crashed"), "failure"),
-        (STALLED, "stall"),
-        (replace(FAILED, retry_seconds=30.0), None),  # it is not over yet
-        (replace(DONE, outcome="up_to_date"), None),
-        (replace(FAILED, outcome="cancelled"), None),
-        (replace(FAILED, outcome="interrupted"), None),
-        (JobQueued(**BASE, outputs=(), cause="batch"), None),
-        (JobStarted(**BASE, outputs=(), attempt=1, pid=1), None),
-        (Progress(**BASE, attempt=1, bytes=1, total_bytes=2, bytes_per_second=1, eta_seconds=1, layer="x"), None),
+        ((), []),
+        (("success",), ["done done"]),
+        (("failure", "stall"), ["bad refused", "failed failed", "stalled stalled"]),
+        (("success", "failure", "stall"), ["bad refused", "done done", "failed failed", "stalled stalled"]),
     ],
     ids=str,
 )
-def test_what_is_worth_saying(event: Event, kind: str | None) -> None:
-    said = message(event)
-    assert (said.kind if said else None) == kind
-    if said:
-        assert said.title.startswith(f"headrace: {event.name} ")
-        assert said.values["event"] == kind
-        assert said.values["run"] == event.run
+def test_only_what_was_asked_for_is_told(on: tuple[str, ...], titles: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    with receiving() as receiver:
+        with notifying(options(receiver.url, monkeypatch, *on), stage.fleet):
+            one_of_each(stage)
+        one_of_each(Stage())  # another fleet's
+    said = [json.loads(body) for body in receiver.bodies]
+    assert [each["title"] for each in said] == [f"headrace: {title}" for title in titles]
+    types = {each["title"].rpartition(" ")[2]: each["type"] for each in said}
+    assert {"done": "success", "failed": "failure", "refused": "failure", "stalled": "warning"}.items() >= types.items()
 
 
 def test_the_words() -> None:
-    said = message(FAILED)
-    assert said
-    assert said.title == "headrace: llama-tp2 failed"
-    assert said.body.splitlines() == ["attempt 2, exit code 3", FAILED.error, "/ranks/llama-tp2"]
-    stalled = message(STALLED)
-    assert stalled
-    assert stalled.body == "nothing written for 10 minutes; 1.0 GiB of 4.0 GiB done"
+    stage, said = Stage(), list[tuple[str, str, str] | None]()
+    stage.fleet.listeners.append(lambda event, run, values: said.append(message(event, run, values)))
+    one_of_each(stage)
+    told = [each for each in said if each]
+    assert told[1] == ("success", "headrace: done done", "3.0 MiB written in 7 s\n/ranks/done")
+    assert told[2] == ("failure", "headrace: failed failed", f"attempt 1, exit code 3\n{SPACE}\n/ranks/failed")
+    assert told[3] == ("stall", "headrace: stalled stalled", "nothing written for 12 minutes")
+    assert len(told) == 4
+
+
+def test_what_is_tried_again_is_not_over_yet() -> None:
+    stage, said = Stage(Retry(attempts=2, first_seconds=0)), list[object]()
+    stage.fleet.listeners.append(lambda event, run, values: said.append(message(event, run, values)))
+    (run,) = stage.queue(unit())
+    stage.start(run)
+    stage.end(run, 3, SPACE)
+    assert not any(said)
+    stage.start(run)
+    stage.end(run, 3, SPACE)
+    assert [each[1] for each in said if isinstance(each, tuple)] == ["headrace: llama failed"]
 
 
 def test_a_long_report_is_cut() -> None:
-    said = message(replace(FAILED, error="x" * 10 * LONGEST_ERROR))
+    stage = Stage()
+    (run,) = stage.queue(unit(state="refused", error="y" * 10 * LONGEST_ERROR))
+    said = message("ended", run, {})
     assert said
-    assert len(said.values["error"]) == LONGEST_ERROR
-    assert len(said.body) < 2 * LONGEST_ERROR
+    assert said[2].count("y") == LONGEST_ERROR
 
 
-@pytest.mark.parametrize("kinds", [(), ("success",), ("failure", "stall"), ("success", "failure", "stall")])
-def test_only_what_was_asked_for(kinds: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOOK_SECRET", "s" * 16)
-    with receiving() as receiver:
-        options = Notify(on=kinds, webhook={"url": receiver.url, "secret": {"env": "HOOK_SECRET"}})
-        with notifying(options, hub := Hub()):
-            for event in (DONE, FAILED, STALLED):
-                hub.publish(event)
-        hub.publish(FAILED)  # after its end
-    assert [json.loads(request.body)["event"] for request in receiver.requests] == [
-        kind for kind in ("success", "failure", "stall") if kind in kinds
-    ]
-
-
-def test_apprise_reaches_what_it_reaches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with receiving() as first, receiving(500, 500, 500) as second, caplog.at_level(logging.DEBUG):
-        urls = [receiver.url.replace("http://", "json://user:hidden@") for receiver in (first, second)]
+def test_what_is_not_delivered_is_tried_again_and_said_without_the_secret(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(notify, "PAUSE_SECONDS", 0.0)
+    stage = Stage()
+    with receiving() as first, receiving(500, 500) as second, receiving(500, 500, 500) as third, caplog.at_level(logging.DEBUG):
+        urls = [receiver.url.replace("http://", "json://user:hidden@") for receiver in (first, second, third)]
         (tmp_path / "urls").write_text("\n".join(urls) + "\n")
-        with notifying(Notify(on=("failure",), apprise={"file": tmp_path / "urls"}), hub := Hub()):
-            hub.publish(FAILED)
-        assert b"headrace: llama-tp2 failed" in first.requests[0].body
-        assert b"No space left" in first.requests[0].body
-        assert len(first.requests) == 1
-        assert len(second.requests) >= 1
-    assert "Apprise URL 2 (JSON): 'headrace: llama-tp2 failed' was not delivered" in caplog.text
+        with notifying(Notify(on=("failure",), apprise=Secret(file=tmp_path / "urls")), stage.fleet):
+            stage.queue(unit("bad", state="refused", error=SPACE))
+            for receiver, count in ((first, 1), (second, 3), (third, 3)):
+                receiver.wait(count)
+    assert [len(receiver.bodies) for receiver in (first, second, third)] == [1, 3, 3]
+    assert SPACE.encode() in second.bodies[-1]
+    assert "Apprise URL 3 (JSON): 'headrace: bad refused' was not delivered" in caplog.text
     assert "hidden" not in caplog.text
 
 
-def test_apprise_urls_that_are_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_service_that_fails_in_an_odd_way_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "PAUSE_SECONDS", 0.0)
+
+    class Broken:
+        service_name = "Broken"
+
+        def notify(self, **_: object) -> bool:
+            raise RuntimeError("json://user:hidden@localhost")
+
+    stage = Stage()
+    with receiving() as receiver:
+        made = options(receiver.url, monkeypatch, "failure")
+        real = made.services()
+        monkeypatch.setattr(Notify, "services", lambda _: [Broken(), *real])
+        with notifying(made, stage.fleet):
+            stage.queue(unit("bad", state="refused", error="no"))
+            receiver.wait(1)
+    assert "a notification failed (RuntimeError)" in caplog.text
+    assert "hidden" not in caplog.text
+
+
+def test_nobody_waits_for_a_receiver_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notify, "WAITING", 3)
+    monkeypatch.setattr(notify, "CLOSE_SECONDS", 0.1)
+    let_go = threading.Event()
+
+    class Slow:
+        service_name = "Slow"
+
+        def notify(self, **_: object) -> bool:
+            return let_go.wait(30)
+
+    monkeypatch.setattr(Notify, "services", lambda _: [Slow()])
+    stage, begun = Stage(), time.monotonic()
+    with notifying(Notify(on=("failure",), apprise=Secret(env="URLS")), stage.fleet):
+        stage.queue(*(unit(str(n), state="refused", error="no") for n in range(10)))
+    assert time.monotonic() - begun < 5
+    let_go.set()
+    assert 5 <= caplog.text.count("dropped 'headrace: ") <= 7
+
+
+def test_urls_that_are_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("URLS", "json://localhost/x nosuch://hidden discord://hidden")
     with caplog.at_level(logging.DEBUG), pytest.raises(BadInput) as raised:
-        Notify(apprise={"env": "URLS"}).channels()
-    assert [problem.found.split(",")[0] for problem in raised.value.problems] == ["URL 2 of 3", "URL 3 of 3"]
+        Notify(apprise=Secret(env="URLS")).services()
+    assert [problem.found for problem in raised.value.problems] == ["URL 2 of 3, URL 3 of 3, which Apprise does not know"]
     assert "hidden" not in str(raised.value) + caplog.text
 
 
 @pytest.mark.parametrize(
-    "options",
+    "values",
     [
-        {"on": ["sucess"]},
-        {"webhook": {"url": "https://example.com"}},
-        {"webhook": {"url": "https://example.com", "secret": "hidden-hidden-hidden"}},
-        {"webhook": {"url": "https://example.com", "secret": {"value": "hidden-hidden-hidden"}}},
-        {"webhook": {"url": "https://example.com", "secret": {}}},
-        {"webhook": {"url": "https://example.com", "secret": {"env": "A", "file": "/b"}}},
-        {"webhook": {"url": "https://me:hidden@example.com/x", "secret": {"env": "A"}}},
-        {"webhook": {"url": "ftp://example.com", "secret": {"env": "A"}}},
-        {"webhook": {"url": "https://", "secret": {"env": "A"}}},
-        {"webhook": {"url": "https://example.com", "secret": {"env": "A"}, "attempts": 0}},
+        {},
+        {"on": ["sucess"], "apprise": {"env": "A"}},
         {"apprise": "discord://hidden/hidden"},
         {"apprise": ["discord://hidden/hidden"]},
-        {"mail": "me"},
+        {"apprise": {}},
+        {"apprise": {"url": "discord://hidden"}},
+        {"apprise": {"env": "A", "file": "/b"}},
+        {"mail": "me", "apprise": {"env": "A"}},
+        {"webhook": {"url": "https://hidden"}},
     ],
     ids=str,
 )
-def test_what_the_options_may_not_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError) as raised:
-        Notify(**options)
+def test_what_the_options_may_not_be(values: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"notify(\.\w+)*: found") as raised:
+        validate(Schedule, {"notify": values}, "schedule.toml")
     # A report shows what was found: a secret in the wrong place must not be in it.
-    assert "hidden" not in str([error.get("input") for error in raised.value.errors()]) + str(raised.value)
+    assert "hidden" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("value", "found"), [(None, "nothing at"), ("short", "5 characters at"), ("", "nothing at")])
+@pytest.mark.parametrize(("value", "found"), [(None, "nothing at"), ("", "nothing at"), (" \n", "nothing at")])
 def test_a_secret_that_is_not_there(value: str | None, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HOOK_SECRET", raising=False)
+    monkeypatch.delenv("URLS", raising=False)
     if value is not None:
-        monkeypatch.setenv("HOOK_SECRET", value)
-    with pytest.raises(BadInput, match=f"notify.webhook.secret: found {found} the environment variable HOOK_SECRET"):
-        Notify(webhook={"url": "https://example.com", "secret": {"env": "HOOK_SECRET"}}).channels()
+        monkeypatch.setenv("URLS", value)
+    with pytest.raises(BadInput, match=f"notify.apprise: found {found} the environment variable URLS"):
+        Notify(apprise=Secret(env="URLS")).services()
 
 
 def test_a_secret_of_a_file(tmp_path: Path) -> None:
-    options = {"url": "https://example.com", "secret": {"file": tmp_path / "secret"}}
-    with pytest.raises(BadInput, match=f"No such file or directory at {tmp_path / 'secret'}"):
-        Notify(webhook=options).channels()
-    (tmp_path / "secret").write_text("  correct horse battery staple\n")
-    made = Notify(webhook=options)
-    ((channel, attempts),) = made.channels()
-    assert (channel.name, attempts) == ("webhook", 5)
-    assert "correct horse" not in repr(made) + repr(channel)
+    made = Notify(apprise=Secret(file=tmp_path / "urls"))
+    with pytest.raises(BadInput, match=f"No such file or directory at {tmp_path / 'urls'}"):
+        made.services()
+    (tmp_path / "urls").write_bytes(b"\xff\xfe hidden")
+    with pytest.raises(BadInput, match="bytes that are no text"):
+        made.services()
+    (tmp_path / "urls").write_text("  json://user:hidden@localhost/x\n")
+    (service,) = made.services()
+    assert service.service_name == "JSON"
+    assert "hidden" not in repr(made)

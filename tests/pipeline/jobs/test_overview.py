@@ -1,42 +1,36 @@
-"""All jobs at one moment: counters that only grow, gauges of what is at work."""
+"""All runs at one moment: a page that escapes what it shows, counters that only grow, gauges of what is at work, and JSON."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.jobs import overview
-from pipeline.jobs.events import Stalled
-from pipeline.jobs.overview import Overseer
-from pipeline.jobs.overview_page import failures_table, header, jobs_table, rank_rows
-from pipeline.watching.metrics import BUCKETS, Durations, Metrics, Reading
-from tests.pipeline.jobs.told import Told
+from pipeline.jobs.overview import Overview
+from pipeline.jobs.retry import Retry
+from pipeline.planning.listen import Listen
+from pipeline.watching.metrics import Metrics, Reading
+from pipeline.watching.server import serving
+from tests.pipeline.jobs.stand_in import Stage, unit
+from tests.pipeline.watching.web import fetch, free_port
 
-
-class Clock:
-    now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
+EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Told:
-    return Told(tmp_path)
+def stage() -> Stage:
+    return Stage(stall_seconds=50)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def overseer(told: Told, clock: Clock) -> Overseer:
-    made = Overseer(told.store, clock)
-    told.hub.subscribe(made)
-    return made
+def seen(stage: Stage) -> Overview:
+    return Overview(stage.fleet, "batch")
 
 
 def samples(reading: Reading) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -50,16 +44,14 @@ def samples(reading: Reading) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     return dict(found)
 
 
-def test_a_job_from_the_queue_to_its_end(told: Told, overseer: Overseer, clock: Clock) -> None:
-    run = told.queue("llama")
-    now = overseer.look()
-    assert (now.reading.queue_length, now.reading.states["queued"], now.live) == (1, 1, {})
-    attempt = told.start(run)
-    clock.now += 3
-    assert overseer.look().reading.running[0].idle_seconds == 3
-    told.progress(run, 400, memory_bytes=7, memory_limit_bytes=9, tasks=5, done_tasks=2, ranks=(("llama", 0, 100, 300),))
-    found = samples(overseer.look().reading)
-    job = ("job", f"{run.job} llama")
+def test_a_run_from_the_queue_to_its_end_in_metrics(stage: Stage, seen: Overview) -> None:
+    (run,) = stage.queue(unit("llama"))
+    found = samples(seen.reading())
+    assert (found["headrace_queue_length", ()], found["headrace_jobs", (("state", "queued"),)]) == (1, 1)
+    stage.start(run)
+    stage.progress(run, 400, memory_bytes=7, memory_limit_bytes=9, tasks=5, done_tasks=2, ranks=[["llama", 0, 100, 300]])
+    found, job = samples(seen.reading()), ("job", "1 llama")
+    assert found["headrace_queue_length", ()] == 0
     assert found["headrace_jobs", (("state", "running"),)] == 1
     assert found["headrace_job_bytes", (job,)] == 400
     assert found["headrace_job_size_bytes", (job,)] == 1000
@@ -69,129 +61,170 @@ def test_a_job_from_the_queue_to_its_end(told: Told, overseer: Overseer, clock: 
     assert found["headrace_job_done_tasks", (job,)] == 2
     assert found["headrace_rank_bytes", (job, ("rank", "0"), ("target", "llama"))] == 100
     assert found["headrace_stage_bytes_total", (("stage", "write"),)] == 400
-    told.finish(run, attempt)
-    found = samples(overseer.look().reading)
+    stage.end(run)
+    found = samples(seen.reading())
     assert ("headrace_job_bytes", (job,)) not in found
     assert found["headrace_stage_bytes_total", (("stage", "write"),)] == 1000
     assert found["headrace_jobs", (("state", "done"),)] == 1
-    assert found["headrace_job_duration_seconds_count", (("outcome", "done"),)] == 1
-    assert found["headrace_job_duration_seconds_sum", (("outcome", "done"),)] == 7
-    assert found["headrace_job_duration_seconds_bucket", (("le", "5.0"), ("outcome", "done"))] == 0
-    assert found["headrace_job_duration_seconds_bucket", (("le", "15.0"), ("outcome", "done"))] == 1
-    assert found["headrace_job_duration_seconds_bucket", (("le", "+Inf"), ("outcome", "done"))] == 1
+    outcome = ("outcome", "done")
+    assert found["headrace_job_duration_seconds_count", (outcome,)] == 1
+    assert found["headrace_job_duration_seconds_sum", (outcome,)] == 7
+    assert found["headrace_job_duration_seconds_bucket", (("le", "5.0"), outcome)] == 0
+    assert found["headrace_job_duration_seconds_bucket", (("le", "+Inf"), outcome)] == 1
 
 
-def test_counters_only_grow(told: Told, overseer: Overseer) -> None:
-    seen = [0.0]
+def test_what_was_refused_before_any_attempt_took_no_time(stage: Stage, seen: Overview) -> None:
+    stage.queue(unit("llama", state="refused", error="no"))
+    found = samples(seen.reading())
+    assert found["headrace_jobs", (("state", "refused"),)] == 1
+    assert not any(name.startswith("headrace_job_duration") for name, _ in found)
+
+
+def test_counters_only_grow(seen: Overview, stage: Stage) -> None:
+    written = [0.0]
 
     def note() -> None:
-        seen.append(overseer.look().reading.stages.get("write", {}).get("bytes", 0.0))
+        written.append(seen.reading().stages.get("write", {}).get("bytes", 0.0))
 
-    for outcome, written in (("failed", 300), ("done", 1000)):
-        run = told.queue("llama")
-        attempt = told.start(run)
+    for code, nbytes in ((3, 300), (0, 1000)):
+        (run,) = stage.queue(unit("llama"))
+        stage.start(run)
         note()
         for done in (100, 300):
-            told.progress(run, done)
+            stage.progress(run, done)
             note()
-        told.finish(run, attempt, outcome, written=written)
+        stage.end(run, code, written=nbytes)
         note()
-    assert seen == sorted(seen)
-    assert seen[-1] == 1300
+    assert written == sorted(written)
+    assert written[-1] == 1300
 
 
-def test_jobs_of_one_name_are_told_apart(told: Told, overseer: Overseer) -> None:
-    first, second = told.queue("a/llama"), told.queue("b/llama")
+def test_runs_of_one_name_are_told_apart(seen: Overview, stage: Stage) -> None:
+    first, second = stage.queue(unit("llama"), unit("other"))
+    second.unit = first.unit
     for run in (first, second):
-        told.start(run)
-        told.progress(run, 10, ranks=(("llama", 0, 1, 2),))
-    # The label of a job is its number and its name: a directory may have the same name elsewhere.
-    assert len({job.name for job in overseer.look().reading.running}) == 2
-    samples(overseer.look().reading)
+        stage.start(run)
+        stage.progress(run, 10, ranks=[["llama", 0, 1, 2]])
+    assert len({running.name for running in seen.reading().running}) == 2
+    samples(seen.reading())
 
 
-def test_stalls_are_counted(told: Told, overseer: Overseer) -> None:
-    run = told.queue("llama")
-    told.start(run)
-    told.hub.publish(Stalled(*told.of(run), attempt=1, seconds=600, bytes=1, total_bytes=2))
-    assert overseer.look().reading.stalls == 1
+def test_what_does_not_move_grows_idle_and_stalls(seen: Overview, stage: Stage) -> None:
+    (run,) = stage.queue(unit())
+    stage.start(run)
+    stage.progress(run, 10)
+    run.moved -= 40
+    stage.fleet.step()
+    assert (seen.reading().stalls, round(seen.health()["running"][0]["idle_seconds"])) == (0, 40)
+    run.moved -= 20
+    stage.fleet.step()
+    stage.fleet.step()
+    assert samples(seen.reading())["headrace_stalls_total", ()] == 1
+    assert "stalled" in seen.look()[0]
+    stage.progress(run, 20)
+    assert "stalled" not in seen.look()[0]
 
 
-def test_what_does_not_move_grows_idle(told: Told, overseer: Overseer, clock: Clock) -> None:
-    run = told.queue("llama")
-    told.start(run)
-    told.progress(run, 10)
-    clock.now += 20
-    told.progress(run, 10)
-    assert overseer.look().reading.running[0].idle_seconds == 20
-    told.progress(run, 11)
-    assert overseer.look().reading.running[0].idle_seconds == 0
-
-
-def test_what_another_process_took_over_is_forgotten_but_its_bytes(told: Told, overseer: Overseer, clock: Clock) -> None:
-    run = told.queue("llama")
-    attempt = told.start(run)
-    told.progress(run, 10)
-    told.store.finish(attempt.id, "failed", outcome="failed")  # and nobody says so here
-    assert run.id in overseer.look().live
-    clock.now += overview.FORGET_SECONDS + 1
-    assert overseer.look().live == {}
-    assert overseer.look().reading.stages["write"]["bytes"] == 10
-
-
-def test_samples_are_few(told: Told, overseer: Overseer, clock: Clock) -> None:
-    run = told.queue("llama")
-    told.start(run)
-    for done in range(3 * overview.MAX_SAMPLES):
-        clock.now += overview.SAMPLE_SECONDS
-        told.progress(run, done, total=10**6, memory_bytes=5)
-    now = overseer.look()
-    assert overview.MAX_SAMPLES / 2 <= len(now.samples) <= overview.MAX_SAMPLES
-    assert now.samples[-1].memory_bytes == 5
-    assert now.samples[-1].done_bytes == 3 * overview.MAX_SAMPLES - 1
-
-
-def test_durations_fall_into_buckets() -> None:
-    took = Durations()
-    for seconds in (0.5, 1.0, 100.0, 10.0**6):
-        took = took.plus(seconds)
-    assert took.total == 4
-    assert took.seconds == 0.5 + 1.0 + 100.0 + 10.0**6
-    assert dict(zip(BUCKETS, took.counts, strict=True)) == {bound: 2 if bound < 300 else 3 for bound in BUCKETS}
-
-
-def test_the_page_says_it_in_words_and_escapes_them(told: Told, overseer: Overseer) -> None:
-    bad = told.queue("<b>bad</b>")
-    told.finish(bad, told.start(bad), "refused", error="<script>alert(1)</script> found")
-    run = told.queue("llama")
-    told.start(run)
-    told.progress(run, 500, memory_bytes=1 << 20, memory_limit_bytes=2 << 30, ranks=(("x", 0, 1, 4), ("y", 0, 2, 4)))
-    now = overseer.look()
-    text = header(now) + jobs_table(now) + failures_table(now.failures)
+def test_the_page_shows_what_runs_waits_and_ended() -> None:
+    again = Stage(Retry(attempts=2, first_seconds=600))
+    page = Overview(again.fleet, "schedule", lambda: {"nightly <b>": "2026-03-01 02:30:00 UTC"}, "http://here:8787/status")
+    running, failed, bad = again.queue(unit("running"), unit("failed"), unit("bad", state="refused", error=f"because {EVIL}"))
+    again.start(running)
+    again.progress(running, 512 << 20, 1 << 30, memory_bytes=1 << 20, memory_limit_bytes=2 << 20)
+    again.start(failed)
+    again.end(failed, 3, "the disk is full")
+    body, title, ended = page.look()
+    assert (title, ended) == ("2 left: headrace", False)
+    assert body.index("Running") < body.index("Waiting") < body.index("Ended")
     for word in (
-        "llama",
-        "running",
-        "500 B of 1000 B",
-        "10 B/s",
-        "50 s",
-        "1.0 MiB of 2.0 GiB",
-        "/ranks/llama",
-        "nightly",
-        "refused",
-    ):
-        assert word in text, word
-    assert "width:50.0%" in text
-    assert "<script>" not in text
-    assert "<b>bad" not in text
-    assert "&lt;script&gt;alert(1)" in text
-    assert [(name, part) for name, part, _ in rank_rows(now)] == [
-        ((f"llama ({run.job})", "x rank 0"), 0.25),
-        ((f"llama ({run.job})", "y rank 0"), 0.5),
-    ]
+        "512.0 MiB of 1.0 GiB", "1.0 MiB of 2.0 MiB", '<a href="http://worker-1:8787/headrace">running</a>',
+        "again at", "the disk is full", "because &lt;script&gt;", "/ranks/running",
+        "<li>nightly &lt;b&gt;: 2026-03-01 02:30:00 UTC</li>", 'href="http://here:8787/status"', 'href="metrics"',
+    ):  # fmt: skip
+        assert word in body, word
+    assert bad.state == "refused"
+    failed.not_before = 0.0
+    again.fleet.step()
+    again.start(failed)
+    assert "attempt 2" in page.look()[0]
 
 
-def test_the_page_of_nothing(overseer: Overseer) -> None:
-    now = overseer.look()
-    assert "none waits or runs" in jobs_table(now)
-    assert "none" in failures_table(now.failures)
-    assert rank_rows(now) == []
+def test_names_and_errors_are_escaped_wherever_they_stand(seen: Overview, stage: Stage) -> None:
+    runs = stage.queue(*(unit(f"{EVIL}{n}") for n in range(3)))
+    stage.start(runs[0])
+    stage.say(runs[0], "started", page=f'http://x/"onclick="{EVIL}', dashboard="")
+    stage.start(runs[1])
+    stage.end(runs[1], 3, EVIL)
+    body, _, _ = seen.look()
+    assert "<script" not in body
+    assert '"onclick' not in body
+    assert body.count("&lt;script&gt;") >= 7
+
+
+def test_long_tables_and_errors_are_cut(seen: Overview, stage: Stage) -> None:
+    stage.queue(*(unit(str(n), state="refused", error="x" * 100_000) for n in range(overview.SHOWN + 7)))
+    body, title, _ = seen.look()
+    assert (body.count("<tr>"), title) == (overview.SHOWN + 1, "headrace")
+    assert "and 7 more" in body
+    assert len(body) < overview.SHOWN * (overview.LONGEST_ERROR + 500)
+
+
+def test_a_daemon_forgets_in_memory_what_ended_long_ago_and_a_batch_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "KEPT", 3)
+    for name, kept in (("schedule", ["4", "5", "6"]), ("batch", [str(n) for n in range(1, 7)])):
+        stage = Stage()
+        page = Overview(stage.fleet, name)
+        waits = stage.queue(unit("waits"))[0]
+        stage.queue(*(unit(str(n), state="up_to_date") for n in range(1, 7)))
+        assert [run.unit.name for run in stage.fleet.runs.values()] == ["waits", *kept]
+        assert page.reading().states["up_to_date"] == 6, "counters keep what they have counted"
+        assert waits.state == "queued"
+
+
+def test_throughput_and_memory_are_sampled(seen: Overview, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "SAMPLE_SECONDS", 0.0)
+    (run,) = stage.queue(unit())
+    stage.start(run)
+    for done in (100_000_000, 300_000_000):
+        time.sleep(0.01)
+        stage.progress(run, done, 1 << 30, memory_bytes=5 << 20, memory_limit_bytes=1 << 30)
+    body, _, _ = seen.look()
+    assert "5.0 MiB" in body
+    assert body.count("<svg") == 2
+
+
+def test_reports_of_outputs_and_nothing_else(stage: Stage, seen: Overview, tmp_path: Path) -> None:
+    (tmp_path / "a.report.html").write_text("<p>a report</p>")
+    (tmp_path / "secret").write_text("hidden")
+    os.mkfifo(tmp_path / "b.report.html")
+    run = replace(unit("llama"), outputs=(str(tmp_path / "a"), str(tmp_path / "b")))
+    stage.queue(run)
+    body, _, _ = seen.look()
+    assert '<a href="report/1/0">a.report.html</a>' in body
+    assert "b.report.html" not in body
+    with serving(Listen(port=free_port()), seen.routes()) as base:
+        assert fetch(f"{base}/report/1/0") == (200, "<p>a report</p>")
+        for path in ("1/1", "2/0", "1/-1", "1/0/../secret", "1/..%2fsecret", f"{10**15}/0", "x/0"):
+            assert fetch(f"{base}/report/{path}")[0] == 404, path
+        assert fetch(f"{base}/report/1/0", headers={"Host": "evil.example"})[0] == 421
+
+
+def test_over_http(stage: Stage, seen: Overview) -> None:
+    runs = stage.queue(unit("llama"), unit("bad", state="refused", error="no"))
+    stage.start(runs[0])
+    with serving(Listen(port=free_port()), seen.routes()) as base:
+        said = json.loads(fetch(f"{base}/api/jobs")[1])
+        assert [(run["number"], run["name"], run["state"], run["error"]) for run in said["runs"]] == [
+            (2, "bad", "refused", "no"),
+            (1, "llama", "running", ""),
+        ]
+        assert (said["runs"][1]["host"], said["next"]) == ("worker-1", {})
+        health = json.loads(fetch(f"{base}/health")[1])
+        assert (health["status"], health["queue_length"], health["states"]) == ("ok", 0, {"running": 1, "refused": 1})
+        assert "headrace_queue_length 0.0" in fetch(f"{base}/metrics")[1]
+        page = fetch(f"{base}/")[1]
+        assert "<title>headrace</title>" in page
+        assert "<h1>headrace batch</h1>" in page
+        for method in ("POST", "PUT", "DELETE", "PATCH"):  # nothing can be changed over HTTP
+            assert fetch(f"{base}/api/jobs", method, body=b"{}" if method == "POST" else None)[0] == 405
+        assert runs[0].state == "running"

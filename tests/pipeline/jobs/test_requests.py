@@ -108,7 +108,7 @@ def test_a_batch_file_with_everything(tmp_path: Path) -> None:
     [
         (
             "jobs = []\n[[job]]\nmodel_dir = 'm'",
-            "batch.toml: jobs: found a key that headrace does not have; expected defaults, files,",
+            "batch.toml: jobs: found a key that headrace does not have; expected cluster, defaults, files,",
         ),
         ("max_jobs = 0\n[[job]]", "batch.toml: max_jobs: found 0; expected input should be greater than or equal to 1"),
         (

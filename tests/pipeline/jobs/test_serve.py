@@ -3,230 +3,359 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import convert
-from pipeline.jobs.events import Event, JobFinished, JobQueued
-from pipeline.jobs.rows import ACTIVE, RunRow
+from pipeline.errors import BadInput
+from pipeline.jobs.fleet import ACTIVE
+from pipeline.jobs.history import History
+from pipeline.jobs.log import Log
 from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
-from pipeline.jobs.store import JobStore, open_store
-from tests.support import checkpoints
-from tests.support.commands import COMMAND, headrace
+from pipeline.sinks.hold import Holder, birth, holder
+from tests.pipeline.jobs.receiver import receiving
+from tests.pipeline.jobs.stand_in import wait
+from tests.pipeline.watching.web import fetch, free_port
+from tests.support import browser, checkpoints
+from tests.support.commands import COMMAND, Ran, headrace
 from tests.support.directories import contents
 
-WAIT_SECONDS = 60.0
+# Holds the conversions of a daemon, when they open their job files, until a file is there.
+HOLDING = """
+import pathlib, sys, time
+def hold(event, arguments):
+    if event == "open" and "/headrace-" in str(arguments[0]) and str(arguments[0]).endswith("/job.toml"):
+        while not pathlib.Path({go!r}).exists(): time.sleep(0.05)
+if sys.orig_argv[3:4] == ["pipeline.cli.child"] and "convert" in sys.orig_argv:
+    sys.addaudithook(hold)
+"""
 
 
-def wait(until: Callable[[], object]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not until():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
+class Place:
+    """A directory with a model, a schedule and a daemon's history."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.schedule, self.path = folder, folder / "schedule.toml", folder / "history.db"
+        checkpoints.write(folder / "model", checkpoints.LLAMA)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def often(self, every: float = 3600, more: str = "") -> None:
+        """A schedule of one interval, and the job that it does."""
+        self.write("job.toml", 'model_dir = "model"\noutput_dir = "out"\ntp_size = 2\n')
+        text = f'[[interval]]\nname = "often"\nevery_seconds = {every}\nfiles = ["job.toml"]\n[retry]\nfirst_seconds = 0.2\n{more}'
+        self.write("schedule.toml", text)
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All that is recorded, the oldest first."""
+        with contextlib.closing(History(self.path)) as opened:
+            return opened.runs()[::-1]
+
+    def states(self) -> list[str]:
+        try:
+            return [run["state"] for run in self.runs()]
+        except (sqlite3.Error, BadInput):  # it is not there yet, or not whole
+            return []
+
+    def jobs(self, *words: object) -> Ran:
+        return headrace("jobs", *words, "--store", self.path)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[list[dict[str, Any]]]:
+        """A daemon in a thread of this process; yields what it says."""
+        stream, said = io.StringIO(), list[dict[str, Any]]()
+        opened = History(self.path, write=True)
+        daemon = Daemon(read_schedule(self.schedule), opened, Log(stream, "json"))
+        thread = threading.Thread(target=daemon.run)
+        thread.start()
+        try:
+            yield said
+        finally:
+            daemon.stop.set()
+            thread.join()
+            opened.close()
+            said += map(json.loads, stream.getvalue().splitlines())
+
+    @contextlib.contextmanager
+    def process(self, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """A daemon in a process of its own."""
+        command = [*COMMAND, "serve", str(self.schedule), "--store", str(self.path), "--log_format", "json", *more]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as started:
+            try:
+                yield started
+            finally:
+                started.kill()
+
+    def holding(self) -> dict[str, str]:
+        """The environment of a daemon whose conversions wait for the file `go`."""
+        (self.folder / "site").mkdir()
+        self.write("site/sitecustomize.py", HOLDING.format(go=str(self.folder / "go")))
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(self.folder / "site"), os.environ.get("PYTHONPATH", ""))))}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[JobStore]:
-    opened = open_store(tmp_path / "jobs.db")
-    yield opened
-    opened.close()
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
-    return tmp_path / "model"
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-def often(tmp_path: Path, every: float = 3600) -> Path:
-    """A schedule of one interval, and the job that it does."""
-    write(tmp_path / "job.toml", 'model_dir = "model"\noutput_dir = "out"\ntp_size = 2\n')
-    text = f'[[interval]]\nname = "often"\nevery_seconds = {every}\nfiles = ["job.toml"]\n[retry]\nfirst_seconds = 0.2\n'
-    return write(tmp_path / "schedule.toml", text)
-
-
-@contextlib.contextmanager
-def serving(schedule: Path, store: JobStore, *listeners: Callable[[Event], None]) -> Iterator[Daemon]:
-    """A daemon in a thread of its own."""
-    daemon = Daemon(read_schedule(schedule), store)
-    for listener in listeners:
-        daemon.hub.subscribe(listener)
-    thread = threading.Thread(target=daemon.run)
-    thread.start()
-    try:
-        yield daemon
-    finally:
-        daemon.stop.set()
-        daemon.runner.wake.set()
-        thread.join()
-
-
-@contextlib.contextmanager
-def process(schedule: Path, store: JobStore) -> Iterator[subprocess.Popen[str]]:
-    """A daemon in a process of its own."""
-    command = [*COMMAND, "serve", str(schedule), "--store", str(store.path), "--log_format", "json"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
-        yield started
-        started.kill()
-
-
-def state(store: JobStore, name: str) -> str:
-    return next((job.state for job in store.jobs() if job.name == name), "")
-
-
-def only(store: JobStore) -> RunRow:
-    (run,) = store.runs()
-    return run
-
-
-def test_a_trigger_fires_and_sigterm_ends_in_order(tmp_path: Path, store: JobStore, model: Path) -> None:
-    schedule = often(tmp_path)
-    with process(schedule, store) as started:
-        wait(lambda: state(store, "job") == "done")
-        second = headrace("serve", schedule, "--store", store.path)
-        assert (second.code, f"process {started.pid}, a daemon on this store" in second.err) == (2, True)
+@pytest.mark.nightly
+def test_a_trigger_fires_once_and_sigterm_ends_in_order(place: Place, tmp_path: Path) -> None:
+    place.often()
+    with place.process() as started:
+        wait(lambda: place.states() == ["done"])
+        second = headrace("serve", place.schedule, "--store", place.path)
+        assert (second.code, f"process {started.pid} on" in second.err) == (2, True)
         started.send_signal(signal.SIGTERM)
         _, errors = started.communicate()
-        assert started.returncode == 0
+    assert started.returncode == 0
     said = [json.loads(line)["event"] for line in errors.splitlines()]
-    assert said == ["page", "serving", "queued", "started", "progress", "finished", "stopped"]
-    convert(model_dir=model, output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
+    assert said == ["page", "serving", "queued", "started", "progress", "ended", "stopped"]
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-    assert [worker.ended is None for worker in store.workers()] == [False, False]
+    assert not list(tmp_path.glob("*.lock*"))
     # The next one knows that it has fired.
-    with serving(schedule, store):
-        time.sleep(1)
-    assert only(store).cause == "often"
+    with place.serving():
+        time.sleep(0.7)
+    assert [run["cause"] for run in place.runs()] == ["often"]
 
 
-def test_what_was_missed_is_made_up_for_and_what_is_done_is_not_recorded_again(
-    tmp_path: Path, store: JobStore, model: Path
-) -> None:
-    schedule, heard = often(tmp_path), list[Event]()
-    convert(model_dir=model, output_dir=tmp_path / "out", tp_size=2, scheduler="threads")
+@pytest.mark.nightly
+def test_what_was_missed_is_made_up_for_and_what_is_done_is_not_recorded_again(place: Place, tmp_path: Path) -> None:
+    place.often()
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", tp_size=2, scheduler="threads")
+    ended = []
     for _ in range(2):
-        store.set_fired("often", time.time() - 7201)  # two moments missed
-        with serving(schedule, store, heard.append):
-            wait(lambda: (store.fired("often") or 0) > time.time() - 60)
-    assert only(store).state == "up_to_date"
-    assert [type(event) for event in heard] == [JobFinished]
+        begun = time.time()
+        with contextlib.closing(History(place.path, write=True)) as opened:
+            opened.set_mark("fired", "often", str(begun - 7201))  # two moments missed
+            with place.serving() as said:
+                wait(lambda: float(opened.mark("fired", "often") or 0) > begun)  # noqa: B023
+            ended += [event for event in said if event["event"] == "ended"]
+    assert [run["state"] for run in place.runs()] == ["up_to_date"]
+    assert len(ended) == 1
 
 
-def test_sigterm_in_the_middle_leaves_a_conversion_that_the_next_daemon_ends(tmp_path: Path, store: JobStore, model: Path) -> None:
-    schedule = often(tmp_path)
-    with process(schedule, store) as started:
-        wait(lambda: store.runs(states=("running",)))
+@pytest.mark.nightly
+def test_sigterm_in_the_middle_leaves_a_conversion_that_the_next_daemon_ends(place: Place, tmp_path: Path) -> None:
+    place.often()
+    with place.process(**place.holding()) as started:
+        wait(lambda: place.states() == ["running"])
         started.send_signal(signal.SIGTERM)
         started.communicate()
-        assert started.returncode == 0
-    run = only(store)
-    assert (run.state, [each.outcome for each in store.attempts(run.id)]) in (("queued", ["interrupted"]), ("done", ["done"]))
-    with serving(schedule, store):
-        wait(lambda: only(store).state == "done")
+    assert (started.returncode, place.states()) == (0, ["queued"])
+    with place.serving():
+        wait(lambda: place.states() == ["interrupted", "done"])
     assert (tmp_path / "out/config.json").exists()
-    assert model.exists()
 
 
-def test_people_can_cancel_and_retry_while_it_runs(tmp_path: Path, store: JobStore, model: Path) -> None:
-    schedule, heard = often(tmp_path), list[Event]()
-    with serving(schedule, store, heard.append):
-        wait(lambda: store.runs(states=("running",)))
-        number = only(store).job
-        assert headrace("jobs", "cancel", number, "--store", store.path).code == 0
-        wait(lambda: only(store).state not in ACTIVE)
-        assert only(store).state in ("cancelled", "done")
-        assert headrace("jobs", "retry", number, "--store", store.path).code == 0
-        wait(lambda: store.job(number).state in ("done", "up_to_date"))
-    assert [event.cause for event in heard if isinstance(event, JobQueued)] == ["often", "retry"]
-    assert model.exists()
+@pytest.mark.nightly
+def test_kill_takes_its_conversions_with_it_and_the_next_daemon_does_them(place: Place, tmp_path: Path) -> None:
+    place.often()
+    with place.process(**place.holding()) as started:
+        wait(lambda: place.states() == ["running"])
+        assert started.stderr
+        said = next(event for event in map(json.loads, started.stderr) if event["event"] == "started")
+        started.kill()
+        started.wait()
+        wait(lambda: not birth(said["pid"]))
+    assert place.states() == ["running"]
+    assert holder(tmp_path / "history.db.serve.lock"), "its note"
+    with place.serving():
+        wait(lambda: place.states() == ["interrupted", "done"])
+    assert [run["cause"] for run in place.runs()] == ["often", "often"]
+    assert (tmp_path / "out/config.json").exists()
 
 
-def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(tmp_path: Path, store: JobStore) -> None:
-    write(tmp_path / "batch.toml", "[[matrix]]\nmodel_dir = 3\n")
-    text = '[[interval]]\nname = "bad"\nevery_seconds = 1\nfiles = ["batch.toml"]\n'
-    heard: list[Event] = []
-    with serving(write(tmp_path / "schedule.toml", text), store, heard.append):
-        wait(lambda: state(store, "bad") == "refused")
-        time.sleep(2.5)  # it fires again, and finds the same
-    assert "batch.toml: matrix.0.output_dir" in only(store).error
-    assert [event.outcome for event in heard if isinstance(event, JobFinished)] == ["refused"]
+@pytest.mark.nightly
+def test_people_can_cancel_and_retry_while_it_runs(place: Place, tmp_path: Path) -> None:
+    place.often()
+    with place.process(**place.holding()) as started:
+        wait(lambda: place.states() == ["running"])
+        assert "it is running" in place.jobs("retry", 1).err
+        assert place.jobs("cancel", 1).out == "job 1: asked to cancel\n"
+        wait(lambda: place.states() == ["cancelled"])
+        assert "it ended: cancelled" in place.jobs("cancel", 1).err
+        (tmp_path / "go").touch()
+        assert place.jobs("retry", 1).code == 0
+        wait(lambda: place.states() == ["cancelled", "done"])
+        started.send_signal(signal.SIGTERM)
+        started.communicate()
+    assert [run["cause"] for run in place.runs()] == ["often", "retry"]
+    # What is asked for while no daemon is at work is done by the next.
+    assert place.jobs("retry", 1).code == 0
+    with place.serving():
+        wait(lambda: len(place.states()) == 3 and place.states()[2] not in ACTIVE)
+    assert place.states()[2] == "up_to_date"
+
+
+def test_jobs_are_listed_and_shown(place: Place) -> None:
+    place.write("bad.toml", 'model_dir = "model"\noutput_dir = "bad"\ntp_size = 3\n')
+    place.often()
+    place.write("schedule.toml", place.schedule.read_text().replace('["job.toml"]', '["job.toml", "bad.toml"]'))
+    with place.serving():
+        wait(lambda: len(place.states()) == 2 and not set(place.states()) & {*ACTIVE})
+    rows = json.loads(place.jobs("--json").out)
+    assert {row["name"]: row["state"] for row in rows} == {"job": "done", "bad": "refused"}
+    (done,) = json.loads(place.jobs("--state", "done", "--json").out)
+    assert "one of queued" in place.jobs("--state", "happy").err
+    shown = json.loads(place.jobs("show", done["number"], "--json").out)
+    assert shown["bytes_done"] == shown["bytes_total"] > 0
+    for words in ((), ("list",), ("show", done["number"])):
+        ran = place.jobs(*words)
+        assert (ran.code, "done" in ran.out) == (0, True)
+    refused = next(row["number"] for row in rows if row["name"] == "bad")
+    assert "num_attention_heads 8" in place.jobs("logs", refused).out
+    assert place.jobs("show", 99).code == 2
+
+
+def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(place: Place) -> None:
+    place.write("batch.toml", "[[matrix]]\nmodel_dir = 3\n")
+    place.write("schedule.toml", '[[interval]]\nname = "bad"\nevery_seconds = 1\nfiles = ["batch.toml"]\n')
+    with place.serving() as said:
+        wait(lambda: place.states() == ["refused"])
+        time.sleep(2)  # it fires again, and finds the same
+    assert "batch.toml: matrix.0.output_dir" in place.runs()[0]["error"]
+    assert [event["outcome"] for event in said if event["event"] == "ended"] == ["refused"]
     # It never became a job that could be done.
-    assert "never became one" in headrace("jobs", "retry", only(store).job, "--store", store.path).err
+    assert "never became one" in place.jobs("retry", 1).err
 
 
-@pytest.mark.parametrize("remote", [False, True], ids=["directory", "URL"])
-def test_what_arrives_is_converted_once(tmp_path: Path, store: JobStore, remote: bool) -> None:
+@pytest.mark.parametrize("remote", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["directory", "URL"])
+def test_what_arrives_is_converted_once(place: Place, tmp_path: Path, remote: bool) -> None:
     (tmp_path / "in").mkdir()
-    place = f'path = "file://{tmp_path}/in"\nfetch_to = "fetched"' if remote else 'path = "in"'
+    where = f'path = "file://{tmp_path}/in"\nfetch_to = "fetched"' if remote else 'path = "in"'
     text = f"""
     [[watch]]
     name = "arrivals"
-    {place}
+    {where}
     every_seconds = 0.2
     settle_seconds = 0.5
     [watch.job]
     tp_size = [1, 2]
     output_dir = "out/{{model}}-{{tp_size}}"
     """
-    schedule = write(tmp_path / "schedule.toml", text)
-    with serving(schedule, store):
-        checkpoints.write(tmp_path / "in/[new] model", checkpoints.LLAMA, shards=2)
-        wait(lambda: (tmp_path / "out/[new] model-2/config.json").exists() and not store.runs(states=ACTIVE))
-        time.sleep(1)
-    assert (only(store).cause, only(store).state) == ("arrivals", "done")
-    assert (tmp_path / "out/[new] model-1/config.json").exists()
-    assert bool(list(tmp_path.glob("fetched/*/* model/config.json"))) == remote
-    with serving(schedule, store):
-        time.sleep(1.5)
-    assert len(store.runs()) == 1, "also the next daemon knows it"
+    place.write("schedule.toml", text)
+    with place.serving():
+        checkpoints.write(tmp_path / "in/[new] *model?", checkpoints.LLAMA, shards=2)
+        wait(lambda: place.states() == ["done"])
+        time.sleep(0.7)
+    assert [(run["cause"], run["state"]) for run in place.runs()] == [("arrivals", "done")]
+    for tp in (1, 2):
+        assert (tmp_path / f"out/[new] *model?-{tp}/config.json").exists()
+    assert bool(list(tmp_path.glob("fetched/*/* *model?/config.json"))) == remote
+    assert list(tmp_path.glob("history.db.d/*")) == []
+    with place.serving():
+        time.sleep(1.2)
+    assert len(place.runs()) == 1, "also the next daemon knows it"
 
 
-def test_services_are_there_for_as_long_as_there_is_work(tmp_path: Path, store: JobStore, model: Path) -> None:
-    order: list[str] = []
-
-    @contextlib.contextmanager
-    def service(daemon: Daemon) -> Iterator[None]:
-        order.append("entered")
-        daemon.hub.subscribe(lambda event: order.append(type(event).__name__))
-        yield
-        order.append(f"left with {daemon.runner.running} running")
-
-    daemon = Daemon(read_schedule(often(tmp_path)), store)
-    daemon.services.append(service)
-    thread = threading.Thread(target=daemon.run)
-    thread.start()
-    wait(lambda: "JobStarted" in order)
-    daemon.stop.set()
-    thread.join()
-    assert order[:3] == ["entered", "JobQueued", "JobStarted"]
-    assert order[-1] == "left with 0 running"
-    assert "JobFinished" in order
-    assert model.exists()
+def test_it_ends_at_once_while_something_is_planned(place: Place, tmp_path: Path) -> None:
+    place.often()
+    (tmp_path / "site").mkdir()
+    place.write("site/sitecustomize.py", "import sys, time\nif '--dry_run' in sys.orig_argv:\n    time.sleep(60)\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path / "site"), os.environ.get("PYTHONPATH", ""))))
+    with place.process(PYTHONPATH=path) as started:
+        assert started.stderr
+        next(line for line in started.stderr if "serving" in line)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        started.communicate()
+    assert (started.returncode, place.states()) == (0, [])
+    assert time.monotonic() - begun < 20
 
 
-def test_no_schedule_and_no_store_are_refused(tmp_path: Path) -> None:
-    for schedule, path in (("gone.toml", "jobs.db"), ("schedule.toml", ".")):
-        write(tmp_path / "schedule.toml", "")
-        ran = headrace("serve", tmp_path / schedule, "--store", tmp_path / path)
-        assert ran.code == 2
-        assert "Traceback" not in ran.err
+def test_a_foreign_hosts_note_is_not_guessed_to_be_of_one_that_is_gone(place: Place, tmp_path: Path) -> None:
+    place.often()
+    there = Holder("elsewhere", "its boot", 7, "x 1")
+    (tmp_path / "history.db.serve.lock").symlink_to(json.dumps(asdict(there)))
+    ran = headrace("serve", place.schedule, "--store", place.path)
+    assert (ran.code, "process 7 on elsewhere" in ran.err) == (2, True)
+    assert place.states() == []
 
 
-def test_the_daemon_imports_nothing_of_what_plans_and_converts() -> None:
-    code = "import sys; import pipeline.jobs.serve; print(*sorted({'dask', 'torch', 'zarr', 'distributed'} & set(sys.modules)))"
+def test_everything_at_once(place: Place, tmp_path: Path) -> None:
+    """As a process: the page, metrics, health, JSON and notifications of a good job and a bad one."""
+    place.write("bad.toml", 'model_dir = "model"\noutput_dir = "bad"\ntp_size = 3\n')
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    with receiving() as receiver:
+        place.often(more='[notify]\non = ["success", "failure"]\napprise = { env = "URLS" }\n')
+        place.write("schedule.toml", place.schedule.read_text().replace('["job.toml"]', '["job.toml", "bad.toml"]'))
+        urls = receiver.url.replace("http://", "json://user:hidden@")
+        with place.process("--listen", f"127.0.0.1:{port}", URLS=urls) as started:
+            receiver.wait(2)
+            assert {json.loads(body)["title"] for body in receiver.bodies} == {"headrace: job done", "headrace: bad refused"}
+            health = json.loads(fetch(f"{base}/health")[1])
+            assert (health["status"], health["states"]) == ("ok", {"done": 1, "refused": 1})
+            families = text_string_to_metric_families(fetch(f"{base}/metrics")[1])
+            found = {(sample.name, tuple(sample.labels.values())): sample.value for family in families for sample in family.samples}
+            assert found["headrace_jobs", ("done",)] == found["headrace_job_duration_seconds_count", ("done",)] == 1
+            assert ("headrace_job_duration_seconds_count", ("refused",)) not in found  # no attempt was made
+            assert found["headrace_stage_bytes_total", ("write",)] > 0
+            said = json.loads(fetch(f"{base}/api/jobs")[1])
+            assert {run["name"]: run["state"] for run in said["runs"]} == {"job": "done", "bad": "refused"}
+            assert list(said["next"]) == ["often"]
+            for status, headers in ((421, {"Host": "evil.example"}), (403, {"Origin": "http://evil.example"})):
+                assert fetch(f"{base}/headrace", headers=headers)[0] == status
+            if browser.PROGRAM:
+                with browser.browser() as tab:
+                    tab.open(f"{base}/headrace")
+                    text = tab.wait(lambda text: "Ended" in text and "Throughput" in text)
+                    assert tab.logged == []
+                for word in ("bad", "refused", "num_attention_heads 8", "often"):
+                    assert word in text, word
+            started.send_signal(signal.SIGTERM)
+            _, errors = started.communicate()
+    assert started.returncode == 0
+    assert "hidden" not in errors
+    assert (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more", "found"),
+    [
+        (None, (), "schedule.toml"),
+        ("", ("--listen", "8788"), "--listen"),
+        ("", ("--listen", "198.51.100.1:8788"), "--listen 198.51.100.1:8788"),
+        ('[notify]\napprise = "tgram://hidden/1"\n', (), "notify.apprise"),
+        ('[notify]\napprise = { env = "NOT_THERE_AT_ALL" }\n', (), "notify.apprise: found nothing at"),
+        ('scheduler = "here"\n', (), "--scheduler"),
+        ('[[watch]]\nname = "w"\npath = "nothing://x"\nfetch_to = "y"\n[watch.job]\noutput_dir = "{model}"\n', (), "watch w: path"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_the_start(
+    place: Place, schedule: str | None, more: tuple[str, ...], found: str
+) -> None:
+    if schedule is not None:
+        place.write("schedule.toml", schedule)
+    ran = headrace("serve", place.schedule, "--store", place.path, *more)
+    assert (ran.code, found in ran.err, "Traceback" in ran.err, "hidden" in ran.err) == (2, True, False, False), ran
+
+
+def test_a_history_that_is_not_there_is_not_made_to_be_looked_at(tmp_path: Path) -> None:
+    for words in (("jobs",), ("jobs", "show", 1), ("jobs", "cancel", 1)):
+        ran = headrace(*words, "--store", tmp_path / "gone.db")
+        assert (ran.code, "no such file" in ran.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_daemon_imports_nothing_of_what_converts() -> None:
+    code = "import sys; import pipeline.jobs.serve; print(*sorted({'torch', 'zarr', 'distributed'} & set(sys.modules)))"
     ran = subprocess.run([*COMMAND[:2], "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert ran.stdout.strip() == ""

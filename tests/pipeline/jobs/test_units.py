@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import convert
 from pipeline.jobs.requests import Request
-from pipeline.jobs.rows import Unit
-from pipeline.jobs.units import make_units
+from pipeline.jobs.units import Unit, make_units
 from pipeline.planning.job import make_job
 from tests.support import checkpoints, quantized_checkpoints
 from tests.support.examples import examples
@@ -33,7 +33,7 @@ def request(model: Path, output: Path, **options: Any) -> Request:
 
 
 def outputs(units: list[Unit]) -> list[list[str]]:
-    return [[Path(output).name for output in unit.conversion.outputs] for unit in units]
+    return [[Path(output).name for output in unit.outputs] for unit in units]
 
 
 def test_jobs_that_differ_by_target_alone_become_one(models: Path, tmp_path: Path) -> None:
@@ -41,14 +41,13 @@ def test_jobs_that_differ_by_target_alone_become_one(models: Path, tmp_path: Pat
     (unit,) = make_units(asked)
     assert unit.members == ("1", "2", "4")
     assert outputs([unit]) == [["1", "2", "4"]]
-    assert unit.conversion.name == "a (3 jobs)"
+    assert unit.name == "a (3 jobs)"
     assert [part.members for part in unit.parts] == [("1",), ("2",), ("4",)]
-    job = make_job(unit.conversion.options)
+    job = make_job(unit.options)
     assert [target.tp_size for target in job.targets] == [1, 2, 4]
-    assert unit.conversion.room.keys() == set(unit.conversion.outputs)
-    # Taken apart again they are what they were.
-    assert [each.options for each in unit.conversion.split()] == [part.conversion.options for part in unit.parts]
-    assert [each.room for each in unit.conversion.split()] == [part.conversion.room for part in unit.parts]
+    assert unit.room.keys() == set(unit.outputs)
+    assert [part.outputs for part in unit.parts] == [(output,) for output in unit.outputs]
+    assert sum(sum(part.room.values()) for part in unit.parts) == sum(unit.room.values())
 
 
 def test_sources_stay_together_in_the_order_of_their_first_job(models: Path, tmp_path: Path) -> None:
@@ -75,11 +74,11 @@ def test_one_bad_job_does_not_take_the_others_with_it(models: Path, tmp_path: Pa
 def test_what_is_done_is_seen_to_be(models: Path, tmp_path: Path) -> None:
     convert(model_dir=models / "a", output_dir=tmp_path / "1", scheduler="threads")
     (unit,) = make_units([request(models / "a", tmp_path / "1")])
-    assert unit.up_to_date
+    assert unit.state == "up_to_date"
     (unit,) = make_units([request(models / "a", tmp_path / "1", overwrite=True)])
-    assert not unit.up_to_date
+    assert unit.state == "to do"
     (unit,) = make_units([request(models / "a", tmp_path / str(tp), tp_size=tp) for tp in (1, 2)])
-    assert (unit.up_to_date, [part.up_to_date for part in unit.parts]) == (False, [True, False])
+    assert (unit.state, [part.state for part in unit.parts]) == ("to do", ["up_to_date", "to do"])
     (unit,) = make_units([request(models / "a", tmp_path / "1", dtype="float32")])
     assert "another source or with other options" in unit.error
 
@@ -94,8 +93,8 @@ def test_asked_for_twice_it_is_done_once_and_two_that_differ_cannot_share_a_dire
 
 def test_memory_of_one_is_bounded_by_that_of_all(models: Path, tmp_path: Path) -> None:
     (unit,) = make_units([request(models / "a", tmp_path / "x", workers=1)], max_memory=300 << 20)
-    assert unit.conversion.options["memory_limit"] == 300 << 20
-    assert unit.conversion.peak_memory_bytes <= 300 << 20
+    assert unit.options["memory_limit"] == 300 << 20
+    assert unit.peak_memory_bytes <= 300 << 20
     (unit,) = make_units([request(models / "a", tmp_path / "x")], max_memory=100 << 20)
     assert "--memory_limit" in unit.error
 
@@ -104,38 +103,88 @@ def test_a_name_that_is_not_utf_8_is_refused(models: Path, tmp_path: Path) -> No
     output = tmp_path / os.fsdecode(b"\xff")
     (unit,) = make_units([request(models / "a", output)])
     assert "names in UTF-8" in unit.error
-    assert unit.conversion.name == "\\udcff"
+    assert unit.name == "\\udcff"
     unit.error.encode()
 
 
 def test_a_model_on_the_hub_that_is_not_here_is_left_to_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     (unit,) = make_units([request(Path("nobody/nothing-of-the-kind"), tmp_path / "x", model_dir="nobody/nothing-of-the-kind")])
-    assert (unit.error, unit.up_to_date, unit.conversion.room) == ("", False, {})
-    assert unit.conversion.peak_memory_bytes == 2 << 30
+    assert (unit.error, unit.state, unit.room) == ("", "to do", {})
+    assert unit.peak_memory_bytes == 2 << 30
 
 
-def test_conversions_of_a_packed_source_that_cannot_be_one_share_scratch(tmp_path: Path) -> None:
+def test_what_is_not_done_names_its_state(models: Path, tmp_path: Path) -> None:
+    asked = [request(models / "a", tmp_path / "x"), request(models / "b", tmp_path / "y", tp_size=3)]
+    assert [unit.state for unit in make_units(asked)] == ["to do", "refused"]
+
+
+def test_a_source_that_was_just_written_is_left_for_another_time(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    asked = [request(tmp_path / "model", tmp_path / "x")]
+    (unit,) = make_units(asked, settle_seconds=600)
+    assert (unit.state, unit.error) == ("unsettled", "")
+    for place in (tmp_path / "model", *(tmp_path / "model").iterdir()):
+        os.utime(place, (1, 1))
+    assert make_units(asked, settle_seconds=600)[0].state == "to do"
+    (tmp_path / "model/README.md").touch()
+    assert make_units(asked, settle_seconds=600)[0].state == "unsettled"
+    assert make_units(asked)[0].state == "to do"
+
+
+def test_names_are_unique(models: Path, tmp_path: Path) -> None:
+    asked = [request(models / name, tmp_path / f"{n}/out", **more) for n, (name, more) in enumerate(
+        (("a", {}), ("b", {}), ("b", {"sync": True}), ("a", {"sync": True}))
+    )]  # fmt: skip
+    units = make_units(asked)
+    assert sorted(unit.name for unit in units) == ["out", "out (2)", "out (3)", "out (4)"]
+    assert [unit.members for unit in units] == [("out",)] * 4
+
+
+def test_conversions_of_a_packed_source_that_cannot_be_one_share_a_cut_one_after_the_other(tmp_path: Path) -> None:
     quantized_checkpoints.write(tmp_path / "model", quantized_checkpoints.LLAMA, quantized_checkpoints.gptq())
     asked = [request(tmp_path / "model", tmp_path / "x"), request(tmp_path / "model", tmp_path / "y", sync=True)]
     first, second = make_units(asked)
-    assert first.shared == second.shared != ""
+    assert (first.after, second.after) == ("", first.name)
+    assert first.scratch == second.scratch != ()
     for unit in (first, second):
-        assert unit.conversion.resources[-1] == unit.shared, "one after the other"
-        assert unit.conversion.scratch == (unit.shared,)
-        assert (unit.conversion.options["scratch_after"], unit.conversion.options["keep_scratch"]) == (["unpack"], True)
-    # Not where a job says itself what to do, and to remain where one says so.
-    assert not any(
-        unit.shared for unit in make_units([asked[0], request(tmp_path / "model", tmp_path / "y", scratch_after="none")])
-    )
+        assert (unit.options["scratch_after"], unit.options["keep_scratch"]) == (["unpack"], True)
+        assert unit.options["scratch_outputs"] == [str(tmp_path / "x"), str(tmp_path / "y")]
+    # Not where a job says itself what to do.
+    others = make_units([asked[0], request(tmp_path / "model", tmp_path / "y", scratch_after="none")])
+    assert [(unit.after, unit.scratch) for unit in others] == [("", ()), ("", ())]
+    # To remain where one says so.
     kept = make_units([asked[0], request(tmp_path / "model", tmp_path / "y", keep_scratch=True)])
-    assert all(unit.shared and unit.conversion.scratch == () for unit in kept)
+    assert [(bool(unit.scratch), "scratch_outputs" in unit.options) for unit in kept] == [(True, False)] * 2
+
+
+def test_a_third_waits_for_the_second_and_one_that_is_refused_for_nobody(tmp_path: Path) -> None:
+    quantized_checkpoints.write(tmp_path / "model", quantized_checkpoints.LLAMA, quantized_checkpoints.gptq())
+    more: list[dict[str, Any]] = [{}, {"sync": True}, {"tp_size": 3, "sync": True}, {"workers": 1}]
+    units = make_units([request(tmp_path / "model", tmp_path / f"{n}", **each) for n, each in enumerate(more)])
+    by_name = {unit.name: unit for unit in units}
+    assert {name: unit.after for name, unit in by_name.items()} == {"0": "", "1": "0", "2": "", "3": "1"}
+    assert by_name["2"].state == "refused"
 
 
 def test_conversions_of_a_dense_source_share_nothing(models: Path, tmp_path: Path) -> None:
     units = make_units([request(models / "a", tmp_path / "x"), request(models / "a", tmp_path / "y", sync=True)])
-    assert [unit.shared for unit in units] == ["", ""]
-    assert not any("scratch_after" in unit.conversion.options for unit in units)
+    assert [(unit.after, unit.scratch) for unit in units] == [("", ()), ("", ())]
+    assert not any("scratch_after" in unit.options for unit in units)
+
+
+def test_engines_are_a_step_of_their_own(models: Path, tmp_path: Path) -> None:
+    engine = {"output_dir": f"{tmp_path}/engines/{{target}}", "max_batch_size": 4, "command": ["trtllm-build"]}
+    (plain,) = make_units([request(models / "a", tmp_path / "x")])
+    assert plain.steps() == [("convert", plain.options)]
+    asked = [request(models / "a", tmp_path / f"{tp}", tp_size=tp, engine=engine) for tp in (1, 2)]
+    units = make_units(asked)
+    assert [name for unit in units for name in unit.engines] == [f"{tmp_path}/engines/1", f"{tmp_path}/engines/2"]
+    for unit in units:
+        (first, ranks), (second, both) = unit.steps()
+        assert (first, second, both) == ("convert", "build", unit.options)
+        assert '"engine"' not in json.dumps(ranks)
+        assert make_job(ranks).targets[0].output_dir == make_job(both).targets[0].output_dir
 
 
 OPTIONS = st.fixed_dictionaries({"model": st.sampled_from("ab"), "tp_size": st.sampled_from([1, 2, 3, 4]), "sync": st.booleans()})
@@ -152,9 +201,13 @@ def test_every_job_is_in_one_conversion_and_sources_are_together(
     ]
     units = make_units(asked)
     assert sorted(name for unit in units for name in unit.members) == sorted(map(str, range(len(options))))
-    sources = [unit.conversion.source for unit in units]
+    sources = [unit.source for unit in units]
     assert sources == sorted(sources, key=sources.index), "jobs of one source stand together"
     merged = [unit for unit in units if not unit.error]
-    keys = [(unit.conversion.source, unit.conversion.options.get("sync", False)) for unit in merged]
+    keys = [(unit.source, unit.options.get("sync", False)) for unit in merged]
     assert len(keys) == len(set(keys)), "what can be one is one"
     assert all(bool(unit.error) == (options[int(unit.members[0])]["tp_size"] == 3) for unit in units)
+    for unit in units:
+        assert Unit.of(json.loads(json.dumps(unit.as_json()))) == Unit.of(unit.as_json())
+        assert Unit.of(unit.as_json()) == unit
+        assert Unit.of(unit.as_json()).steps() == unit.steps()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, Interrupted
 from pipeline.jobs.fetch import fetch
 from pipeline.jobs.schedule import Watch
 from pipeline.jobs.watch import Watcher
-from tests.pipeline.jobs.stores import Clock
 from tests.support import checkpoints
 
 
@@ -24,14 +24,15 @@ class Looking:
     """A watcher with its memory and its clock."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        remote = {"fetch_to": "/nowhere"} if "://" in path else {}
+        remote: dict[str, Any] = {"fetch_to": "/nowhere"} if "://" in path else {}
         watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **remote, **options)
-        self.known, self.clock = dict[str, str](), Clock()
-        self.watcher = Watcher(watch, self.known.get, self.clock)
+        self.known, self.now = dict[str, str](), 1000.0
+        self.said = list[str]()
+        self.watcher = Watcher(watch, self.known.get, self.said.append, lambda: self.now)
 
     def after(self, seconds: float) -> list[str]:
         """The names of what is found then, and is known from then on."""
-        self.clock.now += seconds
+        self.now += seconds
         found = self.watcher.look()
         self.known |= {each.place: each.fingerprint for each in found}
         return [each.name for each in found]
@@ -162,6 +163,35 @@ def test_odd_names_and_links_are_found_too(tmp_path: Path) -> None:
     assert looking.after(30) == ["a [b] *", "link"]
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_directory_that_cannot_be_read_is_passed_over_with_a_word(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "in/model", checkpoints.LLAMA)
+    (tmp_path / "in/closed").mkdir(mode=0)
+    looking = Looking(str(tmp_path / "in"))
+    looking.after(0)
+    assert looking.after(30) == ["model"]
+    assert looking.said == [f"watch w: {tmp_path / 'in/closed'} is passed over: Permission denied"]
+
+
+def test_one_place_that_fails_does_not_hide_the_others(looking: Looking, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.write(place, checkpoints.LLAMA)
+    checkpoints.write(place.with_name("stale"), checkpoints.LLAMA)
+    real = looking.watcher._files.ls
+
+    def ls(path: str, **more: Any) -> Any:
+        if path.endswith("stale"):
+            raise OSError(116, "Stale file handle")
+        return real(path, **more)
+
+    monkeypatch.setattr(looking.watcher._files, "ls", ls)
+    looking.after(0)
+    assert looking.after(30) == ["model"]
+    assert looking.said == [f"watch w: {place.with_name('stale')} is passed over: Stale file handle"], "once"
+    monkeypatch.setattr(looking.watcher._files, "ls", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        looking.after(0)
+
+
 def test_a_directory_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     looking = Looking(str(tmp_path / "later"))
     assert looking.after(0) == []
@@ -191,21 +221,26 @@ def test_an_object_store_is_watched_and_its_checkpoint_fetched(tmp_path: Path, b
     assert looking.after(0) == []
     upload(tmp_path / "model", f"{bucket}/org/model")
     looking.after(0)
-    looking.clock.now += 30
+    looking.now += 30
     (arrival,) = looking.watcher.look()
     assert (arrival.name, arrival.place.split("//")[0]) == ("model", "memory:")
-    size = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
-    request = {"url": arrival.place, "directory": str(tmp_path / "here/model")}
-    assert fetch(request) == {"bytes": size}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "here/model").iterdir()} == {
+    here, stop = tmp_path / "here/model", threading.Event()
+    fetch(arrival.place, str(here), stop)
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
     }
     # What is there is not fetched again; what is not whole is.
-    assert fetch(request) == {"bytes": 0}
-    (tmp_path / "here/model/config.json").unlink()
-    (tmp_path / "here/model/config.json.partial").write_text("ha")
-    assert fetch(request) == {"bytes": (tmp_path / "model/config.json").stat().st_size}
-    assert not list((tmp_path / "here/model").glob("*.partial"))
+    os.utime(here / "model.safetensors.index.json", (1, 1))
+    (here / "config.json").unlink()
+    (here / "config.json.partial").write_text("ha")
+    fetch(arrival.place, str(here), stop)
+    assert (here / "model.safetensors.index.json").stat().st_mtime == 1
+    assert (here / "config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
+    assert not list(here.glob("*.partial"))
+    stop.set()
+    with pytest.raises(Interrupted):
+        fetch(arrival.place, str(tmp_path / "again"), stop)
+    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_what_nothing_here_can_read_is_refused() -> None:
@@ -215,4 +250,4 @@ def test_what_nothing_here_can_read_is_refused() -> None:
 
 def test_a_fetch_that_fails_says_where(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(BadInput, match="expected a checkpoint that can be copied"):
-        fetch({"url": f"{bucket}/gone", "directory": str(tmp_path / "x")})
+        fetch(f"{bucket}/gone", str(tmp_path / "x"), threading.Event())

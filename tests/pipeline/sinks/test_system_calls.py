@@ -20,8 +20,7 @@ import pytest
 import torch
 
 import headrace as api
-from pipeline.errors import BadInput, HeadraceError, WriteFailed
-from pipeline.jobs.lock import only_one
+from pipeline.errors import HeadraceError, WriteFailed
 from pipeline.sinks.output_checks import check_space, free_bytes
 from pipeline.tensor import filesystem
 from pipeline.tensor.filesystem import FALLBACKS
@@ -116,17 +115,6 @@ def test_without_locks_a_run_goes_on_and_says_so(model: Path, tmp_path: Path, nu
     assert f"{tmp_path / 'out'} is on a file system without locks" in ran.err
     assert "without locks" not in convert(model, tmp_path / "locked").err
     assert files(tmp_path / "out") == files(tmp_path / "locked")
-
-
-def test_a_daemon_needs_locks(tmp_path: Path) -> None:
-    """Nothing else would keep a second one from the same store."""
-    with (
-        refusing_call(fcntl, "flock", errno.ENOLCK),
-        pytest.raises(BadInput, match="a file system without locks") as raised,
-        only_one(tmp_path / "lock"),
-    ):
-        pass
-    assert str(tmp_path / "lock") in str(raised.value)
 
 
 @pytest.mark.parametrize("number", sorted(FALLBACKS["fallocate"]), ids=errno.errorcode.get)

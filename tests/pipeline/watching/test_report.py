@@ -60,8 +60,8 @@ def test_a_job_of_a_batch_that_wants_a_report_gets_a_cluster(tmp_path: Path) -> 
     for name, report in (("with", 'performance_report = "report.html"\n'), ("without", "")):
         (tmp_path / f"{name}.toml").write_text(f'model_dir = "model"\noutput_dir = "ranks/{name}"\n{report}')
     names = [tmp_path / "with.toml", tmp_path / "without.toml"]
-    ran = headrace("batch", *names, "--dry_run", "--json", "--store", tmp_path / "jobs.db")
+    ran = headrace("batch", *names, "--dry_run", "--json")
     assert ran.code == 0, ran
-    options = {each["name"]: each["options"] for each in json.loads(ran.out)}
+    options = {each["name"]: each["options"] for each in json.loads(ran.out)["units"]}
     assert "scheduler" not in options["with"]  # the default one
     assert options["without"]["scheduler"] == "threads"

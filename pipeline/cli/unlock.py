@@ -1,0 +1,28 @@
+"""The command `headrace unlock`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.printed import escaped
+
+app = typer.Typer()
+
+
+@app.command("unlock", no_args_is_help=True)
+def unlock_command(
+    directories: Annotated[list[Path], typer.Argument(help="Outputs, or cuts of scratch, as the error names them.")],
+) -> None:
+    """Release directories at which a process of another machine was at work, once you know that it is gone.
+
+    A process of this machine that ended needs no release; one that still runs is refused (exit code 2).
+    """
+    from pipeline.sinks.hold import release
+
+    for directory in directories:
+        found = release(directory)
+        said = f"released, it was held by process {found.pid} on {found.host}" if found else "nobody is at work there"
+        print(escaped(f"{directory}: {said}"))

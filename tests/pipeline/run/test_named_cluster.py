@@ -1,0 +1,85 @@
+"""Clusters that a [cluster] table names: started for a job, closed after it, and refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import convert
+from pipeline.errors import BadInput
+from pipeline.planning.job import make_job
+from tests.support import checkpoints
+from tests.support.commands import headrace
+from tests.support.directories import contents
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    return tmp_path / "job.toml"
+
+
+def write(job: Path, cluster: str) -> Path:
+    job.write_text(f'model_dir = "model"\noutput_dir = "out"\ntp_size = 2\n[cluster]\n{cluster}\n')
+    return job
+
+
+def test_a_job_runs_on_the_cluster_that_it_names(tmp_path: Path, job: Path) -> None:
+    local = 'class = "distributed.LocalCluster"\nworkers = 2\nthreads_per_worker = 1\nprocesses = true\ndashboard_address = ":0"'
+    ran = headrace("convert", write(job, local))
+    assert ran.code == 0, ran.err
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('class = "dask_none.SLURMCluster"', "No module named 'dask_none'"),
+        ('class = "pathlib.Path"', "which is no cluster of Dask's"),
+        ('class = "LocalCluster"', "a class that can be imported"),
+        ('class = "distributed.LocalCluster"\ncolour = 3', "cluster.class distributed.LocalCluster"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(job: Path, table: str, said: str) -> None:
+    ran = headrace("convert", write(job, table))
+    assert ran.code == 2
+    assert said in ran.err
+    assert not (job.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"workers": 2}, "no class"),
+        ({"class": 3}, "the name of a class"),
+        ({"class": "distributed.LocalCluster", "workers": 0}, "a number of workers"),
+        ({"class": "distributed.LocalCluster", "tls": {"colour": "red"}}, "a table of ca_file, cert, key"),
+    ],
+)
+def test_a_wrong_table_is_refused_while_planning(table: dict[str, object], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        make_job({"model_dir": "/m", "output_dir": "/o", "cluster": table})
+    with pytest.raises(BadInput, match="one or the other"):
+        make_job({"model_dir": "/m", "output_dir": "/o", "scheduler": "threads", "cluster": {"class": "distributed.LocalCluster"}})
+
+
+def test_the_files_of_tls_are_relative_to_the_job_file(job: Path) -> None:
+    made = make_job({}, write(job, 'class = "distributed.LocalCluster"\ntls = { ca_file = "ca.pem" }'))
+    assert made.cluster
+    assert made.cluster["tls"]["ca_file"] == str(job.parent / "ca.pem")
+
+
+def test_a_batch_runs_on_the_cluster_that_its_file_names(tmp_path: Path, job: Path) -> None:
+    write(job, "")
+    job.write_text('model_dir = "model"\noutput_dir = "out"\n')
+    batch = tmp_path / "batch.toml"
+    local = 'class = "distributed.LocalCluster"\nn_workers = 2\nprocesses = true\ndashboard_address = ":0"\n'
+    batch.write_text(f'files = ["job.toml"]\n[cluster]\n{local}resources = {{ MEMORY = 1e10 }}\n')
+    ran = headrace("batch", batch)
+    assert (ran.code, "1 done" in ran.out) == (0, True), ran.err
+    batch.write_text(f'files = ["job.toml"]\n[cluster]\n{local}')
+    job.write_text('model_dir = "model"\noutput_dir = "out2"\n')
+    ran = headrace("batch", batch)
+    assert (ran.code, "no worker that offers MEMORY" in ran.out) == (2, True), ran

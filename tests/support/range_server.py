@@ -1,0 +1,96 @@
+"""A web server of a directory that answers ranges of bytes, and whatever a test wants to go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class Served:
+    """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`: whether it says any.
+
+    `faults`: what the next requests of weights get instead, the first first: a status, or "cut" for half of the bytes.
+    """
+
+    url: str = ""
+    etags: bool = True
+    token: str = ""
+    requests: list[tuple[str, str, int, int]] = field(default_factory=list)
+    faults: list[int | str] = field(default_factory=list)
+
+
+@contextmanager
+def range_server(directory: Path) -> Iterator[Served]:
+    """Serve a directory while the context lasts."""
+    served = Served()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = directory / self.path.lstrip("/")
+            if served.token and self.headers.get("Authorization") != f"Bearer {served.token}":
+                self._status(401)
+                return
+            if not path.is_file():
+                self._status(404)
+                return
+            data = path.read_bytes()
+            etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = (int(found[1]), min(int(found[2]), len(data) - 1)) if found else (0, len(data) - 1)
+            served.requests.append((self.command, path.name, first, last))
+            fault = served.faults.pop(0) if served.faults and path.suffix == ".safetensors" else None
+            if isinstance(fault, int):
+                self._status(fault)
+                return
+            if self.headers.get("If-Match") not in (None, etag):
+                self._status(412)
+                return
+            self.send_response(206 if found else 200)
+            self.send_header("Content-Length", str(last - first + 1))
+            self.send_header("Last-Modified", formatdate(int(path.stat().st_mtime), usegmt=True))
+            if found:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            if served.etags:
+                self.send_header("ETag", etag)
+            self.end_headers()
+            if self.command == "GET":
+                part = data[first : last + 1]
+                self.wfile.write(part[: len(part) // 2] if fault == "cut" else part)
+                if fault == "cut":
+                    self.close_connection = True
+                    self.connection.close()
+
+        def _status(self, status: int) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
