@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import build, convert, facts, jobs, report, scratch, serve, unlock, verify
+from pipeline.cli import batch, build, convert, facts, jobs, report, scratch, serve, unlock, verify
 from pipeline.cli.limits import raise_open_files
 from pipeline.cli.streams import keep_streams
 from pipeline.errors import HeadraceError, WriteFailed
@@ -30,10 +30,10 @@ app = typer.Typer(
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, build, facts, verify, report, jobs, serve, unlock):
+for commands in (convert, build, facts, verify, report, batch, serve, unlock):
     app.add_typer(commands.app)
 app.add_typer(scratch.app, name="scratch")
-app.add_typer(jobs.jobs_app, name="jobs")
+app.add_typer(jobs.app, name="jobs")
 
 
 def _version(asked: bool) -> None:

@@ -1,41 +1,29 @@
-"""The commands `headrace batch` and `headrace jobs`: many conversions, and what a daemon's history says of them."""
+"""The commands `headrace jobs`: what a daemon's history says, and what the daemon is asked for."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from pipeline.cli.options import Json, LogFormat, nvidia_options
+from pipeline.cli.many import missing_extra, show
+from pipeline.cli.options import Json
 from pipeline.errors import BadInput, Problem, WriteFailed
-from pipeline.planning.listen import Listen, parse_listen
-from pipeline.planning.nvidia_flags import Understood
 from pipeline.printed import escaped
 
 if TYPE_CHECKING:
     from pipeline.jobs.history import History
-    from pipeline.jobs.requests import Asked
-    from pipeline.jobs.units import Unit
 
-app = typer.Typer()
-jobs_app = typer.Typer(help="What `headrace serve` did and does: list jobs, look at one, cancel it or do it again.")
+app = typer.Typer(help="What `headrace serve` did and does: list jobs, look at one, cancel it or do it again.")
 
 StorePath = Annotated[
     Path | None,
     typer.Option("--store", help="The daemon's history; default: $XDG_STATE_HOME/headrace/history.db.", show_default=False),
 ]
 JobNumber = Annotated[int, typer.Argument(help="The number of a job, as `headrace jobs` lists it.")]
-LISTED = "Values of that option in the matrix, with commas between."
 
 
 @contextmanager
@@ -49,7 +37,7 @@ def history(path: Path | None, write: bool = False) -> Iterator[History]:
     try:
         from pipeline.jobs.history import History, default_path
     except ModuleNotFoundError as error:
-        raise _missing(error) from None
+        raise missing_extra(error) from None
     opened = History(path or default_path(), write)
     try:
         yield opened
@@ -59,145 +47,7 @@ def history(path: Path | None, write: bool = False) -> Iterator[History]:
         opened.close()
 
 
-def stop_in_order(stop: threading.Event) -> None:
-    """Have Ctrl-C and SIGTERM set `stop`, so that conversions are interrupted in order; a second signal ends all at once."""
-
-    def handle(*_: object) -> None:
-        if stop.is_set():
-            os._exit(3)  # what converts ends with this process
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-
-
-@app.command("batch", no_args_is_help=True)
-@nvidia_options
-def batch_command(
-    nvidia: Understood,
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Batch files, job files, directories of them, patterns.", show_default=False)
-    ] = None,
-    model_dir: Annotated[
-        list[str] | None, typer.Option("--model_dir", help="A matrix of jobs: its checkpoints; may be given often.")
-    ] = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output_dir", help="Its directories, such as 'ranks/{model}-tp{tp_size}-{dtype}'.")
-    ] = None,
-    tp_size: Annotated[str | None, typer.Option("--tp_size", help=LISTED)] = None,
-    pp_size: Annotated[str | None, typer.Option("--pp_size", help=LISTED)] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help=LISTED)] = None,
-    quantization: Annotated[str | None, typer.Option("--quantization", help=LISTED)] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="tcp:// or tls:// of a Dask cluster whose workers offer MEMORY; default: this process.")
-    ] = None,
-    max_jobs: Annotated[
-        int | None, typer.Option("--max_jobs", min=1, help="Conversions at a time here; default: one for eight cores.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option("--max_memory", help="Memory of all together, as 8GiB; default: 4/5 of the machine's.")
-    ] = None,
-    scratch: Annotated[str | None, typer.Option(help="Directory or URL for the cuts of jobs that name none.")] = None,
-    keep_scratch: Annotated[bool, typer.Option("--keep_scratch", help="Keep cuts after success.")] = False,
-    attempts: Annotated[int | None, typer.Option(min=1, help="How often to try what may pass; default: 4.")] = None,
-    settle: Annotated[float, typer.Option(min=0, help="Leave sources of which a file is younger, in seconds.")] = 0.0,
-    summary: Annotated[Path | None, typer.Option(help="File for the summary, as JSON.")] = None,
-    metrics: Annotated[Path | None, typer.Option(help="File for Prometheus' textfile collector, kept up to date.")] = None,
-    write_jobs: Annotated[
-        Path | None, typer.Option("--write_jobs", help="Write a job file for each conversion into a directory; convert nothing.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be done, in which order; do nothing.")] = False,
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT of the page and Dask's dashboard.")] = None,
-    json_: Json = False,
-    log_format: LogFormat = "text",
-) -> None:
-    """Convert many checkpoints: each source is read once, what fails does not stop the rest, what is done is not done again.
-
-    Exit codes: 0 all done or up to date, otherwise the worst job's: 1 a bug, 2 bad input, 5 verification, 4 no engine,
-    3 interrupted or failed half-way.
-    """
-    try:
-        from pipeline.jobs.batch import planned
-        from pipeline.jobs.units import make_units
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-    lists = {"tp_size": tp_size, "pp_size": pp_size, "dtype": dtype, "quantization": quantization}
-    matrix = {"model_dir": model_dir, "output_dir": output_dir, **{name: _values(name, text) for name, text in lists.items()}}
-    matrix |= nvidia.options
-    asked = _asked(names or [], {name: value for name, value in matrix.items() if value})
-    memory = _bytes(max_memory) or asked.settings.max_memory
-    where = _address(listen)
-    chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
-    units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
-    if dry_run or write_jobs:
-        result = planned(units, _write_jobs(write_jobs, units) if write_jobs else {})
-        _show(result, json_, "planned_table")
-    else:
-        retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
-        jobs = max_jobs or asked.settings.max_jobs
-        address = scheduler or asked.settings.scheduler
-        named = None if scheduler else asked.settings.cluster
-        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
-        if summary:
-            from pipeline.jobs.files import write_json
-
-            write_json(summary, result)
-        _show(result, json_, "summary_table")
-    raise typer.Exit(result["exit_code"])
-
-
-def _batch(
-    units: list[Unit],
-    workers: tuple[str | None, int | None, int | None],
-    named: Any,
-    retry: Any,
-    metrics: Path | None,
-    listen: Listen | None,
-    log_format: Any,
-) -> dict[str, Any]:
-    """Do the units, and return the summary."""
-    from pipeline.jobs.batch import cluster, metrics_kept, shown, summary
-    from pipeline.jobs.fleet import Fleet
-    from pipeline.jobs.log import Log
-
-    stop, started = threading.Event(), time.monotonic()
-    stop_in_order(stop)
-    if not any(unit.state == "to do" for unit in units):
-        fleet = Fleet(None, retry)
-        return summary(fleet, fleet.add(units, "batch"), time.monotonic() - started)
-    log = Log(sys.stderr, log_format)
-    with ExitStack() as stack:
-        stack.enter_context(log.of_all())
-        at_hand = stack.enter_context(cluster(*workers, listen=listen, named=named))
-        fleet = Fleet(at_hand.client, retry)
-        fleet.listeners.append(log)
-        overview, page = stack.enter_context(shown(fleet, at_hand, listen))
-        log.say("page", f"page {page}; Dask's dashboard {at_hand.dashboard}")
-        if metrics:
-            stack.enter_context(metrics_kept(metrics, overview))
-        runs = fleet.add(units, "batch")
-        fleet.work(stop, until_idle=True)
-        overview.has_ended = True
-        return summary(fleet, runs, time.monotonic() - started)
-
-
-def _write_jobs(directory: Path, units: list[Unit]) -> dict[str, str]:
-    """Write `NNN-name.toml` for each unit that is to be done, in the order of their numbers; their paths by the units' names."""
-    from pipeline.jobs.files import write_job
-
-    written = {}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for number, unit in enumerate(each for each in units if each.state == "to do"):
-            name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in unit.name)
-            written[unit.name] = str(directory / f"{number:03}-{name}.toml")
-            write_job(Path(written[unit.name]), unit.options)
-    except OSError as error:
-        raise BadInput([Problem(f"--write_jobs {directory}", str(error), "a directory that can be written")]) from None
-    return written
-
-
-@jobs_app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True)
 def jobs_command(
     context: typer.Context,
     state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
@@ -211,7 +61,7 @@ def jobs_command(
         list_command(context, state, limit, store, json_)
 
 
-@jobs_app.command("list")
+@app.command("list")
 def list_command(
     context: typer.Context,
     state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
@@ -221,21 +71,21 @@ def list_command(
 ) -> None:
     """List jobs, the newest first."""
     with history(store or context.obj) as opened:
-        from pipeline.jobs.fleet import State
+        from pipeline.jobs.runs import State
 
         if state and state not in get_args(State):
             raise BadInput([Problem("--state", state, f"one of {', '.join(get_args(State))}")])
-        _show(opened.runs(state, limit), json_, "jobs_table")
+        show(opened.runs(state, limit), json_, "jobs_table")
 
 
-@jobs_app.command("show")
+@app.command("show")
 def show_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Show a job: its options, its figures, and all of what was wrong."""
     with history(store or context.obj) as opened:
-        _show(opened.run(number), json_, "job_table")
+        show(opened.run(number), json_, "job_table")
 
 
-@jobs_app.command("logs")
+@app.command("logs")
 def logs_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Print the last lines that a job's processes have printed, and its error."""
     with history(store or context.obj) as opened:
@@ -243,13 +93,13 @@ def logs_command(context: typer.Context, number: JobNumber, store: StorePath = N
         print(escaped("\n".join(filter(None, (row["log"], row["error"]))), keep="\n"))
 
 
-@jobs_app.command("cancel")
+@app.command("cancel")
 def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Have the daemon cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
     _ask(context, number, store, "cancel")
 
 
-@jobs_app.command("retry")
+@app.command("retry")
 def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Have the daemon do a job again; where none is at work, the next one does."""
     _ask(context, number, store, "retry")
@@ -257,7 +107,7 @@ def retry_command(context: typer.Context, number: JobNumber, store: StorePath = 
 
 def _ask(context: typer.Context, number: int, store: Path | None, action: str) -> None:
     with history(store or context.obj) as opened:
-        from pipeline.jobs.fleet import ACTIVE
+        from pipeline.jobs.runs import ACTIVE
 
         row = opened.run(number)
         wrong = {
@@ -273,47 +123,3 @@ def _ask(context: typer.Context, number: int, store: Path | None, action: str) -
         except OSError as error:
             raise BadInput([Problem(str(opened.asked), error.strerror or "an error", "the daemon's directory")]) from None
         print(f"job {number}: asked to {action}")
-
-
-def _asked(names: list[str], matrix: dict[str, Any]) -> Asked:
-    """Return the jobs that the batch and job files ask for, and those of the matrix that the flags ask for."""
-    from pipeline.jobs.requests import Asked, gather, of_matrix
-
-    from_files = gather(names, Path.cwd())
-    if not matrix:
-        return from_files
-    return Asked((*from_files.requests, *of_matrix(matrix, Path.cwd(), "--matrix")), from_files.settings)
-
-
-def _values(name: str, text: str | None) -> list[Any]:
-    words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    return [int(word) if word.isdigit() else word for word in words] if name.endswith("_size") else words
-
-
-def _bytes(text: str | None) -> int | None:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text)) if text else None
-    except ValidationError:
-        raise BadInput([Problem("--max_memory", repr(text), "a size such as 8GiB")]) from None
-
-
-def _address(text: str | None) -> Listen | None:
-    try:
-        return parse_listen(text) if text else None
-    except ValueError as error:
-        raise BadInput([Problem("--listen", repr(text), str(error))]) from None
-
-
-def _missing(error: ModuleNotFoundError) -> BadInput:
-    return BadInput([Problem("headrace[jobs]", f"no package {error.name}", "it installed", "Run pip install 'headrace[jobs]'")])
-
-
-def _show(facts: Any, as_json: bool, table: str) -> None:
-    """Print facts as JSON, or as a table made by the function of pipeline.jobs.report named `table`."""
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    from pipeline.jobs import report
-    from pipeline.reporting.terminal import console
-
-    console().print(getattr(report, table)(facts))

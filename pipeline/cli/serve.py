@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.jobs import StorePath, history, stop_in_order
+from pipeline.cli.jobs import StorePath, history
+from pipeline.cli.many import stop_in_order
 from pipeline.cli.options import LogFormat
 
 app = typer.Typer()

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.jobs.fleet import GOOD, Fleet, Run
+from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.overview import Overview
+from pipeline.jobs.runs import GOOD, Run
 from pipeline.planning.listen import PAGE, Listen
 from pipeline.watching.metrics import Metrics
 from pipeline.watching.server import serving
@@ -134,7 +135,7 @@ def summary(fleet: Fleet, asked: Sequence[Run], seconds: float) -> dict[str, Any
     jobs = [_job(name, outputs, run) for run in asked for name, outputs, run in _members(fleet, run)]
     code = max((job["exit_code"] for job in jobs), key=_WORSE.index, default=0)
     counts = dict(Counter(job["outcome"] for job in jobs))
-    units = [_unit(run) for run in fleet.runs.values()]
+    units = [run.as_json() for run in fleet.runs.values()]
     return {"schema": SCHEMA, "exit_code": code, "seconds": round(seconds, 3), "counts": counts, "jobs": jobs, "units": units}
 
 
@@ -165,21 +166,3 @@ def _job(name: str, outputs: tuple[str, ...], run: Run) -> dict[str, Any]:
     outcome = "up_to_date" if done == "up_to_date" and run.state == "done" else run.state
     code = 0 if run.state in GOOD else run.exit_code or 3
     return {"name": name, "unit": run.number, "outputs": list(outputs), "outcome": outcome, "exit_code": code, "error": run.error}
-
-
-def _unit(run: Run) -> dict[str, Any]:
-    figures: Mapping[str, Any] = {name: int(run.total(name)) for name in ("bytes_read", "bytes_written")}
-    return {
-        "number": run.number,
-        "name": run.unit.name,
-        "outputs": list(run.unit.outputs),
-        "outcome": run.state,
-        "exit_code": run.exit_code,
-        "error": run.error,
-        "attempts": len(run.attempts),
-        "seconds": round(run.total("seconds"), 3),
-        "started": run.started,
-        "ended": run.ended,
-        **figures,
-        "peak_memory_bytes": max((each.get("peak_memory_bytes") or 0 for each in run.attempts), default=0),
-    }

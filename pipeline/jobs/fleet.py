@@ -11,15 +11,16 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.retry import Retry
+from pipeline.jobs.runs import ACTIVE, CODES, Listener, Run, State
 from pipeline.jobs.tasks import Here, There
 from pipeline.jobs.units import Unit
 from pipeline.sinks.output_checks import check_space
@@ -28,57 +29,6 @@ from pipeline.watching.units import human_bytes
 STEP_SECONDS = 0.2
 STOP_SECONDS = 60.0  # for conversions to end in order
 STALL_SECONDS = 600.0
-
-State = Literal[
-    "queued", "waiting", "running", "done", "up_to_date", "refused", "unsettled", "failed", "no engine", "crashed", "cancelled",
-    "interrupted", "split",
-]  # fmt: skip
-ACTIVE: tuple[State, ...] = ("queued", "waiting", "running")
-GOOD: tuple[State, ...] = ("done", "up_to_date", "unsettled")
-CODES: Mapping[int, State] = {0: "done", 2: "refused", 3: "failed", 4: "no engine"}
-
-
-@dataclass
-class Run:
-    """A unit on its way: what has been tried, and how it ended. Times in seconds since 1970.
-
-    `state`: waiting is for the next attempt, split for one of several jobs that were made runs of their own (`parts`). `progress`:
-    the last that its process said. `attempts`: what each attempt at a step returned.
-    """
-
-    number: int
-    unit: Unit
-    cause: str
-    state: State = "queued"
-    error: str = ""
-    exit_code: int | None = None
-    queued: float = field(default_factory=time.time)
-    started: float | None = None
-    ended: float | None = None
-    not_before: float = 0.0
-    step: int = 0
-    failures: int = 0
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    progress: Mapping[str, Any] = field(default_factory=dict)
-    place: Mapping[str, Any] = field(default_factory=dict)
-    moved: float = 0.0  # when it last wrote, by time.monotonic()
-    stalled: bool = False
-    cancelled: bool = False
-    parts: list[int] = field(default_factory=list)
-    task: There | Here | None = None
-
-    @property
-    def log(self) -> list[str]:
-        """The last lines of its processes that are no events."""
-        return [line for each in self.attempts for line in each.get("tail", ())]
-
-    def total(self, figure: str) -> float:
-        """The sum of a figure over its attempts, such as seconds or bytes_written."""
-        return sum(each.get(figure) or 0 for each in self.attempts)
-
-
-# Called with queued, started, progress, stalled, retried or ended, the run, and what there is to say.
-Listener = Callable[[str, Run, Mapping[str, Any]], None]
 
 
 class Fleet:

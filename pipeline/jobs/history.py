@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
-from pipeline.jobs.fleet import ACTIVE, Run
+from pipeline.jobs.runs import ACTIVE, Run
 from pipeline.jobs.units import Unit
 from pipeline.sinks import hold
 from pipeline.tensor.filesystem import try_lock
@@ -29,7 +29,8 @@ DAY = 86_400.0
 _TABLES = """
 create table if not exists runs (number integer primary key, name text, source text, outputs text, cause text, state text,
     queued real, started real, ended real, attempts integer, exit_code integer, error text, bytes_done integer, bytes_total integer,
-    seconds real, bytes_read integer, peak_memory_bytes integer, host text, page text, log text, unit text);
+    seconds real, bytes_read integer, bytes_written integer, peak_memory_bytes integer, host text, page text, dashboard text,
+    log text, unit text);
 create table if not exists marks (kind text, name text, value text, primary key (kind, name));
 """
 
@@ -112,16 +113,8 @@ class History:
 
     def save(self, run: Run) -> None:
         """Record how a run stands."""
-        said, unit = run.progress, run.unit
-        values = {
-            "number": run.number, "name": unit.name, "source": unit.source, "outputs": json.dumps(unit.outputs), "cause": run.cause,
-            "state": run.state, "queued": run.queued, "started": run.started, "ended": run.ended, "attempts": len(run.attempts),
-            "exit_code": run.exit_code, "error": run.error, "bytes_done": said.get("bytes", 0),
-            "bytes_total": said.get("total_bytes", 0), "seconds": run.total("seconds"), "bytes_read": run.total("bytes_read"),
-            "peak_memory_bytes": max((each.get("peak_memory_bytes") or 0 for each in run.attempts), default=0),
-            "host": run.place.get("host", ""), "page": run.place.get("page", ""), "log": "\n".join(run.log)[-65_536:],
-            "unit": json.dumps(unit.as_json()),
-        }  # fmt: skip
+        values = {**run.as_json(), "log": "\n".join(run.log)[-65_536:], "unit": json.dumps(run.unit.as_json())}
+        values["outputs"] = json.dumps(values["outputs"])
         with self._lock, self._db:
             self._db.execute(f"insert or replace into runs values ({', '.join(f':{name}' for name in values)})", values)
 

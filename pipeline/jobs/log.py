@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
-from pipeline.jobs.fleet import Run
+from pipeline.jobs.runs import Run
 from pipeline.printed import escaped
 from pipeline.watching.progress import LogFormat
 from pipeline.watching.units import human_bytes

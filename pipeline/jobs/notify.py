@@ -18,7 +18,8 @@ from pydantic import BeforeValidator, model_validator
 
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import Table
-from pipeline.jobs.fleet import Fleet, Run
+from pipeline.jobs.fleet import Fleet
+from pipeline.jobs.runs import Run
 from pipeline.planning.target_options import AbsolutePath
 from pipeline.watching.units import human_bytes
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.jobs.fleet import ACTIVE, Fleet, Run
+from pipeline.jobs.fleet import Fleet
+from pipeline.jobs.runs import ACTIVE, Run
 from pipeline.printed import in_html
 from pipeline.watching.charts import timeline
 from pipeline.watching.live import page_routes
@@ -71,7 +72,7 @@ class Overview:
     def as_json(self) -> dict[str, Any]:
         """All runs as plain values, the newest first."""
         with self.fleet.lock:
-            runs = [_values(run) for run in sorted(self.fleet.runs.values(), key=lambda run: -run.number)]
+            runs = [run.as_json() for run in sorted(self.fleet.runs.values(), key=lambda run: -run.number)]
         return {"runs": runs, "next": dict(self.next_times())}
 
     def health(self) -> dict[str, Any]:
@@ -168,15 +169,6 @@ def _add(totals: dict[str, dict[str, float]], stages: Mapping[str, Mapping[str, 
         mine = totals.setdefault(stage, {})
         for unit, value in units.items():
             mine[unit] = mine.get(unit, 0.0) + value
-
-
-def _values(run: Run) -> dict[str, Any]:
-    return {
-        "number": run.number, "name": run.unit.name, "state": run.state, "cause": run.cause, "outputs": list(run.unit.outputs),
-        "queued": run.queued, "started": run.started, "ended": run.ended, "exit_code": run.exit_code, "error": run.error,
-        "attempts": len(run.attempts), "bytes": run.progress.get("bytes", 0), "total_bytes": run.progress.get("total_bytes", 0),
-        **{name: run.place.get(name, "") for name in ("host", "pid", "page", "dashboard")},
-    }  # fmt: skip
 
 
 def _running(run: Run) -> Running:

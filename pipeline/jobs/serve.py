@@ -30,11 +30,12 @@ from pipeline.jobs.batch import cluster
 from pipeline.jobs.child import Child
 from pipeline.jobs.fetch import fetch
 from pipeline.jobs.files import job_file, printable
-from pipeline.jobs.fleet import ACTIVE, GOOD, Fleet, Run
+from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.history import DAY, History
 from pipeline.jobs.log import Log
 from pipeline.jobs.notify import notifying
 from pipeline.jobs.overview import Overview
+from pipeline.jobs.runs import ACTIVE, GOOD, Run
 from pipeline.jobs.schedule import Cron, Interval, Schedule, Watch, first_time, trigger_of
 from pipeline.jobs.units import Unit
 from pipeline.jobs.watch import Arrival, Watcher

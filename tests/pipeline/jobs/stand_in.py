@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.jobs.fleet import Fleet, Run
+from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.retry import Retry
+from pipeline.jobs.runs import Run
 from pipeline.jobs.units import Unit
 
 WAIT_SECONDS = 60.0

@@ -144,7 +144,7 @@ def test_values_that_no_target_can_hold_refuse_their_own_job_alone(tmp_path: Pat
     arguments = ("--model_dir", tmp_path / "model", "--quantization", "none,int8", "--output_dir", tmp_path / "{quantization}")
     ran, said = batch(*arguments)
     assert (ran.code, outcomes(said)) == (2, {"none": "done", "int8": "refused"})
-    assert [each["outcome"] for each in said["units"]] == ["split", "done", "refused"]
+    assert [each["state"] for each in said["units"]] == ["split", "done", "refused"]
     assert (tmp_path / "none/config.json").exists()
     assert not (tmp_path / "int8").exists()
 

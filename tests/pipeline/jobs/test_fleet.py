@@ -14,8 +14,9 @@ import pytest
 import pipeline.jobs.tasks
 from pipeline.errors import BadInput
 from pipeline.jobs.batch import cluster, summary
-from pipeline.jobs.fleet import Fleet, Run
+from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.retry import Retry
+from pipeline.jobs.runs import Run
 from pipeline.jobs.units import Unit
 
 GIB = 1 << 30

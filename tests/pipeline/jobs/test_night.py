@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import convert
-from pipeline.jobs.fleet import ACTIVE
 from pipeline.jobs.history import History
+from pipeline.jobs.runs import ACTIVE
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.directories import contents

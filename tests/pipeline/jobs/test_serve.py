@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import convert
 from pipeline.errors import BadInput
-from pipeline.jobs.fleet import ACTIVE
 from pipeline.jobs.history import History
 from pipeline.jobs.log import Log
+from pipeline.jobs.runs import ACTIVE
 from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
 from pipeline.sinks.hold import Holder, birth, holder
