@@ -101,6 +101,14 @@ class Block(ABC):
     def read(self, region: Region) -> np.ndarray:
         """The values of `region` (relative to this block), as an array that the caller must not change."""
 
+    def read_into(self, out: np.ndarray) -> bool:  # noqa: ARG002
+        """Read the whole block into `out`, uint8 of as many bytes; False, and nothing is read, where it is no one run of a file.
+
+        Memory that is used again and again stays in the processor's cache, where a map has new pages each time. Raises OSError
+        where the file has become shorter than its header says.
+        """
+        return False
+
     @property
     def ndim(self) -> int:
         return len(self.shape)

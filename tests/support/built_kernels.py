@@ -1,4 +1,4 @@
-"""The module of the kernels in C, for tests of it: where it is not built, these are skipped and one says whether that is right."""
+"""The modules of the kernels in C, for tests of them: where they are not built, these are skipped, which one test judges."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ import pytest
 _HEADER = Path(sysconfig.get_path("include"), "Python.h")
 CAN_BUILD = all(shutil.which(tool) for tool in ("cc", "cmake", "ninja")) and _HEADER.exists()
 NAME = "stages.quantization.kernels._kernels"
+CHECKS = "stages.verify.kernels._kernels"  # those of verification
 
 
-def module() -> ModuleType | None:
+def module(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(NAME)
+        return importlib.import_module(name)
     except ImportError:
         return None
 
 
-BUILT = module()
+BUILT, BUILT_CHECKS = module(NAME), module(CHECKS)
 needs_module = pytest.mark.skipif(BUILT is None, reason="the kernels in C are not built, which test_chosen.py judges")
 
 
 def levels() -> list[str]:
     """The levels of instructions that this processor has, the highest first."""
     assert BUILT is not None
+    assert BUILT_CHECKS is not None
+    assert BUILT_CHECKS.levels() == BUILT.levels()
     found: list[str] = BUILT.levels()
     return found
 
 
 @contextmanager
 def at(level: str) -> Iterator[ModuleType]:
-    """The kernels of one level are in use."""
+    """The kernels of one level are in use, in both modules."""
     assert BUILT is not None
-    before = BUILT.use(level)
+    assert BUILT_CHECKS is not None
+    before = BUILT.use(level), BUILT_CHECKS.use(level)
     try:
         yield BUILT
     finally:
-        BUILT.use(before)
+        BUILT.use(before[0])
+        BUILT_CHECKS.use(before[1])

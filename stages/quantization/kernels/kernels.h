@@ -1,23 +1,14 @@
 /* The kernels: one pass over a few rows at a time, no intrinsics. The compiler makes vectors of the inner loops.
 
-   Each file of the kernels is compiled once for each level of instructions; AT_LEVEL gives what it defines a name of its
-   own, and level.c puts the names of a level into a table. module.c takes the table of the highest level that the processor has; it and the
-   files that it names know Python, the kernels do not.
+   Each file of the kernels is compiled once for each level of instructions (levels.h), and level.c puts the names of a level into a
+   table. module.c takes the table of the highest level that the processor has; it and the files that it names know Python, the kernels do
+   not.
 
    Rows are contiguous; a stride is in elements. Whoever calls has checked shapes and sizes: the kernels check values alone. */
 #ifndef HEADRACE_KERNELS_H
 #define HEADRACE_KERNELS_H
 
-#include <stddef.h>
-#include <stdint.h>
-
-#ifndef LEVEL
-#define LEVEL baseline
-#endif
-#define JOINED(name, level) name##_##level
-#define EXPANDED(name, level) JOINED(name, level)
-#define AT_LEVEL(name) EXPANDED(name, LEVEL)
-#define INLINE static inline __attribute__((always_inline))
+#include "levels.h"
 
 /* 16-bit types and float8_e4m3fn are passed as integers of their width. */
 enum number { BFLOAT16, FLOAT16, FLOAT32, FLOAT8 };

@@ -1,6 +1,6 @@
 /* The functions of the module that change types and orders. Each checks its arguments, lets go of the interpreter's lock, and calls a
    kernel. */
-#include "boundary.h"
+#include "functions.h"
 
 #include <string.h>
 
