@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pipeline import native
 from pipeline.errors import Problem
+from pipeline.native import NUMPY as NUMPY
 from pipeline.native import VARIABLE as VARIABLE
+from pipeline.native import C as C
 
 try:
     from stages.quantization.kernels import _kernels

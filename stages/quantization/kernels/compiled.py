@@ -78,16 +78,16 @@ def arranged(stream: np.ndarray, layout: KernelLayout) -> np.ndarray:
     return result
 
 
-def transposed(words: np.ndarray) -> np.ndarray:
+def transposed(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """uint32 [n, m]."""
-    result = np.empty(words.shape[::-1], dtype=np.uint32)
+    result = np.empty(words.shape[::-1], dtype=np.uint32) if out is None else out
     _kernels.transposed(_rows(words), result)
     return result
 
 
-def awq_codes(words: np.ndarray) -> np.ndarray:
+def awq_codes(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """uint8 [8 * n, K / 2]."""
-    result = np.empty((8 * words.shape[1], words.shape[0] // 2), dtype=np.uint8)
+    result = np.empty((8 * words.shape[1], words.shape[0] // 2), dtype=np.uint8) if out is None else out
     _kernels.awq_codes(_rows(words), result)
     return result
 

@@ -47,9 +47,10 @@ struct kernels {
     void (*float8_rescaled)(const uint8_t *codes, size_t count, float scale, float common, uint8_t *out);
     void (*cast)(const void *values, enum number from, size_t count, enum number to, void *out);
     void (*arranged)(const uint8_t *stream, size_t rows, size_t row_bytes, struct order order, uint8_t *out);
-    void (*transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out);
+    /* `out_stride`, `row_bytes`: of a row of `out`. */
+    void (*transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out, size_t out_stride);
     void (*gguf_numbers)(const uint8_t *blocks, size_t count, enum block type, float *out);
-    void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out);
+    void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out, size_t row_bytes);
 };
 
 /* The kernels of the level that a file is compiled for, so that the compiler holds each against what the table takes. */
@@ -60,8 +61,8 @@ int AT_LEVEL(float8_codes)(const void *, enum number, size_t, size_t, size_t, fl
 void AT_LEVEL(float8_rescaled)(const uint8_t *, size_t, float, float, uint8_t *);
 void AT_LEVEL(cast)(const void *, enum number, size_t, enum number, void *);
 void AT_LEVEL(arranged)(const uint8_t *, size_t, size_t, struct order, uint8_t *);
-void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *);
-void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *);
+void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *, size_t);
+void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *, size_t);
 void AT_LEVEL(gguf_numbers)(const uint8_t *, size_t, enum block, float *);
 
 #endif

@@ -63,14 +63,14 @@ PyObject *transposed(PyObject *Py_UNUSED(self), PyObject *arguments)
     struct matrix words = {0}, out = {0};
     if (!PyArg_ParseTuple(arguments, "OO", &given, &result))
         return NULL;
-    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'I', WRITE);
+    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'I', WRITE_STRIDED);
     if (fine && (out.rows != words.columns || out.columns != words.rows)) {
         wrong("out: the shape of the words, its axes exchanged, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->transposed(words.data, words.stride, words.rows, words.columns, out.data);
+        in_use->transposed(words.data, words.stride, words.rows, words.columns, out.data, out.stride);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &words, &out);
@@ -82,14 +82,14 @@ PyObject *awq_codes(PyObject *Py_UNUSED(self), PyObject *arguments)
     struct matrix words = {0}, out = {0};
     if (!PyArg_ParseTuple(arguments, "OO", &given, &result))
         return NULL;
-    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'B', WRITE);
+    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'B', WRITE_STRIDED);
     if (fine && (words.rows % 2 || out.rows != 8 * words.columns || out.columns != words.rows / 2)) {
         wrong("out: eight rows for each column of words, and a byte for two rows of them, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->awq_codes(words.data, words.stride, words.rows, words.columns, out.data);
+        in_use->awq_codes(words.data, words.stride, words.rows, words.columns, out.data, out.stride);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &words, &out);
