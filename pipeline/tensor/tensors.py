@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -150,6 +150,15 @@ class View(Block):
 
     def read(self, region: Region) -> np.ndarray:
         return self.base.read(shift(region, [start for start, _ in self.region]))
+
+
+@runtime_checkable
+class Castable(Protocol):
+    """A function of `Applied` that can give its float32 values in another type at once."""
+
+    def into(self, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+        """The function that casts each value as it makes it."""
+        ...
 
 
 class Applied(Block):

@@ -47,8 +47,11 @@ class Kernels(Protocol):
     def awq_codes(self, words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [8 * n, K / 2] of AWQ's words [K, n]: unsigned codes of two in-features a byte. `out`: as that above."""
 
-    def gguf_numbers(self, packed: np.ndarray, kind: str) -> np.ndarray:
-        """float32 [..., elements] of GGUF's rows of blocks uint8 [..., bytes]; `kind` is the name of their type."""
+    def gguf_numbers(self, packed: np.ndarray, kind: str, to: np.dtype = ...) -> np.ndarray:
+        """[..., elements] of GGUF's rows of blocks uint8 [..., bytes]; `kind` is the name of their type.
+
+        `to`: float32, or another type that the float32 numbers are cast to.
+        """
 
 
 def kernels() -> Kernels:

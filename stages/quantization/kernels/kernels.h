@@ -50,6 +50,8 @@ struct kernels {
     /* `out_stride`, `row_bytes`: of a row of `out`. */
     void (*transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out, size_t out_stride);
     void (*gguf_numbers)(const uint8_t *blocks, size_t count, enum block type, float *out);
+    /* `to`: BFLOAT16 or FLOAT16. */
+    void (*gguf_cast)(const uint8_t *blocks, size_t count, enum block type, enum number to, uint16_t *out);
     void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out, size_t row_bytes);
 };
 
@@ -64,5 +66,6 @@ void AT_LEVEL(arranged)(const uint8_t *, size_t, size_t, struct order, uint8_t *
 void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *, size_t);
 void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *, size_t);
 void AT_LEVEL(gguf_numbers)(const uint8_t *, size_t, enum block, float *);
+void AT_LEVEL(gguf_cast)(const uint8_t *, size_t, enum block, enum number, uint16_t *);
 
 #endif

@@ -98,24 +98,31 @@ PyObject *awq_codes(PyObject *Py_UNUSED(self), PyObject *arguments)
 PyObject *gguf_numbers(PyObject *Py_UNUSED(self), PyObject *arguments)
 {
     PyObject *given, *result;
-    const char *name;
+    const char *name, *to_name;
     int type = 0;
+    enum number to;
     struct matrix blocks = {0}, out = {0};
-    if (!PyArg_ParseTuple(arguments, "OsO", &given, &name, &result))
+    if (!PyArg_ParseTuple(arguments, "OssO", &given, &name, &to_name, &result) || !number_named(to_name, &to))
         return NULL;
+    if (to == FLOAT8)
+        return wrong("numbers of another type than float8_e4m3fn expected");
     while (type < BLOCK_TYPES && strcmp(name, BLOCKS[type].name) != 0)
         type++;
     if (type == BLOCK_TYPES)
         return wrong("a type of gguf_types() expected");
     const size_t size = BLOCKS[type].bytes, elements = BLOCKS[type].elements;
-    int fine = take(given, &blocks, "blocks", 'B', READ) && take(result, &out, "out", 'f', WRITE);
+    int fine = take(given, &blocks, "blocks", 'B', READ) && take(result, &out, "out", format_of(to), WRITE);
     if (fine && (blocks.columns % size || out.rows != blocks.rows || out.columns != blocks.columns / size * elements)) {
         wrong("whole blocks, and room for each of their elements, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->gguf_numbers(blocks.data, blocks.rows * (blocks.columns / size), (enum block)type, out.data);
+        const size_t count = blocks.rows * (blocks.columns / size);
+        if (to == FLOAT32)
+            in_use->gguf_numbers(blocks.data, count, (enum block)type, out.data);
+        else
+            in_use->gguf_cast(blocks.data, count, (enum block)type, to, out.data);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &blocks, &out);

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.stages.quantization.kernels.test_boundary import wrong_arrays
-from tests.support.built_kernels import BUILT_CHECKS, needs_module
+from tests.support.built_kernels import BUILT, BUILT_CHECKS, needs_module
 
 pytestmark = needs_module
 
@@ -119,6 +119,15 @@ def test_words_of_another_shape_are_refused(name: str) -> None:
         for places in (PLACES[:7].copy(), PLACES[:9].copy(), PLACES[1:9].copy(), None):
             with pytest.raises((ValueError, TypeError)):
                 work(WORDS, places, out)
+
+
+def test_levels_are_those_of_the_other_kernels() -> None:
+    assert BUILT is not None
+    assert BUILT_CHECKS is not None
+    assert BUILT_CHECKS.levels() == BUILT.levels()
+    assert BUILT_CHECKS.level() == BUILT.level()
+    with pytest.raises(ValueError, match="level"):
+        BUILT_CHECKS.use("x86-64-v9")
 
 
 def test_bytes_of_two_shapes_are_not_compared() -> None:
