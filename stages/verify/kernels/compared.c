@@ -7,8 +7,9 @@
 /* Sums outside of these are computed in double: squares of very small or very large values are no float32. */
 #define LEAST_SUM 1e-24
 #define GREATEST_SUM 1e30
-/* Of the worst part so far: below it a quotient need not be computed. */
-#define SURELY (1 - 0x1p-20f)
+/* Parts of what is allowed that are this much worse than the worst so far, or less, are as good as equal to it: rows of one scale have
+   equal ones, whose quotients need not be computed again. The worst is so much below 1 that none that is wrong is among them. */
+#define ALIKE (1 + 0x1p-22f)
 #define NEARLY (1 - 0x1p-20f)
 
 typedef float numbers __attribute__((vector_size(4 * LANES)));
@@ -63,23 +64,45 @@ INLINE float worst_of(const float *actual, const float *expected, size_t count, 
     return worst;
 }
 
+/* Takes in LANES numbers; returns where they are right. */
+INLINE patterns taken_in(struct lanes *lanes, const float *actual, const float *expected, const struct bound *bound,
+                         const struct segment *segment, enum base base, int over, float sure)
+{
+    numbers a = loaded(actual), e = loaded(expected), difference = a - e;
+    patterns error = (patterns)difference & 0x7FFFFFFF, more = error > lanes->greatest;
+    lanes->greatest = (error & more) | (lanes->greatest & ~more);
+    lanes->noise += difference * difference;
+    lanes->power += e * e;
+    lanes->square += a * a;
+    return (numbers)error <= allowed(bound, segment, a, e, base, over) * sure;
+}
+
+INLINE struct lanes joined(struct lanes one, struct lanes two)
+{
+    patterns more = two.greatest > one.greatest;
+    one.greatest = (two.greatest & more) | (one.greatest & ~more);
+    one.noise += two.noise;
+    one.power += two.power;
+    one.square += two.square;
+    return one;
+}
+
 INLINE float compared_segment(const float *actual, const float *expected, size_t count, const struct bound *bound,
                               const struct segment *segment, enum base base, int over, float worst, struct lanes *lanes)
 {
-    struct lanes sums = *lanes;
+    /* Two at once: one sum has not ended when the next begins. */
+    struct lanes even = *lanes, odd = {0};
     patterns right = {0};
     right = ~right;
-    const float sure = worst * SURELY;
-    for (size_t i = 0; i < count; i += LANES) {
-        numbers a = loaded(actual + i), e = loaded(expected + i), difference = a - e;
-        patterns error = (patterns)difference & 0x7FFFFFFF, more = error > sums.greatest;
-        right &= (numbers)error <= allowed(bound, segment, a, e, base, over) * sure;
-        sums.greatest = (error & more) | (sums.greatest & ~more);
-        sums.noise += difference * difference;
-        sums.power += e * e;
-        sums.square += a * a;
+    const float sure = worst * ALIKE;
+    size_t i = 0;
+    for (; i + LANES < count; i += 2 * LANES) {
+        right &= taken_in(&even, actual + i, expected + i, bound, segment, base, over, sure);
+        right &= taken_in(&odd, actual + i + LANES, expected + i + LANES, bound, segment, base, over, sure);
     }
-    *lanes = sums;
+    if (i < count)
+        right &= taken_in(&even, actual + i, expected + i, bound, segment, base, over, sure);
+    *lanes = joined(even, odd);
     int32_t all = -1;
     for (int j = 0; j < LANES; j++)
         all &= right[j];
@@ -122,7 +145,7 @@ INLINE size_t group_end(size_t at, size_t features, size_t groups)
 }
 
 /* Unsigned or signed codes of a row, one a byte, and what is taken from each to make it signed. */
-INLINE int codes_of_row(const struct stored *stored, size_t row, size_t at, size_t count, uint8_t *codes)
+INLINE int codes_of_row(const struct stored *stored, const struct run *run, size_t row, size_t at, size_t count, uint8_t *codes)
 {
     const int middle = 1 << (stored->bits - 1);
     const size_t bits = (size_t)stored->bits;
@@ -149,14 +172,15 @@ INLINE int codes_of_row(const struct stored *stored, size_t row, size_t at, size
         const size_t tile = (at + done) / 64, some = count - done < 64 ? count - done : 64;
         const uint8_t *own = unit + (tile * stored->columns + row % stored->columns) * 64 * bits / 8;
         if (bits == 8)
-            unmixed8(own, some, stored->places, codes + done);
+            unmixed8(own, some, run, codes + done);
         else
-            unmixed4(own, some, stored->places, codes + done);
+            unmixed4(own, some, run, codes + done);
     }
     return middle;
 }
 
-static void actual_numbers(const struct stored *stored, size_t row, size_t of, size_t at, size_t count, uint8_t *codes, float *out)
+static void actual_numbers(const struct stored *stored, const struct run *run, size_t row, size_t of, size_t at, size_t count,
+                           uint8_t *restrict codes, float *restrict out)
 {
     const float *scales = stored->scales + (stored->scale_rows > 1 ? of * stored->groups : 0);
     const float *zeros = stored->zeros ? stored->zeros + of * stored->groups : NULL;
@@ -165,7 +189,7 @@ static void actual_numbers(const struct stored *stored, size_t row, size_t of, s
     if (stored->kind == SMALL_FLOATS)
         memcpy(codes, stored->data + row * stored->features + at, count);
     else
-        middle = codes_of_row(stored, row, at, count, codes);
+        middle = codes_of_row(stored, run, row, at, count, codes);
     for (size_t i = 0, end; i < count; i = end) {
         end = group_end(at + i, stored->features, stored->groups) - at;
         end = end < count ? end : count;
@@ -272,12 +296,13 @@ int AT_LEVEL(compared)(const struct stored *stored, size_t first, size_t rows, c
     _Alignas(64) float actual[CHUNK + LANES], wanted[CHUNK + LANES];
     _Alignas(64) uint8_t codes[CHUNK + 64];
     const size_t features = stored->features;
+    const struct run run = run_of(stored->places, stored->bits);
     uint32_t greatest = 0;
     for (size_t row = 0; row < rows; row++) {
         float largest = bound->largest == OF_ROW ? largest_of_row(expected, row, features, codes, wanted) : 0;
         for (size_t at = 0; at < features; at += CHUNK) {
             const size_t count = features - at < CHUNK ? features - at : CHUNK;
-            actual_numbers(stored, first + row, row, at, count, codes, actual);
+            actual_numbers(stored, &run, first + row, row, at, count, codes, actual);
             expected_numbers(expected, row, features, at, count, codes, wanted);
             memset(actual + count, 0, LANES * sizeof *actual);
             memset(wanted + count, 0, LANES * sizeof *wanted);

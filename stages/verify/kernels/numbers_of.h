@@ -29,8 +29,9 @@ INLINE float small_float(uint32_t pattern, int exponent, int mantissa, float lea
     const uint32_t normal = (magnitude << (23 - mantissa)) + (bias << 23);
     const uint32_t subnormal = as_bits((float)(int32_t)magnitude * least);
     const uint32_t no_number = infinite ? 0x7F800000u | magnitude << (23 - mantissa) : 0x7FC00000u;
-    uint32_t bits = magnitude < 1u << mantissa ? subnormal : normal;
-    bits = magnitude < special ? bits : no_number;
+    /* Masks: of a condition, the compiler makes a branch around the multiplication, and no vectors. */
+    const uint32_t small = -(uint32_t)(magnitude < 1u << mantissa), fine = -(uint32_t)(magnitude < special);
+    const uint32_t bits = (((subnormal & small) | (normal & ~small)) & fine) | (no_number & ~fine);
     return as_float(bits | (pattern >> (exponent + mantissa) & 1u) << 31);
 }
 
@@ -58,48 +59,74 @@ INLINE void halves(const uint8_t *restrict data, size_t count, uint8_t *restrict
     }
 }
 
+/* Where the codes of a run of 16 bytes are: in which byte, and 255 where it is its high half that holds the code. */
+struct run {
+    uint8_t bytes[32], high[32];
+};
+
+INLINE struct run run_of(const uint8_t *places, int bits)
+{
+    struct run run = {{0}, {0}};
+    for (int i = 0; places != NULL && i < 128 / bits; i++) {
+        run.bytes[i] = bits == 8 ? places[i] : places[i] / 2;
+        run.high[i] = bits == 4 && places[i] % 2 ? 0xFF : 0;
+    }
+    return run;
+}
+
 #if defined(__GNUC__) && !defined(__clang__)
 typedef uint8_t sixteen __attribute__((vector_size(16)));
 
 /* Bytes at some places of 16: one operation where processors have it. */
-INLINE void picked(const uint8_t *from, const uint8_t *places, uint8_t *to)
+INLINE sixteen picked(const uint8_t *from, const uint8_t *places)
 {
     sixteen data, mask;
     memcpy(&data, from, 16);
     memcpy(&mask, places, 16);
-    data = __builtin_shuffle(data, mask);
+    return __builtin_shuffle(data, mask);
+}
+
+INLINE void picked8(const uint8_t *from, const struct run *run, uint8_t *to)
+{
+    const sixteen data = picked(from, run->bytes);
+    memcpy(to, &data, 16);
+}
+
+INLINE void picked4(const uint8_t *from, const struct run *run, int first, uint8_t *to)
+{
+    sixteen high, data = picked(from, run->bytes + first);
+    memcpy(&high, run->high + first, 16);
+    data = (data >> 4 & high) | (data & 15 & ~high);
     memcpy(to, &data, 16);
 }
 #else
-INLINE void picked(const uint8_t *from, const uint8_t *places, uint8_t *to)
+INLINE void picked8(const uint8_t *from, const struct run *run, uint8_t *to)
 {
     for (int i = 0; i < 16; i++)
-        to[i] = from[places[i]];
+        to[i] = from[run->bytes[i]];
+}
+
+INLINE void picked4(const uint8_t *from, const struct run *run, int first, uint8_t *to)
+{
+    for (int i = 0; i < 16; i++)
+        to[i] = run->high[first + i] ? from[run->bytes[first + i]] >> 4 : from[run->bytes[first + i]] & 15;
 }
 #endif
 
 /* Codes of 8 bits out of runs of 16 bytes. */
-INLINE void unmixed8(const uint8_t *data, size_t count, const uint8_t *places, uint8_t *codes)
+INLINE void unmixed8(const uint8_t *data, size_t count, const struct run *run, uint8_t *codes)
 {
     for (size_t i = 0; i < count; i += 16)
-        picked(data + i, places, codes + i);
+        picked8(data + i, run, codes + i);
 }
 
-/* Codes of 4 bits out of runs of 16 bytes: nibble p is in byte p / 2. */
-INLINE void unmixed4(const uint8_t *data, size_t count, const uint8_t *places, uint8_t *codes)
+/* Codes of 4 bits out of runs of 16 bytes. */
+INLINE void unmixed4(const uint8_t *data, size_t count, const struct run *run, uint8_t *codes)
 {
-    uint8_t bytes[32], high[32], either[32], pair[32];
-    for (int i = 0; i < 32; i++) {
-        bytes[i] = places[i] / 2;
-        high[i] = places[i] % 2 ? 0xFF : 0;
+    for (size_t i = 0; i < count; i += 32) {
+        picked4(data + i / 2, run, 0, codes + i);
+        picked4(data + i / 2, run, 16, codes + i + 16);
     }
-    for (size_t i = 0; i < count; i += 32)
-        for (int half = 0; half < 32; half += 16) {
-            picked(data + i / 2, bytes + half, pair);
-            for (int j = 0; j < 16; j++)
-                either[j] = (uint8_t)((pair[j] >> 4 & high[half + j]) | (pair[j] & 15 & ~high[half + j]));
-            memcpy(codes + i + half, either, 16);
-        }
 }
 
 #endif
