@@ -91,7 +91,7 @@ class MappedBlock(Block):
         first = 0
         for (start, _), length in zip(region, tensor.shape, strict=True):
             first = first * length + start
-        at, left = tensor.offset + first * tensor.dtype.itemsize, memoryview(out)
+        at, left = tensor.offset + first * tensor.dtype.itemsize, memoryview(out.data)
         with meter(tensor.stage, len(left)), naming(tensor.path):
             descriptor = os.open(tensor.path, os.O_RDONLY)
             try:

@@ -25,7 +25,8 @@ class StoredRows:
     @property
     def features(self) -> int:
         """The in-features of a row."""
-        return self.values.shape[1] * (8 // self.bits if self.bits else 1)
+        width: int = self.values.shape[1]
+        return width * 8 // self.bits if self.bits else width
 
     def columns(self, start: int, stop: int) -> StoredRows:
         """In-features [start, stop) of the rows."""
