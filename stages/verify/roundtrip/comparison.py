@@ -20,7 +20,7 @@ from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
 from stages.verify.roundtrip.bounds import allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
-from stages.verify.roundtrip.one_pass import one_pass
+from stages.verify.roundtrip.one_pass import knows, one_pass
 from stages.verify.roundtrip.origin import Origin
 from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
@@ -101,7 +101,7 @@ class TensorComparison:
         features = max([whole.shape[1], *(math.prod(self._source.shape(each.source)[1:]) for each in origins)])
         if whole.kind == "dense" and all(self._same_type(each) for each in origins):
             return max(BIT_BYTES // (features * self._tensor.dtype.itemsize), 1)
-        elements = ONE_PASS_ELEMENTS if whole.kind != "dense" and checks.in_c() else BLOCK_ELEMENTS
+        elements = ONE_PASS_ELEMENTS if knows(whole) else BLOCK_ELEMENTS
         return max(elements // (features * whole.period), 1)
 
     def compare(self, data: np.ndarray, first: int) -> None:

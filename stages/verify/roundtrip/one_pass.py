@@ -31,6 +31,11 @@ class Compared(NamedTuple):
     square: float
 
 
+def knows(matrix: Matrix) -> bool:
+    """Whether the kernels are used, and know the format of a matrix."""
+    return matrix.kind in _KINDS and not matrix.prequant_or_second and checks.in_c()
+
+
 def one_pass(
     matrix: Matrix, data: np.ndarray, base: int, first: int, expected: StoredRows, bound: Allowance, worst: float
 ) -> Compared | None:
@@ -40,11 +45,12 @@ def one_pass(
     which is held against the first of `expected`. `worst`: the worst part so far. Returns None where a value is not right for
     sure, and where the kernels do not know the formats.
     """
-    kind, features, last = _KINDS.get(matrix.kind), matrix.shape[1], first + len(expected.values)
+    features, last = matrix.shape[1], first + len(expected.values)
     type_ = f"codes{expected.bits}" if expected.bits else expected.values.dtype.name
     named = expected.bits in (4, 8) or type_ in _NUMBERS
-    if kind is None or not named or matrix.prequant_or_second or expected.features != features or not checks.in_c():
+    if not named or expected.features != features or not knows(matrix):
         return None
+    kind = _KINDS[matrix.kind]
     scales, zeros = matrix.scales(first, last), matrix.zeros(first, last)
     factors = (scales, zeros, expected.scales, expected.zeros, bound.constant)
     grouped = any(each is not None and each.shape[1] > 1 and features // each.shape[1] % LANES for each in factors)
