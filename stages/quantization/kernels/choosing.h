@@ -1,5 +1,5 @@
-/* The choice of a level, for the file of a module, which has defined EVERY, the tables of its levels, the highest first, COUNT of them, and
-   `in_use`, one of them. */
+/* The choice of a level, for the file of a module, which has defined EVERY, the tables of its levels, the highest first, COUNT
+   of them, and `in_use`, one of them. */
 #ifndef HEADRACE_CHOOSING_H
 #define HEADRACE_CHOOSING_H
 

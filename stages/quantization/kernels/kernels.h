@@ -1,8 +1,8 @@
 /* The kernels: one pass over a few rows at a time, no intrinsics. The compiler makes vectors of the inner loops.
 
-   Each file of the kernels is compiled once for each level of instructions (levels.h), and level.c puts the names of a level into a
-   table. module.c takes the table of the highest level that the processor has; it and the files that it names know Python, the kernels do
-   not.
+   Each file of the kernels is compiled once for each level of instructions (levels.h), and level.c puts the names of a level
+   into a table. module.c takes the table of the highest level that the processor has; it and the files that it names know
+   Python, the kernels do not.
 
    Rows are contiguous; a stride is in elements. Whoever calls has checked shapes and sizes: the kernels check values alone. */
 #ifndef HEADRACE_KERNELS_H

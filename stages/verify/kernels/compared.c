@@ -1,5 +1,6 @@
-/* A rank's codes and the source's numbers, compared: decoded some hundred numbers at a time, which stay in the processor's nearest cache,
-   and summed. What is not right for sure is left to the twin, which says what is wrong and where: comparison.py. */
+/* A rank's codes and the source's numbers, compared: decoded some hundred numbers at a time, which stay in the processor's
+   nearest cache, and summed. What is not right for sure is left to the twin, which says what is wrong and where: comparison.py.
+   */
 #include "numbers_of.h"
 
 #define CHUNK 2048
@@ -7,8 +8,9 @@
 /* Sums outside of these are computed in double: squares of very small or very large values are no float32. */
 #define LEAST_SUM 1e-24
 #define GREATEST_SUM 1e30
-/* Parts of what is allowed that are this much worse than the worst so far, or less, are as good as equal to it: rows of one scale have
-   equal ones, whose quotients need not be computed again. The worst is so much below 1 that none that is wrong is among them. */
+/* Parts of what is allowed that are this much worse than the worst so far, or less, are as good as equal to it: rows of one
+   scale have equal ones, whose quotients need not be computed again. The worst is so much below 1 that none that is wrong is
+   among them. */
 #define ALIKE (1 + 0x1p-22f)
 #define NEARLY (1 - 0x1p-20f)
 

@@ -1,4 +1,5 @@
-/* The kernels of verification as a Python module: arguments are checked, the interpreter's lock is let go of, and a kernel is called. */
+/* The kernels of verification as a Python module: arguments are checked, the interpreter's lock is let go of, and a kernel is
+   called. */
 #include "boundary.h"
 #include "checks.h"
 
@@ -86,8 +87,9 @@ static PyObject *compared(PyObject *Py_UNUSED(self), PyObject *arguments)
     Py_ssize_t columns, features, start;
     float worst;
     struct bound bound = {0};
-    if (!PyArg_ParseTuple(arguments, "sinnnOOOOsOOOssffffOf", &kind, &bits, &columns, &features, &start, &given[UNITS], &given[PLACES],
-                          &given[SCALES], &given[ZEROS], &type, &given[VALUES], &given[VALUE_SCALES], &given[VALUE_ZEROS], &base,
+    if (!PyArg_ParseTuple(arguments, "sinnnOOOOsOOOssffffOf", &kind, &bits, &columns, &features, &start, &given[UNITS],
+                          &given[PLACES], &given[SCALES], &given[ZEROS], &type, &given[VALUES], &given[VALUE_SCALES],
+                          &given[VALUE_ZEROS], &base,
                           &largest, &bound.slope, &bound.factor, &bound.top, &bound.slack, &given[CONSTANT], &worst))
         return NULL;
     const int stored_kind = named(kind, KINDS, 3), expected_kind = named(type, TYPES, 6), of = named(base, BASES, 3),

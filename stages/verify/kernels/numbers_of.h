@@ -20,8 +20,8 @@ INLINE uint32_t as_bits(float value)
     return bits;
 }
 
-/* The number that a pattern of `exponent` and `mantissa` bits stands for: `least` is its smallest step, `special` the first magnitude
-   that is no number, or infinite. */
+/* The number that a pattern of `exponent` and `mantissa` bits stands for: `least` is its smallest step, `special` the first
+   magnitude that is no number, or infinite. */
 INLINE float small_float(uint32_t pattern, int exponent, int mantissa, float least, uint32_t special, int infinite)
 {
     const uint32_t magnitude = pattern & ((1u << (exponent + mantissa)) - 1);

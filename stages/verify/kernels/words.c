@@ -11,7 +11,8 @@ INLINE size_t least(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-INLINE void tile_as_rows(const uint32_t *restrict words, size_t stride, size_t deep, size_t wide, uint32_t *restrict out, size_t pitch)
+INLINE void tile_as_rows(const uint32_t *restrict words, size_t stride, size_t deep, size_t wide, uint32_t *restrict out,
+                         size_t pitch)
 {
     uint32_t tile[SIDE][DEPTH];
     for (size_t row = 0; row < deep; row++)
