@@ -44,7 +44,7 @@ bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 
 # With the kernels in C, where there is a compiler.
 KERNELS := stages/quantization/kernels
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard $(KERNELS)/*.c $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard stages/*/kernels/*.c stages/*/kernels/*.h) $(KERNELS)/CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -3,17 +3,25 @@
 Of each kernel, by processor time of one thread: GB/s of what it reads, how many times as fast as its NumPy twin, and how many times as
 long as copying what it reads (into room that is there already) takes. What a number is worth on a busy machine is the ratio: the three
 are measured in turns.
+
+With `--peers`, or HEADRACE_PEERS in the environment, an interpreter that has optimum-quanto, compressed-tensors, torchao, bitsandbytes or
+gguf times them at like work (benchmarks/peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from benchmarks.checking import checks
 from benchmarks.measure import machine
 from stages.quantization.kernels import compiled, twins
 from stages.quantization.kernels.chosen import c_is_used, kernels_in_use
@@ -56,6 +64,8 @@ def work() -> dict[str, tuple[np.ndarray, Work]]:
             f"GGUF {kind} to fp32": (packed[:, : packed.shape[1] // size * size].copy(), of_blocks(kind, packed, size))
             for kind, size in (("Q4_0", 18), ("Q8_0", 34), ("Q4_K", 144), ("Q6_K", 210))
         },
+        "GGUF Q8_0 to bf16": (packed[:, : packed.shape[1] // 34 * 34].copy(), of_blocks("Q8_0", packed, 34, BF16)),
+        "GGUF Q4_K to bf16": (packed[:, : packed.shape[1] // 144 * 144].copy(), of_blocks("Q4_K", packed, 144, BF16)),
         "bf16 to fp16": (brain, lambda k: k.cast(brain, FP16)),
         "fp16 to bf16": (half, lambda k: k.cast(half, BF16)),
         "fp32 to bf16": (numbers, lambda k: k.cast(numbers, BF16)),
@@ -66,9 +76,9 @@ def work() -> dict[str, tuple[np.ndarray, Work]]:
     }
 
 
-def of_blocks(kind: str, packed: np.ndarray, size: int) -> Work:
+def of_blocks(kind: str, packed: np.ndarray, size: int, to: np.dtype = FP32) -> Work:
     blocks = packed[:, : packed.shape[1] // size * size].copy()
-    return lambda k: k.gguf_numbers(blocks, kind)
+    return lambda k: k.gguf_numbers(blocks, kind, to)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -81,23 +91,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="those whose name has this in it")
+    parser.add_argument("--peers", default=os.environ.get("HEADRACE_PEERS"), help="an interpreter that has other libraries")
     arguments = parser.parse_args()
     print(machine())
     print(
         f"kernels: {kernels_in_use()}; one thread, blocks of {ROWS} x {FEATURES}, the best of {arguments.repeats} by processor time"
     )
-    print(f"{'':28}{'GB/s':>8}{'x twin':>8}{'x copy':>8}")
-    for name, (source, call) in work().items():
+    print(f"{'':36}{'GB/s':>8}{'x twin':>8}{'x copy':>8}")
+    converting = {
+        name: (source, lambda call=call: call(compiled), lambda call=call: call(twins)) for name, (source, call) in work().items()
+    }
+    for name, (source, fast, slow) in {**converting, **checks(ROWS, FEATURES)}.items():
         if arguments.only not in name:
             continue
         room, ours, twin, copy = np.empty_like(source), [], [], []
         for _ in range(arguments.repeats):
             copy.append(seconds(lambda room=room, source=source: np.copyto(room, source)))  # type: ignore[misc]
-            twin.append(seconds(lambda call=call: call(twins)))  # type: ignore[misc]
+            twin.append(seconds(slow))
             if c_is_used():
-                ours.append(seconds(lambda call=call: call(compiled)))  # type: ignore[misc]
+                ours.append(seconds(fast))
         best = min(ours or twin)
-        print(f"{name:28}{source.nbytes / best / 1e9:8.2f}{min(twin) / best:8.1f}{best / min(copy):8.1f}", flush=True)
+        print(f"{name:36}{source.nbytes / best / 1e9:8.2f}{min(twin) / best:8.1f}{best / min(copy):8.1f}", flush=True)
+    if arguments.peers:
+        peers(arguments.peers, arguments.repeats)
+
+
+def peers(interpreter: str, repeats: int) -> None:
+    """Print the rates of other libraries, as an interpreter that has them measures them."""
+    script = Path(__file__).with_name("peers.py")
+    # Not as a module of ours: what this folder's files are called is what some libraries import.
+    command = [interpreter, "-P", str(script), str(repeats)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        row = json.loads(line)
+        name = f"{row['peer']} {row.get('version', '')}, {row['kind']}"
+        print(f"{name:36}{row['rate']:8.2f}" if "rate" in row else f"{name:36}    not run: {row['missing']}", flush=True)
+    process.wait()
 
 
 if __name__ == "__main__":

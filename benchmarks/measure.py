@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +29,10 @@ def run(command: list[str], remove: Path | None = None) -> Run:
     if remove:
         shutil.rmtree(remove, ignore_errors=True)
     os.sync()
+    # Where nothing may be compiled ahead, every start would compile all modules, as no installed command does.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     peaks = {"VmHWM": 0, "RssAnon": 0}
     watcher = threading.Thread(target=_watch, args=(process.pid, peaks))
     watcher.start()
@@ -52,6 +56,9 @@ def _watch(pid: int, peaks: dict[str, int]) -> None:
         for key, value in sampled.items():
             peaks[key] = max(peaks[key], value)
         time.sleep(0.02)
+
+
+Runs = dict[str, list[Run]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,23 @@ def pairs(command: list[str], output: Path, reference: Path, count: int) -> Pair
                 theirs.append(run(["cp", "-r", str(reference), str(copy)], remove=copy))
                 shutil.rmtree(copy)
     return Pairs(ours, theirs)
+
+
+def rounds(commands: Mapping[str, tuple[list[str], Path | None]], count: int, before: Callable[[str], None] | None = None) -> Runs:
+    """Time some commands, each with the directory that it writes or None, once a round, in an order that is random each time.
+
+    `before`: called with a command's name before it is run. What is written is removed. Returns the runs of each.
+    """
+    order, runs = random.Random(0), {name: list[Run]() for name in commands}
+    for _ in range(count):
+        for name in order.sample(list(commands), len(commands)):
+            command, output = commands[name]
+            if before:
+                before(name)
+            runs[name].append(run(command, remove=output))
+            if output:
+                shutil.rmtree(output)
+    return runs
 
 
 def machine() -> str:

@@ -136,11 +136,14 @@ def weights(count: int = 16 << 20) -> bytes:
     return values.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def make_packed(directory: Path, shape: str, layers: int, method: str, group: int = 128) -> int:
-    """Write a 4-bit GPTQ or AWQ checkpoint of random codes, one shard for each layer; return the bytes of its packed modules."""
+def make_packed(directory: Path, shape: str, layers: int, method: str, group: int = 128, **sizes: int) -> int:
+    """Write a 4-bit GPTQ or AWQ checkpoint of random codes, one shard for each layer; return the bytes of its packed modules.
+
+    `sizes` stand in for those of the shape.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
-    config = {**SHAPES[shape], "num_hidden_layers": layers}
+    config = {**SHAPES[shape], "num_hidden_layers": layers, **sizes}
     weight_map, packed = {}, 0
 
     def words(*dims: int) -> np.ndarray:

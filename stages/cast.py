@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.model.tables import Layout
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.tensors import Applied, Block, TensorMap, map_blocks
+from pipeline.tensor.tensors import Applied, Block, Castable, TensorMap, map_blocks
 from stages.quantization.kernels.dispatch import kernels
 
 
@@ -32,7 +32,10 @@ def cast(tensors: TensorMap, layout: Layout, dtype: str) -> TensorMap:
 
 
 def as_type(block: Block, to: np.dtype) -> Block:
-    """A block whose values are cast as they are read."""
+    """A block whose values are cast as they are read, or as they are made, where that is one pass."""
+    if isinstance(block, Applied) and isinstance(block.function, Castable):
+        function = block.function.into(to)
+        return Applied(block.base, function, stage=block.stage, dtype=to, period=block.period, columns=block.columns)
     return Applied(block, AsType(to), stage="cast", dtype=to)
 
 

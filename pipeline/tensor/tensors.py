@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -101,6 +101,14 @@ class Block(ABC):
     def read(self, region: Region) -> np.ndarray:
         """The values of `region` (relative to this block), as an array that the caller must not change."""
 
+    def read_into(self, out: np.ndarray) -> bool:  # noqa: ARG002
+        """Read the whole block into `out`, uint8 of as many bytes; False, and nothing is read, where it is no one run of a file.
+
+        Memory that is used again and again stays in the processor's cache, where a map has new pages each time. Raises OSError
+        where the file has become shorter than its header says.
+        """
+        return False
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -142,6 +150,15 @@ class View(Block):
 
     def read(self, region: Region) -> np.ndarray:
         return self.base.read(shift(region, [start for start, _ in self.region]))
+
+
+@runtime_checkable
+class Castable(Protocol):
+    """A function of `Applied` that can give its float32 values in another type at once."""
+
+    def into(self, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+        """The function that casts each value as it makes it."""
+        ...
 
 
 class Applied(Block):

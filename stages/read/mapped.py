@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.tensor.mapping import file_bytes
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent, shift, slices, whole
+from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import Block
 
 WINDOW_BYTES = 8 << 20  # mapped at once where only some columns are read
@@ -81,6 +82,27 @@ class MappedBlock(Block):
             values = self._map(start * row, count * row).reshape(count, *tensor.shape[1:])
             result[start - first : start - first + count] = values[(slice(None), *slices(region[1:]))]
         return result
+
+    def read_into(self, out: np.ndarray) -> bool:
+        tensor, region = self.tensor, self.region
+        split = next((axis for axis, (start, stop) in enumerate(region) if stop - start != 1), len(region))
+        if region[split + 1 :] != whole(tensor.shape[split + 1 :]):
+            return False
+        first = 0
+        for (start, _), length in zip(region, tensor.shape, strict=True):
+            first = first * length + start
+        at, left = tensor.offset + first * tensor.dtype.itemsize, memoryview(out.data)
+        with meter(tensor.stage, len(left)), naming(tensor.path):
+            descriptor = os.open(tensor.path, os.O_RDONLY)
+            try:
+                while left:
+                    count = os.preadv(descriptor, [left], at)
+                    if not count:
+                        raise OSError(f"{tensor.path} has become shorter than its header says: it was changed while being read")
+                    at, left = at + count, left[count:]
+            finally:
+                os.close(descriptor)
+        return True
 
     def _map(self, first: int, count: int) -> np.ndarray:
         tensor = self.tensor

@@ -37,6 +37,15 @@ def unarrange(data: np.ndarray, features: int, bits: int, order: str) -> np.ndar
     return codes.reshape(-1, features).view(np.int8)
 
 
+@lru_cache(maxsize=2)
+def run_places(bits: int) -> np.ndarray:
+    """The place of each code in the run of 16 bytes that holds it, of the orders that mix them: uint8 [128 / bits].
+
+    Of a row that is interleaved with others, runs follow one another within a tile as they do alone.
+    """
+    return _order(bits, 1)[: 128 // bits].astype(np.uint8)
+
+
 @lru_cache(maxsize=8)
 def _places(bits: int, columns: int, features: int) -> np.ndarray:
     """The place of each code (column, in-feature) in a stream of `columns` rows, int64 [columns * features]."""

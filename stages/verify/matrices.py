@@ -122,6 +122,11 @@ class Matrix:
         return self._some("zero", self._grouped, start, stop) if self.kind == "groupwise" and "zero" in self.tensors else None
 
     @property
+    def prequant_or_second(self) -> bool:
+        """Whether its numbers are computed with more than one scale and a zero point."""
+        return not self.tensors.keys().isdisjoint(SCALING[1:])
+
+    @property
     def prequant(self) -> np.ndarray | None:
         """The factors of activations before the matrix, float32 [in_features]; None where there are none."""
         factors = self.tensors.get("prequant_scaling_factor")

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers
+
 
 class NamedWeights(Protocol):
     """Weights by Hugging Face's parameter names, experts one by one; rows are read when they are asked for."""
@@ -26,6 +29,10 @@ class NamedWeights(Protocol):
 
 class SourceWeights(NamedWeights, Protocol):
     """The weights of a source, which may be packed."""
+
+    def block(self, name: str, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        """Rows [start, stop) of a weight, at least one, as they are stored: until the next call with the same buffers."""
+        ...
 
     def dtype(self, name: str) -> np.dtype:
         """The type of a weight's numbers."""

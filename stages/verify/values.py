@@ -48,6 +48,15 @@ def read(tensor: LazyTensor, region: Region | None = None) -> np.ndarray:
     return tensor.block(region).read(tuple((0, stop - start) for start, stop in region))
 
 
+def read_again(tensor: LazyTensor, region: Region, buffers: Buffers, name: str) -> np.ndarray:
+    """Read a region as `read` does, of a local file into the buffer of a name: until the next array of that name."""
+    block = tensor.block(region)
+    out = buffers.array(name, block.shape, tensor.dtype)
+    if block.read_into(out.reshape(-1).view(UINT8)):
+        return out
+    return block.read(tuple((0, length) for length in block.shape))
+
+
 def is_float(dtype: np.dtype) -> bool:
     """Whether a type is one of numbers with an exponent, and not one of codes."""
     return dtype.name.startswith(("float", "bfloat"))

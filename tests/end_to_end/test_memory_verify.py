@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.models import make
+from benchmarks.models import make, make_packed
 from pipeline import convert
 
 LIMIT = 150 << 20
+PACKED_LIMIT = 250 << 20  # of codes, some megabytes of which are unpacked at once where they are packed along columns
 LOGITS_LIMIT = 640 << 20  # of which torch's libraries are the greater part
 
 VERIFY = """
@@ -59,6 +60,26 @@ def test_integrity_and_round_trip(ranks: tuple[Path, Path]) -> None:
     found = measured(VERIFY, output, source)
     assert found["ok"]
     assert found["peak"] < LIMIT < found["bytes"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("flags", [{"use_weight_only": True}, {"use_fp8_rowwise": True}], ids=str)
+def test_round_trip_of_what_was_quantized(flags: dict[str, bool], ranks: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = ranks
+    convert(model_dir=source, output_dir=tmp_path / "ranks", tp_size=2, scheduler="threads", **flags)
+    found = measured(VERIFY, tmp_path / "ranks", source)
+    assert found["ok"]
+    assert found["peak"] < LIMIT < found["bytes"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_round_trip_of_codes_that_were_kept(method: str, tmp_path: Path) -> None:
+    make_packed(tmp_path / "model", "8B", 3, method, vocab_size=8192)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ranks", tp_size=2, scheduler="threads")
+    found = measured(VERIFY, tmp_path / "ranks", tmp_path / "model")
+    assert found["ok"]
+    assert found["peak"] < PACKED_LIMIT < found["bytes"]
 
 
 def test_logits_of_the_ranks(ranks: tuple[Path, Path]) -> None:

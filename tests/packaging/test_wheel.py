@@ -24,7 +24,7 @@ from tests.support.built_kernels import CAN_BUILD
 from tests.support.commands import convert, headrace, tree
 from tests.support.places import ROOT
 
-KERNELS = "stages/quantization/kernels"
+KERNELS = ("stages/quantization/kernels", "stages/verify/kernels")
 BUILD = "import sys; from scikit_build_core import build; print(getattr(build, sys.argv[1])(sys.argv[2]))"
 
 CLIENT = """
@@ -181,8 +181,8 @@ def test_the_wheel_has_every_file_in_its_place_and_the_kernels_for_every_python(
     configs = {f"pipeline/{name}" for name in sources("configs")}
     modules = {name for name in sources("pipeline", "stages") if not name.endswith((".c", ".h", "CMakeLists.txt"))}
     modules |= {"headrace.py", "headrace-stubs/__init__.pyi"}
-    module = {f"{KERNELS}/_kernels.abi3.so"} if CAN_BUILD else set()
-    assert files(wheel) == modules | configs | module
+    built = {f"{folder}/_kernels.abi3.so" for folder in KERNELS} if CAN_BUILD else set()
+    assert files(wheel) == modules | configs | built
     assert ("-cp311-abi3-linux_" if CAN_BUILD else "-py3-none-any.") in wheel.name
     assert {"pipeline/py.typed", "stages/py.typed", "pipeline/configs/families/llama.toml"} <= names
     licences = {name.removeprefix(f"{info}/licenses/") for name in names if name.startswith(f"{info}/licenses/")}
@@ -258,7 +258,10 @@ def test_an_editable_install_is_the_repository_unless_another_is_named(source: P
     assert run(tmp_path, *where).split() == [str(source / "headrace.py"), str(source / "pipeline/__init__.py")]
     kernels = "import stages.quantization.kernels.chosen as c; print(c.__file__, c.kernels_in_use())"
     file, said = run(tmp_path, python, "-P", "-c", kernels).split(maxsplit=1)
-    assert file == str(source / KERNELS / "chosen.py")
+    assert file == str(source / KERNELS[0] / "chosen.py")
+    if CAN_BUILD:
+        built = run(tmp_path, python, "-P", "-c", "from stages.verify.kernels import _kernels; print(_kernels.__file__)")
+        assert Path(built.strip()).parent == source / KERNELS[1]
     assert said.startswith("C (" if CAN_BUILD else "NumPy")
     assert run(tmp_path, python, "-P", "-c", "import pipeline.model.tables as t; print(t.CONFIGS)").split() == [
         str(source / "configs")

@@ -27,6 +27,7 @@ FLOORS = (
     ("pipeline.tensor",),
     ("pipeline.extensions",),
     ("pipeline.documents",),
+    ("pipeline.native",),
     ("pipeline.errors",),
     ("pipeline.printed",),
 )

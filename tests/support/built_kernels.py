@@ -1,4 +1,4 @@
-"""The module of the kernels in C, for tests of it: where it is not built, these are skipped and one says whether that is right."""
+"""The modules of the kernels in C, for tests of them: where they are not built, these are skipped, which one test judges."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import pytest
 _HEADER = Path(sysconfig.get_path("include"), "Python.h")
 CAN_BUILD = all(shutil.which(tool) for tool in ("cc", "cmake", "ninja")) and _HEADER.exists()
 NAME = "stages.quantization.kernels._kernels"
+CHECKS = "stages.verify.kernels._kernels"  # those of verification
 
 
-def module() -> ModuleType | None:
+def module(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(NAME)
+        return importlib.import_module(name)
     except ImportError:
         return None
 
 
-BUILT = module()
+BUILT, BUILT_CHECKS = module(NAME), module(CHECKS)
 needs_module = pytest.mark.skipif(BUILT is None, reason="the kernels in C are not built, which test_chosen.py judges")
 
 
@@ -38,10 +39,11 @@ def levels() -> list[str]:
 
 @contextmanager
 def at(level: str) -> Iterator[ModuleType]:
-    """The kernels of one level are in use."""
+    """The kernels of one level are in use, in each module that has it."""
     assert BUILT is not None
-    before = BUILT.use(level)
+    before = [(module, module.use(level)) for module in (BUILT, BUILT_CHECKS) if module and level in module.levels()]
     try:
         yield BUILT
     finally:
-        BUILT.use(before)
+        for module, used in before:
+            module.use(used)

@@ -18,14 +18,15 @@ static int run(const char *name, const double *n, const void *in, void *out)
     if (!strcmp(name, "weight_only_codes")) {
         const struct order order = {(int)n[4], (size_t)n[5], (int)n[6]};
         uint8_t *work = malloc(order.columns * b);
-        int bad = k->weight_only_codes(in, type, a, b, c, order, work, out);
+        float *scales = out; /* and the codes behind them */
+        int bad = k->weight_only_codes(in, type, a, b, c, order, work, (uint8_t *)(scales + a * c), scales);
         free(work);
         return bad;
     }
     if (!strcmp(name, "float8_scales"))
         return k->float8_scales(in, type, a, b, c, (float)n[4], out);
     if (!strcmp(name, "float8_codes"))
-        return k->float8_codes(in, type, a, b, c, (float)n[4], out);
+        return k->float8_codes(in, type, a, b, c, (float)n[4], (uint8_t *)((float *)out + a * c), out);
     if (!strcmp(name, "float8_rescaled"))
         return k->float8_rescaled(in, a, (float)n[1], (float)n[2], out), 0;
     if (!strcmp(name, "cast"))
@@ -33,11 +34,13 @@ static int run(const char *name, const double *n, const void *in, void *out)
     if (!strcmp(name, "arranged"))
         return k->arranged(in, a, b, (struct order){(int)n[2], (size_t)n[3], (int)n[4]}, out), 0;
     if (!strcmp(name, "transposed"))
-        return k->transposed(in, b, a, b, out), 0;
+        return k->transposed(in, b, a, b, out, a), 0;
     if (!strcmp(name, "awq_codes"))
-        return k->awq_codes(in, b, a, b, out), 0;
+        return k->awq_codes(in, b, a, b, out, a / 2), 0;
     if (!strcmp(name, "gguf_numbers"))
         return k->gguf_numbers(in, a, (enum block)n[1], out), 0;
+    if (!strcmp(name, "gguf_cast"))
+        return k->gguf_cast(in, a, (enum block)n[1], (enum number)n[2], out), 0;
     return 2;
 }
 

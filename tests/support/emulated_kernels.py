@@ -41,22 +41,39 @@ class Emulated(ModuleType):
         result = self.process.stdout.read(out.nbytes)
         assert said in (0, 1)
         assert len(result) == out.nbytes
-        out.reshape(-1)[...] = np.frombuffer(result, dtype=out.dtype)
+        out[...] = np.frombuffer(result, dtype=out.dtype).reshape(out.shape)
         return said == 0
 
     def weight_only_scales(self, values: np.ndarray, kind: str, segments: int, bits: int, out: np.ndarray) -> bool:
         return self.run("weight_only_scales", values, out, *values.shape, segments, TYPES.index(kind), bits)
 
     def weight_only_codes(
-        self, values: np.ndarray, kind: str, segments: int, bits: int, columns: int, mixed: bool, out: np.ndarray
+        self,
+        values: np.ndarray,
+        kind: str,
+        segments: int,
+        bits: int,
+        columns: int,
+        mixed: bool,
+        scales: np.ndarray,
+        out: np.ndarray,
     ) -> bool:
-        return self.run("weight_only_codes", values, out, *values.shape, segments, TYPES.index(kind), bits, columns, mixed)
+        numbers = (*values.shape, segments, TYPES.index(kind), bits, columns, mixed)
+        return self.both("weight_only_codes", values, scales, out, *numbers)
+
+    def both(self, name: str, values: np.ndarray, scales: np.ndarray, out: np.ndarray, *numbers: float) -> bool:
+        """Run a job that answers scales, and codes behind them."""
+        room = np.empty(scales.nbytes + out.nbytes, np.uint8)
+        fine = self.run(name, values, room, *numbers)
+        scales.reshape(-1)[...] = room[: scales.nbytes].view(np.float32)
+        out.reshape(-1)[...] = room[scales.nbytes :]
+        return fine
 
     def float8_scales(self, values: np.ndarray, kind: str, segments: int, clamp: float, out: np.ndarray) -> bool:
         return self.run("float8_scales", values, out, *values.shape, segments, TYPES.index(kind), clamp)
 
-    def float8_codes(self, values: np.ndarray, kind: str, segments: int, clamp: float, out: np.ndarray) -> bool:
-        return self.run("float8_codes", values, out, *values.shape, segments, TYPES.index(kind), clamp)
+    def float8_codes(self, values: np.ndarray, kind: str, segments: int, clamp: float, scales: np.ndarray, out: np.ndarray) -> bool:
+        return self.both("float8_codes", values, scales, out, *values.shape, segments, TYPES.index(kind), clamp)
 
     def float8_rescaled(self, codes: np.ndarray, scale: float, common: float, out: np.ndarray) -> None:
         self.run("float8_rescaled", codes, out, codes.size, scale, common)
@@ -73,8 +90,9 @@ class Emulated(ModuleType):
     def awq_codes(self, words: np.ndarray, out: np.ndarray) -> None:
         self.run("awq_codes", words, out, *words.shape)
 
-    def gguf_numbers(self, blocks: np.ndarray, kind: str, out: np.ndarray) -> None:
-        self.run("gguf_numbers", blocks, out, blocks.size // self.blocks[kind][0], list(self.blocks).index(kind))
+    def gguf_numbers(self, blocks: np.ndarray, kind: str, to: str, out: np.ndarray) -> None:
+        name, numbers = ("gguf_numbers", ()) if to == "float32" else ("gguf_cast", (TYPES.index(to),))
+        self.run(name, blocks, out, blocks.size // self.blocks[kind][0], list(self.blocks).index(kind), *numbers)
 
     def gguf_types(self) -> dict[str, tuple[int, int]]:
         return self.blocks

@@ -17,7 +17,8 @@ static int refuse(struct matrix *matrix, const char *name, const char *wanted)
 int take(PyObject *array, struct matrix *matrix, const char *name, char format, enum access access)
 {
     Py_buffer *view = &matrix->view;
-    const int flags = PyBUF_FORMAT | PyBUF_STRIDES | (access == WRITE ? PyBUF_WRITABLE : 0);
+    const int writing = access == WRITE || access == WRITE_STRIDED, strided = access == READ_STRIDED || access == WRITE_STRIDED;
+    const int flags = PyBUF_FORMAT | PyBUF_STRIDES | (writing ? PyBUF_WRITABLE : 0);
     const size_t size = size_of(format);
     if (PyObject_GetBuffer(array, view, flags) < 0)
         return 0;
@@ -35,8 +36,8 @@ int take(PyObject *array, struct matrix *matrix, const char *name, char format, 
         return refuse(matrix, name, "contiguous rows");
     if (matrix->rows > 1 && matrix->columns > 0) {
         const Py_ssize_t step = view->strides[0], row = (Py_ssize_t)(matrix->columns * size);
-        if (access == READ_STRIDED ? step < row || step % (Py_ssize_t)size : step != row)
-            return refuse(matrix, name, access == READ_STRIDED ? "rows one behind the other" : "a contiguous array");
+        if (strided ? step < row || step % (Py_ssize_t)size : step != row)
+            return refuse(matrix, name, strided ? "rows one behind the other" : "a contiguous array");
         matrix->stride = (size_t)step / size;
     }
     if ((uintptr_t)matrix->data % size)

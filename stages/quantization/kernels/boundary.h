@@ -16,10 +16,10 @@ struct matrix {
     int held;
 };
 
-enum access { READ, READ_STRIDED, WRITE };
+enum access { READ, READ_STRIDED, WRITE, WRITE_STRIDED };
 
 /* Takes the memory of an array of one or two axes (one: a matrix of one row), whose elements have `format`, as the module struct
-   names it. Rows are contiguous, and the whole too, unless READ_STRIDED. Returns 0 with an exception where it is anything else. */
+   names it. Rows are contiguous, and the whole too, unless it is READ_STRIDED or WRITE_STRIDED. Returns 0 with an exception where it is anything else. */
 int take(PyObject *array, struct matrix *matrix, const char *name, char format, enum access access);
 
 /* The format of a type's values, which are passed as integers where Python's buffers do not know it. */
@@ -41,25 +41,5 @@ int order_of(int bits, Py_ssize_t columns, int mixed, struct order *order);
 
 /* Whether `rows` rows of `features` codes can be put into an order. */
 int fits(const struct order *order, size_t rows, size_t features);
-
-/* The kernels of the level in use. */
-extern const struct kernels *in_use;
-
-/* The functions of the module, of quantizing.c and unpacking.c. */
-#define FUNCTIONS(EACH)                                                         \
-    EACH(weight_only_scales)                                                    \
-    EACH(weight_only_codes)                                                     \
-    EACH(float8_scales)                                                         \
-    EACH(float8_codes)                                                          \
-    EACH(float8_rescaled)                                                       \
-    EACH(cast)                                                                  \
-    EACH(arranged)                                                              \
-    EACH(transposed)                                                            \
-    EACH(awq_codes)                                                             \
-    EACH(gguf_numbers)                                                          \
-    EACH(gguf_types)
-
-#define DECLARED(name) PyObject *name(PyObject *, PyObject *);
-FUNCTIONS(DECLARED)
 
 #endif

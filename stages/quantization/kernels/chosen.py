@@ -1,14 +1,15 @@
 """Which kernels a process uses: those in C, or their NumPy twins, which give the same bytes.
 
-The environment variable HEADRACE_KERNELS says it: `c`, `numpy`, or `auto`, which is C where the module was built. Nothing slow is
-imported here: `headrace --version` asks.
+The environment variable HEADRACE_KERNELS says it (pipeline/native.py). Nothing slow is imported here: `headrace --version` asks.
 """
 
 from __future__ import annotations
 
-import os
-
-from pipeline.errors import BadInput, Problem
+from pipeline import native
+from pipeline.errors import Problem
+from pipeline.native import NUMPY as NUMPY
+from pipeline.native import VARIABLE as VARIABLE
+from pipeline.native import C as C
 
 try:
     from stages.quantization.kernels import _kernels
@@ -17,26 +18,15 @@ except ImportError as error:  # it was not built, or for another system
 else:
     _missing = ""
 
-VARIABLE = "HEADRACE_KERNELS"
-AUTO, C, NUMPY = "auto", "c", "numpy"
-
 
 def kernel_problems() -> list[Problem]:
     """Whether HEADRACE_KERNELS asks for what there is not."""
-    said = os.environ.get(VARIABLE) or AUTO
-    if said not in (AUTO, C, NUMPY):
-        return [Problem(VARIABLE, said, f"{C}, {NUMPY} or {AUTO}", "Unset it: it is for tests and measurements")]
-    if said == C and _missing:
-        remedy = "Install headrace again where there is a C compiler, or unset it: the NumPy kernels give the same bytes"
-        return [Problem(VARIABLE, f"{C}, but the module of the C kernels cannot be imported: {_missing}", "the module", remedy)]
-    return []
+    return native.native_problems(_missing)
 
 
 def c_is_used() -> bool:
     """Whether this process uses the kernels in C. Raises BadInput where HEADRACE_KERNELS asks for what there is not."""
-    if problems := kernel_problems():
-        raise BadInput(problems)
-    return not _missing and os.environ.get(VARIABLE) != NUMPY
+    return native.native(_missing)
 
 
 def kernels_in_use() -> str:

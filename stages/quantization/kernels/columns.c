@@ -13,17 +13,18 @@ INLINE void transposed_block(const uint32_t *words, size_t stride, size_t rows, 
             out[column * out_stride + row] = words[row * stride + column];
 }
 
-void AT_LEVEL(transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out)
+void AT_LEVEL(transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out, size_t out_stride)
 {
-    for (size_t column = 0; column < columns; column += BLOCK)
-        for (size_t row = 0; row < rows; row += BLOCK) {
+    /* Words of the same rows one after the other, as they lie in the file. */
+    for (size_t row = 0; row < rows; row += BLOCK)
+        for (size_t column = 0; column < columns; column += BLOCK) {
             const uint32_t *from = words + row * stride + column;
-            uint32_t *to = out + column * rows + row;
+            uint32_t *to = out + column * out_stride + row;
             if (rows - row >= BLOCK && columns - column >= BLOCK) {
-                transposed_block(from, stride, BLOCK, BLOCK, to, rows);
+                transposed_block(from, stride, BLOCK, BLOCK, to, out_stride);
             } else {
                 size_t height = rows - row < BLOCK ? rows - row : BLOCK;
-                transposed_block(from, stride, height, columns - column < BLOCK ? columns - column : BLOCK, to, rows);
+                transposed_block(from, stride, height, columns - column < BLOCK ? columns - column : BLOCK, to, out_stride);
             }
         }
 }
@@ -32,7 +33,7 @@ void AT_LEVEL(transposed)(const uint32_t *words, size_t stride, size_t rows, siz
 static const unsigned char NIBBLE[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 /* Bytes of two in-features a row, of the words from `first` to `last` and the in-features from `start` to `stop`. */
-INLINE void awq_edge(const uint32_t *words, size_t stride, size_t features, size_t first, size_t last, size_t start, size_t stop,
+INLINE void awq_edge(const uint32_t *words, size_t stride, size_t row_bytes, size_t first, size_t last, size_t start, size_t stop,
                      uint8_t *out)
 {
     for (size_t word = first; word < last; word++)
@@ -40,7 +41,7 @@ INLINE void awq_edge(const uint32_t *words, size_t stride, size_t features, size
             uint32_t even = words[k * stride + word], odd = words[(k + 1) * stride + word];
             for (size_t column = 0; column < 8; column++) {
                 int shift = 4 * NIBBLE[column];
-                out[(8 * word + column) * (features / 2) + k / 2] = (uint8_t)((even >> shift & 15u) | (odd >> shift & 15u) << 4);
+                out[(8 * word + column) * row_bytes + k / 2] = (uint8_t)((even >> shift & 15u) | (odd >> shift & 15u) << 4);
             }
         }
 }
@@ -75,14 +76,13 @@ INLINE void awq_block(const uint32_t *restrict words, size_t stride, size_t row_
         }
 }
 
-void AT_LEVEL(awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out)
+void AT_LEVEL(awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out, size_t row_bytes)
 {
-    const size_t row_bytes = features / 2;
-    for (size_t word = 0; word < columns; word += BLOCK) {
-        size_t last = columns - word < BLOCK ? columns : word + BLOCK, start = 0;
-        if (last - word == BLOCK)
-            for (; start + LINE <= features; start += LINE)
-                awq_block(words + start * stride + word, stride, row_bytes, out + 8 * word * row_bytes + start / 2);
-        awq_edge(words, stride, features, word, last, start, features, out);
-    }
+    /* Words of the same rows one after the other, as they lie in the file. */
+    const size_t blocks = columns / BLOCK * BLOCK, lines = features / LINE * LINE;
+    for (size_t start = 0; start < lines; start += LINE)
+        for (size_t word = 0; word < blocks; word += BLOCK)
+            awq_block(words + start * stride + word, stride, row_bytes, out + 8 * word * row_bytes + start / 2);
+    awq_edge(words, stride, row_bytes, 0, blocks, lines, features, out);
+    awq_edge(words, stride, row_bytes, blocks, columns, 0, features, out);
 }

@@ -15,7 +15,7 @@ from stages.quantization.kernels.layout import KernelLayout
 with suppress(ImportError):  # then chosen.py chooses the twins
     from stages.quantization.kernels import _kernels
 
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT8, FLOAT32 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.float32)
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _NUMBERS = ("float16", "bfloat16", "float32")
 _CASTS = {(a, b) for a in (*_NUMBERS, FLOAT8.name) for b in _NUMBERS if a != b}
@@ -78,28 +78,28 @@ def arranged(stream: np.ndarray, layout: KernelLayout) -> np.ndarray:
     return result
 
 
-def transposed(words: np.ndarray) -> np.ndarray:
+def transposed(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """uint32 [n, m]."""
-    result = np.empty(words.shape[::-1], dtype=np.uint32)
+    result = np.empty(words.shape[::-1], dtype=np.uint32) if out is None else out
     _kernels.transposed(_rows(words), result)
     return result
 
 
-def awq_codes(words: np.ndarray) -> np.ndarray:
+def awq_codes(words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """uint8 [8 * n, K / 2]."""
-    result = np.empty((8 * words.shape[1], words.shape[0] // 2), dtype=np.uint8)
+    result = np.empty((8 * words.shape[1], words.shape[0] // 2), dtype=np.uint8) if out is None else out
     _kernels.awq_codes(_rows(words), result)
     return result
 
 
-def gguf_numbers(packed: np.ndarray, kind: str) -> np.ndarray:
-    """float32 [..., elements]. Types that few files have are left to the package."""
+def gguf_numbers(packed: np.ndarray, kind: str, to: np.dtype = FLOAT32) -> np.ndarray:
+    """[..., elements]. Types that few files have are left to the package."""
     sizes = _kernels.gguf_types().get(kind)
-    if sizes is None:
-        return gguf_blocks.gguf_numbers(packed, kind)
+    if sizes is None or to.name not in _NUMBERS or not to.isnative:
+        return cast(gguf_blocks.gguf_numbers(packed, kind), to)
     size, elements = sizes
-    result = np.empty((*packed.shape[:-1], packed.shape[-1] // size * elements), dtype=np.float32)
-    _kernels.gguf_numbers(_whole(packed).reshape(-1), kind, result.reshape(-1))
+    result = np.empty((*packed.shape[:-1], packed.shape[-1] // size * elements), dtype=to)
+    _kernels.gguf_numbers(_whole(packed).reshape(-1), kind, to.name, _passed(result).reshape(-1))
     return result
 
 

@@ -41,14 +41,17 @@ class Kernels(Protocol):
     def arranged(self, stream: np.ndarray, layout: KernelLayout) -> np.ndarray:
         """uint8 [n / columns, columns * K * bits / 8] of unsigned packed codes uint8 [n, K * bits / 8], in the kernel's order."""
 
-    def transposed(self, words: np.ndarray) -> np.ndarray:
-        """uint32 [n, m] of words of 32 bits [m, n]."""
+    def transposed(self, words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint32 [n, m] of words of 32 bits [m, n]. `out`: where to write it, which may be columns of a wider matrix."""
 
-    def awq_codes(self, words: np.ndarray) -> np.ndarray:
-        """uint8 [8 * n, K / 2] of AWQ's words [K, n]: unsigned codes of two in-features a byte."""
+    def awq_codes(self, words: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [8 * n, K / 2] of AWQ's words [K, n]: unsigned codes of two in-features a byte. `out`: as that above."""
 
-    def gguf_numbers(self, packed: np.ndarray, kind: str) -> np.ndarray:
-        """float32 [..., elements] of GGUF's rows of blocks uint8 [..., bytes]; `kind` is the name of their type."""
+    def gguf_numbers(self, packed: np.ndarray, kind: str, to: np.dtype = ...) -> np.ndarray:
+        """[..., elements] of GGUF's rows of blocks uint8 [..., bytes]; `kind` is the name of their type.
+
+        `to`: float32, or another type that the float32 numbers are cast to.
+        """
 
 
 def kernels() -> Kernels:

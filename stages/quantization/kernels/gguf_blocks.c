@@ -200,3 +200,16 @@ void AT_LEVEL(gguf_numbers)(const uint8_t *blocks, size_t count, enum block type
     EACH(Q6_K, q6_k);
     }
 }
+
+#define AT_ONCE 2048 /* numbers, a multiple of each type's, which stay in the processor's nearest cache until they are cast */
+
+void AT_LEVEL(gguf_cast)(const uint8_t *blocks, size_t count, enum block type, enum number to, uint16_t *out)
+{
+    const size_t size = BLOCKS[type].bytes, elements = BLOCKS[type].elements, step = AT_ONCE / elements;
+    float numbers[AT_ONCE];
+    for (size_t i = 0; i < count; i += step) {
+        const size_t some = count - i < step ? count - i : step;
+        AT_LEVEL(gguf_numbers)(blocks + i * size, some, type, numbers);
+        AT_LEVEL(cast)(numbers, FLOAT32, some * elements, to, out + i * elements);
+    }
+}

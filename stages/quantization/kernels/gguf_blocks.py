@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from stages.quantization.kernels.casts import cast
 
-def gguf_numbers(packed: np.ndarray, kind: str) -> np.ndarray:
-    """float32 [..., elements] of rows of blocks uint8 [..., bytes]."""
+FLOAT32 = np.dtype(np.float32)
+
+
+def gguf_numbers(packed: np.ndarray, kind: str, to: np.dtype = FLOAT32) -> np.ndarray:
+    """[..., elements] of rows of blocks uint8 [..., bytes]."""
     import gguf
 
     result: np.ndarray = gguf.quants.dequantize(np.ascontiguousarray(packed), gguf.GGMLQuantizationType[kind])
-    return result
+    return cast(result, to)

@@ -1,23 +1,14 @@
 /* The kernels: one pass over a few rows at a time, no intrinsics. The compiler makes vectors of the inner loops.
 
-   Each file of the kernels is compiled once for each level of instructions; AT_LEVEL gives what it defines a name of its
-   own, and level.c puts the names of a level into a table. module.c takes the table of the highest level that the processor has; it and the
-   files that it names know Python, the kernels do not.
+   Each file of the kernels is compiled once for each level of instructions (levels.h), and level.c puts the names of a level
+   into a table. module.c takes the table of the highest level that the processor has; it and the files that it names know
+   Python, the kernels do not.
 
    Rows are contiguous; a stride is in elements. Whoever calls has checked shapes and sizes: the kernels check values alone. */
 #ifndef HEADRACE_KERNELS_H
 #define HEADRACE_KERNELS_H
 
-#include <stddef.h>
-#include <stdint.h>
-
-#ifndef LEVEL
-#define LEVEL baseline
-#endif
-#define JOINED(name, level) name##_##level
-#define EXPANDED(name, level) JOINED(name, level)
-#define AT_LEVEL(name) EXPANDED(name, LEVEL)
-#define INLINE static inline __attribute__((always_inline))
+#include "levels.h"
 
 /* 16-bit types and float8_e4m3fn are passed as integers of their width. */
 enum number { BFLOAT16, FLOAT16, FLOAT32, FLOAT8 };
@@ -56,9 +47,12 @@ struct kernels {
     void (*float8_rescaled)(const uint8_t *codes, size_t count, float scale, float common, uint8_t *out);
     void (*cast)(const void *values, enum number from, size_t count, enum number to, void *out);
     void (*arranged)(const uint8_t *stream, size_t rows, size_t row_bytes, struct order order, uint8_t *out);
-    void (*transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out);
+    /* `out_stride`, `row_bytes`: of a row of `out`. */
+    void (*transposed)(const uint32_t *words, size_t stride, size_t rows, size_t columns, uint32_t *out, size_t out_stride);
     void (*gguf_numbers)(const uint8_t *blocks, size_t count, enum block type, float *out);
-    void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out);
+    /* `to`: BFLOAT16 or FLOAT16. */
+    void (*gguf_cast)(const uint8_t *blocks, size_t count, enum block type, enum number to, uint16_t *out);
+    void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out, size_t row_bytes);
 };
 
 /* The kernels of the level that a file is compiled for, so that the compiler holds each against what the table takes. */
@@ -69,8 +63,9 @@ int AT_LEVEL(float8_codes)(const void *, enum number, size_t, size_t, size_t, fl
 void AT_LEVEL(float8_rescaled)(const uint8_t *, size_t, float, float, uint8_t *);
 void AT_LEVEL(cast)(const void *, enum number, size_t, enum number, void *);
 void AT_LEVEL(arranged)(const uint8_t *, size_t, size_t, struct order, uint8_t *);
-void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *);
-void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *);
+void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *, size_t);
+void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *, size_t);
 void AT_LEVEL(gguf_numbers)(const uint8_t *, size_t, enum block, float *);
+void AT_LEVEL(gguf_cast)(const uint8_t *, size_t, enum block, enum number, uint16_t *);
 
 #endif

@@ -12,5 +12,6 @@ const struct kernels AT_LEVEL(kernels) = {
     .arranged = AT_LEVEL(arranged),
     .transposed = AT_LEVEL(transposed),
     .gguf_numbers = AT_LEVEL(gguf_numbers),
+    .gguf_cast = AT_LEVEL(gguf_cast),
     .awq_codes = AT_LEVEL(awq_codes),
 };

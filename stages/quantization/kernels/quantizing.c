@@ -1,5 +1,5 @@
 /* The functions of the module that quantize. Each checks its arguments, lets go of the interpreter's lock, and calls a kernel. */
-#include "boundary.h"
+#include "functions.h"
 
 static int divides(Py_ssize_t parts, size_t whole)
 {

@@ -1,6 +1,6 @@
 /* The functions of the module that change types and orders. Each checks its arguments, lets go of the interpreter's lock, and calls a
    kernel. */
-#include "boundary.h"
+#include "functions.h"
 
 #include <string.h>
 
@@ -63,14 +63,14 @@ PyObject *transposed(PyObject *Py_UNUSED(self), PyObject *arguments)
     struct matrix words = {0}, out = {0};
     if (!PyArg_ParseTuple(arguments, "OO", &given, &result))
         return NULL;
-    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'I', WRITE);
+    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'I', WRITE_STRIDED);
     if (fine && (out.rows != words.columns || out.columns != words.rows)) {
         wrong("out: the shape of the words, its axes exchanged, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->transposed(words.data, words.stride, words.rows, words.columns, out.data);
+        in_use->transposed(words.data, words.stride, words.rows, words.columns, out.data, out.stride);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &words, &out);
@@ -82,14 +82,14 @@ PyObject *awq_codes(PyObject *Py_UNUSED(self), PyObject *arguments)
     struct matrix words = {0}, out = {0};
     if (!PyArg_ParseTuple(arguments, "OO", &given, &result))
         return NULL;
-    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'B', WRITE);
+    int fine = take(given, &words, "words", 'I', READ_STRIDED) && take(result, &out, "out", 'B', WRITE_STRIDED);
     if (fine && (words.rows % 2 || out.rows != 8 * words.columns || out.columns != words.rows / 2)) {
         wrong("out: eight rows for each column of words, and a byte for two rows of them, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->awq_codes(words.data, words.stride, words.rows, words.columns, out.data);
+        in_use->awq_codes(words.data, words.stride, words.rows, words.columns, out.data, out.stride);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &words, &out);
@@ -98,24 +98,31 @@ PyObject *awq_codes(PyObject *Py_UNUSED(self), PyObject *arguments)
 PyObject *gguf_numbers(PyObject *Py_UNUSED(self), PyObject *arguments)
 {
     PyObject *given, *result;
-    const char *name;
+    const char *name, *to_name;
     int type = 0;
+    enum number to;
     struct matrix blocks = {0}, out = {0};
-    if (!PyArg_ParseTuple(arguments, "OsO", &given, &name, &result))
+    if (!PyArg_ParseTuple(arguments, "OssO", &given, &name, &to_name, &result) || !number_named(to_name, &to))
         return NULL;
+    if (to == FLOAT8)
+        return wrong("numbers of another type than float8_e4m3fn expected");
     while (type < BLOCK_TYPES && strcmp(name, BLOCKS[type].name) != 0)
         type++;
     if (type == BLOCK_TYPES)
         return wrong("a type of gguf_types() expected");
     const size_t size = BLOCKS[type].bytes, elements = BLOCKS[type].elements;
-    int fine = take(given, &blocks, "blocks", 'B', READ) && take(result, &out, "out", 'f', WRITE);
+    int fine = take(given, &blocks, "blocks", 'B', READ) && take(result, &out, "out", format_of(to), WRITE);
     if (fine && (blocks.columns % size || out.rows != blocks.rows || out.columns != blocks.columns / size * elements)) {
         wrong("whole blocks, and room for each of their elements, expected");
         fine = 0;
     }
     if (fine) {
         Py_BEGIN_ALLOW_THREADS
-        in_use->gguf_numbers(blocks.data, blocks.rows * (blocks.columns / size), (enum block)type, out.data);
+        const size_t count = blocks.rows * (blocks.columns / size);
+        if (to == FLOAT32)
+            in_use->gguf_numbers(blocks.data, count, (enum block)type, out.data);
+        else
+            in_use->gguf_cast(blocks.data, count, (enum block)type, to, out.data);
         Py_END_ALLOW_THREADS
     }
     return done(fine, &blocks, &out);

@@ -18,8 +18,8 @@ from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization.auto_round import module_settings
+from stages.quantization.columns import rows_of_awq
 from stages.quantization.integers import no_offsets
-from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row
 from stages.quantization.sources.gptq import no_groups, no_words
 
@@ -118,9 +118,7 @@ class Awq(PackedFormat):
 def read_codes(region: Region, words: Block) -> np.ndarray:
     """uint8 [n, K / 2]: codes of two in-features a byte. Words hold 8 columns."""
     first, last = region[0][0] // 8, -(-region[0][1] // 8)
-    values = words.read((whole(words.shape)[0], (first, last)))
-    with meter("unpack", values.nbytes):
-        rows = kernels().awq_codes(values)[region[0][0] - 8 * first : region[0][1] - 8 * first]
+    rows = rows_of_awq(words, (first, last))[region[0][0] - 8 * first : region[0][1] - 8 * first]
     return rows[:, slice(*region[1])]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
 
 PREFIX = "gguf_"
+FLOAT32 = np.dtype(np.float32)
 
 
 class Gguf(PackedFormat):
@@ -48,25 +49,28 @@ class Gguf(PackedFormat):
             kind = parameter.removeprefix(PREFIX)
             elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
             columns = array.shape[-1] // size * elements
-            result["weight"] = map_blocks(
-                array, dequantize, dtype=np.dtype(np.float32), columns=columns, kind=kind, elements=columns
-            )
+            result["weight"] = map_blocks(array, dequantize, dtype=FLOAT32, columns=columns, kind=kind, elements=columns)
         return result
 
 
 def dequantize(block: Block, kind: str, elements: int) -> Block:
     """A packed block as one of float32 values, `elements` a row."""
-    return Applied(block, Dequantize(kind), stage="unpack", dtype=np.dtype(np.float32), columns=elements)
+    return Applied(block, Dequantize(kind), stage="unpack", dtype=FLOAT32, columns=elements)
 
 
 @dataclass(frozen=True)
 class Dequantize:
-    """Packed rows uint8 [..., bytes] to float32 [..., elements]."""
+    """Packed rows uint8 [..., bytes] to numbers [..., elements], float32 or cast from it."""
 
     kind: str
+    dtype: np.dtype = FLOAT32
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        return kernels().gguf_numbers(values, self.kind)
+        return kernels().gguf_numbers(values, self.kind, self.dtype)
+
+    def into(self, dtype: np.dtype) -> Dequantize:
+        """The same numbers, each cast once: while they are in the processor's cache."""
+        return replace(self, dtype=dtype)
 
 
 FORMAT = Gguf()

@@ -24,6 +24,7 @@ from pipeline.tensor.tensors import AHEAD_BYTES, Block, LazyTensor
 from stages.quantization import auto_round, dynamic
 from stages.quantization.auto_round import activation_bits, stores_the_zero
 from stages.quantization.bit_planes import BLOCK, from_planes, planar
+from stages.quantization.columns import rows_of_words
 from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.packed_format import Modules, PackedFormat, PackedParameter, one_group_a_row, wide_activations
 
@@ -173,10 +174,7 @@ def read_codes(region: Region, words: Block) -> np.ndarray:
     """uint8 [n, K * bits / 8]: a word holds consecutive in-features, lowest first, so that transposed words are the stream of
     codes.
     """
-    values = words.read((whole(words.shape)[0], region[0]))
-    with meter("unpack", values.nbytes):
-        stream = kernels().transposed(values).view(np.uint8)
-    return stream[:, slice(*region[1])]
+    return rows_of_words(words, region[0]).view(np.uint8)[:, slice(*region[1])]
 
 
 def read_few_bits(region: Region, words: Block, bits: int, planes: bool) -> np.ndarray:

@@ -94,9 +94,11 @@ def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
 
 def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype) -> np.ndarray:
     """[groups, n]: offset * scale, both in the model's type, rounded once; too large for float16 becomes infinity, as in torch."""
+    # Products of 16-bit floats are no longer than a float32, so that this is the one rounding.
+    factors = kernels().cast(kernels().cast(np.asarray(scales.read(region)), to), FLOAT32)
+    values = np.asarray(offsets.read(region)).astype(FLOAT32)
     with np.errstate(over="ignore", invalid="ignore"):
-        factors = np.asarray(scales.read(region)).astype(to)
-        return np.asarray(np.asarray(offsets.read(region)).astype(to) * factors)
+        return kernels().cast(kernels().cast(kernels().cast(values, to), FLOAT32) * factors, to)
 
 
 def cast(region: Region, values: Block, to: np.dtype) -> np.ndarray:

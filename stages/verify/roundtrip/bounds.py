@@ -6,6 +6,8 @@ group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from stages.verify.matrices import Matrix, by_group
@@ -19,54 +21,88 @@ SLACK = 1.01  # for the rounding of the bounds themselves
 FLOAT8_STEP, FLOAT8_LEAST = 2.0**-4 * SLACK, 2.0**-10 * SLACK
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """|error| <= slope * |base| + constant + factor * largest, of some rows of a matrix; computed in float32.
+
+    `base`: the "expected" value, the "actual" one, or the "product" of its code and scale, which is the actual one less its zero
+    point. `constant`: float32 [1 or rows, groups], greater than 0. `largest`: the magnitude of the expected values of a "row" or of
+    a "group" of `constant` that is the largest; "" where nothing depends on it. Values above `top` times it may be off by their
+    distance from there, too, times `slack`; 0 for none.
+    """
+
+    slope: float
+    constant: np.ndarray
+    base: str = "expected"
+    largest: str = ""
+    factor: float = 0.0
+    top: float = 0.0
+    slack: float = SLACK
+
+    def of(
+        self, actual: np.ndarray, expected: np.ndarray, zeros: np.ndarray | None = None, buffers: Buffers | None = None
+    ) -> np.ndarray:
+        """The bound at each element, float32 of the shape of `expected`.
+
+        `actual`, `expected`: float32 [rows, in_features]. `zeros`: float32 [rows, groups], of the base "product". `buffers`: to
+        compute in.
+        """
+        bound = (buffers or Buffers()).array("allowed", expected.shape)
+        if self.base == "product" and zeros is not None:
+            np.copyto(bound, actual)
+            by_group(np.subtract, bound, zeros)
+            np.abs(bound, out=bound)
+        else:
+            np.abs(expected if self.base == "expected" else actual, out=bound)
+        constant = self.constant
+        if self.largest:
+            groups = constant.shape[1] if self.largest == "group" else 1
+            grouped = expected.reshape(len(expected), groups, -1)
+            largest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
+            constant = largest * np.float32(self.factor) + constant
+        bound *= np.float32(self.slope)
+        by_group(np.add, bound, constant)
+        if self.top:
+            top = largest * np.float32(self.top)
+            row, column = np.divmod(np.flatnonzero(expected > top), expected.shape[1])  # few
+            bound[row, column] += (expected[row, column] - top[row, 0]) * np.float32(self.slack)
+        return bound
+
+
 def rounding(values: np.ndarray, dtype: np.dtype, times: int = 1, buffers: Buffers | None = None) -> np.ndarray:
     """Half a step of `dtype` at each value, so many times: float32, of the shape of `values`, which are float32."""
     slope, offset = _half_step(dtype)
-    bound = _sloped(values, times * slope, buffers)
+    bound = (buffers or Buffers()).array("allowed", values.shape)
+    np.abs(values, out=bound)
+    bound *= np.float32(times * slope)
     bound += np.float32(times * offset)
     return bound
 
 
-def allowed(
-    matrix: Matrix,
-    actual: np.ndarray,
-    expected: np.ndarray,
-    start: int,
-    dtype: np.dtype,
-    kept: bool,
-    buffers: Buffers | None = None,
-) -> np.ndarray:
-    """The error that the format of a quantized matrix allows at each element.
+def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) -> Allowance:
+    """The error that the format of a quantized matrix allows at each element of rows [start, stop).
 
-    `actual`: float32 [n, in_features], rows [start, start + n) of `matrix`, as `Matrix.rows` has them. `expected`: the source's
-    numbers for them. `dtype`: the model's. `kept`: the source's codes were kept, so that scales alone may have been rounded.
-    `buffers`: to compute in. Returns float32 [n, in_features], greater than 0.
+    `dtype`: the model's. `kept`: the source's codes were kept, so that scales alone may have been rounded.
     """
-    stop = start + len(expected)
     slope, offset = _half_step(dtype)
     if matrix.kind == "weight-only":
-        return rounding(expected, dtype, 2, buffers) if kept else _by_rows(expected, matrix.bits, dtype, buffers)
+        return Allowance(2 * slope, _one(2 * offset)) if kept else _by_rows(matrix.bits, dtype)
     if matrix.kind == "awq":
-        return rounding(expected, dtype, 3, buffers)
+        return Allowance(3 * slope, _one(3 * offset))
     if matrix.kind == "groupwise":
         if kept:
-            return _kept_codes(matrix, actual, start, dtype, buffers)
+            return _kept_codes(matrix, start, stop, dtype)
         # Half a step of codes from -8 to 7 (or of 8 bits) that reach the group's largest value; scales are rounded.
-        bound = _sloped(expected, 4 * slope, buffers)
         groups = matrix.tensors["weights_scaling_factor"].shape[-2]
-        largest = bound.reshape(len(bound), groups, -1).max(axis=2) / np.float32(4 * slope)
-        by_group(np.add, bound, largest * np.float32(0.55 / (2 ** (matrix.bits - 1) - 1)) + np.float32(4 * offset))
-        return bound
+        constant = np.full((1, groups), 4 * offset, np.float32)
+        return Allowance(4 * slope, constant, largest="group", factor=0.55 / (2 ** (matrix.bits - 1) - 1))
     if kept and not (matrix.fused and matrix.kind in ("fp8", "nvfp4")):
-        return rounding(expected, np.dtype(np.float32), 4, buffers)  # one scale and the source's codes
+        slope, offset = _half_step(np.dtype(np.float32))
+        return Allowance(4 * slope, _one(4 * offset))  # one scale and the source's codes
     if kept:
         # The parts of a fused module, which were brought to the largest of their scales.
-        bound = _sloped(expected, FLOAT8_STEP, buffers)
-        by_group(np.add, bound, np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(1e-38))
-        return bound
-    bound = _sloped(expected, FLOAT8_STEP + 2 * slope, buffers)
-    bound += _largest(expected) * np.float32(FLOAT8_LEAST / LARGEST_FLOAT8) + np.float32(2 * offset)
-    return bound
+        return Allowance(FLOAT8_STEP, np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(1e-38))
+    return Allowance(FLOAT8_STEP + 2 * slope, _one(2 * offset), largest="row", factor=FLOAT8_LEAST / LARGEST_FLOAT8)
 
 
 def _half_step(dtype: np.dtype) -> tuple[float, float]:
@@ -74,44 +110,21 @@ def _half_step(dtype: np.dtype) -> tuple[float, float]:
     return HALF_STEPS[dtype.name] * SLACK, LEAST if dtype.name == "float16" else 1e-38
 
 
-def _sloped(values: np.ndarray, slope: float, buffers: Buffers | None) -> np.ndarray:
-    """|values| * slope, in a buffer."""
-    out = (buffers or Buffers()).array("allowed", values.shape)
-    np.abs(values, out=out)
-    out *= np.float32(slope)
-    return out
+def _one(value: float) -> np.ndarray:
+    return np.full((1, 1), value, np.float32)
 
 
-def _largest(values: np.ndarray) -> np.ndarray:
-    """The largest magnitude of each row, float32 [rows, 1]."""
-    result: np.ndarray = np.maximum(values.max(axis=1, keepdims=True), -values.min(axis=1, keepdims=True))
-    return result
-
-
-def _by_rows(expected: np.ndarray, bits: int, dtype: np.dtype, buffers: Buffers | None) -> np.ndarray:
+def _by_rows(bits: int, dtype: np.dtype) -> Allowance:
     """Weight-only: half a step of each row's scale, which is rounded; the largest value of a row has no code of its own."""
     slope, offset = _half_step(dtype)
-    step = _largest(expected) * np.float32(2.0 ** (1 - bits))
-    bound = _sloped(expected, 3 * slope, buffers)
-    bound += step * np.float32(0.5 * SLACK) + np.float32(3 * offset)
-    top = step * np.float32(2 ** (bits - 1) - 1)
-    row, column = np.divmod(np.flatnonzero(expected > top), expected.shape[1])  # few
-    bound[row, column] += (expected[row, column] - top[row, 0]) * np.float32(SLACK)
-    return bound
+    step = 2.0 ** (1 - bits)  # of the largest value
+    return Allowance(3 * slope, _one(3 * offset), largest="row", factor=step * 0.5 * SLACK, top=step * (2 ** (bits - 1) - 1))
 
 
-def _kept_codes(matrix: Matrix, actual: np.ndarray, start: int, dtype: np.dtype, buffers: Buffers | None) -> np.ndarray:
+def _kept_codes(matrix: Matrix, start: int, stop: int, dtype: np.dtype) -> Allowance:
     """Groupwise with the source's codes: scales and zero points are rounded, the zero point's product twice."""
     slope, offset = _half_step(dtype)
-    zeros = matrix.zeros(start, start + len(actual))
+    zeros = matrix.zeros(start, stop)
     if zeros is None:
-        bound = rounding(actual, dtype, 2, buffers)
-        bound += np.float32(3 * offset)
-        return bound
-    bound = (buffers or Buffers()).array("allowed", actual.shape)
-    np.copyto(bound, actual)
-    by_group(np.subtract, bound, zeros)  # the product of code and scale
-    np.abs(bound, out=bound)
-    bound *= np.float32(2 * slope)
-    by_group(np.add, bound, np.abs(zeros) * np.float32(3 * slope) + np.float32(5 * offset))
-    return bound
+        return Allowance(2 * slope, _one(5 * offset), "actual")
+    return Allowance(2 * slope, np.abs(zeros) * np.float32(3 * slope) + np.float32(5 * offset), "product")

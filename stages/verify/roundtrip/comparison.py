@@ -15,53 +15,60 @@ import ml_dtypes
 import numpy as np
 
 from pipeline.tensor.checkpoint import Checkpoint, FileTensor
+from stages.verify.kernels import checks
 from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
 from stages.verify.roundtrip.bounds import allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
+from stages.verify.roundtrip.one_pass import knows, one_pass
 from stages.verify.roundtrip.origin import Origin
+from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
 
-AHEAD_BYTES = 4 << 20  # of the source that are mapped at once
 BLOCK_ELEMENTS = 1 << 17  # that are computed with at once: 512 KiB as float32
-BIT_BYTES = 1 << 20  # whose bits are compared at once
+ONE_PASS_ELEMENTS = 1 << 20  # that are read at once where they need not be in memory as float32
+BIT_BYTES = 1 << 21  # whose bits are compared at once
 MODEL_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class SourceRows:
-    """Rows of the source that several ranks ask for in turn: read once for all of them, those stored as numbers some rows ahead."""
+    """Rows of the source that several ranks ask for in turn: read once for all of them."""
 
     def __init__(self, source: SourceWeights) -> None:
         self.source = source
-        self._name, self._first, self._values = "", 0, np.empty(0)
+        self._name, self._first, self._rows = "", 0, StoredRows(np.empty(0))
+        self._buffers = Buffers()
 
-    def rows(self, name: str, start: int, stop: int, last: int) -> np.ndarray:
-        """Rows [start, stop) of a weight, which must not be changed; those up to `last` will be asked for."""
+    def rows(self, name: str, start: int, stop: int) -> StoredRows:
+        """Rows [start, stop) of a weight, which must not be changed: until others are asked for."""
         first = self._first
-        if self._name != name or start < first or stop > first + len(self._values):
-            self._name, self._values = "", np.empty(0)  # not two at once
-            end = stop
-            if self.source.exact(name):
-                row_bytes = math.prod(self.source.shape(name)[1:]) * self.source.dtype(name).itemsize
-                end = max(min(start + AHEAD_BYTES // max(row_bytes, 1), last), stop)
-            self._name, self._first, self._values = name, start, self.source.rows(name, start, end)
-        return self._values[start - self._first : stop - self._first]
+        if self._name != name or start < first or stop > first + len(self._rows.values):
+            self._name, self._rows = "", StoredRows(np.empty(0))  # not two at once
+            self._name, self._first, self._rows = name, start, self.source.block(name, start, stop, self._buffers)
+        return self._rows.some(start - self._first, stop - self._first)
 
 
 class TensorComparison:
     """Compares one rank's tensor with the source, some of its units at a time; `figures` are those of what has been compared.
 
     A unit is the rows that lie together in the file (`Matrix`), or a value of a vector. `kept`: the codes of a packed source are in
-    the rank files unchanged. `origins`: of the tensor's rows.
+    the rank files unchanged. `origins`: of the tensor's rows. `buffers`: to compute in, which others may use between two blocks.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, rows: SourceRows, kept: bool, rank: int, name: str, origins: Sequence[Origin]
+        self,
+        checkpoint: Checkpoint,
+        rows: SourceRows,
+        kept: bool,
+        rank: int,
+        name: str,
+        origins: Sequence[Origin],
+        buffers: Buffers | None = None,
     ) -> None:
         self.figures = Figures()
         self._tensor: FileTensor = checkpoint.ranks[rank][name]
         self._dtype = MODEL_DTYPES.get(checkpoint.config.get("dtype", ""), np.dtype(np.float32))
-        self._rows, self._source, self._kept, self._buffers = rows, rows.source, kept, Buffers()
+        self._rows, self._source, self._kept, self._buffers = rows, rows.source, kept, buffers or Buffers()
         self._origins: dict[int, list[Origin]] = defaultdict(list)
         self._matrices: dict[int, Matrix] = {}
         for origin in origins:
@@ -87,11 +94,15 @@ class TensorComparison:
     def block_units(self) -> int:
         """The units that are to be compared at once: as many as stay in the processor's cache while it is computed with them."""
         whole = self._any_matrix
-        if whole is None or (
-            whole.kind == "dense" and all(self._same_type(each) for some in self._origins.values() for each in some)
-        ):
+        if whole is None:
             return max(BIT_BYTES // self.unit_bytes, 1)
-        return max(BLOCK_ELEMENTS // (whole.shape[1] * whole.period), 1)
+        # Of row-parallel weights, the source's rows are longer.
+        origins = [each for some in self._origins.values() for each in some if each.source]
+        features = max([whole.shape[1], *(math.prod(self._source.shape(each.source)[1:]) for each in origins)])
+        if whole.kind == "dense" and all(self._same_type(each) for each in origins):
+            return max(BIT_BYTES // (features * self._tensor.dtype.itemsize), 1)
+        elements = ONE_PASS_ELEMENTS if knows(whole) else BLOCK_ELEMENTS
+        return max(elements // (features * whole.period), 1)
 
     def compare(self, data: np.ndarray, first: int) -> None:
         """Compare units from `first` on, uint8 [units, unit_bytes] as the file has them; they are of one matrix."""
@@ -110,18 +121,17 @@ class TensorComparison:
                 actual = some.view(self._tensor.dtype)
                 self._compare_numbers(actual.reshape(-1) if stored is None else actual, origin, place)
             else:
-                numbers = stored.numbers(some, base, self._buffers)[top - base : bottom - base]
-                self._compare_codes(stored, numbers, origin, place)
+                self._compare_codes(stored, some, base, bottom - top, origin, place)
 
     def _same_type(self, origin: Origin) -> bool:
         """Whether the rank has an origin's values as the source does, if it is right."""
         return not origin.source or (self._source.exact(origin.source) and self._source.dtype(origin.source) == self._tensor.dtype)
 
-    def _expected(self, origin: Origin, row: int, count: int) -> np.ndarray:
+    def _expected(self, origin: Origin, row: int, count: int) -> StoredRows:
         """The source's values of some rows of the rank from `row` on."""
         start = origin.source_rows[0] + row - origin.rows[0]
-        values = self._rows.rows(origin.source, start, start + count, origin.source_rows[1])
-        return values if origin.columns is None else values[:, slice(*origin.columns)]
+        rows = self._rows.rows(origin.source, start, start + count)
+        return rows if origin.columns is None else rows.columns(*origin.columns)
 
     def _compare_numbers(self, actual: np.ndarray, origin: Origin, place: BlockPlace) -> None:
         """Count values that are stored as numbers, which must be the source's, rounded once.
@@ -131,12 +141,13 @@ class TensorComparison:
         if not origin.source:
             self._compare_padding(to_float32(actual), place)
             return
-        expected = self._expected(origin, place.row, len(actual))
+        rows = self._expected(origin, place.row, len(actual))
+        expected = rows.numbers(self._buffers) if rows.bits or rows.scales is not None else rows.values
         if origin.added:
             # An addition in float16 is rounded there (docs/format/families.md, section 7).
             wide = expected if expected.dtype == np.float16 else to_float32(expected)
             expected = wide + wide.dtype.type(origin.added)
-        if same_bits(actual, expected):
+        if _same(actual, expected):
             self.figures.equal(actual.size)
             return
         numbers = to_float32(expected, self._buffers.array("expected", expected.shape))
@@ -155,20 +166,27 @@ class TensorComparison:
         else:
             self.figures.compare(found, to_float32(wanted), 0.0, place, buffers=self._buffers)
 
-    def _compare_codes(self, stored: Matrix, actual: np.ndarray, origin: Origin, place: BlockPlace) -> None:
-        """Count values that are stored as codes."""
-        if not origin.source:
+    def _compare_codes(self, stored: Matrix, data: np.ndarray, base: int, count: int, origin: Origin, place: BlockPlace) -> None:
+        """Count values that are stored as codes: `count` rows from `place.row` on, of units that begin with row `base`."""
+        first, last = place.row, place.row + count
+        rows = self._expected(origin, first, count) if origin.source else None
+        kept = self._kept and rows is not None and self._source.coded(origin.source)
+        bound = allowed(stored, first, last, self._dtype, kept)
+        if rows is not None:
+            found = one_pass(stored, data, base, first, rows, bound, self.figures.worst)
+            if found and self.figures.right(count * stored.shape[1], *found):
+                return
+        actual = stored.numbers(data, base, self._buffers)[first - base : last - base]
+        if rows is None:
             self._compare_padding(actual, place)
             return
-        expected = self._expected(origin, place.row, len(actual))
-        expected = to_float32(expected, self._buffers.array("expected", expected.shape))
+        expected = rows.numbers(self._buffers)
         if actual.shape != expected.shape:
             self.figures.compare(np.full(expected.shape, np.nan, np.float32), expected, 0.0, place)
             return
-        kept = self._kept and self._source.coded(origin.source)
-        bound = partial(allowed, stored, actual, expected, place.row, self._dtype, kept, self._buffers)
+        at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         factors = stored.prequant
-        self.figures.compare(actual if factors is None else actual * factors, expected, bound, place, buffers=self._buffers)
+        self.figures.compare(actual if factors is None else actual * factors, expected, at_most, place, buffers=self._buffers)
 
     def _compare_padding(self, actual: np.ndarray, place: BlockPlace) -> None:
         """Count rows behind the end of the vocabulary, which must be zeros."""
@@ -176,3 +194,11 @@ class TensorComparison:
             self.figures.compare(actual, np.zeros_like(actual), 0.0, place)
         else:
             self.figures.equal(actual.size)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are of one type and equal bit for bit."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    same = checks.same_bytes(a, b)
+    return same_bits(a, b) if same is None else same

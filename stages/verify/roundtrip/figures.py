@@ -65,6 +65,16 @@ class Figures:
         power = sum_of_squares(values)
         self._sum(0.0, power, power, power)
 
+    def right(self, elements: int, greatest: float, worst: float, noise: float, power: float, square: float) -> bool:
+        """Count values that are right for sure, of which sums are known; False where their product cannot be told from these."""
+        if greatest and not noise < power / 8:
+            return False
+        self.exact = False
+        self.elements += elements
+        self.max_abs, self.worst = max(self.max_abs, greatest), max(self.worst, worst)
+        self._sum(noise, power, (power + square - noise) / 2 if greatest else power, square if greatest else power)
+        return True
+
     def compare(
         self,
         actual: np.ndarray,

@@ -1,6 +1,6 @@
 """Read the rank files once, in the order of their bytes, for both of what is said of them: their checksums and their values.
 
-Bytes are mapped some megabytes at a time; a few hundred kilobytes of them are summed and compared with the source while they are in
+A few hundred kilobytes at a time are read into memory that is used again, summed, and compared with the source, while they are in
 the processor's cache.
 """
 
@@ -23,9 +23,9 @@ from stages.verify.named_weights import SourceWeights
 from stages.verify.roundtrip.comparison import SourceRows, TensorComparison
 from stages.verify.roundtrip.figures import Figures
 from stages.verify.roundtrip.origin import Origin
-from stages.verify.values import UINT8, read
+from stages.verify.values import UINT8, Buffers, read_again
 
-WINDOW_BYTES = 4 << 20  # of a rank file that are mapped at once
+BYTES_AT_ONCE = 1 << 20  # of a tensor that are read at once where they have no origin
 TASK_BYTES = 64 << 20  # of a tensor that one task reads, or one part of its checksums where that is larger
 
 
@@ -87,19 +87,15 @@ def check_part(checkpoint: Checkpoint, source: SourceWeights, kept: bool, part: 
 
     `kept`: the codes of a packed source are in the rank files unchanged. Raises OSError where the source cannot be read.
     """
-    rows = SourceRows(source)
-    walks = [_RankWalk(checkpoint, rows, kept, part, place) for place in range(len(part.ranks))]
+    rows, buffers = SourceRows(source), Buffers()
+    walks = [_RankWalk(checkpoint, rows, kept, part, place, buffers) for place in range(len(part.ranks))]
     unit, values = walks[0].unit, walks[0].values
     first, last = part.start // unit, (part.start + part.nbytes) // unit
-    matrix, block = (values.matrix_units, values.block_units) if values else (last, WINDOW_BYTES // 4)
+    matrix, block = (values.matrix_units, values.block_units) if values else (last, BYTES_AT_ONCE)
     while first < last:
-        window = max(WINDOW_BYTES // unit // len(walks), block)
-        stop = min(first + window, last, (first // matrix + 1) * matrix)
+        stop = min(first + block, last, (first // matrix + 1) * matrix)
         for walk in walks:
-            walk.map(first, stop)
-        for at in range(0, stop - first, block):
-            for walk in walks:
-                walk.check(first, at, at + block)
+            walk.check(first, stop)
         first = stop
     return [walk.result(part) for walk in walks]
 
@@ -107,39 +103,35 @@ def check_part(checkpoint: Checkpoint, source: SourceWeights, kept: bool, part: 
 class _RankWalk:
     """The walk through one rank's bytes of a part; it ends with the first problem."""
 
-    def __init__(self, checkpoint: Checkpoint, rows: SourceRows, kept: bool, part: TensorPart, place: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rows: SourceRows, kept: bool, part: TensorPart, place: int, buffers: Buffers
+    ) -> None:
         self.rank, origins = part.ranks[place], part.origins[place]
         tensor = checkpoint.ranks[self.rank][part.name]
         self.subject, self.path = f"rank{self.rank}.safetensors: {part.name}", tensor.path
         self.problem: Problem | None = None
-        self.values = TensorComparison(checkpoint, rows, kept, self.rank, part.name, origins) if origins else None
+        self.values = TensorComparison(checkpoint, rows, kept, self.rank, part.name, origins, buffers) if origins else None
         self.unit = self.values.unit_bytes if self.values else 1
         self._sums = RunningSums(self.subject, part.sums[place], part.start)
         self._stream = tensor.viewed((tensor_bytes(tensor) // self.unit, self.unit), UINT8)
-        self._data = np.empty(0)
+        self._buffers = buffers
 
-    def map(self, first: int, stop: int) -> None:
-        """Map units [first, stop), in the place of those before them."""
-        self._data = np.empty(0)
+    def check(self, first: int, stop: int) -> None:
+        """Read, sum and compare units [first, stop) of the tensor."""
         if self.problem:
             return
         try:
-            self._data = read(self._stream, ((first, stop), (0, self.unit)))
+            data = read_again(self._stream, ((first, stop), (0, self.unit)), self._buffers, "units")
         except OSError as error:
             self.problem = unreadable(self.subject, error)
-
-    def check(self, first: int, start: int, stop: int) -> None:
-        """Sum and compare units [start, stop) of those that are mapped, of which the first is unit `first` of the tensor."""
-        if self.problem:
             return
-        some = self._data[start:stop]
-        self._sums.update(some.reshape(-1))
+        self._sums.update(data.reshape(-1))
         self.problem = self._sums.problem
         if self.problem or self.values is None:
             return
         try:
             with np.errstate(all="ignore"):  # what is no number is counted as wrong
-                self.values.compare(some, first + start)
+                self.values.compare(data, first)
         except OSError as error:
             if self.path not in str(error):
                 raise  # it is the source that cannot be read

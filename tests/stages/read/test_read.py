@@ -131,6 +131,28 @@ def test_a_file_that_became_shorter_is_an_os_error(tmp_path: Path) -> None:
     block = MappedTensor(str(tmp_path / "file"), 0, (11,), np.dtype(np.uint8)).block(((0, 11),))
     with pytest.raises(OSError, match="shorter"):
         np.asarray(block)
+    with pytest.raises(OSError, match="shorter"):
+        block.read_into(np.zeros(11, np.uint8))
+
+
+@examples(50)
+@given(data=st.data())
+def test_a_run_of_a_file_is_read_into_memory_that_is_there(data: st.DataObject) -> None:
+    """What is no run is left as it is, and said not to have been read."""
+    shape = data.draw(shapes())
+    region = data.draw(regions(shape))
+    array = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    wanted = array[slices(region)]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"front" + array.tobytes())
+        file.flush()
+        block = MappedTensor(file.name, 5, shape, array.dtype).block(region)
+        out = np.full(wanted.nbytes, 7, np.uint8)
+        if block.read_into(out):
+            assert out.tobytes() == wanted.tobytes()
+        else:
+            assert not wanted.flags.c_contiguous
+            assert np.all(out == 7)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])

@@ -18,7 +18,8 @@ from stages.verify.roundtrip.original.config import canonical_config
 from stages.verify.roundtrip.original.names import canonical
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
 from stages.verify.roundtrip.original.packed import unpack
-from stages.verify.values import to_float32
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, to_float32
 
 KEY = "quantization_config"
 # Models whose queries, keys and values have biases that config.json does not speak of.
@@ -67,10 +68,21 @@ class Original:
 
         Raises IndexError where there are no such rows.
         """
+        numbers = self._of(name, start, stop)
+        return numbers.rows(start, stop) if start < stop else np.empty((0, *numbers.shape[1:]), dtype=numbers.dtype)
+
+    def block(self, name: str, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        """The same rows, at least one, as they are stored. `buffers`: to read into, until the next call with them.
+
+        Raises IndexError where there are no such rows.
+        """
+        return self._of(name, start, stop).block(start, stop, buffers)
+
+    def _of(self, name: str, start: int, stop: int) -> Numbers:
         numbers = self._numbers[name]
         if not 0 <= start <= stop <= numbers.shape[0]:
             raise IndexError(f"{name}: rows {start} to {stop} of {numbers.shape[0]}")
-        return numbers.rows(start, stop) if start < stop else np.empty((0, *numbers.shape[1:]), dtype=numbers.dtype)
+        return numbers
 
     def _unpacked(self, settings: Mapping[str, Any]) -> dict[str, Numbers]:
         """Every tensor as numbers, by the source's own names. Raises BadInput naming each that no format explains."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.verify.values import halves
+from stages.verify.values import Buffers, halves
 
 
 class LastBlock(threading.local):
@@ -16,6 +16,7 @@ class LastBlock(threading.local):
 
     def __init__(self) -> None:
         self._last: tuple[Any, Any] | None = None
+        self.buffers = Buffers()  # for the block and what it is made of
 
     def __reduce__(self) -> tuple[type[LastBlock], tuple[()]]:
         return LastBlock, ()

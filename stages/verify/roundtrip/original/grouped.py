@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
+from stages.verify.kernels import checks
 from stages.verify.roundtrip.original.codes import (
     LastBlock,
     dequantize,
@@ -21,10 +22,13 @@ from stages.verify.roundtrip.original.codes import (
     unpack_planes,
 )
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read, to_float32
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, halves, read, read_again, to_float32
 
-AHEAD_BYTES = 4 << 20  # of codes, uint8, that are unpacked at once where they are packed along columns
+AHEAD_CODES = 16 << 20  # that are unpacked at once where they are packed along columns
+WINDOW_BYTES = 1 << 20  # of packed columns that are read at once
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of its eight columns
+PLACES = np.array(AWQ_PLACES, np.uint8)
 
 
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
@@ -51,9 +55,10 @@ def _of_module(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class UnpackedBlock(NamedTuple):
-    """A block of out-features, as `dequantize` takes it."""
+    """A block of out-features: codes of 4 bits, two a byte, or of 8; and what `dequantize` makes numbers of them with."""
 
     codes: np.ndarray
+    bits: int
     zeros: np.ndarray
     scales: np.ndarray
     groups: np.ndarray | None
@@ -68,7 +73,7 @@ class GroupedNumbers(Numbers):
 
     def __init__(self, module: str, tensors: Mapping[str, LazyTensor], features: int, last_block: LastBlock) -> None:
         self.module, self.tensors, self.features, self.last_block = module, tensors, features, last_block
-        self.block = max(AHEAD_BYTES // features // 64, 1) * 64  # out-features at once
+        self.block_rows = max(AHEAD_CODES // features // 64, 1) * 64  # out-features at once
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,23 +81,43 @@ class GroupedNumbers(Numbers):
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         parts = []
-        for first in range(start - start % self.block, stop, self.block):
-            last = min(first + self.block, self.shape[0])
+        for first in range(start - start % self.block_rows, stop, self.block_rows):
+            last = min(first + self.block_rows, self.shape[0])
             block = self.last_block.get((self.module, first), partial(self._unpacked, first, last))
             some = slice(max(start - first, 0), stop - first)
-            parts.append(dequantize(block.codes[some], block.zeros[some], block.scales[some], block.groups))
+            codes = halves(block.codes[some]) if block.bits == 4 else block.codes[some]
+            parts.append(dequantize(codes, block.zeros[some], block.scales[some], block.groups))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:  # noqa: ARG002
+        first = start - start % self.block_rows
+        last = min(first + self.block_rows, self.shape[0])
+        block = self.last_block.get((self.module, first), partial(self._unpacked, first, last)) if stop <= last else None
+        if block is None or block.groups is not None:
+            return StoredRows(self.rows(start, stop))
+        return StoredRows(block.codes, block.bits, block.scales, block.zeros).some(start - first, stop - first)
 
     def _unpacked(self, start: int, stop: int) -> UnpackedBlock:
         groups = self.tensors["scales"].shape[0]
         index = read(self.tensors["g_idx"]).astype(np.int64) if "g_idx" in self.tensors else None
         scales = np.ascontiguousarray(read(self.tensors["scales"], ((0, groups), (start, stop))).T)
         zeros = self.zeros(start, stop).T.astype(np.float32)
-        return UnpackedBlock(self.codes(start, stop), zeros, to_float32(scales), explicit_groups(index, groups))
+        codes, bits = self.codes(start, stop)
+        return UnpackedBlock(codes, bits, np.ascontiguousarray(zeros), to_float32(scales), explicit_groups(index, groups))
+
+    def windows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Columns [start, stop) of the packed codes, an even number of rows at a time: the first row, and int32 [rows, columns]."""
+        words, buffers = self.tensors["qweight"], self.last_block.buffers
+        step = max(WINDOW_BYTES // ((stop - start) * words.dtype.itemsize) // 2, 1) * 2
+        for at in range(0, words.shape[0], step):
+            yield at, read_again(words, ((at, min(at + step, words.shape[0])), (start, stop)), buffers, "words")
 
     @abstractmethod
-    def codes(self, start: int, stop: int) -> np.ndarray:
-        """The codes of out-features [start, stop), uint8 [stop - start, in_features]; `start` is the first of a block."""
+    def codes(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """The codes of out-features [start, stop), uint8 [stop - start, in_features * bits / 8], and 4, two a byte, or 8 bits.
+
+        `start` is the first of a block.
+        """
 
     @abstractmethod
     def zeros(self, start: int, stop: int) -> np.ndarray:
@@ -114,9 +139,11 @@ class GptqNumbers(GroupedNumbers):
         self.planar = bits in (5, 6, 7) or (bits == 3 and _said(settings) == "gptq_p")
         self.symmetric = settings.get("sym", True) is not False
 
-    def codes(self, start: int, stop: int) -> np.ndarray:
-        words = read(self.tensors["qweight"], ((0, self.tensors["qweight"].shape[0]), (start, stop)))
-        return self._codes_of(words.T)
+    def codes(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        rows = self.last_block.buffers.array("codes", (stop - start, self.tensors["qweight"].shape[0]), np.uint32)
+        for at, words in self.windows(start, stop):
+            checks.words_as_rows(words, rows[:, at : at + len(words)])
+        return (rows.view(np.uint8), self.bits) if self.bits in (4, 8) else (self._codes_of(rows), 8)
 
     def _codes_of(self, words: np.ndarray) -> np.ndarray:
         """Unpack words, int32 [rows, n], to their codes, uint8 [rows, n * 32 / bits]."""
@@ -166,8 +193,14 @@ class AwqNumbers(GroupedNumbers):
     A word holds eight out-features, in the order of AWQ_PLACES. Without `qzeros` every zero point is 8, the middle of the range.
     """
 
-    def codes(self, start: int, stop: int) -> np.ndarray:
-        return self._columns("qweight", start, stop)
+    def codes(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        if self.features % 2:
+            return self._columns("qweight", start, stop), 8
+        first, last = start // 8, -(-stop // 8)
+        codes = self.last_block.buffers.array("codes", (8 * (last - first), self.features // 2), np.uint8)
+        for at, words in self.windows(first, last):
+            checks.columns_as_rows(words, PLACES, codes[:, at // 2 : (at + len(words)) // 2])
+        return codes[start - 8 * first : stop - 8 * first], 4
 
     def zeros(self, start: int, stop: int) -> np.ndarray:
         groups = self.tensors["scales"].shape[0]

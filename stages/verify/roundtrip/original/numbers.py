@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.tensor.tensors import LazyTensor
-from stages.verify.values import read
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, read, read_again
 
 FLOAT32 = np.dtype(np.float32)
 NEAR = 2  # rows that are so close to one another are read as one run: the interleaved halves of a head
@@ -42,6 +43,10 @@ class Numbers(ABC):
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`, which must not be changed."""
 
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:  # noqa: ARG002
+        """The same rows as they are stored, where `StoredRows` can say it; good until the next call with `buffers`."""
+        return StoredRows(self.rows(start, stop))
+
 
 @dataclass(frozen=True)
 class StoredNumbers(Numbers):
@@ -68,14 +73,18 @@ class StoredNumbers(Numbers):
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self._read(start, stop)
 
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        return StoredRows(self._read(start, stop, buffers))
+
     def part(self, expert: int, first: int, count: int) -> Self:
         """Rows `first` to `first + count` of matrix `expert`, of a stack [experts, rows, columns]."""
         return replace(self, front=(expert,), first=first, count=count)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def _read(self, start: int, stop: int, buffers: Buffers | None = None) -> np.ndarray:
         matrices = tuple((index, index + 1) for index in self.front)
         rest = tuple((0, length) for length in self.tensor.shape[len(self.front) + 1 :])
-        values = read(self.tensor, (*matrices, (self.first + start, self.first + stop), *rest))
+        region = (*matrices, (self.first + start, self.first + stop), *rest)
+        values = read(self.tensor, region) if buffers is None else read_again(self.tensor, region, buffers, "stored")
         return values.reshape(stop - start, *self.tensor.shape[len(self.front) + 1 :])
 
 
@@ -108,6 +117,9 @@ class GgufNumbers(StoredNumbers):
 
         values: np.ndarray = dequantize(np.ascontiguousarray(self._read(start, stop)), self._block[2])
         return values
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:  # noqa: ARG002
+        return StoredRows(self.rows(start, stop))
 
     @property
     def _block(self) -> tuple[int, int, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.codes import divides_evenly
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
-from stages.verify.values import read, signed_pairs, to_float32
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, read, signed_pairs, to_float32
 
 
 def scaled_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:
@@ -60,6 +61,15 @@ class ScaledNumbers(Numbers):
         if smooth is not None:
             values *= to_float32(read(smooth)).reshape(1, -1)
         return values
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        beside = {"weight_zero_point", "weight_g_idx", "pre_quant_scale"} & self.tensors.keys()
+        scale, (out, _) = self.tensors["weight_scale"], self.shape
+        if self.pairs or beside or self.tensors["weight"].dtype.name != "float8_e4m3fn" or math.prod(scale.shape) not in (1, out):
+            return StoredRows(self.rows(start, stop))
+        return replace(
+            StoredNumbers(self.tensors["weight"]).block(start, stop, buffers), scales=self._spread("weight_scale", start, stop)
+        )
 
     def _spread(self, name: str, start: int, stop: int) -> np.ndarray:
         """A scale or zero point of rows [start, stop): float32 [1 or rows, 1 or in_features]."""

@@ -12,7 +12,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.roundtrip.original.codes import dequantize, divides_evenly, explicit_groups, unpack_codes
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read, to_float32
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, read, read_again, to_float32
 
 
 class PackedWords(Numbers):
@@ -46,6 +47,16 @@ class PackedWords(Numbers):
         words, scales = self.tensors["weight_packed"], self._signed(self.tensors["weight_scale"], start, stop)
         codes = unpack_codes(read(words, ((start, stop), (0, words.shape[1]))), self.bits)[:, : self.features]
         return dequantize(codes, self._zeros(start, stop).astype(np.float32), to_float32(scales), self._groups())
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        words = self.tensors["weight_packed"]
+        if self._groups() is not None or self.features * self.bits % 32:
+            return StoredRows(self.rows(start, stop))
+        codes = read_again(words, ((start, stop), (0, words.shape[1])), buffers, "stored")
+        scales = to_float32(self._signed(self.tensors["weight_scale"], start, stop))
+        return StoredRows(
+            np.ascontiguousarray(codes).view(np.uint8), self.bits, scales, self._zeros(start, stop).astype(np.float32)
+        )
 
     def _signed(self, tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
         """A scale or zero point that is stored a number a value, of rows [start, stop): [stop - start, groups]."""

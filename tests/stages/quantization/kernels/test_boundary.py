@@ -31,7 +31,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "float8_rescaled": (BYTES, 1.0, 2.0, room(4, 64)),
     "cast": (HALVES, "bfloat16", "float32", room(4, 128, dtype=np.float32)),
     "arranged": (BYTES, 8, 2, True, room(2, 128)),
-    "gguf_numbers": (np.ones((4, 36), dtype=np.uint8), "Q4_0", room(4, 64, dtype=np.float32)),
+    "gguf_numbers": (np.ones((4, 36), dtype=np.uint8), "Q4_0", "float32", room(4, 64, dtype=np.float32)),
     "transposed": (WORDS, room(6, 4, dtype=np.uint32)),
     "awq_codes": (WORDS, room(48, 2)),
 }
@@ -124,6 +124,7 @@ WRONG_NUMBERS: list[tuple[str, int, Any]] = [
     *[("arranged", 2, columns) for columns in (0, 1, 3, 4)],
     ("arranged", 3, False),
     *[("gguf_numbers", 1, kind) for kind in ("Q4_1", "Q4_K", "IQ2_XXS", "", None)],
+    *[("gguf_numbers", 2, to) for to in ("bfloat16", "float8_e4m3fn", "float64", "", None)],
 ]
 
 

@@ -191,8 +191,12 @@ def test_every_type_of_ggufs_blocks() -> None:
         packed = random.integers(0, 256, (64, 16, 8 * size), dtype=np.uint8)
         with np.errstate(all="ignore"):
             alike("gguf_numbers", packed, kind)
+            for dtype in (BF16, FP16):
+                alike("gguf_numbers", packed[:, :5], kind, dtype)
+                same(compiled.gguf_numbers(packed, kind, dtype), compiled.cast(compiled.gguf_numbers(packed, kind), dtype))
             alike("gguf_numbers", packed[:, 3:4, size : 4 * size], kind)
-    alike("gguf_numbers", random.integers(0, 64, (4, 3 * 66), dtype=np.uint8), "IQ2_XXS")
+    for dtype in (FP32, BF16):
+        alike("gguf_numbers", random.integers(0, 64, (4, 3 * 66), dtype=np.uint8), "IQ2_XXS", dtype)
 
 
 def test_each_level_is_a_level_of_its_own() -> None:

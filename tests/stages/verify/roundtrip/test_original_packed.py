@@ -235,7 +235,7 @@ def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_columns_are_unpacked_a_block_at_a_time_and_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_formats, "AHEAD_BYTES", 1)  # 64 out-features, the least
+    monkeypatch.setattr(grouped_formats, "AHEAD_CODES", 1)  # 64 out-features, the least
     codes, zeros, scales = grouped(RANDOM.standard_normal((200, 64), dtype=np.float32), 4, 16, False, np.dtype(np.float16))
     order, axis = ((), 0) if name == "gptq" else ((0, 2, 4, 6, 1, 3, 5, 7), 1)
     stored = {

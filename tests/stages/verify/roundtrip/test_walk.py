@@ -95,9 +95,9 @@ def test_each_byte_is_read_once_and_pieces_change_nothing(kind: str, outputs: An
     assert matched.problems == ()
     whole, count = walked(checkpoint, matched)
     assert whole.problems(checkpoint) == []
-    for name, value in (("TASK_BYTES", 1), ("WINDOW_BYTES", 3_000)):
+    for name, value in (("TASK_BYTES", 1), ("BYTES_AT_ONCE", 700)):
         monkeypatch.setattr(walk, name, value)
-    for name, value in (("AHEAD_BYTES", 1_000), ("BLOCK_ELEMENTS", 300), ("BIT_BYTES", 700)):
+    for name, value in (("BLOCK_ELEMENTS", 300), ("ONE_PASS_ELEMENTS", 300), ("BIT_BYTES", 700)):
         monkeypatch.setattr(comparison, name, value)
     read: dict[str, int] = {}
     ranks = [
@@ -142,8 +142,8 @@ def test_ranks_that_hold_the_same_rows_of_the_source_are_read_together(outputs: 
     assert together >= {f"transformer.layers.0.{name}.weight" for name in ("attention.dense", "mlp.proj", "input_layernorm")}
     assert not together & {f"transformer.layers.0.{name}.weight" for name in ("attention.qkv", "mlp.fc", "mlp.gate")}
     asked: list[str] = []
-    rows = type(matched.original).rows
-    monkeypatch.setattr(type(matched.original), "rows", lambda self, name, *where: asked.append(name) or rows(self, name, *where))  # type: ignore[func-returns-value]
+    block = type(matched.original).block
+    monkeypatch.setattr(type(matched.original), "block", lambda self, name, *where: asked.append(name) or block(self, name, *where))  # type: ignore[func-returns-value]
     walked(checkpoint, matched)
     assert asked.count("model.layers.0.mlp.down_proj.weight") == asked.count("model.embed_tokens.weight") == 1
 
