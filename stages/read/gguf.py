@@ -21,12 +21,16 @@ from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source
+from stages.read.gguf_config import gguf_config
 from stages.read.gguf_header import MAGIC, GgufHeader, damaged, read_header
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
 
 PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+SHOWN = 5  # missing parts that are named
+# Matrices of one row, which llama.cpp's converter wrote as vectors until 2026.
+ONE_ROW = re.compile(r"blk\.\d+\.ffn_gate_inp_shexp\.weight")
 
 
 class GgufFiles(SourceReader):
@@ -50,12 +54,15 @@ class GgufFiles(SourceReader):
         unpackable: dict[str, bool] = {}
         files: list[SourceFile] = []
         metadata: Mapping[str, Any] = {}
-        for path in _parts(location):
+        paths = _parts(location)
+        for number, path in enumerate(paths):
             try:
                 file, header = _open(path)
             except BadInput as error:
                 problems += error.problems
                 continue
+            if problem := _split_problem(path, number, len(paths), header.metadata):
+                problems.append(problem)
             files.append(file)
             metadata = metadata or header.metadata
             for tensor in header.tensors:
@@ -73,18 +80,20 @@ class GgufFiles(SourceReader):
                 if len(shape) > 1:
                     bytes_by_type[kind] += tensor.nbytes
                 dtype = PLAIN[kind].numpy if kind in PLAIN else np.dtype(np.uint8)
+                if ONE_ROW.fullmatch(tensor.name) and len(shape) == 1:
+                    shape = (1, *shape)
                 stored = shape if kind in PLAIN else (*shape[:-1], tensor.row_bytes)
                 tensors[name] = MappedTensor(str(path), tensor.offset, stored, dtype)
         if problems:
             raise BadInput(problems)
         architecture = str(metadata.get("general.architecture", ""))
-        config = _config(metadata, architecture, tensors, location)
+        config = gguf_config(metadata, architecture, tensors, location)
         commonest = bytes_by_type.most_common(1)[0][0] if bytes_by_type else ""
         return Source(
             kind=f"GGUF ({commonest})",
             location=location,
             container="gguf",
-            architecture=architecture + ("+experts" if config.get("expert_count") else ""),
+            architecture=architecture + ("+experts" if config.get("expert_count") and not architecture.endswith("moe") else ""),
             config=config,
             config_name=str(location),
             tensors=tensors,
@@ -94,18 +103,41 @@ class GgufFiles(SourceReader):
 
 
 def _parts(location: Path) -> list[Path]:
+    """The files of one model: those of its parts, whichever of them or their directory is named.
+
+    Raises BadInput naming parts that are missing, or the models in a directory of several.
+    """
     paths = [location] if location.is_file() else sorted(location.glob("*.gguf"))
-    split = _SPLIT.search(paths[0].name)
-    if split:
-        stem, count = paths[0].name[: split.start()], int(split[2])
-        paths = [paths[0].parent / f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
-        missing = [Problem(str(path), "no such file", f"one of {count} parts") for path in paths if not path.is_file()]
-        if missing:
-            raise BadInput(missing)
-    elif len(paths) > 1:
+    models = dict.fromkeys((path.parent, *_numbered(path)) for path in paths)
+    if len(models) > 1:
         names = ", ".join(path.name for path in paths)
         raise BadInput([Problem(str(location), names, "one GGUF model", "Name the file itself with --model_dir")])
-    return paths
+    folder, stem, count = next(iter(models))
+    if not count:
+        return paths
+    parts = [folder / f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    missing = [path.name for path in parts if not path.is_file()]
+    if missing:
+        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+        found = f"{count - len(missing)} of {count} parts; there is no {shown}"
+        raise BadInput([Problem(str(folder / f"{stem}-*"), found, "all parts of the model", "Fetch the parts that are missing")])
+    return parts
+
+
+def _numbered(path: Path) -> tuple[str, int]:
+    """The name of a part without its number, and how many parts there are; 0 for a file that is no part."""
+    split = _SPLIT.search(path.name)
+    return (path.name[: split.start()], int(split[2])) if split and 0 < int(split[1]) <= int(split[2]) else (path.name, 0)
+
+
+def _split_problem(path: Path, number: int, count: int, metadata: Mapping[str, Any]) -> Problem | None:
+    """Say where a file calls itself another part than its name does; None where it does not. `number`: from 0."""
+    said = metadata.get("split.no", number), metadata.get("split.count", count)
+    if said == (number, count) or (count == 1 and said == (0, 0)):  # 0 parts: made of several by llama.cpp's own tool
+        return None
+    expected = f"{number} and {count}, as the file is named" if count > 1 else "0 and 1: a whole model, as the file is named"
+    remedy = "Give the parts the names that they were written with: NAME-00001-of-0000N.gguf"
+    return Problem(f"{path}: split.no and split.count", f"{said[0]} and {said[1]}", expected, remedy)
 
 
 def _open(path: Path) -> tuple[SourceFile, GgufHeader]:
@@ -153,63 +185,6 @@ def _undecodable(kind: str) -> bool:
     except (NotImplementedError, ValueError, TypeError):
         return True
     return False
-
-
-def _config(metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, LazyTensor], location: Path) -> dict[str, Any]:
-    """Return the configuration: the architecture's keys without their prefix, and what GGUF keeps elsewhere under further keys."""
-    prefix = f"{architecture}."
-    config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if "tokenizer.ggml.tokens" in metadata:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        # The reader gives a long array's length in its place.
-        config.setdefault("vocab_size", len(tokens) if isinstance(tokens, list) else tokens)
-    config["attention.bias"] = "blk.0.attn_q.bias" in tensors
-    scaling = _rope_scaling(config, tensors.get("rope_freqs.weight"), location)
-    if scaling:
-        config["rope_scaling"] = scaling
-    return config
-
-
-def _rope_scaling(config: Mapping[str, Any], factors: LazyTensor | None, location: Path) -> dict[str, Any] | None:
-    """Return the scaling of rotary positions as config.json would have it; None where there is none.
-
-    GGUF has it as metadata (linear scaling) or as a tensor of frequency factors (Llama 3.1). In the latter case the parameters are
-    recovered from the factors and checked against every one. Raises BadInput for any other kind of scaling.
-    """
-    kind = config.get("rope.scaling.type", "none")
-    if factors is None:
-        if kind == "none":
-            return None
-        factor = config.get("rope.scaling.factor")
-        if kind == "linear" and isinstance(factor, int | float) and not isinstance(factor, bool):
-            return {"rope_type": "linear", "factor": float(factor)}
-        raise BadInput([Problem(f"{location}: rope.scaling.type", str(kind), "none, linear with a factor, or Llama 3.1's factors")])
-    stored = np.asarray(factors.block(tuple((0, n) for n in factors.shape)), dtype=np.float64)
-    if not stored.size or not np.all(np.isfinite(stored)) or stored.min() < 1:
-        raise BadInput([Problem(f"{location}: rope_freqs.weight", f"{stored.size} factors", "factors of 1 or more")])
-    base = config.get("rope.freq_base", 10000.0)
-    if isinstance(base, bool) or not isinstance(base, int | float) or not base > 0:
-        raise BadInput([Problem(f"{location}: rope.freq_base", repr(base), "a number greater than 0")])
-    scaling = {
-        "factor": float(round(float(stored.max()), 3)),
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    }
-    if not np.allclose(stored, llama3_factors(float(base), 2 * stored.size, scaling), rtol=1e-3):
-        expected = "the factors of a llama3 scaling with bands 1 to 4 of 8192 positions"
-        raise BadInput([Problem(f"{location}: rope_freqs.weight", f"factors {stored.min():g} to {stored.max():g}", expected)])
-    return scaling
-
-
-def llama3_factors(base: float, head_size: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Return the factors by which Llama 3.1 divides the rotary frequencies: float64 [head_size / 2]."""
-    wavelengths = 2 * np.pi * base ** (np.arange(0, head_size, 2) / head_size)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
-    factors: np.ndarray = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / scaling["factor"]) + 1 / scaling["factor"])
-    return factors
 
 
 READER = GgufFiles()

@@ -131,6 +131,42 @@ def test_a_missing_part_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "model-00001-of-00003.gguf")
 
 
+@pytest.mark.parametrize("other", ["model.gguf", "other-00001-of-00002.gguf"])
+def test_parts_beside_another_model_are_refused(other: str, tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", parts=3)
+    write(tmp_path / other)
+    with pytest.raises(BadInput, match="one GGUF model"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "model-00003-of-00003.gguf").files) == 3
+
+
+def test_many_missing_parts_are_one_problem(tmp_path: Path) -> None:
+    write(tmp_path / "model-00002-of-00099.gguf")
+    with pytest.raises(BadInput) as caught:
+        open_source(tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.found.startswith("1 of 99 parts; there is no model-00001-of-00099.gguf, model-00003-of-00099.gguf, ")
+    assert problem.found.endswith(" and 93 more")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("2-of-00003", "3-of-00003"), ("3-of-00003", "2-of-00003")])
+def test_parts_under_each_others_names_are_refused(ours: str, theirs: str, tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", parts=3)
+    (tmp_path / f"model-0000{ours}.gguf").rename(tmp_path / "aside")
+    (tmp_path / f"model-0000{theirs}.gguf").rename(tmp_path / f"model-0000{ours}.gguf")
+    (tmp_path / "aside").rename(tmp_path / f"model-0000{theirs}.gguf")
+    with pytest.raises(BadInput) as caught:
+        open_source(tmp_path / "model-00001-of-00003.gguf")
+    assert [problem.found for problem in caught.value.problems] == ["2 and 3", "1 and 3"]
+
+
+def test_a_part_that_is_named_as_a_whole_model_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", parts=3)
+    (tmp_path / "model-00001-of-00003.gguf").rename(tmp_path / "whole.gguf")
+    with pytest.raises(BadInput, match="NAME-00001-of-0000N"):
+        open_source(tmp_path / "whole.gguf")
+
+
 def test_two_models_in_a_directory_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.gguf")
     write(tmp_path / "b.gguf")
