@@ -7,27 +7,11 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import Source
+from stages.verify.roundtrip.original.gguf import gguf_config
 
 # Keys that do not describe the model: a quantizer's, and where remote code is.
 NOT_THE_MODELS = ("quantization_config", "compression_config", "auto_map")
 EXAONE = {"num_layers": "num_hidden_layers", "activation_function": "hidden_act", "layer_norm_epsilon": "rms_norm_eps"}
-# Hugging Face's key, and GGUF's of architecture `llama`, less its prefix.
-GGUF = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "head_dim": "attention.key_length",
-    "attention_bias": "attention.bias",
-    "vocab_size": "vocab_size",
-    "rope_scaling": "rope_scaling",
-    "num_local_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-}
 META = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -39,7 +23,7 @@ META = {
     "vocab_size": "vocab_size",
 }
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# The defaults of Meta's code, of llama.cpp and of LLaMA itself.
+# The defaults of Meta's code and of LLaMA itself.
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
 # The scaling of Meta's code for `use_scaled_rope`; params.json may name another factor. Llama 3.2's is 32, by width and layers.
 LLAMA3_2 = {(2048, 16), (3072, 28)}
@@ -55,8 +39,8 @@ LLAMA3_SCALING = {
 def canonical_config(source: Source) -> dict[str, Any]:
     """The config.json by which transformers runs a source's weights under Hugging Face's names.
 
-    Meta's, GGUF's, InternLM2's and Exaone's become LLaMA's or Mixtral's; others stay as they are. Raises BadInput naming the sizes
-    of the model that a GGUF file or Meta's params.json lacks.
+    Meta's, InternLM2's and Exaone's become LLaMA's or Mixtral's, GGUF's those of gguf.py; others stay as they are. Raises BadInput
+    naming the sizes of the model that a GGUF file or Meta's params.json lacks.
     """
     values = {key: value for key, value in source.config.items() if key not in NOT_THE_MODELS}
     if source.container == "meta":
@@ -66,8 +50,7 @@ def canonical_config(source: Source) -> dict[str, Any]:
             config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(values.get("rope_scaling_factor") or usual)}
         return _llama(config, "output.weight" not in source.tensors)
     if source.container == "gguf":
-        config = _translated(source, values, GGUF)
-        return _llama(config, not any(name.startswith("output.") for name in source.tensors))
+        return gguf_config(source)
     if source.architecture == "InternLM2ForCausalLM":
         return _llama({**values, "attention_bias": bool(values.get("bias"))}, values.get("tie_word_embeddings", False))
     if source.architecture == "ExaoneForCausalLM":

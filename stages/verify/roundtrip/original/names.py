@@ -1,6 +1,6 @@
 """The names of a source's weights as Hugging Face has them, whichever container they come from.
 
-Facts: docs/format/checkpoint.md, sections 3 and 10; docs/format/families.md, sections 8 and 9; GGUF's names are llama.cpp's.
+Facts: docs/format/checkpoint.md, sections 3 and 10; docs/format/families.md, sections 8 and 9. GGUF's names are in gguf.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from stages.verify.roundtrip.original.gguf import gguf_names
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
 from stages.verify.roundtrip.original.small_floats import TileNumbers
 
 # Rotary buffers, which whoever runs the model computes; a source's own are ignored.
-_TABLES = r"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|rope_freqs\.weight"
+_GGUF_TABLES = r"rope_(freqs|factors_(short|long))\.weight|blk\.\d+\.attn_rot_embd(\.weight)?"
+_TABLES = rf"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|{_GGUF_TABLES}"
 COMPUTED = re.compile(rf"{_TABLES}|.+\.(self_attn|attn|attention)\.(masked_)?bias")  # tables of positions, and masks
 # Models whose experts are called w1 (the activated projection), w3 and w2; others say gate_proj, up_proj and down_proj.
 NUMBERED = ("MixtralForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
@@ -54,25 +56,6 @@ META = FamilyNames(
     },
     ("attention.wq", "attention.wk"),
 )
-GGUF = FamilyNames(
-    re.compile(r"blk\.(\d+)\."),
-    {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "ffn_gate_inp": "block_sparse_moe.gate",
-    },
-    ("attn_q", "attn_k"),
-)
 INTERNLM2 = FamilyNames(
     re.compile(r"model\.layers\.(\d+)\."),
     {
@@ -104,8 +87,6 @@ EXAONE = FamilyNames(
         "mlp.c_proj": "mlp.down_proj",
     },
 )
-# llama.cpp's experts: one stack a projection; early versions wrote a matrix an expert.
-GGUF_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps|\.(\d+))\.weight")
 
 
 def canonical(container: str, architecture: str, config: Mapping[str, Any], numbers: Mapping[str, Numbers]) -> dict[str, Numbers]:
@@ -123,7 +104,7 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
         if container == "meta":
             renamed = _renamed(origin, tensor_numbers, META, size)
         elif container == "gguf":
-            renamed = _gguf_experts(origin, tensor_numbers) or _renamed(origin, tensor_numbers, GGUF, size)
+            renamed = gguf_names(origin, tensor_numbers, architecture, size)
         elif architecture == "InternLM2ForCausalLM":
             renamed = _wqkv(origin, tensor_numbers, kv_heads, size) or _renamed(origin, tensor_numbers, INTERNLM2, size)
         elif architecture == "ExaoneForCausalLM":
@@ -171,17 +152,6 @@ def _experts(name: str, numbers: Numbers, numbered: bool) -> dict[str, Numbers]:
         return _split(prefix, numbers, parts, _numbered if numbered else lambda part: f"{part}_proj")
     router = ROUTER.fullmatch(name) if numbered else None
     return {f"{router[1]}.block_sparse_moe.gate.weight" if router else name: numbers}
-
-
-def _gguf_experts(name: str, numbers: Numbers) -> dict[str, Numbers]:
-    match = GGUF_EXPERTS.fullmatch(name)
-    if not match:
-        return {}
-    prefix = f"model.layers.{match[1]}.block_sparse_moe.experts"
-    if match[3]:
-        return {f"{prefix}.{match[3]}.{_numbered(match[2])}.weight": numbers}
-    assert isinstance(numbers, StoredNumbers), "what a GGUF file holds is stored"
-    return _split(prefix, numbers, [(match[2], 0, numbers.shape[1])], _numbered)
 
 
 def _split(
