@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.patterns import PatternTable
+from pipeline.model.published import PublishedSize
 from pipeline.model.table_files import load_table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -100,6 +101,8 @@ class Family:
         Rows that are laid over the layout's config.json template.
     scaling
         The parameters of the scaling of positions that go with a factor, where the configuration has neither.
+    published
+        The sizes by which keys are told that no configuration has; a model of another size needs the option of that name.
     known
         Models whose configurations do not say everything; the first row that fits counts, and the last fits always.
     """
@@ -119,6 +122,7 @@ class Family:
     expect: Mapping[str, tuple[Any, ...]]
     config: Mapping[str, Any]
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[PublishedSize, ...] = ()
     known: tuple[KnownModel, ...] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -296,6 +300,7 @@ def _family(name: str) -> Family:
         defaults=data.get("defaults", {}),
         expect={key: tuple(values) for key, values in data.get("expect", {}).items()},
         config=data.get("config", {}),
+        published=tuple(PublishedSize(**row) for row in data.get("published", ())),
         scaling=data.get("scaling", {}),
         assumed=data.get("assumed", {}),
         known=tuple(KnownModel(**row) for row in data.get("known", ())),

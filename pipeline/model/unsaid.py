@@ -1,7 +1,8 @@
-"""Fill in what a configuration does not say of a model but its other values tell, by the rows `known` of the family's table.
+"""Fill in what a configuration does not say of a model but its other values tell, by the rows of the family's table.
 
-Meta's params.json is the case: it has neither the length that a model was trained for nor the factor of its scaled positions.
-Facts: docs/format/checkpoint.md, section 13.
+Meta's params.json is the case of the rows `known`: it has neither the length that a model was trained for nor the factor of its
+scaled positions (facts: docs/format/checkpoint.md, section 13). GGUF is that of the rows `published`: it has no key for Gemma's
+`query_pre_attn_scalar`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pipeline.errors import Problem
 from pipeline.model.config_values import lookup
 from pipeline.model.tables import Family, KnownModel
 
-POSITIONS, SCALING, FACTOR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor"
+POSITIONS, SCALING, FACTOR, SCALAR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor", "query_pre_attn_scalar"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FilledIn:
 
 
 def fill_in(config: Mapping[str, Any], family: Family, file: str, options: Mapping[str, Any]) -> FilledIn:
-    """Fill in a configuration's length and factor.
+    """Fill in a configuration's length and factor, and what goes with the size of a model.
 
     Parameters
     ----------
@@ -38,9 +39,12 @@ def fill_in(config: Mapping[str, Any], family: Family, file: str, options: Mappi
     file
         The name of the configuration in messages.
     options
-        `rope_scaling_factor` and `max_position_embeddings` where the job gives them; they go before all else.
+        `rope_scaling_factor`, `max_position_embeddings` and `query_pre_attn_scalar` where the job gives them; they go before all
+        else.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if family.published:
+        return _by_size(config, family, file, given)
     if not family.known:
         return FilledIn(config, problems=tuple(_differing(config, family, file, given)))
     row = next(row for row in family.known if all(config.get(key) == value for key, value in row.when.items()))
@@ -68,6 +72,29 @@ def fill_in(config: Mapping[str, Any], family: Family, file: str, options: Mappi
     return FilledIn(filled, tuple(notes))
 
 
+def _by_size(config: Mapping[str, Any], family: Family, file: str, given: Mapping[str, Any]) -> FilledIn:
+    """A configuration with the keys of the rows `published`: as the options say, or else as its size tells."""
+    keys = dict.fromkeys(key for row in family.published for key in row.values)
+    told = {key: value for key, value in given.items() if key in keys}
+    row = next((row for row in family.published if all(config.get(key) == value for key, value in row.when.items())), None)
+    problems = _differing(config, family, file, {key: value for key, value in given.items() if key not in keys})
+    filled, notes = {**config, **told}, []
+    for key in keys:
+        if filled.get(key) is not None:
+            continue
+        if row is not None:
+            filled[key] = row.values[key]
+            shown = ", ".join(f"{name} {value}" for name, value in row.when.items())
+            notes.append(f"{key} {row.values[key]}: {row.name}'s, by {shown} in {file.rpartition('/')[2]}; --{key} says another")
+        else:
+            sizes = ", ".join(each.name for each in family.published)
+            expected = f"the size of {sizes}: no other has a {key} that is known, and {file.rpartition('/')[2]} cannot say it"
+            found = ", ".join(f"{name} {config.get(name)}" for name in family.published[0].when)
+            remedy = f"Give --{key}, as config.json of the model that the file was made of has it"
+            problems.append(Problem(f"{file}: {key}", f"none, and {found}", expected, remedy))
+    return FilledIn(filled, tuple(notes), tuple(problems))
+
+
 def _note(value: str, row: KnownModel, file: str, option: str) -> str:
     """One line: the value that was taken, why, and the option that says another."""
     name = file.rpartition("/")[2]
@@ -78,12 +105,17 @@ def _note(value: str, row: KnownModel, file: str, option: str) -> str:
 
 def _differing(config: Mapping[str, Any], family: Family, file: str, given: Mapping[str, Any]) -> list[Problem]:
     """The options that say another thing than a configuration that says everything itself."""
-    keys = {FACTOR: (f"{SCALING}.factor", "rope_parameters.factor"), POSITIONS: family.fields.get(POSITIONS, ())}
+    keys = {
+        FACTOR: (f"{SCALING}.factor", "rope_parameters.factor"),
+        POSITIONS: family.fields.get(POSITIONS, ()),
+        SCALAR: family.settings.get(SCALAR, ()),
+    }
     problems = []
     for name, value in given.items():
         found = next((each for key in keys[name] if (each := lookup(config, key)) is not None), None)
         if value != found:
-            expected = "no option: it is for Meta's params.json, which does not say it"
+            whose = "a GGUF file of Gemma's" if name == SCALAR else "Meta's params.json"
+            expected = f"no option: it is for {whose}, which does not say it"
             shown = f"{found} in {file}" if found is not None else f"none in {file}"
             problems.append(
                 Problem(f"--{name} {value}", shown, expected, "Leave it out, or mend the configuration if that is wrong")

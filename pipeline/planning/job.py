@@ -60,6 +60,9 @@ class Job(Shape):
     rope_scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Factor of Meta's use_scaled_rope, where params.json cannot tell; default: see the plan."
     )
+    query_pre_attn_scalar: Size | None = Field(
+        None, description="Number by whose root Gemma divides scores, where a GGUF file's size cannot tell; default: see the plan."
+    )
     expect: dict[str, int | float | str] = Field(
         {}, description="Values that the model must have, such as num_hidden_layers, or it is refused: an [expect] table."
     )
@@ -134,7 +137,11 @@ class Job(Shape):
 
     def unsaid(self) -> dict[str, int | float | None]:
         """Return what the job says of a model whose configuration may not say it; None where it does not."""
-        return {"max_position_embeddings": self.max_position_embeddings, "rope_scaling_factor": self.rope_scaling_factor}
+        return {
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_scaling_factor": self.rope_scaling_factor,
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+        }
 
 
 def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:

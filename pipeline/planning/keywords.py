@@ -56,6 +56,7 @@ class LoadOptions(_Common, total=False):
     revision: str | None
     max_position_embeddings: int | None
     rope_scaling_factor: float | None
+    query_pre_attn_scalar: int | None
     mlp_bias: Literal["omit", "keep", "refuse"]
     rope_scaling: Literal["auto", "none", "keep"]
 
@@ -156,6 +157,7 @@ class JobOptions(ShapeOptions, total=False):
     engine: BuildOptions | None
     max_position_embeddings: int | None
     rope_scaling_factor: float | None
+    query_pre_attn_scalar: int | None
     expect: dict[str, int | float | str]
     mlp_bias: Literal["omit", "keep", "refuse"]
     rope_scaling: Literal["auto", "none", "keep"]

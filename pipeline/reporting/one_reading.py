@@ -16,6 +16,9 @@ from stages.verify.roundtrip.original import Original
 from stages.verify.roundtrip.settings import check_settings
 from stages.verify.roundtrip.walk import check_part, tensor_parts
 
+# Options by which a conversion is told what a container has no key for.
+TOLD = {"meta": ("rope_scaling_factor",), "gguf": ("query_pre_attn_scalar",)}
+
 
 @dataclass(frozen=True)
 class MatchedSource:
@@ -33,8 +36,8 @@ class MatchedSource:
 def match(checkpoint: Checkpoint, source: Source) -> MatchedSource:
     """Match a checkpoint with its source by names, shapes and settings."""
     options, notes = checkpoint.provenance.get("options", {}), checkpoint.provenance.get("notes", ())
-    # Where the conversion was told a factor of scaled positions, the source itself does not say one.
-    told = {key: options[key] for key in ("rope_scaling_factor",) if key in options and source.container == "meta"}
+    # What the conversion was told, the source itself does not say.
+    told = {key: options[key] for key in TOLD.get(source.container, ()) if key in options}
     original = Original(replace(source, config={**source.config, **told}))
     shapes = {name: original.shape(name) for name in original.names()}
     matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
 
 PIECE_BYTES = 4 << 20
-OF_A_SOURCE = ("revision", "max_position_embeddings", "rope_scaling_factor", "rope_scaling", "mlp_bias")  # options about it
+# Options about it.
+OF_A_SOURCE = ("revision", "max_position_embeddings", "rope_scaling_factor", "query_pre_attn_scalar", "rope_scaling", "mlp_bias")
 
 
 class RankWeights(Mapping[str, "torch.Tensor"]):
