@@ -44,7 +44,8 @@ class Job(Shape):
     """
 
     model_dir: ModelName | None = Field(
-        None, description="Checkpoint to read: a Hugging Face or Meta directory, a GGUF file, or org/name on the Hub."
+        None,
+        description="Checkpoint to read: a Hugging Face or Meta directory, a GGUF file, org/name or org/name:TAG of the Hub.",
     )
     meta_ckpt_dir: AbsolutePath | None = Field(None, description="Meta checkpoint to read: params.json and consolidated.*.pth.")
     quant_ckpt_path: AbsolutePath | None = Field(

@@ -13,7 +13,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.planning import engine_options
 
 PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}  # options that are paths
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # with a tag: one of several GGUF models
 
 
 def absolute_path(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Find a model of the Hugging Face Hub in the local cache, and download the files that are missing.
 
-Only the files that a conversion reads are fetched: the configuration, the weights in one format, and the tokenizer's files.
+Only the files that a conversion reads are fetched (hub_files.py). The cache is read and filled by huggingface_hub, with its own
+progress bars, tokens and environment.
 """
 
 from __future__ import annotations
@@ -13,34 +14,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
+from stages.read.hub_files import KNOWN, META, USUAL, choose, gguf_models
 
-# The names of an index and of the single file of a model without one, best format first; Meta's own format comes last.
-FORMATS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
-META = re.compile(r"(original/)?consolidated\.(\d\d)\.pth")
-KNOWN = "config.json and weights as safetensors or pytorch_model.bin, in one file or with an index; or Meta's own files"
-COMPANIONS = re.compile(
-    r"tokenizer[^/]*|chat_template\.[^/]*|merges\.txt|"
-    r"(special_tokens_map|added_tokens|vocab|generation_config|quantize_config|hf_quant_config)\.json"
-)
-USUAL = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "chat_template.*")  # for a repository that is not known
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 
 
-def is_hub_id(text: str) -> bool:
-    """Return whether `text` is a valid `org/name` of the Hub. A relative path can look the same: the caller checks for one."""
-    return bool(re.fullmatch(f"{PART}/{PART}", text)) and "--" not in text and ".." not in text and not text.endswith(".git")
-
-
-def find(repo_id: str, revision: str | None, download: bool) -> Path:
-    """Return the directory of a model's files: its snapshot in huggingface_hub's cache.
+def find(model: str, revision: str | None, download: bool) -> Path:
+    """Return where a model's files are in huggingface_hub's cache.
 
     Parameters
     ----------
-    repo_id
-        The model, `org/name`.
+    model
+        `org/name`; of a repository with several GGUF models `org/name:TAG`, where TAG ends the name of one, such as Q4_K_M.
     revision
         A branch, tag or commit; None for `main`.
     download
@@ -49,7 +35,7 @@ def find(repo_id: str, revision: str | None, download: bool) -> Path:
     Returns
     -------
     Path
-        The snapshot, or its directory `original/` where that alone has weights, in Meta's format.
+        The snapshot; its directory `original/` where that alone has weights, in Meta's format; or the first file of a GGUF model.
 
     Raises
     ------
@@ -58,42 +44,19 @@ def find(repo_id: str, revision: str | None, download: bool) -> Path:
     """
     from huggingface_hub import constants
 
+    repo_id, _, tag = model.partition(":")
     revision = revision or constants.DEFAULT_REVISION
-    request = _Request(repo_id, revision, Path(constants.HF_HUB_CACHE).absolute(), f"{repo_id}, revision {revision}")
-    directory, missing = request.cached()
-    if directory and not missing:
-        return directory
+    request = _Request(repo_id, tag, revision, Path(constants.HF_HUB_CACHE).absolute(), f"{model}, revision {revision}")
+    place, missing = request.cached()
+    if place and not missing:
+        return place
     if not download or constants.HF_HUB_OFFLINE:
         raise BadInput([request.incomplete("HF_HUB_OFFLINE set and " if download else "")])
     request.fetch()
-    directory, missing = request.cached()
-    if not directory or missing:  # where the network fails half-way, huggingface_hub may return what the cache held before
+    place, missing = request.cached()
+    if not place or missing:  # where the network fails half-way, huggingface_hub may return what the cache held before
         raise BadInput([request.incomplete("an unfinished download and ", ())])
-    return directory
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A checkpoint's files in one format.
-
-    `first`: the configuration and the index, which are fetched first. `files`: the weights, where no `index` names them. `folder`:
-    the directory of the repository that they are in, with a slash, or "".
-    """
-
-    first: tuple[str, ...]
-    files: tuple[str, ...] = ()
-    index: str | None = None
-    folder: str = ""
-
-    def named(self, snapshot: Path) -> tuple[str, ...]:
-        """Return the weights' files; none for a damaged index, which is reported when the source is opened."""
-        if self.index is None:
-            return self.files
-        try:
-            files = read_object(snapshot / self.index)["weight_map"].values()
-            return tuple(sorted({file for file in files if isinstance(file, str)}))
-        except (KeyError, TypeError, AttributeError):
-            return ()
+    return place
 
 
 @dataclass(frozen=True)
@@ -101,30 +64,39 @@ class _Request:
     """A model and revision to find in, or fetch into, the cache. `subject`: its name in messages."""
 
     repo_id: str
+    tag: str
     revision: str
     cache: Path
     subject: str
 
     def snapshot(self) -> tuple[Path | None, set[str]]:
         """Return the revision's directory in the cache and the files in it; None where the cache does not have the revision."""
-        home = self.cache / f"models--{self.repo_id.replace('/', '--')}"
+        from huggingface_hub import snapshot_download
+
         with suppress(OSError, ValueError):
-            commit = self.revision if COMMIT.fullmatch(self.revision) else (home / "refs" / self.revision).read_text().strip()
-            if COMMIT.fullmatch(commit) and (snapshot := home / "snapshots" / commit).is_dir():
+            # No pattern: or else a snapshot would be refused that lacks files which no conversion needs.
+            snapshot = Path(
+                snapshot_download(
+                    self.repo_id, revision=self.revision, cache_dir=self.cache, local_files_only=True, allow_patterns=[]
+                )
+            )
+            if COMMIT.fullmatch(snapshot.name):
                 # A link whose blob is gone does not count as a file.
                 return snapshot, {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
         return None, set()
 
     def cached(self) -> tuple[Path | None, list[str]]:
-        """Return the directory to read and the files that it lacks; None for the directory where the files' names are not known."""
+        """Return the place to read and the files that it lacks; None for the place where the files' names are not known."""
         snapshot, names = self.snapshot()
         if snapshot is None:
             return None, []
-        weights = _choose(names) or _choose(self._listed(snapshot))
-        if weights and any(map(META.fullmatch, weights.files)):  # Meta's files do not say how many there are
-            weights = _choose(filter(META.fullmatch, names | self._listed(snapshot)))
+        weights, known = choose(names, self.tag), names | self._listed(snapshot)
+        if weights and any(map(META.fullmatch, weights.files)):
+            weights = choose(filter(META.fullmatch, known))  # they do not say how many there are
+        elif weights is None or not weights.first:  # nor does a GGUF file say whether it is the only one
+            weights = choose(known, self.tag)
         needed = (*weights.first, *weights.named(snapshot)) if weights else ()
-        return snapshot / weights.folder if weights else None, [name for name in needed if name not in names]
+        return snapshot / weights.place if weights else None, [name for name in needed if name not in names]
 
     def _listed(self, snapshot: Path) -> set[str]:
         """Return the names of the repository's files where huggingface_hub has cached the list, which its later versions do."""
@@ -148,12 +120,11 @@ class _Request:
         try:
             info = HfApi().model_info(self.repo_id, revision=self.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             names = {file.rfilename for file in info.siblings or ()}
-            weights = _choose(names)
+            weights = choose(names, self.tag)
             if weights is None or not names.issuperset(weights.first):
-                remedy = f"Fetch another kind with `hf download {self.repo_id} FILE --local-dir DIRECTORY`, and name its path"
-                raise BadInput([Problem(self.subject, _some(sorted(names)) or "no files", KNOWN, remedy)])
-            beside = [name for name in names if COMPANIONS.fullmatch(name.removeprefix(weights.folder))]
-            snapshot = get([*weights.first, *beside], self.revision)
+                raise BadInput([self._unknown(names)])
+            # By the branch, so that the cache knows which commit it is.
+            snapshot = get([*weights.first, *weights.beside(names)] or weights.files[:1], self.revision)
             files = weights.named(snapshot)
             needed = (*weights.first, *files)
             if absent := sorted(set(files) - names):
@@ -165,6 +136,17 @@ class _Request:
         except Exception as error:  # of huggingface_hub and its HTTP library, which changes with its version
             problems = error.problems if isinstance(error, BadInput) else (self._failed(error, needed),)
             raise BadInput(problems) from None
+
+    def _unknown(self, names: Collection[str]) -> Problem:
+        """The problem of a repository whose files are no checkpoint, or several."""
+        models = [Path(stem).name for stem, _ in gguf_models(names)]
+        if len(models) > 1 or (models and self.tag):
+            tag = re.split(r"[-.]", models[0])[-1]
+            remedy = f"Name one by the end of its name, such as --model_dir {self.repo_id}:{tag}"
+            expected = f"one that ends in {self.tag}" if self.tag else "one of them"
+            return Problem(self.subject, f"GGUF models: {_some(models)}", expected, remedy)
+        remedy = f"Fetch another kind with `hf download {self.repo_id} FILE --local-dir DIRECTORY`, and name its path"
+        return Problem(self.subject, _some(sorted(names)) or "no files", KNOWN, remedy)
 
     def incomplete(self, why: str, needed: Collection[str] | None = None) -> Problem:
         """Return the problem of files that the cache lacks, with the `hf` command that fetches them.
@@ -179,9 +161,10 @@ class _Request:
         revision = snapshot.name if snapshot and missing else self.revision
         unnamed = [re.sub(r"(\.\w+)\.index\.json$", r"-*\1", name) for name in missing if name.endswith(".index.json")]
         patterns = dict.fromkeys(re.sub(r"-\d+-of-", "-*-of-", name) for name in missing) if len(missing) > 4 else missing
-        includes = [word for pattern in [*patterns, *unnamed] or USUAL for word in ("--include", pattern)]
+        usual = (f"*{self.tag}*.gguf",) if self.tag else USUAL
+        includes = [word for pattern in [*patterns, *unnamed] or usual for word in ("--include", pattern)]
         command = shlex.join(["hf", "download", self.repo_id, "--revision", revision, *includes])
-        other = "" if missing else " (or 'pytorch_model*.bin', of a model without safetensors)"
+        other = "" if missing or self.tag else " (or 'pytorch_model*.bin', of a model without safetensors)"
         remedy = f"{'Fetch' if needed is None else 'Run this again, or fetch'} it into that directory with: {command}{other}"
         return Problem(self.subject, f"{why}{lacking} in the cache {self.cache}", "every file of the checkpoint", remedy)
 
@@ -202,20 +185,6 @@ class _Request:
             return Problem(self.subject, found, "a directory, a file, or a model of the Hub", remedy)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return self.incomplete(f"no download from {hub} ({reason}) and ", needed)
-
-
-def _choose(names: Iterable[str]) -> _Weights | None:
-    """Return the files of the best format that `names` has any weights of; None where it has none."""
-    names = set(names)
-    for index, file in FORMATS:
-        if index in names or file in names:
-            return _Weights(("config.json", index), index=index) if index in names else _Weights(("config.json",), (file,))
-    for folder in ("", "original/"):
-        parts = [int(match[2]) for match in map(META.fullmatch, names) if match and (match[1] or "") == folder]
-        if parts:
-            files = tuple(f"{folder}consolidated.{part:02}.pth" for part in range(max(parts) + 1))
-            return _Weights((f"{folder}params.json",), files, folder=folder)
-    return None
 
 
 def _some(names: Collection[str]) -> str:
