@@ -112,16 +112,23 @@ def _parts(location: Path) -> list[Path]:
     if len(models) > 1:
         names = ", ".join(path.name for path in paths)
         raise BadInput([Problem(str(location), names, "one GGUF model", "Name the file itself with --model_dir")])
-    folder, stem, count = next(iter(models))
+    folder, _, count = next(iter(models))
     if not count:
         return paths
-    parts = [folder / f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    parts = [folder / name for name in part_names(paths[0].name)]
     missing = [path.name for path in parts if not path.is_file()]
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
         found = f"{count - len(missing)} of {count} parts; there is no {shown}"
-        raise BadInput([Problem(str(folder / f"{stem}-*"), found, "all parts of the model", "Fetch the parts that are missing")])
+        subject = str(folder / f"{_numbered(paths[0])[0]}-*")
+        raise BadInput([Problem(subject, found, "all parts of the model", "Fetch the parts that are missing")])
     return parts
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a model, of which `name` is one; the name itself of a file that is no part."""
+    stem, count = _numbered(Path(name))
+    return [f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)] or [name]
 
 
 def _numbered(path: Path) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+READ = (FREQUENCIES, SHORT, LONG)  # the tensors whose values the configuration needs
 # Keys of yarn: llama.cpp's, less `rope.scaling.`, and config.json's.
 YARN = {
     "original_context_length": "original_max_position_embeddings",
@@ -99,7 +100,10 @@ def _long_rope(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], loc
     """Phi-3's two lists of factors. The factor of rotated values is left out where it is the one that the lengths give."""
     scaling: dict[str, Any] = {"rope_type": "longrope"}
     for key, name in (("short_factor", SHORT), ("long_factor", LONG)):
-        scaling[key] = [float(str(each)) for each in _values(tensors[name]).astype(np.float32)]  # the numbers that were meant
+        stored = _values(tensors[name]).astype(np.float32)
+        if stored.ndim != 1 or not np.all(np.isfinite(stored)) or not np.all(stored > 0):
+            raise BadInput([Problem(f"{location}: {name}", f"{stored.size} factors", "factors greater than 0")])
+        scaling[key] = [float(str(each)) for each in stored]  # the numbers that were meant
     trained, longest = config.get("rope.scaling.original_context_length"), config.get("context_length")
     if not _is_size(trained) or not _is_size(longest):
         key = "context_length" if _is_size(trained) else "rope.scaling.original_context_length"

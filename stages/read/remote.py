@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -32,6 +32,8 @@ from pipeline.errors import BadInput, Problem, SourceChanged
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Source
+from stages.read.gguf import part_names
+from stages.read.gguf_config import READ
 from stages.read.gguf_header import read_header
 from stages.read.mapped import MappedBlock, MappedTensor
 
@@ -104,7 +106,7 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
     url, _, single = url.rpartition("/") if url.endswith(".gguf") else (url, "", "")
     directory = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
     try:
-        objects = [_existing(url, single)] if single else _listed(url)
+        objects = [_existing(url, name) for name in part_names(single)] if single else _listed(url)
         fetched = _image(url, directory, objects)
     except (OSError, ValueError, ImportError) as error:
         raise BadInput([Problem(url, _said(error), "a checkpoint that can be read")]) from None
@@ -164,10 +166,11 @@ def _image(url: str, directory: Path, objects: list[Object]) -> int:
         path, mark = directory / each.name, [each.size_bytes, each.mtime, each.etag]
         if known.get(each.name) != mark or not path.exists() or not each.etag:
             new = path.with_name(f".{path.name}.new")
-            head = _head(url, each)
-            fetched += len(head)
             with new.open("wb") as file:
-                file.write(head)
+                for start, data in _beginnings(url, each):
+                    fetched += len(data)
+                    file.seek(start)
+                    file.write(data)
                 file.truncate(each.size_bytes)
             os.utime(new, (each.mtime, each.mtime))
             new.replace(path)
@@ -176,15 +179,25 @@ def _image(url: str, directory: Path, objects: list[Object]) -> int:
     return fetched
 
 
-def _head(url: str, each: Object) -> bytes:
-    """The part of an object that opening it needs: all of a small file, the header of one of weights."""
+def _beginnings(url: str, each: Object) -> Iterator[tuple[int, bytes]]:
+    """Fetch what opening an object needs of it, with its places: all of a small file, of one of weights the header.
+
+    Of GGUF also the rotary factors, which are part of the configuration.
+    """
     if not each.name.endswith(WEIGHTS):
-        return bytes(fetch_range(url, each.name, 0, each.size_bytes, each.etag)) if each.size_bytes else b""
+        if each.size_bytes:
+            yield 0, bytes(fetch_range(url, each.name, 0, each.size_bytes, each.etag))
+        return
     file = _Beginning(url, each)
     if each.name.endswith(".gguf"):
-        return read_header(Path(each.name), cast("BinaryIO", file), each.size_bytes).text
+        header = read_header(Path(each.name), cast("BinaryIO", file), each.size_bytes)
+        yield 0, header.text
+        for tensor in header.tensors:
+            if tensor.name in READ and tensor.nbytes <= FIRST_BYTES:
+                yield tensor.offset, bytes(fetch_range(url, each.name, tensor.offset, tensor.offset + tensor.nbytes, each.etag))
+        return
     length = int.from_bytes(file.read(8), "little")
-    return file.data[:8] + file.read(min(length, MAX_HEADER_BYTES))
+    yield 0, file.data[:8] + file.read(min(length, MAX_HEADER_BYTES))
 
 
 class _Beginning:

@@ -77,6 +77,13 @@ def test_the_factor_of_a_long_rope_is_left_out_where_it_is_the_formulas(right: b
     assert found == (LONG_ROPE if right else {**LONG_ROPE, "attention_factor": float(np.float32(factor))})
 
 
+@pytest.mark.parametrize("values", [[0.0, 1.0], [1.0, float("nan")], [-1.0, 2.0]])
+def test_factors_that_turn_nothing_are_refused(values: list[float]) -> None:
+    tensors = {**FACTORS, "rope_factors_long.weight": Held(np.array(values, np.float32))}
+    with pytest.raises(BadInput, match=r"rope_factors_long\.weight: found 2 factors; expected factors greater than 0"):
+        config({"rope.scaling.original_context_length": 256}, tensors)
+
+
 def test_factors_without_the_length_that_they_go_with_are_refused() -> None:
     with pytest.raises(BadInput, match=r"rope\.scaling\.original_context_length: found None"):
         config({}, FACTORS)

@@ -15,7 +15,9 @@ import stages.read.remote
 from pipeline import convert, inspect, plan
 from pipeline.errors import BadInput, SourceChanged, WriteFailed
 from pipeline.reporting.verification import verify
-from tests.support import checkpoints, gguf_files, quantized_checkpoints
+from tests.end_to_end.test_family_forward import CASES, build
+from tests.stages.read.test_gguf import LLAMA3, LLAMA31, factors
+from tests.support import checkpoints, gguf_families, gguf_files, quantized_checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
 from tests.support.range_server import Served, range_server
@@ -95,6 +97,29 @@ def test_a_gguf_file_behind_a_url(tmp_path: Path, served: Served) -> None:
     both(tmp_path, f"{served.url}/model.gguf", path)
     with pytest.raises(BadInput, match=r"other\.gguf: found no such file"):
         plan(model_dir=f"{served.url}/other.gguf", output_dir=tmp_path / "out")
+
+
+def test_rotary_factors_of_a_gguf_file_are_part_of_its_configuration(tmp_path: Path, served: Served) -> None:
+    """They are tensors, which planning reads: those of Phi's long rope, and of Llama 3.1."""
+    build(CASES["phi3_long"]).save_pretrained(tmp_path / "model")
+    path = tmp_path / "served/model.gguf"
+    gguf_families.write(path, tmp_path / "model", "F16")
+    both(tmp_path, f"{served.url}/model.gguf", path)
+    written = json.loads((tmp_path / "far/config.json").read_text())
+    assert written["longrope_scaling_long_factors"] == [1.0 + n for n in range(8)]
+    extra = {"rope_freqs.weight": factors(LLAMA3, 500000.0, 64)}
+    gguf_files.write(tmp_path / "served/llama.gguf", LLAMA31, checkpoints.values(LLAMA31), extra=extra)
+    made = plan(model_dir=f"{served.url}/llama.gguf", output_dir=tmp_path / "out")
+    assert json.loads(made.targets[0].output.config)["rotary_scaling"] == LLAMA3
+
+
+def test_any_part_of_a_gguf_model_behind_a_url_is_the_whole(tmp_path: Path, served: Served) -> None:
+    gguf_files.write(tmp_path / "served/model.gguf", checkpoints.LLAMA, checkpoints.values(checkpoints.LLAMA), parts=3)
+    names = [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    both(tmp_path, f"{served.url}/{names[1]}", tmp_path / "served" / names[0])
+    (tmp_path / "served" / names[2]).unlink()
+    with pytest.raises(BadInput, match=rf"{names[2]}: found no such file"):
+        plan(model_dir=f"{served.url}/{names[0]}", output_dir=tmp_path / "out")
 
 
 @pytest.mark.parametrize("faults", [[500, 503, 500], ["cut"], [503, "cut", 500]])
