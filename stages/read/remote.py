@@ -83,6 +83,9 @@ class RemoteBlock(MappedBlock):
     __slots__ = ()
     tensor: RemoteTensor
 
+    def read_into(self, out: np.ndarray) -> bool:  # noqa: ARG002
+        return False  # its path is no file here
+
     def _map(self, first: int, count: int) -> np.ndarray:
         tensor = self.tensor
         start, nbytes = tensor.offset + first * tensor.dtype.itemsize, count * tensor.dtype.itemsize
