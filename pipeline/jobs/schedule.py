@@ -96,22 +96,14 @@ class Watch(Trigger):
     """Looks for new checkpoints below `path`, a directory or a URL that fsspec knows, and makes jobs of them.
 
     `pattern`: where the checkpoints' directories are, below it. One is taken when it is whole and nothing of it has changed for
-    `settle_seconds`. `job`: options as in a matrix, without the source. `fetch_to`: the local directory that what is found behind a
-    URL is copied to, each into FINGERPRINT/NAME.
+    `settle_seconds`. `job`: options as in a matrix, without the source; what is found behind a URL is read there, by ranges.
     """
 
     path: str
     job: dict[str, Any]
     pattern: str = "*"
-    fetch_to: str | None = None
     every_seconds: Annotated[float, Field(ge=0.1)] = 60.0
     settle_seconds: Annotated[float, Field(ge=0)] = 120.0
-
-    @model_validator(mode="after")
-    def _is_fetched(self) -> Watch:
-        if ("://" in self.path) != (self.fetch_to is not None):
-            raise ValueError("fetch_to with a path that is a URL, and with no other")
-        return self
 
     @field_validator("job")
     @classmethod
@@ -176,16 +168,12 @@ def read_schedule(file: Path) -> Schedule:
         for key, value in read_toml_file(file, "a schedule").items()
     }
     schedule = validate(Schedule, values, str(file))
-    watches = tuple(
-        each.model_copy(
-            update={"path": _absolute(each.path, folder), "fetch_to": each.fetch_to and _absolute(each.fetch_to, folder)}
-        )
-        for each in schedule.watch
-    )
+    watches = tuple(each.model_copy(update={"path": _absolute(each.path, folder)}) for each in schedule.watch)
     return schedule.model_copy(update={"folder": folder, "watch": watches})
 
 
 def _absolute(path: str, folder: Path) -> str:
+    path = path.removeprefix("file://")
     return path if "://" in path else os.path.normpath(folder / Path(path).expanduser())
 
 

@@ -28,7 +28,6 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import BadInput, HeadraceError, Interrupted, Problem
 from pipeline.jobs.batch import cluster
 from pipeline.jobs.child import Child
-from pipeline.jobs.fetch import fetch
 from pipeline.jobs.files import job_file, printable
 from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.history import DAY, History
@@ -38,7 +37,7 @@ from pipeline.jobs.overview import Overview
 from pipeline.jobs.runs import ACTIVE, GOOD, Run
 from pipeline.jobs.schedule import Cron, Interval, Schedule, Watch, first_time, trigger_of
 from pipeline.jobs.units import Unit
-from pipeline.jobs.watch import Arrival, Watcher
+from pipeline.jobs.watch import Watcher
 from pipeline.planning.job_file import anchored
 from pipeline.planning.listen import PAGE, Listen, parse_listen
 from pipeline.watching.server import serving
@@ -163,7 +162,8 @@ class Daemon:
     def _look(self, watch: Watch, watcher: Watcher) -> None:
         for arrival in watcher.look():
             job = {**watch.job, "output_dir": watch.job["output_dir"].replace("{fingerprint}", arrival.fingerprint)}
-            table = anchored({**job, "model_dir": glob.escape(self._fetched(watch, arrival))}, self.schedule.folder)
+            source = arrival.place if "://" in arrival.place else glob.escape(arrival.place)
+            table = anchored({**job, "model_dir": source}, self.schedule.folder)
             file = self.history.asked / f"watch-{watch.name}-{arrival.fingerprint}.toml"
             values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
             file.write_text(f"[[matrix]]\n{job_file(values)}")
@@ -172,15 +172,6 @@ class Daemon:
             finally:
                 file.unlink()
             self.history.set_mark("arrived", f"{watch.name} {printable(arrival.place)}", arrival.fingerprint)
-
-    def _fetched(self, watch: Watch, arrival: Arrival) -> str:
-        """Where the checkpoint is on this machine."""
-        if watch.fetch_to is None:
-            return arrival.place
-        directory = f"{watch.fetch_to}/{arrival.fingerprint}/{arrival.name}"
-        self.log.say("fetching", f"trigger {watch.name}: fetching {arrival.place} to {directory}")
-        fetch(arrival.place, directory, self.stop)
-        return directory
 
     def _queue(self, trigger: str, names: list[str], source: str) -> None:
         """Ask for the units of batch files. An error in the whole of it is recorded as a refused run."""

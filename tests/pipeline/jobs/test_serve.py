@@ -9,8 +9,10 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ from pipeline.jobs.log import Log
 from pipeline.jobs.runs import ACTIVE
 from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
+from pipeline.jobs.watch import Arrival
 from pipeline.sinks.hold import Holder, birth, holder
 from tests.pipeline.jobs.receiver import receiving
 from tests.pipeline.jobs.stand_in import wait
@@ -235,19 +238,17 @@ def test_a_batch_file_that_is_wrong_shows_as_a_refused_run(place: Place) -> None
     assert "never became one" in place.jobs("retry", 1).err
 
 
-@pytest.mark.parametrize("remote", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["directory", "URL"])
-def test_what_arrives_is_converted_once(place: Place, tmp_path: Path, remote: bool) -> None:
+def test_what_arrives_is_converted_once(place: Place, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    where = f'path = "file://{tmp_path}/in"\nfetch_to = "fetched"' if remote else 'path = "in"'
-    text = f"""
+    text = """
     [[watch]]
     name = "arrivals"
-    {where}
+    path = "in"
     every_seconds = 0.2
     settle_seconds = 0.5
     [watch.job]
     tp_size = [1, 2]
-    output_dir = "out/{{model}}-{{tp_size}}"
+    output_dir = "out/{model}-{tp_size}"
     """
     place.write("schedule.toml", text)
     with place.serving():
@@ -257,7 +258,6 @@ def test_what_arrives_is_converted_once(place: Place, tmp_path: Path, remote: bo
     assert [(run["cause"], run["state"]) for run in place.runs()] == [("arrivals", "done")]
     for tp in (1, 2):
         assert (tmp_path / f"out/[new] *model?-{tp}/config.json").exists()
-    assert bool(list(tmp_path.glob("fetched/*/* *model?/config.json"))) == remote
     assert list(tmp_path.glob("history.db.d/*")) == []
     with place.serving():
         time.sleep(1.2)
@@ -336,7 +336,7 @@ def test_everything_at_once(place: Place, tmp_path: Path) -> None:
         ('[notify]\napprise = "tgram://hidden/1"\n', (), "notify.apprise"),
         ('[notify]\napprise = { env = "NOT_THERE_AT_ALL" }\n', (), "notify.apprise: found nothing at"),
         ('scheduler = "here"\n', (), "--scheduler"),
-        ('[[watch]]\nname = "w"\npath = "nothing://x"\nfetch_to = "y"\n[watch.job]\noutput_dir = "{model}"\n', (), "watch w: path"),
+        ('[[watch]]\nname = "w"\npath = "nothing://x"\n[watch.job]\noutput_dir = "{model}"\n', (), "watch w: path"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_the_start(
@@ -359,3 +359,17 @@ def test_the_daemon_imports_nothing_of_what_converts() -> None:
     code = "import sys; import pipeline.jobs.serve; print(*sorted({'torch', 'zarr', 'distributed'} & set(sys.modules)))"
     ran = subprocess.run([*COMMAND[:2], "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert ran.stdout.strip() == ""
+
+
+def test_what_arrives_in_a_bucket_is_read_there(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.write("schedule.toml", '[[watch]]\nname = "w"\npath = "in"\n[watch.job]\noutput_dir = "out/{model}-{fingerprint}"\n')
+    history = History(tmp_path / "other.db", write=True)
+    daemon = Daemon(read_schedule(tmp_path / "schedule.toml"), history, Log(sys.stderr, "text"))
+    asked: list[str] = []
+    monkeypatch.setattr(daemon, "_queue", lambda _trigger, names, _source: asked.extend(Path(name).read_text() for name in names))
+    (watch, watcher), *_ = daemon._watchers
+    monkeypatch.setattr(watcher, "look", lambda: [Arrival("s3://bucket/org/[m]", "[m]", "c0ffee")])
+    daemon._look(watch, watcher)
+    (table,) = (tomllib.loads(text)["matrix"] for text in asked)
+    assert table == [{"output_dir": f"{tmp_path}/out/{{model}}-c0ffee", "model_dir": "s3://bucket/org/[m]"}]
+    history.close()

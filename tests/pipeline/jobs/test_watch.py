@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.errors import BadInput, Interrupted
-from pipeline.jobs.fetch import fetch
+from pipeline.errors import BadInput
 from pipeline.jobs.schedule import Watch
 from pipeline.jobs.watch import Watcher
 from tests.support import checkpoints
@@ -24,8 +22,7 @@ class Looking:
     """A watcher with its memory and its clock."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        remote: dict[str, Any] = {"fetch_to": "/nowhere"} if "://" in path else {}
-        watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **remote, **options)
+        watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **options)
         self.known, self.now = dict[str, str](), 1000.0
         self.said = list[str]()
         self.watcher = Watcher(watch, self.known.get, self.said.append, lambda: self.now)
@@ -215,7 +212,7 @@ def upload(source: Path, url: str) -> None:
         files.pipe_file(f"{path}/{each.name}", each.read_bytes())
 
 
-def test_an_object_store_is_watched_and_its_checkpoint_fetched(tmp_path: Path, bucket: str) -> None:
+def test_an_object_store_is_watched(tmp_path: Path, bucket: str) -> None:
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA, shards=2)
     looking = Looking(bucket, pattern="*/*")
     assert looking.after(0) == []
@@ -224,30 +221,8 @@ def test_an_object_store_is_watched_and_its_checkpoint_fetched(tmp_path: Path, b
     looking.now += 30
     (arrival,) = looking.watcher.look()
     assert (arrival.name, arrival.place.split("//")[0]) == ("model", "memory:")
-    here, stop = tmp_path / "here/model", threading.Event()
-    fetch(arrival.place, str(here), stop)
-    assert {path.name: path.read_bytes() for path in here.iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
-    }
-    # What is there is not fetched again; what is not whole is.
-    os.utime(here / "model.safetensors.index.json", (1, 1))
-    (here / "config.json").unlink()
-    (here / "config.json.partial").write_text("ha")
-    fetch(arrival.place, str(here), stop)
-    assert (here / "model.safetensors.index.json").stat().st_mtime == 1
-    assert (here / "config.json").read_bytes() == (tmp_path / "model/config.json").read_bytes()
-    assert not list(here.glob("*.partial"))
-    stop.set()
-    with pytest.raises(Interrupted):
-        fetch(arrival.place, str(tmp_path / "again"), stop)
-    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_what_nothing_here_can_read_is_refused() -> None:
     with pytest.raises(BadInput, match=r"watch w: path: found nothing://x"):
         Looking("nothing://x")
-
-
-def test_a_fetch_that_fails_says_where(tmp_path: Path, bucket: str) -> None:
-    with pytest.raises(BadInput, match="expected a checkpoint that can be copied"):
-        fetch(f"{bucket}/gone", str(tmp_path / "x"), threading.Event())
