@@ -10,7 +10,13 @@ from pipeline.model.tables import Family
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """Return `config[key]`; a key `a.b` that is not there itself means `config["a"]["b"]`. None where there is no value."""
+    """Return `config[key]`; a key `a.b` that is not there itself means `config["a"]["b"]`. None where there is no value.
+
+    A key `#a` means the number of entries of the object `config["a"]`.
+    """
+    if key.startswith("#"):
+        counted = config.get(key[1:])
+        return len(counted) if isinstance(counted, Mapping) else None
     if config.get(key) is not None:
         return config[key]
     head, _, rest = key.partition(".")
@@ -70,6 +76,25 @@ def assumed(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         for field, value in family.assumed.items()
         if field not in family.defaults and not any(key in config for key in family.fields.get(field, ()))
     }
+
+
+def refusals(config: Mapping[str, Any], family: Family, file: str) -> list[Problem]:
+    """Return why the family's remarks refuse a configuration; [] where none does."""
+    problems = []
+    for remark in family.remarks:
+        if remark.refused and _fits(config, remark.when):
+            told = ", ".join(f"{key} {lookup(config, key)}" for key in remark.when)
+            problems.append(Problem(f"{file}: {next(iter(remark.when))}", told, remark.refused, remark.remedy))
+    return problems
+
+
+def remark_notes(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """Return what the family's remarks say of a configuration that they do not refuse."""
+    return tuple(remark.note for remark in family.remarks if remark.note and _fits(config, remark.when))
+
+
+def _fits(config: Mapping[str, Any], when: Mapping[str, Any]) -> bool:
+    return all(type(found := lookup(config, key)) is type(value) and found == value for key, value in when.items())
 
 
 def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:

@@ -53,11 +53,13 @@ class RopeKind:
     """A kind of `rotary_scaling`.
 
     `needs`: keys that must be there. `only`: the one value of a key that is computed. `because`: why a missing key matters.
+    `position_embedding_type`: config.json's that goes with this kind, and with no other; "" for the usual one.
     `remedy`: what a plan advises. `section`: the fact's, in docs/format/runtime-1.2.md.
     """
 
     needs: tuple[str, ...]
     only: Mapping[str, Any] = field(default_factory=dict)
+    position_embedding_type: str = ""
     because: str = ""
     remedy: str = ""
     section: str = ""

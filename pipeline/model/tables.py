@@ -66,6 +66,20 @@ class KnownModel:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """A remark of a plan on models whose configuration has some values.
+
+    `when`: the keys and values. `note`: what is said of a model that is converted. `refused`: why it is not, in the place of what
+    was expected; "" where it is. `remedy`: what would do.
+    """
+
+    when: Mapping[str, Any]
+    note: str = ""
+    refused: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: the names of modules and the keys of sizes in its checkpoints.
 
@@ -105,6 +119,16 @@ class Family:
         The sizes by which keys are told that no configuration has; a model of another size needs the option of that name.
     known
         Models whose configurations do not say everything; the first row that fits counts, and the last fits always.
+    left_out
+        The beginnings of the names of tensors that are not converted, each with the reason.
+    told
+        The tensor whose number of rows a field is, where the configuration does not say it.
+    divisors
+        The number that a field's value in the configuration is to be divided by.
+    remarks
+        What a plan says of models whose configuration has some values, or why it refuses them.
+    proof
+        What the ranks of the family were compared with, in words.
     """
 
     name: str
@@ -125,6 +149,11 @@ class Family:
     published: tuple[PublishedSize, ...] = ()
     known: tuple[KnownModel, ...] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
+    divisors: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+    proof: str = ""
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -304,6 +333,11 @@ def _family(name: str) -> Family:
         scaling=data.get("scaling", {}),
         assumed=data.get("assumed", {}),
         known=tuple(KnownModel(**row) for row in data.get("known", ())),
+        left_out=data.get("left_out", {}),
+        told=data.get("told", {}),
+        divisors=data.get("divisors", {}),
+        remarks=tuple(Remark(**row) for row in data.get("remarks", ())),
+        proof=data.get("proof", ""),
     )
 
 

@@ -180,8 +180,12 @@ def test_operations_undo_and_are_undone(
     groups, period = case
     array = data.draw(hnp.arrays(np.int16, (groups * period, *columns)))
     pair, before = OPERATIONS[operation], array.copy()
-    assert np.array_equal(pair.inverse(pair.forward(array, period), period), array)
-    assert np.array_equal(pair.forward(pair.inverse(array, period), period), array)
+    once = pair.forward(array, period)
+    if pair.inverse is None:
+        assert np.allclose(pair.forward(once, period), once, rtol=1e-6)
+    else:
+        assert np.array_equal(pair.inverse(once, period), array)
+        assert np.array_equal(pair.forward(pair.inverse(array, period), period), array)
     assert np.array_equal(array, before), "a mapped file must not be written to"
 
 

@@ -59,7 +59,7 @@ def stage_tensors(settings: ContractSettings, number: int) -> dict[str, Expected
         result |= dict(_layer(settings, f"transformer.layers.{local}.", first_layer + local))
     if number == last:
         result |= dict(_norm(settings, "transformer.ln_f"))
-        rows = -(-settings.vocab_size // settings.parallel.tp)
+        rows = settings.head_rows
         result["lm_head.weight"] = single_form((rows, settings.hidden_size), settings.dtype)
         if settings.layer_norms:
             result["lm_head.bias"] = single_form((rows,), settings.dtype)

@@ -23,10 +23,13 @@ QWEN_TYPES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2ForSequenceClassification": "qwen2",
 }
-MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+CLASSIFIERS = ("Qwen2ForSequenceClassification",)  # whose head has a row a label
+MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
 DTYPES = ("float16", "bfloat16", "float32")
-POSITIONS = ("rope_gpt_neox", "long_rope", "yarn")
+POSITIONS = ("rope_gpt_neox", "long_rope", "yarn", "mrope")
 # The keys that `MoeConfig(**dict)` takes in some version from 0.13 to 1.2.1.
 MOE_KEYS = (
     "num_experts",
@@ -56,8 +59,8 @@ class ContractSettings:
     """The values of config.json that names and shapes of tensors depend on.
 
     `experts`: 0 for a dense model. `expert_size`, `shared_size`: intermediate sizes of an expert and of the shared one, 0 for none.
-    `embedding`: the axis of the embedding that ranks share, "vocabulary" or "hidden", "" for none. `lacking`: the features that the
-    attention of the algorithm does not compute.
+    `labels`: of a classifier, 0 for a model of tokens. `embedding`: the axis of the embedding that ranks share, "vocabulary" or
+    "hidden", "" for none. `lacking`: the features that the attention of the algorithm does not compute.
     """
 
     architecture: str
@@ -81,6 +84,12 @@ class ContractSettings:
     parallel: MappingSizes
     quantization: QuantizationBlock
     lacking: tuple[str, ...] = ()
+    labels: int = 0
+
+    @property
+    def head_rows(self) -> int:
+        """The rows of lm_head on a rank: its share of the labels, or of the vocabulary, which is padded."""
+        return self.labels // self.parallel.tp if self.labels else -(-self.vocab_size // self.parallel.tp)
 
     @property
     def model_class(self) -> str:
@@ -150,6 +159,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         parallel=parallel,
         quantization=quantization,
         lacking=replaced.lacks if (replaced := replaced_attention(config)) else (),
+        labels=reader.size("num_labels") if architecture in CLASSIFIERS else 0,
     )
     _by_class(reader, architecture, settings)
     usable = all(each.usable for each in (reader, moe, mapping, block))
@@ -201,6 +211,11 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
                 reader.wrong(key, str(value).lower())
     if kind == "qwen":
         reader.text("qwen_type", (QWEN_TYPES[architecture],))
+    if config.get("position_embedding_type") == "mrope":
+        scaling = config.get("rotary_scaling")
+        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+        if not isinstance(section, list) or len(section) != 3 or sum(section) != settings.rotary_size // 2:
+            reader.wrong("rotary_scaling", f"mrope_section: three numbers, {settings.rotary_size // 2} in all")
     if settings.inter_norms:
         reader.positive("query_pre_attn_scalar")
     if kind == "phi" and config.get("position_embedding_type") == "long_rope":
@@ -233,6 +248,8 @@ def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:
         key = "moe_intermediate_size" if own else "intermediate_size"
         shares.append((key, settings.expert_size, "moe_tp_size", parallel.moe_tp))
         shares.append(("moe.num_experts", settings.experts, "moe_ep_size", parallel.moe_ep))
+    if settings.labels:
+        shares.append(("num_labels", settings.labels, "tp_size", tp))
     if settings.shared_size:
         shares.append(("moe_shared_expert_intermediate_size", settings.shared_size, "tp_size", tp))
     if settings.embedding == "hidden":

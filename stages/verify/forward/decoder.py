@@ -123,13 +123,16 @@ class Decoder:
         return torch.cat([rows[token] for token in tokens.tolist()]) if rows else torch.empty(0, shape[1])
 
     def _head(self, x: Tensor) -> Tensor:
-        """The logits before scaling, [tokens, vocab_size]. Each rank has as many rows of lm_head; the last of all are padding."""
+        """The logits before scaling: [tokens, vocab_size], or [tokens, num_labels].
+
+        Each rank has as many rows of lm_head; the last of all are padding.
+        """
         settings, stage = self.settings, self._stages[-1]
-        rows = -(-settings.vocab // settings.tp)
+        rows = -(-settings.outputs // settings.tp)
         biased = settings.layer_norm and stage.has(f"{HEAD}.bias")
         parts = []
         for place, rank in enumerate(stage.ranks):
             parts.append(stage.part(rank, x, HEAD, rows, bias=biased))
             for parameter in ("weight", "bias") if biased else ("weight",):
-                self._weights.zeros(rank, f"{HEAD}.{parameter}", settings.vocab - place * rows)
-        return torch.cat(parts, -1)[:, : settings.vocab]
+                self._weights.zeros(rank, f"{HEAD}.{parameter}", settings.outputs - place * rows)
+        return torch.cat(parts, -1)[:, : settings.outputs]

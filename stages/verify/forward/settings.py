@@ -91,6 +91,11 @@ class DecoderSettings(RankLayout):
         return int(self.config["vocab_size"])
 
     @property
+    def outputs(self) -> int:
+        """The rows of lm_head, without padding: tokens, or the labels of a classifier."""
+        return int(self.config["num_labels"]) if self.architecture == "Qwen2ForSequenceClassification" else self.vocab
+
+    @property
     def hidden(self) -> int:
         """Features of a token between layers."""
         return int(self.config["hidden_size"])

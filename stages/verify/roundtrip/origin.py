@@ -15,6 +15,7 @@ from stages.verify.roundtrip.model_split import Span, model_split, split
 
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
 GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+CLASSIFIERS = ("Qwen2ForSequenceClassification",)
 # What Hugging Face's models call a layer's parts: the first name that the source has.
 EXPERTS = ("block_sparse_moe.experts.{e}.", "mlp.experts.{e}.")
 ROUTERS = ("block_sparse_moe.gate", "mlp.gate", "mlp.router")
@@ -136,6 +137,10 @@ class _OriginRules:
             yield from self._padded(Origin(rank, module, (0, 0), source), tp_rank)
 
     def _head(self, rank: int, tp_rank: int) -> Iterator[Origin]:
+        if self.architecture in CLASSIFIERS:
+            share = split(self._rows("score.weight"), self.split.tp, tp_rank)
+            yield from self._stacked(rank, "lm_head", [("score", share)])
+            return
         source = self._first("lm_head", "model.embed_tokens")
         for parameter in ("weight", "bias"):
             name = f"{source}.{parameter}" if parameter == "weight" else "lm_head.bias"

@@ -20,7 +20,7 @@ NUMBERS = {"layer": 7, "expert": 3}
 FAMILIES = families()
 LAYOUTS = [layout(path.stem) for path in sorted((CONFIGS / "layouts").glob("*.toml"))]
 FIELDS = {field.name for field in fields(ModelConfig)}
-KNOWN = FIELDS | {name for name, value in vars(ModelConfig).items() if isinstance(value, property)}
+KNOWN = FIELDS | {name for name in dir(ModelConfig) if isinstance(getattr(ModelConfig, name), property)}
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 each_layout = pytest.mark.parametrize("target", LAYOUTS, ids=lambda target: target.name)
@@ -72,7 +72,12 @@ def test_every_module_of_the_layout_has_its_rows(family: Family) -> None:
 
 
 # The modules for which a family knows several names of which a checkpoint has one; its other rows are a bijection.
-ALIASES = {"transformer.layers.{layer}.mlp.router"}
+ALIASES = {
+    "transformer.layers.{layer}.mlp.router",
+    "transformer.layers.{layer}.mlp.fc.gate",
+    "transformer.layers.{layer}.mlp.fc.up",
+    "transformer.layers.{layer}.mlp.proj",
+}
 
 
 @each_family

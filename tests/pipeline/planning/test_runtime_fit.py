@@ -24,8 +24,9 @@ from pipeline.reporting.verification import verify
 from tests.end_to_end.test_family_forward import build, exaone, internlm2
 from tests.pipeline.reporting.test_verify_families import FAMILIES, sized
 
-MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
+AXES = "Qwen2VLForConditionalGeneration"  # whose positions have several
 BUILT = {
     "LlamaForCausalLM": "llama_biases",
     "MistralForCausalLM": "mistral",
@@ -33,10 +34,15 @@ BUILT = {
     "GraniteForCausalLM": "granite",
     "ExaoneForCausalLM": "mistral",
     "InternLM2ForCausalLM": "mistral",
+    "InternLMForCausalLM": "llama_biases",
+    "SkyworkForCausalLM": "mistral",
+    "GraniteMoeForCausalLM": "granitemoe",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2VLForConditionalGeneration": "qwen2",
+    "Qwen2ForSequenceClassification": "qwen2",
     "Phi3ForCausalLM": "phi3",
     "PhiMoEForCausalLM": "phimoe",
     "GemmaForCausalLM": "gemma",
@@ -64,6 +70,7 @@ ROPES: dict[str, dict[str, Any] | None] = {
     "dynamic": {"type": "dynamic", "factor": 2.0},
     "dynamic with alpha": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0},
     "longrope": {"type": "longrope", **FACTORS, "short_mscale": 1.1, "long_mscale": 1.3, "original_max_position_embeddings": 64},
+    "mrope": {"type": "mrope", "mrope_section": [8, 12, 12]},
     "unknown": {"rope_type": "cosine", "factor": 2.0},
 }
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -83,6 +90,12 @@ def reasons(architecture: str, quantization: str, rope: str, stages: int) -> set
         result.add("sends nothing from stage to stage")
     if rope == "unknown" or (rope == "longrope" and architecture not in PHI):
         result.add("class computes no other")
+    elif architecture == AXES and rope != "mrope":
+        result.add("mrope_section" if rope in ("none", "empty", "default") else "as position_embedding")
+    elif architecture == AXES:
+        pass
+    elif rope == "mrope":
+        result.add("as position_embedding" if architecture.startswith("Qwen") else "class computes no other")
     elif rope not in ("none", "empty", "default", "longrope") and unscaled:
         result.add("null: " + architecture)
     elif rope == "dynamic":
@@ -110,6 +123,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             config = json.loads((directory / "config.json").read_text())
             config = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling", "layer_types")}
             config |= {"rope_theta": 10000.0, "architectures": [architecture], "sliding_window": None}
+            if architecture == "Qwen2ForSequenceClassification":
+                tensors = load_file(directory / "model.safetensors")
+                tensors["score.weight"] = tensors.pop("lm_head.weight")[:4].clone()
+                save_file(tensors, directory / "model.safetensors")
             if other := {"ExaoneForCausalLM": exaone, "InternLM2ForCausalLM": internlm2}.get(architecture):
                 arrays = load_file(directory / "model.safetensors")
                 config, tensors = other(config, {name: values.view(torch.int16).numpy() for name, values in arrays.items()})

@@ -35,7 +35,7 @@ FAMILIES = {
     name: case
     for name, case in CASES.items()
     if name in ("llama_biases", "llama_linear", "mistral", "mixtral", "granite", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-    or name in ("phi3", "phi3_long", "phimoe", "gemma", "gemma2", "gemma3")
+    or name in ("phi3", "phi3_long", "phimoe", "gemma", "gemma2", "gemma3", "granitemoe", "ernie4_5", "seed_oss")
 }
 FROM_NUMBERS = {
     "dense": {},
@@ -51,7 +51,7 @@ FORMATS = {
     "modelopt awq": quantized_checkpoints.modelopt_awq(),
 }
 # A stack of experts has no place for what these hold (docs/quantization.md).
-EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
+EXPERT_FAMILIES = ("mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "phimoe")
 NO_EXPERTS = ("compressed fp8", "fp8 rowwise", "modelopt awq")
 # What the attention of FP8 by row lacks, and no list of excluded modules brings back.
 NOT_BY_ROW = ("gemma2", "gemma3", "phi3_long")
