@@ -19,6 +19,7 @@ from pipeline.tensor.arrays import BlockArray, Index, Maker, grid
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.source_reader import SourceReader
+from stages.read.text_part import text_part
 from stages.read.unread_containers import unread_container
 from stages.read.wrapped_names import unwrapped
 
@@ -75,7 +76,7 @@ def _find_source(
 
         model_dir = hub.find(model_dir, revision, download)
     assert model_dir is not None, "a job has a source"
-    source = unwrapped(open_source(model_dir))
+    source = unwrapped(text_part(open_source(model_dir)))
     if quant_ckpt_path:
         from stages.read import beside
 
@@ -87,7 +88,7 @@ def open_model(model: Any) -> Source:
     """A Hugging Face model in memory. Raises BadInput where it is none, or some of its values are not in memory."""
     from stages.read import live_model
 
-    return unwrapped(live_model.open_model(model))
+    return unwrapped(text_part(live_model.open_model(model)))
 
 
 def open_source(location: Path) -> Source:

@@ -45,7 +45,7 @@ def test_what_differs_in_nothing_is_left_to_whoever_knows_its_code() -> None:
         ({"use_qkv_bias": True}, "biases (use_qkv_bias)"),
         ({"kv_lora_rank": 512}, "latent attention (MLA) (kv_lora_rank)"),
         ({"num_experts": 8, "n_shared_experts": 2}, "experts (num_experts), shared experts (n_shared_experts)"),
-        ({"rope_scaling": {"mrope_section": [1, 2]}}, "positions (rope_scaling.mrope_section)"),
+        ({"rope_scaling": {"llama_4_scaling_beta": 0.1}}, "positions (rope_scaling.llama_4_scaling_beta)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -59,9 +59,9 @@ def test_a_key_that_says_nothing_is_no_difference(more: dict[str, Any]) -> None:
 
 
 def test_names_of_tensors_tell_what_a_configuration_does_not() -> None:
-    names = [name.replace("q_proj", "W_pack") for name in NAMES if "k_proj" not in name and "v_proj" not in name]
+    names = [name.replace("q_proj", "all_proj") for name in NAMES if "k_proj" not in name and "v_proj" not in name]
     told = said(LLAMA, [*names, "model.norm.bias"])
-    assert "tensors that it does not have (model.layers.{}.self_attn.W_pack, model.norm.bias)" in told
+    assert "tensors that it does not have (model.layers.{}.self_attn.all_proj, model.norm.bias)" in told
     assert "the lack of model.layers.{}.self_attn.k_proj, model.layers.{}.self_attn.q_proj, model.layers.{}" in told
 
 
@@ -90,7 +90,7 @@ def test_a_text_part_that_no_family_is_for_is_told_from_the_nearest_too() -> Non
     ("name", "told"),
     [
         ("OrionStarAI/Orion-14B-Chat", "llama, but for tensors that it does not have (model.layers.{}.input_layernorm.bias, "),
-        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2, but for positions (rope_scaling.mrope_section), other inputs than text "),
+        ("mistralai/Ministral-3-3B-Instruct-2512 (Mistral3, real config)", "llama, but for positions (rope_parameters.llama_4_"),
         ("CohereForAI/aya-23-8B", "llama, but for norms (layer_norm_eps), multipliers (logit_scale), the lack of "),
     ],
 )
