@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import convert, plan
+from pipeline import BadInput, convert, plan
 from pipeline.reporting.verification import verify
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
@@ -46,6 +46,14 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+def check(output: Path, source: Path, name: str) -> None:
+    """Verify an output, with the logits where transformers has a model that computes the same."""
+    result = verify(output, source, logits=name != "arctic", tokens=11)
+    result.check()
+    if result.logits is not None:
+        assert result.logits["comparisons"][-1]["max_relative"] < TOLERANCE
+
+
 def tokens_of(model: RemoteModel) -> torch.Tensor:
     return torch.randint(model.config["vocab_size"], (20,), generator=torch.Generator().manual_seed(2))
 
@@ -58,19 +66,27 @@ def test_the_ranks_compute_what_the_modelling_code_computes(name: str, target: s
     convert(model_dir=source, output_dir=output, dtype="float32", scheduler="synchronous", **TARGETS[target])
     tokens = tokens_of(model)
     assert apart(logits(output, tokens), model.logits(tokens)) < TOLERANCE
-    result = verify(output, source, logits=True, tokens=11)
-    result.check()
-    assert result.summary()["logits"]["comparisons"][0]["max_relative"] < TOLERANCE
+    check(output, source, name)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "baichuan" else pytest.mark.nightly) for name in WIDE])
 def test_numbers_quantized_on_the_way(name: str, form: str, tmp_path: Path) -> None:
     source, output = WIDE[name].save(tmp_path / "model"), tmp_path / "ranks"
-    convert(model_dir=source, output_dir=output, dtype="bfloat16", tp_size=2, scheduler="synchronous", **FORMS[form])
-    result = verify(output, source, logits=True, tokens=11)
-    result.check()
-    assert result.summary()["logits"]["comparisons"][-1]["max_relative"] < TOLERANCE
+    options = {
+        "model_dir": source,
+        "output_dir": output,
+        "dtype": "bfloat16",
+        "tp_size": 2,
+        "scheduler": "synchronous",
+        **FORMS[form],
+    }
+    if (name, form) == ("arctic", "fp8 rowwise"):
+        with pytest.raises(BadInput, match="a model without experts"):
+            convert(**options)
+        return
+    convert(**options)
+    check(output, source, name)
 
 
 def notes(model: RemoteModel, place: Path, **config: Any) -> tuple[str, ...]:

@@ -133,6 +133,33 @@ def qwen(config: Config, t: Tensors, tokens: Tensor) -> Tensor:
     return functional.linear(normed(x, t["transformer.ln_f.weight"], epsilon), t["lm_head.weight"])
 
 
+def arctic(config: Config, t: Tensors, tokens: Tensor) -> Tensor:
+    """Experts of what attention reads, added to a dense MLP of what it gives; the shares of a token's experts sum to 1."""
+    heads, kv_heads, epsilon = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
+
+    def mlp(name: str, x: Tensor) -> Tensor:
+        inner = functional.silu(linear(t, f"{name}.w1", x)) * linear(t, f"{name}.w3", x)
+        return linear(t, f"{name}.w2", inner)
+
+    x = t["model.embed_tokens.weight"][tokens]
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        inner = normed(x, t[f"{layer}.input_layernorm.weight"], epsilon)
+        q, k, v = (linear(t, f"{layer}.self_attn.{part}_proj", inner) for part in "qkv")
+        after = x + linear(t, f"{layer}.self_attn.o_proj", attended(q, k, v, heads, kv_heads, config["rope_theta"]))
+        dense = mlp(f"{layer}.residual_mlp", normed(after, t[f"{layer}.residual_layernorm.weight"], epsilon))
+        inner = normed(x, t[f"{layer}.post_attention_layernorm.weight"], epsilon)
+        shares = linear(t, f"{layer}.block_sparse_moe.gate", inner).softmax(-1)
+        chosen = shares.topk(config["num_experts_per_tok"], -1)
+        mixed = torch.zeros_like(x)
+        for place in range(len(tokens)):
+            weights = chosen.values[place] / chosen.values[place].sum()
+            for weight, expert in zip(weights, chosen.indices[place].tolist(), strict=True):
+                mixed[place] += weight * mlp(f"{layer}.block_sparse_moe.experts.{expert}", inner[place])
+        x = after + dense + mixed
+    return linear(t, "lm_head", normed(x, t["model.norm.weight"], epsilon))
+
+
 # Their tensors
 
 
@@ -172,6 +199,21 @@ def llama_shapes(config: Config, biases: tuple[str, ...] = (), fused: bool = Fal
             f"{layer}.input_layernorm.weight": (hidden,),
             f"{layer}.post_attention_layernorm.weight": (hidden,),
         }
+    return result
+
+
+def arctic_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    result = {name: shape for name, shape in llama_shapes(config).items() if ".mlp." not in name}
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        result |= {f"{layer}.residual_layernorm.weight": (hidden,)}
+        result |= {f"{layer}.residual_mlp.{name}.weight": (hidden, hidden) for name in ("w1", "w2", "w3")}
+        result |= {f"{layer}.block_sparse_moe.gate.weight": (config["num_local_experts"], hidden)}
+        for expert in range(config["num_local_experts"]):
+            front = f"{layer}.block_sparse_moe.experts.{expert}"
+            result |= {f"{front}.w1.weight": (inner, hidden), f"{front}.w3.weight": (inner, hidden)}
+            result |= {f"{front}.w2.weight": (hidden, inner)}
     return result
 
 
@@ -228,6 +270,8 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
         use_dynamic_ntk=True,
         use_logn_attn=True,
     )
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}
+    snow = named("ArcticForCausalLM", "arctic", grouped, rope_theta=500.0, **experts)
     further = {f"model.mtp_layers.0.{name}.weight": torch.ones(8) for name in ("input_layernorm", "final_layernorm")}
     qkv = ("q_proj", "k_proj", "v_proj")
     return {
@@ -239,5 +283,6 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
         "baichuan": RemoteModel(baichuan, values(llama_shapes(baichuan, fused=True)), baichuan2),
         "minicpm": RemoteModel(mini, values(llama_shapes(mini)), minicpm),
         "minicpm_tied": RemoteModel(mini_tied, values(llama_shapes(mini_tied)), minicpm),
+        "arctic": RemoteModel(snow, values(arctic_shapes(snow)), arctic),
         "qwen": RemoteModel(qwen1, values(qwen_shapes(qwen1)), qwen, {"transformer.visual.proj": torch.ones(8, 8)}),
     }

@@ -27,7 +27,14 @@ QWEN_TYPES = {
     "Qwen2ForSequenceClassification": "qwen2",
 }
 CLASSIFIERS = ("Qwen2ForSequenceClassification",)  # whose head has a row a label
-MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+MIXTURES = (
+    "MixtralForCausalLM",
+    "ArcticForCausalLM",
+    "GraniteMoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "PhiMoEForCausalLM",
+)
 DTYPES = ("float16", "bfloat16", "float32")
 POSITIONS = ("rope_gpt_neox", "long_rope", "yarn", "mrope")
 # The keys that `MoeConfig(**dict)` takes in some version from 0.13 to 1.2.1.
@@ -44,6 +51,7 @@ MOE_KEYS = (
     "device_limited_routed_scaling_factor",
 )
 ALONE = {"world_size": 1, "tp_size": 1, "pp_size": 1}  # in place of a missing mapping, which is reported once
+BESIDE_EXPERTS = "ArcticForCausalLM"  # whose layers have a dense MLP, too
 # The LLaMA class asks for other modules where these have other values.
 CONSTANTS = {
     "residual_mlp": False,
@@ -109,6 +117,11 @@ class ContractSettings:
     def inter_norms(self) -> bool:
         """Whether norms stand on both sides of the MLP."""
         return self.architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+
+    @property
+    def residual_mlp(self) -> bool:
+        """Whether layers have a dense MLP, as wide as the model, beside their experts."""
+        return self.architecture == BESIDE_EXPERTS
 
     @property
     def layer_norms(self) -> bool:
@@ -206,7 +219,10 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
     """Check the values that a single class asks for."""
     config, kind = reader.values, _kind(architecture)
     if kind == "llama":
-        for key, value in CONSTANTS.items():
+        constants = {**CONSTANTS, "residual_mlp": architecture == BESIDE_EXPERTS}
+        if architecture == BESIDE_EXPERTS and not reader.has("residual_mlp"):
+            reader.wrong("residual_mlp", "true: the model has a dense MLP beside its experts")
+        for key, value in constants.items():
             if reader.has(key) and config[key] != value:
                 reader.wrong(key, str(value).lower())
     if kind == "qwen":

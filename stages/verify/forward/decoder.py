@@ -86,7 +86,10 @@ class Decoder:
         inner = self._attention(stage, f"{module}.attention", layer, norm(stage, f"{module}.input_layernorm", settings, x), cache)
         if between:
             inner = norm(stage, f"{module}.post_layernorm", settings, inner)
-        x = x + inner * settings.residual_scale
+        read, x = x, x + inner * settings.residual_scale
+        if settings.residual_mlp:
+            dense = self._mlp.dense(stage, f"{module}.residual_mlp", norm(stage, f"{module}.residual_layernorm", settings, x))
+            return x + dense + self._mlp(stage, f"{module}.mlp", norm(stage, f"{module}.post_layernorm", settings, read))
         before = "pre_feedforward_layernorm" if between else "post_layernorm"
         inner = self._mlp(stage, f"{module}.mlp", norm(stage, f"{module}.{before}", settings, x))
         if between:

@@ -164,6 +164,8 @@ class _OriginRules:
         tp = self.split.tp
         dense, output = f"{rank_prefix}attention.dense", f"{source_prefix}self_attn.o_proj"
         yield from self._row_parallel(rank, dense, output, lambda width: split(width, tp, tp_rank))
+        if self.config.get("residual_mlp"):
+            yield from self._residual(rank, tp_rank, f"{rank_prefix}residual_", f"{source_prefix}residual_")
         if self.config.get("moe", {}).get("num_experts"):
             yield from self._experts(rank, tp_rank, f"{rank_prefix}mlp.", source_prefix)
             return
@@ -178,6 +180,16 @@ class _OriginRules:
         yield from self._row_parallel(
             rank, f"{rank_prefix}mlp.proj", f"{source_prefix}mlp.down_proj", lambda width: split(width, tp, tp_rank)
         )
+
+    def _residual(self, rank: int, tp_rank: int, rank_prefix: str, source_prefix: str) -> Iterator[Origin]:
+        """Arctic's dense MLP, and the norm before it. w1 is the activated projection, w3 its factor."""
+        yield from self._norm(rank, f"{rank_prefix}layernorm", f"{source_prefix}layernorm")
+        for module, source in (("fc", "w1"), ("gate", "w3")):
+            name = f"{source_prefix}mlp.{source}"
+            share = split(self._rows(f"{name}.weight"), self.split.tp, tp_rank)
+            yield from self._stacked(rank, f"{rank_prefix}mlp.{module}", [(name, share)])
+        down = f"{source_prefix}mlp.w2"
+        yield from self._row_parallel(rank, f"{rank_prefix}mlp.proj", down, lambda width: split(width, self.split.tp, tp_rank))
 
     def _qkv(self, tp_rank: int, attention: str) -> list[tuple[str, Span]]:
         sizes, size = self.split, self.split.head_size

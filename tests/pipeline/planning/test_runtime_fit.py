@@ -24,7 +24,14 @@ from pipeline.reporting.verification import verify
 from tests.end_to_end.test_family_forward import build, exaone, internlm2
 from tests.pipeline.reporting.test_verify_families import FAMILIES, sized
 
-MIXTURES = ("MixtralForCausalLM", "GraniteMoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+MIXTURES = (
+    "MixtralForCausalLM",
+    "ArcticForCausalLM",
+    "GraniteMoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "PhiMoEForCausalLM",
+)
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
 AXES = "Qwen2VLForConditionalGeneration"  # whose positions have several
 BUILT = {
@@ -37,6 +44,7 @@ BUILT = {
     "InternLMForCausalLM": "llama_biases",
     "SkyworkForCausalLM": "mistral",
     "GraniteMoeForCausalLM": "granitemoe",
+    "ArcticForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
@@ -127,6 +135,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 tensors = load_file(directory / "model.safetensors")
                 tensors["score.weight"] = tensors.pop("lm_head.weight")[:4].clone()
                 save_file(tensors, directory / "model.safetensors")
+            if architecture == "ArcticForCausalLM":
+                config |= {"parallel_attn_mlp_res": True, "moe_layer_frequency": 1}
+                save_file(beside_experts(directory / "model.safetensors"), directory / "model.safetensors")
             if other := {"ExaoneForCausalLM": exaone, "InternLM2ForCausalLM": internlm2}.get(architecture):
                 arrays = load_file(directory / "model.safetensors")
                 config, tensors = other(config, {name: values.view(torch.int16).numpy() for name, values in arrays.items()})
@@ -137,6 +148,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             return directory
 
     return Models()
+
+
+def beside_experts(model: Path) -> dict[str, torch.Tensor]:
+    """Mixtral's tensors and those of Arctic's dense MLPs."""
+    tensors = load_file(model)
+    for name in [name for name in tensors if name.endswith(".self_attn.o_proj.weight")]:
+        layer, size = name.partition(".self_attn.")[0], tensors[name].shape[0]
+        tensors |= {f"{layer}.residual_mlp.w{n}.weight": torch.full((size, size), 0.01 * n).bfloat16() for n in (1, 2, 3)}
+        tensors[f"{layer}.residual_layernorm.weight"] = torch.ones(size).bfloat16()
+    return tensors
 
 
 def with_rope(model: Path, rope: str, place: Path) -> Path:

@@ -20,7 +20,7 @@ _GGUF_TABLES = r"rope_(freqs|factors_(short|long))\.weight|blk\.\d+\.attn_rot_em
 _TABLES = rf"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|{_GGUF_TABLES}"
 COMPUTED = re.compile(rf"{_TABLES}|.+\.(self_attn|attn|attention)\.(masked_)?bias")  # tables of positions, and masks
 # Models whose experts are called w1 (the activated projection), w3 and w2; others say gate_proj, up_proj and down_proj.
-NUMBERED = ("MixtralForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
+NUMBERED = ("MixtralForCausalLM", "ArcticForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
 STACK = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(\.weight)?")
 ROUTER = re.compile(r"(.+)\.mlp\.(gate|router)\.weight")
 
