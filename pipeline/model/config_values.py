@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.tables import Family
+from pipeline.model.tables import Family, Remark
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:
@@ -82,19 +82,26 @@ def refusals(config: Mapping[str, Any], family: Family, file: str) -> list[Probl
     """Return why the family's remarks refuse a configuration; [] where none does."""
     problems = []
     for remark in family.remarks:
-        if remark.refused and _fits(config, remark.when):
-            told = ", ".join(f"{key} {lookup(config, key)}" for key in remark.when)
-            problems.append(Problem(f"{file}: {next(iter(remark.when))}", told, remark.refused, remark.remedy))
+        if remark.refused and _fits(config, remark):
+            told = [f"{key} {lookup(config, key)}" for key in remark.when]
+            told += ["a value"] if remark.has else ["values that differ"] if remark.unlike else []
+            key = next(iter(remark.when), remark.has or remark.unlike)
+            problems.append(Problem(f"{file}: {key}", ", ".join(told), remark.refused, remark.remedy))
     return problems
 
 
 def remark_notes(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     """Return what the family's remarks say of a configuration that they do not refuse."""
-    return tuple(remark.note for remark in family.remarks if remark.note and _fits(config, remark.when))
+    return tuple(remark.note for remark in family.remarks if remark.note and _fits(config, remark))
 
 
-def _fits(config: Mapping[str, Any], when: Mapping[str, Any]) -> bool:
-    return all(type(found := lookup(config, key)) is type(value) and found == value for key, value in when.items())
+def _fits(config: Mapping[str, Any], remark: Remark) -> bool:
+    if not all(type(found := lookup(config, key)) is type(value) and found == value for key, value in remark.when.items()):
+        return False
+    if remark.unlike:
+        values = lookup(config, remark.unlike)
+        return isinstance(values, list) and any(value != values[0] for value in values)
+    return not remark.has or bool(lookup(config, remark.has))
 
 
 def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:

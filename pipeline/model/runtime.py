@@ -145,6 +145,8 @@ class Runtime:
         The GPU generations for which its loader arranges AWQ's weights in another order than the kernels read.
     orders
         The order of each GPU generation (80 for SM 8.0).
+    unserved
+        By architecture that no family is for, the reason, and what would do.
     windows
         The key of `runtime_defaults` that holds the attention windows of the layers.
     beyond_a_length
@@ -164,6 +166,7 @@ class Runtime:
     grouped: tuple[str, ...]
     misarranged: tuple[int, ...]
     orders: Mapping[int, WeightOrder]
+    unserved: Mapping[str, tuple[str, str]]
     windows: str
     beyond_a_length: Mapping[str, LongAttention]
 
@@ -192,6 +195,7 @@ def runtime() -> Runtime:
         grouped=tuple(data["kernels"]["grouped"]),
         misarranged=tuple(data["kernels"]["misarranged"]),
         orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
+        unserved={name: (row["title"], row["remedy"]) for row in data["unserved"].values() for name in row["architectures"]},
         windows=data["windows"]["key"],
         beyond_a_length={key: LongAttention(**row) for key, row in data["beyond_a_length"].items()},
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.config_values import lookup
+from pipeline.model.runtime import runtime
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, families, find_family, layout
 from pipeline.planning.choose_algorithm import clean_settings
@@ -65,7 +66,14 @@ def unknown_architecture(source: Source) -> Problem:
         name for family in families() if family.container == source.container for name in family.architectures
     )
     subject = f"{source.config_name}: architecture"
-    return Problem(subject, source.architecture or "none", f"one of {', '.join(known)}", _remedy(source))
+    return Problem(subject, source.architecture or "none", f"one of {', '.join(known)}", f"{_unserved(source)}{_remedy(source)}")
+
+
+def _unserved(source: Source) -> str:
+    """The sentence on an architecture, or a wrapper's text, of which it is known why no family is for it; "" for any other."""
+    texts = (_named_text(inner, source.container)[0] for _, inner in _text_parts(source.config, _NESTED))
+    found = next((row for name in (source.architecture, *texts) if (row := runtime().unserved.get(name))), None)
+    return f"{found[0][0].upper()}{found[0][1:]}. {found[1]}. " if found else ""
 
 
 def _remedy(source: Source) -> str:

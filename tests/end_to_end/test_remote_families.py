@@ -102,6 +102,27 @@ def test_what_is_exact_until_a_length_is_said(tmp_path: Path) -> None:
     assert (written["max_position_embeddings"], written["use_logn_attn"], written["rotary_scaling"]) == (64, False, None)
 
 
+REFUSED = {
+    "Baichuan 13B": ("baichuan", {"num_attention_heads": 40, "hidden_size": 5120}, "ALiBi"),
+    "Baichuan 1, 13B": ("baichuan", {"vocab_size": 64000}, "ALiBi"),
+    "Nemotron-NAS": ("decilm", {"block_configs": [{}, {}]}, "layers that are all alike"),
+    "DeciLM's layers": ("decilm", {"num_key_value_heads_per_layer": [2, 1, 2]}, "as many key heads in every layer"),
+    "Qwen with biases": ("qwen", {"no_bias": False}, "no_bias: found False"),
+    "InternLM3 with biases": ("internlm3", {"qkv_bias": True}, "qkv_bias: found True"),
+    "dense layers in Arctic": ("arctic", {"moe_layer_frequency": 2}, "moe_layer_frequency: found 2"),
+    "experts in MiniCPM": ("minicpm", {"num_experts": 8}, "num_experts: found 8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_classes_do_not_compute_is_refused_by_what_says_it(name: str, tmp_path: Path) -> None:
+    family, changed, reason = REFUSED[name]
+    with pytest.raises(BadInput, match=reason) as error:
+        notes(MODELS[family], tmp_path, **changed)
+    (problem,) = error.value.problems
+    assert problem.remedy or "num_experts" in changed
+
+
 @pytest.mark.parametrize(("name", "reason"), [("mimo", "a head that predicts a further token"), ("qwen", "the encoder of images")])
 def test_what_belongs_to_no_token_is_left_out_and_said(name: str, reason: str, tmp_path: Path) -> None:
     made = plan(model_dir=MODELS[name].save(tmp_path / "model"), output_dir=tmp_path / "out")

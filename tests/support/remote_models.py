@@ -250,6 +250,8 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
     internlm = named("InternLMForCausalLM", "internlm", base, bias=True)
     internlm3 = named("InternLM3ForCausalLM", "internlm3", grouped, bias=False, qkv_bias=False, rope_theta=500.0)
     skywork = named("SkyworkForCausalLM", "skywork", grouped, hidden_act="silu")
+    heads = [base["num_attention_heads"] // 2] * base["num_hidden_layers"]
+    deci = named("DeciLMForCausalLM", "deci", grouped, num_key_value_heads_per_layer=heads)
     mimo = named("MiMoForCausalLM", "mimo", grouped, attention_bias=True, num_nextn_predict_layers=1, rope_theta=640.0)
     baichuan1 = named("BaiChuanForCausalLM", "baichuan", base, hidden_act="silu")
     baichuan = named("BaichuanForCausalLM", "baichuan", base, hidden_act="silu")
@@ -278,6 +280,7 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
         "internlm": RemoteModel(internlm, values(llama_shapes(internlm, (*qkv, "o_proj"))), llama_like),
         "internlm3": RemoteModel(internlm3, values(llama_shapes(internlm3)), llama_like),
         "skywork": RemoteModel(skywork, values(llama_shapes(skywork)), llama_like),
+        "decilm": RemoteModel(deci, values(llama_shapes(deci)), llama_like),
         "mimo": RemoteModel(mimo, values(llama_shapes(mimo, qkv)), llama_like, further),
         "baichuan1": RemoteModel(baichuan1, values(llama_shapes(baichuan1, fused=True)), llama_like),
         "baichuan": RemoteModel(baichuan, values(llama_shapes(baichuan, fused=True)), baichuan2),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.model.runtime import runtime
+from pipeline.model.tables import families
 from pipeline.planning.nearest import unknown_architecture
 from pipeline.tensor.tensors import Source
 from tests.support import checkpoints
@@ -96,6 +98,30 @@ def test_a_text_part_that_no_family_is_for_is_told_from_the_nearest_too() -> Non
 )
 def test_published_models_are_told_from_their_nearest_family(name: str, told: str, tmp_path: Path) -> None:
     assert f"The nearest family is {told}" in one(refused(shapes()[name].build(tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        (
+            "GptOssForCausalLM",
+            "The engine backend of TensorRT-LLM has no class that computes it. TensorRT-LLM's PyTorch backend takes",
+        ),
+        (
+            "CohereForCausalLM",
+            "TensorRT-LLM has a class of its own for it, whose layout headrace does not write. NVIDIA's own converter",
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_why_no_family_is_for_an_architecture_is_said_where_it_is_known(architecture: str, told: str, wrapped: bool) -> None:
+    config = {**LLAMA, "architectures": [architecture]}
+    tensors = held(dict.fromkeys(NAMES, np.zeros(1, np.float16)))
+    whole = {"architectures": ["Wrapper"], "text_config": config} if wrapped else config
+    name = "Wrapper" if wrapped else architecture
+    problem = unknown_architecture(Source("test", Path("m"), "huggingface", name, whole, "config.json", tensors, (), None))
+    assert problem.remedy.startswith(told)
+    assert not set(runtime().unserved) & {each for family in families() for each in family.architectures}
 
 
 def test_hostile_values_are_text(tmp_path: Path) -> None:

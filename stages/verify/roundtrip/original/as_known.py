@@ -82,6 +82,7 @@ def _minicpm(config: Config) -> dict[str, Any]:
 AS_KNOWN: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "SkyworkForCausalLM": _llama,
     "LLaMAForCausalLM": _llama,
+    "DeciLMForCausalLM": _llama,
     "InternLMForCausalLM": _internlm,
     "InternLM3ForCausalLM": _internlm3,
     "Ernie4_5ForCausalLM": _ernie,
