@@ -27,7 +27,7 @@ def inspect_command(
 @app.command("families")
 def families_command(json_: Json = False) -> None:
     """List the model families that headrace converts."""
-    from pipeline.planning.inspection import list_families
+    from pipeline.planning.family_table import list_families
 
     _show(list_families(), json_, "families_table")
 

@@ -107,7 +107,8 @@ def _fits(config: Mapping[str, Any], remark: Remark) -> bool:
 def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:
     """Say which values were taken from the family's `assumed`, as the configuration has none."""
     name = file.rpartition("/")[2]
+    whose = "the default of its own code" if "modelling code" in family.proof else "transformers' default"
     return tuple(
-        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and transformers' default is this"
+        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and {whose} is this"
         for field, value in assumed(config, family).items()
     )

@@ -131,7 +131,7 @@ class Family:
     remarks
         What a plan says of models whose configuration has some values, or why it refuses them.
     proof
-        What the ranks of the family were compared with, in words.
+        What the ranks of the family were compared with, words of `pipeline.planning.family_table`.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Family:
     told: Mapping[str, str] = field(default_factory=dict)
     divisors: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
-    proof: str = ""
+    proof: tuple[str, ...] = ()
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -340,7 +340,7 @@ def _family(name: str) -> Family:
         told=data.get("told", {}),
         divisors=data.get("divisors", {}),
         remarks=tuple(Remark(**row) for row in data.get("remarks", ())),
-        proof=data.get("proof", ""),
+        proof=tuple(data.get("proof", ())),
     )
 
 

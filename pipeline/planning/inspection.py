@@ -1,4 +1,4 @@
-"""Describes a checkpoint, and the families and formats known: `headrace inspect`, `families`, `formats`. Opens headers only."""
+"""Describes a checkpoint, and the formats known: `headrace inspect`, `formats`. Opens headers only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
 from pipeline.model.runtime import runtime
-from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.tables import Family, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
@@ -77,14 +77,6 @@ def _refusals(job: Job) -> list[str]:
     except BadInput as error:
         return [str(problem) for problem in error.problems]
     return []
-
-
-def list_families() -> list[dict[str, Any]]:
-    """Every family of `configs/families`: its name, the kind of source, the architectures that it is for, and its layout."""
-    return [
-        {"family": family.name, "source": family.container, "architectures": list(family.architectures), "layout": family.layout}
-        for family in families()
-    ]
 
 
 def list_formats() -> dict[str, list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import BadInput
+from pipeline.planning.family_table import list_texts
 from pipeline.printed import escaped
 from pipeline.watching.consoles import PlainConsole
 from pipeline.watching.units import human_bytes, human_rate
@@ -123,13 +124,18 @@ def _count(number: int, noun: str) -> str:
 
 
 def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Make the table of `headrace families`, a row for each family."""
+    """Make the table of `headrace families`, a row for each family, and beneath it the wrappers whose text is converted."""
     table = Table()
-    for column in ("family", "source", "architectures", "layout"):
-        table.add_column(column)
+    for column in ("family", "source", "architectures", "class", "targets", "pp", "compared with"):
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row["family"], row["source"], ", ".join(row["architectures"]), row["layout"])
-    return table
+        stages = "yes" if row["pipeline_stages"] else "no"
+        named, targets, proof = ", ".join(row["architectures"]), ", ".join(row["targets"]), "; ".join(row["proof"])
+        table.add_row(row["family"], row["source"], named, row["class"], targets, stages, proof)
+    texts = (
+        "Targets are values of --quantization. The text of these is converted too, as the family that their configuration names:"
+    )
+    return Group(table, texts, ", ".join(list_texts()))
 
 
 def formats_table(facts: Mapping[str, Sequence[Mapping[str, Any]]]) -> RenderableType:

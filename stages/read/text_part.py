@@ -1,12 +1,14 @@
 """The text model inside a model of several kinds of input: a source with its tensors and its configuration alone.
 
-One rule for all wrappers, which are data (`configs/formats/wrappers.toml`, table `texts`): where the text model's configuration
-lies, what stands before its tensors' names, and whose tensors are left out. What is neither stays, so that it is refused by its
-name.
+One rule for all wrappers, which are data (`configs/formats/wrappers.toml`, table `texts`). The text model's configuration lies in
+an entry, or at the top. What stands before its tensors' names is taken off. A tensor beside the text model's modules, whose name
+begins with none of theirs, belongs to another input and is left out; one inside them that has no place there stays, so that it is
+refused by its name.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -55,11 +57,15 @@ def text_part(source: Source) -> Source:
     )
 
 
+def wrappers() -> Mapping[str, str]:
+    """Return the wrappers whose text is converted, with its architecture; "" for the one that their configuration says."""
+    table: Mapping[str, str] = _texts()["wrappers"]
+    return table
+
+
 def bare_names(names: Iterable[str]) -> list[str]:
     """The names of the text model inside a wrapper without what stands before them: of tensors that have one of its prefixes."""
-    prefixes = _texts()["prefixes"]
-    found = ((name, next((prefix for prefix in prefixes if name.startswith(prefix)), "")) for name in names)
-    rest = [name[len(prefix) :] for name, prefix in found if prefix]
+    rest = [name[len(prefix) :] for name in names if (prefix := _prefix(name))]
     return [name if name.startswith(("model.", "lm_head.", "output.")) else f"model.{name}" for name in rest]
 
 
@@ -97,39 +103,42 @@ def _text_family(source: Source, inner: Mapping[str, Any]) -> tuple[str, Family]
 
 def _divided(tensors: Mapping[str, LazyTensor], family: Family) -> tuple[dict[str, LazyTensor], Mapping[str, list[LazyTensor]]]:
     """The text model's tensors by its family's names, with those that belong nowhere, and those of each part that is left out."""
-    known = known_names(family)
+    known, own = known_names(family), {_first(row) for row in (*family.rename, *family.ignore)}
     text: dict[str, LazyTensor] = {}
     left_out: dict[str, list[LazyTensor]] = defaultdict(list)
     for name, tensor in tensors.items():
-        part = _part(name)
-        if part:
-            left_out[part].append(tensor)
+        inside, adapter = _inside(name, known), _adapter(name)
+        if adapter or (inside is None and _first(name) not in own and not _prefix(name)):
+            left_out[adapter or _first(name)].append(tensor)
         else:
-            text[_inside(name, known)] = tensor
+            text[inside or name] = tensor
     return text, left_out
 
 
-def _part(name: str) -> str:
-    """The part of another input that a tensor belongs to; "" for none."""
+def _adapter(name: str) -> str:
+    """The kind of low-rank matrix of another input that a tensor is; "" for none."""
     table = _texts()
-    segments = name.split(".")
-    if any(segment in table["adapters"] for segment in segments):
-        return "low-rank matrices (" + ", ".join(table["adapters"]) + ")"
-    first = segments[1] if segments[0] == "model" and len(segments) > 1 else segments[0]
-    return first if first in table["parts"] else ""
+    pairs = itertools.pairwise(name.split("."))
+    return next((f"{a}.{b}" for a, b in pairs if a in table["adapters"] and b in table["adapter_inputs"]), "")
 
 
-def _inside(name: str, known: Callable[[str], bool]) -> str:
-    """A text tensor's name in its own model; a name that leads to none stays."""
+def _first(name: str) -> str:
+    """The first segment of a name, behind `model.` where it has that."""
+    return name.removeprefix("model.").partition(".")[0]
+
+
+def _prefix(name: str) -> str:
+    """What stands before a name of a text model's tensor; "" for nothing."""
+    return next((prefix for prefix in _texts()["prefixes"] if name.startswith(prefix)), "")
+
+
+def _inside(name: str, known: Callable[[str], bool]) -> str | None:
+    """A text tensor's name in its own model; None where nothing leads to one."""
     bare = ".".join(segment for segment in name.split(".") if segment != _texts()["adapted"])
-    for prefix in ("", *_texts()["prefixes"]):
-        if not bare.startswith(prefix):
-            continue
-        rest = bare[len(prefix) :]
-        for candidate in (rest, f"model.{rest}") if prefix else (rest,):
-            if known(candidate):
-                return candidate
-    return name
+    if known(bare):
+        return bare
+    rest = bare[len(prefix) :] if (prefix := _prefix(bare)) else ""
+    return next((each for each in (rest, f"model.{rest}") if rest and known(each)), None)
 
 
 def _dtype(inner: Mapping[str, Any], source: Source) -> str | None:

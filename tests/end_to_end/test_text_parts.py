@@ -45,6 +45,7 @@ SEEN: dict[str, Any] = {
     "num_attention_heads": 2,
     "patch_size": 8,
 }
+HEARD: dict[str, Any] = {"num_mel_bins": 8, "max_source_positions": 8}
 CLIP = {"model_type": "clip_vision_model", **SEEN, "image_size": 32, "projection_dim": 32}
 SIGLIP = {"model_type": "siglip_vision_model", **SEEN, "image_size": 32}
 QWEN_EYES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 8}
@@ -106,12 +107,30 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama",
         {"text_config": text("llama"), "vision_config": {"model_type": "idefics3_vision", **SEEN, "image_size": 32}},
     ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        "llama",
+        {"text_config": text("llama"), "vision_config": {"model_type": "smolvlm_vision", **SEEN, "image_size": 32}},
+    ),
+    "llava_next_video": ("LlavaNextVideoForConditionalGeneration", "llama", {"text_config": text("llama"), "vision_config": CLIP}),
+    "vipllava": ("VipLlavaForConditionalGeneration", "llama", {"text_config": text("llama"), "vision_config": CLIP}),
+    "video_llava": ("VideoLlavaForConditionalGeneration", "llama", {"text_config": text("llama"), "vision_config": CLIP}),
+    "got_ocr2": (
+        "GotOcr2ForConditionalGeneration",
+        "qwen2",
+        {"text_config": text("qwen2"), "vision_config": {**SEEN, "image_size": 32, "output_channels": 8, "mlp_dim": 48}},
+    ),
+    "qwen2_audio": (
+        "Qwen2AudioForConditionalGeneration",
+        "qwen2",
+        {"text_config": text("qwen2"), "audio_config": {**HEARD, "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2}},
+    ),
     "voxtral": (
         "VoxtralForConditionalGeneration",
         "llama",
         {
             "text_config": text("llama"),
-            "audio_config": {**SEEN, "num_mel_bins": 8, "max_source_positions": 8},
+            "audio_config": {**SEEN, **HEARD},
         },
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import tomllib
@@ -17,7 +18,9 @@ from safetensors import safe_open
 import stages.quantization.sources
 import stages.read
 from pipeline import BadInput, plan
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import CONFIGS
+from pipeline.planning.family_table import list_texts
 from tests.support import checkpoints, gguf_files, meta_files
 from tests.support.commands import headrace, tree
 from tests.support.places import DATA
@@ -297,7 +300,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert {name: said[name] for name in facts(source)} == facts(source)
     assert "model" not in said
     (problem,) = problems_of(tmp_path / "model")
-    assert "architecture: found GPT2LMHeadModel; expected one of BaiChuanForCausalLM, " in problem
+    assert "architecture: found GPT2LMHeadModel; expected one of ArcticForCausalLM, " in problem
     assert table(tmp_path / "model")["family"] == ["unknown (GPT2LMHeadModel)"]
 
 
@@ -388,12 +391,12 @@ def test_families_lists_every_file() -> None:
     assert [row["family"] for row in rows] == sorted(expected)
     for row in rows:
         own = expected[row["family"]]
-        assert row == {
-            "family": row["family"],
-            "source": own["container"],
-            "architectures": own["architectures"],
-            "layout": own["layout"],
-        }
+        assert (row["source"], row["architectures"], row["layout"]) == (own["container"], own["architectures"], own["layout"])
+        assert (own.get("architecture") or own["architectures"][0]) in runtime().classes
+        assert row["class"] in ("llama", "qwen", "phi", "gemma")
+        assert row["pipeline_stages"] is (row["class"] != "phi")
+        assert row["targets"][:3] == ["none", "int8", "int4"]
+        assert row["proof"]
         assert (CONFIGS / "layouts" / f"{row['layout']}.toml").is_file()
     # No two families claim one architecture of one kind of source.
     claims = [(row["source"], architecture) for row in rows for architecture in row["architectures"]]
@@ -403,9 +406,15 @@ def test_families_lists_every_file() -> None:
 def test_families_as_a_table() -> None:
     ran = headrace("families")
     assert (ran.code, ran.err) == (0, "")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.out.splitlines() if line.startswith("│")]
+    begins = [number for number, row in enumerate(cells) if row[0]]
+    rows = [["".join(cell) for cell in zip(*cells[a:b], strict=True)] for a, b in itertools.pairwise([*begins, len(cells)])]
+    said = {row[0]: row[1:] for row in rows}
+    assert said.keys() == tables().keys()
     for name, own in tables().items():
-        line = next(line for line in ran.out.splitlines() if line.startswith(f"│ {name} "))
-        assert all(word in line for word in (own["container"], own["layout"], *own["architectures"]))
+        assert said[name][:2] == [own["container"], ",".join(own["architectures"])]
+        assert said[name][3].startswith("none, int8, int4")
+    assert all(wrapper in ran.out for wrapper in list_texts())
 
 
 def names_of(package: Any, constant: str) -> set[str]:
