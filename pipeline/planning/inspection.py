@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.parallelism import Parallelism
@@ -20,8 +20,10 @@ from pipeline.model.tables import Family, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
 from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
+from pipeline.planning.conversions import conversions
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.make_plan import make_plan
+from pipeline.planning.opening import open_job
 from pipeline.tensor.names import by_module
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
@@ -47,8 +49,10 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
         job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
         source = find_source(job.model_dir, None, None, job.revision, download=False)
         source = replace(source, tensors=arranged(source.tensors))
-        problems = _refusals(job)
-    result = _facts(source)
+        refused = _refusals(job)
+        ways = _conversions(job, refused)
+    problems = [str(problem) for problem in refused]
+    result = {**_facts(source), "conversions": ways}
     family = find_family(source.container, source.architecture)
     try:
         config = fill_in(source.config, family, source.config_name, {}).config if family else {}
@@ -70,13 +74,22 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     }
 
 
-def _refusals(job: Job) -> list[str]:
+def _refusals(job: Job) -> tuple[Problem, ...]:
     """The problems with which `convert` would refuse this source, given no other options."""
     try:
         make_plan(job)
     except BadInput as error:
-        return [str(problem) for problem in error.problems]
-    return []
+        return tuple(error.problems)
+    return ()
+
+
+def _conversions(job: Job, refused: tuple[Problem, ...]) -> list[dict[str, Any]]:
+    """The ways to convert the source; [] for one that cannot be opened as a model of a family."""
+    try:
+        opened = open_job(job)
+    except BadInput:
+        return []
+    return [] if opened.unreadable else conversions(opened, refused)
 
 
 def list_formats() -> dict[str, list[dict[str, Any]]]:

@@ -62,11 +62,9 @@ class Difference:
 
 def unknown_architecture(source: Source) -> Problem:
     """The one problem of a source whose architecture no family lists."""
-    known: Sequence[str] = sorted(
-        name for family in families() if family.container == source.container for name in family.architectures
-    )
-    subject = f"{source.config_name}: architecture"
-    return Problem(subject, source.architecture or "none", f"one of {', '.join(known)}", f"{_unserved(source)}{_remedy(source)}")
+    known = sum(len(family.architectures) for family in families() if family.container == source.container)
+    subject, expected = f"{source.config_name}: architecture", f"one of the {known} that `headrace families` lists"
+    return Problem(subject, source.architecture or "none", expected, f"{_unserved(source)}{_remedy(source)}")
 
 
 def _unserved(source: Source) -> str:

@@ -112,11 +112,21 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
         table.add_row("pp_size", f"{low} to {high}")
     for size, pairs in facts.get("moe_sizes", {}).items():
         table.add_row("", f"tp_size {size}: moe_tp_size x moe_ep_size " + ", ".join(f"{tp} x {ep}" for tp, ep in pairs))
+    told = dict[str, str]()  # a reason that several options have is said of the first
+    for way in facts["conversions"]:
+        told.setdefault(way["says"] if way["becomes"] is None else way["options"], _way(way))
+    for line in told.values() or ["no: nothing is known of it but the problem below"]:
+        table.add_row("converts", line)
     for problem in facts["problems"][: BadInput.shown]:
         table.add_row(Text("problem", style="red"), problem)
     if len(facts["problems"]) > BadInput.shown:
         table.add_row("", f"... and {len(facts['problems']) - BadInput.shown} more")
     return table
+
+
+def _way(way: Mapping[str, Any]) -> str:
+    options = way["options"] or "as it is"
+    return f"{options}, to {way['becomes']}: {way['says']}" if way["becomes"] else f"{options}: {way['says']}"
 
 
 def _count(number: int, noun: str) -> str:

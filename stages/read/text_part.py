@@ -128,7 +128,7 @@ def _first(name: str) -> str:
 
 
 def _prefix(name: str) -> str:
-    """What stands before a name of a text model's tensor; "" for nothing."""
+    """The prefix of a name of a text model's tensor; "" for none."""
     return next((prefix for prefix in _texts()["prefixes"] if name.startswith(prefix)), "")
 
 
