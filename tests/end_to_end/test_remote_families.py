@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from pipeline import BadInput, convert, plan
 from pipeline.reporting.verification import verify
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
+from tests.support import quantized_checkpoints
 from tests.support.remote_models import RemoteModel, remote_models
 
 MODELS = remote_models()
@@ -87,6 +89,27 @@ def test_numbers_quantized_on_the_way(name: str, form: str, tmp_path: Path) -> N
         return
     convert(**options)
     check(output, source, name)
+
+
+FORMATS = {
+    "gptq": quantized_checkpoints.gptq(sym=False),
+    "awq": quantized_checkpoints.awq(),
+    "fp8": quantized_checkpoints.modelopt_float8(cache=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "qwen" else pytest.mark.nightly) for name in WIDE])
+def test_codes_are_kept(name: str, form: str, tmp_path: Path) -> None:
+    """Of fused tensors, too: Qwen's c_attn and Baichuan's W_pack."""
+    source, output = tmp_path / "model", tmp_path / "ranks"
+    arrays = {key: values.numpy().astype(np.float16) for key, values in WIDE[name].tensors.items()}
+    quantized_checkpoints.write(source, {**WIDE[name].config, "torch_dtype": "float16"}, FORMATS[form], tensors=arrays)
+    convert(model_dir=source, output_dir=output, tp_size=2, scheduler="synchronous")
+    check(output, source, name)
+    held = open_checkpoint(output).ranks[0]
+    kept = {held[each].dtype.name for each in held if each.endswith(("qkv.weight", "dense.weight", "fc.weight", "proj.weight"))}
+    assert kept == ({"float8_e4m3fn"} if form == "fp8" else {"float16"})  # int4 codes, which pass for float16
 
 
 def notes(model: RemoteModel, place: Path, **config: Any) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from pipeline import convert, plan
 from pipeline.errors import BadInput
-from tests.support import checkpoints
+from tests.support import checkpoints, quantized_checkpoints
 from tests.support.checkpoints import LLAMA
 from tests.support.commands import one, refused
 from tests.support.directories import contents
@@ -51,6 +52,20 @@ def test_the_text_alone_has_the_same_ranks(names: str, tmp_path: Path) -> None:
     told = notes(model)
     assert "text of LlavaForConditionalGeneration: text_config is read as LlamaForCausalLM's; left out are " in told
     assert "some_new_projector (1 tensors, 16 bytes), vision_tower (1 tensors, 64 bytes)" in told
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["in the text's entry", "at the top"])
+def test_a_quantized_text_keeps_its_codes(inner: bool, tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
+    kind = quantized_checkpoints.gptq()
+    quantized_checkpoints.write(tmp_path / "alone", config, kind)
+    stored = load_file(tmp_path / "alone" / "model.safetensors")
+    tensors = {f"language_model.{name}": values for name, values in stored.items()}
+    text = {**TEXT, "hidden_size": 256, "intermediate_size": 256}
+    settings = {"quantization_config": kind.settings}
+    model = wrapped(tmp_path / "model", {**tensors, **EYES}, {**text, **(settings if inner else {})}, **({} if inner else settings))
+    assert ranks(model, tmp_path / "a") == ranks(tmp_path / "alone", tmp_path / "b")
+    assert "GPTQ" in plan(model_dir=model, output_dir=tmp_path / "c").targets[0].output.config
 
 
 def test_a_tensor_inside_the_text_that_has_no_place_there_is_refused(tmp_path: Path) -> None:
