@@ -16,10 +16,11 @@ from types import MappingProxyType
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
-from pipeline.model.tables import Family, Layout, RenameRow, Slot, slot_names
+from pipeline.model.tables import Family, Layout, Slot, slot_names
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval

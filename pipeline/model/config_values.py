@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.tables import Family, Remark
+from pipeline.model.family_rows import Remark
+from pipeline.model.tables import Family
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.operations import OPERATIONS
-from pipeline.model.tables import Family, RenameRow, find_family, layout
+from pipeline.model.tables import Family, find_family, layout
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import TensorName, split_name, split_names
 from pipeline.tensor.placement import extent, slices, whole

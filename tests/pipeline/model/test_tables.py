@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.model import tables
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
 from pipeline.model.table_files import merge
-from pipeline.model.tables import CONFIGS, Family, Layout, RenameRow, families, find_family, layout, slot_names
+from pipeline.model.tables import CONFIGS, Family, Layout, families, find_family, layout, slot_names
 
 NUMBERS = {"layer": 7, "expert": 3}
 FAMILIES = families()

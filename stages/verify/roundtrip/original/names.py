@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from stages.verify.roundtrip.original.family_names import ERNIE, EXAONE, INTERNLM2, META, QWEN, FamilyNames
 from stages.verify.roundtrip.original.gguf import gguf_names
 from stages.verify.roundtrip.original.numbers import Numbers, SomeRows, StoredNumbers, Ungrouped, UnitRows, Unpermuted
 from stages.verify.roundtrip.original.small_floats import TileNumbers
@@ -25,91 +25,10 @@ STACK = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(\.weight)?")
 ROUTER = re.compile(r"(.+)\.mlp\.(gate|router)\.weight")
 
 
-@dataclass(frozen=True)
-class FamilyNames:
-    """A family's names for LLaMA's modules.
-
-    `layer`: matches the front of a layer's names, with the layer's number as its first group. `modules`: Hugging Face's name of
-    each module by the family's, without that front. `turned`: modules whose heads have their rotary halves interleaved.
-    """
-
-    layer: re.Pattern[str]
-    modules: Mapping[str, str]
-    turned: tuple[str, ...] = ()
-
-
-META = FamilyNames(
-    re.compile(r"layers\.(\d+)\."),
-    {
-        "tok_embeddings": "model.embed_tokens",
-        "norm": "model.norm",
-        "output": "lm_head",
-        "attention_norm": "input_layernorm",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
-    },
-    ("attention.wq", "attention.wk"),
-)
-INTERNLM2 = FamilyNames(
-    re.compile(r"model\.layers\.(\d+)\."),
-    {
-        "model.tok_embeddings": "model.embed_tokens",
-        "model.norm": "model.norm",
-        "output": "lm_head",
-        "attention_norm": "input_layernorm",
-        "attention.wo": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
-    },
-)
-EXAONE = FamilyNames(
-    re.compile(r"transformer\.h\.(\d+)\."),
-    {
-        "transformer.wte": "model.embed_tokens",
-        "transformer.ln_f": "model.norm",
-        "lm_head": "lm_head",
-        "ln_1": "input_layernorm",
-        "attn.attention.q_proj": "self_attn.q_proj",
-        "attn.attention.k_proj": "self_attn.k_proj",
-        "attn.attention.v_proj": "self_attn.v_proj",
-        "attn.attention.out_proj": "self_attn.o_proj",
-        "ln_2": "post_attention_layernorm",
-        "mlp.c_fc_0": "mlp.gate_proj",
-        "mlp.c_fc_1": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-    },
-)
-QWEN = FamilyNames(
-    re.compile(r"transformer\.h\.(\d+)\."),
-    {
-        "transformer.wte": "model.embed_tokens",
-        "transformer.ln_f": "model.norm",
-        "lm_head": "lm_head",
-        "ln_1": "input_layernorm",
-        "attn.c_proj": "self_attn.o_proj",
-        "ln_2": "post_attention_layernorm",
-        "mlp.w1": "mlp.up_proj",
-        "mlp.w2": "mlp.gate_proj",
-        "mlp.c_proj": "mlp.down_proj",
-    },
-)
-ERNIE = FamilyNames(
-    re.compile(r"model\.layers\.(\d+)\."),
-    {"self_attn.q_proj": "self_attn.q_proj", "self_attn.k_proj": "self_attn.k_proj"},
-    ("self_attn.q_proj", "self_attn.k_proj"),
-)
 # q, k and v one behind the other, in one tensor.
 THREE = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.(?:attn\.c_attn|self_attn\.W_pack)\.(weight|bias)")
 # Tensors of heads for further tokens, and of encoders of other inputs, which no rank has.
-OTHERS = {"MiMoForCausalLM": "model.mtp_layers.", "QWenLMHeadModel": ("transformer.visual.", "transformer.audio.")}
+OTHERS = {"MiMoForCausalLM": ("model.mtp_layers.",), "QWenLMHeadModel": ("transformer.visual.", "transformer.audio.")}
 GRANITE_EXPERTS = re.compile(
     r"(.+)\.block_sparse_moe\.(?:experts\.)?(input_linear|gate_up_proj|output_linear|down_proj)(?:\.weight)?"
 )
@@ -125,7 +44,7 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
     kv_heads = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
     kept = {name: tensor_numbers for name, tensor_numbers in numbers.items() if not COMPUTED.fullmatch(name)}
-    kept = {name: each for name, each in kept.items() if not name.startswith(OTHERS.get(architecture, ("\0",)))}
+    kept = {name: each for name, each in kept.items() if not name.startswith(OTHERS.get(architecture, ()))}
     result: dict[str, Numbers] = {}
     origins: dict[str, str] = {}
     for origin, tensor_numbers in kept.items():
