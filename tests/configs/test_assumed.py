@@ -18,6 +18,7 @@ CLASSES = {
     "gemma3": "Gemma3TextConfig",
     "granite": "GraniteConfig",
     "granitemoe": "GraniteMoeConfig",
+    "helium": "HeliumConfig",
     "llama": "LlamaConfig",
     "llama_classifier": "LlamaConfig",
     "llama_first": "LlamaConfig",
@@ -44,6 +45,8 @@ REMOTE = {
     "mimo": (1e-6, 32768),
     "minicpm": (1e-6, 2048),
     "skywork": (1e-6, 2048),
+    "xverse": (1e-6, 2048),
+    "yi": (1e-5, 4096),
 }
 
 

@@ -107,6 +107,20 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama",
         {"text_config": text("llama"), "vision_config": {"model_type": "idefics3_vision", **SEEN, "image_size": 32}},
     ),
+    "idefics2": (
+        "Idefics2ForConditionalGeneration",
+        "mistral",
+        {
+            "text_config": text("mistral"),
+            "vision_config": {"model_type": "idefics2_vision", **SEEN, "image_size": 32},
+            "perceiver_config": {"hidden_size": 64, "resampler_n_latents": 4, "resampler_n_heads": 4},
+        },
+    ),
+    "ovis2": (
+        "Ovis2ForConditionalGeneration",
+        "qwen2",
+        {"text_config": text("qwen2"), "vision_config": {**SEEN, "image_size": 32}, "hidden_size": 64, "vocab_size": 99},
+    ),
     "smolvlm": (
         "SmolVLMForConditionalGeneration",
         "llama",
@@ -226,6 +240,7 @@ LORA = {
 # The text's case, what its configuration and its names become, and what else there is.
 REMOTE: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], Callable[[str], str], Mapping[str, Tensor]]] = {
     "internvl chat": ("llama", nested("llm_config", "InternVLChatModel"), prefixed("language_model."), EYES),
+    "nemotron nano": ("llama", nested("llm_config", "Llama_Nemotron_Nano_VL"), prefixed("language_model."), EYES),
     "nvlm": ("qwen2", nested("llm_config", "NVLM_D"), prefixed("language_model."), EYES),
     "liuhaotian's llava": (
         "llama",

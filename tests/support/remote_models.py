@@ -106,6 +106,12 @@ def _llama_like(config: Config, t: Tensors, tokens: Tensor, scale: float, added:
     return functional.linear(x, t.get("lm_head.weight", t["model.embed_tokens.weight"]))
 
 
+def first_yi(config: Config, t: Tensors, tokens: Tensor) -> Tensor:
+    """LLaMA's block with norms ln1 and ln2."""
+    named = {name.replace(".ln1.", ".input_layernorm.").replace(".ln2.", ".post_attention_layernorm."): t[name] for name in t}
+    return llama_like(config, named, tokens)
+
+
 def baichuan2(config: Config, t: Tensors, tokens: Tensor) -> Tensor:
     """NormHead: logits of a head whose rows have length 1."""
     head = functional.normalize(t["lm_head.weight"])
@@ -217,6 +223,12 @@ def arctic_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return result
 
 
+def yi_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    names = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+    shapes = llama_shapes(config)
+    return {".".join(names.get(part, part) for part in name.split(".")): shape for name, shape in shapes.items()}
+
+
 def qwen_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"] // 2, config["vocab_size"]
     result: dict[str, tuple[int, ...]] = {
@@ -250,6 +262,9 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
     internlm = named("InternLMForCausalLM", "internlm", base, bias=True)
     internlm3 = named("InternLM3ForCausalLM", "internlm3", grouped, bias=False, qkv_bias=False, rope_theta=500.0)
     skywork = named("SkyworkForCausalLM", "skywork", grouped, hidden_act="silu")
+    xverse = named("XverseForCausalLM", "xverse", base, hidden_act="silu", rope_theta=500.0)
+    aquila = named("AquilaForCausalLM", "aquila", grouped, hidden_act="silu")
+    yi = named("YiForCausalLM", "Yi", grouped, rope_theta=5000.0)
     heads = [base["num_attention_heads"] // 2] * base["num_hidden_layers"]
     deci = named("DeciLMForCausalLM", "deci", grouped, num_key_value_heads_per_layer=heads)
     mimo = named("MiMoForCausalLM", "mimo", grouped, attention_bias=True, num_nextn_predict_layers=1, rope_theta=640.0)
@@ -280,6 +295,9 @@ def remote_models(**sizes: Any) -> dict[str, RemoteModel]:
         "internlm": RemoteModel(internlm, values(llama_shapes(internlm, (*qkv, "o_proj"))), llama_like),
         "internlm3": RemoteModel(internlm3, values(llama_shapes(internlm3)), llama_like),
         "skywork": RemoteModel(skywork, values(llama_shapes(skywork)), llama_like),
+        "xverse": RemoteModel(xverse, values(llama_shapes(xverse)), llama_like),
+        "aquila": RemoteModel(aquila, values(llama_shapes(aquila)), llama_like),
+        "yi": RemoteModel(yi, values(yi_shapes(yi)), first_yi),
         "decilm": RemoteModel(deci, values(llama_shapes(deci)), llama_like),
         "mimo": RemoteModel(mimo, values(llama_shapes(mimo, qkv)), llama_like, further),
         "baichuan1": RemoteModel(baichuan1, values(llama_shapes(baichuan1, fused=True)), llama_like),

@@ -34,6 +34,13 @@ def _ernie(config: Config) -> dict[str, Any]:
     return {**defaults, **_llama(config), "attention_bias": biased, "mlp_bias": biased}
 
 
+def _helium(config: Config) -> dict[str, Any]:
+    defaults = {"head_dim": 128, "rms_norm_eps": 1e-8, "max_position_embeddings": 4096}
+    if not isinstance(config.get("rope_parameters"), Mapping):
+        defaults["rope_theta"] = 100000.0
+    return {**defaults, **_llama(config)}
+
+
 def _baichuan(config: Config) -> dict[str, Any]:
     return {**_llama(config), "num_key_value_heads": config["num_attention_heads"]}
 
@@ -83,6 +90,10 @@ AS_KNOWN: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "SkyworkForCausalLM": _llama,
     "LLaMAForCausalLM": _llama,
     "DeciLMForCausalLM": _llama,
+    "XverseForCausalLM": _llama,
+    "AquilaForCausalLM": _llama,
+    "YiForCausalLM": _llama,
+    "HeliumForCausalLM": _helium,
     "InternLMForCausalLM": _internlm,
     "InternLM3ForCausalLM": _internlm3,
     "Ernie4_5ForCausalLM": _ernie,

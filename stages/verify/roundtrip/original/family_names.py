@@ -86,6 +86,7 @@ QWEN = FamilyNames(
         "mlp.c_proj": "mlp.down_proj",
     },
 )
+YI = FamilyNames(re.compile(r"model\.layers\.(\d+)\."), {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"})
 ERNIE = FamilyNames(
     re.compile(r"model\.layers\.(\d+)\."),
     {"self_attn.q_proj": "self_attn.q_proj", "self_attn.k_proj": "self_attn.k_proj"},

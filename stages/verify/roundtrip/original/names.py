@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from stages.verify.roundtrip.original.family_names import ERNIE, EXAONE, INTERNLM2, META, QWEN, FamilyNames
+from stages.verify.roundtrip.original.family_names import ERNIE, EXAONE, INTERNLM2, META, QWEN, YI, FamilyNames
 from stages.verify.roundtrip.original.gguf import gguf_names
 from stages.verify.roundtrip.original.numbers import Numbers, SomeRows, StoredNumbers, Ungrouped, UnitRows, Unpermuted
 from stages.verify.roundtrip.original.small_floats import TileNumbers
@@ -61,7 +61,9 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
         elif architecture in ("BaichuanForCausalLM", "BaiChuanForCausalLM"):
             unit = architecture == "BaichuanForCausalLM" and origin == "lm_head.weight"
             renamed = _three(origin, tensor_numbers) or {origin: UnitRows(tensor_numbers) if unit else tensor_numbers}
-        elif architecture == "Ernie4_5ForCausalLM":
+        elif architecture == "YiForCausalLM":
+            renamed = _renamed(origin, tensor_numbers, YI, size)
+        elif architecture in ("Ernie4_5ForCausalLM", "HeliumForCausalLM"):
             renamed = _renamed(origin, tensor_numbers, ERNIE, size)
         elif architecture == "GraniteMoeForCausalLM":
             renamed = _granite_experts(origin, tensor_numbers)
