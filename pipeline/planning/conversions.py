@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.compose import choose_all
 from pipeline.planning.job import Job, make_job
-from pipeline.planning.make_plan import make_plan
+from pipeline.planning.make_plan import plan_opened
 from pipeline.planning.opening import OpenedSource
 from pipeline.planning.quantizations import words
 from pipeline.planning.runtime_fit import check_runtime, fit
@@ -44,7 +44,7 @@ def conversions(opened: OpenedSource, refused: tuple[Problem, ...]) -> list[dict
 
 def _refusals(opened: OpenedSource, options: Mapping[str, Any]) -> tuple[Problem, ...]:
     try:
-        make_plan(_job(opened.job, options))
+        plan_opened(replace(opened, job=_job(opened.job, options)))
     except BadInput as error:
         return tuple(error.problems)
     return ()

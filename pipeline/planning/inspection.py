@@ -19,11 +19,11 @@ from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
-from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
+from pipeline.planning.choose_algorithm import choose, clean_settings
 from pipeline.planning.conversions import conversions
 from pipeline.planning.job import Job, make_job
-from pipeline.planning.make_plan import make_plan
-from pipeline.planning.opening import open_job
+from pipeline.planning.make_plan import plan_opened
+from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.tensor.names import by_module
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
@@ -35,7 +35,7 @@ from stages.read import find_source, sources
 from stages.read.source_reader import SourceReader
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import arranged, check, format_of
+from stages.unpack import arranged, format_of
 
 
 @refusing("the source", "files that can be read")
@@ -47,12 +47,24 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     with tempfile.TemporaryDirectory() as place:
         # Planning writes nothing: the directory is never made.
         job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
-        source = find_source(job.model_dir, None, None, job.revision, download=False)
-        source = replace(source, tensors=arranged(source.tensors))
-        refused = _refusals(job)
-        ways = _conversions(job, refused)
-    problems = [str(problem) for problem in refused]
-    result = {**_facts(source), "conversions": ways}
+        try:
+            opened = open_job(job)
+        except BadInput as error:
+            return _unopened(job, error)
+        refused = _refusals(opened)
+        ways = [] if opened.unreadable else conversions(opened, refused)
+    facts = {**_facts(opened.source), "conversions": ways, "problems": [str(problem) for problem in refused]}
+    return {**facts, **_of_model(opened.family, opened.model, bool(opened.matches.ties), _quantized(opened))}
+
+
+def _unopened(job: Job, error: BadInput) -> dict[str, Any]:
+    """Describe a source of no family, or one that is not what its configuration says, as far as it goes.
+
+    Raises BadInput where it is no source at all.
+    """
+    source = find_source(job.model_dir, None, None, job.revision, download=False)
+    source = replace(source, tensors=arranged(source.tensors))
+    facts = {**_facts(source), "conversions": [], "problems": [str(problem) for problem in error.problems]}
     family = find_family(source.container, source.architecture)
     try:
         config = fill_in(source.config, family, source.config_name, {}).config if family else {}
@@ -60,36 +72,30 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     except BadInput:
         model = None
     if family is None or model is None:
-        return {**result, "family": family.name if family else None, "problems": problems}
+        return {**facts, "family": family.name if family else None}
     matches = match(source.named, family, layout(family.layout), model, frozenset())
+    return {**facts, **_of_model(family, model, bool(matches.ties), Quantization())}
+
+
+def _of_model(family: Family, model: ModelConfig, tied: bool, quantization: Quantization) -> dict[str, Any]:
+    """The facts of a source that is a model of a family."""
     sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
     return {
-        **result,
         "family": family.name,
         "model": _sizes(model),
-        "parameters": _parameters(sharding, bool(matches.ties), family),
-        "tied_embeddings": bool(matches.ties),
-        **_parallel(sharding, _quantized(source, job)),
-        "problems": problems,
+        "parameters": _parameters(sharding, tied, family),
+        "tied_embeddings": tied,
+        **_parallel(sharding, quantization),
     }
 
 
-def _refusals(job: Job) -> tuple[Problem, ...]:
+def _refusals(opened: OpenedSource) -> tuple[Problem, ...]:
     """The problems with which `convert` would refuse this source, given no other options."""
     try:
-        make_plan(job)
+        plan_opened(opened)
     except BadInput as error:
         return tuple(error.problems)
     return ()
-
-
-def _conversions(job: Job, refused: tuple[Problem, ...]) -> list[dict[str, Any]]:
-    """The ways to convert the source; [] for one that cannot be opened as a model of a family."""
-    try:
-        opened = open_job(job)
-    except BadInput:
-        return []
-    return [] if opened.unreadable else conversions(opened, refused)
 
 
 def list_formats() -> dict[str, list[dict[str, Any]]]:
@@ -153,12 +159,9 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if name.module not in shared)
 
 
-def _quantized(source: Source, job: Job) -> Quantization:
+def _quantized(opened: OpenedSource) -> Quantization:
     """The quantization of a target where no option chooses another."""
-    settings = clean_settings(source.config)
-    found = check(source.named, settings)
-    packing = Packing(found.formats, found.ordered, settings, found.own)
-    return Quantization() if found.problems else choose(job, packing, source.named)[0]
+    return Quantization() if opened.unreadable else choose(opened.job, opened.packing, opened.source.named)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:
