@@ -62,8 +62,8 @@ class Difference:
 
 def unknown_architecture(source: Source) -> Problem:
     """The one problem of a source whose architecture no family lists."""
-    known = sum(len(family.architectures) for family in families() if family.container == source.container)
-    subject, expected = f"{source.config_name}: architecture", f"one of the {known} that `headrace families` lists"
+    known = sorted(name for family in families() if family.container == source.container for name in family.architectures)
+    subject, expected = f"{source.config_name}: architecture", f"one of {', '.join(known)}"
     return Problem(subject, source.architecture or "none", expected, f"{_unserved(source)}{_remedy(source)}")
 
 

@@ -345,7 +345,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert {name: said[name] for name in facts(source)} == facts(source)
     assert "model" not in said
     (problem,) = problems_of(tmp_path / "model")
-    assert "architecture: found GPT2LMHeadModel; expected one of the " in problem
+    assert "architecture: found GPT2LMHeadModel; expected one of AquilaForCausalLM, " in problem
     assert table(tmp_path / "model")["family"] == ["unknown (GPT2LMHeadModel)"]
 
 
