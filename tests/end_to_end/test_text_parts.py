@@ -301,3 +301,24 @@ def test_text_of_wrappers_that_need_code_of_their_own(name: str, tmp_path: Path)
     alone = converted(tmp_path / "text", tmp_path / "alone", tp_size=2)
     if name != "internvl chat":  # whose config.json is that of another converter
         assert contents(output) == contents(alone)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotary_scaling", None),
+        ("rotary_scaling", {"type": "mrope", "mrope_section": [2, 3, 4]}),
+        ("rotary_scaling", {"type": "mrope", "mrope_section": [3, 3, 2]}),  # the class would take it
+        ("position_embedding_type", "rope_gpt_neox"),
+        ("qwen_type", "qwen2"),
+    ],
+)
+def test_positions_of_several_axes_are_verified(key: str, value: Any, tmp_path: Path) -> None:
+    wrapper("qwen2_vl").save_pretrained(tmp_path / "model")
+    output = converted(tmp_path / "model", tmp_path / "ranks")
+    config = json.loads((output / "config.json").read_text())
+    assert config["rotary_scaling"] == {"type": "mrope", "mrope_section": [2, 3, 3]}
+    assert (config["position_embedding_type"], config["qwen_type"]) == ("mrope", "qwen2_vl")
+    (output / "config.json").write_text(json.dumps({**config, key: value}))
+    found = [finding.problem.subject for finding in verify(output, tmp_path / "model").findings]
+    assert any(key.partition("_")[0] in subject or "rotary" in subject for subject in found), found
