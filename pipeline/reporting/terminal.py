@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import BadInput
-from pipeline.planning.family_table import list_texts
 from pipeline.printed import escaped
 from pipeline.watching.consoles import PlainConsole
 from pipeline.watching.units import human_bytes, human_rate
@@ -133,7 +132,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+def families_table(rows: Sequence[Mapping[str, Any]], texts: Iterable[str]) -> RenderableType:
     """Make the table of `headrace families`, a row for each family, and beneath it the wrappers whose text is converted."""
     table = Table()
     for column in ("family", "source", "architectures", "class", "targets", "pp", "compared with"):
@@ -142,10 +141,8 @@ def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         stages = "yes" if row["pipeline_stages"] else "no"
         named, targets, proof = ", ".join(row["architectures"]), ", ".join(row["targets"]), "; ".join(row["proof"])
         table.add_row(row["family"], row["source"], named, row["class"], targets, stages, proof)
-    texts = (
-        "Targets are values of --quantization. The text of these is converted too, as the family that their configuration names:"
-    )
-    return Group(table, texts, ", ".join(list_texts()))
+    said = "Targets are values of --quantization. The text of these is converted too, as the family that they name:"
+    return Group(table, said, ", ".join(texts))
 
 
 def formats_table(facts: Mapping[str, Sequence[Mapping[str, Any]]]) -> RenderableType:
