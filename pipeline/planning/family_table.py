@@ -20,7 +20,7 @@ PROOFS: Mapping[str, str] = {
     "converter": "NVIDIA's converter 0.17, its files byte for byte",
     "transformers": "transformers' class, logit for logit",
     "modelling code": "its published modelling code, logit for logit",
-    "the same model": "the same model under LLaMA's names, byte for byte",
+    "the same model": "the same model in Hugging Face's files, byte for byte",
 }
 MLP_ALONE = "(MLP alone)"
 

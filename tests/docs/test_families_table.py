@@ -11,13 +11,16 @@ import pytest
 
 from pipeline.model.tables import CONFIGS, Family, families, find_family
 from pipeline.planning.family_table import PROOFS, list_families, list_texts
-from tests.end_to_end import test_classifiers, test_family_forward, test_text_parts
+from tests.end_to_end import test_classifiers, test_family_forward, test_gguf_families, test_text_parts
+from tests.support import gguf_families
 from tests.support.places import DATA, DOCS, ROOT
 from tests.support.remote_models import remote_models
 
 TEXT = (DOCS / "families.md").read_text()
 SOURCES = {"huggingface": "Hugging Face", "gguf": "GGUF", "meta": "Meta"}
-# Families that are LLaMA's tensors under other names, and the tests that make one of the other.
+# GGUF's architectures whose files tests/end_to_end/test_gguf_families.py makes of Hugging Face's.
+GGUF = {gguf_families.ARCHITECTURES[case.model.__name__] for case in test_gguf_families.FAMILIES.values()} | {"internlm2"}
+# Other families of the same models, and the tests that make one of the other.
 RENAMED = {
     "gguf_llama": "tests/stages/read/test_gguf_conversion.py",
     "gguf_mixtral": "tests/stages/read/test_gguf_conversion.py",
@@ -91,6 +94,6 @@ def test_a_family_was_compared_with_what_it_says(family: Family) -> None:
         "converter": family.name in converted_by_nvidia(),
         "transformers": family.name in run_by_transformers(),
         "modelling code": set(family.architectures) <= remote,
-        "the same model": family.name in RENAMED and (ROOT / RENAMED[family.name]).is_file(),
+        "the same model": (ROOT / RENAMED.get(family.name, "none")).is_file() or set(family.architectures) <= GGUF,
     }
     assert {word for word, true in known.items() if true} == set(family.proof)
