@@ -16,10 +16,11 @@ from types import MappingProxyType
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
-from pipeline.model.tables import Family, Layout, RenameRow, Slot, slot_names
+from pipeline.model.tables import Family, Layout, Slot, slot_names
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Interval
@@ -29,6 +30,7 @@ from pipeline.tensor.tensors import CODES, Applied, Block, LazyTensor, TensorMap
 LOST = (
     "A tensor that nothing consumes would be lost: mend the configuration, or, if it is not the model's, convert a copy without it"
 )
+UNPACKED = "Convert the model that it was quantized from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,13 @@ def match(
     names: dict[TensorName, Renamed] = {}
     left_out: dict[TensorName, str] = {}
     problems = []
+    set_aside = tuple(family.left_out.items())
     for source in sources:
         module, parameter = source
         if ignored.find(module) or ignored.find(str(source)):
+            continue
+        if set_aside and (reason := next((why for front, why in set_aside if str(source).startswith(front)), "")):
+            left_out[source] = reason
             continue
         row_match = rows.find(module)
         owner = around.find(module) if parameter in packed.get(module, {}) else None
@@ -129,6 +135,10 @@ def match(
             problems.append(_unconsumed(source, f"no row for it in the table of family {family.name}"))
             continue
         row, numbers = row_match
+        if row.operation and module in packed and family.container == "huggingface":
+            expected = f"numbers: its rows become others ({row.operation}), and packed ones cannot be told apart"
+            problems.append(Problem(str(source), "a module whose weights are packed", expected, UNPACKED))
+            continue
         targets = [to.format(**numbers) for to in row.to]
         slots = [slot for slot in map(layout.find, targets) if slot]
         if not slots or (slots[0].layer is not None and slots[0].layer >= model.num_hidden_layers):
@@ -224,8 +234,11 @@ def units(shape: Sequence[int], renamed: Renamed) -> Fraction | None:
 
 def operate(block: Block, operation: str, period: int) -> Block:
     """A block with an operation of the closed list applied to its rows, `period` of them at a time."""
-    dtype = OPERATIONS[operation].dtype(block.dtype)
-    return Applied(block, Operate(operation, period), stage="rename", dtype=dtype, period=period)
+    known = OPERATIONS[operation]
+    columns = block.shape[-1] if known.rows else None
+    return Applied(
+        block, Operate(operation, period), stage="rename", dtype=known.dtype(block.dtype), period=period, columns=columns
+    )
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ def inspect_command(
 @app.command("families")
 def families_command(json_: Json = False) -> None:
     """List the model families that headrace converts."""
-    from pipeline.planning.inspection import list_families
+    from pipeline.planning.family_table import list_families, list_texts
 
-    _show(list_families(), json_, "families_table")
+    _show(list_families(), json_, "families_table", list_texts())
 
 
 @app.command("formats")
@@ -40,11 +40,11 @@ def formats_command(json_: Json = False) -> None:
     _show(list_formats(), json_, "formats_table")
 
 
-def _show(facts: Any, as_json: bool, table: str) -> None:
-    """Print facts as JSON, or as a table made by the function of pipeline.reporting.terminal named `table`."""
+def _show(facts: Any, as_json: bool, table: str, *more: Any) -> None:
+    """Print facts as JSON, or as a table of them, and of `more`, by the function of pipeline.reporting.terminal named `table`."""
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     from pipeline.reporting import terminal as report
 
-    report.console().print(getattr(report, table)(facts))
+    report.console().print(getattr(report, table)(facts, *more))

@@ -24,6 +24,8 @@ WITHOUT_OR_KEPT = (
     "or keep for a release that computes it"
 )
 
+OWN_AXES = "Give the model's own rope_scaling, with its mrope_section"
+
 OTHER_GROUPS = (
     "Give --requantize --group_size 128, which dequantizes and quantizes again by round-to-nearest, so that it adds error, or "
     "--dequantize"
@@ -101,7 +103,11 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
     if config.get("position_embedding_type") == "long_rope" and not own.long_rope:
         yield Conflict("position_embedding_type", "long_rope", f"rope_gpt_neox: {architecture} reads no factors", "", "b3")
     scaling = config.get("rotary_scaling")
+    alone = {row.position_embedding_type: name for name, row in runtime().rope.items() if row.position_embedding_type}
+    goes_with = alone.get(str(config.get("position_embedding_type")), "")
     if scaling is None:
+        if goes_with:
+            yield Conflict("rotary_scaling", "null", f"{goes_with}, as position_embedding_type says", OWN_AXES, "m")
         return
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
     shown = repr(kind) if kind else repr(scaling)
@@ -113,6 +119,10 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         kinds = () if architecture in own.unscaled else own.rope
         expected = f"{'one of ' + ', '.join(kinds) + ', or ' if kinds else ''}null: {architecture}'s class computes no other"
         yield Conflict("rotary_scaling", shown, expected, WITHOUT_OR_KEPT, "b3" if kind in ("longrope", "su") else "b4")
+        return
+    if (goes_with or row.position_embedding_type) and goes_with != kind:
+        expected = f"{goes_with or 'another scaling'}, as position_embedding_type is {config.get('position_embedding_type')}"
+        yield Conflict("rotary_scaling", shown, expected, OWN_AXES if goes_with else WITHOUT_OR_KEPT, "m")
         return
     for key in row.needs:
         if scaling.get(key) is None:

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import Problem
+from pipeline.model.family_rows import Remark
 from pipeline.model.tables import Family
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """Return `config[key]`; a key `a.b` that is not there itself means `config["a"]["b"]`. None where there is no value."""
+    """Return `config[key]`; a key `a.b` that is not there itself means `config["a"]["b"]`. None where there is no value.
+
+    A key `#a` means the number of entries of the object `config["a"]`.
+    """
+    if key.startswith("#"):
+        counted = config.get(key[1:])
+        return len(counted) if isinstance(counted, Mapping) else None
     if config.get(key) is not None:
         return config[key]
     head, _, rest = key.partition(".")
@@ -72,10 +79,37 @@ def assumed(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
+def refusals(config: Mapping[str, Any], family: Family, file: str) -> list[Problem]:
+    """Return why the family's remarks refuse a configuration; [] where none does."""
+    problems = []
+    for remark in family.remarks:
+        if remark.refused and _fits(config, remark):
+            told = [f"{key} {lookup(config, key)}" for key in remark.when]
+            told += ["a value"] if remark.has else ["values that differ"] if remark.unlike else []
+            key = next(iter(remark.when), remark.has or remark.unlike)
+            problems.append(Problem(f"{file}: {key}", ", ".join(told), remark.refused, remark.remedy))
+    return problems
+
+
+def remark_notes(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """Return what the family's remarks say of a configuration that they do not refuse."""
+    return tuple(remark.note for remark in family.remarks if remark.note and _fits(config, remark))
+
+
+def _fits(config: Mapping[str, Any], remark: Remark) -> bool:
+    if not all(type(found := lookup(config, key)) is type(value) and found == value for key, value in remark.when.items()):
+        return False
+    if remark.unlike:
+        values = lookup(config, remark.unlike)
+        return isinstance(values, list) and any(value != values[0] for value in values)
+    return not remark.has or bool(lookup(config, remark.has))
+
+
 def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:
     """Say which values were taken from the family's `assumed`, as the configuration has none."""
     name = file.rpartition("/")[2]
+    whose = "the default of its own code" if "modelling code" in family.proof else "transformers' default"
     return tuple(
-        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and transformers' default is this"
+        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and {whose} is this"
         for field, value in assumed(config, family).items()
     )

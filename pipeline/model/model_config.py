@@ -13,12 +13,13 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import assumed, family_settings, typed_value, wrong_type
-from pipeline.model.rotary import LONG_ROPE, rotary_scaling
+from pipeline.model.multipliers import Multipliers
+from pipeline.model.rotary import LONG_ROPE, MROPE, rotary_scaling
 from pipeline.model.tables import Family, layout
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Multipliers):
     """A model's sizes and settings; layout tables refer to them by the names of the attributes.
 
     Sizes count elements. `head_size` is 0 only while it is being read: it then becomes hidden_size / num_attention_heads.
@@ -54,6 +55,7 @@ class ModelConfig:
     attention_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    num_labels: int = 0
     tie_word_embeddings: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,6 +99,13 @@ class ModelConfig:
         return None if self.long_rope else self.rotary_scaling
 
     @property
+    def mrope_scaling(self) -> Mapping[str, Any] | None:
+        """The scaling of a model whose positions have several axes, as TensorRT-LLM reads it; another scaling as it is."""
+        if self.rotary_type not in (MROPE, "default"):
+            return self.rotary_scaling
+        return {"type": MROPE, "mrope_section": self.settings.get("mrope_section")}
+
+    @property
     def long_rope(self) -> Mapping[str, Any]:
         """The parameters of a long rope, such as Phi-3's two lists of factors; empty for any other kind of scaling."""
         scaling = dict(self.rotary_scaling or {}) if self.rotary_type in LONG_ROPE else {}
@@ -106,21 +115,9 @@ class ModelConfig:
         return scaling
 
     @property
-    def scaled_attention_multiplier(self) -> float:
-        """The attention multiplier for TensorRT-LLM, which itself multiplies by 1 / sqrt(head_size); the source's includes that.
-
-        NVIDIA's converter leaves out this correction where the model's multiplier is 1.
-        """
-        return self.attention_multiplier * math.sqrt(self.head_size)
-
-    @property
     def normalization_mode(self) -> int:
         """1 (RENORMALIZE) where the weights of the chosen experts are scaled to a sum of 1, 0 (NONE) where they are not."""
         return int(bool(self.settings.get("norm_topk_prob")))
-
-    @property
-    def output_multiplier_scale(self) -> float:
-        return 1 / self.logits_scaling
 
     def dimension(self, name: str) -> int:
         """Return a size by its name in layout tables; a number as text, such as "1", is returned as that number."""
@@ -147,6 +144,7 @@ _BOUNDS = {
     "experts_per_token": (0, 4096),
     "moe_intermediate_size": (0, 1 << 31),
     "shared_expert_intermediate_size": (0, 1 << 31),
+    "num_labels": (0, 1 << 31),
 }
 _POSITIVE = ("norm_epsilon", "rotary_base", "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _NOT_BY_KEY = ("architecture", "rotary_scaling", "settings")  # fields that are not read through `family.fields`
@@ -183,6 +181,8 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         except (TypeError, ValueError, OverflowError):
             problems.append(wrong_type(file, keys, config, kind))
             continue
+        if value is not None and spec.name in family.divisors:
+            value //= family.divisors[spec.name]
         if value is None:
             value = family.defaults.get(spec.name, assumed(config, family).get(spec.name))
         if value is not None:

@@ -1,6 +1,7 @@
 """The operations on values that a family's rename row may name; there are no others.
 
-Each maps rows (axis `out`) in whole periods to as many rows, so that it can run block by block, and has an inverse.
+Each maps rows (axis `out`) in whole periods to as many rows, so that it can run block by block, and has an inverse or changes
+nothing the second time.
 """
 
 from __future__ import annotations
@@ -50,6 +51,23 @@ def subtract_one(values: np.ndarray, period: int) -> np.ndarray:  # noqa: ARG001
     return result
 
 
+def normalize_rows(values: np.ndarray, period: int) -> np.ndarray:  # noqa: ARG001
+    """Divide each row by its length: a head that is normalized whenever it is used, as Baichuan 2's, made a plain one.
+
+    `values`: [rows, in], whole rows, of any float dtype; returned as float32, so that they are rounded only once, by the later
+    cast. A row of zeros stays.
+    """
+    wide_values = values.astype(np.float32)
+    lengths = np.sqrt(np.square(wide_values).sum(-1, keepdims=True))
+    result: np.ndarray = wide_values / np.maximum(lengths, np.float32(1e-12))
+    return result
+
+
+def float32(dtype: np.dtype) -> np.dtype:  # noqa: ARG001
+    """Return float32, whatever the dtype was."""
+    return np.dtype(np.float32)
+
+
 def same(dtype: np.dtype) -> np.dtype:
     """Return `dtype`: the result type of an operation that only moves values."""
     return dtype
@@ -57,14 +75,19 @@ def same(dtype: np.dtype) -> np.dtype:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation and its inverse, functions of (values [rows, ...], period); `dtype` maps the input's type to the result's."""
+    """An operation and its inverse, functions of (values [rows, ...], period); `dtype` maps the input's type to the result's.
+
+    `inverse`: None for an operation that loses something, and changes its own results no more. `rows`: it needs whole rows.
+    """
 
     forward: Callable[[np.ndarray, int], np.ndarray]
-    inverse: Callable[[np.ndarray, int], np.ndarray]
+    inverse: Callable[[np.ndarray, int], np.ndarray] | None
     dtype: Callable[[np.dtype], np.dtype] = same
+    rows: bool = False
 
 
 OPERATIONS: Mapping[str, Operation] = {
     "unpermute_rope": Operation(unpermute_rope, permute_rope),
     "add_one": Operation(add_one, subtract_one, wide),
+    "normalize_rows": Operation(normalize_rows, None, float32, rows=True),
 }

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+MROPE = "mrope"  # positions of several axes (time, height, width), which are one and the same in text
 LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
 
 

@@ -53,11 +53,13 @@ class RopeKind:
     """A kind of `rotary_scaling`.
 
     `needs`: keys that must be there. `only`: the one value of a key that is computed. `because`: why a missing key matters.
+    `position_embedding_type`: config.json's that goes with this kind, and with no other; "" for the usual one.
     `remedy`: what a plan advises. `section`: the fact's, in docs/format/runtime-1.2.md.
     """
 
     needs: tuple[str, ...]
     only: Mapping[str, Any] = field(default_factory=dict)
+    position_embedding_type: str = ""
     because: str = ""
     remedy: str = ""
     section: str = ""
@@ -143,6 +145,8 @@ class Runtime:
         The GPU generations for which its loader arranges AWQ's weights in another order than the kernels read.
     orders
         The order of each GPU generation (80 for SM 8.0).
+    unserved
+        By architecture that no family is for, the reason, and what would do.
     windows
         The key of `runtime_defaults` that holds the attention windows of the layers.
     beyond_a_length
@@ -162,6 +166,7 @@ class Runtime:
     grouped: tuple[str, ...]
     misarranged: tuple[int, ...]
     orders: Mapping[int, WeightOrder]
+    unserved: Mapping[str, tuple[str, str]]
     windows: str
     beyond_a_length: Mapping[str, LongAttention]
 
@@ -190,6 +195,7 @@ def runtime() -> Runtime:
         grouped=tuple(data["kernels"]["grouped"]),
         misarranged=tuple(data["kernels"]["misarranged"]),
         orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
+        unserved={name: (row["title"], row["remedy"]) for row in data["unserved"].values() for name in row["architectures"]},
         windows=data["windows"]["key"],
         beyond_a_length={key: LongAttention(**row) for key, row in data["beyond_a_length"].items()},
     )

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.model.family_rows import KnownModel, Omission, Remark, RenameRow
 from pipeline.model.patterns import PatternTable
 from pipeline.model.published import PublishedSize
 from pipeline.model.table_files import load_table
@@ -20,49 +21,6 @@ from pipeline.model.table_files import load_table
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In the wheel a folder of the package, in the repository a folder beside it.
 CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE / "configs")
-
-
-@dataclass(frozen=True)
-class RenameRow:
-    """The new name or names of a source module.
-
-    `to`: several names for a fused source module, whose rows are those of each in turn. `groups`: the ModelConfig size that says in
-    how many repetitions the source interleaves those rows; "" for one. `operation`: the operation of `pipeline.model.operations`
-    that the values go through, "" for none; `period`: the ModelConfig size that is its period in rows.
-    """
-
-    to: tuple[str, ...]
-    operation: str = ""
-    period: str = ""
-    groups: str = ""
-
-
-@dataclass(frozen=True)
-class Omission:
-    """A parameter of some modules that NVIDIA's converter leaves out, and so headrace does where the job asks for it.
-
-    `modules`: patterns of renamed modules. `flag`: the field of ModelConfig that says whether the model has such parameters, and
-    the option of the job that says whether they are kept. `reason`: what the plan reports of a tensor that is left out.
-    """
-
-    modules: tuple[str, ...]
-    parameter: str
-    flag: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A published model whose configuration does not say everything.
-
-    `when`: the keys and values of its configuration that tell it. `name`: the model's; "" where they do not tell which it is.
-    `max_position_embeddings` and `rope_scaling_factor` (0.0: no factor is known) are what the configuration leaves out.
-    """
-
-    when: Mapping[str, Any]
-    max_position_embeddings: int
-    rope_scaling_factor: float = 0.0
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,6 +63,16 @@ class Family:
         The sizes by which keys are told that no configuration has; a model of another size needs the option of that name.
     known
         Models whose configurations do not say everything; the first row that fits counts, and the last fits always.
+    left_out
+        The beginnings of the names of tensors that are not converted, each with the reason.
+    told
+        The tensor whose number of rows a field is, where the configuration does not say it.
+    divisors
+        The number that a field's value in the configuration is to be divided by.
+    remarks
+        What a plan says of models whose configuration has some values, or why it refuses them.
+    proof
+        What the ranks of the family were compared with, words of `pipeline.planning.family_table`.
     """
 
     name: str
@@ -125,6 +93,11 @@ class Family:
     published: tuple[PublishedSize, ...] = ()
     known: tuple[KnownModel, ...] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
+    divisors: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+    proof: tuple[str, ...] = ()
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -304,6 +277,11 @@ def _family(name: str) -> Family:
         scaling=data.get("scaling", {}),
         assumed=data.get("assumed", {}),
         known=tuple(KnownModel(**row) for row in data.get("known", ())),
+        left_out=data.get("left_out", {}),
+        told=data.get("told", {}),
+        divisors=data.get("divisors", {}),
+        remarks=tuple(Remark(**row) for row in data.get("remarks", ())),
+        proof=tuple(data.get("proof", ())),
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.config_values import lookup
-from pipeline.model.tables import Family, KnownModel
+from pipeline.model.family_rows import KnownModel
+from pipeline.model.tables import Family
 
 POSITIONS, SCALING, FACTOR, SCALAR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor", "query_pre_attn_scalar"
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.model.model_config import ModelConfig
+from pipeline.model.rotary import MROPE
 
 RopeScaling = Literal["auto", "none", "keep"]
 
@@ -21,7 +22,7 @@ def written_scaling(model: ModelConfig, mode: RopeScaling) -> tuple[Mapping[str,
     sections b to b4).
     """
     scaling, kind = model.rotary_scaling, model.rotary_type
-    if scaling is None or mode == "keep":
+    if scaling is None or mode == "keep" or (kind == MROPE and "mrope_section" in model.settings):
         return scaling, ""
     if kind == "default":
         return None, ""
@@ -41,5 +42,5 @@ def written_scaling(model: ModelConfig, mode: RopeScaling) -> tuple[Mapping[str,
 
 
 def exact_length(model: ModelConfig) -> int:
-    """Return the length in tokens up to which a model computes the same without its rope scaling; 0 where it never does."""
-    return model.max_position_embeddings if model.rotary_type in ("dynamic", "default") else 0
+    """Return the length in tokens up to which a model computes the same of text without its rope scaling; 0 where it never does."""
+    return model.max_position_embeddings if model.rotary_type in ("dynamic", "default", MROPE) else 0

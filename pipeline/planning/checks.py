@@ -23,6 +23,7 @@ from stages.quantization.alignment import alignment
 from stages.quantization.kernels.chosen import kernel_problems
 from stages.quantization.sources import format_named
 from stages.quantize import unfit
+from stages.read.wrapped_names import some
 from stages.rename import LOST, units
 from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
@@ -45,6 +46,8 @@ HEADLESS = (
     "The model without its head, as embedding models are saved, generates no text: save the whole model, fetch the missing shard, "
     "or set tie_word_embeddings to true if the embeddings are its head"
 )
+MANY = 100  # missing tensors, which are told one by one up to here
+MISSING = "Fetch the missing shard, or mend the configuration"
 # What a quantized module has beside its codes, and what it may have.
 SCHEMES = {
     "codes4": (("scales", "offsets"), ("group_index", "prequant", "input_scale")),
@@ -153,8 +156,12 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
     for name, slot, parameter in expected(sharding, tensors):
         wanted[name] = sharding.shape(slot, _measured(slot, parameter, tensors.get(name), sharding))
         if name not in tensors:
-            remedy = HEADLESS if name.module in family.ties else "Fetch the missing shard, or mend the configuration"
+            remedy = HEADLESS if name.module in family.ties else MISSING
             problems.append(Problem(source_name(name, family), "no such tensor", f"shape {list(wanted[name])}", remedy))
+    if 2 * len(problems) > len(wanted) and len(problems) > MANY:  # one cause: these are not the files of the model
+        names = some([problem.subject for problem in problems])
+        found = f"{len(problems)} of {len(wanted)} tensors are not there: {names}"
+        problems = [Problem("tensors", found, "all that the model's configuration speaks of", MISSING)]
     for name, array in tensors.items():
         source = str(matches.origin(name))
         if name.parameter == "kv_scale":

@@ -32,12 +32,27 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class ConversionWay:
+    """One way to convert a source.
+
+    `options`: as the command line has them, "" for none. `becomes`: TensorRT-LLM's algorithm or the type; None where it is refused.
+    `tp_sizes`: those that it can be cut to. `says`: all of it in words, with the reason where it is refused.
+    """
+
+    options: str
+    becomes: str | None
+    tp_sizes: tuple[int, ...]
+    says: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The facts about a checkpoint that `inspect` reports.
 
     `family` and what follows from it (`model`, `tied_embeddings`, the sizes) are None or empty where headrace does not know the
     architecture, and `problems` says so. It can be cut to any of `tp_sizes` with any number of stages from `pp_sizes[0]` to
-    `pp_sizes[1]`, and its experts to the pairs (tensor-parallel, expert-parallel) that `moe_sizes` has for a tp_size.
+    `pp_sizes[1]`, and its experts to the pairs (tensor-parallel, expert-parallel) that `moe_sizes` has for a tp_size. `conversions`
+    are the ways to convert it, that without options first; none where it cannot be opened as a model.
     """
 
     path: str
@@ -57,6 +72,7 @@ class Inspection:
     tp_sizes: tuple[int, ...] = ()
     pp_sizes: tuple[int, ...] = ()
     moe_sizes: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    conversions: tuple[ConversionWay, ...] = ()
 
     @property
     def convertible(self) -> bool:
@@ -72,6 +88,7 @@ def as_inspection(facts: Mapping[str, Any]) -> Inspection:
         "files": tuple(InspectedFile(**file) for file in facts["files"]),
         "model": ModelSizes(**facts["model"]) if "model" in facts else None,
         "moe_sizes": pairs,
+        "conversions": tuple(ConversionWay(**{**way, "tp_sizes": tuple(way["tp_sizes"])}) for way in facts.get("conversions", ())),
         **{name: tuple(facts.get(name, ())) for name in ("problems", "tp_sizes", "pp_sizes")},
     }
     return Inspection(**{**known, **typed})

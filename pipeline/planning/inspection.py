@@ -1,4 +1,4 @@
-"""Describes a checkpoint, and the families and formats known: `headrace inspect`, `families`, `formats`. Opens headers only."""
+"""Describes a checkpoint, and the formats known: `headrace inspect`, `formats`. Opens headers only."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.parallelism import Parallelism
 from pipeline.model.quantization import Quantization
 from pipeline.model.runtime import runtime
-from pipeline.model.tables import Family, families, find_family, layout
+from pipeline.model.tables import Family, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.planning.checks import expected
-from pipeline.planning.choose_algorithm import Packing, choose, clean_settings
+from pipeline.planning.choose_algorithm import choose, clean_settings
+from pipeline.planning.conversions import conversions
 from pipeline.planning.job import Job, make_job
-from pipeline.planning.make_plan import make_plan
+from pipeline.planning.make_plan import plan_opened
+from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.tensor.names import by_module
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
@@ -33,7 +35,7 @@ from stages.read import find_source, sources
 from stages.read.source_reader import SourceReader
 from stages.rename import match
 from stages.shard import Embedding, Sharding, dense, expert_sizes, tp_sizes
-from stages.unpack import arranged, check, format_of
+from stages.unpack import arranged, format_of
 
 
 @refusing("the source", "files that can be read")
@@ -45,10 +47,24 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     with tempfile.TemporaryDirectory() as place:
         # Planning writes nothing: the directory is never made.
         job = make_job({"model_dir": model_dir, "revision": revision, "output_dir": Path(place) / "never", "scratch_after": "none"})
-        source = find_source(job.model_dir, None, None, job.revision, download=False)
-        source = replace(source, tensors=arranged(source.tensors))
-        problems = _refusals(job)
-    result = _facts(source)
+        try:
+            opened = open_job(job)
+        except BadInput as error:
+            return _unopened(job, error)
+        refused = _refusals(opened)
+        ways = [] if opened.unreadable else conversions(opened, refused)
+    facts = {**_facts(opened.source), "conversions": ways, "problems": [str(problem) for problem in refused]}
+    return {**facts, **_of_model(opened.family, opened.model, bool(opened.matches.ties), _quantized(opened))}
+
+
+def _unopened(job: Job, error: BadInput) -> dict[str, Any]:
+    """Describe a source of no family, or one that is not what its configuration says, as far as it goes.
+
+    Raises BadInput where it is no source at all.
+    """
+    source = find_source(job.model_dir, None, None, job.revision, download=False)
+    source = replace(source, tensors=arranged(source.tensors))
+    facts = {**_facts(source), "conversions": [], "problems": [str(problem) for problem in error.problems]}
     family = find_family(source.container, source.architecture)
     try:
         config = fill_in(source.config, family, source.config_name, {}).config if family else {}
@@ -56,35 +72,30 @@ def inspect_source(model_dir: Path | str, revision: str | None = None) -> dict[s
     except BadInput:
         model = None
     if family is None or model is None:
-        return {**result, "family": family.name if family else None, "problems": problems}
+        return {**facts, "family": family.name if family else None}
     matches = match(source.named, family, layout(family.layout), model, frozenset())
+    return {**facts, **_of_model(family, model, bool(matches.ties), Quantization())}
+
+
+def _of_model(family: Family, model: ModelConfig, tied: bool, quantization: Quantization) -> dict[str, Any]:
+    """The facts of a source that is a model of a family."""
     sharding = Sharding(layout(family.layout), model, Parallelism.resolve(1, 1, 1, -1, -1), Embedding())
     return {
-        **result,
         "family": family.name,
         "model": _sizes(model),
-        "parameters": _parameters(sharding, bool(matches.ties), family),
-        "tied_embeddings": bool(matches.ties),
-        **_parallel(sharding, _quantized(source, job)),
-        "problems": problems,
+        "parameters": _parameters(sharding, tied, family),
+        "tied_embeddings": tied,
+        **_parallel(sharding, quantization),
     }
 
 
-def _refusals(job: Job) -> list[str]:
+def _refusals(opened: OpenedSource) -> tuple[Problem, ...]:
     """The problems with which `convert` would refuse this source, given no other options."""
     try:
-        make_plan(job)
+        plan_opened(opened)
     except BadInput as error:
-        return [str(problem) for problem in error.problems]
-    return []
-
-
-def list_families() -> list[dict[str, Any]]:
-    """Every family of `configs/families`: its name, the kind of source, the architectures that it is for, and its layout."""
-    return [
-        {"family": family.name, "source": family.container, "architectures": list(family.architectures), "layout": family.layout}
-        for family in families()
-    ]
+        return tuple(error.problems)
+    return ()
 
 
 def list_formats() -> dict[str, list[dict[str, Any]]]:
@@ -148,12 +159,9 @@ def _parameters(sharding: Sharding, tied: bool, family: Family) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if name.module not in shared)
 
 
-def _quantized(source: Source, job: Job) -> Quantization:
+def _quantized(opened: OpenedSource) -> Quantization:
     """The quantization of a target where no option chooses another."""
-    settings = clean_settings(source.config)
-    found = check(source.named, settings)
-    packing = Packing(found.formats, found.ordered, settings, found.own)
-    return Quantization() if found.problems else choose(job, packing, source.named)[0]
+    return Quantization() if opened.unreadable else choose(opened.job, opened.packing, opened.source.named)[0]
 
 
 def _parallel(sharding: Sharding, quantization: Quantization) -> dict[str, Any]:

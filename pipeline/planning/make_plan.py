@@ -45,7 +45,12 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
     BadInput
         With everything that is wrong with the request, the source or the output directories.
     """
-    opened = open_job(job, live_model, download)
+    return plan_opened(open_job(job, live_model, download))
+
+
+def plan_opened(opened: OpenedSource) -> Plan:
+    """Plan a job whose source is open. Raises BadInput with everything that is wrong with it."""
+    job = opened.job
     request = check_request(opened)
     _refuse(request, opened.unreadable)  # of what cannot be unpacked nothing more can be asked
     chosen, contradictions = choose_all(job.targets, opened.packing, opened.source.named)

@@ -15,12 +15,14 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.config_values import lookup
+from pipeline.model.runtime import runtime
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, families, find_family, layout
 from pipeline.planning.choose_algorithm import clean_settings
 from pipeline.printed import shortened
 from pipeline.tensor.tensors import Source
 from stages.quantization.unread import unread_formats
+from stages.read.text_part import bare_names, family_of_type
 from stages.read.wrapped_names import known_names
 
 _SHOWN = 4  # names or keys in a sentence
@@ -60,11 +62,16 @@ class Difference:
 
 def unknown_architecture(source: Source) -> Problem:
     """The one problem of a source whose architecture no family lists."""
-    known: Sequence[str] = sorted(
-        name for family in families() if family.container == source.container for name in family.architectures
-    )
-    subject = f"{source.config_name}: architecture"
-    return Problem(subject, source.architecture or "none", f"one of {', '.join(known)}", _remedy(source))
+    known = sorted(name for family in families() if family.container == source.container for name in family.architectures)
+    subject, expected = f"{source.config_name}: architecture", f"one of {', '.join(known)}"
+    return Problem(subject, source.architecture or "none", expected, f"{_unserved(source)}{_remedy(source)}")
+
+
+def _unserved(source: Source) -> str:
+    """The sentence on an architecture, or a wrapper's text, of which it is known why no family is for it; "" for any other."""
+    texts = (_named_text(inner, source.container)[0] for _, inner in _text_parts(source.config, _NESTED))
+    found = next((row for name in (source.architecture, *texts) if (row := runtime().unserved.get(name))), None)
+    return f"{found[0][0].upper()}{found[0][1:]}. {found[1]}. " if found else ""
 
 
 def _remedy(source: Source) -> str:
@@ -77,7 +84,8 @@ def _remedy(source: Source) -> str:
     name, family = _named_text(inner, source.container)
     called = f"{key}: {shortened(name, _LONGEST)}" if name else key
     if family is None:
-        return f"It wraps a text model ({called}), which no family is for either. {_nearest(inner, (), source.container)}"
+        nearest = _nearest(inner, bare_names(source.tensors), source.container)
+        return f"It wraps a text model ({called}), which no family is for either. {nearest}"
     return (
         f"It wraps a text model of the family {family.name} ({called}): save that one alone (in transformers, `save_pretrained` of "
         f"the language model inside), as a directory with {key} as its config.json"
@@ -89,7 +97,7 @@ def _text_parts(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Ma
     inner = [(key, value) for key, value in config.items() if isinstance(value, Mapping)]
     for key, value in inner:
         # Towers of other inputs have no vocabulary, and a part that is all of its type's defaults has no sizes.
-        if {"vocab_size", "num_hidden_layers"} <= value.keys() or _family_of_type(value):
+        if {"vocab_size", "num_hidden_layers"} <= value.keys() or family_of_type(value):
             yield key, value
     if depth > 1:
         for key, value in inner:
@@ -103,13 +111,7 @@ def _named_text(config: Mapping[str, Any], container: str) -> tuple[str, Family 
     if isinstance(first, str) and (family := find_family(container, first)):
         return first, family
     kind = config.get("model_type")
-    return str(first or kind or ""), None if isinstance(first, str) else _family_of_type(config)
-
-
-def _family_of_type(config: Mapping[str, Any]) -> Family | None:
-    """The family that transformers' name of a type of model is: ours have the same names, less the part that says text."""
-    kind = str(config.get("model_type", "")).removesuffix("_text")
-    return next((family for family in families() if family.name == kind and family.container == "huggingface"), None)
+    return str(first or kind or ""), None if isinstance(first, str) else family_of_type(config)
 
 
 def _nearest(config: Mapping[str, Any], names: Collection[str], container: str) -> str:
@@ -121,7 +123,8 @@ def _nearest(config: Mapping[str, Any], names: Collection[str], container: str) 
     def rank(each: Difference) -> tuple[Any, ...]:
         changed = sum(bool(row.operation) for row in each.family.rename.values())  # values that are not kept as they are
         other = not kind.startswith(each.family.name)
-        return (-each.known, each.count, other, -each.shared, changed, each.silent, each.family.name)
+        borrowed = bool(each.family.architecture)  # written as another family's
+        return (-each.known, each.count, other, borrowed, -each.shared, changed, each.silent, each.family.name)
 
     first, second = sorted(apart, key=rank)[:2]
     if not (first.said or first.named):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.config_values import assumed_notes
+from pipeline.model.config_values import assumed_notes, refusals, remark_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
 from pipeline.model.model_config import ModelConfig, model_config
@@ -94,6 +94,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
         family = _family(source)
+        if problems := refusals(source.config, family, source.config_name):
+            raise BadInput(problems)
         filled = fill_in(source.config, family, source.config_name, job.unsaid())
         declared = model_config(filled.config, family, source.architecture, source.config_name)
         if problems := check_windows(declared, source.config_name):
@@ -133,6 +135,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *source.notes,
             *dense,
             *assumed_notes(filled.config, family, source.config_name),
+            *remark_notes(filled.config, family),
             *filled.notes,
             *_dtype_notes(job, source, packing),
             *filter(None, (rope_note,)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -111,6 +111,11 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
         table.add_row("pp_size", f"{low} to {high}")
     for size, pairs in facts.get("moe_sizes", {}).items():
         table.add_row("", f"tp_size {size}: moe_tp_size x moe_ep_size " + ", ".join(f"{tp} x {ep}" for tp, ep in pairs))
+    told = dict[str, str]()  # a reason that several options have is said of the first
+    for way in facts["conversions"]:
+        told.setdefault(way["says"] if way["becomes"] is None else way["options"], _way(way))
+    for line in told.values() or ["no: nothing is known of it but the problem below"]:
+        table.add_row("converts", line)
     for problem in facts["problems"][: BadInput.shown]:
         table.add_row(Text("problem", style="red"), problem)
     if len(facts["problems"]) > BadInput.shown:
@@ -118,18 +123,26 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def _way(way: Mapping[str, Any]) -> str:
+    options = way["options"] or "as it is"
+    return f"{options}, to {way['becomes']}: {way['says']}" if way["becomes"] else f"{options}: {way['says']}"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def families_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Make the table of `headrace families`, a row for each family."""
+def families_table(rows: Sequence[Mapping[str, Any]], texts: Iterable[str]) -> RenderableType:
+    """Make the table of `headrace families`, a row for each family, and beneath it the wrappers whose text is converted."""
     table = Table()
-    for column in ("family", "source", "architectures", "layout"):
-        table.add_column(column)
+    for column in ("family", "source", "architectures", "class", "targets", "pp", "compared with"):
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row["family"], row["source"], ", ".join(row["architectures"]), row["layout"])
-    return table
+        stages = "yes" if row["pipeline_stages"] else "no"
+        named, targets, proof = ", ".join(row["architectures"]), ", ".join(row["targets"]), "; ".join(row["proof"])
+        table.add_row(row["family"], row["source"], named, row["class"], targets, stages, proof)
+    said = "Targets are values of --quantization. The text of these is converted too, as the family that they name:"
+    return Group(table, said, ", ".join(texts))
 
 
 def formats_table(facts: Mapping[str, Sequence[Mapping[str, Any]]]) -> RenderableType:

@@ -19,6 +19,7 @@ from pipeline.tensor.arrays import BlockArray, Index, Maker, grid
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor, Source
 from stages.read.source_reader import SourceReader
+from stages.read.text_part import text_part
 from stages.read.unread_containers import unread_container
 from stages.read.wrapped_names import unwrapped
 
@@ -65,17 +66,17 @@ def _find_source(
         if not _exists(meta_ckpt_dir):
             raise BadInput([Problem(str(meta_ckpt_dir), "no such directory", "a Meta checkpoint")])
         _check_container(meta_ckpt_dir)
-        return unwrapped(meta.READER.open_source(meta_ckpt_dir))
+        return _model(meta.READER.open_source(meta_ckpt_dir))
     if isinstance(model_dir, str) and "://" in model_dir:
         from stages.read import remote
 
-        return unwrapped(remote.open_remote(model_dir, open_source))
+        return _model(remote.open_remote(model_dir, open_source))
     if isinstance(model_dir, str):
         from stages.read import hub
 
         model_dir = hub.find(model_dir, revision, download)
     assert model_dir is not None, "a job has a source"
-    source = unwrapped(open_source(model_dir))
+    source = _model(open_source(model_dir))
     if quant_ckpt_path:
         from stages.read import beside
 
@@ -83,11 +84,16 @@ def _find_source(
     return source
 
 
+def _model(source: Source) -> Source:
+    """A source as the model that is converted: its text alone, under its family's own names."""
+    return unwrapped(text_part(source))
+
+
 def open_model(model: Any) -> Source:
     """A Hugging Face model in memory. Raises BadInput where it is none, or some of its values are not in memory."""
     from stages.read import live_model
 
-    return unwrapped(live_model.open_model(model))
+    return _model(live_model.open_model(model))
 
 
 def open_source(location: Path) -> Source:

@@ -85,7 +85,7 @@ class HuggingFace(SourceReader):
         problems: list[Problem] = []
         tensors, files = open_tensors(location, problems)
         architecture = _architecture(config, config_file.path, problems)
-        dtype = _dtype(config, config_file.path, problems)
+        dtype = declared_dtype(config, config_file.path, problems)
         if problems:
             raise BadInput(problems)
         read = [file.path for file in files]
@@ -155,8 +155,11 @@ def _architecture(config: Mapping[str, Any], path: Path, problems: list[Problem]
     return ""
 
 
-def _dtype(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> str | None:
-    """Return the configuration's `torch_dtype`, or `dtype` as transformers 5 writes it; None where there is neither."""
+def declared_dtype(config: Mapping[str, Any], path: Path | str, problems: list[Problem]) -> str | None:
+    """Return the configuration's `torch_dtype`, or `dtype` as transformers 5 writes it; None where there is neither.
+
+    Adds to `problems` where it is no type of weights.
+    """
     key = next((key for key in ("torch_dtype", "dtype") if config.get(key) is not None), None)
     if key is None:
         return None

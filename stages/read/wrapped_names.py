@@ -16,6 +16,7 @@ from itertools import accumulate, takewhile
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.config_values import lookup
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, find_family
 from pipeline.tensor.tensors import LazyTensor, Source
@@ -55,7 +56,20 @@ def unwrapped(source: Source) -> Source:
         else:
             return source
     tensors = _stacks(tensors, family)
-    return replace(source, tensors=tensors, notes=(*source.notes, *notes))
+    told = _told(tensors, family, source.config)
+    notes += [
+        f"{key} {size}: {source.config_name.rpartition('/')[2]} does not say it, its tensors do" for key, size in told.items()
+    ]
+    return replace(source, tensors=tensors, config={**source.config, **told}, notes=(*source.notes, *notes))
+
+
+def _told(tensors: Mapping[str, LazyTensor], family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that a configuration does not have and that the family takes from the rows of a tensor, by their first keys."""
+    return {
+        family.fields[field][0]: tensors[name].shape[0]
+        for field, name in family.told.items()
+        if name in tensors and tensors[name].shape and all(lookup(config, key) is None for key in family.fields[field])
+    }
 
 
 def _stacks(tensors: Mapping[str, LazyTensor], family: Family) -> Mapping[str, LazyTensor]:

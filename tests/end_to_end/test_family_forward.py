@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -21,6 +23,10 @@ from transformers import (
     GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    HeliumConfig,
+    HeliumForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -40,6 +46,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
 )
 
 from pipeline import convert
@@ -108,6 +116,15 @@ CASES = {
     "mixtral": Case(MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": Case(GraniteConfig, GraniteForCausalLM, GRANITE),
     "granite_tied": Case(GraniteConfig, GraniteForCausalLM, {**GRANITE, "tie_word_embeddings": True}),
+    "granitemoe": Case(
+        GraniteMoeConfig,
+        GraniteMoeForCausalLM,
+        {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3},
+    ),
+    "ernie4_5": Case(Ernie4_5Config, Ernie4_5ForCausalLM, {"head_dim": 24, "use_bias": False, "num_hidden_layers": 3}),
+    "ernie4_5_biases": Case(Ernie4_5Config, Ernie4_5ForCausalLM, {"head_dim": 24, "use_bias": True, "tie_word_embeddings": True}),
+    "helium": Case(HeliumConfig, HeliumForCausalLM, {"head_dim": 16, "num_hidden_layers": 3}),
+    "seed_oss": Case(SeedOssConfig, SeedOssForCausalLM, {"head_dim": 24, "attention_out_bias": False, "num_hidden_layers": 3}),
     "qwen2": Case(Qwen2Config, Qwen2ForCausalLM),
     "qwen2_tied": Case(Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "qwen2_moe": Case(Qwen2MoeConfig, Qwen2MoeForCausalLM, {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 48}),
@@ -170,6 +187,11 @@ WANTED = {
     "mixtral": ["tp4", "ep2", "tp4ep2", "pp2"],
     "granite": ["tp2", "pp2"],
     "granite_tied": ["tp2", "pp2"],
+    "granitemoe": ["tp4", "ep2", "tp2pp2"],
+    "ernie4_5": ["tp4", "tp2pp2"],
+    "ernie4_5_biases": ["tp1", "tp2pp2"],
+    "helium": ["tp4", "tp2pp2"],
+    "seed_oss": ["tp4", "tp2pp2", "rows"],
     "qwen2": ["tp4", "pp2"],
     "qwen2_tied": ["tp2", "pp2"],
     "qwen2_moe": ["tp1", "tp2", "ep2", "tp4ep2", "pp2"],

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +258,8 @@ def test_an_inspection_is_what_the_command_prints(model: Path) -> None:
     assert {name: getattr(found.model, name) for name in printed["model"]} == printed["model"]
     assert [{"file": each.file, "bytes": each.bytes} for each in found.files] == printed["files"]
     assert (list(found.tp_sizes), list(found.pp_sizes), found.moe_sizes) == (printed["tp_sizes"], printed["pp_sizes"], {})
-    rest = printed.keys() - {"model", "files", "tp_sizes", "pp_sizes", "problems"}
+    assert [{**asdict(way), "tp_sizes": list(way.tp_sizes)} for way in found.conversions] == printed["conversions"]
+    rest = printed.keys() - {"model", "files", "tp_sizes", "pp_sizes", "problems", "conversions"}
     assert {name: getattr(found, name) for name in rest} == {name: printed[name] for name in rest}
     with pytest.raises(FrozenInstanceError):
         found.family = "other"  # type: ignore[misc]

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.operations import OPERATIONS
-from pipeline.model.tables import Family, RenameRow, find_family, layout
+from pipeline.model.tables import Family, find_family, layout
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.names import TensorName, split_name, split_names
 from pipeline.tensor.placement import extent, slices, whole
@@ -180,8 +181,12 @@ def test_operations_undo_and_are_undone(
     groups, period = case
     array = data.draw(hnp.arrays(np.int16, (groups * period, *columns)))
     pair, before = OPERATIONS[operation], array.copy()
-    assert np.array_equal(pair.inverse(pair.forward(array, period), period), array)
-    assert np.array_equal(pair.forward(pair.inverse(array, period), period), array)
+    once = pair.forward(array, period)
+    if pair.inverse is None:
+        assert np.allclose(pair.forward(once, period), once, rtol=1e-6)
+    else:
+        assert np.array_equal(pair.inverse(once, period), array)
+        assert np.array_equal(pair.forward(pair.inverse(array, period), period), array)
     assert np.array_equal(array, before), "a mapped file must not be written to"
 
 

@@ -37,7 +37,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
     },
-    "pipeline/cli/facts.py": {"pipeline.planning.inspection", "pipeline.reporting"},
+    "pipeline/cli/facts.py": {"pipeline.planning.family_table", "pipeline.planning.inspection", "pipeline.reporting"},
     "pipeline/cli/batch.py": {
         "pipeline.jobs.batch",
         "pipeline.jobs.files",

@@ -24,6 +24,10 @@ def linears(settings: ContractSettings) -> Iterator[Linear]:
     keys = max(settings.kv_heads // tp, 1) * settings.head_size
     yield Linear("attention.qkv", queries + 2 * keys, hidden, "out", settings.attention_bias)
     yield Linear("attention.dense", hidden, queries, "in", settings.attention_bias and kind != "qwen")
+    if settings.residual_mlp:
+        yield Linear("residual_mlp.fc", hidden // tp, hidden, "out")
+        yield Linear("residual_mlp.gate", hidden // tp, hidden, "out")
+        yield Linear("residual_mlp.proj", hidden, hidden // tp, "in")
     if settings.experts:
         yield from _experts(settings)
         return
@@ -59,7 +63,7 @@ def stage_tensors(settings: ContractSettings, number: int) -> dict[str, Expected
         result |= dict(_layer(settings, f"transformer.layers.{local}.", first_layer + local))
     if number == last:
         result |= dict(_norm(settings, "transformer.ln_f"))
-        rows = -(-settings.vocab_size // settings.parallel.tp)
+        rows = settings.head_rows
         result["lm_head.weight"] = single_form((rows, settings.hidden_size), settings.dtype)
         if settings.layer_norms:
             result["lm_head.bias"] = single_form((rows,), settings.dtype)
@@ -82,6 +86,7 @@ def _layer(settings: ContractSettings, prefix: str, number: int) -> Iterator[tup
     recipe = quantization.meta_recipe and quantization.algorithm == FP8_ROWWISE
     outer = recipe and number in (0, settings.num_layers - 1)
     norms = ["input_layernorm", "post_layernorm"]
+    norms += ["residual_layernorm"] if settings.residual_mlp else []
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if settings.inter_norms else []
     for name in norms:
         yield from _norm(settings, prefix + name)

@@ -23,10 +23,20 @@ QWEN_TYPES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2ForSequenceClassification": "qwen2",
 }
-MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+CLASSIFIERS = ("Qwen2ForSequenceClassification",)  # whose head has a row a label
+MIXTURES = (
+    "MixtralForCausalLM",
+    "ArcticForCausalLM",
+    "GraniteMoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "PhiMoEForCausalLM",
+)
 DTYPES = ("float16", "bfloat16", "float32")
-POSITIONS = ("rope_gpt_neox", "long_rope", "yarn")
+POSITIONS = ("rope_gpt_neox", "long_rope", "yarn", "mrope")
 # The keys that `MoeConfig(**dict)` takes in some version from 0.13 to 1.2.1.
 MOE_KEYS = (
     "num_experts",
@@ -41,6 +51,7 @@ MOE_KEYS = (
     "device_limited_routed_scaling_factor",
 )
 ALONE = {"world_size": 1, "tp_size": 1, "pp_size": 1}  # in place of a missing mapping, which is reported once
+BESIDE_EXPERTS = "ArcticForCausalLM"  # whose layers have a dense MLP, too
 # The LLaMA class asks for other modules where these have other values.
 CONSTANTS = {
     "residual_mlp": False,
@@ -56,8 +67,8 @@ class ContractSettings:
     """The values of config.json that names and shapes of tensors depend on.
 
     `experts`: 0 for a dense model. `expert_size`, `shared_size`: intermediate sizes of an expert and of the shared one, 0 for none.
-    `embedding`: the axis of the embedding that ranks share, "vocabulary" or "hidden", "" for none. `lacking`: the features that the
-    attention of the algorithm does not compute.
+    `labels`: of a classifier, 0 for a model of tokens. `embedding`: the axis of the embedding that ranks share, "vocabulary" or
+    "hidden", "" for none. `lacking`: the features that the attention of the algorithm does not compute.
     """
 
     architecture: str
@@ -81,6 +92,12 @@ class ContractSettings:
     parallel: MappingSizes
     quantization: QuantizationBlock
     lacking: tuple[str, ...] = ()
+    labels: int = 0
+
+    @property
+    def head_rows(self) -> int:
+        """The rows of lm_head on a rank: its share of the labels, or of the vocabulary, which is padded."""
+        return self.labels // self.parallel.tp if self.labels else -(-self.vocab_size // self.parallel.tp)
 
     @property
     def model_class(self) -> str:
@@ -100,6 +117,11 @@ class ContractSettings:
     def inter_norms(self) -> bool:
         """Whether norms stand on both sides of the MLP."""
         return self.architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+
+    @property
+    def residual_mlp(self) -> bool:
+        """Whether layers have a dense MLP, as wide as the model, beside their experts."""
+        return self.architecture == BESIDE_EXPERTS
 
     @property
     def layer_norms(self) -> bool:
@@ -150,6 +172,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         parallel=parallel,
         quantization=quantization,
         lacking=replaced.lacks if (replaced := replaced_attention(config)) else (),
+        labels=reader.size("num_labels") if architecture in CLASSIFIERS else 0,
     )
     _by_class(reader, architecture, settings)
     usable = all(each.usable for each in (reader, moe, mapping, block))
@@ -196,11 +219,19 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
     """Check the values that a single class asks for."""
     config, kind = reader.values, _kind(architecture)
     if kind == "llama":
-        for key, value in CONSTANTS.items():
+        constants = {**CONSTANTS, "residual_mlp": architecture == BESIDE_EXPERTS}
+        if architecture == BESIDE_EXPERTS and not reader.has("residual_mlp"):
+            reader.wrong("residual_mlp", "true: the model has a dense MLP beside its experts")
+        for key, value in constants.items():
             if reader.has(key) and config[key] != value:
                 reader.wrong(key, str(value).lower())
     if kind == "qwen":
         reader.text("qwen_type", (QWEN_TYPES[architecture],))
+    if config.get("position_embedding_type") == "mrope":
+        scaling = config.get("rotary_scaling")
+        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+        if not isinstance(section, list) or len(section) != 3 or sum(section) != settings.rotary_size // 2:
+            reader.wrong("rotary_scaling", f"mrope_section: three numbers, {settings.rotary_size // 2} in all")
     if settings.inter_norms:
         reader.positive("query_pre_attn_scalar")
     if kind == "phi" and config.get("position_embedding_type") == "long_rope":
@@ -233,6 +264,8 @@ def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:
         key = "moe_intermediate_size" if own else "intermediate_size"
         shares.append((key, settings.expert_size, "moe_tp_size", parallel.moe_tp))
         shares.append(("moe.num_experts", settings.experts, "moe_ep_size", parallel.moe_ep))
+    if settings.labels:
+        shares.append(("num_labels", settings.labels, "tp_size", tp))
     if settings.shared_size:
         shares.append(("moe_shared_expert_intermediate_size", settings.shared_size, "tp_size", tp))
     if settings.embedding == "hidden":

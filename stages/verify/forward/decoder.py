@@ -86,7 +86,10 @@ class Decoder:
         inner = self._attention(stage, f"{module}.attention", layer, norm(stage, f"{module}.input_layernorm", settings, x), cache)
         if between:
             inner = norm(stage, f"{module}.post_layernorm", settings, inner)
-        x = x + inner * settings.residual_scale
+        read, x = x, x + inner * settings.residual_scale
+        if settings.residual_mlp:
+            dense = self._mlp.dense(stage, f"{module}.residual_mlp", norm(stage, f"{module}.residual_layernorm", settings, x))
+            return x + dense + self._mlp(stage, f"{module}.mlp", norm(stage, f"{module}.post_layernorm", settings, read))
         before = "pre_feedforward_layernorm" if between else "post_layernorm"
         inner = self._mlp(stage, f"{module}.mlp", norm(stage, f"{module}.{before}", settings, x))
         if between:
@@ -123,13 +126,16 @@ class Decoder:
         return torch.cat([rows[token] for token in tokens.tolist()]) if rows else torch.empty(0, shape[1])
 
     def _head(self, x: Tensor) -> Tensor:
-        """The logits before scaling, [tokens, vocab_size]. Each rank has as many rows of lm_head; the last of all are padding."""
+        """The logits before scaling: [tokens, vocab_size], or [tokens, num_labels].
+
+        Each rank has as many rows of lm_head; the last of all are padding.
+        """
         settings, stage = self.settings, self._stages[-1]
-        rows = -(-settings.vocab // settings.tp)
+        rows = -(-settings.outputs // settings.tp)
         biased = settings.layer_norm and stage.has(f"{HEAD}.bias")
         parts = []
         for place, rank in enumerate(stage.ranks):
             parts.append(stage.part(rank, x, HEAD, rows, bias=biased))
             for parameter in ("weight", "bias") if biased else ("weight",):
-                self._weights.zeros(rank, f"{HEAD}.{parameter}", settings.vocab - place * rows)
-        return torch.cat(parts, -1)[:, : settings.vocab]
+                self._weights.zeros(rank, f"{HEAD}.{parameter}", settings.outputs - place * rows)
+        return torch.cat(parts, -1)[:, : settings.outputs]

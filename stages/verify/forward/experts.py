@@ -45,11 +45,18 @@ class FeedForward:
             return self._mixture(stage, module, x)
         if settings.fused_mlp:
             return self._fused(stage, module, x, settings.inner)
-        activate = ACTIVATIONS[settings.config["hidden_act"]]
+        return self._gated(stage, module, x, settings.inner, ACTIVATIONS[settings.config["hidden_act"]])
+
+    def dense(self, stage: PipelineStage, module: str, x: Tensor) -> Tensor:
+        """The output of a dense MLP beside experts, as wide as the model."""
+        return self._gated(stage, module, x, self.settings.hidden // self.settings.tp, functional.silu)
+
+    def _gated(self, stage: PipelineStage, module: str, x: Tensor, inner: int, activate: Callable[[Tensor], Tensor]) -> Tensor:
+        settings = self.settings
 
         def part(rank: int) -> Tensor:
-            activated = activate(stage.part(rank, x, f"{module}.fc", settings.inner, bias=settings.mlp_bias))
-            return activated * stage.part(rank, x, f"{module}.gate", settings.inner, bias=settings.mlp_bias)
+            activated = activate(stage.part(rank, x, f"{module}.fc", inner, bias=settings.mlp_bias))
+            return activated * stage.part(rank, x, f"{module}.gate", inner, bias=settings.mlp_bias)
 
         return stage.total(part, f"{module}.proj", settings.hidden, bias=settings.mlp_bias)
 

@@ -28,7 +28,8 @@ DROPPED = ("quantization_config", "compression_config", "auto_map", "torch_dtype
 CLASSES = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}
 # How transformers 5 holds the experts of a layer: [E, 2 I, H], the activated half first, and [E, H, I].
 STACKS = {"gate_up_proj": (("w1", "gate_proj"), ("w3", "up_proj")), "down_proj": (("w2", "down_proj"),)}
-ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")  # block_sparse_moe.gate in files
+# block_sparse_moe.gate in files
+ROUTERS = (".mlp.gate.weight", ".mlp.router.weight", ".block_sparse_moe.router.weight")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Reference:
         if head_epsilon:
             set_head_epsilon(self._model, head_epsilon)
         self._embedding: nn.Module = self._model.get_input_embeddings()
-        self._head: nn.Module = self._model.get_output_embeddings()
+        self._classifier = hasattr(self._model, "score")
+        self._head: nn.Module = self._model.score if self._classifier else self._model.get_output_embeddings()
         self._parts = self._matched(bool(self._model.config.tie_word_embeddings))
         layers: Sequence[nn.Module] = self._model.get_decoder().layers
         names = {id(module): name for name, module in self._model.named_modules()}
@@ -69,7 +71,7 @@ class Reference:
         self._head.forward = self._logits
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """The logits of one sequence of tokens, int64 [tokens]: float32 [tokens, vocabulary].
+        """The logits of one sequence of tokens, int64 [tokens]: float32 [tokens, vocabulary], or [tokens, labels] of a classifier.
 
         Raises IndexError for no tokens, and for tokens beyond the embedding.
         """
@@ -77,6 +79,9 @@ class Reference:
         if tokens.ndim != 1 or not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= rows:
             raise IndexError(f"tokens of shape {list(tokens.shape)}; expected one sequence of tokens 0 to {rows - 1}")
         with torch.no_grad(), _quiet():
+            if self._classifier:  # which gives the last token's alone
+                hidden = self._model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
+                return self._logits(hidden[0])
             result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
         return result
 
@@ -162,9 +167,9 @@ def _parts(name: str, shape: tuple[int, ...], weight_names: set[str]) -> list[Pa
         if name.endswith(router) and renamed in weight_names:
             return [ParameterPart(renamed, (), shape)]
     front, _, leaf = name.rpartition(".")
-    if not front.endswith(".mlp.experts") or leaf not in STACKS or len(shape) != 3:
+    if not front.endswith((".mlp.experts", ".block_sparse_moe.experts")) or leaf not in STACKS or len(shape) != 3:
         return [ParameterPart(name, (), shape)]
-    numbered = f"{front.removesuffix('.mlp.experts')}.block_sparse_moe.experts"
+    numbered = f"{front.removesuffix('.experts').rpartition('.')[0]}.block_sparse_moe.experts"
     style = 0 if any(weight.startswith(f"{numbered}.") for weight in weight_names) else 1
     projections, rows = STACKS[leaf], shape[1] // len(STACKS[leaf])
     return [
@@ -219,6 +224,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the configuration in the form that transformers 5 reads, which also writes in it."""
     plain = copy.deepcopy({key: value for key, value in config.items() if key not in DROPPED})
     scaling = plain.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") == "mrope":  # of text, whose positions are the same on every axis
+        del plain["rope_scaling"]
     # Early Phi-3 models call longrope "su"; where transformers renames it, it loses the trained length.
     if isinstance(scaling, dict) and scaling.get("type") == "su":
         scaling["type"] = "longrope"

@@ -18,6 +18,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.computes import LOCAL_ROPE
 from stages.verify.forward.settings import DecoderSettings
 
+# mrope: the position of a token of text is the same on all of its axes, so that it turns as rope_gpt_neox does.
+POSITIONS = ("rope_gpt_neox", "long_rope", "mrope")
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -85,8 +87,8 @@ class Rotation:
         config = self.settings.config
         kind = config.get("position_embedding_type", "rope_gpt_neox")
         problems = []
-        if kind not in ("rope_gpt_neox", "long_rope"):
-            problems.append(Problem("config.json: position_embedding_type", repr(kind), "rope_gpt_neox or long_rope"))
+        if kind not in POSITIONS:
+            problems.append(Problem("config.json: position_embedding_type", repr(kind), f"one of {', '.join(POSITIONS)}"))
         needed = ["rope_local_base_freq"] if self.settings.has(LOCAL_ROPE) else []
         if self.long_rope:
             needed += ["original_max_position_embeddings", "longrope_scaling_short_factors", "longrope_scaling_long_factors"]

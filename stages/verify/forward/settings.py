@@ -28,6 +28,7 @@ from stages.verify.forward.rank_layout import RankLayout
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # of a gated MLP; TensorRT-LLM knows one GELU, by both names
 ROUTINGS = (None, 0, 1, 2)  # None and 0: shares as they are; 1: shares that sum to one; 2: sparse mixer
 NEEDED = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "mapping")
+BESIDE_EXPERTS = "ArcticForCausalLM"  # has a dense MLP beside its experts
 WITHOUT = "a model that is computed without it"
 
 
@@ -57,7 +58,12 @@ class DecoderSettings(RankLayout):
             ("mapping.tp_size", self.tp, self.moe_tp * self.ep == self.tp, f"moe_tp_size {self.moe_tp} * moe_ep_size {self.ep}"),
             *(
                 (key, self.config[key], not self.config[key], WITHOUT)
-                for key in ("residual_mlp", "fc_after_embed", "use_logn_attn", "mlp_only_layers")
+                for key in (
+                    *(() if self.architecture == BESIDE_EXPERTS else ("residual_mlp",)),
+                    "fc_after_embed",
+                    "use_logn_attn",
+                    "mlp_only_layers",
+                )
                 if key in self.config
             ),
             ("decoder_sparse_step", self.config.get("decoder_sparse_step"), self.config.get("decoder_sparse_step", 1) == 1, "1"),
@@ -89,6 +95,11 @@ class DecoderSettings(RankLayout):
     def vocab(self) -> int:
         """The number of tokens, without padding."""
         return int(self.config["vocab_size"])
+
+    @property
+    def outputs(self) -> int:
+        """The rows of lm_head, without padding: tokens, or the labels of a classifier."""
+        return int(self.config["num_labels"]) if self.architecture == "Qwen2ForSequenceClassification" else self.vocab
 
     @property
     def hidden(self) -> int:
@@ -173,6 +184,11 @@ class DecoderSettings(RankLayout):
     def fused_mlp(self) -> bool:
         """Whether a dense MLP has one projection for both the factor and the activated half."""
         return self.kind == "phi"
+
+    @property
+    def residual_mlp(self) -> bool:
+        """Whether a layer has a dense MLP of attention's output, beside experts that read what attention reads."""
+        return bool(self.config.get("residual_mlp", False))
 
     @property
     def embedding_scale(self) -> float:

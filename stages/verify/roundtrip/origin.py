@@ -15,6 +15,7 @@ from stages.verify.roundtrip.model_split import Span, model_split, split
 
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
 GEMMA = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+CLASSIFIERS = ("Qwen2ForSequenceClassification",)
 # What Hugging Face's models call a layer's parts: the first name that the source has.
 EXPERTS = ("block_sparse_moe.experts.{e}.", "mlp.experts.{e}.")
 ROUTERS = ("block_sparse_moe.gate", "mlp.gate", "mlp.router")
@@ -136,6 +137,10 @@ class _OriginRules:
             yield from self._padded(Origin(rank, module, (0, 0), source), tp_rank)
 
     def _head(self, rank: int, tp_rank: int) -> Iterator[Origin]:
+        if self.architecture in CLASSIFIERS:
+            share = split(self._rows("score.weight"), self.split.tp, tp_rank)
+            yield from self._stacked(rank, "lm_head", [("score", share)])
+            return
         source = self._first("lm_head", "model.embed_tokens")
         for parameter in ("weight", "bias"):
             name = f"{source}.{parameter}" if parameter == "weight" else "lm_head.bias"
@@ -159,6 +164,8 @@ class _OriginRules:
         tp = self.split.tp
         dense, output = f"{rank_prefix}attention.dense", f"{source_prefix}self_attn.o_proj"
         yield from self._row_parallel(rank, dense, output, lambda width: split(width, tp, tp_rank))
+        if self.config.get("residual_mlp"):
+            yield from self._residual(rank, tp_rank, f"{rank_prefix}residual_", f"{source_prefix}residual_")
         if self.config.get("moe", {}).get("num_experts"):
             yield from self._experts(rank, tp_rank, f"{rank_prefix}mlp.", source_prefix)
             return
@@ -173,6 +180,16 @@ class _OriginRules:
         yield from self._row_parallel(
             rank, f"{rank_prefix}mlp.proj", f"{source_prefix}mlp.down_proj", lambda width: split(width, tp, tp_rank)
         )
+
+    def _residual(self, rank: int, tp_rank: int, rank_prefix: str, source_prefix: str) -> Iterator[Origin]:
+        """Arctic's dense MLP, and the norm before it. w1 is the activated projection, w3 its factor."""
+        yield from self._norm(rank, f"{rank_prefix}layernorm", f"{source_prefix}layernorm")
+        for module, source in (("fc", "w1"), ("gate", "w3")):
+            name = f"{source_prefix}mlp.{source}"
+            share = split(self._rows(f"{name}.weight"), self.split.tp, tp_rank)
+            yield from self._stacked(rank, f"{rank_prefix}mlp.{module}", [(name, share)])
+        down = f"{source_prefix}mlp.w2"
+        yield from self._row_parallel(rank, f"{rank_prefix}mlp.proj", down, lambda width: split(width, self.split.tp, tp_rank))
 
     def _qkv(self, tp_rank: int, attention: str) -> list[tuple[str, Span]]:
         sizes, size = self.split, self.split.head_size

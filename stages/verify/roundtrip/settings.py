@@ -17,7 +17,14 @@ AGAIN = "Convert it again"
 # Models whose layers alternate between a window and the whole sequence, with the length of the pattern where no key says it.
 PATTERNS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}
 # Models whose configuration has a window that is in use only where another key says so.
-ON_REQUEST = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ON_REQUEST = (
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2ForSequenceClassification",
+)
 DEFAULT_WINDOW = 4096  # transformers' own, of all these families
 
 

@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.model import tables
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
 from pipeline.model.table_files import merge
-from pipeline.model.tables import CONFIGS, Family, Layout, RenameRow, families, find_family, layout, slot_names
+from pipeline.model.tables import CONFIGS, Family, Layout, families, find_family, layout, slot_names
 
 NUMBERS = {"layer": 7, "expert": 3}
 FAMILIES = families()
 LAYOUTS = [layout(path.stem) for path in sorted((CONFIGS / "layouts").glob("*.toml"))]
 FIELDS = {field.name for field in fields(ModelConfig)}
-KNOWN = FIELDS | {name for name, value in vars(ModelConfig).items() if isinstance(value, property)}
+KNOWN = FIELDS | {name for name in dir(ModelConfig) if isinstance(getattr(ModelConfig, name), property)}
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 each_layout = pytest.mark.parametrize("target", LAYOUTS, ids=lambda target: target.name)
@@ -72,7 +73,12 @@ def test_every_module_of_the_layout_has_its_rows(family: Family) -> None:
 
 
 # The modules for which a family knows several names of which a checkpoint has one; its other rows are a bijection.
-ALIASES = {"transformer.layers.{layer}.mlp.router"}
+ALIASES = {
+    "transformer.layers.{layer}.mlp.router",
+    "transformer.layers.{layer}.mlp.fc.gate",
+    "transformer.layers.{layer}.mlp.fc.up",
+    "transformer.layers.{layer}.mlp.proj",
+}
 
 
 @each_family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import tomllib
@@ -17,8 +18,10 @@ from safetensors import safe_open
 import stages.quantization.sources
 import stages.read
 from pipeline import BadInput, plan
+from pipeline.model.runtime import runtime
 from pipeline.model.tables import CONFIGS
-from tests.support import checkpoints, gguf_files, meta_files
+from pipeline.planning.family_table import list_texts
+from tests.support import checkpoints, gguf_files, meta_files, quantized_checkpoints
 from tests.support.commands import headrace, tree
 from tests.support.places import DATA
 
@@ -112,7 +115,52 @@ def test_a_hugging_face_directory(config: dict[str, Any], family: str, tied: boo
         "problems": [],
     }
     rest = check(path, expected, config)
-    assert rest.keys() == ({"moe_sizes"} if "num_local_experts" in config else set())
+    assert rest.keys() == {"conversions"} | ({"moe_sizes"} if "num_local_experts" in config else set())
+
+
+def test_what_it_becomes_and_at_which_sizes(tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
+    checkpoints.write(tmp_path / "model", config)
+    ways = {way["options"]: way for way in inspected(tmp_path / "model")["conversions"]}
+    assert list(ways) == ["", "--quantization int8", "--quantization int4", "--quantization fp8_rowwise"]
+    assert [way["becomes"] for way in ways.values()] == ["float16", "W8A16", "W4A16", "FP8_PER_CHANNEL_PER_TOKEN"]
+    assert ways[""]["says"] == "converts at every --tp_size that divides: 1, 2, 4, 8"
+    eighth = ways["--quantization int8"]["says"]
+    assert eighth.startswith("converts at --tp_size 1, 2, 4, not at 8: at 8 ")
+    assert eighth.endswith(" a rank, where the kernels need a multiple of 64")
+    for options, way in ways.items():
+        for size in (1, 2, 4, 8):
+            given = {"quantization": options.split()[1]} if options else {}
+            fits = size in way["tp_sizes"]
+            try:
+                plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out", tp_size=size, **given)
+            except BadInput:
+                assert not fits, (options, size)
+            else:
+                assert fits, (options, size)
+    shown = table(tmp_path / "model")["converts"]
+    assert shown[0] == "as it is, to float16: converts at every --tp_size that divides: 1, 2, 4, 8"
+    assert shown[1] == f"--quantization int8, to W8A16: {eighth}"
+
+
+def test_what_is_refused_as_it_is_may_become_something_else(tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
+    given = quantized_checkpoints.gptq(index="order")
+    quantized_checkpoints.write(tmp_path / "model", config, given)
+    ways = {way["options"]: way for way in inspected(tmp_path / "model")["conversions"]}
+    assert ways[""]["becomes"] is None
+    assert ways[""]["says"].startswith("no: model.layers.0.mlp.down_proj.g_idx: found groups in the order of the activations")
+    assert ways["--dequantize"]["becomes"] == "float16"
+    assert ways["--requantize --quantization int4_gptq --group_size 128"]["becomes"] == "W4A16_GPTQ"
+
+
+def test_a_reason_that_all_options_have_is_said_once(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    said = inspected(tmp_path / "model")
+    assert [way["becomes"] for way in said["conversions"]] == [None] * 4
+    (row,) = table(tmp_path / "model")["converts"]
+    assert row.startswith("as it is: no: ")
+    assert "rope_scaling.alpha" in row
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -297,7 +345,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert {name: said[name] for name in facts(source)} == facts(source)
     assert "model" not in said
     (problem,) = problems_of(tmp_path / "model")
-    assert "architecture: found GPT2LMHeadModel; expected one of ExaoneForCausalLM, " in problem
+    assert "architecture: found GPT2LMHeadModel; expected one of AquilaForCausalLM, " in problem
     assert table(tmp_path / "model")["family"] == ["unknown (GPT2LMHeadModel)"]
 
 
@@ -388,12 +436,12 @@ def test_families_lists_every_file() -> None:
     assert [row["family"] for row in rows] == sorted(expected)
     for row in rows:
         own = expected[row["family"]]
-        assert row == {
-            "family": row["family"],
-            "source": own["container"],
-            "architectures": own["architectures"],
-            "layout": own["layout"],
-        }
+        assert (row["source"], row["architectures"], row["layout"]) == (own["container"], own["architectures"], own["layout"])
+        assert (own.get("architecture") or own["architectures"][0]) in runtime().classes
+        assert row["class"] in ("llama", "qwen", "phi", "gemma")
+        assert row["pipeline_stages"] is (row["class"] != "phi")
+        assert row["targets"][:3] == ["none", "int8", "int4"]
+        assert row["proof"]
         assert (CONFIGS / "layouts" / f"{row['layout']}.toml").is_file()
     # No two families claim one architecture of one kind of source.
     claims = [(row["source"], architecture) for row in rows for architecture in row["architectures"]]
@@ -403,9 +451,15 @@ def test_families_lists_every_file() -> None:
 def test_families_as_a_table() -> None:
     ran = headrace("families")
     assert (ran.code, ran.err) == (0, "")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.out.splitlines() if line.startswith("│")]
+    begins = [number for number, row in enumerate(cells) if row[0]]
+    rows = [["".join(cell) for cell in zip(*cells[a:b], strict=True)] for a, b in itertools.pairwise([*begins, len(cells)])]
+    said = {row[0]: row[1:] for row in rows}
+    assert said.keys() == tables().keys()
     for name, own in tables().items():
-        line = next(line for line in ran.out.splitlines() if line.startswith(f"│ {name} "))
-        assert all(word in line for word in (own["container"], own["layout"], *own["architectures"]))
+        assert said[name][:2] == [own["container"], ",".join(own["architectures"])]
+        assert said[name][3].startswith("none, int8, int4")
+    assert all(wrapper in ran.out for wrapper in list_texts())
 
 
 def names_of(package: Any, constant: str) -> set[str]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.model.runtime import runtime
+from pipeline.model.tables import families
 from pipeline.planning.nearest import unknown_architecture
 from pipeline.tensor.tensors import Source
 from tests.support import checkpoints
@@ -45,7 +47,7 @@ def test_what_differs_in_nothing_is_left_to_whoever_knows_its_code() -> None:
         ({"use_qkv_bias": True}, "biases (use_qkv_bias)"),
         ({"kv_lora_rank": 512}, "latent attention (MLA) (kv_lora_rank)"),
         ({"num_experts": 8, "n_shared_experts": 2}, "experts (num_experts), shared experts (n_shared_experts)"),
-        ({"rope_scaling": {"mrope_section": [1, 2]}}, "positions (rope_scaling.mrope_section)"),
+        ({"rope_scaling": {"llama_4_scaling_beta": 0.1}}, "positions (rope_scaling.llama_4_scaling_beta)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -59,9 +61,9 @@ def test_a_key_that_says_nothing_is_no_difference(more: dict[str, Any]) -> None:
 
 
 def test_names_of_tensors_tell_what_a_configuration_does_not() -> None:
-    names = [name.replace("q_proj", "W_pack") for name in NAMES if "k_proj" not in name and "v_proj" not in name]
+    names = [name.replace("q_proj", "all_proj") for name in NAMES if "k_proj" not in name and "v_proj" not in name]
     told = said(LLAMA, [*names, "model.norm.bias"])
-    assert "tensors that it does not have (model.layers.{}.self_attn.W_pack, model.norm.bias)" in told
+    assert "tensors that it does not have (model.layers.{}.self_attn.all_proj, model.norm.bias)" in told
     assert "the lack of model.layers.{}.self_attn.k_proj, model.layers.{}.self_attn.q_proj, model.layers.{}" in told
 
 
@@ -90,12 +92,36 @@ def test_a_text_part_that_no_family_is_for_is_told_from_the_nearest_too() -> Non
     ("name", "told"),
     [
         ("OrionStarAI/Orion-14B-Chat", "llama, but for tensors that it does not have (model.layers.{}.input_layernorm.bias, "),
-        ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2, but for positions (rope_scaling.mrope_section), other inputs than text "),
+        ("mistralai/Ministral-3-3B-Instruct-2512 (Mistral3, real config)", "llama, but for positions (rope_parameters.llama_4_"),
         ("CohereForAI/aya-23-8B", "llama, but for norms (layer_norm_eps), multipliers (logit_scale), the lack of "),
     ],
 )
 def test_published_models_are_told_from_their_nearest_family(name: str, told: str, tmp_path: Path) -> None:
     assert f"The nearest family is {told}" in one(refused(shapes()[name].build(tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        (
+            "GptOssForCausalLM",
+            "The engine backend of TensorRT-LLM has no class that computes it. TensorRT-LLM's PyTorch backend takes",
+        ),
+        (
+            "CohereForCausalLM",
+            "TensorRT-LLM has a class of its own for it, whose layout headrace does not write. NVIDIA's own converter",
+        ),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_why_no_family_is_for_an_architecture_is_said_where_it_is_known(architecture: str, told: str, wrapped: bool) -> None:
+    config = {**LLAMA, "architectures": [architecture]}
+    tensors = held(dict.fromkeys(NAMES, np.zeros(1, np.float16)))
+    whole = {"architectures": ["Wrapper"], "text_config": config} if wrapped else config
+    name = "Wrapper" if wrapped else architecture
+    problem = unknown_architecture(Source("test", Path("m"), "huggingface", name, whole, "config.json", tensors, (), None))
+    assert problem.remedy.startswith(told)
+    assert not set(runtime().unserved) & {each for family in families() for each in family.architectures}
 
 
 def test_hostile_values_are_text(tmp_path: Path) -> None:

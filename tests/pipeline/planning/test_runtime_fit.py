@@ -24,8 +24,16 @@ from pipeline.reporting.verification import verify
 from tests.end_to_end.test_family_forward import build, exaone, internlm2
 from tests.pipeline.reporting.test_verify_families import FAMILIES, sized
 
-MIXTURES = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "PhiMoEForCausalLM")
+MIXTURES = (
+    "MixtralForCausalLM",
+    "ArcticForCausalLM",
+    "GraniteMoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "PhiMoEForCausalLM",
+)
 PHI = ("Phi3ForCausalLM", "PhiMoEForCausalLM")
+AXES = "Qwen2VLForConditionalGeneration"  # whose positions have several
 BUILT = {
     "LlamaForCausalLM": "llama_biases",
     "MistralForCausalLM": "mistral",
@@ -33,10 +41,16 @@ BUILT = {
     "GraniteForCausalLM": "granite",
     "ExaoneForCausalLM": "mistral",
     "InternLM2ForCausalLM": "mistral",
+    "InternLMForCausalLM": "llama_biases",
+    "SkyworkForCausalLM": "mistral",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "ArcticForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2VLForConditionalGeneration": "qwen2",
+    "Qwen2ForSequenceClassification": "qwen2",
     "Phi3ForCausalLM": "phi3",
     "PhiMoEForCausalLM": "phimoe",
     "GemmaForCausalLM": "gemma",
@@ -64,6 +78,7 @@ ROPES: dict[str, dict[str, Any] | None] = {
     "dynamic": {"type": "dynamic", "factor": 2.0},
     "dynamic with alpha": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0},
     "longrope": {"type": "longrope", **FACTORS, "short_mscale": 1.1, "long_mscale": 1.3, "original_max_position_embeddings": 64},
+    "mrope": {"type": "mrope", "mrope_section": [8, 12, 12]},
     "unknown": {"rope_type": "cosine", "factor": 2.0},
 }
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
@@ -83,6 +98,12 @@ def reasons(architecture: str, quantization: str, rope: str, stages: int) -> set
         result.add("sends nothing from stage to stage")
     if rope == "unknown" or (rope == "longrope" and architecture not in PHI):
         result.add("class computes no other")
+    elif architecture == AXES and rope != "mrope":
+        result.add("mrope_section" if rope in ("none", "empty", "default") else "as position_embedding")
+    elif architecture == AXES:
+        pass
+    elif rope == "mrope":
+        result.add("as position_embedding" if architecture.startswith("Qwen") else "class computes no other")
     elif rope not in ("none", "empty", "default", "longrope") and unscaled:
         result.add("null: " + architecture)
     elif rope == "dynamic":
@@ -110,6 +131,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             config = json.loads((directory / "config.json").read_text())
             config = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling", "layer_types")}
             config |= {"rope_theta": 10000.0, "architectures": [architecture], "sliding_window": None}
+            if architecture == "Qwen2ForSequenceClassification":
+                tensors = load_file(directory / "model.safetensors")
+                tensors["score.weight"] = tensors.pop("lm_head.weight")[:4].clone()
+                save_file(tensors, directory / "model.safetensors")
+            if architecture == "ArcticForCausalLM":
+                config |= {"parallel_attn_mlp_res": True, "moe_layer_frequency": 1}
+                save_file(beside_experts(directory / "model.safetensors"), directory / "model.safetensors")
             if other := {"ExaoneForCausalLM": exaone, "InternLM2ForCausalLM": internlm2}.get(architecture):
                 arrays = load_file(directory / "model.safetensors")
                 config, tensors = other(config, {name: values.view(torch.int16).numpy() for name, values in arrays.items()})
@@ -120,6 +148,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             return directory
 
     return Models()
+
+
+def beside_experts(model: Path) -> dict[str, torch.Tensor]:
+    """Mixtral's tensors and those of Arctic's dense MLPs."""
+    tensors = load_file(model)
+    for name in [name for name in tensors if name.endswith(".self_attn.o_proj.weight")]:
+        layer, size = name.partition(".self_attn.")[0], tensors[name].shape[0]
+        tensors |= {f"{layer}.residual_mlp.w{n}.weight": torch.full((size, size), 0.01 * n).bfloat16() for n in (1, 2, 3)}
+        tensors[f"{layer}.residual_layernorm.weight"] = torch.ones(size).bfloat16()
+    return tensors
 
 
 def with_rope(model: Path, rope: str, place: Path) -> Path:

@@ -249,3 +249,11 @@ def test_a_bucket_of_s3(tmp_path: Path, bucket: str) -> None:
     assert b"a-secret-key" not in written + ran.out.encode() + ran.err.encode()
     with pytest.raises(BadInput, match="found nothing; expected a checkpoint"):
         plan(model_dir=f"{bucket}/nowhere", output_dir=tmp_path / "out")
+
+
+def test_the_text_of_a_model_of_several_inputs(tmp_path: Path, served: Served) -> None:
+    place, text = tmp_path / "served" / "m", {key: value for key, value in BIG.items() if key != "architectures"}
+    config = {"architectures": ["LlavaForConditionalGeneration"], "torch_dtype": "float16", "text_config": text}
+    tensors = {f"language_model.{name}": values for name, values in checkpoints.values(BIG).items()}
+    checkpoints.save(place, config, {**tensors, "vision_tower.weight": tensors["language_model.model.norm.weight"]})
+    both(tmp_path, f"{served.url}/m", place)

@@ -37,6 +37,7 @@ MIXTRAL: dict[str, Any] = {
 }
 PLACES = (*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")))
 LINEAR = ("qkv_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+LINEAR += ("W_pack", "c_attn", "c_proj")
 
 
 @dataclass(frozen=True)

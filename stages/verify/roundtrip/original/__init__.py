@@ -23,8 +23,15 @@ from stages.verify.values import Buffers, to_float32
 
 KEY = "quantization_config"
 # Models whose queries, keys and values have biases that config.json does not speak of.
-BIASED = ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
-QKV = ("q_proj", "k_proj", "v_proj")
+BIASED = (
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2ForSequenceClassification",
+    "MiMoForCausalLM",
+    "QWenLMHeadModel",
+)
+QKV = ("q_proj", "k_proj", "v_proj", "c_attn")
 ATTENTION = (*QKV, "o_proj", "wqkv", "wo", "out_proj")
 
 

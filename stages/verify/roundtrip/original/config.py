@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import Source
+from stages.verify.roundtrip.original.as_known import AS_KNOWN
 from stages.verify.roundtrip.original.gguf import gguf_config
 
 # Keys that do not describe the model: a quantizer's, and where remote code is.
@@ -39,8 +40,9 @@ LLAMA3_SCALING = {
 def canonical_config(source: Source) -> dict[str, Any]:
     """The config.json by which transformers runs a source's weights under Hugging Face's names.
 
-    Meta's, InternLM2's and Exaone's become LLaMA's or Mixtral's, GGUF's those of gguf.py; others stay as they are. Raises BadInput
-    naming the sizes of the model that a GGUF file or Meta's params.json lacks.
+    Meta's, InternLM2's and Exaone's become LLaMA's or Mixtral's, GGUF's those of gguf.py, and those of models without a class of
+    their own (as_known.py) another's; others stay as they are. Raises BadInput naming the sizes of the model that a GGUF file or
+    Meta's params.json lacks.
     """
     values = {key: value for key, value in source.config.items() if key not in NOT_THE_MODELS}
     if source.container == "meta":
@@ -56,7 +58,8 @@ def canonical_config(source: Source) -> dict[str, Any]:
     if source.architecture == "ExaoneForCausalLM":
         renamed = {EXAONE.get(key, key): value for key, value in values.items()}
         return _llama(renamed, values.get("tie_word_embeddings", False))
-    return values
+    known = AS_KNOWN.get(source.architecture)
+    return known(values) if known else values
 
 
 def _translated(source: Source, values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from stages.verify.roundtrip.original.family_names import ERNIE, EXAONE, INTERNLM2, META, QWEN, YI, FamilyNames
 from stages.verify.roundtrip.original.gguf import gguf_names
-from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
+from stages.verify.roundtrip.original.numbers import Numbers, SomeRows, StoredNumbers, Ungrouped, UnitRows, Unpermuted
 from stages.verify.roundtrip.original.small_floats import TileNumbers
 
 # Rotary buffers, which whoever runs the model computes; a source's own are ignored.
@@ -20,73 +20,19 @@ _GGUF_TABLES = r"rope_(freqs|factors_(short|long))\.weight|blk\.\d+\.attn_rot_em
 _TABLES = rf"(.+\.)?(rotary_emb|rotary|rope)\.((original_)?inv_freq|freqs|(cos|sin)_cached)|{_GGUF_TABLES}"
 COMPUTED = re.compile(rf"{_TABLES}|.+\.(self_attn|attn|attention)\.(masked_)?bias")  # tables of positions, and masks
 # Models whose experts are called w1 (the activated projection), w3 and w2; others say gate_proj, up_proj and down_proj.
-NUMBERED = ("MixtralForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
+NUMBERED = ("MixtralForCausalLM", "ArcticForCausalLM", "PhiMoEForCausalLM", "PhimoeForCausalLM")
 STACK = re.compile(r"(.+)\.mlp\.experts\.(gate_up_proj|down_proj)(\.weight)?")
 ROUTER = re.compile(r"(.+)\.mlp\.(gate|router)\.weight")
 
 
-@dataclass(frozen=True)
-class FamilyNames:
-    """A family's names for LLaMA's modules.
-
-    `layer`: matches the front of a layer's names, with the layer's number as its first group. `modules`: Hugging Face's name of
-    each module by the family's, without that front. `turned`: modules whose heads have their rotary halves interleaved.
-    """
-
-    layer: re.Pattern[str]
-    modules: Mapping[str, str]
-    turned: tuple[str, ...] = ()
-
-
-META = FamilyNames(
-    re.compile(r"layers\.(\d+)\."),
-    {
-        "tok_embeddings": "model.embed_tokens",
-        "norm": "model.norm",
-        "output": "lm_head",
-        "attention_norm": "input_layernorm",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
-    },
-    ("attention.wq", "attention.wk"),
+# q, k and v one behind the other, in one tensor.
+THREE = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.(?:attn\.c_attn|self_attn\.W_pack)\.(weight|bias)")
+# Tensors of heads for further tokens, and of encoders of other inputs, which no rank has.
+OTHERS = {"MiMoForCausalLM": ("model.mtp_layers.",), "QWenLMHeadModel": ("transformer.visual.", "transformer.audio.")}
+GRANITE_EXPERTS = re.compile(
+    r"(.+)\.block_sparse_moe\.(?:experts\.)?(input_linear|gate_up_proj|output_linear|down_proj)(?:\.weight)?"
 )
-INTERNLM2 = FamilyNames(
-    re.compile(r"model\.layers\.(\d+)\."),
-    {
-        "model.tok_embeddings": "model.embed_tokens",
-        "model.norm": "model.norm",
-        "output": "lm_head",
-        "attention_norm": "input_layernorm",
-        "attention.wo": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "feed_forward.w2": "mlp.down_proj",
-    },
-)
-EXAONE = FamilyNames(
-    re.compile(r"transformer\.h\.(\d+)\."),
-    {
-        "transformer.wte": "model.embed_tokens",
-        "transformer.ln_f": "model.norm",
-        "lm_head": "lm_head",
-        "ln_1": "input_layernorm",
-        "attn.attention.q_proj": "self_attn.q_proj",
-        "attn.attention.k_proj": "self_attn.k_proj",
-        "attn.attention.v_proj": "self_attn.v_proj",
-        "attn.attention.out_proj": "self_attn.o_proj",
-        "ln_2": "post_attention_layernorm",
-        "mlp.c_fc_0": "mlp.gate_proj",
-        "mlp.c_fc_1": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-    },
-)
+GRANITE_ROUTER = re.compile(r"(.+)\.block_sparse_moe\.router(?:\.layer)?\.weight")
 
 
 def canonical(container: str, architecture: str, config: Mapping[str, Any], numbers: Mapping[str, Numbers]) -> dict[str, Numbers]:
@@ -98,6 +44,7 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
     kv_heads = int(config.get("num_key_value_heads") or heads)
     size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
     kept = {name: tensor_numbers for name, tensor_numbers in numbers.items() if not COMPUTED.fullmatch(name)}
+    kept = {name: each for name, each in kept.items() if not name.startswith(OTHERS.get(architecture, ()))}
     result: dict[str, Numbers] = {}
     origins: dict[str, str] = {}
     for origin, tensor_numbers in kept.items():
@@ -109,6 +56,17 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
             renamed = _wqkv(origin, tensor_numbers, kv_heads, size) or _renamed(origin, tensor_numbers, INTERNLM2, size)
         elif architecture == "ExaoneForCausalLM":
             renamed = _renamed(origin, tensor_numbers, EXAONE, size)
+        elif architecture == "QWenLMHeadModel":
+            renamed = _three(origin, tensor_numbers) or _renamed(origin, tensor_numbers, QWEN, size)
+        elif architecture in ("BaichuanForCausalLM", "BaiChuanForCausalLM"):
+            unit = architecture == "BaichuanForCausalLM" and origin == "lm_head.weight"
+            renamed = _three(origin, tensor_numbers) or {origin: UnitRows(tensor_numbers) if unit else tensor_numbers}
+        elif architecture == "YiForCausalLM":
+            renamed = _renamed(origin, tensor_numbers, YI, size)
+        elif architecture in ("Ernie4_5ForCausalLM", "HeliumForCausalLM"):
+            renamed = _renamed(origin, tensor_numbers, ERNIE, size)
+        elif architecture == "GraniteMoeForCausalLM":
+            renamed = _granite_experts(origin, tensor_numbers)
         else:
             renamed = _experts(origin, tensor_numbers, architecture in NUMBERED)
         twice = [name for name in renamed if name in result]
@@ -152,6 +110,29 @@ def _experts(name: str, numbers: Numbers, numbered: bool) -> dict[str, Numbers]:
         return _split(prefix, numbers, parts, _numbered if numbered else lambda part: f"{part}_proj")
     router = ROUTER.fullmatch(name) if numbered else None
     return {f"{router[1]}.block_sparse_moe.gate.weight" if router else name: numbers}
+
+
+def _three(name: str, numbers: Numbers) -> dict[str, Numbers]:
+    """q, k and v of a tensor that has a third of its rows each; nothing for any other tensor."""
+    match = THREE.fullmatch(name)
+    if not match:
+        return {}
+    rows = numbers.shape[0] // 3
+    names = (f"model.layers.{match[1]}.self_attn.{part}_proj.{match[2]}" for part in "qkv")
+    return {each: SomeRows(numbers, n * rows, rows) for n, each in enumerate(names)}
+
+
+def _granite_experts(name: str, numbers: Numbers) -> dict[str, Numbers]:
+    """Single experts under Mixtral's names, of Granite's stacks: [experts, 2 * intermediate, hidden], and back."""
+    if router := GRANITE_ROUTER.fullmatch(name):
+        return {f"{router[1]}.block_sparse_moe.gate.weight": numbers}
+    stack = GRANITE_EXPERTS.fullmatch(name)
+    if not stack or not isinstance(numbers, StoredNumbers | TileNumbers):
+        return {name: numbers}
+    rows = numbers.shape[1]
+    down = stack[2] in ("output_linear", "down_proj")
+    parts = [("down", 0, rows)] if down else [("gate", 0, rows // 2), ("up", rows // 2, rows // 2)]
+    return _split(f"{stack[1]}.block_sparse_moe.experts", numbers, parts, _numbered)
 
 
 def _split(

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.rows import StoredRows
-from stages.verify.values import Buffers, read, read_again
+from stages.verify.values import Buffers, read, read_again, to_float32
 
 FLOAT32 = np.dtype(np.float32)
 NEAR = 2  # rows that are so close to one another are read as one run: the interleaved halves of a head
@@ -179,6 +179,47 @@ class Unpermuted(ReorderedNumbers):
     def index(self, rows: np.ndarray) -> np.ndarray:
         inside, half = rows % self.head_size, self.head_size // 2
         result: np.ndarray = rows - inside + 2 * (inside % half) + inside // half
+        return result
+
+
+@dataclass(frozen=True)
+class SomeRows(ReorderedNumbers):
+    """`count` rows of a tensor that holds several weights one behind the other, from row `first` on."""
+
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, *self.base.shape[1:])
+
+    def index(self, rows: np.ndarray) -> np.ndarray:
+        result: np.ndarray = rows + self.first
+        return result
+
+
+@dataclass(frozen=True)
+class UnitRows(Numbers):
+    """`base` [rows, in] with each row divided by its length, as float32: Baichuan 2's head."""
+
+    base: Numbers
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def exact(self) -> bool:
+        return self.base.exact
+
+    @property
+    def coded(self) -> bool:
+        return False
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        values = to_float32(self.base.rows(start, stop))
+        lengths = np.sqrt(np.square(values).sum(-1, keepdims=True))
+        result: np.ndarray = values / np.maximum(lengths, np.float32(1e-12))
         return result
 
 

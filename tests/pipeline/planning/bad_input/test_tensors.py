@@ -191,3 +191,10 @@ def test_extra_files_that_no_index_names_are_left_alone(tmp_path: Path) -> None:
     model = model_of(tmp_path, LLAMA)
     save_file({"other.weight": np.zeros(3, np.float16)}, model / "adapter.safetensors")
     assert convert(model, tmp_path / "out").code == 0
+
+
+def test_a_model_whose_files_are_not_there_is_one_problem(tmp_path: Path) -> None:
+    config = {**LLAMA, "num_hidden_layers": 30}
+    names = tuple(name for name in checkpoints.shapes(config) if "layers" in name)
+    problem = one(refused(model_of(tmp_path, config, without=names)))
+    assert f"found {len(names)} of {len(names) + 3} tensors are not there: model.layers.0.input_layernorm.weight, " in problem

@@ -26,6 +26,7 @@ from tests.support import checkpoints, gguf_files, meta_files, quantized_checkpo
 from tests.support.places import DATA
 
 ROUNDING = 1e-6  # of the greatest logit: a sum of experts in another order
+TURNED = 1e-5  # of models that are run by another class, with heads in its order
 GOLDENS = sorted(path.parent for path in DATA.glob("*/models/*/*.json") if path.name in ("config.json", "params.json"))
 
 
@@ -54,7 +55,7 @@ def check(ours: Reference, theirs: Any, vocabulary: int) -> None:
             expected = theirs(tokens[None]).logits[0]
         found = ours.logits(tokens)
         assert found.dtype == torch.float32
-        assert difference(found, expected) <= ROUNDING
+        assert difference(found, expected) <= (TURNED if type(ours._model) is not type(theirs) else ROUNDING)
 
 
 @pytest.mark.parametrize("name", [*CASES, *CONTRADICTED])
