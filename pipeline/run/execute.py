@@ -325,8 +325,8 @@ def _tidy(plan: Plan) -> Plan:
 
 
 def _directories(plan: Plan) -> list[Path]:
-    """Every local directory that tasks of a plan write."""
-    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes]
+    """Every local directory that tasks of a plan are to write."""
+    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
 
 
 def _places(plan: Plan) -> str:

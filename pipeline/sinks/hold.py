@@ -107,6 +107,13 @@ def leave(journal: Path) -> None:
         place(journal).unlink(missing_ok=True)
 
 
+def forget(journal: Path) -> None:
+    """Remove the note that a power cut left beside a journal that is gone: of a process that has ended, or of this one."""
+    found = holder(place(journal))
+    if found and (found.gone or found == Holder.me()):
+        place(journal).unlink(missing_ok=True)
+
+
 def place(journal: Path) -> Path:
     """The note beside a journal."""
     return journal.with_name(journal.name.removesuffix(".partial") + SUFFIX)

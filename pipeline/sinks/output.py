@@ -223,9 +223,11 @@ class Output:
     def forget_journal(self) -> None:
         """Remove the journal that a run left which ended between config.json and it; not that of a run under way."""
         path = self.directory / JOURNAL
-        if path.exists():
-            with suppress(BadInput, OSError):
+        with suppress(BadInput, OSError):
+            if path.exists():
                 Journal(path).remove()
+            else:
+                hold.forget(path)
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
         """Undo a `begin` that failed. `created`: the topmost directory that it made, or None."""

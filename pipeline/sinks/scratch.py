@@ -232,9 +232,11 @@ class ScratchGroup:
     def forget_journal(self) -> None:
         """Remove the journal that a run left which ended after it had called the cut complete; not that of a run under way."""
         path = self.directory / JOURNAL
-        if path.exists():
-            with contextlib.suppress(BadInput, OSError):
+        with contextlib.suppress(BadInput, OSError):
+            if path.exists():
                 Journal(path).remove()
+            else:
+                hold.forget(path)
 
     def abandon(self, journal: Journal, created: Path | None) -> None:
         """Remove everything that `begin` made. `created`: the topmost directory that it made, or None."""

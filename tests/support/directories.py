@@ -8,8 +8,9 @@ from safetensors.numpy import load_file
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file but headrace.json, which holds times."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "headrace.json"}
+    """Every file but headrace.json, which holds times; of a note of who is at work the name alone."""
+    files = (path for path in directory.iterdir() if path.name != "headrace.json")
+    return {path.name: b"" if path.is_symlink() else path.read_bytes() for path in files}
 
 
 def values_bytes(directory: Path) -> int:

@@ -29,7 +29,7 @@ LEFT = (
     "all",
 )
 _CALLS = ("pwrite", "write", "fsync", "fdatasync")
-_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "open"}
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "open"}
 _recorders: list[Recorder] = []  # an audit hook stays for ever, and works while there is one
 
 
@@ -38,13 +38,14 @@ class Held:
     """What may be on the disk at a moment.
 
     `names`: of each directory by its inode, those that were flushed last, then those of each moment since. `contents`: of each
-    file, what was flushed and what the system has. `root`: the inode of the directory that is looked at. `before`: the call that
-    the moment is before.
+    file, what was flushed and what the system has. `links`: where each link leads, which is on the disk with its name. `root`: the
+    inode of the directory that is looked at. `before`: the call that the moment is before.
     """
 
     root: int
     names: dict[int, list[dict[str, int]]]
     contents: dict[int, tuple[bytes, bytes]]
+    links: dict[int, str]
     before: str
 
     def restore(self, place: Path, left: str, random: Random) -> None:
@@ -60,6 +61,8 @@ class Held:
         for name, number in sorted(names.items()):
             if number in self.names:
                 self._restore(number, place / name, left, random, files)
+            elif number in self.links:
+                (place / name).symlink_to(self.links[number])
             else:
                 if number not in files:
                     files[number] = _left_of(*self.contents[number], left, random)
@@ -95,6 +98,7 @@ class Recorder:
     _flushed: dict[int, bytes] = field(default_factory=dict)
     _names: dict[int, list[dict[str, int]]] = field(default_factory=dict)
     _open: dict[int, int] = field(default_factory=dict)
+    _links: dict[int, str] = field(default_factory=dict)
     _changing: set[Path] = field(default_factory=set)
     _busy: bool = False
 
@@ -106,7 +110,9 @@ class Recorder:
                 self._names[self._hold(Path(folder))] = [self._listed(Path(folder))]
                 for name in names:
                     path = Path(folder) / name
-                    self._flushed[self._hold(path)] = path.read_bytes()
+                    number = self._hold(path)
+                    if number not in self._links:
+                        self._flushed[number] = path.read_bytes()
         if _hook not in _hooked:
             sys.addaudithook(_hook)
             _hooked.append(_hook)
@@ -175,7 +181,8 @@ class Recorder:
     def _state(self, before: str) -> Held:
         names = {inode: list(history) for inode, history in self._names.items()}
         known = {number for history in names.values() for listed in history for number in listed.values()} - names.keys()
-        return Held(self.root.stat().st_ino, names, {n: (self._flushed.get(n, b""), self._read(n)) for n in known}, before)
+        contents = {n: (self._flushed.get(n, b""), self._read(n)) for n in known - self._links.keys()}
+        return Held(self.root.stat().st_ino, names, contents, dict(self._links), before)
 
     def _read(self, inode: int) -> bytes:
         descriptor = self._open[inode]
@@ -185,9 +192,12 @@ class Recorder:
         return {path.name: self._hold(path) for path in folder.iterdir()}
 
     def _hold(self, path: Path) -> int:
-        status = path.stat()
+        status = path.lstat()
+        link = stat.S_ISLNK(status.st_mode)
+        if link:
+            self._links[status.st_ino] = str(path.readlink())
         if status.st_ino not in self._open:
-            self._open[status.st_ino] = os.open(path, os.O_RDONLY)
+            self._open[status.st_ino] = os.open(path, os.O_PATH | os.O_NOFOLLOW if link else os.O_RDONLY)
             if stat.S_ISDIR(status.st_mode):
                 self._names[status.st_ino] = [{}]
         return status.st_ino
@@ -202,7 +212,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_CREAT | os.O_TRUNC)):
         return
-    place = _path(arguments[0])
+    place = _path(arguments[1 if event == "os.symlink" else 0])
     folder = arguments[_FOLDER[event]] if event in _FOLDER else -1
     if folder >= 0:  # as rmtree does
         place = f"{_path(folder)}/{place}"

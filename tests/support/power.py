@@ -40,6 +40,7 @@ class Disk:
         self.contents: dict[int, bytes] = {}  # of files by inode
         self.names: dict[int, dict[str, int]] = {}  # of directories by inode
         self._folders: set[int] = set()
+        self._links: dict[int, str] = {}
         self._held: dict[int, int] = {}
         self.begin()
 
@@ -60,7 +61,7 @@ class Disk:
         found.rename(self.root)
         for descriptor in self._held.values():
             os.close(descriptor)
-        self.contents, self.names, self._folders, self._held = {}, {}, set(), {}
+        self.contents, self.names, self._folders, self._links, self._held = {}, {}, set(), {}, {}
         monkeypatch.setattr("pipeline.sinks.journal.boot_id", lambda: boot)
         self.begin()
 
@@ -73,14 +74,18 @@ class Disk:
         self.names[self._hold(folder)] = {path.name: self._hold(path) for path in folder.iterdir()}
 
     def _keep_contents(self, path: Path) -> None:
-        self.contents[self._hold(path)] = path.read_bytes()
+        if not path.is_symlink():
+            self.contents[self._hold(path)] = path.read_bytes()
 
     def _hold(self, path: Path) -> int:
-        state = path.stat()
+        state = path.lstat()
         if stat.S_ISDIR(state.st_mode):
             self._folders.add(state.st_ino)
+        link = stat.S_ISLNK(state.st_mode)
+        if link:
+            self._links[state.st_ino] = str(path.readlink())
         if state.st_ino not in self._held:
-            self._held[state.st_ino] = os.open(path, os.O_RDONLY)
+            self._held[state.st_ino] = os.open(path, os.O_PATH | os.O_NOFOLLOW if link else os.O_RDONLY)
         return state.st_ino
 
     def _restore(self, inode: int, place: Path) -> None:
@@ -88,6 +93,9 @@ class Disk:
         for name, number in self.names.get(inode, {}).items():
             if number in self._folders:
                 self._restore(number, place / name)
+                continue
+            if number in self._links:
+                (place / name).symlink_to(self._links[number])
                 continue
             kept = self.contents.get(number, b"")
             lost = os.fstat(self._held[number]).st_size - len(kept)
