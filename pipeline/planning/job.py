@@ -51,6 +51,10 @@ class Job(Shape):
     quant_ckpt_path: AbsolutePath | None = Field(
         None, description="Quantized checkpoint, file or directory, whose tensors stand in for those of model_dir."
     )
+    act_range: AbsolutePath | None = Field(
+        None,
+        description="Largest magnitudes of activations, as `headrace calibrate` writes them, for SmoothQuant and an INT8 cache.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
