@@ -16,6 +16,7 @@ from pipeline.tensor.names import TensorName
 from pipeline.tensor.tensors import X_RANGE, Y_RANGE, plain
 from stages.quantization.entries import Entry, entries_of, whole_entry
 from stages.quantization.targets import smoothquant, smoothquant_codes
+from stages.quantization.targets.smoothquant_values import Product
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -140,7 +141,7 @@ class Smoothing:
         per_token = quantization.per_token
         if self._by_part(parts[0].slot):
             alike = model.num_attention_heads == model.num_key_value_heads
-            product: smoothquant.Product = "float" if alike else "divided"
+            product: Product = "float" if alike else "divided"
             each_alone = [smoothquant.by_tensor([each], smooth, steps, per_token, product, True) for each in named]
             return [packed for [packed] in each_alone]
         return smoothquant.by_tensor(named, smooth, steps, per_token, "half", False)

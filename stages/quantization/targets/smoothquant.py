@@ -8,34 +8,23 @@ Facts: docs/format/quantized-layouts.md, section 4d.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pipeline.errors import BadInput
 from pipeline.tensor.derived import derive
-from pipeline.tensor.metering import meter
 from pipeline.tensor.noted import Notes, derive_noting
-from pipeline.tensor.placement import Region, extent, whole
 from pipeline.tensor.reduced import reduce
-from pipeline.tensor.tensors import Block, Parameter
-from stages.quantization.finite import not_finite
-from stages.quantization.kernels.dispatch import kernels
+from pipeline.tensor.tensors import Parameter
+from stages.quantization.targets import smoothquant_values as made
+from stages.quantization.targets.smoothquant_values import FLOAT16, FLOAT32, FLOAT64, INT8, Product
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
 
 Packed = dict[str, tuple["BlockArray", Parameter]]
 Named = tuple[str, "BlockArray"]  # a float16 matrix [out, in] with its name in the source
-Product = Literal["half", "float", "divided"]
 ONE = Fraction(1)
-INT8, FLOAT16, FLOAT32, FLOAT64 = (np.dtype(kind) for kind in (np.int8, np.float16, np.float32, np.float64))
-LARGEST = np.float32(127)
-LEAST = 1e-5  # of a factor, and of a column's magnitude
-MAGNITUDE, INFINITE = np.uint16(0x7FFF), np.uint16(0x7C00)  # the bits of a float16 without its sign; those of infinity
-_ELEMENTS = 1 << 18  # of a weight that are smoothed at once, in float64
 
 MATRIX = Parameter(axes=(("out", ONE), ("in", ONE)), working_bytes=8)
 SCALAR = Parameter(axes=(("one", ONE),))
@@ -51,7 +40,7 @@ def factors(weights: Sequence[Named], activations: BlockArray, alpha: float) -> 
     """
     inputs = {"activations": activations, **_numbered([weight for _, weight in weights])}
     names = tuple(name for name, _ in weights)
-    return reduce("smooth", factors_of, inputs, shape=activations.shape, dtype=FLOAT64, alpha=alpha, names=names)
+    return reduce("smooth", made.factors_of, inputs, shape=activations.shape, dtype=FLOAT64, alpha=alpha, names=names)
 
 
 def steps(smooth: BlockArray, activations: BlockArray, outputs: Sequence[BlockArray]) -> BlockArray:
@@ -60,7 +49,7 @@ def steps(smooth: BlockArray, activations: BlockArray, outputs: Sequence[BlockAr
     `activations`: float32 [in]. `outputs`: float32 [out] of each part of the module.
     """
     inputs = {"smooth": smooth, "activations": activations, **_numbered(outputs)}
-    return reduce("smooth", steps_of, inputs, shape=(2,), dtype=FLOAT64)
+    return reduce("smooth", made.steps_of, inputs, shape=(2,), dtype=FLOAT64)
 
 
 def by_channel(name: str, weight: BlockArray, smooth: BlockArray, steps: BlockArray, per_token: bool) -> Packed:
@@ -69,7 +58,7 @@ def by_channel(name: str, weight: BlockArray, smooth: BlockArray, steps: BlockAr
     `per_token`: activations get a scale for each token where the engine runs.
     """
     inputs = {"weight": weight, "smooth": smooth, "steps": steps}
-    notes = Notes(channel_scales, FLOAT32, 1, 1)
+    notes = Notes(made.channel_scales, FLOAT32, 1, 1)
     arguments: dict[str, Any] = {
         "shape": weight.shape,
         "dtype": INT8,
@@ -77,7 +66,7 @@ def by_channel(name: str, weight: BlockArray, smooth: BlockArray, steps: BlockAr
         "per_token": per_token,
         "name": name,
     }
-    codes, scales = derive_noting("quantize", channel_codes, notes, inputs, **arguments)
+    codes, scales = derive_noting("quantize", made.channel_codes, notes, inputs, **arguments)
     features = weight.shape[-1]
     parameter = Parameter((("out", ONE), ("one", ONE)), header=(("one", ONE), ("out", ONE)), working_bytes=8 * features)
     return {"weight": (codes, MATRIX), "per_channel_scale": (scales, parameter)}
@@ -92,16 +81,16 @@ def by_tensor(
     """
     inputs = {"smooth": smooth, **_numbered([weight for _, weight in weights])}
     names = tuple(name for name, _ in weights)
-    largest = reduce("smooth", largest_of, inputs, shape=(1,), dtype=FLOAT16, names=names)
+    largest = reduce("smooth", made.largest_of, inputs, shape=(1,), dtype=FLOAT16, names=names)
     result = []
     for name, weight in weights:
         inputs = {"weight": weight, "smooth": smooth, "largest": largest}
         codes = derive(
-            "quantize", tensor_codes, inputs, shape=weight.shape, dtype=INT8, rows=weight.chunks[0], product=product, name=name
+            "quantize", made.tensor_codes, inputs, shape=weight.shape, dtype=INT8, rows=weight.chunks[0], product=product, name=name
         )
         scale = derive(
             "quantize",
-            tensor_scale,
+            made.tensor_scale,
             {"largest": largest, "steps": steps},
             shape=(1, weight.shape[0] if spread else 1),
             dtype=FLOAT32,
@@ -114,196 +103,28 @@ def by_tensor(
 
 def act_scale(outputs: Sequence[BlockArray]) -> tuple[BlockArray, Parameter]:
     """float32 [1, 1]: the largest output of a module, by 127."""
-    return derive("quantize", largest_output, _numbered(outputs), shape=(1, 1), dtype=FLOAT32), SQUARE
+    return derive("quantize", made.largest_output, _numbered(outputs), shape=(1, 1), dtype=FLOAT32), SQUARE
 
 
 def cache_scale(outputs: Sequence[BlockArray]) -> BlockArray:
     """float32 [1], of an INT8 cache: the largest of the queries', keys' and values' outputs, by 127 (section 4e)."""
-    return derive("quantize", largest_output, _numbered(outputs), shape=(1,), dtype=FLOAT32)
+    return derive("quantize", made.largest_output, _numbered(outputs), shape=(1,), dtype=FLOAT32)
 
 
 def to_int(steps: BlockArray) -> tuple[BlockArray, Parameter]:
     """float32 [1]: what smoothed activations are multiplied by before they are rounded."""
-    return derive("quantize", first_step, {"steps": steps}, shape=(1,), dtype=FLOAT32), SCALAR
+    return derive("quantize", made.first_step, {"steps": steps}, shape=(1,), dtype=FLOAT32), SCALAR
 
 
 def smoother(smooth: BlockArray) -> tuple[BlockArray, Parameter]:
     """float32 [1, in]: what the activations of a module without a norm before it are divided by."""
-    return derive("quantize", as_row, {"smooth": smooth}, shape=(1, *smooth.shape), dtype=FLOAT32), BY_COLUMN
+    return derive("quantize", made.as_row, {"smooth": smooth}, shape=(1, *smooth.shape), dtype=FLOAT32), BY_COLUMN
 
 
 def divided(name: str, gain: BlockArray, smooth: BlockArray) -> BlockArray:
     """float16 [in]: the weights of the norm before some matrices, divided by their factors. `name`: in the source."""
-    return derive("quantize", gain_of, {"gain": gain, "smooth": smooth}, shape=gain.shape, dtype=FLOAT16, name=name)
-
-
-def factors_of(region: Region, activations: Block, alpha: float, names: Sequence[str], **weights: Block) -> np.ndarray:
-    """float64: activations ** alpha / columns ** (1 - alpha), the largest magnitudes of each."""
-    columns = np.zeros(activations.shape, dtype=np.uint16)
-    for name, weight in zip(names, weights.values(), strict=True):
-        for rows in _pieces(weight):
-            values = np.asarray(weight.read((rows, (0, weight.shape[1]))))
-            with meter("quantize", values.nbytes):
-                np.maximum(columns, _bits(values).max(axis=0), out=columns)
-        _refuse_infinite(columns, name)
-    held = np.maximum(columns.view(FLOAT16), FLOAT16.type(LEAST)).astype(FLOAT64)
-    inputs = np.asarray(activations.read(whole(activations.shape))).astype(FLOAT64)
-    return np.maximum(inputs**alpha / held ** (1 - alpha), LEAST)[slice(*region[0])]
-
-
-def steps_of(region: Region, smooth: Block, activations: Block, **outputs: Block) -> np.ndarray:
-    """float64 [2]. 127 / x is 127 times the reciprocal, both rounded, as torch has it."""
-    inputs = np.asarray(activations.read(whole(activations.shape))).astype(FLOAT64)
-    highest = (inputs / np.asarray(smooth.read(whole(smooth.shape)))).max()
-    both = (1 / highest) * 127, np.float32(1) / _highest(outputs) * LARGEST
-    return np.array(both, dtype=FLOAT64)[slice(*region[0])]
-
-
-def largest_of(region: Region, smooth: Block, names: Sequence[str], **weights: Block) -> np.ndarray:  # noqa: ARG001
-    """float16 [1]: the largest magnitude of some smoothed weights."""
-    bits = np.zeros((), dtype=np.uint16)
-    for name, weight in zip(names, weights.values(), strict=True):
-        for rows in _pieces(weight):
-            bits = np.maximum(bits, _bits(_smoothed(weight, rows, smooth)).max())
-        _refuse_infinite(bits, name)
-    return bits.reshape(1).view(FLOAT16)
-
-
-def channel_codes(
-    region: Region, weight: Block, smooth: Block, steps: Block, per_token: bool, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """int8 of the region, and float32 [rows, 1]: the scales of its rows."""
-    (first, last), columns = region
-    codes, scales = np.empty(extent(region), dtype=INT8), np.empty((last - first, 1), dtype=FLOAT32)
-    own = np.asarray(steps.read(((0, 2),)))
-    for rows in _pieces(weight, first, last):
-        values = _smoothed(weight, rows, smooth)
-        with meter("quantize", values.nbytes), np.errstate(invalid="ignore"):
-            to = slice(rows[0] - first, rows[1] - first)
-            factor, scales[to] = _of_rows(values, own, per_token, name)
-            codes[to] = _rounded(kernels().cast(values[:, slice(*columns)], FLOAT32) * factor, factor)
-    return codes, scales
-
-
-def channel_scales(region: Region, weight: Block, smooth: Block, steps: Block, per_token: bool, name: str) -> np.ndarray:
-    """float32 [rows, 1] of the region, without the codes."""
-    own = np.asarray(steps.read(((0, 2),)))
-    parts = [_of_rows(_smoothed(weight, rows, smooth), own, per_token, name)[1] for rows in _pieces(weight, *region[0])]
-    return np.concatenate(parts) if parts else np.empty((0, 1), dtype=FLOAT32)
-
-
-def tensor_codes(region: Region, weight: Block, smooth: Block, largest: Block, product: Product, name: str) -> np.ndarray:  # noqa: ARG001
-    """int8 of the region."""
-    (first, last), columns = region
-    codes = np.empty(extent(region), dtype=INT8)
-    factor, inverse = _inverted(np.asarray(largest.read(((0, 1),))))
-    half = bool(factor.max() <= np.finfo(np.float16).max)
-    for rows in _pieces(weight, first, last):
-        values = _smoothed(weight, rows, smooth, columns)
-        with meter("quantize", values.nbytes), np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            wide = kernels().cast(values, FLOAT32)
-            wide = np.divide(wide, inverse, out=wide) if product == "divided" and half else np.multiply(wide, factor, out=wide)
-            if product != "float" and half:
-                wide = kernels().cast(kernels().cast(wide, FLOAT16), FLOAT32)
-            codes[rows[0] - first : rows[1] - first] = _rounded(wide, factor)
-    return codes
-
-
-def tensor_scale(region: Region, largest: Block, steps: Block, per_token: bool, wide: bool) -> np.ndarray:
-    """float32 [1, n]: one scale, as often as asked. `wide`: it is divided in float64."""
-    factor, inverse = _inverted(np.asarray(largest.read(((0, 1),))))
-    inputs, outputs = np.asarray(steps.read(((0, 2),)))
-    scale = inverse if per_token else outputs / (inputs * factor.astype(FLOAT64)) if wide else _scaled(factor, inputs, outputs)
-    return np.broadcast_to(scale.astype(FLOAT32).reshape(1, 1), extent(region))
-
-
-def largest_output(region: Region, **outputs: Block) -> np.ndarray:
-    """float32: the largest output by 127."""
-    return np.full(extent(region), _highest(outputs) / LARGEST, dtype=FLOAT32)
-
-
-def first_step(region: Region, steps: Block) -> np.ndarray:
-    """float32 of the region."""
-    return np.asarray(steps.read(region)).astype(FLOAT32)
-
-
-def as_row(region: Region, smooth: Block) -> np.ndarray:
-    """float32 [1, n] of factors [in]."""
-    return np.asarray(smooth.read((region[1],))).astype(FLOAT32)[None]
-
-
-def gain_of(region: Region, gain: Block, smooth: Block, name: str) -> np.ndarray:
-    """float16 of the region. Raises BadInput naming the norm where float16 cannot hold a quotient."""
-    with np.errstate(over="ignore"):
-        values = np.asarray(gain.read(region)).astype(FLOAT64) / np.asarray(smooth.read(region))
-        result: np.ndarray = values.astype(FLOAT32).astype(FLOAT16)
-    if not np.isfinite(result).all():
-        raise BadInput([not_finite(f"{name}, divided by the factors of SmoothQuant,")])
-    return result
-
-
-def _smoothed(weight: Block, rows: tuple[int, int], smooth: Block, columns: tuple[int, int] | None = None) -> np.ndarray:
-    """float16 of some rows: multiplied in float64, then rounded to float32 and from there to float16, as torch converts."""
-    columns = columns or (0, weight.shape[1])
-    values = np.asarray(weight.read((rows, columns)))
-    with meter("quantize", values.nbytes), np.errstate(over="ignore", invalid="ignore"):
-        wide: np.ndarray = kernels().cast(values, FLOAT32) * np.asarray(smooth.read((columns,)))
-        return kernels().cast(wide.astype(FLOAT32), FLOAT16)
-
-
-def _of_rows(values: np.ndarray, steps: np.ndarray, per_token: bool, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The factor of each row [n, in], and its scale: both float32 [n, 1]."""
-    bits = _bits(values).max(axis=1, keepdims=True)
-    _refuse_infinite(bits, name)
-    factor, inverse = _inverted(bits.view(FLOAT16))
-    return factor, inverse if per_token else _scaled(factor, *steps)
-
-
-def _inverted(largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """127 by float16 magnitudes, and the inverse of that, both as float16 has them, in float32.
-
-    The reference has infinity where float16 does not hold them, and so loses rows of small weights; here they are float32's then.
-    """
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        half = (FLOAT16.type(1) / largest) * FLOAT16.type(127)
-        inverse = (FLOAT16.type(1) / half).astype(FLOAT32)
-        held, exact = np.isfinite(half), largest.astype(FLOAT32)
-        return np.where(held, half.astype(FLOAT32), LARGEST / exact), np.where(held, inverse, exact / LARGEST)
-
-
-def _scaled(factor: np.ndarray, inputs: np.float64, outputs: np.float64) -> np.ndarray:
-    """float32: what a product of codes is multiplied by, where activations have one scale."""
-    return np.asarray(np.float32(outputs) / (np.float32(inputs) * factor))
-
-
-def _rounded(values: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """int8 of float32 values, to the nearest even; 0 where all weights of a scale are 0, so that there is no factor."""
-    with np.errstate(invalid="ignore"):
-        np.clip(np.rint(values, out=values), -LARGEST, LARGEST, out=values)
-        return np.where(np.isfinite(factor), values, np.float32(0)).astype(INT8)
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    """uint16: magnitudes of float16 values as their bits, which are in the same order."""
-    return values.view(np.uint16) & MAGNITUDE
-
-
-def _refuse_infinite(bits: np.ndarray, name: str) -> None:
-    if (bits >= INFINITE).any():
-        raise BadInput([not_finite(name)])
-
-
-def _highest(arrays: Mapping[str, Block]) -> np.float32:
-    return np.float32(max(np.asarray(each.read(whole(each.shape))).max() for each in arrays.values()))
+    return derive("quantize", made.gain_of, {"gain": gain, "smooth": smooth}, shape=gain.shape, dtype=FLOAT16, name=name)
 
 
 def _numbered(arrays: Iterable[BlockArray]) -> dict[str, BlockArray]:
     return {f"part{number}": array for number, array in enumerate(arrays)}
-
-
-def _pieces(weight: Block, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-    """Intervals of rows that are worked on at once."""
-    last = weight.shape[0] if last is None else last
-    count = max(_ELEMENTS // weight.shape[1], 1)
-    for start in range(first, last, count):
-        yield start, min(start + count, last)

@@ -15,7 +15,8 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent
 from pipeline.tensor.tensors import Block, Parameter
-from stages.quantization.targets.smoothquant import BY_COLUMN, BY_ROW, FLOAT32, INT8, MATRIX, Packed
+from stages.quantization.targets.smoothquant import BY_COLUMN, BY_ROW, MATRIX, Packed
+from stages.quantization.targets.smoothquant_values import FLOAT32, INT8
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray

@@ -87,6 +87,9 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
     slope, offset = _half_step(dtype)
     if matrix.kind == "weight-only":
         return Allowance(2 * slope, _one(2 * offset)) if kept else _by_rows(matrix.bits, dtype)
+    if matrix.kind == "smoothquant":  # the source's codes and scales; others are not compared here (smoothed.py)
+        slope, offset = _half_step(np.dtype(np.float32))
+        return Allowance(4 * slope, _one(4 * offset))
     if matrix.kind == "awq":
         return Allowance(3 * slope, _one(3 * offset))
     if matrix.kind == "groupwise":
