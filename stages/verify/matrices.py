@@ -20,7 +20,8 @@ AHEAD_ROWS = 1024  # whose scales are read at once
 # What a matrix's numbers are computed with.
 SCALING = ("weights_scaling_factor", "weights_scaling_factor_2", "prequant_scaling_factor", "act_scale", "smoother")
 PARAMETERS = ("weight", "per_channel_scale", "zero", *SCALING)
-# What SmoothQuant's classes multiply the activations of a module by, beside the norm or in the module around it (section 4d).
+# What SmoothQuant's classes multiply the activations of a module by, beside the norm or in the module around it. Facts:
+# docs/format/quantized-layouts.md, section 4d.
 ACTIVATIONS = {
     "attention.qkv": "input_layernorm.scale_to_int",
     "attention.dense": "attention.quantization_scaling_factor",

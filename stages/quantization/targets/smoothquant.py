@@ -107,7 +107,10 @@ def act_scale(outputs: Sequence[BlockArray]) -> tuple[BlockArray, Parameter]:
 
 
 def cache_scale(outputs: Sequence[BlockArray]) -> BlockArray:
-    """float32 [1], of an INT8 cache: the largest of the queries', keys' and values' outputs, by 127 (section 4e)."""
+    """float32 [1], of an INT8 cache: the largest of the queries', keys' and values' outputs, by 127.
+
+    Facts: docs/format/quantized-layouts.md, section 4e.
+    """
     return derive("quantize", made.largest_output, _numbered(outputs), shape=(1,), dtype=FLOAT32)
 
 

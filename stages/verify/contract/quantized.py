@@ -179,7 +179,10 @@ def _parameters(
 
 
 def _smoothed(linear: Linear, by_row: bool, by_token: bool) -> Iterator[tuple[str, ExpectedTensor]]:
-    """SmoothQuant's: attention's three parts have a scale each, which is that of each of their rows (section 4d)."""
+    """SmoothQuant's: attention's three parts have a scale each, which is that of each of their rows.
+
+    Facts: docs/format/quantized-layouts.md, section 4d.
+    """
     yield "weight", single_form((linear.out, linear.inside), "int8")
     rows = linear.out if by_row or linear.name == "attention.qkv" else 1
     yield "per_channel_scale", single_form((1, rows), "float32")
