@@ -29,7 +29,7 @@ from stages.quantization.entries import entries_of
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
 from stages.quantization.smoothing import Smoothing
-from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
+from stages.quantization.targets import fp8, fp8_numbers, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
     from stages.shard import Sharding
@@ -101,7 +101,7 @@ def quantize(
         else:
             entries |= entries_of(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
-        entries |= _fused(whole, parts, PACK_TOGETHER[str(quantization.algorithm)])
+        entries |= _fused(whole, parts, target)
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
@@ -143,16 +143,16 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target:
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(
-    whole: str,
-    parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]],
-    pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]],
-) -> dict[TensorName, Entry]:
+def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]], target: _Target) -> dict[TensorName, Entry]:
     """FP8 or NVFP4 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, common = pack([parts[name][1] for name in named])
+    given = [parts[name][1] for name in named]
+    if target.quantization.from_numbers:
+        weights, common = fp8_numbers.pack(list(map(target.source, named)), list(map(target.numbers, given)), given)
+    else:
+        weights, common = PACK_TOGETHER[str(target.quantization.algorithm)](given)
     if slot.expert is not None:
         del common["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}

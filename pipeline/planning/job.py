@@ -53,7 +53,7 @@ class Job(Shape):
     )
     act_range: AbsolutePath | None = Field(
         None,
-        description="Largest magnitudes of activations, as `headrace calibrate` writes them, for SmoothQuant and an INT8 cache.",
+        description="Largest magnitudes of activations, by `headrace calibrate`: for SmoothQuant, FP8 and 8-bit caches.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
@@ -137,7 +137,8 @@ class Job(Shape):
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
-        said = {name: value for name, value in self.unsaid().items() if value is not None}
+        said: dict[str, Any] = {name: value for name, value in self.unsaid().items() if value is not None}
+        said |= {"act_range": self.act_range.name} if self.act_range else {}
         return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling, **said}
 
     def unsaid(self) -> dict[str, int | float | None]:

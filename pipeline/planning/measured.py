@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.quantization import SMOOTHQUANT, Quantization
+from pipeline.model.quantization import FP8, SMOOTHQUANT, Quantization
 from pipeline.model.tables import RenameRow, Slot
 from pipeline.planning.compose import target_dtype
 from pipeline.planning.opening import OpenedSource
@@ -31,15 +31,16 @@ PARAMETERS = {"x": X_RANGE, "y": Y_RANGE}
 def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> tuple[OpenedSource, list[Problem]]:
     """The source with the ranges that its targets need, and what is wrong with these. Reads them: they are small."""
     path, wanted = opened.job.act_range, _wanted(opened, chosen)
-    problems = list(_other_types(opened, chosen))
+    problems = [*_other_types(opened, chosen), *_experts(opened, chosen)]
     if not wanted:
         found = "a target that uses no ranges" if len(chosen) == 1 else "targets that use no ranges"
-        expected = "--smoothquant, or --int8_kv_cache, on a source that is not quantized so"
+        expected = "--smoothquant, --use_fp8, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
         return opened, [*problems, *([Problem(f"--act_range {path}", found, expected, "Leave it out")] if path else [])]
     if path is None:
-        needs = "--smoothquant" if any(map(_smooths, chosen)) else "--int8_kv_cache"
+        needs = "--smoothquant" if any(map(_smooths, chosen)) else "--use_fp8" if any(map(_scales, chosen)) else "--int8_kv_cache"
         found = "no --act_range: its scales are made of measured activations"
-        return opened, [*problems, Problem(needs, found, "--act_range FILE, of a calibration of this model", CALIBRATE)]
+        remedy = f"{CALIBRATE}; int8, int4 and --use_fp8_rowwise need none"
+        return opened, [*problems, Problem(needs, found, "--act_range FILE, of a calibration of this model", remedy)]
     try:
         file, ranges = open_ranges(path)
     except BadInput as error:
@@ -57,18 +58,25 @@ def _smooths(quantization: Quantization) -> bool:
     return quantization.algorithm in SMOOTHQUANT and quantization.from_numbers
 
 
+def _scales(quantization: Quantization) -> bool:
+    """Whether activations get a scale of measured ranges alone."""
+    return quantization.algorithm == FP8 and quantization.from_numbers
+
+
 def _wanted(opened: OpenedSource, chosen: Sequence[Quantization]) -> dict[tuple[str, str], dict[TensorName, Renamed]]:
     """The source's module and kind of each range that some target needs, with the new names that it goes to."""
-    smooth, cache = any(map(_smooths, chosen)), any(each.int8_kv_cache for each in chosen)
+    smooth, scales, cache = any(map(_smooths, chosen)), any(map(_scales, chosen)), any(each.int8_kv_cache for each in chosen)
+    # An FP8 cache does without.
+    cache = cache or (opened.job.act_range is not None and any(each.fp8_kv_cache for each in chosen))
     wanted: dict[tuple[str, str], dict[TensorName, Renamed]] = {}
-    if not (smooth or cache):
+    if not (smooth or scales or cache):
         return wanted
     for name, slot, renamed in _linears(opened):
         module, kept = renamed.source.module, RenameRow(renamed.row.to)
-        if smooth:
+        if smooth or scales:
             of_inputs = Renamed(TensorName(module, X_RANGE), kept)
             wanted.setdefault((module, "x"), {})[TensorName(name, X_RANGE)] = of_inputs
-        if smooth or (slot.part and slot.part.heads):
+        if smooth or (cache and slot.part and slot.part.heads):
             of_outputs = replace(renamed, source=TensorName(module, Y_RANGE), axis=0)
             wanted.setdefault((module, "y"), {})[TensorName(name, Y_RANGE)] = of_outputs
     return wanted
@@ -93,6 +101,13 @@ def _other_types(opened: OpenedSource, chosen: Sequence[Quantization]) -> Iterat
         if _smooths(quantization) and dtype != "float16":
             expected = "float16, in which SmoothQuant smooths and scales weights"
             yield Problem(f"--dtype {options.dtype}", f"{dtype} with {quantization.algorithm}", expected, "Give --dtype float16")
+
+
+def _experts(opened: OpenedSource, chosen: Sequence[Quantization]) -> Iterator[Problem]:
+    """Mixtures in FP8 with one scale: a calibration does not measure experts."""
+    if opened.model.num_experts and any(map(_scales, chosen)):
+        found = f"{opened.model.num_experts} experts a layer, whose activations a calibration does not measure"
+        yield Problem("--use_fp8", found, "a model without experts, or one that is quantized so", "Give --quantization int8")
 
 
 def _wrong(

@@ -55,7 +55,7 @@ QUANTIZATIONS: Mapping[str, NamedQuantization] = {
     "int4_gptq": _weight_only("W4A16_GPTQ", "int4_gptq", calibrated=True),
     "int8_gptq": _weight_only("W8A16_GPTQ", "int8_gptq", calibrated=True),
     "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
-    "fp8": NamedQuantization(FP8, True, {"use_fp8": True}),
+    "fp8": NamedQuantization(FP8, False, {"use_fp8": True}),
     "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
     "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),
     "w8a8_sq": _smoothquant(per_channel=True, per_token=True),

@@ -10,7 +10,7 @@ from pipeline.tensor.derived import constant
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.tensors import Y_RANGE
 from stages.quantization.entries import Entry, whole_entry
-from stages.quantization.targets import fp8, smoothquant
+from stages.quantization.targets import fp8, fp8_numbers, smoothquant
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -38,9 +38,16 @@ def constants(modules: Modules, quantization: Quantization, layers: int) -> dict
             outputs = [modules[f"{base}.attention.qkv.{part}"][Y_RANGE] for part in "qkv"]
             entries |= dict([whole_entry(name, layer, smoothquant.cache_scale(outputs))])
         elif quantization.fp8_kv_cache:
-            array = _of_source(modules, f"{base}.attention")
+            array = _of_source(modules, f"{base}.attention") or _measured(modules, f"{base}.attention")
             entries |= dict([whole_entry(name, layer, constant(str(name), (1.0,)) if array is None else array)])
     return entries
+
+
+def _measured(modules: Modules, attention: str) -> BlockArray | None:
+    """The scale of an FP8 cache by measured keys and values; None where these are not given."""
+    ranges = [modules.get(f"{attention}.qkv.{part}", {}).get(Y_RANGE) for part in ("k", "v")]
+    held = [each for each in ranges if each is not None]
+    return fp8_numbers.cache_scale(held) if len(held) == 2 else None
 
 
 def _of_source(modules: Modules, attention: str) -> BlockArray | None:

@@ -105,6 +105,9 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
     if kept:
         # The parts of a fused module, which were brought to the largest of their scales.
         return Allowance(FLOAT8_STEP, np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(1e-38))
+    if matrix.kind == "fp8":  # one scale for all rows
+        constant = np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(2 * offset)
+        return Allowance(FLOAT8_STEP + 2 * slope, constant)
     return Allowance(FLOAT8_STEP + 2 * slope, _one(2 * offset), largest="row", factor=FLOAT8_LEAST / LARGEST_FLOAT8)
 
 

@@ -106,6 +106,11 @@ def test_a_file_that_nothing_uses(tmp_path: Path) -> None:
     assert "found a target that uses no ranges" in found
 
 
+def test_experts_are_not_measured(tmp_path: Path) -> None:
+    found = refused(model_of(tmp_path, source.MIXTRAL), "--use_fp8", "--act_range", ranges_of(tmp_path, config=source.MIXTRAL))
+    assert any("--use_fp8: found 4 experts a layer, whose activations a calibration does not measure" in each for each in found)
+
+
 CONTRADICTING = {
     ("--per_channel",): "--per_channel: found no --smoothquant",
     ("--per_channel", "--per_token"): "--per_channel --per_token: found no --smoothquant",
@@ -132,7 +137,7 @@ def test_options_that_contradict_each_other(flags: tuple[str, ...], tmp_path: Pa
 
 
 LACKING = {
-    "qwen3": "q and k norms",
+    "qwen3_untied": "q and k norms",
     "gemma2": "capped scores",
     "gemma3": "local rope",
     "qwen2_moe": "experts",
