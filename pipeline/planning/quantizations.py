@@ -32,11 +32,17 @@ class NamedQuantization:
         Whether its scales rest on calibration, so that only a source that is quantized so can have it.
     flags
         NVIDIA's flags that ask for it.
+    measured
+        Whether, of numbers, its scales rest on ranges of activations (`--act_range`).
+    kind_of
+        The name of the quantization that this is another kind of; "" for none.
     """
 
     algorithm: str | None = None
     calibrated: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
+    kind_of: str = ""
 
 
 def _weight_only(algorithm: str, precision: str, calibrated: bool = False) -> NamedQuantization:
@@ -45,7 +51,8 @@ def _weight_only(algorithm: str, precision: str, calibrated: bool = False) -> Na
 
 def _smoothquant(per_channel: bool, per_token: bool) -> NamedQuantization:
     flags = {SMOOTHQUANT: ALPHA, "per_channel": per_channel, "per_token": per_token}
-    return NamedQuantization(SQ_KINDS[per_channel, per_token], False, flags)
+    kind_of = "" if per_channel and per_token else "w8a8_sq"
+    return NamedQuantization(SQ_KINDS[per_channel, per_token], False, flags, measured=True, kind_of=kind_of)
 
 
 QUANTIZATIONS: Mapping[str, NamedQuantization] = {
@@ -55,7 +62,7 @@ QUANTIZATIONS: Mapping[str, NamedQuantization] = {
     "int4_gptq": _weight_only("W4A16_GPTQ", "int4_gptq", calibrated=True),
     "int8_gptq": _weight_only("W8A16_GPTQ", "int8_gptq", calibrated=True),
     "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
-    "fp8": NamedQuantization(FP8, False, {"use_fp8": True}),
+    "fp8": NamedQuantization(FP8, False, {"use_fp8": True}, measured=True),
     "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
     "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),
     "w8a8_sq": _smoothquant(per_channel=True, per_token=True),
