@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.calibration.tokens import Samples, open_samples
+from pipeline.calibration.tokens import Samples, open_samples, samples_of_texts
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
 from pipeline.planning.memory import MIB
@@ -26,6 +26,15 @@ BASE_BYTES = 440 * MIB
 BLOCK_BYTES = 96 * MIB  # of weights on their way from the source's type to the model's
 KEY = "headrace.calibration"  # in the file's metadata: of what it was measured
 HUGGING_FACE = "a Hugging Face model, whose modules have the names of transformers' own"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A file of texts, and how many samples of how many tokens are made of them at most."""
+
+    path: Path
+    count: int = 512
+    length: int = 512
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,16 @@ class CalibrationPlan:
 def plan_calibration(
     model_dir: Path | str,
     output: Path,
-    calibration_tokens: Path,
+    calibration_tokens: Path | None,
     dtype: str = "auto",
     memory_limit: int = 2 << 30,
     scratch: Path | None = None,
     revision: str | None = None,
+    texts: Texts | None = None,
 ) -> CalibrationPlan:
     """Plan a calibration; reads headers and the tokens, and writes nothing.
+
+    `calibration_tokens`: a file of tokens; or else `texts`, which the model's own tokenizer makes tokens of.
 
     Raises BadInput with what is wrong with the source, the tokens, or the memory limit.
     """
@@ -104,7 +116,7 @@ def plan_calibration(
     if lacking:
         found = f"{source.architecture}, whose checkpoint has no module {lacking}"
         raise BadInput([Problem(str(model_dir), found, HUGGING_FACE, "Calibrate the Hugging Face model that it was made of")])
-    samples = open_samples(calibration_tokens, model.vocabulary, model.positions)
+    samples = _samples(source, model, calibration_tokens, texts)
     if not output.parent.is_dir() or output.is_dir():
         raise BadInput([Problem(f"--output {output}", "no place for a file", "a file in a directory that is there")])
     itemsize = BY_TARGET[dtype].numpy.itemsize
@@ -117,7 +129,7 @@ def plan_calibration(
         raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
     held = samples.count * samples.length * hidden * itemsize
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    decides = json.dumps([VERSION, dtype, files], sort_keys=True)
+    decides = json.dumps([VERSION, dtype, files, samples.digest], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
     place = scratch or output.parent / ".headrace-scratch"
     return CalibrationPlan(
@@ -135,6 +147,18 @@ def plan_calibration(
         hidden,
         model,
     )
+
+
+def _samples(source: Source, model: LayeredModel, tokens: Path | None, texts: Texts | None) -> Samples:
+    """The samples of one of the two. Raises BadInput where there is neither, or both."""
+    if (tokens is None) == (texts is None):
+        found = "nothing" if tokens is None else "--calib_dataset too"
+        raise BadInput([Problem("--calibration_tokens", found, "one of --calibration_tokens and --calib_dataset")])
+    if tokens is not None:
+        return open_samples(tokens, model.vocabulary, model.positions)
+    assert texts is not None, "one of the two"
+    length = min(texts.length, model.positions)
+    return samples_of_texts(texts.path, source.location, texts.count, length, model.vocabulary, model.positions)
 
 
 def metadata(plan: CalibrationPlan) -> Mapping[str, str]:

@@ -24,9 +24,15 @@ def calibrate_command(
     model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
     calibration_tokens: Annotated[
-        Path,
-        typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].", show_default=False),
-    ],
+        Path | None, typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].")
+    ] = None,
+    calib_dataset: Annotated[
+        Path | None, typer.Option("--calib_dataset", help="In its place a file of texts, a line each, or of JSON lines.")
+    ] = None,
+    calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
+    calib_max_seq_length: Annotated[
+        int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
+    ] = 512,
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
@@ -41,12 +47,13 @@ def calibrate_command(
 
     Exit codes: 0 done, 2 a bad request, 3 stopped or the disk failed: the same command goes on.
     """
-    from pipeline.calibration.plan import plan_calibration
+    from pipeline.calibration.plan import Texts, plan_calibration
     from pipeline.calibration.run import calibrate
     from pipeline.planning.job_file import model_name
 
     name, limit = model_name(model_dir), _size(memory_limit)
-    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision)
+    texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
+    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts)
     facts = plan.summary()
     if not (quiet or json_):
         print(

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.family_rows import RenameRow
 from pipeline.model.quantization import FP8, SMOOTHQUANT, Quantization
-from pipeline.model.tables import RenameRow, Slot
+from pipeline.model.tables import Slot
 from pipeline.planning.compose import target_dtype
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.names import TensorName
