@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import headrace
 from stages.read.safetensors import open_file
 from tests.end_to_end.test_memory import peak
 from tests.support import act_ranges, checkpoints, rank_files
@@ -170,3 +171,42 @@ def test_codes_that_are_meant_otherwise_are_refused(other: str, tmp_path: Path) 
     source.write(tmp_path / "model", LLAMA, kind)
     problems = refused(tmp_path / "model", "--quantization", name)
     assert any("which is W8A16" in problem for problem in problems), problems
+
+
+def small(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and its ranges."""
+    tensors = source.values(LLAMA)
+    checkpoints.save(tmp_path / "model", LLAMA, tensors)
+    return tmp_path / "model", act_ranges.write(tmp_path / "ranges", tensors)
+
+
+def test_several_targets_of_one_read(tmp_path: Path) -> None:
+    """Beside a dense target and one of int8, and with pipeline stages: the bytes of each alone."""
+    model, ranges = small(tmp_path)
+    asked: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "int8": {"quantization": "int8", "int8_kv_cache": True},
+        "tensor": {"quantization": "w8a8_sq_per_tensor", "tp_size": 4},
+        "token": {"quantization": "w8a8_sq", "pp_size": 2, "smoothquant": 0.8},
+    }
+    common = {"model_dir": model, "dtype": "float16", "scheduler": "threads"}
+    headrace.convert(
+        **common, act_range=ranges, target=[{"output_dir": tmp_path / "all" / name, **own} for name, own in asked.items()]
+    )
+    for name, own in asked.items():
+        more = {} if name == "dense" else {"act_range": ranges}
+        headrace.convert(**common, **more, **own, output_dir=tmp_path / name)
+        for path in sorted((tmp_path / name).glob("*.safetensors")):
+            assert path.read_bytes() == (tmp_path / "all" / name / path.name).read_bytes(), (name, path.name)
+        assert headrace.verify(tmp_path / name, model).ok
+
+
+def test_a_loader_gives_what_is_written(tmp_path: Path) -> None:
+    model, ranges = small(tmp_path)
+    options: dict[str, Any] = {"dtype": "float16", "tp_size": 2, "quantization": "w8a8_sq_per_channel", "act_range": ranges}
+    headrace.convert(model_dir=model, output_dir=tmp_path / "out", scheduler="threads", **options)
+    for rank in range(2):
+        written = rank_files.read(tmp_path / "out" / f"rank{rank}.safetensors")
+        weights = headrace.load_from_hf_checkpoint(model, tp_rank=rank, **options)
+        assert set(weights) == written.keys()
+        assert all(np.array_equal(weights[name].numpy(), values) for name, values in written.items())
