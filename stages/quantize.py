@@ -15,17 +15,21 @@ import numpy as np
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import BY_TARGET
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, WEIGHT_ONLY, Quantization
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, SMOOTHQUANT, WEIGHT_ONLY, Quantization
 from pipeline.model.runtime import runtime
 from pipeline.model.tables import Module, Slot
-from pipeline.tensor.arrays import BlockArray, shared
-from pipeline.tensor.derived import constant, derive
+from pipeline.tensor.arrays import BlockArray
+from pipeline.tensor.derived import derive
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import CODES, Parameter, TensorMap, plain
 from stages.quantization import numbers
+from stages.quantization.constants import constants
+from stages.quantization.entries import Entry as Entry
+from stages.quantization.entries import entries_of
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
-from stages.quantization.targets import fp8, groupwise, kept_rows, nvfp4, weight_only
+from stages.quantization.smoothing import Smoothing
+from stages.quantization.targets import fp8, fp8_numbers, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
     from stages.shard import Sharding
@@ -33,15 +37,6 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 8192  # out-features of a block of packed work
 PACK_TOGETHER = {FP8: fp8.pack_tensor, NVFP4: nvfp4.pack}  # the parts of a fused module have a scale in common
 Packed = dict[str, tuple[BlockArray, Parameter]]  # a module's own parameters in the target
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An array on its way to the ranks: the slot that it belongs to and the parameter that it is there."""
-
-    array: BlockArray
-    slot: Slot
-    parameter: Parameter
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,10 @@ class _Target:
     @property
     def numpy(self) -> np.dtype:
         return BY_TARGET[self.dtype].numpy
+
+    def numbers(self, parameters: Mapping[str, BlockArray]) -> BlockArray:
+        """A module's weight in the target's type."""
+        return _cast(_weight(parameters), self.numpy)
 
     def segments(self, module: Module) -> int:
         """Into how many parts the ranks split a module's in-features."""
@@ -92,20 +91,21 @@ def quantize(
         if slot is None:
             raise KeyError(name)
         if not is_quantized(slot, quantization, layers):
-            entries |= _entries(name, slot, _dense(slot, parameters, target))
+            entries |= entries_of(name, slot, _dense(slot, parameters, target))
+        elif quantization.algorithm in SMOOTHQUANT:
+            continue  # layer by layer, as modules share what their weights are multiplied by
         elif quantization.algorithm in PACK_TOGETHER:
             # The parts of a fused module have one scale, so that they are packed together.
             whole = name.removesuffix(f".{slot.part.name}") if slot.part else name
             fused[whole][name] = (slot, parameters)
         else:
-            entries |= _entries(name, slot, _packed(name, slot, parameters, target))
+            entries |= entries_of(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
-        entries |= _fused(whole, parts, PACK_TOGETHER[str(quantization.algorithm)])
-    return entries | _stacks(fused.values(), target) | _constants(modules, target)
-
-
-def _entries(name: str, slot: Slot, packed: Mapping[str, tuple[BlockArray, Parameter]]) -> dict[TensorName, Entry]:
-    return {TensorName(name, key): Entry(array, slot, shared(parameter)) for key, (array, parameter) in packed.items()}
+        entries |= _fused(whole, parts, target)
+    if quantization.algorithm in SMOOTHQUANT:
+        smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
+        entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
+    return entries | _stacks(fused.values(), target) | constants(modules, quantization, layers)
 
 
 def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
@@ -143,25 +143,25 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target:
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 
 
-def _fused(
-    whole: str,
-    parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]],
-    pack: Callable[..., tuple[list[fp8.Entries], fp8.Entries]],
-) -> dict[TensorName, Entry]:
+def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]], target: _Target) -> dict[TensorName, Entry]:
     """FP8 or NVFP4 with one scale for all parts of a module, in the order of its rows."""
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    weights, common = pack([parts[name][1] for name in named])
+    given = [parts[name][1] for name in named]
+    if target.quantization.from_numbers:
+        weights, common = fp8_numbers.pack(list(map(target.source, named)), list(map(target.numbers, given)), given)
+    else:
+        weights, common = PACK_TOGETHER[str(target.quantization.algorithm)](given)
     if slot.expert is not None:
         del common["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
     for name, packed in zip(named, weights, strict=True):
         own, parameters = parts[name]
-        entries |= _entries(name, own, packed)
+        entries |= entries_of(name, own, packed)
         if "bias" in parameters:
             entries[TensorName(name, "bias")] = Entry(parameters["bias"], own, plain("bias"))
-    return entries | _entries(whole, Slot(slot.module, None, slot.layer, slot.expert), common)
+    return entries | entries_of(whole, Slot(slot.module, None, slot.layer, slot.expert), common)
 
 
 def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]], target: _Target) -> dict[TensorName, Entry]:
@@ -177,46 +177,6 @@ def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]]
         name = TensorName(owner.replace("{layer}", str(layer)), "activation_scaling_factor")
         entries[name] = Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
     return entries
-
-
-def _constants(modules: Mapping[str, Mapping[str, BlockArray]], target: _Target) -> dict[TensorName, Entry]:
-    """The small arrays that no linear owns: the clamps of activations in FP8 by row, and the scale of an FP8 cache."""
-    quantization, sharding = target.quantization, target.sharding
-    entries: dict[TensorName, Entry] = {}
-    names: list[str] = []
-    if quantization.algorithm == FP8_ROWWISE:
-        names = ["mlp", "post_layernorm", *(() if quantization.meta_recipe else ("attention", "input_layernorm"))]
-    for layer in range(sharding.model.num_hidden_layers):
-        base = f"transformer.layers.{layer}"
-        if not (quantization.meta_recipe and layer in (0, sharding.model.num_hidden_layers - 1)):
-            bounds = (-quantization.clamp, quantization.clamp)
-            entries |= dict(
-                _constant(TensorName(f"{base}.{name}", "clamp_val"), layer, constant(f"{base}.{name}.clamp_val", bounds))
-                for name in names
-                if not quantization.excludes(f"{base}.{name}")
-            )
-        if quantization.fp8_kv_cache:
-            name = TensorName(f"{base}.attention", "kv_cache_scaling_factor")
-            array = _cache_scale(modules, f"{base}.attention")
-            entries |= dict([_constant(name, layer, constant(str(name), (1.0,)) if array is None else array)])
-    return entries
-
-
-def _cache_scale(modules: Mapping[str, Mapping[str, BlockArray]], attention: str) -> BlockArray | None:
-    """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without."""
-    if "kv_scale" in modules.get(attention, {}):
-        return modules[attention]["kv_scale"]
-    of_parts = [modules.get(f"{attention}.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
-    scales = [scale for scale in of_parts if scale is not None]
-    # Both or neither: of one alone the reference takes no notice.
-    return fp8.largest(scales) if len(scales) == 2 else None
-
-
-def _constant(name: TensorName, layer: int, array: BlockArray) -> tuple[TensorName, Entry]:
-    """A small array that every rank of the layer's stage holds whole, under a module that the layout does not list."""
-    owner = name.module.replace(f"layers.{layer}.", "layers.{layer}.")
-    size = Parameter(axes=(("one", plain("tensor_scale").axes[0][1] * array.size),))
-    return name, Entry(array, Slot(Module(owner, "replicate"), None, layer, None), size)
 
 
 def _weight(parameters: Mapping[str, BlockArray]) -> BlockArray:
@@ -258,6 +218,9 @@ def _again(quantization: Quantization) -> str:
 def _misfit(slot: Slot, parameters: Mapping[str, BlockArray], quantization: Quantization, sharding: Sharding) -> str:
     """How a module's weights differ from the kind that the target keeps; "" where they do not."""
     codes = next((name for name in CODES if name in parameters), "")
+    if quantization.algorithm in SMOOTHQUANT:
+        rows = codes == "codes8" and parameters["scales"].shape[-2] == 1
+        return "" if rows else "weights that are no codes of 8 bits with a scale a row"
     if quantization.algorithm == FP8_ROWWISE and not codes:
         return ""  # its numbers can be quantized by row, as no activations need calibration
     if not codes:

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import batch, build, convert, facts, jobs, report, scratch, serve, unlock, verify
+from pipeline.cli import batch, build, calibrate, convert, facts, jobs, report, scratch, serve, unlock, verify
 from pipeline.cli.limits import raise_open_files
 from pipeline.cli.streams import keep_streams
 from pipeline.errors import HeadraceError, WriteFailed
@@ -30,7 +30,7 @@ app = typer.Typer(
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, build, facts, verify, report, batch, serve, unlock):
+for commands in (convert, build, calibrate, facts, verify, report, batch, serve, unlock):
     app.add_typer(commands.app)
 app.add_typer(scratch.app, name="scratch")
 app.add_typer(jobs.app, name="jobs")

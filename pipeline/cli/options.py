@@ -21,6 +21,7 @@ JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.
 
 
 NVIDIA_PANEL = "Flags of NVIDIA's scripts"
+SHORT = {"smoothquant": ("-sq",)}  # more spellings of flags, as NVIDIA's scripts have them
 TAKES = {"nothing": bool, "integer": int, "number": float, "text": str}
 
 
@@ -128,7 +129,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     choices = f" \\[{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
     default = "" if field.is_required() or field.annotation is bool else f" \\[default: {_shown(field.default)}]"
     flags = f"--{name}/--no_{name}" if field.annotation is bool else f"--{name}"
-    return typer.Option(flags, help=f"{field.description}{choices}{default}", show_default=False)
+    return typer.Option(flags, *SHORT.get(name, ()), help=f"{field.description}{choices}{default}", show_default=False)
 
 
 def _shown(value: Any) -> str:

@@ -26,6 +26,15 @@ DEFAULTS: dict[str, Any] = {
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # algorithm -> bits of an integer code
 GROUPWISE = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
 FP8, FP8_ROWWISE, AWQ, NVFP4 = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "NVFP4"
+# By whether each row of a weight has a scale, and each token of the activations.
+SQ_KINDS = {
+    (False, False): "W8A8_SQ_PER_TENSOR_PLUGIN",
+    (True, False): "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
+    (False, True): "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+    (True, True): "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+}
+SMOOTHQUANT = tuple(SQ_KINDS.values())
+SQ_OF_CODES = SQ_KINDS[True, True]  # the one that takes int8 codes with a scale a row, as activations are quantized in the engine
 NVFP4_GROUP = 16  # in-features of an NVFP4 scale
 CLAMP = 1200.0  # FP8 by row clamps activations, and weights before they are quantized, to this absolute value
 
@@ -54,6 +63,10 @@ class Quantization:
         Patterns of module names that stay unquantized, in the place of TensorRT-LLM's own list; () for that one.
     zero_points
         Write a zero point for each group beside its scale, in algorithms that take some.
+    smoothquant
+        SmoothQuant's alpha: how much of what is hard to quantize goes from activations to weights; None where nothing is smoothed.
+    int8_kv_cache
+        Write scales for an INT8 key-value cache, of measured ranges.
     """
 
     algorithm: str | None = None
@@ -65,6 +78,18 @@ class Quantization:
     fp8_kv_cache: bool = False
     exclude: tuple[str, ...] = ()
     zero_points: bool = True
+    smoothquant: float | None = None
+    int8_kv_cache: bool = False
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether SmoothQuant has a scale for each row of a weight."""
+        return self.algorithm in (SQ_KINDS[True, False], SQ_KINDS[True, True])
+
+    @property
+    def per_token(self) -> bool:
+        """Whether SmoothQuant's activations get a scale for each token where the engine runs."""
+        return self.algorithm in (SQ_KINDS[False, True], SQ_KINDS[True, True])
 
     @property
     def bits(self) -> int:
@@ -94,8 +119,9 @@ class Quantization:
         grouped = self.algorithm in GROUPWISE
         values = {
             "quant_algo": self.algorithm,
-            "kv_cache_quant_algo": "FP8" if self.fp8_kv_cache else None,
+            "kv_cache_quant_algo": "INT8" if self.int8_kv_cache else "FP8" if self.fp8_kv_cache else None,
             "group_size": self.group_size if grouped or self.algorithm in (AWQ, NVFP4) else DEFAULTS["group_size"],
+            "smoothquant_val": DEFAULTS["smoothquant_val"] if self.smoothquant is None else self.smoothquant,
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,
             "has_zero_point": grouped and self.zero_points,

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, Quantization
+from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, SMOOTHQUANT, SQ_OF_CODES, Quantization
 from pipeline.planning.generations import no_generation
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
@@ -20,6 +20,7 @@ from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE
 from stages.quantization.cache_scales import of_integers
+from stages.quantization.compressed_settings import quantized_activations
 from stages.quantization.packed_format import Modules, PackedParameter
 from stages.quantization.sources import format_named
 
@@ -126,8 +127,8 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
             remedy = "Quantize it with that tool first, or use int8, int4 or --use_fp8_rowwise, which need no calibration"
             problems.append(Problem(_flag(options), found if not options.dequantize else "a dequantized source", expected, remedy))
     else:
-        algorithm = own
-        if asked and asked != own:
+        algorithm = asked if _takes_activations(packing, own, asked) else own
+        if asked and asked != algorithm:
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
     group = options.group_size or group_size or 128
@@ -148,6 +149,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     if options.requantize and not packing.formats:
         expected = "a quantized source"
         problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
+    problems += _caches(options, algorithm) + _smoothing(options)
     bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
     quantization = Quantization(
         algorithm=algorithm,
@@ -158,8 +160,40 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         meta_recipe=options.use_meta_fp8_rowwise_recipe,
         fp8_kv_cache=options.fp8_kv_cache,
         zero_points=from_numbers or packing.zero_points,
+        smoothquant=options.smoothquant if algorithm in SMOOTHQUANT and from_numbers else None,
+        int8_kv_cache=options.int8_kv_cache,
     )
     return quantization, problems
+
+
+def _takes_activations(packing: Packing, own: str | None, asked: str | None) -> bool:
+    """Whether codes that TensorRT-LLM takes as `own`, with activations in 16 bits, are asked for with activations of 8 bits.
+
+    As the source means them: int8, quantized for each token where they are computed.
+    """
+    if packing.format is None or asked != SQ_OF_CODES or own != "W8A16" or asked not in format_named(packing.format).keeps:
+        return False
+    return quantized_activations(packing.settings).startswith("integers of 8 bits, dynamic")
+
+
+def _caches(options: Shape, algorithm: str | None) -> list[Problem]:
+    """The problem of an INT8 cache beside a second kind of cache, or float8."""
+    if not options.int8_kv_cache:
+        return []
+    if options.fp8_kv_cache:
+        return [Problem("--int8_kv_cache", "--fp8_kv_cache too", "one kind of cache")]
+    if algorithm in (FP8, FP8_ROWWISE, NVFP4):
+        expected = "integer weights, or none that are quantized"
+        return [Problem("--int8_kv_cache", f"with {algorithm}", expected, "Give --fp8_kv_cache instead")]
+    return []
+
+
+def _smoothing(options: Shape) -> list[Problem]:
+    """The kinds of SmoothQuant's scales, where nothing asks for SmoothQuant."""
+    if options.smoothquant is not None:
+        return []
+    given = [f"--{name}" for name in ("per_channel", "per_token") if getattr(options, name)]
+    return [Problem(" ".join(given), "no --smoothquant", "--smoothquant ALPHA beside it")] if given else []
 
 
 def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
@@ -174,6 +208,7 @@ def _asked(options: Shape) -> tuple[str | None, list[Problem]]:
 def _flag(options: Shape) -> str:
     flags = [f"--weight_only_precision {options.weight_only_precision}"] if options.use_weight_only else []
     flags += [f"--{name}" for name in ("use_fp8", "use_fp8_rowwise", "use_nvfp4") if getattr(options, name)]
+    flags += [f"--smoothquant {options.smoothquant}"] if options.smoothquant is not None else []
     return " ".join(flags) or "--use_weight_only"
 
 

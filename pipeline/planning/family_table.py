@@ -64,6 +64,8 @@ def _targets(family: Family, architecture: str) -> Iterator[str]:
     for name, named in QUANTIZATIONS.items():
         variant = runtime().attention.get(named.algorithm or "")
         lacking = features & set(variant.lacks) if variant else set()
+        if named.kind_of or (named.measured and family.container != "huggingface"):  # whose modules a calibration does not know
+            continue
         if named.calibrated and (family.container != "huggingface" or moved):
             continue
         if (EXPERTS in features and named.algorithm in runtime().no_experts) or (variant and lacking & set(variant.refused)):

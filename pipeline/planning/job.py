@@ -51,6 +51,10 @@ class Job(Shape):
     quant_ckpt_path: AbsolutePath | None = Field(
         None, description="Quantized checkpoint, file or directory, whose tensors stand in for those of model_dir."
     )
+    act_range: AbsolutePath | None = Field(
+        None,
+        description="Largest magnitudes of activations, by `headrace calibrate`: for SmoothQuant, FP8 and 8-bit caches.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
@@ -133,7 +137,8 @@ class Job(Shape):
 
     def source_identity(self) -> dict[str, Any]:
         """Return the fields that decide which tensors of the source are read, as plain values."""
-        said = {name: value for name, value in self.unsaid().items() if value is not None}
+        said: dict[str, Any] = {name: value for name, value in self.unsaid().items() if value is not None}
+        said |= {"act_range": self.act_range.name} if self.act_range else {}
         return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling, **said}
 
     def unsaid(self) -> dict[str, int | float | None]:

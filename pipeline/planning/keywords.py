@@ -12,7 +12,21 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
-QuantizationName: TypeAlias = Literal["none", "int8", "int4", "int4_gptq", "int8_gptq", "int4_awq", "fp8", "fp8_rowwise", "nvfp4"]
+QuantizationName: TypeAlias = Literal[
+    "none",
+    "int8",
+    "int4",
+    "int4_gptq",
+    "int8_gptq",
+    "int4_awq",
+    "fp8",
+    "fp8_rowwise",
+    "nvfp4",
+    "w8a8_sq",
+    "w8a8_sq_per_channel",
+    "w8a8_sq_per_token",
+    "w8a8_sq_per_tensor",
+]
 Switch: TypeAlias = bool | Literal["enable", "disable"]
 Plugin: TypeAlias = Literal["auto", "float16", "float32", "bfloat16", "int32", "disable"]
 
@@ -33,6 +47,10 @@ class _Common(TypedDict, total=False):
     use_fp8_rowwise: bool
     use_nvfp4: bool
     use_meta_fp8_rowwise_recipe: bool
+    smoothquant: float | None
+    per_channel: bool
+    per_token: bool
+    int8_kv_cache: bool
     fp8_kv_cache: bool
     group_size: int | None
     sm: Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"]
@@ -53,6 +71,7 @@ class ShapeOptions(_Common, total=False):
 class LoadOptions(_Common, total=False):
     """The keywords that loaders take beside their own arguments."""
 
+    act_range: str | Path | None
     revision: str | None
     max_position_embeddings: int | None
     rope_scaling_factor: float | None
@@ -151,6 +170,7 @@ class JobOptions(ShapeOptions, total=False):
     model_dir: str | Path | None
     meta_ckpt_dir: str | Path | None
     quant_ckpt_path: str | Path | None
+    act_range: str | Path | None
     revision: str | None
     output_dir: str | Path | None
     target: Sequence[TargetTable]

@@ -15,6 +15,7 @@ from pipeline.planning.descriptors import descriptor_problems
 from pipeline.planning.generations import generation_notes
 from pipeline.planning.job import Job
 from pipeline.planning.kept_notes import source_notes
+from pipeline.planning.measured import measured
 from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
@@ -57,7 +58,8 @@ def plan_opened(opened: OpenedSource) -> Plan:
     _refuse(request, contradictions)
     chosen = fit(opened, chosen)
     unfit, runtime_notes = check_runtime(opened, chosen)
-    request += unfit
+    opened, unmeasured = measured(opened, chosen)
+    request += [*unfit, *unmeasured]
 
     size = block_bytes(opened.source.nbytes)
     identity = plan_identity(opened)

@@ -12,6 +12,7 @@ from pipeline.sinks.journal import Journal
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.noted import NotedArray
 from pipeline.tensor.placement import Located, Placement, Placements, Region, size
+from pipeline.tensor.reduced import ReducedArray
 
 
 class Sink(Protocol):
@@ -107,22 +108,25 @@ class Phase:
 def group_blocks(stores: Sequence[Store], block_bytes: int) -> tuple[Group, ...]:
     """The tasks: blocks (store, chunk index) that together are about `block_bytes` of the source, in its order.
 
-    What is noted while a block is made follows it in its task.
+    What is noted while a block is made follows it in its task, and all that takes one reduced array is of one task.
     """
     groups: list[Group] = []
     group: list[tuple[Store, tuple[int, ...]]] = []
     filled = 0
-    noted = _noted(stores)
-    behind = {id(store) for stores_of in noted.values() for store in stores_of}
+    noted, reduced = _noted(stores), _of_reduced(stores)
+    behind = {id(store) for by_first in (noted, reduced) for stores_of in by_first.values() for store in stores_of}
     for store in stores:
         if id(store) in behind:
             continue
-        for index in store.arrays[0].grid.regions:
-            nbytes = store.block_bytes(index)
+        together = (store, *reduced[id(store)]) if id(store) in reduced else ()
+        pieces = [together] if together else [()] * store.arrays[0].npartitions
+        for each, index in zip(pieces, store.arrays[0].grid.regions, strict=False):
+            blocks = [(one, at) for one in each for at in one.arrays[0].grid.regions] or [(store, index)]
+            nbytes = sum(one.block_bytes(at) for one, at in blocks)
             if group and filled + nbytes > block_bytes:
                 groups.append(tuple(group))
                 group, filled = [], 0
-            group += [(each, index) for each in (store, *noted.get(id(store), ()))]
+            group += [(both, at) for one, at in blocks for both in (one, *noted.get(id(one), ()))]
             filled += nbytes
     return (*groups, tuple(group)) if group else tuple(groups)
 
@@ -136,6 +140,20 @@ def _noted(stores: Sequence[Store]) -> dict[int, list[Store]]:
         maker = next((makers[each] for each in values if each in makers), None)
         if maker:
             result.setdefault(id(maker), []).append(store)
+    return result
+
+
+def _of_reduced(stores: Sequence[Store]) -> dict[int, list[Store]]:
+    """The stores that take reduced arrays which another one takes before them, by the id of that."""
+    first: dict[BlockArray, Store] = {}
+    result: dict[int, list[Store]] = {}
+    for store in stores:
+        takes = {each for array in store.arrays for each in array.inputs if isinstance(each, ReducedArray)}
+        leader = next((first[each] for each in takes if each in first), store)
+        for each in takes:
+            first.setdefault(each, leader)
+        if takes:
+            result.setdefault(id(leader), []).extend([] if leader is store else [store])
     return result
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, NVFP4
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, NVFP4, SQ_KINDS
 
 OPTION = "quantization"
 WEIGHT_ONLY = "use_weight_only"
 PRECISION = "weight_only_precision"
+SMOOTHQUANT = "smoothquant"
+ALPHA = 0.5  # of a name that says SmoothQuant, where no flag says another
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,27 @@ class NamedQuantization:
         Whether its scales rest on calibration, so that only a source that is quantized so can have it.
     flags
         NVIDIA's flags that ask for it.
+    measured
+        Whether, of numbers, its scales rest on ranges of activations (`--act_range`).
+    kind_of
+        The name of the quantization that this is another kind of; "" for none.
     """
 
     algorithm: str | None = None
     calibrated: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
+    measured: bool = False
+    kind_of: str = ""
 
 
 def _weight_only(algorithm: str, precision: str, calibrated: bool = False) -> NamedQuantization:
     return NamedQuantization(algorithm, calibrated, {WEIGHT_ONLY: True, PRECISION: precision})
+
+
+def _smoothquant(per_channel: bool, per_token: bool) -> NamedQuantization:
+    flags = {SMOOTHQUANT: ALPHA, "per_channel": per_channel, "per_token": per_token}
+    kind_of = "" if per_channel and per_token else "w8a8_sq"
+    return NamedQuantization(SQ_KINDS[per_channel, per_token], False, flags, measured=True, kind_of=kind_of)
 
 
 QUANTIZATIONS: Mapping[str, NamedQuantization] = {
@@ -48,13 +62,17 @@ QUANTIZATIONS: Mapping[str, NamedQuantization] = {
     "int4_gptq": _weight_only("W4A16_GPTQ", "int4_gptq", calibrated=True),
     "int8_gptq": _weight_only("W8A16_GPTQ", "int8_gptq", calibrated=True),
     "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
-    "fp8": NamedQuantization(FP8, True, {"use_fp8": True}),
+    "fp8": NamedQuantization(FP8, False, {"use_fp8": True}, measured=True),
     "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
     "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),
+    "w8a8_sq": _smoothquant(per_channel=True, per_token=True),
+    "w8a8_sq_per_channel": _smoothquant(per_channel=True, per_token=False),
+    "w8a8_sq_per_token": _smoothquant(per_channel=False, per_token=True),
+    "w8a8_sq_per_tensor": _smoothquant(per_channel=False, per_token=False),
 }
 # The value of each of these flags that asks for nothing.
 UNASKED: Mapping[str, Any] = {
-    flag: "int8" if flag == PRECISION else False for named in QUANTIZATIONS.values() for flag in named.flags
+    flag: {PRECISION: "int8", SMOOTHQUANT: None}.get(flag, False) for named in QUANTIZATIONS.values() for flag in named.flags
 }
 
 
@@ -62,8 +80,15 @@ def asked(values: Mapping[str, Any]) -> list[str]:
     """The names of all that the values of NVIDIA's flags ask for; more than one contradict each other."""
     given = {**UNASKED, **values}
     return [
-        name for name, row in QUANTIZATIONS.items() if row.flags and all(given[flag] == value for flag, value in row.flags.items())
+        name
+        for name, row in QUANTIZATIONS.items()
+        if row.flags and all(_same(flag, given[flag], value) for flag, value in row.flags.items())
     ]
+
+
+def _same(flag: str, given: Any, value: Any) -> bool:
+    """Whether a flag's value asks for what a name's does: SmoothQuant's alpha, whichever it is, for SmoothQuant."""
+    return (given is None) == (value is None) if flag == SMOOTHQUANT else bool(given == value)
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +102,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {**values, OPTION: names[0]} if len(names) == 1 else dict(values)
     if not isinstance(name, str) or name not in QUANTIZATIONS or contradictions(values):
         return dict(values)
-    return {**values, **QUANTIZATIONS[name].flags}
+    flags = QUANTIZATIONS[name].flags
+    alpha = {SMOOTHQUANT: values[SMOOTHQUANT]} if SMOOTHQUANT in values and SMOOTHQUANT in flags else {}
+    return {**values, **flags, **alpha}
 
 
 def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +129,11 @@ def contradictions(values: Mapping[str, Any]) -> list[Problem]:
     if given.get(WEIGHT_ONLY) and PRECISION not in given:
         given[PRECISION] = UNASKED[PRECISION]  # as NVIDIA's flag alone means it
     wanted = {**UNASKED, **QUANTIZATIONS[name].flags}
-    differing = {flag: value for flag, value in given.items() if value != wanted[flag]}
+    differing = {flag: value for flag, value in given.items() if not _same(flag, value, wanted[flag])}
     if not differing:
         return []
-    expected = f"what {name} stands for: {words(QUANTIZATIONS[name].flags) or 'none of these flags'}"
+    asks = {flag: value for flag, value in QUANTIZATIONS[name].flags.items() if value is not False}
+    expected = f"what {name} stands for: {words(asks) or 'none of these flags'}"
     return [Problem(f"--{OPTION} {name}", f"{words(differing)} beside it", expected, f"Give --{OPTION} alone, or the flags alone")]
 
 
@@ -135,5 +163,6 @@ def precision_alone(precision: str) -> Problem:
 def words(flags: Mapping[str, Any]) -> str:
     """Flags as a command line has them."""
     return " ".join(
-        f"--{name}" if value is True else f"--no_{name}" if value is False else f"--{name} {value}" for name, value in flags.items()
+        f"--{name}" if value is True else f"--no_{name}" if value in (False, None) else f"--{name} {value}"
+        for name, value in flags.items()
     )

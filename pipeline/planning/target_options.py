@@ -22,6 +22,7 @@ def _number(value: Any) -> Any:
 AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
+Alpha = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Generations = Annotated[Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"], BeforeValidator(_number)]
 
 
@@ -49,11 +50,19 @@ class Shape(BaseModel):
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"] = Field(
         "int8", description="int8 and int4 quantize; the others are for sources that are quantized so."
     )
-    use_fp8: bool = Field(False, description="FP8 with a scale a matrix, for sources that are quantized so.")
+    use_fp8: bool = Field(False, description="FP8 with a scale a matrix: takes a source's codes, or quantizes with --act_range.")
     use_fp8_rowwise: bool = Field(False, description="FP8 with a scale a row: quantizes, or takes a source's codes.")
     use_nvfp4: bool = Field(False, description="NVFP4, for sources that are quantized so.")
     use_meta_fp8_rowwise_recipe: bool = Field(False, description="Leave attention, the first and the last layer out of FP8.")
-    fp8_kv_cache: bool = Field(False, description="FP8 for the key-value cache, with the source's scales or 1.")
+    smoothquant: Alpha | None = Field(
+        None, description="SmoothQuant, int8 weights and activations, with this alpha (0.5 as a rule); takes --act_range."
+    )
+    per_channel: bool = Field(False, description="SmoothQuant with a scale for each row of a weight.")
+    per_token: bool = Field(False, description="SmoothQuant with a scale for each token, taken where the engine runs.")
+    int8_kv_cache: bool = Field(False, description="INT8 for the key-value cache, with scales of --act_range.")
+    fp8_kv_cache: bool = Field(
+        False, description="FP8 for the key-value cache, with the source's scales, those of --act_range, or 1."
+    )
     group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
     sm: Generations = Field(
         80, description="GPU generation that integer weights are arranged for; any: int8 and int4 as numbers, quantized at build."

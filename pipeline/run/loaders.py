@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 << 20
 # Options about it.
-OF_A_SOURCE = ("revision", "max_position_embeddings", "rope_scaling_factor", "query_pre_attn_scalar", "rope_scaling", "mlp_bias")
+OF_A_SOURCE = (
+    "act_range",
+    "revision",
+    "max_position_embeddings",
+    "rope_scaling_factor",
+    "query_pre_attn_scalar",
+    "rope_scaling",
+    "mlp_bias",
+)
 
 
 class RankWeights(Mapping[str, "torch.Tensor"]):

@@ -37,6 +37,7 @@ TensorMap = Mapping[TensorName, BlockArray]
 #                  and global_scale float32 [1]: weight = value * block_scale * global_scale
 #   input_scale    float32 [1], of activations; kv_scale float32 [1]; prequant [in], which activations are multiplied by;
 #   group_index    int32 [in], the group of each in-feature, where a source says it
+#   x_range        float32 [in], y_range float32 [out]: the largest magnitudes of what a linear takes and gives, over a calibration
 AXES: Mapping[str, tuple[str, ...]] = {
     "weight": ("out", "in"),
     "bias": ("out",),
@@ -54,7 +55,10 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "tensor_scale": ("one",),
     "input_scale": ("one",),
     "kv_scale": ("one",),
+    "x_range": ("in",),
+    "y_range": ("out",),
 }
+X_RANGE, Y_RANGE = "x_range", "y_range"
 CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 
 AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns

@@ -46,6 +46,17 @@ def open_file(path: Path) -> tuple[SourceFile, dict[str, MappedTensor]]:
     return source_file(path, status, prefix + header), tensors
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a file, by name; none of what is no such file."""
+    try:
+        with open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            held = parse_json(file.read(min(length, MAX_HEADER_BYTES)).decode("utf-8")).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, BadInput):
+        return {}
+    return {key: value for key, value in held.items() if isinstance(value, str)} if isinstance(held, dict) else {}
+
+
 def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, MappedTensor], list[Problem]]:
     """Return the tensors by name, and all problems, of a header that is followed by `data_bytes` bytes of data. Never raises."""
     try:

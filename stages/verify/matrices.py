@@ -18,8 +18,17 @@ from stages.verify.values import UINT8, Buffers, halves, read, signed_pairs, to_
 
 AHEAD_ROWS = 1024  # whose scales are read at once
 # What a matrix's numbers are computed with.
-SCALING = ("weights_scaling_factor", "weights_scaling_factor_2", "prequant_scaling_factor")
+SCALING = ("weights_scaling_factor", "weights_scaling_factor_2", "prequant_scaling_factor", "act_scale", "smoother")
 PARAMETERS = ("weight", "per_channel_scale", "zero", *SCALING)
+# What SmoothQuant's classes multiply the activations of a module by, beside the norm or in the module around it. Facts:
+# docs/format/quantized-layouts.md, section 4d.
+ACTIVATIONS = {
+    "attention.qkv": "input_layernorm.scale_to_int",
+    "attention.dense": "attention.quantization_scaling_factor",
+    "mlp.fc": "post_layernorm.scale_to_int",
+    "mlp.gate": "post_layernorm.scale_to_int",
+    "mlp.proj": "mlp.quantization_scaling_factor",
+}
 # 4-bit floats by their codes.
 E2M1 = np.array([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)], dtype=np.float32)
 
@@ -31,8 +40,10 @@ class Matrix:
     It lies in its file in units of `period` rows each, one behind the other.
 
     `tensors`: the parameters that its numbers are computed with, by local name. `kind`: "dense", "weight-only", "groupwise", "awq",
-    "fp8", "fp8 rowwise" or "nvfp4". `bits`: of an integer code. `order`: the letter of the order that its codes are in. `expert`:
-    which of the rank's own, None for a module without experts. `fused`: its rows are those of several modules, which share a scale.
+    "fp8", "fp8 rowwise", "nvfp4" or "smoothquant". `bits`: of an integer code. `order`: the letter of the order that its codes are
+    in. `expert`: which of the rank's own, None for a module without experts. `fused`: its rows are those of several modules, which
+    share a scale. `activations`: what SmoothQuant multiplies its activations by, before they are rounded; None where each token has
+    a scale.
     """
 
     tensors: Mapping[str, FileTensor]
@@ -42,6 +53,7 @@ class Matrix:
     order: str
     expert: int | None
     fused: bool = False
+    activations: FileTensor | None = None
     _ahead: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -80,6 +92,8 @@ class Matrix:
         """The signed codes of some units of an integer format, int8 [units * period, in_features]."""
         if self.kind == "awq":
             return signed_pairs(data)  # ModelOpt's int4
+        if self.kind == "smoothquant":
+            return data.view(np.int8)
         return unarrange(data, self.shape[1], self.bits, self.order)
 
     def stored(self, data: np.ndarray) -> np.ndarray:
@@ -113,6 +127,8 @@ class Matrix:
         """The scales of rows [start, stop), of each group of in-features: float32 [1 or rows, groups]."""
         if self.kind in ("weight-only", "fp8 rowwise"):
             return self._some("per_channel_scale", self._by_row, start, stop)
+        if self.kind == "smoothquant":
+            return self._smoothed(start, stop)
         if self.kind == "fp8":
             return to_float32(read(self.tensors["weights_scaling_factor"], (*self._front(), (0, 1)))).reshape(1, 1)
         return self._some("weights_scaling_factor", self._grouped, start, stop)
@@ -130,10 +146,29 @@ class Matrix:
     def prequant(self) -> np.ndarray | None:
         """The factors of activations before the matrix, float32 [in_features]; None where there are none."""
         factors = self.tensors.get("prequant_scaling_factor")
+        if "smoother" in self.tensors:
+            with np.errstate(divide="ignore"):
+                factor: np.ndarray = np.float32(1) / to_float32(read(self.tensors["smoother"])).reshape(-1)
+                return factor
         if factors is None:
             return None
         own = self._front() if len(factors.shape) > 1 and factors.shape[0] > 1 else tuple((0, n) for n in factors.shape[:-1])
         return to_float32(read(factors, (*own, (0, factors.shape[-1])))).reshape(-1)
+
+    @property
+    def step(self) -> float:
+        """The number that SmoothQuant multiplies activations by; 0 where each token has a scale."""
+        return 0.0 if self.activations is None else float(to_float32(read(self.activations)).reshape(-1)[0])
+
+    def _smoothed(self, start: int, stop: int) -> np.ndarray:
+        """SmoothQuant's scales of rows [start, stop) alone: those of the products by what these have of the activations'."""
+        tensor = self.tensors["per_channel_scale"]
+        rows = (start, stop) if tensor.shape[-1] > 1 else (0, 1)
+        scales = to_float32(read(tensor, ((0, 1), rows))).reshape(-1, 1)
+        if self.activations is None:
+            return scales
+        alone: np.ndarray = scales * np.float32(self.step) * to_float32(read(self.tensors["act_scale"]))
+        return alone
 
     def _front(self) -> tuple[tuple[int, int], ...]:
         """The region of the experts' axis; nothing where there is no such axis."""
@@ -189,6 +224,8 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
         kind, shape = "nvfp4", (first, second * 2)
     elif len(tensors) == 1:
         kind, shape = "dense", (first, second)
+    elif algorithm.startswith("W8A8_SQ"):
+        kind, shape = "smoothquant", (first, second)
     elif weight.dtype.name.startswith("float8"):
         kind, shape = "fp8 rowwise" if "per_channel_scale" in tensors else "fp8", (first, second)
     elif "per_channel_scale" in tensors:
@@ -200,7 +237,15 @@ def matrix(checkpoint: Checkpoint, rank: int, module: str, expert: int | None = 
     fused = module.endswith((".qkv", "shared_expert.fc")) or (
         module.endswith(".fc") and f"{module[:-3]}.gate.weight" not in rank_tensors
     )
-    return Matrix(tensors, kind, shape, bits, letter, expert, fused)
+    activations = rank_tensors[_activations(module)] if kind == "smoothquant" and "act_scale" in tensors else None
+    return Matrix(tensors, kind, shape, bits, letter, expert, fused, activations)
+
+
+def _activations(module: str) -> str:
+    """The name of what SmoothQuant multiplies a module's activations by."""
+    prefix, _, place = module.rpartition(".")
+    layer, _, around = prefix.rpartition(".")
+    return f"{layer}.{ACTIVATIONS[f'{around}.{place}']}"
 
 
 def vector(checkpoint: Checkpoint, rank: int, name: str) -> np.ndarray:

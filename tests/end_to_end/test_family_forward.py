@@ -53,7 +53,7 @@ from transformers import (
 from pipeline import convert
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
-from stages.verify.forward.reference import set_head_epsilon
+from stages.verify.forward.transformers_model import set_head_epsilon
 from tests.support.directories import contents
 
 Arrays = dict[str, np.ndarray]

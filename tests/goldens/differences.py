@@ -67,6 +67,7 @@ DIFFERENCES = (
         "families/qwen3_moe*", "moe.normalization_mode", 0, 1, "the source says norm_topk_prob, the reference does not look"
     ),
     Difference("quantized/*", "moe.topk_method", 0, ABSENT, "a key of that version's, which others refuse"),
+    Difference("smoothquant/*", "moe.topk_method", 0, ABSENT, "a key of that version's, which others refuse"),
     Difference("quantized/*", "share_embedding_table", False, ABSENT, "the older name of an option"),
 )
 

@@ -9,7 +9,7 @@ import pytest
 from tests.goldens.differences import DIFFERENCES, Difference, cases, expected_config
 from tests.support.places import DOCS
 
-FOLDERS = ("dense", "families", "quantized")
+FOLDERS = ("dense", "families", "quantized", "smoothquant")
 
 
 @pytest.mark.parametrize("row", DIFFERENCES, ids=lambda row: f"{row.cases} {row.key}")

@@ -17,7 +17,7 @@ FLOORS = (
     ("pipeline.cli",),
     ("pipeline",),
     ("pipeline.jobs",),
-    ("pipeline.engine", "pipeline.reporting"),
+    ("pipeline.engine", "pipeline.reporting", "pipeline.calibration"),
     ("pipeline.run",),
     ("pipeline.watching",),
     ("pipeline.planning",),
@@ -34,7 +34,12 @@ FLOORS = (
 # The order of verification: each level may use those before it.
 VERIFY = (("stages.verify.forward",), ("stages.verify.roundtrip",), ("stages.verify.contract",))
 # stage -> what else of `stages` it may import, beside its own folder.
-SHARED_STAGES = {"cast": {"quantization"}, "unpack": {"quantization"}, "quantize": {"quantization"}}
+SHARED_STAGES = {
+    "cast": {"quantization"},
+    "unpack": {"quantization"},
+    "quantize": {"quantization"},
+    "calibrate": {"verify"},  # transformers' model, and a source's weights as numbers
+}
 
 COMPUTE = {"pipeline/run/execute.py", "pipeline/run/schedulers.py"}
 OPEN_FILES = (
@@ -204,6 +209,20 @@ def test_of_verification_the_forward_pass_alone_knows_torch() -> None:
     assert [f"{m} -> {t}" for m in reading for t in imports(m) if t.startswith("stages.verify.forward")] == []
 
 
+def test_of_the_rest_a_calibration_alone_knows_torch() -> None:
+    """What a conversion runs must not import it: the loaders do when they give tensors, a live model when it is one."""
+    torch = {m for m, path in modules().items() if "torch" in outside(path.read_text()) and not m.startswith("stages.verify")}
+    assert torch == {"stages.calibrate.layers", "pipeline.run.loaders", "stages.read.live_model"}
+    users = {
+        m for m in modules() if any(t.startswith("stages.calibrate") for t in imports(m)) and not m.startswith("stages.calibrate")
+    }
+    assert users == {"pipeline.calibration.plan"}
+    assert {m for m in modules() if "pipeline.calibration.plan" in imports(m)} == {
+        "pipeline.calibration.run",
+        "pipeline.cli.calibrate",
+    }
+
+
 def outside(text: str) -> set[str]:
     """The first names of the packages that a module imports."""
     nodes = list(ast.walk(ast.parse(text)))
@@ -230,6 +249,7 @@ def test_only_sources_know_their_libraries() -> None:
         "stages/read/",
         "stages/quantization/",
         "stages/verify/",
+        "stages/calibrate/",
         "pipeline/run/loaders.py",
     )
     wrong = []

@@ -37,6 +37,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
     },
+    "pipeline/cli/calibrate.py": {"pipeline.calibration.plan", "pipeline.calibration.run", "pipeline.planning.job_file"},
     "pipeline/cli/facts.py": {"pipeline.planning.family_table", "pipeline.planning.inspection", "pipeline.reporting"},
     "pipeline/cli/batch.py": {
         "pipeline.jobs.batch",
@@ -79,6 +80,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/reporting/tasks.py": {"dask"},
     # Only logits need torch.
     "pipeline/reporting/verification.py": {"stages.verify.forward.logits"},
+    # Only a calibration needs torch and transformers.
+    "pipeline/calibration/plan.py": {"stages.calibrate.layers"},
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},

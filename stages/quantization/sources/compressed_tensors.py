@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import Problem
+from pipeline.model.quantization import SQ_OF_CODES
 from pipeline.tensor.derived import derive
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor
@@ -44,7 +45,7 @@ class CompressedTensors(PackedFormat):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
-    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16")
+    keeps = ("W4A16_GPTQ", "W8A16_GPTQ", "W4A16", "W8A16", SQ_OF_CODES)
     proof = "compressed-tensors 0.19 (checkpoints of llm-compressor 0.14), value for value"
     parameters: Mapping[str, PackedParameter] = {
         "weight_packed": PackedParameter(("out", "in")),
@@ -162,8 +163,10 @@ class CompressedTensors(PackedFormat):
         return f"W{bits}A16_GPTQ", features // groups[module]
 
     def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
-        """That activations which the source's kernels quantize are left as they are."""
+        """That activations which the source's kernels quantize are left as they are, or quantized as there without smoothing."""
         quantized = quantized_activations(settings)
+        if algorithm == SQ_OF_CODES:
+            return [f"{algorithm} of the source's own codes: activations are quantized by token, and nothing is smoothed"]
         return [wide_activations(quantized, algorithm)] if quantized else []
 
 

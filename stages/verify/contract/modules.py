@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.errors import Problem
 from stages.verify.contract.expected import ExpectedTensor, TensorForm, single_form
-from stages.verify.contract.quantized import FP8_ROWWISE, TILE, Linear, linear_tensors
+from stages.verify.contract.quantized import FP8_ROWWISE, TILE, Linear, activation_scales, linear_tensors
 from stages.verify.contract.settings import ContractSettings
 
 GATED = ("swiglu", "geglu")  # activations for which experts have both halves of their first matrix
@@ -95,6 +95,7 @@ def _layer(settings: ContractSettings, prefix: str, number: int) -> Iterator[tup
             yield f"{prefix}attention.{name}.weight", single_form((settings.head_size,), dtype)
     for linear in linears(settings):
         yield from linear_tensors(linear, prefix, quantization, dtype, outer or (recipe and linear.name.startswith("attention.")))
+    yield from activation_scales(prefix, quantization)
     if settings.experts:
         yield f"{prefix}mlp.router.weight", single_form((settings.experts, settings.hidden_size), "float32")
     if settings.shared_size:

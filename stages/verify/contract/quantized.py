@@ -32,7 +32,14 @@ KEYS = (
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # bits of a code
 GPTQ = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
 AWQ, FP8, FP8_ROWWISE, NVFP4 = "W4A16_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"
-ALGORITHMS = (*WEIGHT_ONLY, *GPTQ, AWQ, FP8, FP8_ROWWISE, NVFP4)
+# SmoothQuant: whether each row of a weight has a scale, and whether each token of the activations has.
+SMOOTHQUANT = {
+    "W8A8_SQ_PER_TENSOR_PLUGIN": (False, False),
+    "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN": (True, False),
+    "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN": (False, True),
+    "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": (True, True),
+}
+ALGORITHMS = (*WEIGHT_ONLY, *GPTQ, AWQ, FP8, FP8_ROWWISE, NVFP4, *SMOOTHQUANT)
 NVFP4_GROUP = 16  # in-features of a scale, which the class does not ask config.json for
 ITEM_BITS = 16  # of the types that models are quantized for
 TILE = 64  # in-features and out-features that the kernels need whole
@@ -159,6 +166,8 @@ def _parameters(
         else:
             yield "weights_scaling_factor", single_form((*front, 1), "float32")
             yield "activation_scaling_factor", single_form((1,), "float32")
+    elif algorithm in SMOOTHQUANT:
+        yield from _smoothed(linear, *SMOOTHQUANT[algorithm])
     elif algorithm == NVFP4:
         # The loader reads the shape of the scales as that of a matrix, interleaves them, and renames all (runtime-1.2.md, h2).
         yield "weight", single_form((*front, out, inside // 2), "uint8")
@@ -167,6 +176,30 @@ def _parameters(
         yield "activation_scaling_factor", single_form((1,), "float32")
     else:
         yield from _grouped(linear, front, quantization, dtype)
+
+
+def _smoothed(linear: Linear, by_row: bool, by_token: bool) -> Iterator[tuple[str, ExpectedTensor]]:
+    """SmoothQuant's: attention's three parts have a scale each, which is that of each of their rows.
+
+    Facts: docs/format/quantized-layouts.md, section 4d.
+    """
+    yield "weight", single_form((linear.out, linear.inside), "int8")
+    rows = linear.out if by_row or linear.name == "attention.qkv" else 1
+    yield "per_channel_scale", single_form((1, rows), "float32")
+    if not by_token:
+        yield "act_scale", single_form((1, 1), "float32")
+    if linear.split == "in":
+        yield "smoother", single_form((1, linear.inside), "float32")
+
+
+def activation_scales(prefix: str, quantization: QuantizationBlock) -> Iterator[tuple[str, ExpectedTensor]]:
+    """The scales of SmoothQuant's activations, with their names; `prefix` stands before those of a layer's modules."""
+    if quantization.algorithm not in SMOOTHQUANT:
+        return
+    names = ["input_layernorm.scale_to_int", "post_layernorm.scale_to_int"]
+    if not SMOOTHQUANT[quantization.algorithm][1]:
+        names += ["attention.quantization_scaling_factor", "mlp.quantization_scaling_factor"]
+    yield from ((f"{prefix}{name}", single_form((1,), "float32")) for name in names)
 
 
 def _grouped(

@@ -28,19 +28,22 @@ class Decoder:
     """The model that a checkpoint's config.json describes, over all of its ranks.
 
     `block_bytes`: the part of one weight, as float32, that is in memory at once (one row at least). `cache_bytes`: blocks of
-    weights that are kept for the next token; a model whose weights fit, as float32, is read once.
+    weights that are kept for the next token; a model whose weights fit, as float32, is read once. `int8_activations`: those of
+    SmoothQuant are rounded as its classes do.
 
     Raises BadInput naming the keys of config.json that ask for something that is not computed here, and VerificationFailed for
     another number of rank files. Its methods raise VerificationFailed naming a tensor that is missing or has a wrong shape, that
     differs between ranks although it must not, or whose padding is not zeros. `unused` names the tensors that nothing needed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, block_bytes: int = BLOCK_BYTES, cache_bytes: int = 0) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, block_bytes: int = BLOCK_BYTES, cache_bytes: int = 0, int8_activations: bool = True
+    ) -> None:
         self.settings = settings = DecoderSettings(checkpoint.config)
         if len(checkpoint.ranks) != settings.tp * settings.pp:
             expected = f"{settings.tp * settings.pp}: tp_size {settings.tp} * pp_size {settings.pp}"
             raise VerificationFailed([Problem("config.json: mapping", f"{len(checkpoint.ranks)} rank files", expected)])
-        self._weights = CheckpointWeights(checkpoint, block_bytes, cache_bytes)
+        self._weights = CheckpointWeights(checkpoint, block_bytes, cache_bytes, int8_activations)
         self._stages = [PipelineStage(self._weights, range(n * settings.tp, (n + 1) * settings.tp)) for n in range(settings.pp)]
         self._attention, self._mlp = Attention(settings, block_bytes), FeedForward(settings)
 
@@ -72,6 +75,12 @@ class Decoder:
         if settings.logit_cap:
             result = torch.tanh(result / settings.logit_cap) * settings.logit_cap
         return result
+
+    @property
+    def int8_activations(self) -> bool:
+        """Whether activations are rounded to 8 bits."""
+        algorithm = self.settings.config.get("quantization", {}).get("quant_algo")
+        return self._weights.int8_activations and str(algorithm).startswith("W8A8_SQ")
 
     def unused(self) -> list[str]:
         """The tensors that nothing has read so far, each after its file's name: after a run, those that the model does not need.

@@ -22,7 +22,14 @@ from stages.verify.values import UINT8, read, same_bits
 
 T = TypeVar("T")
 # Parameters beside a module's numbers, for the precision of activations and of the cache, which are not emulated.
-BESIDE = ("activation_scaling_factor", "clamp_val", "kv_cache_scaling_factor", "kv_cache_rcp_scaling_factor")
+BESIDE = (
+    "activation_scaling_factor",
+    "clamp_val",
+    "kv_cache_scaling_factor",
+    "kv_cache_rcp_scaling_factor",
+    "scale_to_int",
+    "quantization_scaling_factor",
+)
 # The loader computes these itself, whatever the file says (docs/format/checkpoint.md, section 4).
 BUFFERS = tuple(
     prefix + name
@@ -35,11 +42,13 @@ class CheckpointWeights:
     """Reads the tensors of a checkpoint when they are needed. Raises VerificationFailed naming those that are missing or wrong.
 
     `block_bytes`: the part of a weight that is in memory at once, as float32. `cache_bytes`: room for blocks that are kept for the
-    next use, the first ones that are read. Vectors (norms, biases) are always kept.
+    next use, the first ones that are read. Vectors (norms, biases) are always kept. `int8_activations`: round activations
+    to the codes that SmoothQuant's classes make of them; otherwise they stay as they are, as transformers has them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, block_bytes: int, cache_bytes: int = 0) -> None:
+    def __init__(self, checkpoint: Checkpoint, block_bytes: int, cache_bytes: int = 0, int8_activations: bool = True) -> None:
         self.checkpoint, self.block_bytes, self.cache_bytes = checkpoint, block_bytes, cache_bytes
+        self.int8_activations = int8_activations
         self._used: list[set[str]] = [set() for _ in checkpoint.ranks]
         self._vectors: dict[tuple[int, str], Tensor] = {}
         self._blocks: dict[tuple[int, str, int | None, int], Tensor] = {}
@@ -77,6 +86,7 @@ class CheckpointWeights:
             raise _failed(rank, f"{module}.weight", f"a matrix {list(weight.shape)}", f"{list(expected)}, [out, in]")
         smooth = weight.prequant
         x = x if smooth is None else x * to_torch(smooth)
+        x = as_int8(x, weight.step) if weight.kind == "smoothquant" and self.int8_activations else x
         result = x.new_empty(len(x), weight.shape[0])
         for start, stop in self._steps(weight.shape):
             result[:, start:stop] = x @ self._rows(weight, (rank, module, expert, start), stop).T
@@ -143,6 +153,15 @@ class CheckpointWeights:
         count = math.prod(tensor.shape) * tensor.dtype.itemsize
         whole = tensor.viewed((count,), UINT8)
         return (read(whole, ((at, min(at + self.block_bytes, count)),)) for at in range(0, count, self.block_bytes))
+
+
+def as_int8(x: Tensor, step: float) -> Tensor:
+    """Activations [tokens, in_features] as their 8-bit codes stand for them, by one step, or, where that is 0, by each token's own.
+
+    Facts: docs/format/quantized-layouts.md, section 4d.
+    """
+    steps = x.new_full((len(x), 1), step) if step else 127 / x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    return (x * steps).round().clamp(-128, 127) / steps
 
 
 @dataclass(frozen=True)

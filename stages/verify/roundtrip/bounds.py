@@ -87,6 +87,9 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
     slope, offset = _half_step(dtype)
     if matrix.kind == "weight-only":
         return Allowance(2 * slope, _one(2 * offset)) if kept else _by_rows(matrix.bits, dtype)
+    if matrix.kind == "smoothquant":  # the source's codes and scales; others are not compared here (smoothed.py)
+        slope, offset = _half_step(np.dtype(np.float32))
+        return Allowance(4 * slope, _one(4 * offset))
     if matrix.kind == "awq":
         return Allowance(3 * slope, _one(3 * offset))
     if matrix.kind == "groupwise":
@@ -102,6 +105,9 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
     if kept:
         # The parts of a fused module, which were brought to the largest of their scales.
         return Allowance(FLOAT8_STEP, np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(1e-38))
+    if matrix.kind == "fp8":  # one scale for all rows
+        constant = np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(2 * offset)
+        return Allowance(FLOAT8_STEP + 2 * slope, constant)
     return Allowance(FLOAT8_STEP + 2 * slope, _one(2 * offset), largest="row", factor=FLOAT8_LEAST / LARGEST_FLOAT8)
 
 

@@ -22,6 +22,7 @@ from stages.verify.roundtrip.bounds import allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
 from stages.verify.roundtrip.one_pass import knows, one_pass
 from stages.verify.roundtrip.origin import Origin
+from stages.verify.roundtrip.smoothed import allowed_error, is_smoothed, norm_factors
 from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
 
@@ -66,6 +67,7 @@ class TensorComparison:
         buffers: Buffers | None = None,
     ) -> None:
         self.figures = Figures()
+        self._checkpoint, self._factors = checkpoint, dict[str, np.ndarray]()
         self._tensor: FileTensor = checkpoint.ranks[rank][name]
         self._dtype = MODEL_DTYPES.get(checkpoint.config.get("dtype", ""), np.dtype(np.float32))
         self._rows, self._source, self._kept, self._buffers = rows, rows.source, kept, buffers or Buffers()
@@ -160,7 +162,11 @@ class TensorComparison:
             self.figures.lossless(numbers)
             return
         found = to_float32(actual, self._buffers.array("numbers", actual.shape))
-        if same or not self._source.exact(origin.source):
+        if is_smoothed(self._checkpoint, origin.tensor):
+            # By which factors it is divided is told by the weights behind it, which are compared with them.
+            wrong = ~np.isfinite(found) | ((found == 0) != (numbers == 0)) | (found * numbers < 0)
+            self.figures.compare(np.where(wrong, np.float32(np.nan), found), found, 0.0, place, buffers=self._buffers)
+        elif same or not self._source.exact(origin.source):
             bound = partial(rounding, numbers, actual.dtype, 2, self._buffers)
             self.figures.compare(found, numbers, bound, place, same, self._buffers)
         else:
@@ -184,9 +190,26 @@ class TensorComparison:
         if actual.shape != expected.shape:
             self.figures.compare(np.full(expected.shape, np.nan, np.float32), expected, 0.0, place)
             return
+        if stored.kind == "smoothquant" and not kept:
+            self._compare_smoothed(stored, actual, expected, origin, place)
+            return
         at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         factors = stored.prequant
         self.figures.compare(actual if factors is None else actual * factors, expected, at_most, place, buffers=self._buffers)
+
+    def _compare_smoothed(
+        self, stored: Matrix, actual: np.ndarray, expected: np.ndarray, origin: Origin, place: BlockPlace
+    ) -> None:
+        """Count values of SmoothQuant; those of in-features that the norm makes zeros are as they may be."""
+        factors = stored.prequant
+        if factors is None:
+            if origin.module not in self._factors:
+                self._factors[origin.module] = norm_factors(self._checkpoint, self._source, origin)
+            factors = self._factors[origin.module]
+            hidden = np.isnan(factors)
+            factors, expected = np.where(hidden, np.float32(0), factors), np.where(hidden, np.float32(0), expected)
+        bound = partial(allowed_error, stored, expected, place.row, factors)
+        self.figures.compare(actual * factors, expected, bound, place, buffers=self._buffers)
 
     def _compare_padding(self, actual: np.ndarray, place: BlockPlace) -> None:
         """Count rows behind the end of the vocabulary, which must be zeros."""

@@ -26,6 +26,10 @@ SCALES = (
     "per_channel_scale",
     "prequant_scaling_factor",
     "activation_scaling_factor",
+    "act_scale",
+    "smoother",
+    "scale_to_int",
+    "quantization_scaling_factor",
 )
 CACHE = "kv_cache_scaling_factor"
 # Factors of integer codes, which kernels multiply: AutoRound's symmetric ones are of either sign.
@@ -50,6 +54,8 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
                 expected = _bounds(checkpoint)
             elif parameter == "activation_scaling_factor":
                 expected = _activations(source, list(modules[number, module]))
+            elif parameter == CACHE and _is_measured(checkpoint):
+                expected = None  # in no source
             elif parameter == CACHE:
                 left_out = checkpoint.provenance.get("left_out", ())
                 used = {name: tensor for name, tensor in source.items() if name not in left_out}
@@ -66,6 +72,12 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
                 yield Problem(subject, "a value that is negative", "scales of 0 or more")
             elif expected is not None and not np.array_equal(values, expected):
                 yield Problem(subject, str(values.tolist()), f"{expected.tolist()}, by the source")
+
+
+def _is_measured(checkpoint: Checkpoint) -> bool:
+    """Whether the scale of the cache is of a calibration: an INT8 cache has no other, an FP8 cache may have."""
+    kind = checkpoint.config.get("quantization", {}).get("kv_cache_quant_algo")
+    return kind == "INT8" or "act_range" in checkpoint.provenance.get("options", {})
 
 
 def _bounds(checkpoint: Checkpoint) -> np.ndarray | None:

@@ -35,13 +35,9 @@ SHAPE = {
 }
 # flag -> words on a command line, and what the remedy names.
 REFUSED = {
-    "smoothquant": (["--smoothquant", "0.5"], "--quantization int8"),
-    "per_channel": (["--per_channel"], "Leave it out"),
-    "per_token": (["--per_token"], "Leave it out"),
-    "int8_kv_cache": (["--int8_kv_cache"], "--fp8_kv_cache"),
-    "calib_dataset": (["--calib_dataset", "ccdv/cnn_dailymail"], "--quantization int8"),
-    "calib_size": (["--calib_size", "512"], "--quantization int8"),
-    "calib_max_seq_length": (["--calib_max_seq_length", "512"], "--quantization int8"),
+    "calib_dataset": (["--calib_dataset", "ccdv/cnn_dailymail"], "--act_range"),
+    "calib_size": (["--calib_size", "512"], "--act_range"),
+    "calib_max_seq_length": (["--calib_max_seq_length", "512"], "--act_range"),
     "save_config_only": (["--save_config_only"], "headrace plan --json"),
 }
 OTHER_NAMES = {"world_size": "tp_size", "output_model_dir": "output_dir", "enable_fp8": "use_fp8", "ckpt_type": "", "log_level": ""}
@@ -151,12 +147,14 @@ def test_a_flag_that_is_refused(flag: str, dashed: bool, model: Path) -> None:
 
 @pytest.mark.parametrize("words", [("-sq", "0.5"), ("-sq=0.5",), ("--smoothquant=0.5",)], ids=str)
 def test_the_short_name_of_smoothquant(words: tuple[str, ...], model: Path) -> None:
-    assert one(refused(model, *words)).startswith("--smoothquant 0.5: found SmoothQuant, which needs a calibration")
+    problems = refused(model, "--quantization", "int8", *words)
+    assert problems[0].startswith("--quantization int8: found --smoothquant 0.5 beside it")
 
 
 def test_all_that_is_wrong_comes_together(model: Path) -> None:
-    problems = refused(model, "-sq", 0.5, "--per_channel", "--ckpt_type", "keras", "--dtype", "float8")
-    assert [problem.partition(":")[0] for problem in problems] == ["--ckpt_type", "--smoothquant 0.5", "--per_channel", "--dtype"]
+    problems = refused(model, "--calib_size", 512, "--save_config_only", "--ckpt_type", "keras", "--dtype", "float8")
+    subjects = ["--ckpt_type", "--calib_size 512", "--save_config_only", "--dtype"]
+    assert [problem.partition(":")[0] for problem in problems] == subjects
 
 
 def test_a_remedy_is_true(model: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.model.quantization import Quantization
 from pipeline.planning.job import make_job
 from pipeline.planning.keywords import QuantizationName
 from pipeline.planning.quantizations import QUANTIZATIONS
-from tests.support import checkpoints, quantized_checkpoints
+from tests.support import act_ranges, checkpoints, quantized_checkpoints
 from tests.support.commands import convert as run
 from tests.support.commands import headrace, one, refused
 from tests.support.directories import contents
@@ -30,6 +30,13 @@ ASKED: dict[str, tuple[tuple[str, ...], quantized_checkpoints.Format | None]] = 
     "fp8_rowwise": (("--use_fp8_rowwise",), None),
     "nvfp4": (("--use_nvfp4",), quantized_checkpoints.nvfp4()),
 }
+# Those of measured activations: of float16 alone, and with a file of ranges.
+SMOOTHED: dict[str, tuple[str, ...]] = {
+    "w8a8_sq": ("--smoothquant", "0.5", "--per_channel", "--per_token"),
+    "w8a8_sq_per_channel": ("-sq", "0.5", "--per_channel"),
+    "w8a8_sq_per_token": ("--smoothquant", "0.5", "--per_token"),
+    "w8a8_sq_per_tensor": ("--smoothquant", "0.5"),
+}
 ALGORITHMS = {
     "none": None,
     "int8": "W8A16",
@@ -40,6 +47,10 @@ ALGORITHMS = {
     "fp8": "FP8",
     "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN",
     "nvfp4": "NVFP4",
+    "w8a8_sq": "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+    "w8a8_sq_per_channel": "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN",
+    "w8a8_sq_per_token": "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+    "w8a8_sq_per_tensor": "W8A8_SQ_PER_TENSOR_PLUGIN",
 }
 CONFIG = quantized_checkpoints.LLAMA
 
@@ -53,7 +64,7 @@ def made(folder: Path, kind: quantized_checkpoints.Format | None) -> Path:
 
 
 def test_every_name_is_tried_here() -> None:
-    assert ASKED.keys() == QUANTIZATIONS.keys() == set(get_args(QuantizationName))
+    assert ASKED.keys() | SMOOTHED.keys() == QUANTIZATIONS.keys() == set(get_args(QuantizationName))
     assert {name: row.algorithm for name, row in QUANTIZATIONS.items()} == ALGORITHMS
 
 
@@ -70,6 +81,25 @@ def test_a_name_is_its_flags(name: str, tmp_path: Path) -> None:
     again = headrace("convert", "--model_dir", model, "--output_dir", tmp_path / "flags", "--dtype", "bfloat16", "--tp_size", 2,
                      "--scheduler", "threads", "--quantization", name)  # fmt: skip
     assert "up to date" in again.out, "not the same plan"
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_a_name_of_smoothquant_is_its_flags(name: str, tmp_path: Path) -> None:
+    model, ranges = made(tmp_path / "model", None), act_ranges.write(tmp_path / "ranges", quantized_checkpoints.values(CONFIG))
+    shape = ("--dtype", "float16", "--tp_size", 2, "--act_range", ranges, "--quiet")
+    named = (f"--quantization={name}",)
+    for more, output in ((named, "named"), (SMOOTHED[name], "flags"), ((*SMOOTHED[name], *named), "both")):
+        assert run(model, tmp_path / output, *shape, *more).code == 0
+    assert contents(tmp_path / "named") == contents(tmp_path / "flags") == contents(tmp_path / "both")
+    written = json.loads((tmp_path / "named" / "config.json").read_text())["quantization"]
+    assert (written["quant_algo"], written["smoothquant_val"]) == (ALGORITHMS[name], 0.5)
+    other = ("--smoothquant", 0.8, *SMOOTHED[name][2:])
+    for more, output in (((*named, "--smoothquant", 0.8), "0.8"), (other, "0.8 by flags")):
+        assert run(model, tmp_path / output, *shape, *more).code == 0
+    assert contents(tmp_path / "0.8") == contents(tmp_path / "0.8 by flags") != contents(tmp_path / "named")
+    assert json.loads((tmp_path / "0.8" / "config.json").read_text())["quantization"]["smoothquant_val"] == 0.8
+    job = make_job({"model_dir": model, "output_dir": tmp_path, "quantization": name, "smoothquant": 0.8})
+    assert (job.quantization, job.smoothquant) == (name, 0.8)
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -106,6 +136,9 @@ AT_ODDS = [
     (("--quantization", "int4", "--use_weight_only"), "--weight_only_precision int8 beside it"),
     (("--quantization", "int4", "--use_weight_only", "--weight_only_precision", "int8"), "--weight_only_precision int8 beside it"),
     (("--quantization", "none", "--use_fp8"), "--use_fp8 beside it"),
+    (("--quantization", "w8a8_sq", "--no_per_token"), "--no_per_token beside it"),
+    (("--quantization", "w8a8_sq_per_tensor", "--per_channel"), "--per_channel beside it"),
+    (("--quantization", "int8", "--smoothquant", "0.5"), "--smoothquant 0.5 beside it"),
     (("--quantization", "fp8", "--no_use_fp8"), "--no_use_fp8 beside it"),
 ]
 

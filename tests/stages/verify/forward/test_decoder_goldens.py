@@ -19,7 +19,7 @@ from pipeline.errors import VerificationFailed
 from pipeline.tensor.checkpoint import Checkpoint
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
-from stages.verify.forward.reference import set_head_epsilon
+from stages.verify.forward.transformers_model import set_head_epsilon
 from tests.end_to_end.test_family_forward import TOLERANCE, difference
 from tests.goldens.differences import as_1_2_reads
 from tests.support.places import DATA

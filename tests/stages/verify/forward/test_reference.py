@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import BadInput, VerificationFailed
 from stages.read import open_model, open_source
-from stages.verify.forward import reference
+from stages.verify.forward import transformers_model
 from stages.verify.forward.reference import Reference
 from stages.verify.roundtrip.original import Original
 from tests.end_to_end.test_family_forward import CASES, CONTRADICTED, SIZES, build, difference, exaone, internlm2, old_style
@@ -290,7 +290,7 @@ def layers_in_memory(ours: Reference) -> tuple[str, ...]:
 
 
 def test_one_layer_is_in_memory_at_a_time_and_each_weight_is_read_once(mixtral: Original, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BLOCK_BYTES", 64 * 4 * 40)  # 40 rows
+    monkeypatch.setattr(transformers_model, "BLOCK_BYTES", 64 * 4 * 40)  # 40 rows
     weights = Watched(mixtral)
     weights.reference = ours = Reference(mixtral.config, weights)
     assert weights.read == [("model.norm.weight", 0, 64)]

@@ -1,0 +1,98 @@
+"""The command `headrace calibrate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+from pydantic.types import ByteSize
+
+from pipeline.cli.options import Json
+from pipeline.errors import BadInput, Problem
+from pipeline.watching.units import human_bytes
+
+app = typer.Typer()
+
+
+@app.command("calibrate", no_args_is_help=True)
+def calibrate_command(
+    model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
+    calibration_tokens: Annotated[
+        Path | None, typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].")
+    ] = None,
+    calib_dataset: Annotated[
+        Path | None, typer.Option("--calib_dataset", help="In its place a file of texts, a line each, or of JSON lines.")
+    ] = None,
+    calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
+    calib_max_seq_length: Annotated[
+        int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
+    ] = 512,
+    dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
+    ] = "auto",
+    memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
+    scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be done, and write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    json_: Json = False,
+) -> None:
+    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.
+
+    Exit codes: 0 done, 2 a bad request, 3 stopped or the disk failed: the same command goes on.
+    """
+    from pipeline.calibration.plan import Texts, plan_calibration
+    from pipeline.calibration.run import calibrate
+    from pipeline.planning.job_file import model_name
+
+    name, limit = model_name(model_dir), _size(memory_limit)
+    texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
+    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts)
+    facts = plan.summary()
+    if not (quiet or json_):
+        print(
+            f"{plan.layers} layers in {plan.dtype}, {plan.samples.count} samples of {plan.samples.length} tokens; memory at most "
+            f"{human_bytes(plan.peak_bytes)} (a layer {human_bytes(plan.layer_bytes)}), scratch {human_bytes(plan.scratch_bytes)}"
+        )
+    if not dry_run:
+        result = calibrate(plan, None if quiet else _Lines())
+        facts |= {
+            "modules": result.modules,
+            "seconds": round(result.seconds, 3),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "resumed_layers": result.resumed_layers,
+            "up_to_date": result.up_to_date,
+        }
+        if not (quiet or json_):
+            took = f"done in {result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}"
+            done = "up to date" if result.up_to_date else took
+            print(f"{result.output}: ranges of {result.modules} modules, {done}")
+    if json_:
+        print(json.dumps(facts, indent=2))
+
+
+class _Lines:
+    """Says on standard error that a layer is done, and how long the rest may take."""
+
+    def __init__(self) -> None:
+        self.started, self.first = time.perf_counter(), 0
+
+    def __call__(self, _: str, done: int, total: int) -> None:
+        self.first = self.first or done
+        each = (time.perf_counter() - self.started) / (done - self.first + 1)
+        print(f"layer {done} of {total}, {each:.1f} s each, {each * (total - done):.0f} s left", file=sys.stderr)
+
+
+def _size(text: str) -> int:
+    """Bytes of a text such as 2GiB. Raises BadInput where it is none."""
+    try:
+        size: Any = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise BadInput([Problem("--memory_limit", repr(text), "a size such as 2GiB")]) from None
+    return int(size)
