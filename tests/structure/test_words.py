@@ -93,6 +93,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/read/gguf_header.py": {"gguf"},
     "stages/read/hub.py": {"huggingface_hub"},
     "stages/read/live_model.py": {"torch"},
+    "stages/read/object_store.py": {"huggingface_hub", "obstore"},
     "stages/read/remote.py": {"huggingface_hub", "obstore"},
     "stages/read/zarr_store.py": {"zarr"},
     "stages/verify/roundtrip/original/numbers.py": {"gguf"},

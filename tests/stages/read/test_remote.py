@@ -11,7 +11,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+import stages.read.object_store
 import stages.read.remote
+import stages.read.remote_image
 from pipeline import convert, inspect, plan
 from pipeline.errors import BadInput, SourceChanged, WriteFailed
 from pipeline.reporting.verification import verify
@@ -28,7 +30,7 @@ BIG = {**checkpoints.LLAMA, "vocab_size": 4096, "hidden_size": 256, "intermediat
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(stages.read.remote, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(stages.read.object_store, "FIRST_PAUSE_SECONDS", 0.01)
     return tmp_path / "cache"
 
 
@@ -69,7 +71,7 @@ def test_planning_reads_headers_alone_and_says_how_much(tmp_path: Path, served: 
     made = plan(model_dir=f"{served.url}/m", output_dir=tmp_path / "out")
     size = (tmp_path / "served/m/model.safetensors").stat().st_size
     fetched = sum(last + 1 - first for kind, name, first, last in served.requests if kind == "GET" and name.endswith("s"))
-    assert fetched <= stages.read.remote.FIRST_BYTES < size
+    assert fetched <= stages.read.remote_image.FIRST_BYTES < size
     (note,) = (note for note in made.notes if "bytes of configuration and headers" in note)
     assert f"{served.url}/m" in note
     assert inspect(f"{served.url}/m").path == f"{served.url}/m"
@@ -133,7 +135,7 @@ def test_servers_that_are_busy_or_break_off_are_asked_again(tmp_path: Path, serv
 
 def test_a_server_that_stays_broken_ends_the_run_resumably(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     place = at(tmp_path)
-    monkeypatch.setattr(stages.read.remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(stages.read.object_store, "ATTEMPTS", 2)
     plan(model_dir=f"{served.url}/m", output_dir=tmp_path / "far")
     served.faults = ["cut"] * 500
     with pytest.raises(WriteFailed, match="2 times"):
@@ -206,7 +208,7 @@ def test_the_hub_by_a_commit_and_with_its_token(tmp_path: Path, served: Served, 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     info = type("Info", (), {"sha": "c0ffee"})
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda _self, name, **_: info if name == "org/name" else None)
-    stages.read.remote._store.cache_clear()
+    stages.read.object_store._store.cache_clear()
     both(tmp_path, "hf://org/name@main", place)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "served" not in path.parts)
     assert b"hf_secret" not in written
