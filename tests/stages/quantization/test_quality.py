@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, WEIGHT_ONLY
+from pipeline.model.quantization import AWQ, FP8, FP8_ROWWISE, GROUPWISE, SQ_OF_CODES, WEIGHT_ONLY
 from pipeline.planning.job import Job
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.kernels.weight_only import quantize, weight_only_scales
@@ -119,4 +119,4 @@ def test_every_option_and_algorithm_that_the_document_names_is_one() -> None:
     options = set(re.findall(r"--(\w+)", DOCUMENT))
     assert {"sm", "dequantize", "requantize", "use_weight_only"} <= options <= set(Job.model_fields)
     algorithms = set(re.findall(r"`((?:W\d+A\d+|FP8)\w*)`", DOCUMENT))
-    assert algorithms == {*WEIGHT_ONLY, *GROUPWISE, AWQ, FP8, FP8_ROWWISE}
+    assert algorithms == {*WEIGHT_ONLY, *GROUPWISE, AWQ, FP8, FP8_ROWWISE, SQ_OF_CODES}
