@@ -17,8 +17,8 @@ LOOK_SECONDS = 0.2  # between two looks whether it is still wanted
 _FIGURES = ("bytes_read", "bytes_written", "peak_memory_bytes")
 
 
-def on_worker(run: int, options: Mapping[str, Any], topic: str, stop_seconds: float) -> dict[str, Any]:
-    """Do it as a task of Dask's; what the child says is published under `topic`, with the number of its run.
+def on_worker(run: int, number: int, options: Mapping[str, Any], topic: str, stop_seconds: float) -> dict[str, Any]:
+    """Do it as a task of Dask's; what the child says is published under `topic`, with the numbers of its run and attempt.
 
     It ends within `stop_seconds` once its task is cancelled, or the client, the scheduler or this worker is gone.
     """
@@ -33,7 +33,7 @@ def on_worker(run: int, options: Mapping[str, Any], topic: str, stop_seconds: fl
         return task is not None and task.state == "executing" and worker.status in (Status.running, Status.paused)
 
     def heard(event: Mapping[str, Any]) -> None:
-        worker.log_event(topic, {**event, "run": run})
+        worker.log_event(topic, {**event, "run": run, "attempt": number})
 
     result = attempt(options, wanted, heard, stop_seconds)
     heard({"event": "over", "result": result})  # of a task that was cancelled nobody gets the result

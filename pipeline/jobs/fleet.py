@@ -152,7 +152,7 @@ class Fleet:
                 self._over(run, {"code": 2, "error": str(BadInput(full)), "passing": True})
                 continue
             kind, options = run.unit.steps()[run.step]
-            if str(options.get("scheduler", "")).startswith(("tcp://", "tls://")):
+            if options.get("cluster") or str(options.get("scheduler", "")).startswith(("tcp://", "tls://")):
                 run.task = Here(self._here, self._inbox.put, run.number, options, self.stop_seconds)
             else:
                 resources = {"GPU": 1.0} if kind == "build" else {"MEMORY": float(run.unit.peak_memory_bytes)}
@@ -161,8 +161,9 @@ class Fleet:
                 if unable:
                     self._over(run, {"code": 2, "error": str(BadInput(unable)), "passing": False})
                     continue
-                key = (run.unit.name, f"{self.topic}-{run.number}-{len(run.attempts) + 1}")
-                run.task = There(self.client, key, resources, (run.number, options, self.topic, self.stop_seconds))
+                attempt = len(run.attempts) + 1
+                key = (run.unit.name, f"{self.topic}-{run.number}-{attempt}")
+                run.task = There(self.client, key, resources, (run.number, attempt, options, self.topic, self.stop_seconds))
             on_its_way.append(run)
 
     def _unable(self, needed: Mapping[str, float]) -> list[Problem] | None:
@@ -187,8 +188,9 @@ class Fleet:
             if run is None or run.state not in ACTIVE:
                 return
             kind = event.get("event")
-            if kind == "over" and run.task is not None:
-                run.task.said = event["result"]
+            if kind == "over":  # of this attempt: the word of one before may come when its result has long been here
+                if run.task is not None and event["attempt"] == len(run.attempts) + 1:
+                    run.task.said = event["result"]
             elif kind == "began":
                 run.state, run.place, run.stalled, run.moved = "running", event, False, time.monotonic()
                 run.started = run.started or time.time()

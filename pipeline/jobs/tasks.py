@@ -19,7 +19,7 @@ class There:
     def __init__(self, client: Any, key: Any, resources: Mapping[str, float], arguments: tuple[Any, ...]) -> None:
         """`arguments`: those of `on_worker`."""
         self.said: Mapping[str, Any] | None = None
-        self._client, self._stop_seconds, self._stopped = client, arguments[3], 0.0
+        self._client, self._stop_seconds, self._stopped = client, arguments[-1], 0.0
         priority = -arguments[0]  # in the order of the runs
         self._future = client.submit(on_worker, *arguments, key=key, resources=dict(resources), priority=priority, pure=False)
 

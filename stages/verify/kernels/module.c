@@ -239,23 +239,5 @@ static PyMethodDef METHODS[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef_Slot SLOTS[] = {
-    {Py_mod_exec, (void *)begin},
-#ifdef Py_GIL_DISABLED
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef DEFINITION = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_kernels",
-    .m_doc = "The kernels of verification in C; _kernels.pyi has their types.",
-    .m_methods = METHODS,
-    .m_slots = SLOTS,
-};
-
-PyMODINIT_FUNC PyInit__kernels(void)
-{
-    return PyModuleDef_Init(&DEFINITION);
-}
+#define MODULE_DOC "The kernels of verification in C; _kernels.pyi has their types."
+#include "definition.h"

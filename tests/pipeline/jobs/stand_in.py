@@ -85,4 +85,4 @@ class Stage:
     def end(self, run: Run, code: int = 0, error: str = "", written: int = 1000, **more: Any) -> None:
         stages = {"read": {"bytes": float(written), "seconds": 2.0}, "write": {"bytes": float(written), "seconds": 4.0}}
         figures = {"seconds": 7.0, "bytes_written": written, "bytes_read": written, "peak_memory_bytes": 1 << 27, "stages": stages}
-        self.say(run, "over", result={"code": code, "error": error, "tail": [], **figures, **more})
+        self.say(run, "over", attempt=len(run.attempts) + 1, result={"code": code, "error": error, "tail": [], **figures, **more})

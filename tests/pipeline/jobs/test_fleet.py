@@ -26,7 +26,10 @@ QUICK = Retry(attempts=3, first_seconds=0.05, factor=1)
 
 @dataclass
 class Stage:
-    """What attempts do: the codes that those of a unit end with (0 when they are used up), and which wait to be let go."""
+    """What attempts do: the codes that those of a unit end with (0 when they are used up).
+
+    `held`: units, or single attempts ("a 2"), that wait to be let go.
+    """
 
     codes: dict[str, list[int]] = field(default_factory=dict)
     held: dict[str, threading.Event] = field(default_factory=dict)
@@ -40,7 +43,7 @@ class Stage:
 STAGE = Stage()
 
 
-def played(run: int, options: Mapping[str, Any], topic: str, _stop_seconds: float) -> dict[str, Any]:
+def played(run: int, number: int, options: Mapping[str, Any], topic: str, _stop_seconds: float) -> dict[str, Any]:
     """Stands for `on_worker`."""
     from distributed import get_worker
 
@@ -50,13 +53,13 @@ def played(run: int, options: Mapping[str, Any], topic: str, _stop_seconds: floa
     STAGE.now.append(name)
     STAGE.most = max(STAGE.most, len(STAGE.now))
     worker.log_event(topic, {"event": "began", "run": run, "pid": 1, "host": "here"})
-    while name in STAGE.held and not STAGE.held[name].wait(0.02):
+    while any(not STAGE.held[each].wait(0.02) for each in (name, f"{name} {number}") if each in STAGE.held):
         task = worker.state.tasks.get(key)
         if task is None or task.state != "executing":
             STAGE.stopped.append(name)
             STAGE.now.remove(name)
             result = {"code": 3, "error": "stopped", "seconds": 1.0}
-            worker.log_event(topic, {"event": "over", "run": run, "result": result})
+            worker.log_event(topic, {"event": "over", "run": run, "attempt": number, "result": result})
             return result
     time.sleep(0.05)
     STAGE.now.remove(name)
@@ -223,6 +226,20 @@ def test_a_listener_that_fails_harms_nothing(client: Any) -> None:
     fleet = Fleet(client)
     fleet.listeners.append(lambda event, _run, _said: 1 / 0 if event == "started" else None)
     assert done(fleet, unit("a"))[0].state == "done"
+
+
+def test_the_word_of_an_earlier_attempt_ends_no_later_one(client: Any) -> None:
+    STAGE.codes["a"], STAGE.held["a 2"] = [0, 4], threading.Event()
+    fleet = Fleet(client)
+    (run,) = fleet.add([replace(unit("a"), options={"name": "a", "engine": {}}, engines=("/nowhere/a-engine",))], "test")
+    until(fleet, lambda: len(run.attempts) == 1 and len(STAGE.began) == 2)
+    fleet._inbox.put({"event": "over", "run": run.number, "attempt": 1, "result": {"code": 0}})
+    time.sleep(0.1)
+    fleet.step()
+    assert run.state == "running", "the engine is being built"
+    STAGE.held["a 2"].set()
+    until(fleet, lambda: not fleet.active())
+    assert (run.state, len(run.attempts)) == ("no engine", 2)
 
 
 def test_engines_are_built_of_whole_ranks_where_there_is_a_gpu(client: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from pipeline.planning.job import make_job
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
+from tests.support.witness import wait
 
 
 @pytest.fixture
@@ -83,3 +88,37 @@ def test_a_batch_runs_on_the_cluster_that_its_file_names(tmp_path: Path, job: Pa
     job.write_text('model_dir = "model"\noutput_dir = "out2"\n')
     ran = headrace("batch", batch)
     assert (ran.code, "no worker that offers MEMORY" in ran.out) == (2, True), ran
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates")
+def test_a_cluster_behind_tls_by_the_files_of_the_job(tmp_path: Path, job: Path) -> None:
+    pair = ("-keyout", "key.pem", "-out", "cert.pem")
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *pair, *subject]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    tls = [f"--tls-ca-file={tmp_path}/cert.pem", f"--tls-cert={tmp_path}/cert.pem", f"--tls-key={tmp_path}/key.pem"]
+    file = tmp_path / "scheduler.json"
+    place = ["--scheduler-file", str(file), "--no-dashboard"]
+    started = []
+    try:
+        for module, more in (
+            ("dask_scheduler", ["--protocol", "tls", "--host", "127.0.0.1", "--port", "0"]),
+            ("dask_worker", ["--no-nanny", "--local-directory", str(tmp_path / "dask")]),
+        ):
+            started.append(subprocess.Popen([sys.executable, "-m", f"distributed.cli.{module}", *place, *more, *tls]))
+            wait(file.exists, 30)
+        address = json.loads(file.read_text())["address"]
+        assert address.startswith("tls://")
+        files = 'ca_file = "cert.pem"\ncert = "cert.pem"\nkey = "key.pem"'
+        job.write_text(f'model_dir = "model"\noutput_dir = "out"\nscheduler = "{address}"\n[cluster.tls]\n{files}\n')
+        ran = headrace("convert", job)
+        assert ran.code == 0, ran.err
+        convert(model_dir=tmp_path / "model", output_dir=tmp_path / "alone", scheduler="threads")
+        assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+        # Without the certificates nobody is let in.
+        job.write_text(f'model_dir = "model"\noutput_dir = "other"\nscheduler = "{address}"\n')
+        assert headrace("convert", job).code == 2
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
