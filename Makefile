@@ -27,7 +27,9 @@ check: $(VENV)/installed  ## Lint, format and types
 	$(BIN)/mypy
 
 # The lowest versions that pyproject.toml promises, but for torch, whose files are large: that of constraints.txt.
-LOWEST_TESTS := tests/goldens tests/configs tests/pipeline/test_api.py tests/pipeline/planning/test_inspection.py tests/pipeline/run \
+LOWEST_TESTS := tests/goldens tests/configs tests/pipeline/test_api.py tests/pipeline/run \
+	tests/pipeline/planning/test_families_and_formats.py tests/pipeline/planning/test_inspection.py \
+	tests/pipeline/planning/test_inspection_problems.py tests/pipeline/planning/test_inspection_sizes.py \
 	tests/pipeline/jobs/test_requests.py tests/pipeline/jobs/test_batch.py tests/pipeline/jobs/test_schedule.py \
 	tests/pipeline/sinks/test_remote_scratch.py tests/stages/read/test_safetensors_header.py tests/stages/test_unpack.py
 

@@ -1,39 +1,25 @@
-"""read, PyTorch files: what torch.save wrote, bit for bit, in both of its formats, whatever the strides; torch is not imported."""
+"""read, PyTorch files: what torch.save wrote, bit for bit, in both of its formats; torch is not imported."""
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
 import pickle
 import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.tensor import mapping
-from pipeline.tensor.placement import Region, extent, size, slices, whole
-from pipeline.tensor.tensors import LazyTensor
+from pipeline.tensor.placement import whole
 from stages.cast import as_type
-from stages.read import open_source, read, strided
 from stages.read.mapped import MappedTensor
-from stages.read.strided import StridedTensor, contiguous, span, windows
+from stages.read.strided import StridedTensor
 from stages.read.torch_pickle import MAGIC, PROTOCOL, open_file
-from tests.support import checkpoints
-from tests.support.commands import convert
-from tests.support.examples import examples
-from tests.support.lazy import values
-from tests.support.strategies import regions, shapes
+from tests.support.torch_files import bits, both_formats, check, random, saved
 
 # Types that a state dict may hold; those after BOOL are pickled another way (_rebuild_tensor_v3).
 TYPES = [
@@ -53,31 +39,6 @@ TYPES = [
     torch.uint32,
     torch.uint64,
 ]
-both_formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-
-
-def saved(path: Path, value: Any, *, zipped: bool = True, protocol: int = 2) -> Path:
-    torch.save(value, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
-    return path
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """A tensor of random bits, 0 and 1 for booleans."""
-    count = math.prod(shape) * dtype.itemsize
-    bits = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, count, dtype=np.uint8)
-    return torch.from_numpy(bits).view(dtype).reshape(shape)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    """A tensor's values in C order as torch has them."""
-    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def check(found: LazyTensor, expected: torch.Tensor) -> None:
-    assert found.shape == tuple(expected.shape)
-    assert f"torch.{found.dtype.name}" == str(expected.dtype)
-    assert np.asarray(found.block(whole(found.shape))).tobytes() == bits(expected)
 
 
 @both_formats
@@ -157,88 +118,6 @@ def test_a_tensor_that_is_called_model_is_a_tensor(tmp_path: Path) -> None:
     state = {"model": torch.ones(3), "weight": torch.zeros(2)}
     _, tensors = open_file(saved(tmp_path / "m.bin", state))
     assert tensors.keys() == state.keys()
-
-
-@st.composite
-def strided_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, Region]:
-    """Any view that torch can make of a storage, and a region of it."""
-    shape = draw(shapes(least=0, longest=6))
-    strides = tuple(draw(st.sampled_from([0, 1, 2, 3, 7, 30])) for _ in shape)
-    offset = draw(st.integers(0, 9))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float8_e5m2]))
-    base = random((offset + span(shape, strides) + draw(st.integers(0, 3)),), dtype)
-    return base.as_strided(shape, strides, offset), draw(regions(shape))
-
-
-@examples(300)
-@given(st.data(), strided_tensors(), st.booleans(), st.sampled_from([4, 16, 64, 300, strided.WINDOW_BYTES]))
-def test_regions_of_any_strides_are_those_of_torch(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, made: tuple[torch.Tensor, Region], zipped: bool, window: int
-) -> None:
-    tensor, outer = made
-    path = saved(tmp_path_factory.getbasetemp() / "strided.bin", {"t": tensor, "other": torch.ones(3)}, zipped=zipped)
-    _, tensors = open_file(path)
-    assert isinstance(tensors["t"], MappedTensor if tensor.is_contiguous() else StridedTensor)
-    inner = data.draw(regions(extent(outer)))
-    with mock.patch.object(strided, "WINDOW_BYTES", window):
-        block = tensors["t"].block(outer)
-        assert np.asarray(block).tobytes() == bits(tensor[slices(outer)])
-        found = block.read(inner)
-    expected = tensor[slices(outer)][slices(inner)]
-    assert found.shape == tuple(expected.shape)
-    assert found.tobytes() == bits(expected)
-
-
-@given(shapes(least=0, longest=6), st.data())
-def test_what_is_contiguous_is_what_torch_says(shape: tuple[int, ...], data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.sampled_from([0, n, n])) for n in shape)
-    strides = tuple(data.draw(st.sampled_from([1, 1, 2, 5, 6])) for _ in shape)
-    tensor = torch.zeros(500).as_strided(shape, strides)
-    for made in (tensor, torch.zeros(shape), torch.zeros(shape).T if len(shape) == 2 else tensor):
-        assert contiguous(made.shape, made.stride()) == made.is_contiguous()
-
-
-@given(st.data(), shapes(longest=8), st.integers(1, 200))
-def test_windows_tile_a_region_and_are_narrow(data: st.DataObject, shape: tuple[int, ...], limit: int) -> None:
-    strides = tuple(data.draw(st.integers(0, 60)) for _ in shape)
-    region = data.draw(regions(shape))
-    seen = np.zeros(shape, int)
-    for part in windows(region, strides, limit):
-        seen[slices(part)] += 1
-        assert span(extent(part), strides) <= limit or size(part) == 1
-    assert seen.sum() == size(region)
-    assert (seen[slices(region)] == 1).all()
-
-
-def test_a_strided_tensor_far_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A sparse file of 64 GiB: only narrow windows of it may be mapped, whatever they span together.
-    longest = 0
-
-    def record(descriptor: int, length: int, **more: int) -> mmap.mmap:
-        nonlocal longest
-        longest = max(longest, length)
-        return mmap.mmap(descriptor, length, **more)
-
-    names = {name: getattr(mmap, name) for name in ("ALLOCATIONGRANULARITY", "ACCESS_READ")}
-    monkeypatch.setattr(mapping, "mmap", SimpleNamespace(mmap=record, **names))
-    rows, columns = 1 << 22, 1 << 13
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        file.seek((rows - 1) * columns * 2)
-        file.write(np.arange(columns, dtype=np.uint16).tobytes())
-    block = StridedTensor(str(path), 0, (columns, rows), np.dtype(np.uint16), (1, columns)).block(whole((columns, rows)))
-    assert not longest, "nothing is mapped until it is read"
-    found = block.read(((3, 6), (rows - 1000, rows)))
-    assert found[:, -1].tolist() == [3, 4, 5]
-    assert not found[:, :-1].any()
-    assert longest <= strided.WINDOW_BYTES + mmap.ALLOCATIONGRANULARITY
-
-
-def test_a_strided_file_that_became_shorter_is_an_os_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(10))
-    block = StridedTensor(str(tmp_path / "file"), 0, (4, 3), np.dtype(np.uint8), (1, 4)).block(whole((4, 3)))
-    with pytest.raises(OSError, match="shorter"):
-        np.asarray(block)
 
 
 @both_formats
@@ -350,83 +229,3 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
     script += "open_file(Path(sys.argv[1])); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script, tmp_path / "m.bin"], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
-
-
-def as_torch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-
-
-def write_bin(directory: Path, *, shards: int = 1, index: bool = True, zipped: bool = True) -> dict[str, np.ndarray]:
-    """The tests' Llama as .bin files; returns its tensors."""
-    arrays = checkpoints.values(checkpoints.LLAMA)
-    state = as_torch(arrays)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(checkpoints.LLAMA))
-    names = list(state)
-    files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{n + 1:05}-of-{shards:05}.bin" for n in range(shards)]
-    for n, file in enumerate(files):
-        saved(directory / file, {name: state[name] for name in names[n::shards]}, zipped=zipped)
-    if index:
-        weight_map = {name: files[n % shards] for n, name in enumerate(names)}
-        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return arrays
-
-
-@both_formats
-@pytest.mark.parametrize(("shards", "index"), [(1, False), (3, True), (3, False)])
-def test_directories_of_bin_files(shards: int, index: bool, zipped: bool, tmp_path: Path) -> None:
-    arrays = write_bin(tmp_path / "model", shards=shards, index=index, zipped=zipped)
-    source = open_source(tmp_path / "model")
-    assert (source.kind, source.container, source.dtype) == ("Hugging Face PyTorch .bin", "huggingface", "float16")
-    assert len(source.files) == shards + 1
-    assert source.tensors.keys() == arrays.keys()
-    for name, array in read(source.tensors, 1000, 4).items():
-        assert values(array).tobytes() == arrays[name].tobytes()
-
-
-def test_a_directory_without_a_configuration_is_still_known(tmp_path: Path) -> None:
-    # As one of Hugging Face: what it lacks is named.
-    write_bin(tmp_path / "model")
-    (tmp_path / "model/config.json").unlink()
-    ran = convert(tmp_path / "model", tmp_path / "out")
-    assert ran.code == 2
-    assert f"{tmp_path / 'model/config.json'}: found no such file" in ran.err
-
-
-def test_safetensors_come_first(tmp_path: Path) -> None:
-    write_bin(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
-    arrays = checkpoints.write(tmp_path, checkpoints.LLAMA, seed=1)
-    source = open_source(tmp_path)
-    assert source.kind == "Hugging Face safetensors"
-    found = np.asarray(source.tensors["model.norm.weight"].block(((0, 64),)))
-    assert found.tobytes() == arrays["model.norm.weight"].tobytes()
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_files_beside_the_weights_are_not_opened(shards: int, tmp_path: Path) -> None:
-    arrays = write_bin(tmp_path, shards=shards, index=False)
-    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "rng_state.pth", "other_model.bin"):
-        (tmp_path / name).write_bytes(b"never opened")
-    source = open_source(tmp_path)
-    assert source.tensors.keys() == arrays.keys()
-    assert {file.path.name for file in source.files}.isdisjoint({"training_args.bin", "optimizer.bin"})
-
-
-@both_formats
-def test_ranks_are_those_of_the_same_model_in_safetensors(zipped: bool, tmp_path: Path) -> None:
-    # A few weights transposed in memory, as old training code left them, and embeddings that share a storage with the head.
-    arrays = checkpoints.write(tmp_path / "safetensors", checkpoints.LLAMA)
-    write_bin(tmp_path / "bin", zipped=zipped)
-    state = as_torch(arrays)
-    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
-        state[name] = state[name].T.contiguous().T
-    both = torch.cat([state["model.embed_tokens.weight"], state["model.layers.2.mlp.up_proj.weight"]])
-    state["model.embed_tokens.weight"], state["model.layers.2.mlp.up_proj.weight"] = both[:96], both[96:]
-    saved(tmp_path / "bin/pytorch_model.bin", state, zipped=zipped)
-    (tmp_path / "bin/pytorch_model.bin.index.json").unlink()
-    for kind in ("safetensors", "bin"):
-        ran = convert(tmp_path / kind, tmp_path / f"{kind}-out", "--tp_size", 2, "--dtype", "float32")
-        assert ran.code == 0, ran.err
-    for name in ("rank0.safetensors", "rank1.safetensors", "config.json"):
-        assert (tmp_path / "bin-out" / name).read_bytes() == (tmp_path / "safetensors-out" / name).read_bytes()
