@@ -187,11 +187,14 @@ def test_killed_at_random_moments(number: int, most: int, write: Callable[[Path]
     started = time.monotonic()
     subprocess.run([*command, "--output_dir", str(reference)], check=True)
     seconds = time.monotonic() - started
-    for _ in range(most):
+    while kills < most and seconds > 0.1:
         process = subprocess.Popen([*command, "--output_dir", str(output)])
         try:
             process.wait(timeout=chance.uniform(0.3, 0.8) * seconds)
-            break
+            if kills:
+                break
+            shutil.rmtree(output)  # the machine has become faster since the reference was made
+            seconds /= 2
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
