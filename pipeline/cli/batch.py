@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from pipeline.cli.help import HelpCommand
 from pipeline.cli.many import missing_extra, show, stop_in_order
 from pipeline.cli.options import Json, LogFormat, nvidia_options
 from pipeline.errors import BadInput, Problem
@@ -27,7 +28,12 @@ app = typer.Typer()
 LISTED = "Values of that option in the matrix, with commas between."
 
 
-@app.command("batch", no_args_is_help=True)
+@app.command(
+    "batch",
+    cls=HelpCommand,
+    no_args_is_help=True,
+    epilog="headrace batch --model_dir A --model_dir B --output_dir 'out/{model}' --dry_run",
+)
 @nvidia_options
 def batch_command(
     nvidia: Understood,

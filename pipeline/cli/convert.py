@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.build import facts, sentence
-from pipeline.cli.options import Json, LogFormat, job_options
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.options import Json, LogFormat, Quiet, job_options
 from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
 from pipeline.planning.builder_options import known_options
@@ -25,12 +26,14 @@ from pipeline.watching.state import RunWatch
 
 app = typer.Typer()
 
+EXAMPLE = "headrace {} --model_dir Llama-3.1-8B --output_dir ranks --tp_size 2"
 
-@app.command("convert", no_args_is_help=True)
+
+@app.command("convert", cls=HelpCommand, no_args_is_help=True, epilog=EXAMPLE.format("convert"))
 @job_options
 def convert_command(
     job: Job,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     log_format: LogFormat = "text",
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
@@ -82,7 +85,7 @@ def convert_command(
         print(escaped(sentence(built)))
 
 
-@app.command("plan", no_args_is_help=True)
+@app.command("plan", cls=HelpCommand, no_args_is_help=True, epilog=EXAMPLE.format("plan"))
 @job_options
 def plan_command(
     job: Job,

@@ -320,11 +320,3 @@ def test_a_bar_on_a_terminal(model: Path, output: Path) -> None:
     assert re.search(r"page http://127\.0\.0\.1:\d+/headrace\r\n.*dashboard http://127\.0\.0\.1:\d+/status", text)
     assert "ln_f" in text  # the layer that it ended in
     assert "rank0.safetensors" in text
-
-
-@pytest.mark.parametrize("command", [("--help",), ("convert", "--help"), ("plan", "-h"), ()], ids=str)
-def test_help(command: tuple[str, ...]) -> None:
-    ran = headrace(*command)
-    assert "Usage" in ran.out + ran.err
-    if command and command[0] != "--help":
-        assert all(f"--{flag}" in ran.out for flag in ("model_dir", "output_dir", "tp_size", "moe_ep_size"))
