@@ -14,8 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import batch, build, calibrate, convert, facts, jobs, report, scratch, serve, unlock, verify
-from pipeline.cli.help import HelpGroup
+from pipeline.cli.commands import LateGroup
 from pipeline.cli.limits import raise_open_files
 from pipeline.cli.streams import keep_streams
 from pipeline.cli.usage import INTERRUPTED, USAGE_ERROR, refuse, say
@@ -24,17 +23,13 @@ from pipeline.tensor.system_errors import sentence
 from stages.quantization.kernels.chosen import kernels_in_use
 
 app = typer.Typer(
-    cls=HelpGroup,
+    cls=LateGroup,
     invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, build, calibrate, facts, verify, report, batch, serve, unlock):
-    app.add_typer(commands.app)
-app.add_typer(scratch.app, name="scratch")
-app.add_typer(jobs.app, name="jobs")
 
 
 def _version(asked: bool) -> None:

@@ -14,7 +14,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.many import missing_extra, show, stop_in_order
-from pipeline.cli.options import Json, LogFormat, nvidia_options
+from pipeline.cli.options import nvidia_options
+from pipeline.cli.shared import Json, LogFormat
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
@@ -32,7 +33,7 @@ LISTED = "Values of that option in the matrix, with commas between."
     "batch",
     cls=HelpCommand,
     no_args_is_help=True,
-    epilog="headrace batch --model_dir A --model_dir B --output_dir 'out/{model}' --dry_run",
+    epilog="headrace batch night.toml --dry_run",
 )
 @nvidia_options
 def batch_command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.options import LogFormat, Quiet
+from pipeline.cli.shared import LogFormat, Quiet
 from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import OptionTable, known_options

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.types import ByteSize
 
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.options import Json, Quiet
+from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
 from pipeline.printed import many
 from pipeline.watching.units import human_bytes

@@ -15,7 +15,8 @@ import typer
 
 from pipeline.cli.build import facts, sentence
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.options import Json, LogFormat, Quiet, job_options
+from pipeline.cli.options import job_options
+from pipeline.cli.shared import Json, LogFormat, Quiet
 from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
 from pipeline.planning.builder_options import known_options

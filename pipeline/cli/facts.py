@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.options import Json
+from pipeline.cli.shared import Json
 
 app = typer.Typer()
 

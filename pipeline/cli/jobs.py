@@ -11,7 +11,7 @@ import typer
 
 from pipeline.cli.help import HelpCommand, HelpGroup
 from pipeline.cli.many import missing_extra, show
-from pipeline.cli.options import Json
+from pipeline.cli.shared import Json
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.printed import escaped
 

@@ -11,17 +11,12 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic.types import ByteSize
 
+from pipeline.cli.shared import WATCHING
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.nvidia_flags import understood
 from pipeline.planning.nvidia_table import nvidia_flags
 
-Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
-WATCHING = "Watching"
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.", rich_help_panel=WATCHING)]
-LogFormat = Annotated[
-    Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.", rich_help_panel=WATCHING)
-]
 JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)
 
 NVIDIA_PANEL = "Flags of NVIDIA's scripts"

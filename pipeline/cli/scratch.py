@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.help import HelpCommand, HelpGroup
-from pipeline.cli.options import Json
+from pipeline.cli.shared import Json
 from pipeline.errors import BadInput, Problem
 from pipeline.printed import escaped, many
 from pipeline.watching.units import human_bytes

@@ -11,7 +11,7 @@ import typer
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.jobs import StorePath, history
 from pipeline.cli.many import stop_in_order
-from pipeline.cli.options import LogFormat
+from pipeline.cli.shared import LogFormat
 
 app = typer.Typer()
 

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
-from pipeline.cli.options import Json, Quiet
+from pipeline.cli.shared import Json, Quiet
 
 app = typer.Typer()
 

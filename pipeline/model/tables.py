@@ -245,15 +245,22 @@ def layout(name: str) -> Layout:
 @cache
 def families() -> tuple[Family, ...]:
     """Load all families of `configs/families`, in the order of their file names."""
-    return tuple(_family(path.stem) for path in sorted((CONFIGS / "families").glob("*.toml")))
+    return tuple(_family(path.stem) for path in _files())
 
 
+@cache
 def find_family(container: str, architecture: str) -> Family | None:
     """Return the family that lists `architecture` for this kind of container; None where there is none."""
-    for family in families():
-        if family.container == container and architecture in family.architectures:
-            return family
+    for path in _files():
+        if architecture in path.read_text():  # a family lists its architectures itself: the other files need not be parsed
+            family = _family(path.stem)
+            if family.container == container and architecture in family.architectures:
+                return family
     return None
+
+
+def _files() -> list[Path]:
+    return sorted((CONFIGS / "families").glob("*.toml"))
 
 
 def _family(name: str) -> Family:
