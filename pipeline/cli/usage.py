@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from pipeline.cli.typed import as_typed
 from pipeline.errors import BadInput, HeadraceError
 from pipeline.printed import escaped
 
@@ -46,7 +47,7 @@ def say(error: HeadraceError) -> int:
         command = command[1:]
     message = error.report(OUTCOMES.get(command[0], NOTHING)) if isinstance(error, BadInput) and command else str(error)
     if "__log_format=json" not in words and ("__log_format", "json") not in itertools.pairwise(words):
-        print(f"headrace: {escaped(message, keep=NEW_LINE)}", file=sys.stderr)
+        print(f"headrace: {escaped(as_typed(message), keep=NEW_LINE)}", file=sys.stderr)
         return error.exit_code
     problems = [asdict(problem) for problem in getattr(error, "problems", ())]
     event = {"event": "error", "exit_code": error.exit_code, "message": message, "problems": problems}
