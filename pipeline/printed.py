@@ -38,3 +38,8 @@ def printed(text: str) -> str:
 def in_html(text: str) -> str:
     """Escape a text for HTML: its markup, and what is not printed as itself, but for line breaks and no-break spaces."""
     return escape(escaped(text, keep="\n\N{NO-BREAK SPACE}"))
+
+
+def many(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `2 files`, `36,945 tensors`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -12,14 +12,21 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.types import ByteSize
 
-from pipeline.cli.options import Json
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
+from pipeline.printed import many
 from pipeline.watching.units import human_bytes
 
 app = typer.Typer()
 
 
-@app.command("calibrate", no_args_is_help=True)
+@app.command(
+    "calibrate",
+    cls=HelpCommand,
+    no_args_is_help=True,
+    epilog="headrace calibrate MODEL --output ranges.safetensors --calib_dataset texts.txt",
+)
 def calibrate_command(
     model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
@@ -40,7 +47,7 @@ def calibrate_command(
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be done, and write nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.
@@ -57,7 +64,8 @@ def calibrate_command(
     facts = plan.summary()
     if not (quiet or json_):
         print(
-            f"{plan.layers} layers in {plan.dtype}, {plan.samples.count} samples of {plan.samples.length} tokens; memory at most "
+            f"{many(plan.layers, 'layer')} in {plan.dtype}, {many(plan.samples.count, 'sample')} of "
+            f"{many(plan.samples.length, 'token')}; memory at most "
             f"{human_bytes(plan.peak_bytes)} (a layer {human_bytes(plan.layer_bytes)}), scratch {human_bytes(plan.scratch_bytes)}"
         )
     if not dry_run:
@@ -72,7 +80,7 @@ def calibrate_command(
         if not (quiet or json_):
             took = f"done in {result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}"
             done = "up to date" if result.up_to_date else took
-            print(f"{result.output}: ranges of {result.modules} modules, {done}")
+            print(f"{result.output}: ranges of {many(result.modules, 'module')}, {done}")
     if json_:
         print(json.dumps(facts, indent=2))
 

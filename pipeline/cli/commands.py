@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
+
+from pipeline.cli.help import HelpGroup
 
 # Name -> module of pipeline.cli, and the first paragraph of the command's own help, as the list of commands has it.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -63,6 +65,16 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 
+# The groups of the list, in its order.
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "A conversion": ("inspect", "plan", "convert", "verify", "generate", "report"),
+    "Before and after it": ("calibrate", "build"),
+    "Many conversions": ("batch", "serve", "jobs"),
+    "What headrace knows": ("families", "formats"),
+    "What is left behind": ("scratch", "unlock"),
+}
+
+
 class LateCommand(TyperCommand):
     """A command of which the name and the first words are known; the rest of it is loaded when a command line is parsed for it."""
 
@@ -71,11 +83,15 @@ class LateCommand(TyperCommand):
         return load(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
-class LateGroup(TyperGroup):
-    """All commands of COMMANDS, in its order."""
+class LateGroup(HelpGroup):
+    """All commands of COMMANDS, in the groups of PANELS."""
 
     def __init__(self, **settings: Any) -> None:
-        late = {name: LateCommand(name, callback=None, help=words) for name, (_, words) in COMMANDS.items()}
+        late = {
+            name: LateCommand(name, callback=None, help=COMMANDS[name][1], rich_help_panel=panel)
+            for panel, names in PANELS.items()
+            for name in names
+        }
         super().__init__(**{**settings, "commands": late})
 
 

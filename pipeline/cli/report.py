@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
 from pipeline.errors import VerificationFailed
 from pipeline.printed import escaped
@@ -14,7 +15,7 @@ from pipeline.printed import escaped
 app = typer.Typer()
 
 
-@app.command("report", no_args_is_help=True)
+@app.command("report", cls=HelpCommand, no_args_is_help=True, epilog="headrace report ranks --output ranks.html")
 def report_command(
     directory: Annotated[Path, typer.Argument(metavar="OUT", help="A finished output directory.", show_default=False)],
     source: Annotated[

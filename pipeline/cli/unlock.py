@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.help import HelpCommand
 from pipeline.printed import escaped
 
 app = typer.Typer()
 
 
-@app.command("unlock", no_args_is_help=True)
+@app.command("unlock", cls=HelpCommand, no_args_is_help=True, epilog="headrace unlock ranks")
 def unlock_command(
     directories: Annotated[list[Path], typer.Argument(help="Outputs, or cuts of scratch, as the error names them.")],
 ) -> None:

@@ -9,15 +9,16 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
-from pipeline.cli.options import Json
+from pipeline.cli.shared import Json, Quiet
 
 app = typer.Typer()
 
 Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
 
 
-@app.command("verify", no_args_is_help=True)
+@app.command("verify", cls=HelpCommand, no_args_is_help=True, epilog="headrace verify ranks --source Llama-3.1-8B")
 def verify_command(
     output: Output,
     source: Annotated[str | None, typer.Option(help="What it was made of: compare every value with it.")] = None,
@@ -28,7 +29,7 @@ def verify_command(
     prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Prove an output right without a GPU: headers and checksums, every value against the source, logits.
@@ -57,7 +58,9 @@ def verify_command(
     result.check()
 
 
-@app.command("generate", no_args_is_help=True)
+@app.command(
+    "generate", cls=HelpCommand, no_args_is_help=True, epilog="headrace generate ranks --prompt 'The capital of France is'"
+)
 def generate_command(
     output: Output,
     prompt: Annotated[str, typer.Option(help="The text to go on from.", show_default=False)],

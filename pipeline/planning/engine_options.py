@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
+from pipeline.planning.wrong_values import place, unlike, wrong_value
 
 if TYPE_CHECKING:
     from pipeline.model.parallelism import Parallelism
@@ -185,5 +186,4 @@ def _places(requests: list[EngineRequest]) -> list[Problem]:
 
 
 def _invalid(error: ValidationError, prefix: str) -> list[Problem]:
-    details = [(".".join(map(str, detail["loc"])), detail) for detail in error.errors()]
-    return [Problem(f"{prefix}{name}", repr(detail["input"]), detail["msg"].lower()) for name, detail in details]
+    return [wrong_value(f"{prefix}{place(detail['loc'])}", detail) for detail in unlike(error.errors())]

@@ -20,6 +20,7 @@ from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
 from pipeline.planning.target_options import AbsolutePath, Shape, Size, TargetOptions
+from pipeline.planning.wrong_values import place, unknown_name, unlike, wrong_value
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -184,7 +185,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     try:
         job = Job(**values)
     except ValidationError as error:
-        problems = [*contradicting, *(_problem(dict(detail), file, options) for detail in error.errors())]
+        problems = [*contradicting, *(_problem(detail, file, options) for detail in unlike(error.errors()))]
         if not values.get("target") and values.get("output_dir") is None:
             problems.append(_no_output())
         raise BadInput(problems) from None
@@ -296,12 +297,15 @@ def _report(job: Job) -> list[Problem]:
 
 
 def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:
-    """Turn one of pydantic's errors into a Problem that names the flag or the job file's key."""
-    name = ".".join(map(str, detail["loc"])) or "job"
+    """Turn one of pydantic's errors into a Problem that names the flag, the keyword or the job file's key."""
+    name = place(detail["loc"]) or "job"
     subject = f"--{name}" if name in options or file is None else f"{file}: {name}"
     if detail["type"] == "missing":
         field = Job.model_fields.get(name)
         return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
-    if detail["type"] == "extra_forbidden":
-        return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
-    return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())
+    if detail["type"] == "extra_forbidden":  # no flag of the command line, which knows its own
+        key, names = str(detail["loc"][-1]), TargetOptions.model_fields if "target" in detail["loc"] else Job.model_fields
+        subject = f"{file}: {name}" if file and name not in options else name
+        found, listed = "an option that headrace does not have", "one that `headrace convert --help` lists"
+        return unknown_name(subject, key, names, found, listed)
+    return wrong_value(subject, detail)

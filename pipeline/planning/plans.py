@@ -24,7 +24,7 @@ from pipeline.planning.memory import Budget
 from pipeline.planning.phases import Phase
 from pipeline.planning.target_options import TargetOptions
 from pipeline.sinks.output import Output
-from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
+from pipeline.sinks.output_checks import check_held, check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
 from pipeline.tensor.tensors import Source
@@ -156,7 +156,7 @@ class Plan:
         outputs = [target.output for target in self.targets]
         sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
         needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
-        return check_taken(outputs, self.job.overwrite) or check_space(needs)
+        return check_taken(outputs, self.job.overwrite) or check_held(outputs) or check_space(needs)
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values, as `headrace plan --json` prints it."""

@@ -23,6 +23,7 @@ AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 Alpha = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+ShardingDim = Annotated[Literal[0, 1], BeforeValidator(_number)]
 Generations = Annotated[Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"], BeforeValidator(_number)]
 
 
@@ -40,7 +41,7 @@ class Shape(BaseModel):
     moe_tp_size: ExpertSize = Field(-1, description="Tensor-parallel size inside experts; -1: all that moe_ep_size leaves.")
     moe_ep_size: ExpertSize = Field(-1, description="Expert-parallel size; -1: 1.")
     use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
-    embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
+    embedding_sharding_dim: ShardingDim = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
     write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
     # Not part of what a job is written down as: the flags are, and the name follows from them.
     quantization: QuantizationName = Field(

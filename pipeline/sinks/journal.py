@@ -106,24 +106,36 @@ class Journal:
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         with naming(self.path):
             size = os.fstat(self._file).st_size
-            lines = os.pread(self._file, size, 0).split(b"\n")
-        entries: list[dict[str, Any]] = []
-        valid_bytes = sure = 0  # `sure`: how many entries are certainly true of the files on disk
-        for line in lines[:-1]:
-            found = _parsed(line, first=not entries)
-            if found is None:
-                break
-            entries.append(found)
-            valid_bytes += len(line) + 1
-            boot = found.pop("boot")
-            # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
-            if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
-                sure = len(entries)
-        if sure < len(entries):
-            valid_bytes = sum(len(line) + 1 for line in lines[:sure])
-        with naming(self.path):
+            owner, entries, valid_bytes = told(os.pread(self._file, size, 0))
             os.ftruncate(self._file, valid_bytes)
-        return (entries[0], entries[1:sure]) if entries else (None, [])
+        return owner, entries
+
+
+def told(data: bytes) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """The owner that a journal names, the entries that are certainly true of the files on disk, and the bytes of these lines."""
+    lines = data.split(b"\n")
+    entries: list[dict[str, Any]] = []
+    sure = 0
+    for line in lines[:-1]:
+        found = _parsed(line, first=not entries)
+        if found is None:
+            break
+        entries.append(found)
+        boot = found.pop("boot")
+        # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
+        if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
+            sure = len(entries)
+    valid_bytes = sum(len(line) + 1 for line in lines[:sure])
+    return (entries[0], entries[1:sure], valid_bytes) if entries else (None, [], 0)
+
+
+def look(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """A journal's owner and entries, without its lock and unchanged; nothing where there is none. Raises OSError."""
+    try:
+        owner, entries, _ = told(path.read_bytes())
+    except FileNotFoundError:
+        return None, []
+    return owner, entries
 
 
 def _parsed(line: bytes, first: bool) -> dict[str, Any] | None:

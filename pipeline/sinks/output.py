@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
-from pipeline.sinks.journal import Journal, boot_mark
+from pipeline.sinks.journal import Journal, boot_mark, look
 from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
@@ -101,6 +101,13 @@ class Output:
         """Yield where the bytes of a region of a rank's tensor lie."""
         return self.files[rank].tensors[tensor].locate(region)
 
+    def owner(self, tasks: int) -> dict[str, Any]:
+        """The first line of the journal; `of`: the part of the provenance that says how another conversion differs from this."""
+        source, options = self.provenance.get("source", {}), self.provenance.get("options", {})
+        of = {"source": {"path": source["path"]} if "path" in source else {}, "options": dict(options)}
+        copied = [path.name for path in self.copies]
+        return {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": copied, "of": of}
+
     def begin(self, tasks: int, fresh: bool) -> Journal:
         """Lock the directory and resume what an interrupted run left there, or clear it and reserve every rank file at full size.
 
@@ -122,7 +129,7 @@ class Output:
             Another job is at work on the directory, it cannot be written, or there is no room. The directory is left as it was.
         """
         created = missing(self.directory)
-        owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": [path.name for path in self.copies]}
+        owner = self.owner(tasks)
         journal = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -145,6 +152,14 @@ class Output:
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             passing = error.errno in PASSING
             raise BadInput([Problem(str(self.directory), found, expected, remedy, passing=passing)]) from None
+
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The entries of an interrupted run of this plan, as `begin` would take them up; nothing changes."""
+        with suppress(OSError):
+            owner, entries = look(self.directory / JOURNAL)
+            if owner == self.owner(tasks) and all(file.is_begun() for file in self.files):
+                return entries
+        return []
 
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.

@@ -75,8 +75,16 @@ class RankFile:
         """
         if not self.partial.exists() and self.path.exists():
             self.path.replace(self.partial)
+        return self._made(self.partial)
+
+    def is_begun(self) -> bool:
+        """Whether `begun` would say so; nothing is renamed."""
+        return self._made(self.partial if self.partial.exists() else self.path)
+
+    def _made(self, path: Path) -> bool:
+        """Whether a file has this header and size."""
         try:
-            with self.partial.open("rb") as file:
+            with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_size == self.size_bytes and file.read(len(self.header)) == self.header
         except OSError:
             return False

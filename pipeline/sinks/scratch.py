@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.output import is_whole
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_names, sync_tree
@@ -167,6 +167,14 @@ class ScratchGroup:
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
             raise BadInput([Problem(subject, found, expected, remedy, passing=error.errno in PASSING)]) from None
+
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The journal's entries of what `begin` would take up; nothing changes."""
+        with contextlib.suppress(OSError):
+            owner, entries = look(self.directory / JOURNAL)
+            if owner == {"headrace": "scratch", "id": self.id, "tasks": tasks}:
+                return entries
+        return [sums_entry(recorded)] if (recorded := self.recorded()) else []
 
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""

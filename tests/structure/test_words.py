@@ -29,13 +29,16 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Help, completion and refusals of the command line stay quick: a command loads its own work when it is called.
     "pipeline/cli/__init__.py": {"pipeline"},  # the version: importlib.metadata
     "pipeline/cli/build.py": {"pipeline.engine.run"},
+    "pipeline/cli/usage.py": {"pipeline.planning.builder_options"},
     "pipeline/cli/convert.py": {
         "numpy",
         "pipeline.engine.run",
         "pipeline.planning.make_plan",
         "pipeline.reporting.graph_drawing",
+        "pipeline.reporting.plan_tables",
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
+        "pipeline.run.foresee",
     },
     "pipeline/cli/calibrate.py": {"pipeline.calibration.plan", "pipeline.calibration.run", "pipeline.planning.job_file"},
     "pipeline/cli/facts.py": {"pipeline.planning.family_table", "pipeline.planning.inspection", "pipeline.reporting"},
@@ -52,7 +55,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/levels.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
-    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
+    "pipeline/cli/scratch.py": {"pipeline.jobs.history", "pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
     "pipeline/cli/serve.py": {
         "pipeline.jobs.files",
         "pipeline.jobs.log",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.documents import read_json
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from pipeline.planning.wrong_values import place, wrong_value
 
 REMEDY = "Give what `headrace verify --json` printed"
 
@@ -171,7 +173,4 @@ def load_summary(path: Path) -> VerificationSummary:
 
 
 def _problem(detail: Any, subject: str) -> Problem:
-    place = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "missing":
-        return Problem(f"{subject}: {place}", "nothing", "a value", REMEDY)
-    return Problem(f"{subject}: {place}", repr(detail["input"])[:80], str(detail["msg"]).lower(), REMEDY)
+    return replace(wrong_value(f"{subject}: {place(detail['loc'])}", detail), remedy=REMEDY)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipeline.cli
-from pipeline.cli.commands import COMMANDS, load
+from pipeline.cli.commands import COMMANDS, PANELS, load
 from tests.support.commands import headrace
 
 
@@ -29,6 +29,7 @@ def of_all_modules() -> set[str]:
 
 def test_every_command_is_listed() -> None:
     assert set(COMMANDS) == of_all_modules()
+    assert sorted(name for names in PANELS.values() for name in names) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,12 +55,17 @@ def test_a_command_that_is_misspelt_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("words", "loaded"),
-    [("--help", set()), ("--version", set()), ("unlock --help", {"unlock"}), ("convert --help", {"build", "convert", "options"})],
+    [
+        ("--help", set()),
+        ("--version", set()),
+        ("unlock --help", {"unlock"}),
+        ("convert --help", {"build", "convert", "options", "shared"}),
+    ],
 )
 def test_no_command_loads_those_of_others(words: str, loaded: set[str]) -> None:
     script = "import atexit, sys\natexit.register(lambda: print('loaded', *sys.modules))\nfrom pipeline.cli import main\nmain()"
     ran = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, check=True)
     modules = set(ran.stdout.splitlines()[-1].split())
-    always = {f"pipeline.cli.{name}" for name in ("commands", "limits", "streams")}
+    always = {f"pipeline.cli.{name}" for name in ("commands", "help", "limits", "streams", "usage")}
     assert {name for name in modules if name.startswith("pipeline.cli.")} - always == {f"pipeline.cli.{name}" for name in loaded}
     assert ("pipeline.planning.job" in modules) == ("options" in loaded)

@@ -205,7 +205,7 @@ def test_the_disk_must_have_room_for_all_that_is_on_its_way(client: Any, monkeyp
     STAGE.held["a"].set()
     until(fleet, lambda: not fleet.active())
     assert [run.state for run in (a, b, c, d)] == ["done", "done", "done", "refused"]
-    assert "100 bytes free" in d.error
+    assert "100 B free" in d.error
 
 
 def test_one_that_writes_nothing_is_said_to_stall_once(client: Any) -> None:
