@@ -52,6 +52,7 @@ def convert(
     *,
     model: Any = None,
     listener: Listener | None = None,
+    progress: bool | None = None,
     **options: Unpack[JobOptions],
 ) -> Result:
     """Convert a checkpoint into TensorRT-LLM ranks. A finished, unchanged output is left as it is.
@@ -64,6 +65,9 @@ def convert(
         A Hugging Face model in memory (a PreTrainedModel of a known family), in the place of `model_dir`.
     listener
         Told of the run as it goes on; by default nobody is.
+    progress
+        Whether to show a bar and the address of the run's page: below a notebook's cell, on a terminal, or as lines on standard
+        error. By default in a notebook that gives no listener.
     **options
         A Job's fields, which override those of `job`. With `engine` each target's engine is built, too.
 
@@ -86,16 +90,19 @@ def convert(
     from pipeline.engine.requests import plan_requests
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
+    from pipeline.watching.shown import shown
+    from pipeline.watching.state import RunWatch
 
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), RunWatch()
+    told = shown(progress, listener, watch)
     made = make_plan(_job(job, options, model is not None), model, download=True)
     engines = plan_requests(made)
     if not engines:
-        return execute(made, listener, started=started)
+        return execute(made, told, started=started, watch=watch)
     from pipeline.engine.log import BuildLog
     from pipeline.engine.run import convert_and_build
 
-    return convert_and_build(made, engines, listener, BuildLog(quiet=True), started)
+    return convert_and_build(made, engines, told, BuildLog(quiet=True), started, watch)
 
 
 def build(

@@ -167,12 +167,12 @@ class _Run:
             f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
         ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
-        for listener in (self.watch, self.listener):
-            listener.started(plan, dashboard, total, done, self.resumed_tasks)
+        self.watch.started(plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
         self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
+        self.listener.started(plan, dashboard, total, done, self.resumed_tasks)
 
     def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -226,7 +226,7 @@ class _Run:
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
         self.watch.finished()
-        if self.result is None:
+        if self.result is None or self.builds:
             self.listener.finished()
 
     def _finishes(self) -> list[Finish]:
@@ -275,7 +275,8 @@ class _Run:
         self.left.close()
         for cut in self.plan.scratch:
             cut.release()
-        self.listener.finished()
+        if not self.builds:
+            self.listener.finished()
         watch = self.watch
         self.result = Result(
             tuple(path for target in self.plan.targets for path in target.output.paths),

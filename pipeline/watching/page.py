@@ -9,7 +9,7 @@ from pipeline.printed import in_html
 from pipeline.watching.charts import bar_rows, timeline
 from pipeline.watching.graph_drawing import graph_svg
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
-from pipeline.watching.progress import layer
+from pipeline.watching.notes import layer
 from pipeline.watching.state import RunWatch, Sample, Snapshot
 from pipeline.watching.units import human_bytes, human_rate
 

@@ -25,6 +25,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
+        "pipeline.watching.shown",
+        "pipeline.watching.state",
     },
     # Help, completion and refusals of the command line stay quick: a command loads its own work when it is called.
     "pipeline/cli/__init__.py": {"pipeline"},  # the version: importlib.metadata
@@ -108,7 +110,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.watching.page",
     },
     "pipeline/watching/dashboard.py": {"distributed", "pipeline.watching.groups"},
-    "pipeline/watching/progress.py": {"pipeline.watching.consoles", "rich"},
+    "pipeline/watching/bar.py": {"pipeline.watching.consoles", "rich"},
 }
 
 
