@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from pipeline.planning.keywords import BuildOptions, JobOptions, naming_keywords
+
 if TYPE_CHECKING:
     from pipeline.engine.log import BuildLog
     from pipeline.planning.inspected import Inspection
     from pipeline.planning.job import Job
-    from pipeline.planning.keywords import BuildOptions, JobOptions
     from pipeline.planning.plans import Plan
     from pipeline.reporting.html.summary import VerificationSummary
     from pipeline.reporting.report import Report
-    from pipeline.run.execute import Built, Result
+    from pipeline.run.results import Built, Result
     from pipeline.watching.listener import Listener
 
 
+@naming_keywords(JobOptions)
 def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Unpack[JobOptions]) -> Plan:
     """Say what `convert` with the same arguments would do. Opens headers only and writes nothing.
 
@@ -46,6 +48,7 @@ def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options
     return make_plan(_job(job, options, model is not None), model)
 
 
+@naming_keywords(JobOptions)
 def convert(
     job: Job | str | Path | None = None,
     /,
@@ -105,6 +108,7 @@ def convert(
     return convert_and_build(made, engines, told, BuildLog(quiet=True), started, watch)
 
 
+@naming_keywords(BuildOptions)
 def build(
     checkpoint: str | Path, /, *, log: BuildLog | None = None, scheduler: str = "local", **options: Unpack[BuildOptions]
 ) -> Built:

@@ -17,7 +17,7 @@ from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
-    from pipeline.run.execute import Result
+    from pipeline.run.results import Result
     from pipeline.sinks.scratch_listing import ScratchCut
 
 

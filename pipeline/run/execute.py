@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
+from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.run.workers import check_workers
 from pipeline.sinks.journal import Committer
@@ -43,42 +44,6 @@ class Builds(Protocol):
     def halt(self) -> None: ...
     def left(self) -> str: ...
     def built(self) -> tuple[Built, ...]: ...
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine that is there. `seconds`: of its builders, summed; 0 where nothing was to do."""
-
-    directory: Path
-    seconds: float = 0.0
-    nbytes: int = 0
-    attempts: int = 0
-    up_to_date: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a conversion. Sizes in bytes, times in seconds.
-
-    `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
-    apart, and what an earlier, interrupted run moved is in none of them.
-    `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
-    `seconds`: until the last output was whole; engines have their own.
-    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built of the outputs.
-    """
-
-    outputs: tuple[Path, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory_bytes: int
-    stages: Mapping[str, Mapping[str, float]] = field(repr=False)
-    phases: Mapping[str, float] = field(repr=False, default_factory=dict)
-    up_to_date: bool = False
-    resumed_tasks: int = 0
-    engines: tuple[Built, ...] = ()
-    scratch_bytes_read: int = 0
-    scratch_bytes_written: int = 0
 
 
 def execute(

@@ -70,7 +70,7 @@ class NotebookBar:
 
     def _html(self) -> str:
         now = self._watch.snapshot()
-        link = f'<a href="{in_html(self._page)}" target="_blank">page</a>' if self._page and not now.ended else ""
+        link = f'<a href="{in_html(self._page)}" target="_blank">page</a>' if self._page and not self._over.is_set() else ""
         return f"{progress_line(now, link)}{self._notes}"
 
 

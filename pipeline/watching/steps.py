@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.tensor.units import counted
 from pipeline.watching.nodes import BUILD, FINISH, SCRATCH, WRITE
 from pipeline.watching.state import Snapshot
 
@@ -33,4 +34,4 @@ def files_words(now: Snapshot) -> str:
     """`3 of 8 rank files`, and behind it the engines, where some are built; "" where no rank file is written."""
     counts = [(whole_files(now), len(now.ranks), "rank file")]
     counts.append((sum(engine.done_tasks == engine.tasks for engine in now.engines), len(now.engines), "engine"))
-    return ", ".join(f"{done} of {total} {noun}{'' if total == 1 else 's'}" for done, total, noun in counts if total)
+    return ", ".join(f"{done} of {counted(total, noun)}" for done, total, noun in counts if total)
