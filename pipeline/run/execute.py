@@ -16,6 +16,7 @@ from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.descriptors import open_files
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
+from pipeline.planning.moments import Moment
 from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.results import Built, Result
@@ -24,9 +25,9 @@ from pipeline.run.workers import check_workers
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.process import peak_memory_bytes
 from pipeline.tensor.system_errors import refusing, sentence
 from pipeline.watching.listener import Listener, Silent
-from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
 from stages.write import Written
 
@@ -115,6 +116,7 @@ class _Run:
         self.left = LeftToDo(plan)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
+        self.moments: list[Moment] = []  # of tasks that are not in the graph
         self.result: Result | None = None
 
     def pending(self) -> dict[Path, int]:
@@ -150,6 +152,7 @@ class _Run:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
                 for result in run_threads(graph, workers):
                     self._advanced(result, committers)
+                    self.moments.append(Moment(result.ended, result.bytes_written, result.memory_bytes))
                     left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
             clustered = session.client is not None
             # Of workers elsewhere nobody knows how many files they may open.
@@ -204,8 +207,9 @@ class _Run:
         read, again = sum(source.values()), sum(scratch.values())
         # A run that reads scratch alone need not see the source, nor need its workers.
         files = () if self.plan.source.in_memory or not read else self.plan.source.files
+        more = tuple(self.moments), int(self.plan.budget.limit_bytes), tuple(cut.stage for cut in self.plan.scratch)
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files)
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files, *more)
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]

@@ -65,6 +65,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},
+    # A report is made when somebody asks for it.
+    "pipeline/jobs/overview.py": {"pipeline.reporting.report"},
     # An extra that need not be installed.
     "pipeline/jobs/notify.py": {"apprise"},
     # A cluster is loaded where there is something to do.
