@@ -61,7 +61,13 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.jobs.schedule",
         "pipeline.jobs.serve",
     },
-    "pipeline/cli/verify.py": {"pipeline.reporting.generation", "pipeline.reporting.terminal", "pipeline.reporting.verification"},
+    "pipeline/cli/verify.py": {
+        "pipeline.reporting.generation",
+        "pipeline.reporting.html",
+        "pipeline.reporting.report",
+        "pipeline.reporting.terminal",
+        "pipeline.reporting.verification",
+    },
     "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},

@@ -102,18 +102,18 @@ def default_report_path(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.report.html")
 
 
-def check_report_path(output: Path, directory: Path) -> None:
-    """Check that the report of `directory` can be written to `output`.
+def check_report_path(output: Path, directory: Path, option: str = "--output") -> None:
+    """Check that the report of `directory` can be written to `output`, which an `option` names.
 
     Raises BadInput where `output` is no *.html file, is in no directory, or is inside `directory`.
     """
-    subject = f"--output {output}"
+    subject = f"{option} {output}"
     if output.suffix.lower() not in SUFFIXES or output.is_dir():
         raise BadInput([Problem(subject, "a directory" if output.is_dir() else "another kind of file", "a file named *.html")])
     if not output.absolute().parent.is_dir():
         raise BadInput([Problem(subject, f"no directory {output.parent}", "a file in a directory that is there")])
     if output.resolve().is_relative_to(directory.resolve()):
-        remedy = "Nothing is added to a finished output; choose another --output"
+        remedy = f"Nothing is added to a finished output; choose another {option}"
         raise BadInput([Problem(subject, f"a file in {directory}", "a file elsewhere", remedy)])
 
 
