@@ -15,7 +15,7 @@ from pipeline.model.dtypes import BY_TARGET
 from pipeline.sinks.activations import ActivationScratch
 from pipeline.sinks.array_file import write_arrays
 from pipeline.tensor.placement import whole
-from pipeline.watching.process import peak_memory_bytes
+from pipeline.tensor.process import peak_memory_bytes
 from stages.read.changing import changes
 from stages.read.safetensors import file_metadata, open_file
 

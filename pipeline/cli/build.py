@@ -19,7 +19,7 @@ from pipeline.printed import escaped
 from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
-    from pipeline.run.execute import Built
+    from pipeline.run.results import Built
 
 app = typer.Typer()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,11 @@ import typer
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
 from pipeline.cli.shared import Json, Quiet
+from pipeline.printed import escaped
 
 app = typer.Typer()
+
+FEW_TOKENS = 256  # or characters of a prompt
 
 Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
 
@@ -29,6 +33,9 @@ def verify_command(
     prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all of it as a page named *.html, too: see headrace report.")
+    ] = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -38,6 +45,11 @@ def verify_command(
     """
     from pipeline.reporting.verification import verify
 
+    if report:
+        from pipeline.reporting.html import check_report_path
+
+        check_report_path(report, output, "--report")
+    one_thread(len(prompt) if prompt is not None else tokens)
     with levels(quiet or json_) as advance:
         result = verify(
             output,
@@ -55,6 +67,12 @@ def verify_command(
         from pipeline.reporting.terminal import console, verification_table
 
         console().print(verification_table(result.summary()))
+    if report:
+        from pipeline.reporting.report import make_report
+
+        page = make_report(output, output=report, verification=result.summary()).page
+        if not (quiet or json_):
+            print(escaped(f"wrote {page}"))
     result.check()
 
 
@@ -72,9 +90,20 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
 ) -> None:
     """Continue a text with the converted ranks, on the CPU."""
+    one_thread(len(prompt))
     from pipeline.reporting.generation import generate_text
 
     for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def one_thread(tokens: int) -> None:
+    """Have PyTorch compute few tokens with one thread, where its user has not said with how many.
+
+    For these its threads mostly wait for one another, in loops: two to three times the processor time, and on a busy machine, where
+    one of them has no core, as many times the seconds.
+    """
+    if tokens <= FEW_TOKENS:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")

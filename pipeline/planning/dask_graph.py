@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import SourceChanged
 from pipeline.planning.bind import STAGES, BoundGroup, bind
 from pipeline.planning.build_steps import GPU, BuildStep
+from pipeline.planning.moments import Moment, course
 from pipeline.planning.phases import Phased
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
@@ -42,7 +43,8 @@ class Finish:
 
     `number`: of its target. `sink`: its position among the sinks that are written. `earlier`: the entries of its journal.
     `started`: when the run began, in seconds since the epoch. `stages`: seconds and bytes by stage of tasks that are not in the
-    graph, as they were run before it. `source`: the files that the run reads, which are looked at again when it has.
+    graph, as they were run before it; `moments`: their ends. `source`: the files that the run reads, which are looked at again when
+    it has. `memory_limit_bytes`: of each process. `cuts`: the stages behind which scratch is.
     """
 
     number: int
@@ -54,6 +56,9 @@ class Finish:
     scratch_bytes_read: int = 0
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: tuple[SourceFile, ...] = ()
+    moments: tuple[Moment, ...] = ()
+    memory_limit_bytes: int = 0
+    cuts: tuple[str, ...] = ()
 
 
 def no_builds() -> None:
@@ -290,5 +295,8 @@ def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] 
         "bytes_written": stage_bytes(stages, "write"),
         "scratch_bytes_written": stage_bytes(stages, "write_scratch"),
     }
-    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, "stages": stages})
+    ends = (Moment(each.ended, each.bytes_written, each.memory_bytes) for each in (*stored, *written) if each.ended)
+    run = course((*finish.moments, *ends), finish.started, finish.memory_limit_bytes)
+    said = {"stages": stages, "scratch_after": list(finish.cuts), "course": run}
+    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, **said})
     return finish.number

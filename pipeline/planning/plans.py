@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,13 @@ from pipeline.planning.job import Job
 from pipeline.planning.memory import Budget
 from pipeline.planning.phases import Phase
 from pipeline.planning.target_options import TargetOptions
+from pipeline.printed import InOneLine, many
 from pipeline.sinks.output import Output
 from pipeline.sinks.output_checks import check_held, check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
 from pipeline.tensor.tensors import Source
+from pipeline.tensor.units import human_bytes
 
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
@@ -44,8 +46,8 @@ class Target:
     output: Output
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(InOneLine):
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
     `packed`: some of the source's modules are unpacked.
@@ -61,9 +63,32 @@ class Plan:
     scratch_reasons: Mapping[str, str]
     block_bytes: int
     budget: Budget
-    left_out: Mapping[str, str] = field(repr=False)
+    left_out: Mapping[str, str]
     notes: tuple[str, ...] = ()
     packed: bool = False
+
+    def _line(self) -> str:
+        names = ", ".join(target.output.directory.name for target in self.targets)
+        size = human_bytes(sum(target.output.size_bytes for target in self.targets))
+        return f"{self.source.place} to {names}: {size} in {many(self.tasks, 'task')}, at most {self._peak} of memory"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        source = f"{self.source.kind}, {self.family.name}, {human_bytes(self.source.nbytes)}"
+        return [
+            ("source", f"{self.source.place} ({source})"),
+            *(("output", _target_line(target)) for target in self.targets),
+            ("reads", human_bytes(self.bytes_read)),
+            ("writes", human_bytes(self.bytes_written)),
+            *(("scratch", f"after {cut.stage}: {human_bytes(cut.size_bytes)} in {cut.place}") for cut in self.scratch),
+            ("tasks", f"{self.tasks} on {many(self.budget.workers, 'worker')}"),
+            ("memory", f"at most {self._peak} of {human_bytes(self.budget.limit_bytes)}"),
+            ("left out", many(len(self.left_out), "tensor") if self.left_out else ""),
+            *(("note", note) for note in self.notes),
+        ]
+
+    @property
+    def _peak(self) -> str:
+        return human_bytes(self.budget.peak_bytes)
 
     @property
     def tasks(self) -> int:
@@ -202,6 +227,13 @@ class Plan:
             "plan_id": self.id,
             "obstacles": [str(problem) for problem in self.obstacles()],
         }
+
+
+def _target_line(target: Target) -> str:
+    """An output in a line."""
+    output, parallel = target.output, target.options.parallelism
+    shape = f"TP {parallel.tp_size} x PP {parallel.pp_size}" if parallel.pp_size > 1 else f"TP {parallel.tp_size}"
+    return f"{output.directory} ({target.dtype}, {shape}, {human_bytes(output.size_bytes)})"
 
 
 def _target_summary(target: Target, overwrite: bool) -> dict[str, Any]:

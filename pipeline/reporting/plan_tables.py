@@ -15,7 +15,7 @@ from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
-    from pipeline.run.execute import Result
+    from pipeline.run.results import Result
     from pipeline.run.foresee import Outlook
 
 Place = Callable[[str], str]  # a path as it is to be printed

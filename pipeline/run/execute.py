@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,16 +16,18 @@ from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.descriptors import open_files
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
+from pipeline.planning.moments import Moment
 from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
+from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.run.workers import check_workers
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.process import peak_memory_bytes
 from pipeline.tensor.system_errors import refusing, sentence
 from pipeline.watching.listener import Listener, Silent
-from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
 from stages.write import Written
 
@@ -43,42 +45,6 @@ class Builds(Protocol):
     def halt(self) -> None: ...
     def left(self) -> str: ...
     def built(self) -> tuple[Built, ...]: ...
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine that is there. `seconds`: of its builders, summed; 0 where nothing was to do."""
-
-    directory: Path
-    seconds: float = 0.0
-    nbytes: int = 0
-    attempts: int = 0
-    up_to_date: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a conversion. Sizes in bytes, times in seconds.
-
-    `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
-    apart, and what an earlier, interrupted run moved is in none of them.
-    `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
-    `seconds`: until the last output was whole; engines have their own.
-    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built of the outputs.
-    """
-
-    outputs: tuple[Path, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory_bytes: int
-    stages: Mapping[str, Mapping[str, float]] = field(repr=False)
-    phases: Mapping[str, float] = field(repr=False, default_factory=dict)
-    up_to_date: bool = False
-    resumed_tasks: int = 0
-    engines: tuple[Built, ...] = ()
-    scratch_bytes_read: int = 0
-    scratch_bytes_written: int = 0
 
 
 def execute(
@@ -150,6 +116,7 @@ class _Run:
         self.left = LeftToDo(plan)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
+        self.moments: list[Moment] = []  # of tasks that are not in the graph
         self.result: Result | None = None
 
     def pending(self) -> dict[Path, int]:
@@ -167,12 +134,12 @@ class _Run:
             f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
         ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
-        for listener in (self.watch, self.listener):
-            listener.started(plan, dashboard, total, done, self.resumed_tasks)
+        self.watch.started(plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
         self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
+        self.listener.started(plan, dashboard, total, done, self.resumed_tasks)
 
     def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -185,6 +152,7 @@ class _Run:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
                 for result in run_threads(graph, workers):
                     self._advanced(result, committers)
+                    self.moments.append(Moment(result.ended, result.bytes_written, result.memory_bytes))
                     left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
             clustered = session.client is not None
             # Of workers elsewhere nobody knows how many files they may open.
@@ -226,7 +194,7 @@ class _Run:
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
         self.watch.finished()
-        if self.result is None:
+        if self.result is None or self.builds:
             self.listener.finished()
 
     def _finishes(self) -> list[Finish]:
@@ -239,8 +207,9 @@ class _Run:
         read, again = sum(source.values()), sum(scratch.values())
         # A run that reads scratch alone need not see the source, nor need its workers.
         files = () if self.plan.source.in_memory or not read else self.plan.source.files
+        more = tuple(self.moments), int(self.plan.budget.limit_bytes), tuple(cut.stage for cut in self.plan.scratch)
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files)
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files, *more)
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
@@ -275,7 +244,8 @@ class _Run:
         self.left.close()
         for cut in self.plan.scratch:
             cut.release()
-        self.listener.finished()
+        if not self.builds:
+            self.listener.finished()
         watch = self.watch
         self.result = Result(
             tuple(path for target in self.plan.targets for path in target.output.paths),

@@ -9,7 +9,7 @@ from pipeline.printed import in_html
 from pipeline.watching.charts import bar_rows, timeline
 from pipeline.watching.graph_drawing import graph_svg
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
-from pipeline.watching.progress import layer
+from pipeline.watching.notes import layer
 from pipeline.watching.state import RunWatch, Sample, Snapshot
 from pipeline.watching.units import human_bytes, human_rate
 
@@ -56,7 +56,7 @@ def body(now: Snapshot) -> str:
     memory = [(sample.seconds, float(sample.memory_bytes)) for sample in now.samples if sample.memory_bytes >= 0]
     return (
         f"{header(now)}<section class='wide'><h2>Graph</h2>{graph_svg(now)}<p class=sub>{CAPTION}</p>{dask_links(now)}</section>"
-        f"<div class=two>{timeline('Throughput', rates(now.samples), colour='blue', suffix='/s')}"
+        f"<div class=two>{timeline('Throughput', rates(now.samples), colour='blue', rate=True)}"
         f"{timeline('Memory of the process, and its limit', memory, colour='teal', limit=now.memory_limit_bytes)}"
         f"{bar_rows('Bytes by stage', _shares(stage_rows(now.stages)), colour='blue')}"
         f"{bar_rows('Rank files', rank_rows(now), colour='teal')}</div><footer>{_links(OWN, '')}</footer>"
@@ -81,7 +81,8 @@ def header(now: Snapshot) -> str:
         facts.append((human_bytes(now.resumed_bytes), "done by an earlier run"))
     state = in_html(now.state)
     return (
-        f"<div class=head><h1>{in_html(now.name)} <span class='pill {state}'>{state}</span></h1>"
+        f"<div class=head><p class=eyebrow>headrace conversion</p>"
+        f"<h1>{in_html(now.name)} <span class='pill {state}'>{state}</span></h1>"
         f"<p class=sub>{in_html(now.source)} → {in_html(', '.join(now.outputs))}</p>"
         f"<div class='bar {state}'><div style='width:{_percent(now)}'></div></div>{fact_list(facts)}</div>"
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.nodes import LiveEngine, LiveNode, StageProgress
-from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:

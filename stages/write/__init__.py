@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import xxhash
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Region, extent, intersect, pieces, shift, size, slices, whole
+from pipeline.tensor.process import memory_bytes
 from pipeline.tensor.settling import settling
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import Block
@@ -52,7 +54,7 @@ class Written:
     """The result of a task.
 
     `number`: the task's number in the plan. `name`: the last tensor that it wrote. `metrics`: values by (stage, "bytes" or
-    "seconds"). `paths`: the files that it wrote to.
+    "seconds"). `paths`: the files that it wrote to. `ended`: when, in seconds since the epoch; `memory_bytes`: of its process then.
     """
 
     number: int
@@ -62,6 +64,8 @@ class Written:
     metrics: dict[tuple[str, str], float]
     paths: tuple[str, ...]
     checksums: tuple[Checksum, ...]
+    ended: float = 0.0
+    memory_bytes: int = -1
 
     @property
     def chunk_parts(self) -> Mapping[str, Sequence[Part]]:
@@ -151,7 +155,8 @@ def write_blocks(
         if synchronize:
             files.synchronize()
         read = int(metrics.get(("read", "bytes"), 0))
-        return Written(number, work[-1].name, read, written, dict(metrics), tuple(files.paths), tuple(checksums))
+        told = dict(metrics), tuple(files.paths), tuple(checksums)
+        return Written(number, work[-1].name, read, written, *told, time.time(), memory_bytes())
 
 
 def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:

@@ -64,7 +64,8 @@ OPEN_TEXT = (
     "pipeline/run/schedulers.py",  # Dask's performance report
     "pipeline/run/workers.py",  # probes of file systems
     "pipeline/watching/live.py",
-    "pipeline/watching/process.py",
+    "pipeline/watching/look.py",
+    "pipeline/tensor/process.py",
     "pipeline/jobs/",
 )
 TEXT_ONLY = ("pipeline/jobs/history.py", "pipeline/run/workers.py")  # a database for its owner, and its lock; probes

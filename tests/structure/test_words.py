@@ -25,6 +25,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
+        "pipeline.watching.shown",
+        "pipeline.watching.state",
     },
     # Help, completion and refusals of the command line stay quick: a command loads its own work when it is called.
     "pipeline/cli/__init__.py": {"pipeline"},  # the version: importlib.metadata
@@ -62,10 +64,18 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.jobs.schedule",
         "pipeline.jobs.serve",
     },
-    "pipeline/cli/verify.py": {"pipeline.reporting.generation", "pipeline.reporting.terminal", "pipeline.reporting.verification"},
+    "pipeline/cli/verify.py": {
+        "pipeline.reporting.generation",
+        "pipeline.reporting.html",
+        "pipeline.reporting.report",
+        "pipeline.reporting.terminal",
+        "pipeline.reporting.verification",
+    },
     "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},
+    # A report is made when somebody asks for it.
+    "pipeline/jobs/overview.py": {"pipeline.reporting.report"},
     # An extra that need not be installed.
     "pipeline/jobs/notify.py": {"apprise"},
     # A cluster is loaded where there is something to do.
@@ -111,7 +121,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.watching.page",
     },
     "pipeline/watching/dashboard.py": {"distributed", "pipeline.watching.groups"},
-    "pipeline/watching/progress.py": {"pipeline.watching.consoles", "rich"},
+    "pipeline/watching/bar.py": {"pipeline.watching.consoles", "rich"},
 }
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.documents import read_json
 from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.planning.wrong_values import place, wrong_value
+from pipeline.printed import InOneLine, many
 
 REMEDY = "Give what `headrace verify --json` printed"
 
@@ -114,7 +115,7 @@ class Logits(_SummaryPart):
     comparisons: tuple[LogitsComparison, ...]
 
 
-class VerificationSummary(_SummaryPart):
+class VerificationSummary(InOneLine, _SummaryPart):
     """The summary of a whole verification; a level that was not run is None."""
 
     directory: str
@@ -126,6 +127,34 @@ class VerificationSummary(_SummaryPart):
     integrity: Integrity | None = None
     round_trip: RoundTrip | None = None
     logits: Logits | None = None
+
+    def _line(self) -> str:
+        found = "nothing wrong" if self.ok else many(len(self.findings) or 1, "finding")
+        return f"{self.directory}: {found} by {', '.join(level for level, _ in self._levels)} in {self.seconds:.1f} s"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("output", self.directory),
+            ("source", self.source or ""),
+            ("found", "nothing wrong" if self.ok else many(len(self.findings) or 1, "finding")),
+            *self._levels,
+            *((finding.level, str(finding.problem)) for finding in self.findings),
+        ]
+
+    @property
+    def _levels(self) -> list[tuple[str, str]]:
+        """The levels that were run, each with its extent."""
+        levels = []
+        if self.integrity:
+            tensors, sums = self.integrity.tensors, self.integrity.checksums
+            levels.append(("integrity", f"{many(tensors, 'tensor')}, {many(sums, 'checksum')}"))
+        if self.round_trip:
+            exact = sum(tensor.identical for tensor in self.round_trip.tensors)
+            levels.append(("round trip", f"{many(len(self.round_trip.tensors), 'tensor')} compared, {exact} bit for bit"))
+        if self.logits:
+            agreed = ", ".join(f"{each.top1_agreement:.1%} of {each.against}" for each in self.logits.comparisons)
+            levels.append(("logits", f"{many(self.logits.tokens, 'token')}; the same first choice: {agreed}"))
+        return levels
 
     @property
     def problems(self) -> list[Problem]:
