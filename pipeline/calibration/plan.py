@@ -172,8 +172,8 @@ class CalibrationPlan:
             "peak_bytes": self.peak_bytes(one_by_one),
             "scratch": str(self.activations.directory),
             "scratch_bytes": self.activations.nbytes,
-            "layer_seconds": round(each, 3),
-            "seconds": round(each * self.layers, 1),
+            "layer_seconds": each,
+            "seconds": each * self.layers,
         }
 
 
