@@ -1,4 +1,4 @@
-"""Read texts, one after the other: the lines of a file, or `text` (or `article`, `content`) of a file of JSON lines or in Parquet."""
+"""Read texts, one after the other: lines, or `text` (or `article`, `content`) of a file of JSON lines or in Parquet."""
 
 from __future__ import annotations
 
