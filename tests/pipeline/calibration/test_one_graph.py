@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 
 import pipeline.planning.make_plan as planning
 from pipeline import BadInput, convert, plan
-from pipeline.calibration.layer_task import LayerDone
 from pipeline.run.execute import execute
+from pipeline.sinks.activations import Activations
 from pipeline.watching import page
+from pipeline.watching.layers import LayerProgress
 from pipeline.watching.progress import ProgressLines
 from pipeline.watching.state import RunWatch
 from stages.calibrate.layers import LayeredModel
@@ -160,13 +161,18 @@ def test_those_who_watch_see_layers_and_time(made: dict[str, Any], tmp_path: Pat
     assert "layer 1 of 3 calibrated" in stream.getvalue()
 
 
-def test_the_time_left_is_that_of_the_layers_that_were_done() -> None:
-    watch = RunWatch()
-    watch.bound((), (), 5)
-    assert watch.calibration_seconds_left is None
-    watch.calibrated(LayerDone(0, 5, {("calibrate", "seconds"): 2.0}))
-    watch.calibrated(LayerDone(1, 5, {("calibrate", "seconds"): 4.0}))
-    assert watch.calibration_seconds_left == pytest.approx(9)
+def test_the_time_left_is_that_of_the_layers_that_were_done(tmp_path: Path) -> None:
+    files = Activations(tmp_path, (4, 1, 1), np.dtype(np.float32), "", "")
+    progress = LayerProgress(5, 6, files, now=100.0)
+    assert (progress.look(), progress.done, progress.seconds_left(107.0)) == (False, 1, None)
+    files.begin(1)
+    files.write(1, 0, np.ones((1, 1), np.float32))
+    assert progress.look()
+    assert not progress.look()
+    assert (progress.part, progress.seconds_left(107.0)) == (0.25, 4.75 * 28)
+    progress.advanced(2.0, 110.0)
+    progress.advanced(4.0, 114.0)
+    assert (progress.done, progress.part, progress.seconds_left(115.0)) == (3, 0.0, 9.0)
 
 
 def test_memory_and_time_are_in_the_plan(made: dict[str, Any], tmp_path: Path) -> None:
