@@ -158,6 +158,7 @@ def test_those_who_watch_see_layers_and_time(made: dict[str, Any], tmp_path: Pat
     assert ("source", "calibrate") in first.edges
     assert ("calibrate", "quantize") in first.edges
     assert "1 of 3</b><span>layers calibrated" in page.body(first)
+    assert "1 of 3 layers" in page.body(first)
     assert "layer 1 of 3 calibrated" in stream.getvalue()
 
 
