@@ -187,7 +187,7 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
     model = LayeredModel(original.config, original, dtype, asked.device)
     samples = _samples(source, model, asked)
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest], sort_keys=True)
+    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *reopened.told], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
     sizes, block = model.sizes(), BLOCK_BYTES + samples.length * model.token_bytes(samples.length)
     return CalibrationPlan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import convert
-from tests.support import checkpoints, gguf_files, meta_files
+from tests.support import checkpoints, gguf_families, gguf_files, meta_files, rank_files
 from tests.support.commands import headrace
 from tests.support.directories import contents
 from tests.support.places import DATA
@@ -73,6 +74,33 @@ def test_a_file_of_ranges_is_for_all_of_them(kind: str, place: Path) -> None:
         where: dict[str, Any] = {key: place / value for key, value in source.items()}
         convert(**where, output_dir=place / f"out-{name}", act_range=place / "ranges", **OPTIONS)
     assert len({str(sorted(ranks(place / f"out-{name}").items())) for name in ("huggingface", *SOURCES)}) == 1
+
+
+GGUF = {
+    "qwen2": "qwen2_untied",
+    "qwen3": "qwen3_untied",
+    "phi3": "phi3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+}
+
+
+@pytest.mark.parametrize("family", GGUF)
+def test_gguf_of_other_families(family: str, tmp_path: Path) -> None:
+    """FP8, whose scales are of every linear: those of the file that the Hugging Face directory gives."""
+    model = DATA / "families" / "models" / GGUF[family]
+    gguf_families.save_twin(tmp_path / "twin", model, gguf_families.write(tmp_path / "model.gguf", model))
+    save_file({"input_ids": np.random.default_rng(0).integers(0, 96, (2, 12))}, tmp_path / "tokens")
+    options: dict[str, Any] = {"use_fp8": True, "fp8_kv_cache": True, "dtype": "bfloat16", "scheduler": "threads"}
+    options |= {"calibration_tokens": tmp_path / "tokens", "calibration_dtype": "float32"}
+    scalar = json.loads((model / "config.json").read_text()).get("query_pre_attn_scalar")
+    for name, told in (("model.gguf", {"query_pre_attn_scalar": scalar}), ("twin", {})):
+        convert(model_dir=tmp_path / name, output_dir=tmp_path / f"{name}.out", **options, **told)
+    found, expected = (rank_files.read(tmp_path / f"{name}.out" / "rank0.safetensors") for name in ("model.gguf", "twin"))
+    scales = [name for name in expected if name.endswith("scaling_factor")]
+    assert scales
+    assert all(found[name] == pytest.approx(expected[name], rel=1e-5) for name in scales)
 
 
 # Whose files have other names than transformers' modules, or rows of several in one.
