@@ -12,6 +12,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.types import ByteSize
 
+from pipeline.calibration.words import calibration_words
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
@@ -28,13 +29,14 @@ app = typer.Typer()
     epilog="headrace calibrate MODEL --output ranges.safetensors --calib_dataset texts.txt",
 )
 def calibrate_command(
-    model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
+    model_dir: Annotated[str, typer.Argument(help="A directory, a GGUF file, or org/name on the Hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
     calibration_tokens: Annotated[
         Path | None, typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].")
     ] = None,
     calib_dataset: Annotated[
-        Path | None, typer.Option("--calib_dataset", help="In its place a file of texts, a line each, or of JSON lines.")
+        Path | None,
+        typer.Option("--calib_dataset", help="In its place texts: a file of lines, JSON lines or Parquet."),
     ] = None,
     calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
     calib_max_seq_length: Annotated[
@@ -43,6 +45,9 @@ def calibrate_command(
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
+    calibration_device: Annotated[
+        str, typer.Option("--calibration_device", help="Where layers run, by torch's name: cpu, cuda, cuda:1.")
+    ] = "cpu",
     memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
@@ -50,26 +55,25 @@ def calibrate_command(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.
+    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant, FP8 and 8-bit caches.
 
     Exit codes: 0 done, 2 a bad request, 3 stopped or the disk failed: the same command goes on.
     """
-    from pipeline.calibration.plan import Texts, plan_calibration
-    from pipeline.calibration.run import calibrate
+    from pipeline.calibration.plan import Calibration
+    from pipeline.calibration.tokens import Texts
     from pipeline.planning.job_file import model_name
+    from pipeline.run.calibrations import calibrate, plan_ranges
 
-    name, limit = model_name(model_dir), _size(memory_limit)
+    name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
-    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts)
-    facts = plan.summary()
+    place = (scratch or output.parent / ".headrace-scratch").absolute()
+    asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device)
+    file = plan_ranges(name, output, asked, limit, revision)
+    facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):
-        print(
-            f"{many(plan.layers, 'layer')} in {plan.dtype}, {many(plan.samples.count, 'sample')} of "
-            f"{many(plan.samples.length, 'token')}; memory at most "
-            f"{human_bytes(plan.peak_bytes)} (a layer {human_bytes(plan.layer_bytes)}), scratch {human_bytes(plan.scratch_bytes)}"
-        )
+        print(calibration_words(facts))
     if not dry_run:
-        result = calibrate(plan, None if quiet else _Lines())
+        result = calibrate(file, None if quiet else _Lines())
         facts |= {
             "modules": result.modules,
             "seconds": round(result.seconds, 3),

@@ -15,6 +15,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
 from pipeline.planning.bind import Inputs, all_inputs
 from pipeline.planning.build_steps import BuildStep, build_steps
+from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.dask_graph import whole_graph
 from pipeline.planning.engine_options import EngineRequest, job_requests
 from pipeline.planning.graph import PlanGraph, collapse
@@ -50,7 +51,7 @@ class Target:
 class Plan(InOneLine):
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked.
+    `packed`: some of the source's modules are unpacked. `calibrating`: what is measured in the same run.
     """
 
     job: Job
@@ -66,6 +67,7 @@ class Plan(InOneLine):
     left_out: Mapping[str, str]
     notes: tuple[str, ...] = ()
     packed: bool = False
+    calibrating: Calibrating | None = None
 
     def _line(self) -> str:
         names = ", ".join(target.output.directory.name for target in self.targets)
@@ -154,7 +156,8 @@ class Plan(InOneLine):
             (of, GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"))
             for n, (of, each) in enumerate(self._engines)
         ]
-        return collapse(self, origin, outputs, engines, len(self.builds))
+        layers = self.calibrating.layers if self.calibrating else 0
+        return collapse(self, origin, outputs, engines, len(self.builds), layers)
 
     @property
     def _engines(self) -> list[tuple[int, EngineRequest]]:
@@ -174,7 +177,8 @@ class Plan(InOneLine):
         It is there to be looked at: `plan.dask.visualize("layers.svg")`, or with every task `dask.base.visualize_dsk(plan.dask)`.
         Computing it does not convert: `convert` begins the outputs first.
         """
-        return whole_graph(self, [target.output for target in self.targets], self.builds).highlevel()
+        layers = self.calibrating.calls() if self.calibrating else ()
+        return whole_graph(self, [target.output for target in self.targets], self.builds, layers).highlevel()
 
     def obstacles(self) -> list[Problem]:
         """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
@@ -213,6 +217,7 @@ class Plan(InOneLine):
                 if isinstance(cut, ScratchGroup | RemoteGroup)
             ],
             "scratch_reasons": dict(self.scratch_reasons),
+            **({"calibration": self.calibrating.summary()} if self.calibrating else {}),
             "tasks": self.tasks,
             "workers": self.budget.workers,
             "block_bytes": self.block_bytes,

@@ -10,13 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.calibration.words import calibration_words
 from pipeline.printed import escaped, many
 from pipeline.watching.units import human_bytes, human_rate
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
-    from pipeline.run.results import Result
     from pipeline.run.foresee import Outlook
+    from pipeline.run.results import Result
 
 Place = Callable[[str], str]  # a path as it is to be printed
 
@@ -39,6 +40,8 @@ def plan_table(plan: Plan, outlook: Outlook, place: Place = str) -> RenderableTy
     block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
     workers = f"{many(summary['workers'], 'worker')} on {summary['scheduler']}"
     facts.add_row("blocks", f"{block} a task, {piece} at a time, {workers}")
+    if "calibration" in summary:
+        facts.add_row("calibrates", calibration_words(summary["calibration"]))
     peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
     facts.add_row("memory", f"{peak} projected, {limit} allowed")
     facts.add_row("reads", _moved(summary["bytes_read"], "of the source", summary["scratch_bytes_read"], "of scratch"))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.calibration.layer_task import LayerDone
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
@@ -27,7 +28,7 @@ from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
 from pipeline.tensor.process import peak_memory_bytes
 from pipeline.tensor.system_errors import refusing, sentence
-from pipeline.watching.listener import Listener, Silent
+from pipeline.watching.listener import LayerListener, Listener, Silent
 from pipeline.watching.state import RunWatch
 from stages.write import Written
 
@@ -138,7 +139,8 @@ class _Run:
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
-        self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
+        groups = (group for left in self.left.phases for group in left.groups)
+        self.watch.bound(groups, steps, len(self.left.calibrations))
         self.listener.started(plan, dashboard, total, done, self.resumed_tasks)
 
     def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
@@ -162,6 +164,7 @@ class _Run:
             graph = stage_graph(
                 groups,
                 finishes,
+                calibrations=self.left.calibrations,
                 builds=steps,
                 halt=self.builds.halt if self.builds else no_builds,
                 in_turn=not clustered,
@@ -184,6 +187,9 @@ class _Run:
                         self._whole(result, committers[-1])
                     elif isinstance(result, Written):
                         self._advanced(result, committers)
+                    elif isinstance(result, LayerDone):
+                        self._calibrated(result)
+                        continue
                     else:
                         self._built(result)
                         continue
@@ -229,6 +235,12 @@ class _Run:
         self.watch.whole(number)
         if self.builds:
             self.builds.whole(number)
+
+    def _calibrated(self, result: LayerDone) -> None:
+        """Take in the result of a layer that is calibrated: what it left is on the disk."""
+        self.watch.calibrated(result)
+        if isinstance(self.listener, LayerListener):
+            self.listener.calibrated(result.layer + 1, result.layers, self.watch.calibration_seconds_left or 0.0)
 
     def _built(self, result: Any) -> None:
         """Take in the result of a build."""
@@ -296,7 +308,8 @@ def _tidy(plan: Plan) -> Plan:
 
 def _directories(plan: Plan) -> list[Path]:
     """Every local directory that tasks of a plan are to write."""
-    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    places = [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    return [*places, *([plan.calibrating.plan.activations.directory] if plan.calibrating else ())]
 
 
 def _places(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from pipeline.printed import many
 from pipeline.watching.nodes import BUILD, FINISH, SCRATCH, WRITE
 from pipeline.watching.state import Snapshot
 
-STEPS = ("starting", "scratch", "scratch+write", "writing", "checking", "building", "done")
+STEPS = ("starting", "calibrating", "scratch", "scratch+write", "writing", "checking", "building", "done")
 LONGEST = max(map(len, STEPS))
 
 
@@ -18,6 +18,8 @@ def step(now: Snapshot) -> str:
     left = {node.name: node.tasks - node.done_tasks for node in now.nodes}
     if not left:
         return "starting"
+    if now.calibrated_layers < now.layers:
+        return "calibrating"
     if left.get(SCRATCH, 0) > 0:
         begun = any(node.name == WRITE and node.done_tasks for node in now.nodes)
         return "scratch+write" if begun else "scratch"
@@ -31,7 +33,8 @@ def whole_files(now: Snapshot) -> int:
 
 
 def files_words(now: Snapshot) -> str:
-    """`3 of 8 rank files`, and behind it the engines, where some are built; "" where no rank file is written."""
-    counts = [(whole_files(now), len(now.ranks), "rank file")]
+    """`3 of 8 rank files`, before it the layers that are calibrated and behind it the engines, where there are some."""
+    counts = [(now.calibrated_layers, now.layers, "layer")] if now.calibrated_layers < now.layers else []
+    counts.append((whole_files(now), len(now.ranks), "rank file"))
     counts.append((sum(engine.done_tasks == engine.tasks for engine in now.engines), len(now.engines), "engine"))
     return ", ".join(f"{done} of {many(total, noun)}" for done, total, noun in counts if total)
