@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.calibration.awq import awq_bytes, awq_problems
 from pipeline.calibration.tokens import Samples, open_samples, samples_of_texts
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
@@ -16,9 +17,11 @@ from pipeline.planning.memory import MIB
 from pipeline.planning.plans import VERSION
 from pipeline.tensor.tensors import Source
 from stages.read import find_source
+from stages.read.act_ranges import GROUP_KEY
 from stages.verify.roundtrip.original import Original
 
 if TYPE_CHECKING:
+    from stages.calibrate.awq_inputs import AwqSettings
     from stages.calibrate.layers import LayeredModel
 
 # A process with torch and transformers and a tiny model: measured on Linux with torch 2.13 and transformers 5.23, 370 MiB.
@@ -55,6 +58,8 @@ class CalibrationPlan:
         Of all that the ranges depend on.
     layers, layer_bytes, peak_bytes, scratch_bytes
         How many layers there are, the bytes of one's weights, and the memory and the disk space that the run takes.
+    awq
+        What AWQ's scales are searched for; None where they are not.
     """
 
     source: Source
@@ -70,6 +75,7 @@ class CalibrationPlan:
     scratch_bytes: int
     hidden: int
     model: LayeredModel = field(repr=False, compare=False)
+    awq: AwqSettings | None = None
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -84,6 +90,7 @@ class CalibrationPlan:
             "peak_bytes": self.peak_bytes,
             "scratch": str(self.scratch),
             "scratch_bytes": self.scratch_bytes,
+            "awq_group_size": self.awq.group_size if self.awq else None,
         }
 
 
@@ -96,10 +103,12 @@ def plan_calibration(
     scratch: Path | None = None,
     revision: str | None = None,
     texts: Texts | None = None,
+    awq: AwqSettings | None = None,
 ) -> CalibrationPlan:
     """Plan a calibration; reads headers and the tokens, and writes nothing.
 
-    `calibration_tokens`: a file of tokens; or else `texts`, which the model's own tokenizer makes tokens of.
+    `calibration_tokens`: a file of tokens; or else `texts`, which the model's own tokenizer makes tokens of. `awq`: search AWQ's
+    scales, too.
 
     Raises BadInput with what is wrong with the source, the tokens, or the memory limit.
     """
@@ -116,20 +125,23 @@ def plan_calibration(
     if lacking:
         found = f"{source.architecture}, whose checkpoint has no module {lacking}"
         raise BadInput([Problem(str(model_dir), found, HUGGING_FACE, "Calibrate the Hugging Face model that it was made of")])
+    if awq and (problems := list(awq_problems(model, original.config, awq))):
+        raise BadInput(problems)
     samples = _samples(source, model, calibration_tokens, texts)
     if not output.parent.is_dir() or output.is_dir():
         raise BadInput([Problem(f"--output {output}", "no place for a file", "a file in a directory that is there")])
     itemsize = BY_TARGET[dtype].numpy.itemsize
     hidden = model.hidden
     peak = BASE_BYTES + BLOCK_BYTES + model.layer_bytes() + samples.length * model.token_bytes(samples.length)
+    peak += awq_bytes(model, awq, samples.count * samples.length, samples.length) if awq else 0
     if peak > memory_limit:
         wanted = -(-peak // MIB)
         found = f"{memory_limit // MIB} MiB, for a layer of {model.layer_bytes() // MIB} MiB and samples of {samples.length} tokens"
-        remedy = f"Give --memory_limit {wanted}MiB, or shorter samples"
+        remedy = f"Give --memory_limit {wanted}MiB, or shorter samples{', or a smaller --awq_tokens' if awq else ''}"
         raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
     held = samples.count * samples.length * hidden * itemsize
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    decides = json.dumps([VERSION, dtype, files, samples.digest], sort_keys=True)
+    decides = json.dumps([VERSION, dtype, files, samples.digest, *([vars(awq)] if awq else [])], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
     place = scratch or output.parent / ".headrace-scratch"
     return CalibrationPlan(
@@ -146,6 +158,7 @@ def plan_calibration(
         2 * held,
         hidden,
         model,
+        awq,
     )
 
 
@@ -169,4 +182,5 @@ def metadata(plan: CalibrationPlan) -> Mapping[str, str]:
         "samples": str(plan.samples.count),
         "tokens": str(plan.samples.length),
         "headrace": VERSION,
+        **({GROUP_KEY: str(plan.awq.group_size)} if plan.awq else {}),
     }

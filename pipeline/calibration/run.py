@@ -71,11 +71,12 @@ def _layer(plan: CalibrationPlan, scratch: ActivationScratch, layer: int, first:
     if first and layer:
         model.embedded(samples.tokens(0))
     scratch.begin(layer)
-    with model.filled(layer) as seen:
+    search = model.searching(plan.awq, samples.count * samples.length) if plan.awq else None
+    with model.filled(layer, search) as seen:
         for sample in range(samples.count):
             given = scratch.read(layer - 1, sample) if layer else model.embedded(samples.tokens(sample))
             scratch.write(layer, sample, model.run(layer, given))
-        ranges = seen.arrays()
+        ranges = seen.arrays() | dict(search.arrays() if search else ())
     scratch.finish(layer, ranges)
 
 

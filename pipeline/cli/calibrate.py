@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +15,9 @@ from pydantic.types import ByteSize
 from pipeline.cli.options import Json
 from pipeline.errors import BadInput, Problem
 from pipeline.watching.units import human_bytes
+
+if TYPE_CHECKING:
+    from stages.calibrate.awq_inputs import AwqSettings
 
 app = typer.Typer()
 
@@ -33,6 +36,13 @@ def calibrate_command(
     calib_max_seq_length: Annotated[
         int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
     ] = 512,
+    awq_group_size: Annotated[
+        Literal["64", "128"] | None,
+        typer.Option("--awq_group_size", help="Search AWQ's scales, too, for int4_awq in groups of so many in-features."),
+    ] = None,
+    awq_tokens: Annotated[
+        int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
+    ] = 2048,
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
@@ -53,7 +63,8 @@ def calibrate_command(
 
     name, limit = model_name(model_dir), _size(memory_limit)
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
-    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts)
+    awq = _awq(awq_group_size, awq_tokens)
+    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts, awq)
     facts = plan.summary()
     if not (quiet or json_):
         print(
@@ -75,6 +86,17 @@ def calibrate_command(
             print(f"{result.output}: ranges of {result.modules} modules, {done}")
     if json_:
         print(json.dumps(facts, indent=2))
+
+
+def _awq(group_size: str | None, tokens: int) -> AwqSettings | None:
+    if group_size is None:
+        return None
+    try:
+        from stages.calibrate.awq_inputs import AwqSettings
+    except ImportError as error:
+        remedy = "Install it with: pip install 'headrace[verify]'"
+        raise BadInput([Problem("torch", f"not installed ({error})", "the library that runs the model", remedy)]) from None
+    return AwqSettings(int(group_size), tokens)
 
 
 class _Lines:

@@ -1,4 +1,4 @@
-"""The ranges of activations that targets need, from the file of a calibration: taken in beside the source's tensors.
+"""The ranges of activations and scales that targets need, from the file of a calibration: taken in beside the source's tensors.
 
 A linear's ranges follow its weight: they get its new name, and the outputs' are taken apart and put in order as its rows are.
 """
@@ -13,20 +13,22 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.family_rows import RenameRow
-from pipeline.model.quantization import FP8, SMOOTHQUANT, Quantization
+from pipeline.model.quantization import AWQ, FP8, SMOOTHQUANT, Quantization
 from pipeline.model.tables import Slot
 from pipeline.planning.compose import target_dtype
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import whole
-from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor
+from pipeline.tensor.tensors import AWQ_SCALE, X_RANGE, Y_RANGE, LazyTensor
 from stages.quantization.modules import linear
-from stages.read.act_ranges import open_ranges
+from stages.read.act_ranges import GROUP_KEY, open_ranges
+from stages.read.safetensors import file_metadata
 from stages.rename import Renamed
 
-CALIBRATE = "Make it with `headrace calibrate`"
+CALIBRATE = "Make it with `headrace calibrate"
 FEW = 3  # problems of one cause that are still said one by one
-PARAMETERS = {"x": X_RANGE, "y": Y_RANGE}
+PARAMETERS = {"x": X_RANGE, "y": Y_RANGE, "awq": AWQ_SCALE}
+LARGEST_SCALE = 2.0**14  # whose inverse float16 holds, as it does that of its inverse
 
 
 def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> tuple[OpenedSource, list[Problem]]:
@@ -35,18 +37,20 @@ def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> tuple[Open
     problems = [*_other_types(opened, chosen), *_experts(opened, chosen)]
     if not wanted:
         found = "a target that uses no ranges" if len(chosen) == 1 else "targets that use no ranges"
-        expected = "--smoothquant, --use_fp8, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
+        expected = "--smoothquant, --use_fp8, int4_awq, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
         return opened, [*problems, *([Problem(f"--act_range {path}", found, expected, "Leave it out")] if path else [])]
     if path is None:
-        needs = "--smoothquant" if any(map(_smooths, chosen)) else "--use_fp8" if any(map(_scales, chosen)) else "--int8_kv_cache"
+        needs = next((flag for flag, asks in NEEDS.items() if any(map(asks, chosen))), "--int8_kv_cache")
         found = "no --act_range: its scales are made of measured activations"
-        remedy = f"{CALIBRATE}; int8, int4 and --use_fp8_rowwise need none"
+        make = f"{CALIBRATE} --awq_group_size {_group(chosen)}`" if needs.endswith("awq") else f"{CALIBRATE}`"
+        remedy = f"{make}; int8, int4 and --use_fp8_rowwise need none"
         return opened, [*problems, Problem(needs, found, "--act_range FILE, of a calibration of this model", remedy)]
     try:
         file, ranges = open_ranges(path)
     except BadInput as error:
         return opened, [*problems, *error.problems]
-    problems += _wrong(path, wanted, ranges, opened)
+    problems += [*_wrong(path, wanted, ranges, opened), *_other_groups(path, chosen)]
+    problems += [] if problems else _apart(path, wanted, ranges, opened)
     if problems:
         return opened, problems
     held = {str(TensorName(module, PARAMETERS[kind])): ranges[module, kind] for module, kind in wanted}
@@ -64,19 +68,37 @@ def _scales(quantization: Quantization) -> bool:
     return quantization.algorithm == FP8 and quantization.from_numbers
 
 
+def _searched(quantization: Quantization) -> bool:
+    """Whether weights are multiplied by scales that a calibration has searched."""
+    return quantization.algorithm == AWQ and quantization.from_numbers
+
+
+# What asks for a file, by its flag.
+NEEDS = {"--smoothquant": _smooths, "--use_fp8": _scales, "--weight_only_precision int4_awq": _searched}
+
+
+def _group(chosen: Sequence[Quantization]) -> int:
+    """The group size of the targets in AWQ, of the first of them."""
+    return next(each.group_size for each in chosen if _searched(each))
+
+
 def _wanted(opened: OpenedSource, chosen: Sequence[Quantization]) -> dict[tuple[str, str], dict[TensorName, Renamed]]:
     """The source's module and kind of each range that some target needs, with the new names that it goes to."""
     smooth, scales, cache = any(map(_smooths, chosen)), any(map(_scales, chosen)), any(each.int8_kv_cache for each in chosen)
     # An FP8 cache does without.
     cache = cache or (opened.job.act_range is not None and any(each.fp8_kv_cache for each in chosen))
     wanted: dict[tuple[str, str], dict[TensorName, Renamed]] = {}
-    if not (smooth or scales or cache):
+    searched = any(map(_searched, chosen))
+    if not (smooth or scales or cache or searched):
         return wanted
     for name, slot, renamed in _linears(opened):
         module, kept = renamed.source.module, RenameRow(renamed.row.to)
         if smooth or scales:
             of_inputs = Renamed(TensorName(module, X_RANGE), kept)
             wanted.setdefault((module, "x"), {})[TensorName(name, X_RANGE)] = of_inputs
+        if searched:
+            of_weights = Renamed(TensorName(module, AWQ_SCALE), kept)
+            wanted.setdefault((module, "awq"), {})[TensorName(name, AWQ_SCALE)] = of_weights
         if smooth or (cache and slot.part and slot.part.heads):
             of_outputs = replace(renamed, source=TensorName(module, Y_RANGE), axis=0)
             wanted.setdefault((module, "y"), {})[TensorName(name, Y_RANGE)] = of_outputs
@@ -111,6 +133,35 @@ def _experts(opened: OpenedSource, chosen: Sequence[Quantization]) -> Iterator[P
         yield Problem("--use_fp8", found, "a model without experts, or one that is quantized so", "Give --quantization int8")
 
 
+def _other_groups(path: Path, chosen: Sequence[Quantization]) -> Iterator[Problem]:
+    """Targets in AWQ in groups of another size than the file's scales were searched for."""
+    sizes = dict.fromkeys(each.group_size for each in chosen if _searched(each))
+    said = file_metadata(path).get(GROUP_KEY) if sizes else None
+    for size in sizes:
+        if said and said != str(size):
+            found, expected = f"scales for groups of {said}", f"groups of {size}, as the target has them"
+            yield Problem(f"--act_range {path.name}", found, expected, f"Give --group_size {said}, or a file for the others")
+
+
+def _apart(
+    path: Path,
+    wanted: Mapping[tuple[str, str], Mapping[TensorName, Renamed]],
+    ranges: Mapping[tuple[str, str], LazyTensor],
+    opened: OpenedSource,
+) -> Iterator[Problem]:
+    """Queries, keys and values whose scales are not the same, as they are one module, whose activations have one."""
+    first: dict[str, tuple[str, np.ndarray]] = {}
+    for (module, kind), names in wanted.items():
+        for name in names if kind == "awq" else ():
+            slot = opened.shardings[0].layout.find(name.module)
+            if slot and slot.part:
+                values = np.asarray(ranges[module, kind].block(whole(ranges[module, kind].shape)))
+                other, scale = first.setdefault(name.module.rpartition(".")[0], (module, values))
+                if not np.array_equal(scale, values):
+                    found, expected = f"other values than {other}|{kind}", "the same, as both take the same activations"
+                    yield Problem(f"--act_range {path.name}: {module}|{kind}", found, expected, f"{CALIBRATE}`")
+
+
 def _wrong(
     path: Path,
     wanted: Mapping[tuple[str, str], Mapping[TensorName, Renamed]],
@@ -125,16 +176,19 @@ def _wrong(
         name, renamed = next(iter(names.items()))
         slot = opened.shardings[0].layout.find(name.module)
         assert slot is not None, name
-        size = model.dimension(slot.module.in_) if kind == "x" else renamed.total if renamed.rows else model.dimension(slot.out)
+        size = model.dimension(slot.module.in_) if kind != "y" else renamed.total if renamed.rows else model.dimension(slot.out)
         if tensor is None:
-            problem = Problem(subject, "no such tensor", f"float32 [{size}]", CALIBRATE)
+            problem = Problem(
+                subject, "no such tensor", f"float32 [{size}]", f"{CALIBRATE}{' --awq_group_size' * (kind == 'awq')}`"
+            )
             causes.setdefault("missing", []).append(problem)
         elif tuple(tensor.shape) != (size,) or tensor.dtype != np.float32:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             expected = f"float32 [{size}] by the model's configuration"
             causes.setdefault("shape", []).append(Problem(subject, found, expected, "Give the file that was made of this model"))
-        elif found := _no_magnitudes(np.asarray(tensor.block(whole(tensor.shape)))):
-            causes.setdefault(found, []).append(Problem(subject, found, "the largest magnitude of each channel", CALIBRATE))
+        elif found := (_no_scales if kind == "awq" else _no_magnitudes)(np.asarray(tensor.block(whole(tensor.shape)))):
+            expected = "a factor for each channel" if kind == "awq" else "the largest magnitude of each channel"
+            causes.setdefault(found, []).append(Problem(subject, found, expected, f"{CALIBRATE}`"))
     return [problem for problems in causes.values() for problem in _few(problems)]
 
 
@@ -151,3 +205,13 @@ def _no_magnitudes(values: np.ndarray) -> str:
     if (values < 0).any():
         return "a value below 0"
     return "" if values.any() else "nothing but zeros, of which no scale can be made"
+
+
+def _no_scales(values: np.ndarray) -> str:
+    """Why values are no scales of AWQ's; "" where they are."""
+    if not np.isfinite(values).all():
+        return "a value that is not finite (NaN or infinity)"
+    if (values <= 0).any():
+        return "a value that is not above 0"
+    wide = (values > LARGEST_SCALE).any() or (values < 1 / LARGEST_SCALE).any()
+    return f"a value outside 1/{LARGEST_SCALE:.0f} to {LARGEST_SCALE:.0f}, whose inverse float16 does not hold" if wide else ""

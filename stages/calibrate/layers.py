@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
+from stages.calibrate.awq_inputs import AwqSettings, LayerInputs
 from stages.verify.forward.tensors import to_torch
 from stages.verify.forward.transformers_model import build_model, parameter_parts, quiet, row_blocks, rows_of_tokens
 from stages.verify.named_weights import NamedWeights
@@ -89,6 +90,11 @@ class LayeredModel:
         layer, front = self._layers[number], self._names[number]
         return [f"{front}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 
+    def widths(self, number: int) -> dict[str, int]:
+        """The in-features of a layer's linear modules, by name."""
+        layer, front = self._layers[number], self._names[number]
+        return {f"{front}.{name}": module.in_features for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
     def layer_bytes(self) -> int:
         """The bytes of the weights of the largest layer."""
         counts = (sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
@@ -151,8 +157,8 @@ class LayeredModel:
         return _array(inputs[0][0])
 
     @contextmanager
-    def filled(self, number: int) -> Iterator[Magnitudes]:
-        """A layer with its weights in memory, whose linears tell `Magnitudes` of all that goes through `run`."""
+    def filled(self, number: int, search: LayerInputs | None = None) -> Iterator[Magnitudes]:
+        """A layer with its weights in memory, whose linears tell `Magnitudes`, and a `search`, of all that goes through `run`."""
         layer, front, seen = self._layers[number], self._names[number], Magnitudes()
         empty = dict(layer.named_parameters())
         for name, parameter in empty.items():
@@ -166,6 +172,7 @@ class LayeredModel:
                 full = f"{front}.{name}"
                 seen.largest[f"{full}|w"] = module.weight.abs().amax(1).float().clip(LEAST_WEIGHT)
                 hooks.append(module.register_forward_hook(_telling(seen, full)))
+                hooks += [search.hook(full, module)] if search else []
         try:
             yield seen
         finally:
@@ -173,6 +180,10 @@ class LayeredModel:
                 hook.remove()
             for name, parameter in empty.items():
                 _set(layer, name, parameter)
+
+    def searching(self, settings: AwqSettings, tokens: int) -> LayerInputs:
+        """A search of a layer's scales, for `filled`. `tokens`: of all samples."""
+        return LayerInputs(settings, self._dtype, tokens)
 
     def run(self, number: int, hidden: np.ndarray) -> np.ndarray:
         """The output of a layer, which is filled, for one sample [tokens, hidden]."""

@@ -1,7 +1,8 @@
 """Read ranges of activations: a safetensors file with `<module>|x` float32 [in] and `<module>|y` float32 [out] of each linear.
 
 They are the largest magnitudes of what the linear takes and gives, a channel each, over a calibration; `<module>|w` beside them, of
-the weights, is not read. Modules have the source's names.
+the weights, is not read. Where AWQ's scales were searched, `<module>|awq` float32 [in] is what the linear's weights are multiplied by,
+and `<module>|awq_error` float32 [2], the errors without and with it, is not read. Modules have the source's names.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pipeline.tensor.source_file import SourceFile
 from pipeline.tensor.tensors import LazyTensor
 from stages.read.safetensors import open_file
 
-KINDS = ("x", "y", "w")
+KINDS = ("x", "y", "w", "awq", "awq_error")
+GROUP_KEY = "awq_group_size"  # in the file's metadata: of the groups that AWQ's scales were searched for
 
 
 def open_ranges(path: Path) -> tuple[SourceFile, dict[tuple[str, str], LazyTensor]]:
-    """The file, and its tensors by module and kind ("x", "y", "w"); only the header is read.
+    """The file, and its tensors by module and kind (KINDS); only the header is read.
 
     Raises BadInput where it is no such file, or has other tensors.
     """
