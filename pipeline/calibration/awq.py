@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
+from stages.calibrate.awq_settings import RATIOS, WORKING_BYTES, AwqSettings
 
 if TYPE_CHECKING:
-    from stages.calibrate.awq_inputs import AwqSettings
     from stages.calibrate.layers import LayeredModel
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -31,15 +31,23 @@ def awq_problems(model: LayeredModel, config: Mapping[str, Any], settings: AwqSe
 
 def awq_bytes(model: LayeredModel, settings: AwqSettings, tokens: int, length: int) -> int:
     """The most bytes that a search takes: of `tokens` in all what is kept of each linear's input, one sample's, and its work."""
-    from stages.calibrate.awq_inputs import WORKING_BYTES
-
     kept, sample = 0, 0
     for number in range(len(model)):
-        widths = model.widths(number).values()
+        widths = [width for _, width in model.shapes(number).values()]
         kept = max(kept, sum(settings.held_bytes(width, tokens) for width in widths))
         sample = max(sample, 8 * length * sum(widths))
     return kept + sample + WORKING_BYTES
 
 
+def awq_flops(model: LayeredModel, settings: AwqSettings, tokens: int) -> int:
+    """The operations of a layer's search: outputs of a rounding's differences, for each ratio, and sums of products."""
+    found = 0
+    for number in range(len(model)):
+        shapes = model.shapes(number).values()
+        kept = [settings.held_bytes(width, tokens) // (4 * width) for _, width in shapes]
+        found = max(found, sum(2 * rows * width * each * RATIOS for (rows, width), each in zip(shapes, kept, strict=True)))
+    return found
+
+
 def _widths(model: LayeredModel) -> Iterator[tuple[str, int]]:
-    return (pair for number in range(len(model)) for pair in model.widths(number).items())
+    return ((name, width) for number in range(len(model)) for name, (_, width) in model.shapes(number).items())

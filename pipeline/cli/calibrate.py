@@ -6,31 +6,30 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.types import ByteSize
 
+from pipeline.calibration.words import calibration_words
 from pipeline.cli.options import Json
 from pipeline.errors import BadInput, Problem
 from pipeline.watching.units import human_bytes
-
-if TYPE_CHECKING:
-    from stages.calibrate.awq_inputs import AwqSettings
 
 app = typer.Typer()
 
 
 @app.command("calibrate", no_args_is_help=True)
 def calibrate_command(
-    model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
+    model_dir: Annotated[str, typer.Argument(help="A directory, a GGUF file, or org/name on the Hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
     calibration_tokens: Annotated[
         Path | None, typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].")
     ] = None,
     calib_dataset: Annotated[
-        Path | None, typer.Option("--calib_dataset", help="In its place a file of texts, a line each, or of JSON lines.")
+        Path | None,
+        typer.Option("--calib_dataset", help="In its place texts: a file of lines, JSON lines or Parquet."),
     ] = None,
     calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
     calib_max_seq_length: Annotated[
@@ -46,6 +45,9 @@ def calibrate_command(
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
+    calibration_device: Annotated[
+        str, typer.Option("--calibration_device", help="Where layers run, by torch's name: cpu, cuda, cuda:1.")
+    ] = "cpu",
     memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
@@ -53,26 +55,27 @@ def calibrate_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
     json_: Json = False,
 ) -> None:
-    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.
+    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant, FP8 and 8-bit caches.
 
     Exit codes: 0 done, 2 a bad request, 3 stopped or the disk failed: the same command goes on.
     """
-    from pipeline.calibration.plan import Texts, plan_calibration
-    from pipeline.calibration.run import calibrate
+    from pipeline.calibration.plan import Calibration
+    from pipeline.calibration.tokens import Texts
     from pipeline.planning.job_file import model_name
+    from pipeline.run.calibrations import calibrate, plan_ranges
+    from stages.calibrate.awq_settings import AwqSettings
 
-    name, limit = model_name(model_dir), _size(memory_limit)
+    name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
-    awq = _awq(awq_group_size, awq_tokens)
-    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts, awq)
-    facts = plan.summary()
+    place = (scratch or output.parent / ".headrace-scratch").absolute()
+    awq = AwqSettings(int(awq_group_size), awq_tokens) if awq_group_size else None
+    asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device, awq)
+    file = plan_ranges(name, output, asked, limit, revision)
+    facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):
-        print(
-            f"{plan.layers} layers in {plan.dtype}, {plan.samples.count} samples of {plan.samples.length} tokens; memory at most "
-            f"{human_bytes(plan.peak_bytes)} (a layer {human_bytes(plan.layer_bytes)}), scratch {human_bytes(plan.scratch_bytes)}"
-        )
+        print(calibration_words(facts))
     if not dry_run:
-        result = calibrate(plan, None if quiet else _Lines())
+        result = calibrate(file, None if quiet else _Lines())
         facts |= {
             "modules": result.modules,
             "seconds": round(result.seconds, 3),
@@ -86,17 +89,6 @@ def calibrate_command(
             print(f"{result.output}: ranges of {result.modules} modules, {done}")
     if json_:
         print(json.dumps(facts, indent=2))
-
-
-def _awq(group_size: str | None, tokens: int) -> AwqSettings | None:
-    if group_size is None:
-        return None
-    try:
-        from stages.calibrate.awq_inputs import AwqSettings
-    except ImportError as error:
-        remedy = "Install it with: pip install 'headrace[verify]'"
-        raise BadInput([Problem("torch", f"not installed ({error})", "the library that runs the model", remedy)]) from None
-    return AwqSettings(int(group_size), tokens)
 
 
 class _Lines:

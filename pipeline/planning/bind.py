@@ -11,6 +11,7 @@ from pipeline.tensor.arrays import Maker, Needed, SmallTask
 from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
 from pipeline.tensor.placement import size
 from stages.read import OpenBlock
+from stages.read.act_ranges import PendingRange
 from stages.read.scratch_chunks import OpenChunk, ScratchChunk
 from stages.rope import RopeBuffer
 from stages.write.deliveries import BlockWrite, deliveries
@@ -20,10 +21,14 @@ STAGES = ("read", "rename", "unpack", "cast", "quantize")  # those that make blo
 
 @dataclass(frozen=True)
 class Inputs:
-    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at."""
+    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at.
+
+    `layer`: the last decoder layer of which they read ranges that the same run measures; -1 for none.
+    """
 
     source: Mapping[Any, int]
     scratch: Mapping[str, int]
+    layer: int = -1
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,18 @@ def _inputs(made: Iterable[tuple[Any, Maker]]) -> Inputs:
     """List what the making of some blocks reads: what opens a block of the source, or a chunk, says of which tensor and region."""
     source: dict[Any, int] = {}
     scratch: dict[str, int] = {}
+    layer = -1
     for key, make in made:
         if isinstance(make, OpenBlock):
             tensor, region = make
-            if not isinstance(tensor, RopeBuffer):  # which is computed, not read
+            if isinstance(tensor, PendingRange):
+                layer = max(layer, tensor.layer)
+            elif not isinstance(tensor, RopeBuffer):  # which is computed, not read
                 source[key] = size(region) * tensor.dtype.itemsize
         elif isinstance(make, OpenChunk):
             chunk = make.chunk
             scratch[chunk.name] = size(chunk.region) * chunk.tensor.dtype.itemsize
-    return Inputs(source, scratch)
+    return Inputs(source, scratch, layer)
 
 
 def all_inputs(plan: Phased) -> Inputs:

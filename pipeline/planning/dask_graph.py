@@ -5,6 +5,9 @@ neighbouring bytes of the source), keyed (stage, number of the group), so that D
 `unpack`, `cast`, `quantize`, then `scratch` or `write`, `finish` for each output, and `build` for each engine. A group has a task
 for each stage that it passes. Only `scratch` and `write` move bytes: the values of the others are blocks that nothing has read.
 
+Where activations are measured in the same run, there is a task `calibrate` for each decoder layer, after that of the layer before
+it. A group that reads ranges waits, in `quantize` or the task that reads them, for the layers that these are of, and no others.
+
 A task that opens chunks of scratch depends on the tasks that write these, so that there are no phases to wait for. `finish` depends
 on the tasks that write to its output, and `build` on the `finish` of its checkpoint alone.
 """
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.calibration.layer_task import LayerCall, calibrate_layer
 from pipeline.errors import SourceChanged
 from pipeline.planning.bind import STAGES, BoundGroup, bind
 from pipeline.planning.build_steps import GPU, BuildStep
@@ -32,7 +36,8 @@ from stages.write import write_group
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
 
-RESULTS = ("scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
+RESULTS = ("calibrate", "scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
+ORDER = tuple(dict.fromkeys(("calibrate", *STAGES, *RESULTS)))  # of all stages
 Key = tuple[str, Any]
 
 
@@ -93,7 +98,7 @@ class StageGraph:
         from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
         first = (-1.0, 0)  # an output is made whole, and its engine begun, as soon as it can be
-        places = {key: first if key[0] in ("finish", "build") else self.places[key[1]] for key in self.tasks}
+        places = {key: first if key[0] in ("calibrate", "finish", "build") else self.places[key[1]] for key in self.tasks}
         priority = Priorities({key: phase * 1e-3 - place * 1e3 for key, (place, phase) in places.items()})
         layers = {
             name: MaterializedLayer(
@@ -122,6 +127,7 @@ def stage_graph(
     groups: Iterable[BoundGroup],
     finishes: Sequence[Finish] = (),
     *,
+    calibrations: Sequence[LayerCall] = (),
     builds: Sequence[BuildStep] = (),
     halt: Callable[[], None] = no_builds,
     in_turn: bool = False,
@@ -138,6 +144,8 @@ def stage_graph(
     ----------
     finishes
         The outputs that are made whole, each when the tasks that write to it have ended.
+    calibrations
+        The layers that are calibrated, one after the other.
     builds
         The engines that are built, each when its checkpoint is whole.
     halt
@@ -178,18 +186,30 @@ def stage_graph(
         layers.setdefault(stage, {})[key] = Task(key, function, *own, **keywords)
         return key
 
+    calibrated: dict[int, Key] = {}  # by layer
+    for call in calibrations:
+        own = (TaskRef(calibrated[call.layer - 1]),) if call.layer - 1 in calibrated else ()
+        place = (call.layer, run_mark) if run_mark else call.layer
+        calibrated[call.layer] = add("calibrate", place, calibrate_layer, call, *own)
     for group in groups:
         number = named(group.number)
         before: list[Key] = []
+        measured = [calibrated[group.inputs.layer]] if group.inputs.layer in calibrated else []
         for stage, work in group.stages:
             chunks = [chunk for chunk, opener in group.openers.items() if opener == stage]
             inputs = [*before, *_distinct(writers, chunks)]
-            before = [add(stage, number, make_blocks, _with_known(work, chunks, known), *map(TaskRef, inputs))]
+            own = (make_blocks, _with_known(work, chunks, known), *map(TaskRef, inputs))
+            if stage == "quantize" and measured:
+                own, waits = (_after, *own), {"after": List(*map(TaskRef, measured))}
+                before, measured = [add(stage, number, *own, **waits)], []
+            else:
+                before = [add(stage, number, *own)]
         chunks = [chunk for chunk, opener in group.openers.items() if not opener]
         inputs = [*before, *_distinct(writers, chunks)]
         opened = _with_known(group.opened, chunks, known)
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
-        waits = {"after": List(*map(TaskRef, held_back[group.number]))} if group.number in held_back else {}
+        behind = [*held_back.get(group.number, ()), *measured]
+        waits = {"after": List(*map(TaskRef, behind))} if behind else {}
         more = {**waits, **({"outputs": marks} if marks else {}), **arguments}
         add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
     stored = list(layers.get("scratch", ()))
@@ -203,21 +223,24 @@ def stage_graph(
         )
         waits = {"after": List(*map(TaskRef, [*checkpoint, *(built[-1:] if in_turn else ())]))}
         built.append(add("build", step.call.name, _after, build, step.call, **waits))
-    ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
+    ordered = {stage: layers[stage] for stage in ORDER if stage in layers}
     return StageGraph(ordered, {named(group.number): (group.place, group.phase) for group in groups}, halt)
 
 
-def whole_graph(plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = ()) -> StageGraph:
+def whole_graph(
+    plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = (), calibrations: Sequence[LayerCall] = ()
+) -> StageGraph:
     """Make the graph of all groups of a plan, as if nothing had been done before.
 
-    `outputs`: the sinks of its last phase. `builds`: the engines that are made of them.
+    `outputs`: the sinks of its last phase. `builds`: the engines that are made of them. `calibrations`: the layers measured.
     """
     groups = [
         bind(plan, number, index, range(len(phase.sinks)))
         for number, phase in enumerate(plan.phases)
         for index in range(len(phase.groups))
     ]
-    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)], builds=builds)
+    finishes = [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)]
+    return stage_graph(groups, finishes, builds=builds, calibrations=calibrations)
 
 
 def _last(group: BoundGroup) -> str:

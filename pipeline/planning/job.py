@@ -55,6 +55,18 @@ class Job(Shape):
         None,
         description="Largest magnitudes of activations, by `headrace calibrate`: for SmoothQuant, FP8 and 8-bit caches.",
     )
+    calibration_tokens: AbsolutePath | None = Field(
+        None, description="In its place tokens to measure them on first: a safetensors file with input_ids [samples, tokens]."
+    )
+    calib_dataset: AbsolutePath | None = Field(
+        None, description="Or a file of texts for the checkpoint's own tokenizer: a line each, JSON lines, or Parquet."
+    )
+    calib_size: Size = Field(512, description="Samples that are made of texts at most.")
+    calib_max_seq_length: Size = Field(512, description="Tokens of a sample that is made of texts.")
+    calibration_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Type that the model is run in to measure activations; auto: the source's."
+    )
+    calibration_device: str = Field("cpu", description="Where it is run, by torch's name: cpu, cuda, cuda:1.")
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
@@ -139,7 +151,20 @@ class Job(Shape):
         """Return the fields that decide which tensors of the source are read, as plain values."""
         said: dict[str, Any] = {name: value for name, value in self.unsaid().items() if value is not None}
         said |= {"act_range": self.act_range.name} if self.act_range else {}
+        said |= self._measured() if self.calibrates else {}
         return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling, **said}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activations are measured in the run itself."""
+        return bool(self.calibration_tokens or self.calib_dataset)
+
+    def _measured(self) -> dict[str, Any]:
+        """Return the fields that decide what is measured, as plain values."""
+        made = {"calib_size": self.calib_size, "calib_max_seq_length": self.calib_max_seq_length} if self.calib_dataset else {}
+        files = {"calibration_tokens": self.calibration_tokens, "calib_dataset": self.calib_dataset}
+        named = {name: path.name for name, path in files.items() if path}
+        return {**named, **made, "calibration_dtype": self.calibration_dtype, "calibration_device": self.calibration_device}
 
     def unsaid(self) -> dict[str, int | float | None]:
         """Return what the job says of a model whose configuration may not say it; None where it does not."""
@@ -230,7 +255,7 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
-    problems += [*_cluster(job), *_report(job)]
+    problems += [*_cluster(job), *_report(job), *_calibration(job)]
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -259,6 +284,19 @@ def _precision(job: Job) -> list[Problem]:
     if PRECISION in job.model_fields_set and not any(each.use_weight_only for each in (job, *job.targets)):
         unused.append(job.targets[0])
     return list(dict.fromkeys(precision_alone(target.weight_only_precision) for target in unused))
+
+
+def _calibration(job: Job) -> list[Problem]:
+    """Check that activations are measured once, and that what is said of that is said of something."""
+    files = {f"--{name}": getattr(job, name) for name in ("act_range", "calibration_tokens", "calib_dataset")}
+    given = [name for name, path in files.items() if path]
+    if len(given) > 1:
+        return [Problem(given[1], f"{given[0]} too", "one file of what is measured")]
+    own = [] if job.calibrates else ["calibration_dtype", "calibration_device"]
+    own += [] if job.calib_dataset else ["calib_size", "calib_max_seq_length"]
+    unused = [name for name in own if name in job.model_fields_set and getattr(job, name) != Job.model_fields[name].default]
+    expected = "--calib_dataset beside it" if "calib_size" in own else "--calibration_tokens or --calib_dataset beside it"
+    return [Problem(f"--{name} {getattr(job, name)}", "nothing that it is about", expected, "Leave it out") for name in unused]
 
 
 def _cluster(job: Job) -> list[Problem]:

@@ -171,6 +171,12 @@ class JobOptions(ShapeOptions, total=False):
     meta_ckpt_dir: str | Path | None
     quant_ckpt_path: str | Path | None
     act_range: str | Path | None
+    calibration_tokens: str | Path | None
+    calib_dataset: str | Path | None
+    calib_size: int
+    calib_max_seq_length: int
+    calibration_dtype: Dtype
+    calibration_device: str
     revision: str | None
     output_dir: str | Path | None
     target: Sequence[TargetTable]

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
+from pipeline.planning.calibrating import bounded
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark
@@ -58,11 +59,12 @@ def plan_opened(opened: OpenedSource) -> Plan:
     _refuse(request, contradictions)
     chosen = fit(opened, chosen)
     unfit, runtime_notes = check_runtime(opened, chosen)
-    opened, unmeasured = measured(opened, chosen)
-    request += [*unfit, *unmeasured]
+    found = measured(opened, chosen)
+    opened = found.opened
+    request += [*unfit, *found.problems]
 
     size = block_bytes(opened.source.nbytes)
-    identity = plan_identity(opened)
+    identity = plan_identity(opened, found.calibrating)
     cuts = Cuts(job, opened.source, identity, size, read_scratch, opened.matches)
     chunk = _chunk_bytes(opened, size)
     made: Counter[str] = Counter()
@@ -86,15 +88,35 @@ def plan_opened(opened: OpenedSource) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
-    limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
+    needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
+    tasks = sum(len(phase.groups) for phase in phases)
+    calibrating, limits = bounded(
+        found.calibrating,
+        job.memory_limit,
+        lambda beside: budget(job.memory_limit, job.threads, needs, tasks, made.total(), beside),
+    )
     sinks = sum(len(phase.sinks) for phase in phases)
     _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.
     notes = (*notes, *arriving(opened.source.location, opened.source.files))
-    return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
+    return Plan(
+        job,
+        opened.source,
+        opened.family,
+        opened.model,
+        outputs,
+        phases,
+        cut,
+        why,
+        size,
+        limits,
+        reasons,
+        notes,
+        packed,
+        calibrating,
+    )
 
 
 def _refuse(also: Any, problems: Any) -> None:

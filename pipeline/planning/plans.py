@@ -15,6 +15,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
 from pipeline.planning.bind import Inputs, all_inputs
 from pipeline.planning.build_steps import BuildStep, build_steps
+from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.dask_graph import whole_graph
 from pipeline.planning.engine_options import EngineRequest, job_requests
 from pipeline.planning.graph import PlanGraph, collapse
@@ -48,7 +49,7 @@ class Target:
 class Plan:
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked.
+    `packed`: some of the source's modules are unpacked. `calibrating`: what is measured in the same run.
     """
 
     job: Job
@@ -64,6 +65,7 @@ class Plan:
     left_out: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()
     packed: bool = False
+    calibrating: Calibrating | None = None
 
     @property
     def tasks(self) -> int:
@@ -129,7 +131,8 @@ class Plan:
             (of, GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"))
             for n, (of, each) in enumerate(self._engines)
         ]
-        return collapse(self, origin, outputs, engines, len(self.builds))
+        layers = self.calibrating.layers if self.calibrating else 0
+        return collapse(self, origin, outputs, engines, len(self.builds), layers)
 
     @property
     def _engines(self) -> list[tuple[int, EngineRequest]]:
@@ -149,7 +152,8 @@ class Plan:
         It is there to be looked at: `plan.dask.visualize("layers.svg")`, or with every task `dask.base.visualize_dsk(plan.dask)`.
         Computing it does not convert: `convert` begins the outputs first.
         """
-        return whole_graph(self, [target.output for target in self.targets], self.builds).highlevel()
+        layers = self.calibrating.calls() if self.calibrating else ()
+        return whole_graph(self, [target.output for target in self.targets], self.builds, layers).highlevel()
 
     def obstacles(self) -> list[Problem]:
         """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
@@ -188,6 +192,7 @@ class Plan:
                 if isinstance(cut, ScratchGroup | RemoteGroup)
             ],
             "scratch_reasons": dict(self.scratch_reasons),
+            **({"calibration": self.calibrating.summary()} if self.calibrating else {}),
             "tasks": self.tasks,
             "workers": self.budget.workers,
             "block_bytes": self.block_bytes,

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.model.quantization import Quantization
 from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
+from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.compose import TargetTensors
 from pipeline.planning.opening import OpenedSource
 from pipeline.planning.plans import VERSION, Target
@@ -20,10 +21,11 @@ from pipeline.tensor.placement import RankTensor
 from stages.shard import Sharding
 
 
-def plan_identity(opened: OpenedSource) -> list[Any]:
+def plan_identity(opened: OpenedSource, calibrating: Calibrating | None = None) -> list[Any]:
     """Everything that the bytes of a plan depend on beside a target's own options, as plain values."""
     files = [file.fingerprint() for file in opened.source.files]
-    return [VERSION, opened.family.name, opened.job.source_identity(), files]
+    measured = [calibrating.plan.identity] if calibrating else []
+    return [VERSION, opened.family.name, opened.job.source_identity(), files, *measured]
 
 
 def config_values(

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.calibration.words import calibration_words
 from pipeline.errors import BadInput
 from pipeline.printed import escaped
 from pipeline.watching.consoles import PlainConsole
@@ -38,6 +39,8 @@ def plan_table(plan: Plan) -> RenderableType:
     facts.add_row("graph", Text(plan.graph().line()))
     block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
     facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
+    if "calibration" in summary:
+        facts.add_row("calibrates", calibration_words(summary["calibration"]))
     peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
     facts.add_row("memory", f"{peak} projected, {limit} allowed")
     facts.add_row("reads", _moved(summary["bytes_read"], "of the source", summary["scratch_bytes_read"], "of scratch"))

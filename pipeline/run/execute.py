@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.calibration.layer_task import LayerDone
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
@@ -24,7 +25,7 @@ from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
 from pipeline.tensor.system_errors import refusing, sentence
-from pipeline.watching.listener import Listener, Silent
+from pipeline.watching.listener import LayerListener, Listener, Silent
 from pipeline.watching.process import peak_memory_bytes
 from pipeline.watching.state import RunWatch
 from stages.write import Written
@@ -172,7 +173,8 @@ class _Run:
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
-        self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
+        groups = (group for left in self.left.phases for group in left.groups)
+        self.watch.bound(groups, steps, len(self.left.calibrations))
 
     def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -194,6 +196,7 @@ class _Run:
             graph = stage_graph(
                 groups,
                 finishes,
+                calibrations=self.left.calibrations,
                 builds=steps,
                 halt=self.builds.halt if self.builds else no_builds,
                 in_turn=not clustered,
@@ -216,6 +219,9 @@ class _Run:
                         self._whole(result, committers[-1])
                     elif isinstance(result, Written):
                         self._advanced(result, committers)
+                    elif isinstance(result, LayerDone):
+                        self._calibrated(result)
+                        continue
                     else:
                         self._built(result)
                         continue
@@ -260,6 +266,12 @@ class _Run:
         self.watch.whole(number)
         if self.builds:
             self.builds.whole(number)
+
+    def _calibrated(self, result: LayerDone) -> None:
+        """Take in the result of a layer that is calibrated: what it left is on the disk."""
+        self.watch.calibrated(result)
+        if isinstance(self.listener, LayerListener):
+            self.listener.calibrated(result.layer + 1, result.layers, self.watch.calibration_seconds_left or 0.0)
 
     def _built(self, result: Any) -> None:
         """Take in the result of a build."""
@@ -326,7 +338,8 @@ def _tidy(plan: Plan) -> Plan:
 
 def _directories(plan: Plan) -> list[Path]:
     """Every local directory that tasks of a plan are to write."""
-    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    places = [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    return [*places, *([plan.calibrating.plan.activations.directory] if plan.calibrating else ())]
 
 
 def _places(plan: Plan) -> str:

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.calibration.layer_task import LayerCall
 from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
 from pipeline.planning.phases import Phase, Sink
 from pipeline.planning.plans import Plan
+from pipeline.sinks.activations import ActivationScratch
 from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
@@ -79,12 +81,15 @@ class LeftToDo:
     """The rest of a plan that a run does, its locks and journals, and the chunks of scratch that go when they were read.
 
     `phases`: of each phase, what is left. `known`: the parts of the chunks of scratch that are there, by the chunk's name.
+    `calibrations`: the layers that are to be calibrated.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.phases = [PhaseLeft(number, phase) for number, phase in enumerate(plan.phases)]
         self.known: dict[str, list[Part]] = {}
+        self.calibrations: tuple[LayerCall, ...] = ()
+        self._activations: ActivationScratch | None = None
         self._readers: dict[str, set[int]] = {}  # of chunks that are given up when nothing reads them any more
         self._owners: dict[str, ScratchGroup | RemoteGroup] = {}
 
@@ -95,6 +100,7 @@ class LeftToDo:
                 self._begin_scratch(phase, stack)
             else:
                 self._begin_outputs(phase, stack)
+        self._begin_calibration(stack)
 
     def _begin_outputs(self, left: PhaseLeft, stack: ExitStack) -> None:
         overwrite = self.plan.job.overwrite
@@ -106,6 +112,16 @@ class LeftToDo:
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
         todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
         left.groups = tuple(bind(self.plan, left.number, index, left.sinks) for index in todo)
+
+    def _begin_calibration(self, stack: ExitStack) -> None:
+        """Begin a calibration, or take it up: the layers up to the last one of which a group that is left reads ranges."""
+        calibrating = self.plan.calibrating
+        last = max((group.inputs.layer for left in self.phases for group in left.groups), default=-1)
+        if calibrating is None or last < 0:
+            return
+        self._activations = calibrating.plan.begin()
+        stack.callback(self._activations.close)
+        self.calibrations = calibrating.calls(calibrating.plan.activations.layers_done, last + 1)
 
     def _begin_scratch(self, left: PhaseLeft, stack: ExitStack) -> None:
         """Begin a cut of which chunks are needed: those that the groups left to do read, or all, where it is kept and not whole.
@@ -162,6 +178,8 @@ class LeftToDo:
             for number, journal in left.journals.items():
                 if not left.phase.sinks[number].complete:
                     left.phase.sinks[number].abandon(journal, left.created[number])
+        if self._activations:
+            self._activations.remove()
 
     def free(self, number: int) -> None:
         """Give up the chunks that only the group of this number was still to read."""
@@ -186,7 +204,9 @@ class LeftToDo:
         return str(cuts[-1].pool) if cuts and not any(cut.of_ranks for cut in cuts) else ""
 
     def close(self) -> None:
-        """After a run that ended well: whole outputs need no journal, and a cut that is kept is whole."""
+        """After a run that ended well: whole outputs need no journal, a cut that is kept is whole, and ranges are read."""
+        if self._activations and not self.plan.job.keep_scratch:
+            self._activations.remove()
         for left in self.phases:
             for number, journal in left.journals.items():
                 sink = left.phase.sinks[number]

@@ -75,6 +75,8 @@ def header(now: Snapshot) -> str:
         (layer(now.layer) if now.layer else "-", "last layer" if now.ended else "current layer"),
         (f"{human_bytes(now.peak_memory_bytes)} of {human_bytes(now.memory_limit_bytes)}", "peak memory"),
     ]
+    if now.layers:
+        facts.insert(6, (f"{now.calibrated_layers} of {now.layers}", "layers calibrated"))
     if not now.ended:
         facts.insert(2, ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"))
     if now.resumed_bytes:
@@ -157,7 +159,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tu
 
 def stage_order(stage: str) -> tuple[int, str]:
     """Return a sort key for stages in processing order; unknown stages come just before `checksum` and `write`."""
-    known = ("read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize", "shard")
+    known = ("calibrate", "read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize", "shard")
     last = ("checksum", "write_scratch", "write")
     place = known.index(stage) if stage in known else 100 + last.index(stage) if stage in last else 50
     return place, stage

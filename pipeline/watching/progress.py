@@ -98,6 +98,12 @@ class ProgressLines:
         values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": round(rate), "eta_seconds": round(eta, 1)}
         self._say("progress", text, **values, layer=place, **(_snapshot_fields(self.watch) if self.watch else {}))
 
+    def calibrated(self, done: int, layers: int, seconds_left: float) -> None:
+        """Say that a layer is calibrated, and how long the rest may take."""
+        values = {"bytes": self.done, "total_bytes": self.total, "bytes_per_second": 0, "eta_seconds": round(seconds_left, 1)}
+        text = f"layer {done} of {layers} calibrated, {seconds_left:.0f} s left"
+        self._say("progress", text, **values, layer=f"calibrated {done}", **(_snapshot_fields(self.watch) if self.watch else {}))
+
     def finished(self) -> None:
         pass
 
@@ -112,6 +118,7 @@ def _snapshot_fields(watch: RunWatch) -> dict[str, Any]:
         "scratch_bytes_written": now.scratch_bytes_written,
         "tasks": now.tasks,
         "done_tasks": now.done_tasks,
+        **({"calibrated_layers": now.calibrated_layers, "layers": now.layers} if now.layers else {}),
         "memory_bytes": now.memory_bytes,
         "memory_limit_bytes": now.memory_limit_bytes,
         "stages": {stage: {unit: round(value, 6) for unit, value in totals.items()} for stage, totals in now.stages.items()},
@@ -145,6 +152,10 @@ class ProgressBar:
 
     def advanced(self, written: Written) -> None:
         self.progress.update(self.task, advance=written.bytes_written, description=printed(layer(written.name)))
+
+    def calibrated(self, done: int, layers: int, seconds_left: float) -> None:
+        """Show that a layer is calibrated, and how long the rest may take."""
+        self.progress.update(self.task, description=f"layer {done} of {layers} calibrated, {seconds_left:.0f} s left")
 
     def finished(self) -> None:
         self.progress.stop()

@@ -20,6 +20,7 @@ from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:
+    from pipeline.calibration.layer_task import LayerDone
     from pipeline.planning.bind import BoundGroup, Inputs
     from pipeline.planning.build_steps import BuildStep
     from pipeline.planning.plans import Plan
@@ -62,7 +63,8 @@ class Snapshot:
     `resumed_bytes`: what an earlier run had written. `eta_seconds` and `bytes_per_second` are None until they can be estimated.
     `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
     `layer`: the tensor that was written last. `nodes`, `edges`: the graph of stages of what this run does, of `graph_tasks` tasks.
-    `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds.
+    `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds. `calibrated_layers` of
+    `layers` of the model are calibrated; both are 0 where nothing is measured.
     `dashboard`: as listeners get it.
     """
 
@@ -101,6 +103,8 @@ class Snapshot:
     graph_tasks: int = 0
     whole: tuple[str, ...] = ()
     engines: tuple[LiveEngine, ...] = ()
+    calibrated_layers: int = 0
+    layers: int = 0
 
     @property
     def ended(self) -> bool:
@@ -139,6 +143,8 @@ class RunWatch:
         self._progress = StageProgress()
         self._whole: list[int] = []
         self._dashboard = self._layer = ""
+        self._layers = self._layers_left = 0
+        self._layer_seconds: list[float] = []
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         with self._lock:
@@ -167,13 +173,35 @@ class RunWatch:
             self._inputs = inputs or {}
             self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
-    def bound(self, groups: Iterable[BoundGroup], builds: Sequence[BuildStep] = ()) -> None:
+    def bound(self, groups: Iterable[BoundGroup], builds: Sequence[BuildStep] = (), layers: int = 0) -> None:
         """Note the groups that this run does, after which outputs it writes: they say which stages there are, and their tasks.
 
-        `builds`: the engines that it builds.
+        `builds`: the engines that it builds. `layers`: those that it calibrates.
         """
         with self._lock:
-            self._progress = StageProgress(groups, len(self._sinks), builds)
+            self._progress = StageProgress(groups, len(self._sinks), builds, layers)
+            self._layers_left = layers
+            self._layers = self._plan.calibrating.layers if layers and self._plan and self._plan.calibrating else layers
+
+    def calibrated(self, done: LayerDone) -> None:
+        """Note that a layer is calibrated."""
+        with self._lock:
+            self._last = self._clock()
+            self._progress.calibrated(done.metrics)
+            self._layers_left -= 1
+            self._layer_seconds.append(done.seconds)
+            for (stage, unit), value in done.metrics.items():
+                totals = self.stages.setdefault(stage, {})
+                totals[unit] = totals.get(unit, 0.0) + value
+            self._sample()
+
+    @property
+    def calibration_seconds_left(self) -> float | None:
+        """How long the layers that are left to calibrate may take, by those that were; None where none was."""
+        if not self._layers_left:
+            return 0.0
+        done = [seconds for seconds in self._layer_seconds if seconds]
+        return self._layers_left * sum(done) / len(done) if done else None
 
     def built(self, name: str, seconds: float, failed: bool) -> None:
         """Note that a build has ended, by its step's name."""
@@ -243,6 +271,9 @@ class RunWatch:
             now = self._clock() if self._ended is None else self._ended
             rate = self._rate(now - self._begun)
             left = self._total - self._done
+            eta = None if self._ended is not None else left / rate if rate else None
+            if self._layers_left and self._ended is None:  # bytes come as layers do
+                eta = self.calibration_seconds_left
             outputs = tuple(str(target.output.directory) for target in plan.targets)
             return Snapshot(
                 name=", ".join(Path(path).name for path in outputs),
@@ -268,7 +299,7 @@ class RunWatch:
                 seconds=now - self._begun,
                 idle_seconds=now - self._last,
                 bytes_per_second=rate,
-                eta_seconds=0.0 if left <= 0 else left / rate if rate and self._ended is None else None,
+                eta_seconds=0.0 if left <= 0 else eta,
                 memory_bytes=self._samples[-1].memory_bytes,
                 peak_memory_bytes=peak_memory_bytes(),
                 memory_limit_bytes=int(plan.budget.limit_bytes),
@@ -280,6 +311,8 @@ class RunWatch:
                 graph_tasks=self._progress.graph_tasks,
                 whole=tuple(shown_names(plan, self._sinks)[sink] for sink in self._whole),
                 engines=self._progress.engines(),
+                calibrated_layers=self._layers - self._layers_left,
+                layers=self._layers,
             )
 
     def _sample(self, force: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The inputs of a layer's linears, as far as AWQ's search needs them: the mean magnitude of each in-feature, and tokens to try on.
 
-Linears that take the very same activations, as queries, keys and values do, have one scale: which they are is seen as the layer
+Linears that take the same activations, as queries, keys and values do, have one scale: which they are is seen as the layer
 runs. Of its input a linear keeps tokens, evenly taken from all samples; or, where these are more than the input has features, the
 sums of products of each two features, from which the error of an output follows as well.
 """
@@ -8,7 +8,6 @@ sums of products of each two features, from which the error of an output follows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,36 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
-from stages.calibrate.awq_search import BLOCK_ELEMENTS, search
+from stages.calibrate.awq_search import search
+from stages.calibrate.awq_settings import AwqSettings
 
 SCALE, ERRORS = "awq", "awq_error"  # of a module, in the file
-WORKING_BYTES = 6 * 4 * BLOCK_ELEMENTS  # of the search
-
-
-@dataclass(frozen=True)
-class AwqSettings:
-    """What is searched for: `group_size` in-features have a scale in the target. `tokens`: how many the error is measured on."""
-
-    group_size: int
-    tokens: int
-
-    def taken(self, tokens: int) -> int:
-        """Of how many tokens one is taken, of as many in all."""
-        return max(-(-tokens // self.tokens), 1)
-
-    def held_bytes(self, features: int, tokens: int) -> int:
-        """What is kept of the input of a linear with so many in-features: float32."""
-        return 4 * features * min(features, -(-tokens // self.taken(tokens)))
 
 
 class TakenInput:
     """One input [tokens, features], over all samples. `every`: of how many tokens one is kept; `count`: of all tokens."""
 
-    def __init__(self, features: int, every: int, count: int) -> None:
+    def __init__(self, features: int, every: int, count: int, device: torch.device) -> None:
         self.names: list[str] = []
         self._every, self._seen, self.kept = every, 0, 0
-        self._sums = torch.zeros(features, dtype=torch.float64)
-        self._products = torch.zeros(features, features) if -(-count // every) > features else None
+        self._sums = torch.zeros(features, dtype=torch.float64, device=device)
+        many = -(-count // every) > features
+        self._products = torch.zeros(features, features, device=device) if many else None
         self._rows: list[Tensor] = []
 
     def see(self, values: Tensor) -> None:
@@ -92,7 +76,7 @@ class LayerInputs:
         if name not in self._leads:
             shared = next((taken for other, taken in self._running if _same(other, values)), None)
             if shared is None:
-                taken = TakenInput(values.shape[-1], self._settings.taken(self._count), self._count)
+                taken = TakenInput(values.shape[-1], self._settings.taken(self._count), self._count, values.device)
                 self._inputs.append(taken)
                 self._running.append((values, taken))
             self._leads[name] = None if shared else taken
@@ -111,19 +95,19 @@ class LayerInputs:
         for taken in self._inputs:
             magnitudes, size = taken.magnitudes(), self._settings.group_size
             if not bool(magnitudes.isfinite().all()):
-                remedy = "Give --dtype bfloat16 or float32, whose range is larger, or mend the checkpoint"
-                raise BadInput(
-                    [Problem(taken.names[0], "activations that are not finite", "numbers that the type can hold", remedy)]
-                )
+                found, remedy = "activations that are not finite", "Give another dtype, whose range is larger"
+                raise BadInput([Problem(taken.names[0], found, "numbers that the type can hold", remedy)])
             weights = [self._modules[name].weight for name in taken.names]
             if len(magnitudes) % size:
                 raise BadInput([Problem(taken.names[0], f"{len(magnitudes)} in-features", f"a multiple of {size}")])
-            found = search(magnitudes, taken.error_of(), taken.kept, weights, size, self._dtype)
-            for name, *errors in zip(taken.names, found.nearest, found.searched, strict=True):
-                yield f"{name}|{SCALE}", found.scale.numpy()
+            result = search(magnitudes, taken.error_of(), taken.kept, weights, size, self._dtype)
+            for name, *errors in zip(taken.names, result.nearest, result.searched, strict=True):
+                yield f"{name}|{SCALE}", result.scale.cpu().numpy()
                 yield f"{name}|{ERRORS}", np.array(errors, dtype=np.float32)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, both in memory, are the same memory."""
-    return one is other or (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+    """Whether two tensors, both in memory, are the same memory, or hold the same."""
+    if one.shape != other.shape:
+        return False
+    return (one.data_ptr() == other.data_ptr() and one.stride() == other.stride()) or torch.equal(one, other)

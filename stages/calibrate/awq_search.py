@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RATIOS = 20
+from stages.calibrate.awq_settings import BLOCK_ELEMENTS, RATIOS
+
 LEAST = 1e-4  # of a scale before it is brought to the middle, as the authors' code has it
 WIDEST = 2.0**12  # of a scale: it and its inverse are float16's normal numbers
-BLOCK_ELEMENTS = 1 << 22  # of a weight that are rounded at once
 
 OutputError = Callable[[Tensor], float]  # the sum of squares of the outputs of float32 [rows, in], over tokens and rows
 

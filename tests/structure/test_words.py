@@ -37,7 +37,12 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
     },
-    "pipeline/cli/calibrate.py": {"pipeline.calibration.plan", "pipeline.calibration.run", "pipeline.planning.job_file"},
+    "pipeline/cli/calibrate.py": {
+        "pipeline.calibration.plan",
+        "pipeline.calibration.tokens",
+        "pipeline.planning.job_file",
+        "pipeline.run.calibrations",
+    },
     "pipeline/cli/facts.py": {"pipeline.planning.family_table", "pipeline.planning.inspection", "pipeline.reporting"},
     "pipeline/cli/batch.py": {
         "pipeline.jobs.batch",
@@ -81,7 +86,12 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Only logits need torch.
     "pipeline/reporting/verification.py": {"stages.verify.forward.logits"},
     # Only a calibration needs torch and transformers.
-    "pipeline/calibration/plan.py": {"stages.calibrate.layers"},
+    "pipeline/calibration/layer_task.py": {"stages.calibrate.layers", "stages.verify.roundtrip.original"},
+    "pipeline/planning/calibrating.py": {
+        "pipeline.calibration.layer_task",
+        "pipeline.calibration.plan",
+        "pipeline.calibration.tokens",
+    },
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},

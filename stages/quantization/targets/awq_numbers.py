@@ -1,8 +1,8 @@
 """W4A16_AWQ of numbers: 4-bit codes by groups of in-features, which scales of a calibration have multiplied beforehand.
 
-Activations are multiplied by the inverse of the scales (`prequant_scaling_factor`, in the model's type), and weights divided by it, as
-it is stored: so that nothing has to be folded into other modules. The step of a group is rounded to the model's type, in which
-kernels have it, before codes are made with it. In ModelOpt's portable form, which the builder arranges.
+Activations are multiplied by the inverse of the scales (`prequant_scaling_factor`, in the model's type), and weights divided by
+it, as it is stored: so that nothing has to be folded into other modules. The step of a group is rounded to the model's type, in
+which kernels have it, before codes are made with it. In ModelOpt's portable form, which the builder arranges.
 Facts: docs/format/quantized-layouts.md, sections 1 and 7.
 """
 
@@ -65,7 +65,7 @@ def pack(
 
 
 def codes_of(region: Region, weight: Block, scale: Block, size: int, to: np.dtype, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """int8 [n, K] of the region: codes of out-features 2 i (low nibble) and 2 i + 1; and the steps of both, float32 [2 n, K / size].
+    """int8 [n, K] of the region: codes of out-features 2 i (low nibble) and 2 i + 1; and their steps, float32 [2 n, K / size].
 
     Raises BadInput naming the weight where a value is not finite, or too large for a step that is.
     """

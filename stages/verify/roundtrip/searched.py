@@ -19,7 +19,7 @@ def allowed_error(expected: np.ndarray, factors: np.ndarray, groups: int) -> np.
     `expected`: float32 [n, in_features], the source's. `groups`: of a row. The step is that of the group's largest value, by the
     source and not by the rank's own scales.
     """
-    scaled = np.abs(expected)
+    scaled: np.ndarray = np.abs(expected)
     scaled /= factors
     largest = scaled.reshape(len(scaled), groups, -1).max(axis=2)
     scaled[...] = factors
