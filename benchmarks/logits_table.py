@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 import headrace
 from pipeline.calibration.plan import Calibration
 from pipeline.calibration.tokens import Texts
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.reporting.generation import generate_text
 from pipeline.run.calibrations import calibrate, plan_ranges
-from stages.calibrate.awq_settings import AwqSettings
 from stages.read import find_source
 from stages.read.ranks import open_checkpoint
 from stages.read.tokenizer import open_tokenizer
@@ -51,18 +51,22 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Way:
-    """A way to convert. `ranges`: the file that it takes. `steps`: whether a token is computed a step, as of a cache that rounds."""
+    """A way to convert.
+
+    `ranges`: the file that it takes. `steps`: whether a token is computed a step, as of a cache that rounds. `packed`: of the GGUF.
+    """
 
     title: str
     options: Mapping[str, Any] = field(default_factory=dict)
     ranges: str = ""
     steps: bool = False
+    packed: bool = False
 
 
 AWQ = {"quantization": "int4_awq", "group_size": GROUP}
 NEAREST, SEARCHED, BY_ROW = f"int4 in groups of {GROUP}, to the nearest", f"INT4-AWQ, groups of {GROUP}", "int4, a scale a row"
 WAYS = (
-    Way("float16"),
+    Way("float16 (from 4-bit GGUF)", packed=True),
     Way("INT8 cache of keys and values", {"int8_kv_cache": True}, "ranges", steps=True),
     Way("int8", {"quantization": "int8"}),
     Way("SmoothQuant, by row and by token", {"quantization": "w8a8_sq"}, "ranges"),
@@ -163,8 +167,12 @@ def measured(gguf: Path, work: Path, ways: Sequence[Way] = WAYS) -> tuple[dict[s
     """The errors of AWQ's search, and what each way came to."""
     model = hugging_face(gguf, work / "model")
     files = calibrated(model, work)
-    original = Original(find_source(model, None, None, None, True))
-    return errors(files["ranges"]), [said(way, model, files, work, Reference(original.config, original)) for way in ways]
+    found = []
+    for way in ways:
+        source = gguf if way.packed else model
+        original = Original(find_source(source, None, None, None, True))
+        found.append(said(way, source, files, work, Reference(original.config, original)))
+    return errors(files["ranges"]), found
 
 
 def rows(found: Sequence[Said]) -> Iterator[str]:

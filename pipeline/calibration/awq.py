@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
-from stages.calibrate.awq_settings import RATIOS, WORKING_BYTES, AwqSettings
+from pipeline.model.awq_settings import RATIOS, WORKING_BYTES, AwqSettings
 
 if TYPE_CHECKING:
     from stages.calibrate.layers import LayeredModel
@@ -15,7 +15,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def awq_problems(model: LayeredModel, config: Mapping[str, Any], settings: AwqSettings) -> Iterator[Problem]:
-    """What keeps a model from having scales of AWQ."""
+    """The reasons why a model cannot have scales of AWQ."""
     subject, size = f"--awq_group_size {settings.group_size}", settings.group_size
     experts = next((config[key] for key in EXPERTS if config.get(key)), 0)
     if experts:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.sinks.activations import Activations
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.tensors import Source
-from stages.calibrate.awq_settings import AwqSettings
 from stages.read import find_source
 from stages.read.act_ranges import no_magnitudes
 from stages.read.safetensors import open_file

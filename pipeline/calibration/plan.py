@@ -15,10 +15,10 @@ from pipeline.calibration.awq import awq_bytes, awq_flops, awq_problems
 from pipeline.calibration.layer_task import LayerCall, Reopened
 from pipeline.calibration.tokens import Samples, Texts, open_samples, samples_of_texts, write_tokens
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
 from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
-from stages.calibrate.awq_settings import AwqSettings
 from stages.calibrate.layers import LayeredModel
 from stages.calibrate.speed import flops_per_second
 from stages.verify.roundtrip.original import Original

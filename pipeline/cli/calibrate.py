@@ -15,6 +15,7 @@ from pydantic.types import ByteSize
 from pipeline.calibration.words import calibration_words
 from pipeline.cli.options import Json
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import TOKENS, AwqSettings
 from pipeline.watching.units import human_bytes
 
 app = typer.Typer()
@@ -41,7 +42,7 @@ def calibrate_command(
     ] = None,
     awq_tokens: Annotated[
         int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
-    ] = 2048,
+    ] = TOKENS,
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
@@ -63,7 +64,6 @@ def calibrate_command(
     from pipeline.calibration.tokens import Texts
     from pipeline.planning.job_file import model_name
     from pipeline.run.calibrations import calibrate, plan_ranges
-    from stages.calibrate.awq_settings import AwqSettings
 
     name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.quantization import AWQ, Quantization
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import LazyTensor
-from stages.calibrate.awq_settings import AwqSettings
 from stages.read.act_ranges import GROUP_KEY
 from stages.read.safetensors import file_metadata
 from stages.rename import Renamed
@@ -63,15 +63,17 @@ def apart(
 ) -> tuple[Problem, ...]:
     """Parts of one module whose scales in a file are not the same: its activations have one."""
     first: dict[str, tuple[str, np.ndarray]] = {}
-    problems = []
+    problems: dict[str, Problem] = {}
     for (module, kind), names in wanted.items():
         for name in names if kind == KIND else ():
             slot = opened.shardings[0].layout.find(name.module)
             if slot and slot.part:
                 values = np.asarray(ranges[module, kind].block(whole(ranges[module, kind].shape)))
-                other, scale = first.setdefault(name.module.rpartition(".")[0], (module, values))
+                whole_module = name.module.rpartition(".")[0]
+                other, scale = first.setdefault(whole_module, (module, values))
                 if not np.array_equal(scale, values):
                     found, expected = f"other values than {other}|{kind}", "the same, as both take the same activations"
                     remedy = "Give a file as `headrace calibrate` writes it"
-                    problems.append(Problem(f"--act_range {path.name}: {module}|{kind}", found, expected, remedy))
-    return tuple(problems)
+                    problem = Problem(f"--act_range {path.name}: {module}|{kind}", found, expected, remedy)
+                    problems.setdefault(whole_module, problem)
+    return tuple(problems.values())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.planning.opening import OpenedSource
 from pipeline.sinks.scratch import DEFAULT_ROOT
-from stages.calibrate.awq_settings import AwqSettings
 
 if TYPE_CHECKING:
     from pipeline.calibration.layer_task import LayerCall, Reopened

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from stages.calibrate.awq_search import search
-from stages.calibrate.awq_settings import AwqSettings
 
 SCALE, ERRORS = "awq", "awq_error"  # of a module, in the file
 

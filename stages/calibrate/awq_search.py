@@ -1,6 +1,6 @@
 """AWQ's search: how far the weights of in-features whose activations are large are scaled up before they are rounded to 4 bits.
 
-The published search (Lin et al., "AWQ: Activation-aware Weight Quantization", section 3.2): an in-feature's scale is the mean
+The search as it was published (AWQ, by Lin and others, arXiv 2306.00978): an in-feature's scale is the mean
 magnitude of its activations to the power of a ratio, and of 20 ratios from 0 (round-to-nearest) to 0.95 the one is taken whose
 outputs are nearest to those of the weights themselves, on the calibration's activations. Weights are rounded as the conversion
 does (stages/quantization/targets/awq_numbers.py).
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.calibrate.awq_settings import BLOCK_ELEMENTS, RATIOS
+from pipeline.model.awq_settings import BLOCK_ELEMENTS, RATIOS
 
 LEAST = 1e-4  # of a scale before it is brought to the middle, as the authors' code has it
 WIDEST = 2.0**12  # of a scale: it and its inverse are float16's normal numbers
@@ -74,8 +74,8 @@ def search(
 
 
 def _differences(weight: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """What rounding changes in a weight, float32, some rows at a time."""
+    """The change that rounding makes to a weight, float32, some rows at a time."""
     rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
     for start in range(0, len(weight), rows):
-        some = weight[start : start + rows].float()
+        some = weight[start : start + rows].detach().float()
         yield rounded(some, scale, group_size, dtype) - some

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from stages.calibrate.awq_inputs import LayerInputs
-from stages.calibrate.awq_settings import AwqSettings
 from stages.calibrate.devices import device_of, moved, to_numpy
 from stages.calibrate.experts import ExpertPart, ExpertStack, Watching, expert_parts
 from stages.calibrate.magnitudes import Magnitudes
