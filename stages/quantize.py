@@ -173,7 +173,9 @@ def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]]
     for parts in fused:
         for slot, parameters in parts.values():
             if slot.expert is not None and slot.layer is not None:
-                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(parameters["input_scale"])
+                measured = target.quantization.from_numbers
+                scale = fp8_numbers.activation_scale([parameters]) if measured else parameters["input_scale"]
+                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(scale)
     entries = {}
     for (owner, layer), by_expert in stacks.items():
         array, size = fp8.pack_stack([by_expert[expert] for expert in sorted(by_expert)], target.sharding.parallelism.moe_ep_size)

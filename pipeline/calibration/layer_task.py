@@ -7,7 +7,7 @@ layer where that runs in the same process.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,21 @@ INPUT_IDS = "input_ids"
 
 @dataclass(frozen=True)
 class Reopened:
-    """A source as workers open it again: by its place, or, of a model in memory, the source itself."""
+    """A source as workers open it again: by its place, or, of a model in memory, the source itself.
+
+    `told`: what the job says of the model, which its configuration does not, by its keys.
+    """
 
     place: Path | str | None = None
     meta: Path | None = None
     beside: Path | None = None
     live: Source | None = None
+    told: tuple[tuple[str, Any], ...] = ()
 
     def again(self) -> Source:
         """The source. Raises BadInput where it is gone."""
-        return self.live or find_source(self.place, self.meta, self.beside, None, False)
+        source = self.live or find_source(self.place, self.meta, self.beside, None, False)
+        return replace(source, config={**source.config, **dict(self.told)}) if self.told else source
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ class CalibrationPlan:
             "peak_bytes": self.peak_bytes(one_by_one),
             "scratch": str(self.activations.directory),
             "scratch_bytes": self.activations.nbytes,
-            "layer_seconds": round(each, 3),
-            "seconds": round(each * self.layers, 1),
+            "layer_seconds": each,
+            "seconds": each * self.layers,
         }
 
 
@@ -200,8 +200,8 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
         raise BadInput(problems)
     samples = _samples(source, model, asked)
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    searched = [vars(asked.awq)] if asked.awq else []
-    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *searched], sort_keys=True)
+    more = [*reopened.told, *([vars(asked.awq)] if asked.awq else [])]
+    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *more], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
     sizes, block = model.sizes(), BLOCK_BYTES + samples.length * model.token_bytes(samples.length)
     block += awq_bytes(model, asked.awq, samples.count * samples.length, samples.length) if asked.awq else 0

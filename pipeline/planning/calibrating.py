@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.awq_settings import AwqSettings
+from pipeline.model.unsaid import TOLD
 from pipeline.planning.opening import OpenedSource
 from pipeline.sinks.scratch import DEFAULT_ROOT
 
@@ -99,4 +100,6 @@ def _reopened(opened: OpenedSource) -> Reopened:
     job, source = opened.job, opened.source
     if source.in_memory:
         return Reopened(live=source)
-    return Reopened(None if job.meta_ckpt_dir else source.url or source.location, job.meta_ckpt_dir, job.quant_ckpt_path)
+    told = tuple((key, value) for key in TOLD.get(source.container, ()) if (value := job.unsaid()[key]) is not None)
+    place = None if job.meta_ckpt_dir else source.url or source.location
+    return Reopened(place, job.meta_ckpt_dir, job.quant_ckpt_path, told=told)

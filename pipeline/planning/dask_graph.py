@@ -24,6 +24,7 @@ from pipeline.errors import SourceChanged
 from pipeline.planning.bind import STAGES, BoundGroup, bind
 from pipeline.planning.build_steps import GPU, BuildStep
 from pipeline.planning.phases import Phased
+from pipeline.planning.scratch_window import Key, last_stage, window_edges
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 RESULTS = ("calibrate", "scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
 ORDER = tuple(dict.fromkeys(("calibrate", *STAGES, *RESULTS)))  # of all stages
-Key = tuple[str, Any]
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ def stage_graph(
     writers: dict[str, list[Key]] = {}
     for group in groups:
         for chunk in group.writes:
-            writers.setdefault(chunk, []).append((_last(group), named(group.number)))
-    held_back = _window(groups, window, named)
+            writers.setdefault(chunk, []).append((last_stage(group), named(group.number)))
+    held_back = window_edges(groups, window, named)
     # A cluster that loses a worker does again what it had done, though the output of it be whole.
     marks = tuple(str(finish.output.mark) for finish in sorted(finishes, key=lambda finish: finish.sink))
     layers: dict[str, dict[Key, Any]] = {}
@@ -211,10 +211,10 @@ def stage_graph(
         behind = [*held_back.get(group.number, ()), *measured]
         waits = {"after": List(*map(TaskRef, behind))} if behind else {}
         more = {**waits, **({"outputs": marks} if marks else {}), **arguments}
-        add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
+        add(last_stage(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
     stored = list(layers.get("scratch", ()))
     for finish in finishes:
-        written = [(_last(group), named(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
+        written = [(last_stage(group), named(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
         add(*made_whole(finish.number), finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
     built: list[Key] = []
     for step in sorted(builds, key=lambda step: step.output is not None):
@@ -243,10 +243,6 @@ def whole_graph(
     return stage_graph(groups, finishes, builds=builds, calibrations=calibrations)
 
 
-def _last(group: BoundGroup) -> str:
-    return "write" if group.is_last else "scratch"
-
-
 def _delivers(group: BoundGroup, sink: int) -> bool:
     """Whether a group writes anything to a sink, by the sink's position among those written."""
     return any(item.deliveries[sink] for item in group.work)
@@ -264,31 +260,6 @@ def _with_known(work: StageOfGroup, chunks: Iterable[str], known: Mapping[str, S
 
 def _after(run: Callable[..., Any], *own: Any, after: Any, **arguments: Any) -> Any:  # noqa: ARG001 (an edge of the graph)
     return run(*own, **arguments)
-
-
-def _window(groups: Sequence[BoundGroup], window: int | None, name: Callable[[int], Any]) -> dict[int, list[Key]]:
-    """For each group that writes scratch, the readers of chunks some groups before it: it waits for them."""
-    if window is None:
-        return {}
-    result: dict[int, list[Key]] = {}
-    position = {group.number: n for n, group in enumerate(groups)}
-    maker = {chunk: group.number for group in groups for chunk in group.writes}
-    readers: dict[int, list[BoundGroup]] = {}
-    for group in groups:
-        for number in {maker[chunk] for chunk in group.reads if chunk in maker}:
-            readers.setdefault(number, []).append(group)
-    for phase in {group.phase for group in groups if not group.is_last}:
-        writing = [group for group in groups if group.phase == phase]
-        for earlier, group in zip(writing, writing[window:], strict=False):
-            waits = [
-                (_last(reader), name(reader.number))
-                for reader in readers.get(earlier.number, ())
-                # A reader that needs what this group or a later one writes cannot be waited for.
-                if all(position[maker[chunk]] < position[group.number] for chunk in reader.reads if chunk in maker)
-            ]
-            if waits:
-                result[group.number] = waits
-    return result
 
 
 def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] = ()) -> int:

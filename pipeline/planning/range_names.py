@@ -19,6 +19,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "attention.dense": ("self_attn.o_proj",),
     "mlp.fc": ("mlp.gate_proj", "mlp.gate_up_proj"),
     "mlp.gate": ("mlp.up_proj", "mlp.gate_up_proj"),
+    "mlp.fc.gate": ("mlp.gate_proj", "mlp.gate_up_proj"),
+    "mlp.fc.up": ("mlp.up_proj", "mlp.gate_up_proj"),
     "mlp.proj": ("mlp.down_proj",),
 }
 

@@ -50,6 +50,13 @@ class Activations:
             layer += 1
         return layer
 
+    def samples_done(self, layer: int) -> int:
+        """How many samples have gone through a layer that is not done yet."""
+        try:
+            return sum(1 for _ in (self._array(layer) / "c").iterdir())
+        except OSError:  # it is not begun, or just removed
+            return 0
+
     def begin(self, layer: int) -> None:
         """Make the array of what comes out of a layer."""
         shutil.rmtree(self._array(layer), ignore_errors=True)

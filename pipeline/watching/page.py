@@ -76,7 +76,8 @@ def header(now: Snapshot) -> str:
         (f"{human_bytes(now.peak_memory_bytes)} of {human_bytes(now.memory_limit_bytes)}", "peak memory"),
     ]
     if now.layers:
-        facts.insert(6, (f"{now.calibrated_layers} of {now.layers}", "layers calibrated"))
+        part = f" and {100 * now.layer_part:.0f} %" if now.layer_part else ""
+        facts.insert(6, (f"{now.calibrated_layers}{part} of {now.layers}", "layers calibrated"))
     if not now.ended:
         facts.insert(2, ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"))
     if now.resumed_bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.tensor.metering import stage_bytes
+from pipeline.watching.layers import LayerProgress
 from pipeline.watching.nodes import LiveEngine, LiveNode, StageProgress
 from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
@@ -64,7 +65,7 @@ class Snapshot:
     `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
     `layer`: the tensor that was written last. `nodes`, `edges`: the graph of stages of what this run does, of `graph_tasks` tasks.
     `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds. `calibrated_layers` of
-    `layers` of the model are calibrated; both are 0 where nothing is measured.
+    `layers` of the model are calibrated, and `layer_part` of the next one, from 0 to 1; all are 0 where nothing is measured.
     `dashboard`: as listeners get it.
     """
 
@@ -105,6 +106,7 @@ class Snapshot:
     engines: tuple[LiveEngine, ...] = ()
     calibrated_layers: int = 0
     layers: int = 0
+    layer_part: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -143,8 +145,7 @@ class RunWatch:
         self._progress = StageProgress()
         self._whole: list[int] = []
         self._dashboard = self._layer = ""
-        self._layers = self._layers_left = 0
-        self._layer_seconds: list[float] = []
+        self._layers = LayerProgress()
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         with self._lock:
@@ -180,28 +181,30 @@ class RunWatch:
         """
         with self._lock:
             self._progress = StageProgress(groups, len(self._sinks), builds, layers)
-            self._layers_left = layers
-            self._layers = self._plan.calibrating.layers if layers and self._plan and self._plan.calibrating else layers
+            if layers and self._plan and self._plan.calibrating:
+                whole = self._plan.calibrating
+                self._layers = LayerProgress(layers, whole.layers, whole.plan.activations, self._clock())
+            else:
+                self._layers = LayerProgress(layers, now=self._clock())
 
     def calibrated(self, done: LayerDone) -> None:
         """Note that a layer is calibrated."""
         with self._lock:
             self._last = self._clock()
             self._progress.calibrated(done.metrics)
-            self._layers_left -= 1
-            self._layer_seconds.append(done.seconds)
-            for (stage, unit), value in done.metrics.items():
-                totals = self.stages.setdefault(stage, {})
-                totals[unit] = totals.get(unit, 0.0) + value
+            self._layers.advanced(done.seconds, self._last)
+            self._add(done.metrics)
             self._sample()
 
     @property
     def calibration_seconds_left(self) -> float | None:
-        """How long the layers that are left to calibrate may take, by those that were; None where none was."""
-        if not self._layers_left:
-            return 0.0
-        done = [seconds for seconds in self._layer_seconds if seconds]
-        return self._layers_left * sum(done) / len(done) if done else None
+        """How long the layers that are left to calibrate may take; None where nothing tells."""
+        return self._layers.seconds_left(self._clock())
+
+    def _add(self, metrics: Mapping[tuple[str, str], float]) -> None:
+        for (stage, unit), value in metrics.items():
+            totals = self.stages.setdefault(stage, {})
+            totals[unit] = totals.get(unit, 0.0) + value
 
     def built(self, name: str, seconds: float, failed: bool) -> None:
         """Note that a build has ended, by its step's name."""
@@ -223,9 +226,7 @@ class RunWatch:
             self._layer = written.name
             self._progress.advanced(written)
             self._count(written.number)
-            for (stage, unit), value in written.metrics.items():
-                totals = self.stages.setdefault(stage, {})
-                totals[unit] = totals.get(unit, 0.0) + value
+            self._add(written.metrics)
             if self._plan:
                 phases = self._plan.phases
                 self._phase = next(phase.name for n, phase in enumerate(phases) if written.number < self._plan.first_group(n + 1))
@@ -272,8 +273,9 @@ class RunWatch:
             rate = self._rate(now - self._begun)
             left = self._total - self._done
             eta = None if self._ended is not None else left / rate if rate else None
-            if self._layers_left and self._ended is None:  # bytes come as layers do
-                eta = self.calibration_seconds_left
+            if self._layers.left and self._ended is None:  # bytes come as layers do
+                self._last = now if self._layers.look() else self._last
+                eta = self._layers.seconds_left(now)
             outputs = tuple(str(target.output.directory) for target in plan.targets)
             return Snapshot(
                 name=", ".join(Path(path).name for path in outputs),
@@ -311,8 +313,9 @@ class RunWatch:
                 graph_tasks=self._progress.graph_tasks,
                 whole=tuple(shown_names(plan, self._sinks)[sink] for sink in self._whole),
                 engines=self._progress.engines(),
-                calibrated_layers=self._layers - self._layers_left,
-                layers=self._layers,
+                calibrated_layers=self._layers.done,
+                layers=self._layers.layers,
+                layer_part=self._layers.part,
             )
 
     def _sample(self, force: bool = False) -> None:

@@ -16,7 +16,7 @@ from pipeline.model.awq_settings import AwqSettings
 from stages.calibrate.awq_inputs import LayerInputs
 from stages.calibrate.devices import device_of, moved, to_numpy
 from stages.calibrate.experts import ExpertPart, ExpertStack, Watching, expert_parts
-from stages.calibrate.magnitudes import Magnitudes
+from stages.calibrate.magnitudes import Magnitudes, largest_of_rows
 from stages.verify.forward.tensors import to_torch
 from stages.verify.forward.transformers_model import build_model, parameter_parts, quiet, row_blocks, rows_of_tokens
 from stages.verify.named_weights import NamedWeights
@@ -198,7 +198,7 @@ class LayeredModel:
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     full = f"{front}.{name}"
-                    seen.largest[f"{full}|w"] = module.weight.abs().amax(1).float().clip(LEAST_WEIGHT)
+                    seen.largest[f"{full}|w"] = largest_of_rows(module.weight).clip(LEAST_WEIGHT)
                     stack.callback(module.register_forward_hook(_telling(seen, full)).remove)
                     if search:
                         stack.callback(search.hook(full, module).remove)

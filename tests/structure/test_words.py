@@ -73,6 +73,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # A cluster is loaded where there is something to do.
     "pipeline/jobs/attempt.py": {"distributed"},
     "pipeline/jobs/batch.py": {"pipeline.run.cluster", "pipeline.run.schedulers", "stages.build.builders"},
+    "stages/read/texts.py": {"pyarrow"},
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},

@@ -18,7 +18,7 @@ def ranges(tensors: Arrays, seed: int = 0) -> Arrays:
         if linear(name):
             module = name.removesuffix(".weight")
             around, _, own = module.rpartition(".")
-            place = f"{around} {'o' if own.startswith(('o_', 'down')) else ''}"
+            place = f"{around} {'o' if own.startswith(('o_', 'down', 'w2')) else ''}"
             inputs = shared.setdefault(place, np.exp(random.normal(0, 1, weight.shape[1])).astype(np.float32))
             found[f"{module}|x"] = inputs
             found[f"{module}|y"] = np.exp(random.normal(0, 1, len(weight))).astype(np.float32)

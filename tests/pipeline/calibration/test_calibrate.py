@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -219,15 +218,6 @@ def test_activations_that_the_type_cannot_hold(tmp_path: Path) -> None:
     assert "layers.0.mlp" in ran.err
     assert "Give --dtype bfloat16 or float32" in ran.err
     assert not (tmp_path / "ranges").exists()
-
-
-def test_a_source_whose_modules_have_other_names(tmp_path: Path) -> None:
-    meta = next(path for path in sorted((DATA / "dense" / "models").iterdir()) if (path / "params.json").is_file())
-    shutil.copytree(meta, tmp_path / "model")
-    save_file({"input_ids": np.arange(8)[None]}, tmp_path / "tokens")
-    ran = headrace("calibrate", tmp_path / "model", "--output", tmp_path / "ranges", "--calibration_tokens", tmp_path / "tokens")
-    assert ran.code == 2
-    assert "a Hugging Face model" in ran.err
 
 
 SCRIPT = """
