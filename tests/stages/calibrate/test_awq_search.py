@@ -146,7 +146,7 @@ def test_linears_that_take_the_same_have_one_scale() -> None:
     assert np.array_equal(found["q|awq"], found["copied|awq"])
     assert not np.array_equal(found["q|awq"], found["o|awq"])
     for name in ("q", "k", "copied"):
-        weight = getattr(layer, name).weight
+        weight = getattr(layer, name).weight.detach()
         for place, scale in enumerate((torch.ones(64), torch.from_numpy(found["q|awq"]))):
             off = x @ (rounded(weight, scale, 64, torch.float16) - weight).T
             assert found[f"{name}|awq_error"][place] == pytest.approx(float(off.square().mean()), rel=1e-3)
