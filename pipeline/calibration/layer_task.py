@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.sinks.activations import Activations
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.tensors import Source
@@ -65,6 +66,8 @@ class LayerCall:
         The ranges of this layer that a target has a scale of: some channel of each must be more than zero.
     one_by_one
         Whether experts are read one by one.
+    awq
+        What AWQ's scales are searched for; None where they are not.
     """
 
     layer: int
@@ -76,6 +79,7 @@ class LayerCall:
     activations: Activations
     needed: tuple[str, ...] = ()
     one_by_one: bool = False
+    awq: AwqSettings | None = None
 
 
 class Opened:
@@ -100,11 +104,13 @@ class Opened:
         if layer and not model.began:
             model.embedded(self.tokens(0))  # which tells what layers are given beside activations
         files.begin(layer)
-        with model.filled(layer, call.one_by_one) as seen:
+        search = model.searching(call.awq, files.shape[0] * files.shape[1]) if call.awq else None
+        with model.filled(layer, call.one_by_one, search) as seen:
             for sample in range(files.shape[0]):
                 given = files.read(layer - 1, sample) if layer else model.embedded(self.tokens(sample))
                 files.write(layer, sample, model.run(layer, given))
-        return seen.arrays()
+            found = dict(search.arrays()) if search else {}
+        return seen.arrays() | found
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibration.awq import awq_bytes, awq_flops, awq_problems
 from pipeline.calibration.layer_task import LayerCall, Reopened
 from pipeline.calibration.tokens import Samples, Texts, open_samples, samples_of_texts, write_tokens
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
 from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
@@ -45,6 +47,8 @@ class Calibration:
         The directory in which it has its scratch.
     name
         The beginning of that scratch's name.
+    awq
+        What AWQ's scales are searched for, too.
     """
 
     tokens: Path | None
@@ -53,6 +57,7 @@ class Calibration:
     name: str
     dtype: str = "auto"
     device: str = "cpu"
+    awq: AwqSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class CalibrationPlan:
     least_bytes, most_bytes
         The memory that it takes, with a mixture's experts one by one, and with all of a layer's; beside that of a process with
         nothing but torch. The same for other models.
+    awq
+        What AWQ's scales are searched for; None where they are not.
     """
 
     source: Source
@@ -87,6 +94,7 @@ class CalibrationPlan:
     least_bytes: int
     most_bytes: int
     model: LayeredModel = field(repr=False, compare=False)
+    awq: AwqSettings | None = None
 
     @property
     def identity(self) -> str:
@@ -110,7 +118,8 @@ class CalibrationPlan:
         layer = self.layer_bytes - (self.most_bytes - self.least_bytes)
         what = f"a layer of {layer // MIB} MiB{' without its experts' if self.least_bytes < self.most_bytes else ''}"
         found = f"{limit_bytes // MIB} MiB, for {what} and samples of {self.samples.length} tokens"
-        return Problem("--memory_limit", found, f"{wanted} MiB or more", f"Give --memory_limit {wanted}MiB, or shorter samples")
+        remedy = f"Give --memory_limit {wanted}MiB, or shorter samples{' or a smaller --awq_tokens' if self.awq else ''}"
+        return Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)
 
     @property
     def tokens(self) -> Path:
@@ -143,6 +152,7 @@ class CalibrationPlan:
                 self.activations,
                 tuple(needed.get(layer, ())) if needed else (),
                 one_by_one,
+                self.awq,
             )
             for layer in range(first, last)
         )
@@ -155,7 +165,8 @@ class CalibrationPlan:
         """An estimate of a layer's time by how fast this machine multiplies matrices, which is measured now."""
         sizes, tokens = self.model.sizes(), self.samples.count * self.samples.length
         read = sizes.total + (sizes.experts * (self.samples.count - 1) if one_by_one else 0)
-        return tokens * self.model.token_flops(self.samples.length) / self._rate + read / READ_BYTES_PER_SECOND
+        work = tokens * self.model.token_flops(self.samples.length) + (awq_flops(self.model, self.awq, tokens) if self.awq else 0)
+        return work / self._rate + read / READ_BYTES_PER_SECOND
 
     def summary(self, one_by_one: bool) -> dict[str, Any]:
         """The plan as plain values."""
@@ -185,11 +196,15 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
     original = Original(source)
     dtype = auto_dtype(source.dtype) if asked.dtype == "auto" else asked.dtype
     model = LayeredModel(original.config, original, dtype, asked.device)
+    if asked.awq and (problems := list(awq_problems(model, original.config, asked.awq))):
+        raise BadInput(problems)
     samples = _samples(source, model, asked)
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *reopened.told], sort_keys=True)
+    more = [*reopened.told, *([vars(asked.awq)] if asked.awq else [])]
+    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *more], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
     sizes, block = model.sizes(), BLOCK_BYTES + samples.length * model.token_bytes(samples.length)
+    block += awq_bytes(model, asked.awq, samples.count * samples.length, samples.length) if asked.awq else 0
     return CalibrationPlan(
         source,
         reopened,
@@ -208,6 +223,7 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
         sizes.total - sizes.experts + sizes.one_expert + block,
         sizes.total + block,
         model,
+        asked.awq,
     )
 
 

@@ -17,6 +17,7 @@ from pipeline.cli.help import HelpCommand
 from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
 from pipeline.printed import many
+from pipeline.model.awq_settings import TOKENS, AwqSettings
 from pipeline.watching.units import human_bytes
 
 app = typer.Typer()
@@ -42,6 +43,13 @@ def calibrate_command(
     calib_max_seq_length: Annotated[
         int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
     ] = 512,
+    awq_group_size: Annotated[
+        Literal["64", "128"] | None,
+        typer.Option("--awq_group_size", help="Search AWQ's scales, too, for int4_awq in groups of so many in-features."),
+    ] = None,
+    awq_tokens: Annotated[
+        int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
+    ] = TOKENS,
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
@@ -67,7 +75,8 @@ def calibrate_command(
     name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
     place = (scratch or output.parent / ".headrace-scratch").absolute()
-    asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device)
+    awq = AwqSettings(int(awq_group_size), awq_tokens) if awq_group_size else None
+    asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device, awq)
     file = plan_ranges(name, output, asked, limit, revision)
     facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):

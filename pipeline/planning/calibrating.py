@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.unsaid import TOLD
 from pipeline.planning.opening import OpenedSource
 from pipeline.sinks.scratch import DEFAULT_ROOT
@@ -71,8 +72,11 @@ def bounded(
     raise BadInput([plan.too_small(limit_bytes, alone.least_bytes - SHARED_BYTES)])
 
 
-def plan_calibrating(opened: OpenedSource) -> CalibrationPlan:
-    """Plan the calibration of a job's source. Raises BadInput where transformers cannot run it, or of wrong tokens."""
+def plan_calibrating(opened: OpenedSource, awq: AwqSettings | None = None) -> CalibrationPlan:
+    """Plan the calibration of a job's source. `awq`: AWQ's scales are searched, too.
+
+    Raises BadInput where transformers cannot run it, or of wrong tokens.
+    """
     from pipeline.calibration.plan import Calibration, plan_calibration
     from pipeline.calibration.tokens import Texts
 
@@ -85,7 +89,7 @@ def plan_calibrating(opened: OpenedSource) -> CalibrationPlan:
     place = source.location
     last = source.url.rpartition("/")[2] or (place.name if place.is_dir() else place.stem)
     name = f"{last}-calibrate"
-    asked = Calibration(job.calibration_tokens, texts, root, name, job.calibration_dtype, job.calibration_device)
+    asked = Calibration(job.calibration_tokens, texts, root, name, job.calibration_dtype, job.calibration_device, awq)
     reopened = _reopened(opened)
     return plan_calibration(reopened.again(), reopened, asked)
 

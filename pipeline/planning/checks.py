@@ -18,7 +18,7 @@ from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
-from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor, Parameter, Source, TensorMap, plain
+from pipeline.tensor.tensors import MEASURED, LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.alignment import alignment
 from stages.quantization.kernels.chosen import kernel_problems
 from stages.quantization.sources import format_named
@@ -164,7 +164,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
         problems = [Problem("tensors", found, "all that the model's configuration speaks of", MISSING)]
     for name, array in tensors.items():
         source = str(matches.origin(name))
-        if name.parameter in ("kv_scale", X_RANGE, Y_RANGE):
+        if name.parameter in ("kv_scale", *MEASURED):
             continue  # one, of whichever module it is; ranges were looked at where they were opened
         if name not in wanted:
             remedy = LOST

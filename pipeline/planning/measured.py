@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.model.quantization import FP8, SMOOTHQUANT, Quantization
 from pipeline.model.tables import Slot
+from pipeline.planning.awq_scales import KIND, apart, awq_settings, group_sizes, other_groups, searched
 from pipeline.planning.calibrating import Calibrating, plan_calibrating
 from pipeline.planning.compose import target_dtype
 from pipeline.planning.opening import OpenedSource
@@ -21,14 +22,14 @@ from pipeline.planning.range_names import of_inputs, of_outputs
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import whole
 from pipeline.tensor.source_file import SourceFile
-from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor
+from pipeline.tensor.tensors import AWQ_SCALE, X_RANGE, Y_RANGE, LazyTensor
 from stages.quantization.modules import linear
-from stages.read.act_ranges import PendingRange, no_magnitudes, open_ranges
+from stages.read.act_ranges import PendingRange, no_magnitudes, no_scales, open_ranges
 from stages.rename import Renamed
 
-CALIBRATE = "Give --calibration_tokens or --calib_dataset, or make it with `headrace calibrate`"
+CALIBRATE = "Give --calibration_tokens or --calib_dataset, or make it with: headrace calibrate"
 FEW = 3  # problems of one cause that are still said one by one
-PARAMETERS = {"x": X_RANGE, "y": Y_RANGE}
+PARAMETERS = {"x": X_RANGE, "y": Y_RANGE, KIND: AWQ_SCALE}
 Wanted = Mapping[tuple[str, str], Mapping[TensorName, Renamed]]  # by the module and the kind of a range, the names that it goes to
 
 
@@ -47,18 +48,21 @@ def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> Measured:
     given = [f"--{name} {path}" for name in ("act_range", "calibration_tokens", "calib_dataset") if (path := getattr(job, name))]
     if not wanted:
         found = "a target that uses no ranges" if len(chosen) == 1 else "targets that use no ranges"
-        expected = "--smoothquant, --use_fp8, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
+        expected = "--smoothquant, --use_fp8, int4_awq, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
         return Measured(opened, (*problems, *(Problem(each, found, expected, "Leave it out") for each in given)))
     if not given:
-        needs = "--smoothquant" if any(map(_smooths, chosen)) else "--use_fp8" if any(map(_scales, chosen)) else "--int8_kv_cache"
+        needs = next((flag for flag, asks in NEEDS.items() if any(map(asks, chosen))), "--int8_kv_cache")
         found = "no --act_range: its scales are made of measured activations"
-        remedy = f"{CALIBRATE}; int8, int4 and --use_fp8_rowwise need none"
+        sizes = group_sizes(chosen)
+        remedy = f"{CALIBRATE}{f' --awq_group_size {sizes[0]}' if sizes else ''}; int8, int4 and --use_fp8_rowwise need none"
         return Measured(opened, (*problems, Problem(needs, found, "--act_range FILE, of a calibration of this model", remedy)))
     try:
         if job.act_range:
             file, ranges = open_ranges(job.act_range)
             wanted = _wanted(opened, chosen, {module for module, _ in ranges})
+            problems += other_groups(job.act_range, chosen)
             problems += _wrong(job.act_range, wanted, ranges, opened)
+            problems += () if problems else apart(job.act_range, wanted, ranges, opened)
             return Measured(opened, problems) if problems else Measured(_with(opened, wanted, ranges, file))
         return _to_measure(opened, chosen, problems)
     except BadInput as error:
@@ -67,7 +71,7 @@ def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> Measured:
 
 def _to_measure(opened: OpenedSource, chosen: Sequence[Quantization], problems: tuple[Problem, ...]) -> Measured:
     """The source with ranges that are measured when it is converted. Raises BadInput where it cannot be run."""
-    calibration = plan_calibrating(opened)
+    calibration = plan_calibrating(opened, awq_settings(chosen))
     model, files = calibration.model, calibration.activations
     modules = {module for layer in range(calibration.layers) for module in model.linears(layer)}
     wanted = _wanted(opened, chosen, modules)
@@ -106,6 +110,10 @@ def _scales(quantization: Quantization) -> bool:
     return quantization.algorithm == FP8 and quantization.from_numbers
 
 
+# What asks for a calibration, by its flag.
+NEEDS = {"--smoothquant": _smooths, "--use_fp8": _scales, "--weight_only_precision int4_awq": searched}
+
+
 def _wanted(opened: OpenedSource, chosen: Sequence[Quantization], known: Collection[str]) -> Wanted:
     """The module and kind of each range that some target needs, with the new names that it goes to.
 
@@ -116,12 +124,16 @@ def _wanted(opened: OpenedSource, chosen: Sequence[Quantization], known: Collect
     given = opened.job.act_range is not None or opened.job.calibrates
     cache = cache or (given and any(each.fp8_kv_cache for each in chosen))
     wanted: dict[tuple[str, str], dict[TensorName, Renamed]] = {}
-    if not (smooth or scales or cache):
+    scaled = any(map(searched, chosen))
+    if not (smooth or scales or cache or scaled):
         return wanted
     for name, slot, renamed in _linears(opened):
+        takes = of_inputs(name, slot, renamed, known)
         if smooth or scales:
-            takes = of_inputs(name, slot, renamed, known)
             wanted.setdefault((takes.source.module, "x"), {})[TensorName(name, X_RANGE)] = takes
+        if scaled:
+            by_scale = replace(takes, source=TensorName(takes.source.module, AWQ_SCALE))
+            wanted.setdefault((takes.source.module, KIND), {})[TensorName(name, AWQ_SCALE)] = by_scale
         if (smooth or (cache and slot.part and slot.part.heads)) and not slot.module.experts:
             gives = of_outputs(name, slot, renamed, known)
             wanted.setdefault((gives.source.module, "y"), {})[TensorName(name, Y_RANGE)] = gives
@@ -162,7 +174,7 @@ def _size(opened: OpenedSource, slot: Slot, kind: str, renamed: Renamed) -> int:
     """The number of a range's channels, by the model's configuration."""
     if kind == "y" and renamed.rows:
         return renamed.total
-    return opened.model.dimension(slot.module.in_ if kind == "x" else slot.out)
+    return opened.model.dimension(slot.out if kind == "y" else slot.module.in_)
 
 
 def _wrong(
@@ -178,14 +190,16 @@ def _wrong(
         name, renamed = next(iter(names.items()))
         size = _size(opened, _slot(opened, name), kind, renamed)
         if tensor is None:
-            problem = Problem(subject, "no such tensor", f"float32 [{size}]", CALIBRATE)
+            remedy = CALIBRATE + (" --awq_group_size" if kind == KIND else "")
+            problem = Problem(subject, "no such tensor", f"float32 [{size}]", remedy)
             causes.setdefault("missing", []).append(problem)
         elif tuple(tensor.shape) != (size,) or tensor.dtype != np.float32:
             found = f"{tensor.dtype} {list(tensor.shape)}"
             expected = f"float32 [{size}] by the model's configuration"
             causes.setdefault("shape", []).append(Problem(subject, found, expected, "Give the file that was made of this model"))
-        elif found := no_magnitudes(np.asarray(tensor.block(whole(tensor.shape)))):
-            causes.setdefault(found, []).append(Problem(subject, found, "the largest magnitude of each channel", CALIBRATE))
+        elif found := (no_scales if kind == KIND else no_magnitudes)(np.asarray(tensor.block(whole(tensor.shape)))):
+            expected = "a factor for each channel" if kind == KIND else "the largest magnitude of each channel"
+            causes.setdefault(found, []).append(Problem(subject, found, expected, CALIBRATE))
     return tuple(problem for problems in causes.values() for problem in _few(problems))
 
 

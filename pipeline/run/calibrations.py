@@ -19,6 +19,7 @@ from pipeline.sinks.array_file import write_arrays
 from pipeline.tensor.placement import whole
 from pipeline.tensor.process import peak_memory_bytes
 from stages.read import find_source
+from stages.read.act_ranges import GROUP_KEY
 from stages.read.changing import changes
 from stages.read.safetensors import file_metadata, open_file
 
@@ -102,4 +103,5 @@ def _metadata(plan: CalibrationPlan) -> dict[str, str]:
         "samples": str(plan.samples.count),
         "tokens": str(plan.samples.length),
         "headrace": VERSION,
+        **({GROUP_KEY: str(plan.awq.group_size)} if plan.awq else {}),
     }

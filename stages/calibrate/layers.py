@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
+from stages.calibrate.awq_inputs import LayerInputs
 from stages.calibrate.devices import device_of, moved, to_numpy
 from stages.calibrate.experts import ExpertPart, ExpertStack, Watching, expert_parts
-from stages.calibrate.magnitudes import Magnitudes
+from stages.calibrate.magnitudes import Magnitudes, largest_of_rows
 from stages.verify.forward.tensors import to_torch
 from stages.verify.forward.transformers_model import build_model, parameter_parts, quiet, row_blocks, rows_of_tokens
 from stages.verify.named_weights import NamedWeights
@@ -85,6 +87,11 @@ class LayeredModel:
         layer, front = self._layers[number], self._names[number]
         found = [f"{front}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         return [*found, *(part.module for parts in self._stacks_of(number).values() for each in parts for part in each)]
+
+    def shapes(self, number: int) -> dict[str, tuple[int, int]]:
+        """The out- and in-features of a layer's linear modules, without those of experts, by name."""
+        found = ((name, module) for name, module in self._layers[number].named_modules() if isinstance(module, nn.Linear))
+        return {f"{self._names[number]}.{name}": (module.out_features, module.in_features) for name, module in found}
 
     def sizes(self) -> LayerSizes:
         """The bytes of the weights of the largest layer."""
@@ -166,8 +173,8 @@ class LayeredModel:
         return to_numpy(inputs[0][0])
 
     @contextmanager
-    def filled(self, number: int, one_by_one: bool = False) -> Iterator[Magnitudes]:
-        """A layer with its weights in memory, whose linears tell `Magnitudes` of all that goes through `run`.
+    def filled(self, number: int, one_by_one: bool = False, search: LayerInputs | None = None) -> Iterator[Magnitudes]:
+        """A layer with its weights in memory, whose linears tell `Magnitudes`, and a `search`, of all that goes through `run`.
 
         `one_by_one`: experts are read each time that they are asked for.
         """
@@ -191,14 +198,20 @@ class LayeredModel:
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     full = f"{front}.{name}"
-                    seen.largest[f"{full}|w"] = module.weight.abs().amax(1).float().clip(LEAST_WEIGHT)
+                    seen.largest[f"{full}|w"] = largest_of_rows(module.weight).clip(LEAST_WEIGHT)
                     stack.callback(module.register_forward_hook(_telling(seen, full)).remove)
+                    if search:
+                        stack.callback(search.hook(full, module).remove)
             if stacks:
                 stack.enter_context(Watching(seen.see))
             yield seen
             for experts in held.values():
                 for alike in experts.modules():
                     seen.complete(alike)
+
+    def searching(self, settings: AwqSettings, tokens: int) -> LayerInputs:
+        """A search of a layer's scales, for `filled`. `tokens`: of all samples."""
+        return LayerInputs(settings, self._dtype, tokens)
 
     def run(self, number: int, hidden: np.ndarray) -> np.ndarray:
         """The output of a layer, which is filled, for one sample [tokens, hidden]."""

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import BadInput, Problem
+from stages.verify.forward.transformers_model import row_blocks
+
+
+def largest_of_rows(weight: Tensor) -> Tensor:
+    """float32 [out]: the largest magnitude of each row of a matrix [out, in], a few rows at a time."""
+    return torch.cat([weight[start:stop].abs().amax(1).float() for start, stop in row_blocks(tuple(weight.shape))])
 
 
 class Magnitudes:

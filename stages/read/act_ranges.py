@@ -1,7 +1,8 @@
 """Read ranges of activations: a safetensors file with `<module>|x` float32 [in] and `<module>|y` float32 [out] of each linear.
 
 They are the largest magnitudes of what the linear takes and gives, a channel each, over a calibration; `<module>|w` beside them, of
-the weights, is not read. Modules have the source's names.
+the weights, is not read. Where AWQ's scales were searched, `<module>|awq` float32 [in] is what the linear's weights are
+multiplied by, and `<module>|awq_error` float32 [2], the errors without and with it, is not read. Modules have the source's names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pipeline.tensor.tensors import Block, LazyTensor, View
 from stages.read.mapped import MappedTensor
 from stages.read.safetensors import open_file
 
-KINDS = ("x", "y", "w")
+KINDS = ("x", "y", "w", "awq", "awq_error")
+LARGEST_SCALE = 1 << 14  # of AWQ's
+GROUP_KEY = "awq_group_size"  # in the file's metadata: of the groups that AWQ's scales were searched for
 
 
 class PendingRange(Block):
@@ -57,8 +60,18 @@ def no_magnitudes(values: np.ndarray) -> str:
     return "" if values.any() else "nothing but zeros, of which no scale can be made"
 
 
+def no_scales(values: np.ndarray) -> str:
+    """Why values are no scales of AWQ's; "" where they are."""
+    if not np.isfinite(values).all():
+        return "a value that is not finite (NaN or infinity)"
+    if (values <= 0).any():
+        return "a value that is not above 0"
+    wide = (values > LARGEST_SCALE).any() or (values < 1 / LARGEST_SCALE).any()
+    return f"a value outside 1/{LARGEST_SCALE} to {LARGEST_SCALE}, whose inverse float16 does not hold" if wide else ""
+
+
 def open_ranges(path: Path) -> tuple[SourceFile, dict[tuple[str, str], LazyTensor]]:
-    """The file, and its tensors by module and kind ("x", "y", "w"); only the header is read.
+    """The file, and its tensors by module and kind (KINDS); only the header is read.
 
     Raises BadInput where it is no such file, or has other tensors.
     """

@@ -214,12 +214,12 @@ def test_of_verification_the_forward_pass_alone_knows_torch() -> None:
 def test_of_the_rest_a_calibration_alone_knows_torch() -> None:
     """What a conversion runs must not import it: the loaders do when they give tensors, a live model when it is one."""
     torch = {m for m, path in modules().items() if "torch" in outside(path.read_text()) and not m.startswith("stages.verify")}
-    own = {"devices", "experts", "layers", "magnitudes", "speed"}
+    own = {"awq_inputs", "awq_search", "devices", "experts", "layers", "magnitudes", "speed"}
     assert torch == {*(f"stages.calibrate.{name}" for name in own), "pipeline.run.loaders", "stages.read.live_model"}
     users = {
         m for m in modules() if any(t.startswith("stages.calibrate") for t in imports(m)) and not m.startswith("stages.calibrate")
     }
-    assert users == {"pipeline.calibration.layer_task", "pipeline.calibration.plan"}
+    assert users == {"pipeline.calibration.awq", "pipeline.calibration.layer_task", "pipeline.calibration.plan"}
     assert {m for m in modules() if "pipeline.calibration.plan" in imports(m)} == {
         "pipeline.cli.calibrate",
         "pipeline.planning.calibrating",

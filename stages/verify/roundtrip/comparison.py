@@ -18,6 +18,7 @@ from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.kernels import checks
 from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
+from stages.verify.roundtrip import searched
 from stages.verify.roundtrip.bounds import allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
 from stages.verify.roundtrip.one_pass import knows, one_pass
@@ -193,8 +194,13 @@ class TensorComparison:
         if stored.kind == "smoothquant" and not kept:
             self._compare_smoothed(stored, actual, expected, origin, place)
             return
-        at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         factors = stored.prequant
+        if stored.kind == "awq" and factors is not None and not kept:
+            groups = stored.scales(first, last).shape[1]
+            off = partial(searched.allowed_error, expected, factors, groups)
+            self.figures.compare(actual * factors, expected, off, place, buffers=self._buffers)
+            return
+        at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         self.figures.compare(actual if factors is None else actual * factors, expected, at_most, place, buffers=self._buffers)
 
     def _compare_smoothed(
