@@ -27,6 +27,7 @@ from pipeline.planning.targets import make_target, plan_identity
 from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.changing import arriving
+from stages.read.read_ahead import AHEAD
 from stages.read.scratch_chunks import read_scratch
 
 
@@ -86,7 +87,8 @@ def plan_opened(opened: OpenedSource) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
+    ahead = AHEAD if opened.source.url else 0
+    needs = (need(store, chunk < size, ahead) for phase in phases for store in phase.stores)
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
     sinks = sum(len(phase.sinks) for phase in phases)
     _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
