@@ -20,6 +20,7 @@ from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
 from pipeline.planning.target_options import AbsolutePath, Shape, Size, TargetOptions
+from pipeline.urls import NO_SECRET, holds_secret, shown
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -231,6 +232,8 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
     problems += [*_cluster(job), *_report(job)]
+    if job.scratch and holds_secret(job.scratch):
+        problems.append(Problem(f"--scratch {shown(job.scratch)}", "a URL with a secret in it", NO_SECRET))
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -304,4 +307,7 @@ def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str,
         return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
     if detail["type"] == "extra_forbidden":
         return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
-    return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())
+    value = detail.get("input")
+    # A table of a cluster's options may have a password in it, and an address.
+    hidden = name.partition(".")[0] == "cluster" or (isinstance(value, str) and holds_secret(value))
+    return Problem(subject, f"a value of type {type(value).__name__}" if hidden else repr(value), str(detail["msg"]).lower())

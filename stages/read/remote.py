@@ -28,6 +28,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Source
+from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
 from stages.read.mapped import MappedBlock, MappedTensor
 from stages.read.object_store import fetch_range, said
@@ -152,14 +153,11 @@ def _resolved(url: str) -> str:
 
 
 def _check(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        raise BadInput(
-            [Problem(f"--model_dir {parts.scheme}://...", "a URL of no kind that is read", f"one of {', '.join(SCHEMES)}")]
-        )
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        expected = "a URL without a user, password or query: credentials come from the environment"
-        raise BadInput([Problem(f"--model_dir {parts.scheme}://...", "a URL with a secret in it", expected)])
+    if holds_secret(url):
+        raise BadInput([Problem(f"--model_dir {shown(url)}", "a URL with a secret in it", NO_SECRET)])
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        raise BadInput([Problem(f"--model_dir {scheme}://...", "a URL of no kind that is read", f"one of {', '.join(SCHEMES)}")])
     try:
         import obstore  # noqa: F401
     except ModuleNotFoundError:

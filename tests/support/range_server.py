@@ -8,21 +8,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 @dataclass
 class Served:
     """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`: whether it says any.
 
-    `faults`: what the next requests of weights get instead, the first first: a status, or "cut" for half of the bytes.
+    `faults`: what the next requests of weights get instead, the first first: a status, or "cut" for half of the bytes. `echo`: a
+    status that all requests get, with their own headers in the answer, as some servers do to explain themselves.
     """
 
     url: str = ""
     etags: bool = True
     token: str = ""
+    echo: int = 0
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)
     faults: list[int | str] = field(default_factory=list)
 
@@ -42,7 +46,14 @@ def range_server(directory: Path) -> Iterator[Served]:
             self._answer()
 
         def _answer(self) -> None:
-            path = directory / self.path.lstrip("/")
+            if served.echo:
+                self._status(served.echo, f"<Error><Code>AccessDenied</Code>{self.path} {self.headers}</Error>".replace("\n", " "))
+                return
+            place, _, query = self.path.partition("?")
+            if "list-type=2" in query:
+                self._list(place.strip("/"), unquote(dict(each.split("=") for each in query.split("&"))["prefix"]))
+                return
+            path = directory / place.lstrip("/")
             if served.token and self.headers.get("Authorization") != f"Bearer {served.token}":
                 self._status(401)
                 return
@@ -76,10 +87,24 @@ def range_server(directory: Path) -> Iterator[Served]:
                     self.close_connection = True
                     self.connection.close()
 
-        def _status(self, status: int) -> None:
+        def _list(self, bucket: str, prefix: str) -> None:
+            """Answer as S3 lists the objects of a bucket below a prefix."""
+            found = [path for path in sorted((directory / bucket / prefix).glob("*")) if path.is_file()]
+            rows = [
+                f"<Contents><Key>{prefix}{path.name}</Key><Size>{path.stat().st_size}</Size>"
+                f"<LastModified>{datetime.fromtimestamp(path.stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified>"
+                f'<ETag>"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"</ETag></Contents>'
+                for path in found
+            ]
+            text = f"<Name>{bucket}</Name><KeyCount>{len(found)}</KeyCount><IsTruncated>false</IsTruncated>{''.join(rows)}"
+            self._status(200, f'<?xml version="1.0"?><ListBucketResult>{text}</ListBucketResult>')
+
+        def _status(self, status: int, text: str = "") -> None:
             self.send_response(status)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(text.encode())
 
         def log_message(self, *_: object) -> None:
             pass
