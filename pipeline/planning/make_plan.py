@@ -87,7 +87,8 @@ def plan_opened(opened: OpenedSource) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    ahead = AHEAD if opened.source.url else 0
+    # One that is under way is twice in memory while its parts are put together.
+    ahead = 2 * AHEAD if opened.source.url else 0
     needs = (need(store, chunk < size, ahead) for phase in phases for store in phase.stores)
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
     sinks = sum(len(phase.sinks) for phase in phases)

@@ -66,7 +66,7 @@ def _row_multiple(name: TensorName, matches: Matches, sharding: Sharding) -> int
 def need(store: Store, whole_chunks: bool, ahead: int = 0) -> Need:
     """The memory that a store's smallest piece takes; a whole chunk, where `whole_chunks` says that it is moved as one.
 
-    `ahead`: how many pieces of the source are under way meanwhile.
+    `ahead`: how many pieces of the source are in memory beside those, as they are fetched ahead.
     """
     array = store.arrays[0]
     if whole_chunks:
