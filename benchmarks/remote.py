@@ -1,13 +1,14 @@
 """Measure a conversion from a web server: `python -m benchmarks.remote` (needs nginx and curl).
 
 A bf16 model of 8B's shapes in files of 1 GB behind nginx on this machine, without TLS. It is converted to TP 2 by ranges, and its files
-are downloaded by four curl at once, in random order; both write to the same disk.
+are downloaded by four curl at once, in turns; both write to the same disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -83,18 +84,18 @@ def remote(work: Path, layers: int, count: int, scheduler: str) -> None:
             "headrace": ([sys.executable, "-m", "pipeline.cli", "convert", *flags], work / "ranks"),
             "curl": (["sh", "-c", download], work / "files"),
         }
-        order: list[str] = []
-        marks: list[float] = []
-
-        def before(name: str) -> None:
-            order.append(name)
-            marks.append(children_seconds())
-
-        runs = rounds(commands, count, before)
-        marks.append(children_seconds())
-    spent: dict[str, list[float]] = {name: [] for name in commands}
-    for name, begun, ended in zip(order, marks, marks[1:], strict=False):
-        spent[name].append(ended - begun)
+        runs: dict[str, list[Run]] = {name: [] for name in commands}
+        spent: dict[str, list[float]] = {name: [] for name in commands}
+        marks: list[tuple[str, float]] = []
+        for number in range(count):
+            turn = dict(sorted(commands.items(), reverse=bool(number % 2)))
+            for name, (run,) in rounds(turn, 1, lambda name: marks.append((name, children_seconds()))).items():
+                runs[name].append(run)
+            marks.append(("", children_seconds()))
+            for (name, begun), (_, ended) in itertools.pairwise(marks[-3:]):
+                spent[name].append(ended - begun)
+            took = ", ".join(f"{name} {runs[name][-1].seconds:.1f} s" for name in turn)
+            print(f"round {number + 1}: {took}", flush=True)
     for name in commands:
         print(said(name, runs[name], spent[name], nbytes), flush=True)
     ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(runs["headrace"], runs["curl"], strict=True)]

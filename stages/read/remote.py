@@ -5,7 +5,7 @@ size with nothing but its header in it. So everything that opens a directory ope
 are then ranges of the objects themselves. Each range is asked for on the condition that the object is still the one that was
 opened: an object that is written anew ends the run.
 
-    s3://bucket/llama    gs://bucket/llama    az://account/container/llama    https://host/llama    hf://org/name@revision
+    s3://bucket/llama    gs://bucket/llama    az://container/llama    https://host/llama    hf://org/name@revision
 
 Credentials come from the environment, or from where the provider's own tools take them, and are never written anywhere.
 """
