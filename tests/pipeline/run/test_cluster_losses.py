@@ -54,7 +54,7 @@ def test_no_tensor_goes_through_the_scheduler_or_between_workers(
     tmp_path: Path, stack: ExitStack, scratch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "MIN_BLOCK_BYTES", 4 << 20)
-    config = {**CONFIG, "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    config = {**CONFIG, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
     checkpoints.write(tmp_path / "model", {**config, "num_key_value_heads": 4})
     names = ("scheduler", "one", "two")
     try:
@@ -69,9 +69,9 @@ def test_no_tensor_goes_through_the_scheduler_or_between_workers(
     assert contents(tmp_path / "out") == expected(tmp_path, tmp_path / "model", **OPTIONS)
     moved = values_bytes(tmp_path / "out")
     carried = {name: nodes.carried_bytes(name) for name in names}
-    assert moved > 50 << 20
+    assert moved > 40 << 20
     # The tasks themselves, their results, and what a cluster says of itself.
-    assert all(0 < each < moved / 100 for each in carried.values()), carried
+    assert all(0 < each < moved / 50 for each in carried.values()), carried
 
 
 @pytest.mark.parametrize("stage", [pytest.param(each, marks=() if each == "write" else pytest.mark.nightly) for each in STAGES])
