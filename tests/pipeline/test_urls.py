@@ -14,8 +14,6 @@ def test_plain_addresses_are_shown(url: str) -> None:
     assert (holds_secret(url), shown(url)) == (False, url)
 
 
-@pytest.mark.parametrize(
-    "rest", ["key:secret@host/m", ":secret@host/m", "key@host", "host/m?X=secret", "host/m#secret", "[secret/m"]
-)
+@pytest.mark.parametrize("rest", ["key:secret@host/m", ":secret@host/m", "key@host", "host/m?X=secret", "host/m#a", "[secret/m"])
 def test_of_others_the_scheme_alone(rest: str) -> None:
     assert (holds_secret(f"https://{rest}"), shown(f"https://{rest}")) == (True, "https://...")
