@@ -20,7 +20,8 @@ from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
 from pipeline.planning.target_options import AbsolutePath, Shape, Size, TargetOptions
-from pipeline.planning.wrong_values import place, unknown_name, unlike, wrong_value
+from pipeline.planning.wrong_values import expected, place, unknown_name, unlike, wrong_value
+from pipeline.urls import NO_SECRET, holds_secret, shown
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -257,6 +258,8 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
     problems += [*_cluster(job), *_report(job), *_calibration(job)]
+    if job.scratch and holds_secret(job.scratch):
+        problems.append(Problem(f"--scratch {shown(job.scratch)}", "a URL with a secret in it", NO_SECRET))
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -346,4 +349,7 @@ def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str,
         subject = f"{file}: {name}" if file and name not in options else name
         found, listed = "an option that headrace does not have", "one that `headrace convert --help` lists"
         return unknown_name(subject, key, names, found, listed)
-    return wrong_value(subject, detail)
+    value = detail.get("input")
+    # A table of a cluster's options may have a password in it, and an address.
+    hidden = name.partition(".")[0] == "cluster" or (isinstance(value, str) and holds_secret(value))
+    return Problem(subject, f"a value of type {type(value).__name__}", expected(detail)) if hidden else wrong_value(subject, detail)

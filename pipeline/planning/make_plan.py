@@ -28,6 +28,7 @@ from pipeline.planning.targets import make_target, plan_identity
 from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.changing import arriving
+from stages.read.read_ahead import AHEAD
 from stages.read.scratch_chunks import read_scratch
 
 
@@ -88,7 +89,9 @@ def plan_opened(opened: OpenedSource) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
     phases = (*cuts.phases, write)
-    needs = [need(store, chunk < size) for phase in phases for store in phase.stores]
+    # One that is under way is twice in memory while its parts are put together.
+    ahead = 2 * AHEAD if opened.source.url else 0
+    needs = [need(store, chunk < size, ahead) for phase in phases for store in phase.stores]
     tasks = sum(len(phase.groups) for phase in phases)
     calibrating, limits = bounded(
         found.calibrating,

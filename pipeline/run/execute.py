@@ -169,7 +169,7 @@ class _Run:
                 halt=self.builds.halt if self.builds else no_builds,
                 in_turn=not clustered,
                 known=left.known,
-                window=scratch_window(workers) if clustered else None,
+                window=scratch_window(_threads(session, workers)) if clustered else None,
                 name=int if clustered else thread_name,
                 run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
                 synchronize=self.plan.job.elsewhere,
@@ -304,6 +304,11 @@ def _tidy(plan: Plan) -> Plan:
         except OSError as error:
             raise WriteFailed(f"{sentence(error)}; {output.directory} cannot be looked at or brought to the disk") from error
     return replace(plan, notes=(*plan.notes, *damaged)) if damaged else plan
+
+
+def _threads(session: Session, planned: int) -> int:
+    """How many tasks a cluster runs at once: what is planned for this process, or as many as its workers have threads."""
+    return max(planned, sum(map(int, session.client.nthreads().values())))
 
 
 def _directories(plan: Plan) -> list[Path]:

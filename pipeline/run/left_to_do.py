@@ -187,7 +187,7 @@ class LeftToDo:
             self._readers[chunk].discard(number)
             if not self._readers[chunk]:
                 del self._readers[chunk]
-                self._owners[chunk].free(chunk)
+                self._owners[chunk].free(chunk, pooled=not self.plan.job.elsewhere)
 
     def whole(self, number: int) -> Journal:
         """Note that an output is whole, by its number: returns its journal, which nothing here looks at any more."""
@@ -198,7 +198,12 @@ class LeftToDo:
         return max(n for n in range(len(self.phases)) if self.plan.first_group(n) <= number)
 
     def pool(self) -> str:
-        """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none."""
+        """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none.
+
+        A worker elsewhere that a cluster has given up may still be writing to a chunk: its file becomes no other chunk's.
+        """
+        if self.plan.job.elsewhere:
+            return ""
         cuts = [sink for left in self.phases for sink in left.phase.sinks if isinstance(sink, ScratchGroup) and not sink.keep]
         # Padding is what nobody writes: a chunk of rank tensors needs a file of zeros.
         return str(cuts[-1].pool) if cuts and not any(cut.of_ranks for cut in cuts) else ""

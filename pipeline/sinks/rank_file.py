@@ -16,6 +16,7 @@ from pipeline.model.dtypes import BY_TARGET, FILE_ORDER
 from pipeline.sinks.reserve import reserve
 from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
 from pipeline.tensor.system_errors import naming
+from stages.write.open_files import PARTIAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class RankFile:
 
 def partial_name(path: Path) -> Path:
     """Return the path that a file has while it is being written."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + PARTIAL)
 
 
 def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:

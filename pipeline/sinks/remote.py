@@ -143,7 +143,7 @@ class RemoteGroup:
         # Zarr stores no chunk of zeros alone into an array that it has opened again.
         return bool(parts) and (bool(files.exists(path)) or all(map(_of_zeros, parts)))
 
-    def free(self, chunk: str) -> None:
+    def free(self, chunk: str, pooled: bool = True) -> None:  # noqa: ARG002 (objects have no pool)
         """Remove a chunk that nothing reads any more."""
         import fsspec
 

@@ -215,13 +215,14 @@ class ScratchGroup:
         """Where the files of freed chunks wait to be written again: over memory that the system still holds for them."""
         return self.directory / POOL
 
-    def free(self, chunk: str) -> None:
-        """Give up a chunk that nothing reads any more: its file goes to the pool, or, where that is full, away."""
+    def free(self, chunk: str, pooled: bool = True) -> None:
+        """Give up a chunk that nothing reads any more: its file goes to the pool, or, where that is full or not used, away."""
         path = Path(chunk)
         with contextlib.suppress(FileNotFoundError):
             size = path.stat().st_size
-            self.pool.mkdir(exist_ok=True)
-            if self.of_ranks or size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
+            if pooled:
+                self.pool.mkdir(exist_ok=True)
+            if not pooled or self.of_ranks or size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
                 path.unlink()
             else:
                 path.rename(self.pool / pooled_name(size))

@@ -31,6 +31,7 @@ FLOORS = (
     ("pipeline.native",),
     ("pipeline.errors",),
     ("pipeline.printed",),
+    ("pipeline.urls",),
 )
 # The order of verification: each level may use those before it.
 VERIFY = (("stages.verify.forward",), ("stages.verify.roundtrip",), ("stages.verify.contract",))
