@@ -11,10 +11,13 @@ import typer
 
 from pipeline.cli.levels import levels
 from pipeline.cli.options import Json
+from pipeline.tensor.remote_path import as_path
 
 app = typer.Typer()
 
-Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
+Output = Annotated[
+    Path, typer.Argument(parser=as_path, metavar="OUTPUT", help="A finished output: a directory or a URL.", show_default=False)
+]
 
 
 @app.command("verify", no_args_is_help=True)

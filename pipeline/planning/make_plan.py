@@ -20,6 +20,7 @@ from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
 from pipeline.planning.plans import Plan
+from pipeline.planning.rank_parts import grouped, parts_need
 from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
@@ -84,12 +85,14 @@ def plan_opened(opened: OpenedSource) -> Plan:
     of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
     notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
-    write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
+    sinks = tuple(target.output for target in outputs)
+    groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})
+    write = Phase("write", stores, sinks, groups, cuts.passes(), parts=parts)
     phases = (*cuts.phases, write)
-    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
+    needs = [*(need(store, chunk < size) for phase in phases for store in phase.stores), *parts_need(parts)]
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
-    sinks = sum(len(phase.sinks) for phase in phases)
-    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
+    written = sum(len(phase.sinks) for phase in phases)
+    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, written))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.

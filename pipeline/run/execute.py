@@ -204,6 +204,7 @@ class _Run:
                 synchronize=self.plan.job.elsewhere,
                 **counted,
                 pool=left.pool(),
+                uploads=left.uploads(),
             )
             if self.builds:
                 self.builds.whole(None)

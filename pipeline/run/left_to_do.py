@@ -11,6 +11,7 @@ from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
 from pipeline.planning.phases import Phase, Sink
 from pipeline.planning.plans import Plan
+from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
@@ -104,7 +105,11 @@ class LeftToDo:
         for number in left.sinks:
             self._begin_sink(left, number, overwrite, stack)
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
-        todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
+        # Of an output that is whole no part is assembled again.
+        of_these = frozenset(
+            index for index in range(len(left.phase.groups)) if index not in (p := left.phase.parts) or p[index].sink in left.sinks
+        )
+        todo = sorted(of_these - frozenset.intersection(*done))
         left.groups = tuple(bind(self.plan, left.number, index, left.sinks) for index in todo)
 
     def _begin_scratch(self, left: PhaseLeft, stack: ExitStack) -> None:
@@ -155,6 +160,15 @@ class LeftToDo:
         stack.callback(journal.close)
         if not journal.entries:
             stack.enter_context(_Undo(sink, journal, created))
+
+    def uploads(self) -> dict[str, str]:
+        """The ids of the uploads of rank files, by the file's URL."""
+        last = self.phases[-1]
+        found: dict[str, str] = {}
+        for number, journal in last.journals.items():
+            sink = last.phase.sinks[number]
+            found |= sink.uploads(journal.entries) if isinstance(sink, BucketOutput) else {}
+        return found
 
     def abandon(self) -> None:
         """Remove what the run has made of sinks that are not whole."""

@@ -85,6 +85,9 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
+    # Only outputs in object storage need what asks it.
+    "pipeline/tensor/bucket.py": {"obstore"},
+    "pipeline/tensor/store_requests.py": {"botocore", "obstore"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
     "stages/quantization/kernels/gguf_blocks.py": {"gguf"},
     "stages/quantization/sources/gguf.py": {"gguf"},
