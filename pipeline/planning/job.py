@@ -314,4 +314,8 @@ def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str,
         return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
     if detail["type"] == "extra_forbidden":
         return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
-    return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())
+    value = detail.get("input")
+    found = (
+        f"{value.partition('://')[0]}://..." if isinstance(value, str) and "://" in value else repr(value)
+    )  # it may hold a secret
+    return Problem(subject, found, str(detail["msg"]).removeprefix("Value error, ").lower())

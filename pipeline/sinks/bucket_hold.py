@@ -7,6 +7,7 @@ to be gone. Where a store knows no conditional writes, the note alone keeps othe
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,43 +19,51 @@ from pipeline.tensor.bucket import put_object, read_object_at, remove_object
 NOTE = "headrace.json.lock"
 
 
-def take(directory: Path) -> str:
-    """Note that this process is at work on an output; returns the ETag of its note.
+def take(directory: Path) -> bytes:
+    """Note that this process is at work on an output; returns the words of its note, which no other note has.
 
     Raises BadInput where another process is at work on it, and OSError where the store fails.
     """
-    words = json.dumps(asdict(Holder.me())).encode()
+    words = json.dumps({**asdict(Holder.me()), "note": uuid.uuid4().hex}).encode()
     for _ in range(3):
         try:
-            return put_object(_place(directory), words, "absent")
+            put_object(_place(directory), words, "absent")
+            return words
         except FileExistsError:
             found = _said(directory)
         if found is None:  # it is removed just now
             continue
         holder, etag, data = found
         if data == words:  # a request that was made again, after its answer was lost
-            return etag
+            return words
         if holder is None or not holder.gone:
             raise busy(directory / NOTE, holder)
         try:
-            return put_object(_place(directory), words, etag)
+            put_object(_place(directory), words, etag)
+            return words
         except (FileExistsError, FileNotFoundError):
             continue
     raise busy(directory / NOTE, None)
 
 
-def leave(directory: Path) -> None:
-    """Remove this process's note, and no other's."""
+def leave(directory: Path, words: bytes) -> None:
+    """Remove the note of these words, and no other."""
     found = _said(directory)
-    if found and found[0] == Holder.me():
+    if found and found[2] == words:
         remove_object(_place(directory))
 
 
 def forget(directory: Path) -> None:
-    """Remove the note of a process that is gone, or of this one."""
+    """Remove the note of a process that is gone."""
     found = _said(directory)
-    if found and found[0] and (found[0].gone or found[0] == Holder.me()):
+    if found and found[0] and found[0].gone:
         remove_object(_place(directory))
+
+
+def holder(directory: Path) -> Holder | None:
+    """The process that a note beside an output names; None where there is none."""
+    found = _said(directory)
+    return found[0] if found else None
 
 
 def release(directory: Path) -> Holder | None:

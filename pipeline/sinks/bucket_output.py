@@ -34,20 +34,19 @@ class UploadJournal(Journal):
         """Raises BadInput where another job is at work on the output, and OSError where the store fails."""
         super().__init__(path)
         self.directory = directory
-        self._held = True
+        self._note = b""
         try:
-            bucket_hold.take(directory)
+            self._note = bucket_hold.take(directory)
         except BaseException:
-            self._held = False
             super().close()
             raise
 
     def close(self) -> None:
         """Close the file, and remove the note."""
-        if self._held:
-            self._held = False
-            with suppress(OSError):  # the next job passes over it, as this process is gone
-                bucket_hold.leave(self.directory)
+        note, self._note = self._note, b""
+        if note:
+            with suppress(OSError):  # the next job passes over it, once this process is gone
+                bucket_hold.leave(self.directory, note)
         super().close()
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.remote_path import url_fault
-from pipeline.tensor.store_requests import ask_obstore, ask_s3, pages, whole_bucket
+from pipeline.tensor.store_requests import ask_obstore, ask_s3, naming_store, pages, whole_bucket
 
 IN_PARTS = ("s3",)  # the stores whose uploads go on after a crash
 
@@ -152,12 +152,27 @@ def uploads_below(url: str) -> list[Upload]:
     return sorted(found, key=lambda each: (each.url, each.id))
 
 
-def open_stream(url: str, part_bytes: int) -> Any:
-    """A stream that makes an object when it is closed, and none where it is not: a part is sent as soon as there is one."""
-    import obstore
+class ObjectStream:
+    """A stream that makes an object when it is closed, and none where it is not: bytes are sent as soon as there are `part_bytes`.
 
-    _, key = _place(url)
-    return obstore.open_writer(whole_bucket(url), key, buffer_size=part_bytes, max_concurrency=1)
+    Its methods raise OSError where the store fails.
+    """
+
+    def __init__(self, url: str, part_bytes: int) -> None:
+        import obstore
+
+        self.url = url
+        self._writer = obstore.open_writer(whole_bucket(url), _place(url)[1], buffer_size=part_bytes, max_concurrency=1)
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        with naming_store(self.url):
+            self._writer.write(data)
+
+    def close(self) -> None:
+        """Make the object."""
+        with naming_store(self.url):
+            self._writer.close()
 
 
 def missing_package(url: str) -> Problem | None:

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ CONNECTIONS = 64
 
 _GONE = {"NoSuchKey", "NoSuchUpload", "NotFound", "404"}
 _LATER = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict"}
-_FULL = re.compile("quota|storagefull|insufficientstorage|507", re.IGNORECASE)
+_FULL = re.compile("quotaexceeded|storagefull|insufficientstorage|507 ", re.IGNORECASE)
 _ONE_AT_A_TIME = threading.Lock()  # botocore makes one client at a time
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def ask_s3(url: str, call: str, *, read: bool = False, **asked: Any) -> Any:
         if isinstance(error, HTTPClientError):
             return None
         if isinstance(error, BotoCoreError):
-            return OSError(errno.EIO, _without_addresses(error), url)
+            return OSError(errno.EREMOTEIO, _without_addresses(error), url)
         assert isinstance(error, ClientError)
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -94,26 +95,42 @@ def _os_error(code: str, status: int, text: str, url: str) -> OSError | None:
         return FileExistsError(errno.EEXIST, "another object", url)
     if status in (401, 403):
         return PermissionError(errno.EACCES, f"no permission ({code})", url)
-    return OSError(errno.EIO, text, url)
+    return OSError(errno.EREMOTEIO, text, url)
 
 
 def ask_obstore(url: str, call: str, *asked: Any, **named: Any) -> Any:
     """Ask a store through obstore. Raises OSError, naming the URL."""
     import obstore
+    from obstore.exceptions import BaseError
+
+    work = lambda: getattr(obstore, call)(whole_bucket(url), *asked, **named)  # noqa: E731
+    return _again(work, (BaseError, FileNotFoundError), lambda error: _of_obstore(error, url), url)
+
+
+@contextmanager
+def naming_store(url: str) -> Iterator[None]:
+    """Have errors of obstore be errors of the system, which name the URL."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, FileNotFoundError) as error:
+        raise _of_obstore(error, url) or OSError(errno.EREMOTEIO, _without_addresses(error), url) from None
+
+
+def _of_obstore(error: Exception, url: str) -> OSError | None:
+    """The error of an answer; None where the same request may be answered otherwise later."""
     from obstore import exceptions as known
 
-    def judged(error: Exception) -> OSError | None:
-        if isinstance(error, known.NotFoundError):
-            return FileNotFoundError(errno.ENOENT, "no such object", url)
-        if isinstance(error, (known.AlreadyExistsError, known.PreconditionError)):
-            return FileExistsError(errno.EEXIST, "another object", url)
-        if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
-            return PermissionError(errno.EACCES, "no permission", url)
-        return None
-
-    return _again(
-        lambda: getattr(obstore, call)(whole_bucket(url), *asked, **named), (known.BaseError, FileNotFoundError), judged, url
-    )
+    if _FULL.search(str(error)):
+        return OSError(errno.ENOSPC, "no room in the bucket", url)
+    if isinstance(error, (known.NotFoundError, FileNotFoundError)):
+        return FileNotFoundError(errno.ENOENT, "no such object", url)
+    if isinstance(error, (known.AlreadyExistsError, known.PreconditionError)):
+        return FileExistsError(errno.EEXIST, "another object", url)
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+        return PermissionError(errno.EACCES, "no permission", url)
+    return None
 
 
 def whole_bucket(url: str) -> Any:
@@ -142,7 +159,7 @@ def _again(work: Callable[[], T], caught: tuple[type[Exception], ...], judged: C
             if final is not None:
                 raise final from None
             if attempt + 1 == ATTEMPTS:
-                raise OSError(errno.EIO, f"{_without_addresses(error)}, {ATTEMPTS} times", url) from None
+                raise OSError(errno.EREMOTEIO, f"{_without_addresses(error)}, {ATTEMPTS} times", url) from None
             time.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS))
     raise AssertionError
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.tensor.bucket import object_size, open_stream, upload_part
+from pipeline.tensor.bucket import ObjectStream, object_size, upload_part
 from pipeline.tensor.metering import meter
 
 STREAM = 0  # the number of the one part of a file that is a stream
@@ -92,7 +92,7 @@ class RankStream:
     def __init__(self, part: RankPart) -> None:
         self.part = part
         self._at = 0
-        self._stream = open_stream(part.url, part.step_bytes)
+        self._stream = ObjectStream(part.url, part.step_bytes)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Send the next bytes of the file."""
@@ -124,12 +124,12 @@ class RankStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream = None  # one that is not closed makes no object
+        del self._stream  # one that is not closed makes no object
 
 
 def _check(part: RankPart, at: int) -> None:
     if at != part.end:
-        raise OSError(errno.EIO, f"{at - part.start:,} bytes of {part.end - part.start:,} were made", part.name)
+        raise OSError(errno.EREMOTEIO, f"{at - part.start:,} bytes of {part.end - part.start:,} were made", part.name)
 
 
 def gathering(part: RankPart, uploads: Mapping[str, str]) -> PartBytes | RankStream:

@@ -52,7 +52,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/levels.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
-    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
+    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.bucket_listing", "pipeline.sinks.scratch_listing"},
     "pipeline/cli/serve.py": {
         "pipeline.jobs.files",
         "pipeline.jobs.log",
@@ -60,7 +60,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.jobs.serve",
     },
     "pipeline/cli/verify.py": {"pipeline.reporting.generation", "pipeline.reporting.terminal", "pipeline.reporting.verification"},
-    "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
+    "pipeline/cli/unlock.py": {"pipeline.sinks"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},
     # An extra that need not be installed.
