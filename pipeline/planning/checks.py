@@ -18,7 +18,6 @@ from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
-from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.alignment import alignment
 from stages.quantization.kernels.chosen import kernel_problems
@@ -106,12 +105,6 @@ def _unfit_options(opened: OpenedSource) -> list[Problem]:
     if job.copy_tokenizer and not source.companions:
         expected = "a Hugging Face directory with its tokenizer"
         problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.place}", expected))
-    if "://" in (job.scratch or "") and any(is_remote(target.output_dir) for target in job.targets):
-        expected = "a directory, which all workers see: chunks of rank tensors are written at offsets"
-        problems.append(Problem(f"--scratch {job.scratch}", "a URL, with outputs in object storage", expected))
-    elif "://" in (job.scratch or "") and "shard" in job.cuts:
-        remedy = "Cut after another stage, or give --scratch a directory"
-        problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))
     return problems
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.planning.job import SCRATCH_STAGES, Job
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.phases import Phase, Store, group_blocks
-from pipeline.planning.rank_parts import rank_chunk_bytes
+from pipeline.planning.rank_parts import aligned_chunks, rank_chunk_bytes
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
 from pipeline.sinks.scratch import ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensor.arrays import BlockArray
@@ -91,11 +91,14 @@ class Cuts:
         if "shard" not in self.stages:
             return stores
         groups, again = [], []
-        written = _written(stores) if self.assembled else {}
+        written = _written(stores)
         for number, tensors in enumerate(ranks):
             stored = {(tensor.rank, tensor.name): tensor.stored or (tensor.shape, tensor.dtype) for tensor in tensors}
             assembled = isinstance(self.directories[number], RemotePath)
             shapes = {key: self._rank_shape(shape, dtypes[dtype], assembled) for key, (shape, dtype) in stored.items()}
+            if self.remote:  # chunks are put whole: none is of two blocks
+                chunks = aligned_chunks(stores, number, {key: shape for key, (shape, _) in stored.items()})
+                shapes = {key: (shape, chunks.get(key, chunk), dtype) for key, (shape, chunk, dtype) in shapes.items()}
             group = self._group(f"shard{number}", shapes)
             groups.append(group)
             back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
@@ -144,14 +147,14 @@ class Cuts:
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
-                (rank, tensor): RemoteArray(f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
+                (rank, tensor): RemoteArray(f"{url}/{_folder(stage, rank)}{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
             return RemoteGroup(url, stage, key, self.source.place, self.keep, remote, self.outputs)
         directory = Path(self.root) / name
         arrays = {}
         for (rank, name), (shape, chunks, dtype) in shapes.items():
-            folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
+            folder = directory / f"{_folder(stage, rank)}{name}"
             arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
         # Parts of a file are of its order, not the source's.
         bound = sum(array.nbytes for array in arrays.values()) if self.assembled else self.window * self.block_bytes
@@ -179,6 +182,11 @@ class Cuts:
         here = self.carried and stage == "read"
         groups = group_blocks(stores, self.block_bytes)
         self.phases.append(Phase(f"scratch after {stage}", stores, sinks, groups, self.passes(before), here))
+
+
+def _folder(stage: str, rank: int) -> str:
+    """The part of an array's path, in its group, before its name: a rank's, after the split."""
+    return f"rank{rank}/" if stage.startswith("shard") else ""
 
 
 def _written(stores: Sequence[Store]) -> dict[tuple[int, int, str], int]:

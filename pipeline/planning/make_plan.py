@@ -25,6 +25,7 @@ from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.changing import arriving
@@ -109,5 +110,6 @@ def _refuse(also: Any, problems: Any) -> None:
 def _chunk_bytes(opened: OpenedSource, size: int) -> int:
     """The most bytes of a chunk: a block, but no more than a piece where chunks are put into and fetched from a bucket whole."""
     job = opened.job
-    remote = "://" in (job.scratch or "") and (job.cuts or (opened.source.in_memory and job.elsewhere))
+    stages = job.cuts or (opened.source.in_memory and job.elsewhere) or any(is_remote(target.output_dir) for target in job.targets)
+    remote = "://" in (job.scratch or "") and stages
     return min(size, MAX_PIECE_BYTES) if remote else size

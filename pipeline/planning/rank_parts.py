@@ -181,6 +181,32 @@ def parts_need(parts: Mapping[int, RankPart]) -> list[Need]:
     return [Need(f"a part of {part.url}", part.step_bytes, COPIES) for part in largest]
 
 
+def aligned_chunks(
+    stores: Sequence[Store], target: int, shapes: Mapping[tuple[int, str], tuple[int, ...]]
+) -> dict[tuple[int, str], tuple[int, ...]]:
+    """The largest chunks of rank tensors of which each is filled by one block of one source tensor, by (rank, name).
+
+    `shapes`: those of the rank tensors of a target, by its number. Padding fills chunks of its own.
+    """
+    steps: dict[tuple[int, str], list[int]] = {}
+    for store in stores:
+        blocks = store.arrays[target].chunksize
+        for placement in store.placed(target):
+            if placement.source is None:
+                continue
+            key = placement.rank, placement.tensor
+            found = steps.setdefault(key, [0] * len(placement.target))
+            lead = len(placement.target) - len(placement.source)
+            for axis, (start, stop) in enumerate(placement.target):
+                bounds = [start, *(() if stop == shapes[key][axis] else (stop,))]
+                if axis >= lead:
+                    (first, last), block = placement.source[axis - lead], blocks[axis - lead]
+                    cuts = range((first // block + 1) * block, last, block)
+                    bounds += [start + cut - first for cut in (*cuts[:1], *cuts[1:2])]
+                found[axis] = math.gcd(found[axis], *bounds)
+    return {key: tuple(step or size for step, size in zip(found, shapes[key], strict=True)) for key, found in steps.items()}
+
+
 def rank_chunk_bytes(block_bytes: int, remote: bool) -> int:
     """The most bytes of a chunk of rank tensors that parts are made of: few are then looked at twice."""
     return min(block_bytes, MAX_PIECE_BYTES if remote else PART_BYTES // 2)

@@ -132,9 +132,10 @@ class LeftToDo:
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
         groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
         keep = any(cut.kept for cut in cuts)
-        wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
-        # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
+        # After `shard` several groups write to one chunk: it is there when the parts of all of them are. One of padding nobody writes,
+        # nor reads.
         whole_chunks = _offsets(groups)
+        wanted = whole_chunks.keys() if keep else needed & whole_chunks.keys()
         absent = {
             chunk
             for chunk in wanted

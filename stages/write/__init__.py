@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def write_blocks(
         with settling():
             for item, versions in zip(work, blocks, strict=True):
                 hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
-                for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
+                for piece in _pieces(item, versions[0].shape):
                     # Sinks that take the same block share one reading of each piece.
                     values: dict[int, np.ndarray] = {}
                     for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
@@ -158,6 +158,13 @@ def write_blocks(
         read = int(metrics.get(("read", "bytes"), 0))
         name = work[-1].name if work else ""
         return Written(number, name, read, written, dict(metrics), paths, tuple(checksums), parts)
+
+
+def _pieces(item: BlockWrite, shape: Sequence[int]) -> Iterable[Region]:
+    """The pieces of a block; all of it where chunks are put whole, for which blocks are small."""
+    if any(to.offset < 0 for sink in item.deliveries for to in sink):
+        return [whole(shape)]
+    return pieces(whole(shape), item.itemsize, item.piece_bytes, item.row_multiple)
 
 
 def _position(work: Sequence[BlockWrite]) -> int:
@@ -198,7 +205,9 @@ def _write_piece(
             read[id(block)] = block.read(piece)
         part = read[id(block)][slices(shift(common, [start for start, _ in piece], -1))]
         if delivery.offset < 0:
-            _put(delivery, common, part, digest)
+            if common != delivery.source:
+                raise RuntimeError(f"{delivery.chunk}: a part of a chunk, which is put whole")
+            _put(delivery, part, digest)
             written += part.nbytes
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
@@ -215,7 +224,7 @@ def _write_piece(
     return written
 
 
-def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.xxh3_64) -> None:
+def _put(delivery: Delivery, values: np.ndarray, digest: xxhash.xxh3_64) -> None:
     """Store a piece, which is a whole chunk, in the Zarr array of a delivery without an offset."""
     import zarr
 
@@ -224,7 +233,7 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
     with meter("checksum", values.nbytes):
         digest.update(values.reshape(-1).view(np.uint8).data)
     with meter("write_scratch", values.nbytes):
-        array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
+        array[slices(delivery.target)] = values.reshape(extent(delivery.target)).view(array.dtype)
 
 
 def _first(part: Region, region: Region) -> int:

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
+
+import stages.read.object_store
+from pipeline.tensor import store_requests
 
 SECRET = "a-secret-key-of-nobody"
 FULL = b"<?xml version='1.0'?><Error><Code>XMinioStorageFull</Code><Message>no room</Message></Error>"
@@ -47,8 +51,24 @@ def s3_server() -> Iterator[Proxied]:
         for name, value in {**keys, "AWS_ENDPOINT_URL": proxied.url}.items():
             patch.setenv(name, value)
         patch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
+        forget_clients()
         yield proxied
     server.stop()
+    forget_clients()
+
+
+def forget_clients() -> None:
+    """Have the next requests of this process look at its environment again."""
+    for made in (stages.read.object_store._store, store_requests._client, store_requests._store_of):
+        made.cache_clear()
+
+
+def upload(directory: Path, url: str) -> str:
+    """Put the files of a directory below a URL, and return that."""
+    parts, s3 = urlsplit(url), client()
+    for path in directory.iterdir():
+        s3.put_object(Bucket=parts.netloc, Key=f"{parts.path.strip('/')}/{path.name}", Body=path.read_bytes())
+    return url
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 import pipeline.planning.rank_parts
@@ -107,6 +108,17 @@ def test_a_directory_and_a_bucket_from_one_read(tmp_path: Path, options: dict[st
     convert(output_dir=tmp_path / "alone", tp_size=2, **options)
     assert contents(tmp_path / "here") == contents(tmp_path / "alone")
     same(tmp_path, {**options, "tp_size": 4, "dtype": "float32"})
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 781])
+@pytest.mark.usefixtures("server")
+def test_scratch_in_object_storage_too(tmp_path: Path, options: dict[str, Any], vocabulary: int) -> None:
+    """Chunks are put whole there: each is of one block, and padding has its own."""
+    checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": vocabulary})
+    options |= {"tp_size": 4, "use_parallel_embedding": True}
+    convert(output_dir=OUT, scratch=f"memory://{tmp_path.name}", **options)
+    same(tmp_path, options)
+    assert not fsspec.filesystem("memory").find(f"/{tmp_path.name}"), "scratch is removed after success"
 
 
 @pytest.mark.parametrize("fault", [500, 503, "cut"])
