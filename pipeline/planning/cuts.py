@@ -147,7 +147,9 @@ class Cuts:
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
-                (rank, tensor): RemoteArray(f"{url}/{_folder(stage, rank)}{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
+                (rank, tensor): RemoteArray(
+                    f"{url}/{_folder(stage, rank)}{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor)
+                )
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
             return RemoteGroup(url, stage, key, self.source.place, self.keep, remote, self.outputs)

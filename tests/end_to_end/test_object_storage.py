@@ -37,7 +37,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxied]
 @pytest.mark.nightly
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, server: Proxied) -> None:
     """Five parts of 16 MiB; at the fourth the process is killed, when the journal has had time for those before."""
-    checkpoints.write(tmp_path / "model", {**checkpoints.LLAMA, "vocab_size": 20_000, "hidden_size": 1024, "torch_dtype": "bfloat16"})
+    checkpoints.write(
+        tmp_path / "model", {**checkpoints.LLAMA, "vocab_size": 20_000, "hidden_size": 1024, "torch_dtype": "bfloat16"}
+    )
     options = ["--model_dir", str(tmp_path / "model"), "--output_dir", OUT, "--scheduler", "threads", "--workers", "1", "--quiet"]
     process = subprocess.Popen([*COMMAND, "convert", *options])
     killed = threading.Event()
@@ -95,7 +97,9 @@ def test_on_workers_that_are_processes(tmp_path: Path, server: Proxied) -> None:
     """They upload parts themselves, and see the directory of scratch; the output is on no file system."""
     from distributed import LocalCluster
 
-    checkpoints.write(tmp_path / "model", {**checkpoints.LLAMA, "vocab_size": 20_000, "hidden_size": 512, "torch_dtype": "bfloat16"})
+    checkpoints.write(
+        tmp_path / "model", {**checkpoints.LLAMA, "vocab_size": 20_000, "hidden_size": 512, "torch_dtype": "bfloat16"}
+    )
     options = {"model_dir": tmp_path / "model", "tp_size": 2}
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         convert(output_dir=OUT, scheduler=cluster.scheduler_address, **options)
@@ -104,6 +108,8 @@ def test_on_workers_that_are_processes(tmp_path: Path, server: Proxied) -> None:
     found = objects(OUT)
     assert {name: data for name, data in found.items() if name != "headrace.json"} == contents(tmp_path / "near")
     convert(output_dir="s3://bucket/again", scheduler="local", **options)
-    assert {name: data for name, data in objects("s3://bucket/again").items() if name != "headrace.json"} == contents(tmp_path / "near")
+    assert {name: data for name, data in objects("s3://bucket/again").items() if name != "headrace.json"} == contents(
+        tmp_path / "near"
+    )
     assert len(server.uploads()) >= 8
     assert open_uploads() == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.jobs.test_serve import Place, wait
-from tests.support import checkpoints
 from tests.support.places import ROOT
 from tests.support.s3_server import objects, s3_server, upload
 
