@@ -54,6 +54,8 @@ class Cuts:
         self.directories = [target.output_dir for target in job.targets]
         self.root = job.scratch_root
         self.remote = "://" in self.root
+        # Workers that have scratch in a bucket in common, and perhaps nothing else, leave rank files to this process.
+        self.assembled_here = job.elsewhere and self.remote and "shard" in self.stages and not self.assembled
         self.source, self.identity, self.block_bytes, self.read_back, self.matches = (
             source,
             identity,
@@ -112,6 +114,11 @@ class Cuts:
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
         self._add("shard", stores, tuple(groups), before="shard")
         return tuple(again)
+
+    def notes(self) -> tuple[str, ...]:
+        """Where rank files are written, where that is not on the workers."""
+        here = "rank files are written by this process, from the scratch that the workers write: no worker needs to see their place"
+        return (here,) if self.assembled_here else ()
 
     def reasons(self) -> dict[str, str]:
         """For each stage, whether tensors are cut after it, why, and what it costs or would cost."""

@@ -88,7 +88,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
     sinks = tuple(target.output for target in outputs)
     groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})
-    write = Phase("write", stores, sinks, groups, cuts.passes(), parts=parts)
+    write = Phase("write", stores, sinks, groups, cuts.passes(), cuts.assembled_here, parts)
     phases = (*cuts.phases, write)
     needs = [*(need(store, chunk < size) for phase in phases for store in phase.stores), *parts_need(parts)]
     limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
@@ -97,7 +97,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.
-    notes = (*notes, *arriving(opened.source.location, opened.source.files))
+    notes = (*notes, *cuts.notes(), *arriving(opened.source.location, opened.source.files))
     return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
+from pipeline.planning.bind import BoundGroup
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.descriptors import open_files
@@ -180,7 +181,8 @@ class _Run:
         with ExitStack() as stack:
             made = (Committer(dict(enumerate(each.journals.values())), each.vouched()) for each in left.phases)
             committers = [stack.enter_context(each) for each in made]
-            here = [each for each in left.phases if each.phase.here and each.groups]
+            last = left.phases[-1]
+            here = [each for each in left.phases[:-1] if each.phase.here and each.groups]
             for each in here:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
                 for result in run_threads(graph, workers):
@@ -191,6 +193,10 @@ class _Run:
             journals = sum(len(each.journals) for each in left.phases)
             counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
             groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
+            run = session.run
+            if last.phase.here:
+                self._fill_scratch([group for group in groups if not group.is_last], committers, session)
+                groups, clustered, run = list(last.groups), False, lambda graph: run_threads(graph, workers)
             graph = stage_graph(
                 groups,
                 finishes,
@@ -200,7 +206,7 @@ class _Run:
                 known=left.known,
                 window=scratch_window(workers) if clustered else None,
                 name=int if clustered else thread_name,
-                run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
+                run_mark=_mark(self.plan),
                 synchronize=self.plan.job.elsewhere,
                 **counted,
                 pool=left.pool(),
@@ -211,7 +217,7 @@ class _Run:
             unfinished = len(groups) + len(finishes)
             if not unfinished and not self._converted(stack, session):
                 return
-            with closing(session.run(graph)) as results:
+            with closing(run(graph)) as results:
                 for result in results:
                     if isinstance(result, int):
                         self._whole(result, committers[-1])
@@ -223,6 +229,15 @@ class _Run:
                     unfinished -= 1
                     if not unfinished and not self._converted(stack, session):
                         return
+
+    def _fill_scratch(self, groups: Sequence[BoundGroup], committers: Sequence[Committer], session: Session) -> None:
+        """Have the workers write all chunks of scratch, which this process then assembles."""
+        if not groups:
+            return
+        with closing(session.run(stage_graph(groups, known=self.left.known, run_mark=_mark(self.plan)))) as results:
+            for result in results:
+                self._advanced(result, committers)
+                self.left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
 
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
@@ -326,8 +341,14 @@ def _tidy(plan: Plan) -> Plan:
 
 
 def _directories(plan: Plan) -> list[Path]:
-    """Every local directory that tasks of a plan are to write."""
-    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    """Every local directory that tasks of a plan are to write, on workers."""
+    sinks = [sink for phase in plan.phases if not phase.here for sink in phase.sinks]
+    return [sink.directory for sink in sinks if sink.local_bytes and not sink.complete]
+
+
+def _mark(plan: Plan) -> str:
+    """A part of the keys of a run's tasks, for a scheduler that may have those of others."""
+    return uuid.uuid4().hex[:8] if plan.job.elsewhere else ""
 
 
 def _places(plan: Plan) -> str:

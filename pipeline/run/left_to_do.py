@@ -132,8 +132,8 @@ class LeftToDo:
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
         groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
         keep = any(cut.kept for cut in cuts)
-        # After `shard` several groups write to one chunk: it is there when the parts of all of them are. One of padding nobody writes,
-        # nor reads.
+        # After `shard` several groups write to one chunk: it is there when the parts of all of them are. One of padding alone
+        # nobody writes, nor reads.
         whole_chunks = _offsets(groups)
         wanted = whole_chunks.keys() if keep else needed & whole_chunks.keys()
         absent = {

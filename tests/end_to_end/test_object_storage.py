@@ -1,4 +1,4 @@
-"""Outputs in object storage: killed in the middle they go on, larger than memory they fit, in a batch they are units as others are."""
+"""Outputs in object storage: killed they go on, larger than memory they fit, on clusters and in batches they are made."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from benchmarks.models import make
-from pipeline import convert, verify
+from pipeline import BadInput, convert, plan, verify
 from tests.end_to_end.test_memory import peak
 from tests.support import checkpoints
 from tests.support.commands import COMMAND, headrace
@@ -113,3 +114,36 @@ def test_on_workers_that_are_processes(tmp_path: Path, server: Proxied) -> None:
     )
     assert len(server.uploads()) >= 8
     assert open_uploads() == []
+
+
+def test_workers_without_a_file_system_in_common_leave_rank_files_to_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scratch is all that they have in common: here a store of fsspec's that is in files. A worker that wrote a rank would fail."""
+    from distributed import Client, LocalCluster
+
+    monkeypatch.setenv("FSSPEC_LOCAL", '{"auto_mkdir": true}')  # as buckets have no directories
+    monkeypatch.setitem(fsspec.config.conf, "local", {"auto_mkdir": True})
+
+    def writes_no_rank() -> None:
+        import stages.write
+
+        def fail(*_: object) -> None:
+            raise OSError(30, "a rank file, of a worker")
+
+        stages.write._write_all = fail
+
+    checkpoints.write(tmp_path / "model", {**checkpoints.LLAMA, "hidden_size": 64})
+    options = {"model_dir": tmp_path / "model", "tp_size": 2, "quantization": "none"}
+    place = f"local://{tmp_path}/bucket"
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        client.run(writes_no_rank)
+        options |= {"scheduler": cluster.scheduler_address, "scratch": place, "scratch_after": "shard"}
+        made = plan(output_dir=tmp_path / "far", **options)
+        assert any("written by this process" in note for note in made.notes)
+        convert(output_dir=tmp_path / "far", **options)
+        with pytest.raises(BadInput, match="rank files that this process assembles"):
+            plan(output_dir=tmp_path / "far", engine={}, **options)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "near", tp_size=2, scheduler="threads")
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    assert list((tmp_path / "bucket").rglob("c")) == [], "scratch is removed after success"
