@@ -103,8 +103,9 @@ def execute(
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
-    plan = _tidy(plan)
-    up_to_date = plan.up_to_date and not plan.job.overwrite
+    with refusing(_places(plan), "a place that can be looked at"):
+        plan = _tidy(plan)
+        up_to_date = plan.up_to_date and not plan.job.overwrite
     if up_to_date:
         for cut in plan.scratch:
             cut.release()

@@ -144,6 +144,8 @@ class BucketOutput(Output):
             except FileNotFoundError:
                 if bucket.object_size(url) != file.size_bytes:  # not complete already
                     raise
+        for upload in bucket.uploads_below(str(self.directory)):  # begun twice, as the first answer was lost
+            bucket.abort_upload(upload.url, upload.id)
         for path in self.copies:
             bucket.put_object(str(self.directory / path.name), path.read_bytes())
         said = {"id": self.id, "boot": "", "copied": [path.name for path in self.copies]}
