@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,18 +27,22 @@ if TYPE_CHECKING:
 
 PART_BYTES = 16 * MIB
 MOST_PARTS = 10_000  # of an upload, by S3's limits
+MOST_TASKS = 16_384  # that upload the parts of one output: a scheduler takes milliseconds for each
 COPIES = 3  # of a part that a worker holds: gathered, on its way, and the pieces of chunks that it is made of
 
 
-def part_bytes(file_bytes: int) -> int:
-    """The size of the parts of a file, by the file alone, so that a run goes on with another limit of memory."""
+def part_bytes(file_bytes: int, output_bytes: int) -> int:
+    """The size of the parts of a file of an output, by these two alone, so that a run goes on with another limit of memory."""
+    size = PART_BYTES
+    while output_bytes > size * MOST_TASKS:
+        size *= 2
     least = -(-file_bytes // MOST_PARTS)
-    return PART_BYTES if least <= PART_BYTES else -(-least // MIB) * MIB
+    return size if least <= size else -(-least // MIB) * MIB
 
 
-def file_parts(file: RankFile, sink: int, rank: int) -> list[RankPart]:
+def file_parts(file: RankFile, sink: int, rank: int, output_bytes: int) -> list[RankPart]:
     """The parts of a rank's file: one that is a stream, where its store does not keep parts."""
-    url, size, step = str(file.path), file.size_bytes, part_bytes(file.size_bytes)
+    url, size, step = str(file.path), file.size_bytes, part_bytes(file.size_bytes, output_bytes)
     if not in_parts(url):
         return [RankPart(url, sink, rank, STREAM, 0, size, size, file.header, step)]
     starts = range(0, size, step)
@@ -61,7 +66,9 @@ def _by_rank(stores: Sequence[Store], sinks: Sequence[Sink]) -> dict[tuple[int, 
 
 
 def _in_part(tensors: Sequence[tuple[RankFileTensor, Store]], part: RankPart) -> list[tuple[RankFileTensor, Store]]:
-    return [(t, store) for t, store in tensors if t.offset < part.end and t.offset + t.nbytes > part.start]
+    start = bisect_right(tensors, part.start, key=lambda each: each[0].offset + each[0].nbytes)
+    stop = bisect_left(tensors, part.end, key=lambda each: each[0].offset)
+    return list(tensors[start:stop])
 
 
 def _blocks(tensors: Sequence[tuple[RankFileTensor, Store]], part: RankPart) -> Iterator[tuple[Store, tuple[int, ...]]]:
@@ -151,7 +158,7 @@ def all_parts(sinks: Sequence[Sink]) -> list[RankPart]:
     """The parts of all rank files in object storage, a file after the other, in the order in which their groups stand."""
     return list(
         itertools.chain.from_iterable(
-            file_parts(file, number, rank)
+            file_parts(file, number, rank, sink.size_bytes)
             for number, sink in enumerate(sinks)
             if isinstance(sink, Output) and isinstance(sink.directory, RemotePath)
             for rank, file in enumerate(sink.files)

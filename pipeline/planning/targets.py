@@ -88,6 +88,6 @@ def _in_its_place(output: Output, job: Job) -> Output:
     if not is_remote(output.directory):
         return output
     journals = Path(tempfile.gettempdir() if "://" in job.scratch_root else job.scratch_root)
-    sizes = tuple(part_bytes(file.size_bytes) if in_parts(str(file.path)) else 0 for file in output.files)
+    sizes = tuple(part_bytes(file.size_bytes, output.size_bytes) if in_parts(str(file.path)) else 0 for file in output.files)
     own = {each.name: getattr(output, each.name) for each in fields(Output)}
     return BucketOutput(**own, journals=journals, part_bytes=sizes)

@@ -8,17 +8,21 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.planning.rank_parts import MOST_PARTS, PART_BYTES, boxes, part_bytes
+from pipeline.planning.rank_parts import MOST_PARTS, MOST_TASKS, PART_BYTES, boxes, part_bytes
 from pipeline.tensor.placement import contiguous, slices
 
 
-@given(st.integers(1, 1 << 45))
-def test_parts_are_of_one_size_and_few_enough(file_bytes: int) -> None:
-    size = part_bytes(file_bytes)
+@given(st.integers(1, 1 << 45), st.integers(1, 64))
+def test_parts_are_of_one_size_and_few_enough(file_bytes: int, ranks: int) -> None:
+    size = part_bytes(file_bytes, file_bytes * ranks)
     assert -(-file_bytes // size) <= MOST_PARTS
+    assert file_bytes * ranks <= size * MOST_TASKS
     assert size % (1 << 20) == 0
     assert size >= PART_BYTES >= 5 << 20
-    assert size == PART_BYTES or size <= file_bytes / MOST_PARTS + (1 << 20)
+
+
+def test_a_large_model_has_larger_parts() -> None:
+    assert [part_bytes(total // 8, total) >> 20 for total in (16 * 10**9, 141 * 10**9, 810 * 10**9)] == [16, 16, 64]
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
