@@ -16,8 +16,8 @@ from pipeline.calibration.words import calibration_words
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
-from pipeline.printed import many
 from pipeline.model.awq_settings import TOKENS, AwqSettings
+from pipeline.printed import many
 from pipeline.watching.units import human_bytes
 
 app = typer.Typer()

@@ -12,6 +12,7 @@ from pipeline.cli.help import HelpCommand, HelpGroup
 from pipeline.cli.shared import Json
 from pipeline.errors import BadInput, Problem
 from pipeline.printed import escaped, many
+from pipeline.tensor.remote_path import as_path, is_remote
 from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
@@ -19,25 +20,29 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=HelpGroup, no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
 
-ROOT = "The scratch directory, as given to --scratch."
+ROOT = "The scratch directory or URL, as given to --scratch, or a URL of outputs, for unfinished uploads."
 
 
 @app.command("ls", cls=HelpCommand, epilog="headrace scratch ls\nheadrace scratch ls /fast/scratch")
 def scratch_ls(
     root: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help=f"{ROOT} Without one: all of the default name that are found from here.")
+        Path | None,
+        typer.Argument(
+            parser=as_path, metavar="DIR", help=f"{ROOT} Without one: all of the default name that are found from here."
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List the cuts in a scratch directory.
+    """List the cuts in a scratch directory; below a URL also the uploads that nobody has completed.
 
     Without a directory: in each .headrace-scratch in the current directory, its folders and the one above, and beside the outputs
     of `headrace serve` on this machine.
     """
+    from pipeline.sinks.bucket_listing import list_bucket
     from pipeline.sinks.scratch_listing import find_scratch, list_scratch
 
     roots = [root] if root else find_scratch(Path.cwd(), _served())
-    cuts = {each: list_scratch(each) for each in roots}
+    cuts = {each: list_bucket(each) if is_remote(each) else list_scratch(each) for each in roots}
     if json_:
         rows = [
             {
@@ -64,24 +69,26 @@ def scratch_ls(
 
 @app.command("rm", cls=HelpCommand, epilog="headrace scratch rm DIR 3f9ac0d1-unpack.zarr\nheadrace scratch rm DIR --all --yes")
 def scratch_rm(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help=ROOT)],
+    root: Annotated[Path, typer.Argument(parser=as_path, metavar="DIR", help=ROOT)],
     names: Annotated[list[str] | None, typer.Argument(metavar="CUT", help="Cuts to remove, as `scratch ls` names them.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Remove all cuts there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --all: do it.")] = False,
 ) -> None:
-    """Remove cuts; one that a job is at work on is refused, and all with it.
+    """Remove cuts, and abort uploads; one that a job is at work on is refused, and all with it.
 
     Exit codes: 0 done, 2 nothing was removed.
     """
+    from pipeline.sinks.bucket_listing import list_bucket, remove_in_bucket
     from pipeline.sinks.scratch_listing import list_scratch, remove_scratch
 
-    found = list_scratch(root)
+    found, remove = (list_bucket(root), remove_in_bucket) if is_remote(root) else (list_scratch(root), remove_scratch)
     if not names:
         _sure(root, found, all_, yes)
     elif all_:
         raise BadInput([Problem("--all", f"{many(len(names), 'name')} beside it", "names, or --all")])
-    for cut in remove_scratch(root, names or [cut.directory.name for cut in found]):
-        print(escaped(f"removed {cut.directory}, {human_bytes(cut.size_bytes)}"))
+    for cut in remove(root, names or [cut.directory.name for cut in found]):
+        done = "aborted the upload of" if cut.upload else "removed"
+        print(escaped(f"{done} {cut.directory}, {human_bytes(cut.size_bytes)}"))
 
 
 def _sure(root: Path, cuts: list[ScratchCut], all_: bool, yes: bool) -> None:

@@ -14,12 +14,15 @@ from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
 from pipeline.cli.shared import Json, Quiet
 from pipeline.printed import escaped
+from pipeline.tensor.remote_path import as_path
 
 app = typer.Typer()
 
 FEW_TOKENS = 256  # or characters of a prompt
 
-Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
+Output = Annotated[
+    Path, typer.Argument(parser=as_path, metavar="OUTPUT", help="A finished output: a directory or a URL.", show_default=False)
+]
 
 
 @app.command("verify", cls=HelpCommand, no_args_is_help=True, epilog="headrace verify ranks --source Llama-3.1-8B")

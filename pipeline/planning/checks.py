@@ -14,6 +14,7 @@ from pipeline.model.dtypes import NUMBERS, of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
 from pipeline.planning.dask_settings import settings_problems
+from pipeline.planning.engine_options import job_requests
 from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
@@ -105,9 +106,11 @@ def _unfit_options(opened: OpenedSource) -> list[Problem]:
     if job.copy_tokenizer and not source.companions:
         expected = "a Hugging Face directory with its tokenizer"
         problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.place}", expected))
-    if "://" in (job.scratch or "") and "shard" in job.cuts:
-        remedy = "Cut after another stage, or give --scratch a directory"
-        problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))
+    if "://" in (job.scratch or "") and "shard" in job.cuts and job.elsewhere and job_requests(job.targets, job.engine):
+        expected = "rank files that workers write, and see"
+        problems.append(
+            Problem("[engine]", "rank files that this process assembles", expected, "Run headrace build when they are whole")
+        )
     return problems
 
 

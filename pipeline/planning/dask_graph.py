@@ -141,6 +141,7 @@ def stage_graph(
     name: Callable[[int], Any] = int,
     run_mark: str = "",
     run: Callable[..., Any] = write_group,
+    uploads: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> StageGraph:
     """Make the graph of groups that are to be done.
@@ -167,6 +168,8 @@ def stage_graph(
         Beside that number, where a scheduler may have the tasks of other runs: to it, tasks of one key are one.
     run
         What the tasks `scratch` and `write` call, with `arguments`.
+    uploads
+        The ids of uploads in parts, by the URL of the rank's file.
     """
     from dask._task_spec import List, Task, TaskRef
 
@@ -183,7 +186,7 @@ def stage_graph(
             writers.setdefault(chunk, []).append((last_stage(group), named(group.number)))
     held_back = window_edges(groups, window, named)
     # A cluster that loses a worker does again what it had done, though the output of it be whole.
-    marks = tuple(str(finish.output.mark) for finish in sorted(finishes, key=lambda finish: finish.sink))
+    marks = tuple(finish.output.local_mark for finish in sorted(finishes, key=lambda finish: finish.sink))
     layers: dict[str, dict[Key, Any]] = {}
 
     def add(stage: str, number: Any, function: Callable[..., Any], *own: Any, **keywords: Any) -> Key:
@@ -215,7 +218,8 @@ def stage_graph(
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
         behind = [*held_back.get(group.number, ()), *measured]
         waits = {"after": List(*map(TaskRef, behind))} if behind else {}
-        more = {**waits, **({"outputs": marks} if marks else {}), **arguments}
+        assembled = {"part": group.part, "uploads": {group.part.url: (uploads or {}).get(group.part.url, "")}} if group.part else {}
+        more = {**waits, **({"outputs": marks} if marks else {}), **assembled, **arguments}
         add(last_stage(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
     stored = list(layers.get("scratch", ()))
     for finish in finishes:
@@ -273,11 +277,11 @@ def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] 
     `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch. Raises SourceChanged where the
     source's files are not those that the run began with, and OSError where the disk fails.
     """
-    if finish.output.mark.exists():  # done before, by a worker that is lost
+    if finish.output.marked:  # done before, by a worker that is lost
         return finish.number
     if changed := changes(finish.source):
         raise SourceChanged(changed)
-    entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
+    entries = [*finish.earlier, *(entry([each], finish.sink) for each in written)]
     stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
     for each in (*stored, *written):
         for (stage, unit), value in each.metrics.items():

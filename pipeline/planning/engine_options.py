@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
 from pipeline.planning.wrong_values import place, unlike, wrong_value
+from pipeline.tensor.remote_path import is_remote
 
 if TYPE_CHECKING:
     from pipeline.model.parallelism import Parallelism
@@ -135,6 +136,10 @@ def job_requests(targets: Sequence[EngineTarget], shared: Mapping[str, Any] | No
         if not tables:
             continue
         directory = target.output_dir
+        if is_remote(directory):
+            remedy = "Copy the checkpoint to a disk, and run headrace build there"
+            problems.append(Problem(f"[engine] of {directory}", "a checkpoint in object storage", "one in a directory", remedy))
+            continue
         try:
             own = EngineOptions(**{key: value for table in tables for key, value in anchored(table, Path.cwd()).items()})
         except ValidationError as error:

@@ -19,8 +19,10 @@ from pipeline.planning.job_file import model_name, read_job_file, scratch_root
 from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
-from pipeline.planning.target_options import AbsolutePath, Shape, Size, TargetOptions
+from pipeline.planning.target_options import AbsolutePath, OutputPlace, Shape, Size, TargetOptions
 from pipeline.planning.wrong_values import expected, place, unknown_name, unlike, wrong_value
+from pipeline.sinks.scratch import DEFAULT_ROOT
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.urls import NO_SECRET, holds_secret, shown
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
@@ -70,7 +72,9 @@ class Job(Shape):
     )
     calibration_device: str = Field("cpu", description="Where it is run, by torch's name: cpu, cuda, cuda:1.")
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
-    output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
+    output_dir: OutputPlace | None = Field(
+        None, description="Directory, or s3://, gs:// or az:// prefix, for config.json and rank{N}.safetensors."
+    )
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
     max_position_embeddings: Size | None = Field(
@@ -115,7 +119,7 @@ class Job(Shape):
         ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
     )
     keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
-    scratch_outputs: tuple[AbsolutePath, ...] = Field(
+    scratch_outputs: tuple[OutputPlace, ...] = Field(
         (), description="Outputs of several jobs for which scratch is kept: whoever completes the last of them removes it."
     )
     sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
@@ -143,6 +147,12 @@ class Job(Shape):
     def cuts(self) -> tuple[str, ...]:
         """The stages that the user wants cuts after, in processing order; none for `auto` and `none`."""
         return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
+
+    @property
+    def scratch_root(self) -> str:
+        """The directory or URL of scratch: by default beside the first output, or here where that is in object storage."""
+        beside = self.targets[0].output_dir.parent
+        return self.scratch or str((Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT)
 
     @property
     def elsewhere(self) -> bool:

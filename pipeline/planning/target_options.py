@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.model.parallelism import Parallelism
-from pipeline.planning.job_file import absolute_path
+from pipeline.planning.job_file import absolute_path, output_place
 from pipeline.planning.keywords import QuantizationName
 from pipeline.planning.quantizations import completed, contradictions
 
@@ -20,6 +20,7 @@ def _number(value: Any) -> Any:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
+OutputPlace = Annotated[Path, BeforeValidator(output_place)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 Alpha = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -94,7 +95,7 @@ class Shape(BaseModel):
 class TargetOptions(Shape):
     """One output directory, its options and those of its engine: a `[[target]]` of a job file."""
 
-    output_dir: AbsolutePath
+    output_dir: OutputPlace
     engine: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:

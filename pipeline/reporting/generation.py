@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.tensor.remote_path import is_remote
 from stages.read.ranks import open_checkpoint
+from stages.read.remote import image_of
 from stages.read.tokenizer import open_tokenizer
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.generation import generate
@@ -41,9 +43,10 @@ def generate_text(
         Where a tensor is missing or has a wrong shape.
     """
     checkpoint = open_checkpoint(directory)
-    beside = directory / "tokenizer.json"
+    here = image_of(str(directory))[0] if is_remote(directory) else directory
+    beside = here / "tokenizer.json"
     recorded = checkpoint.provenance.get("source", {}).get("path")
-    words = open_tokenizer(tokenizer or (directory if beside.exists() or not recorded else Path(recorded)))
+    words = open_tokenizer(tokenizer or (here if beside.exists() or not recorded else Path(recorded)))
     tokens = words.encode(prompt)
     decoder = Decoder(checkpoint, cache_bytes=CACHE_BYTES)
     stop = () if words.eos_token_id is None else (words.eos_token_id,)

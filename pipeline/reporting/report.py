@@ -15,6 +15,7 @@ from pipeline.reporting.html.provenance import recorded_source
 from pipeline.reporting.html.summary import VerificationSummary, load_summary, parse_summary
 from pipeline.reporting.tasks import Advance
 from pipeline.reporting.verification import open_output, verify
+from pipeline.tensor.remote_path import is_remote
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +60,8 @@ def make_report(
     if verification is not None and (source or quant_ckpt_path):
         remedy = "The verification says what it was of"
         raise BadInput([Problem("--source", "a source beside --verification", "one or the other", remedy)])
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
+    if not is_remote(directory):
+        directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
     page = default_report_path(directory) if output is None else output
     check_report_path(page, directory)
     if verification is None:

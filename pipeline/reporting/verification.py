@@ -18,7 +18,9 @@ from pipeline.errors import BadInput, Problem, VerificationFailed
 from pipeline.planning.plans import VERSION
 from pipeline.reporting.one_reading import match, read_once
 from pipeline.reporting.tasks import Advance
+from pipeline.tensor.bucket import object_size
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.read import find_source
@@ -144,7 +146,7 @@ def verify(
     started = time.perf_counter()
     workers = workers or min(os.cpu_count() or 1, 8)
     advance = advance or _silent
-    if not (directory / "config.json").is_file():
+    if not _begun(directory):
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
     if logits and source is None:
@@ -191,6 +193,12 @@ def verify(
 def open_output(directory: Path) -> Checkpoint:
     """Open the headers of a finished output. Raises BadInput where it is none, or cannot be read."""
     return open_checkpoint(directory)
+
+
+def _begun(directory: Path) -> bool:
+    """Whether an output has its config.json."""
+    mark = directory / "config.json"
+    return object_size(str(mark)) is not None if is_remote(directory) else mark.is_file()
 
 
 def _silent(*_: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pipeline.calibration.layer_task import LayerDone
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
+from pipeline.planning.bind import BoundGroup
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.descriptors import open_files
@@ -69,8 +70,9 @@ def execute(
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
-    plan = _tidy(plan)
-    up_to_date = plan.up_to_date and not plan.job.overwrite
+    with refusing(_places(plan), "a place that can be looked at"):
+        plan = _tidy(plan)
+        up_to_date = plan.up_to_date and not plan.job.overwrite
     if up_to_date:
         for cut in plan.scratch:
             cut.release()
@@ -149,7 +151,8 @@ class _Run:
         with ExitStack() as stack:
             made = (Committer(dict(enumerate(each.journals.values())), each.vouched()) for each in left.phases)
             committers = [stack.enter_context(each) for each in made]
-            here = [each for each in left.phases if each.phase.here and each.groups]
+            last = left.phases[-1]
+            here = [each for each in left.phases[:-1] if each.phase.here and each.groups]
             for each in here:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
                 for result in run_threads(graph, workers):
@@ -161,6 +164,10 @@ class _Run:
             journals = sum(len(each.journals) for each in left.phases)
             counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
             groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
+            run = session.run
+            if last.phase.here:
+                self._fill_scratch([group for group in groups if not group.is_last], committers, session)
+                groups, clustered, run = list(last.groups), False, lambda graph: run_threads(graph, workers)
             graph = stage_graph(
                 groups,
                 finishes,
@@ -171,17 +178,18 @@ class _Run:
                 known=left.known,
                 window=scratch_window(_threads(session, workers)) if clustered else None,
                 name=int if clustered else thread_name,
-                run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
+                run_mark=_mark(self.plan),
                 synchronize=self.plan.job.elsewhere,
                 **counted,
                 pool=left.pool(),
+                uploads=left.uploads(),
             )
             if self.builds:
                 self.builds.whole(None)
             unfinished = len(groups) + len(finishes)
             if not unfinished and not self._converted(stack, session):
                 return
-            with closing(session.run(graph)) as results:
+            with closing(run(graph)) as results:
                 for result in results:
                     if isinstance(result, int):
                         self._whole(result, committers[-1])
@@ -196,6 +204,15 @@ class _Run:
                     unfinished -= 1
                     if not unfinished and not self._converted(stack, session):
                         return
+
+    def _fill_scratch(self, groups: Sequence[BoundGroup], committers: Sequence[Committer], session: Session) -> None:
+        """Have the workers write all chunks of scratch, which this process then assembles."""
+        if not groups:
+            return
+        with closing(session.run(stage_graph(groups, known=self.left.known, run_mark=_mark(self.plan)))) as results:
+            for result in results:
+                self._advanced(result, committers)
+                self.left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
 
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
@@ -312,9 +329,15 @@ def _threads(session: Session, planned: int) -> int:
 
 
 def _directories(plan: Plan) -> list[Path]:
-    """Every local directory that tasks of a plan are to write."""
-    places = [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    """Every local directory that tasks of a plan are to write, on workers."""
+    sinks = [sink for phase in plan.phases if not phase.here for sink in phase.sinks]
+    places = [sink.directory for sink in sinks if sink.local_bytes and not sink.complete]
     return [*places, *([plan.calibrating.plan.activations.directory] if plan.calibrating else ())]
+
+
+def _mark(plan: Plan) -> str:
+    """A part of the keys of a run's tasks, for a scheduler that may have those of others."""
+    return uuid.uuid4().hex[:8] if plan.job.elsewhere else ""
 
 
 def _places(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from pipeline.planning.bind import BoundGroup, bind
 from pipeline.planning.phases import Phase, Sink
 from pipeline.planning.plans import Plan
 from pipeline.sinks.activations import ActivationScratch
+from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
@@ -110,7 +111,11 @@ class LeftToDo:
         for number in left.sinks:
             self._begin_sink(left, number, overwrite, stack)
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
-        todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
+        # Of an output that is whole no part is assembled again.
+        of_these = frozenset(
+            index for index in range(len(left.phase.groups)) if index not in (p := left.phase.parts) or p[index].sink in left.sinks
+        )
+        todo = sorted(of_these - frozenset.intersection(*done))
         left.groups = tuple(bind(self.plan, left.number, index, left.sinks) for index in todo)
 
     def _begin_calibration(self, stack: ExitStack) -> None:
@@ -143,9 +148,10 @@ class LeftToDo:
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
         groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
         keep = any(cut.kept for cut in cuts)
-        wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
-        # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
+        # After `shard` several groups write to one chunk: it is there when the parts of all of them are. One of padding alone
+        # nobody writes, nor reads.
         whole_chunks = _offsets(groups)
+        wanted = whole_chunks.keys() if keep else needed & whole_chunks.keys()
         absent = {
             chunk
             for chunk in wanted
@@ -171,6 +177,15 @@ class LeftToDo:
         stack.callback(journal.close)
         if not journal.entries:
             stack.enter_context(_Undo(sink, journal, created))
+
+    def uploads(self) -> dict[str, str]:
+        """The ids of the uploads of rank files, by the file's URL."""
+        last = self.phases[-1]
+        found: dict[str, str] = {}
+        for number, journal in last.journals.items():
+            sink = last.phase.sinks[number]
+            found |= sink.uploads(journal.entries) if isinstance(sink, BucketOutput) else {}
+        return found
 
     def abandon(self) -> None:
         """Remove what the run has made of sinks that are not whole."""

@@ -22,7 +22,9 @@ from pipeline.sinks.journal import Journal, boot_mark, look
 from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
+from pipeline.tensor.bucket import object_size
 from pipeline.tensor.placement import Located, Region
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 if TYPE_CHECKING:
@@ -78,6 +80,16 @@ class Output:
     def mark(self) -> Path:
         """The file that is there when the output is whole, and from its beginning until then is not."""
         return self.directory / CONFIG
+
+    @property
+    def marked(self) -> bool:
+        """Whether that file is there."""
+        return self.mark.exists()
+
+    @property
+    def local_mark(self) -> str:
+        """Its path, for tasks that look whether the output is whole; "" where it is on no file system."""
+        return str(self.mark)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -261,7 +273,12 @@ class Output:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a conversion has ended in a directory: its config.json is there, and no journal."""
+    """Whether a conversion has ended in a directory: its config.json is there, and no journal.
+
+    Of one in object storage config.json says it alone. Raises OSError where a store cannot be asked.
+    """
+    if isinstance(directory, RemotePath):
+        return object_size(str(directory / CONFIG)) is not None
     return (directory / CONFIG).exists() and not (directory / JOURNAL).exists()
 
 

@@ -16,9 +16,12 @@ import xxhash
 from pipeline.documents import MAX_BYTES, parse_json, read_document, read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
+from pipeline.sinks.bucket_checks import taken_there
+from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.differences import differences
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
 from pipeline.tensor.filesystem import NOT_THERE
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.units import human_bytes
 
 T = TypeVar("T")
@@ -79,9 +82,12 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
     """Check that no output replaces a conversion, finished or not, of another source or other options without `overwrite`."""
     problems = []
     for output in outputs:
-        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
         if overwrite or output.complete:
             continue
+        if isinstance(output, BucketOutput):
+            problems += taken_there(output, _owner(output.journal).get("id"))
+            continue
+        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
         files = ((finished, output.config), (output.directory / PROVENANCE, ""))
         torn = [path for path, intended in files if path.exists() and _torn(path, intended)]
         whole = finished.exists() and not torn
@@ -166,8 +172,10 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
 def free_bytes(directory: Path) -> int | None:
     """Return the free bytes of the file system that `directory` is on, or would be on once it is made; None where it does not say.
 
-    Some network file systems and FUSE say that they have 0 bytes in all: that is no full disk.
+    Some network file systems and FUSE say that they have 0 bytes in all: that is no full disk. Object storage says nothing.
     """
+    if is_remote(directory):
+        return None
     try:
         usage = _nearest(directory, shutil.disk_usage)
     except OSError as error:

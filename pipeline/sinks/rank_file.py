@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.model.dtypes import BY_TARGET, FILE_ORDER
 from pipeline.sinks.reserve import reserve
 from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.system_errors import naming
 from stages.write.open_files import PARTIAL
 
@@ -97,7 +98,9 @@ class RankFile:
 
 
 def partial_name(path: Path) -> Path:
-    """Return the path that a file has while it is being written."""
+    """Return the path that a file has while it is being written; in object storage a file is there when it is whole."""
+    if isinstance(path, RemotePath):
+        return path
     return path.with_name(path.name + PARTIAL)
 
 

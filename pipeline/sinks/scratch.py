@@ -32,6 +32,7 @@ from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
+from pipeline.tensor.remote_path import as_path
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 JOURNAL = "headrace.journal"
@@ -281,7 +282,7 @@ class ScratchGroup:
 def served(attributes: Mapping[str, Any]) -> bool:
     """Whether a cut is kept for some outputs alone, and all of them are whole."""
     outputs = attributes.get("outputs")
-    return isinstance(outputs, list) and bool(outputs) and all(is_whole(Path(str(output))) for output in outputs)
+    return isinstance(outputs, list) and bool(outputs) and all(is_whole(as_path(str(output))) for output in outputs)
 
 
 def scratch_id(*parts: Any) -> str:

@@ -17,13 +17,14 @@ from pipeline.tensor.system_errors import refusing
 
 @dataclass(frozen=True)
 class ScratchCut:
-    """A cut found on disk, as `headrace scratch ls` lists it."""
+    """A cut found on disk or in a bucket, as `headrace scratch ls` lists it; or an unfinished upload, by its id."""
 
     directory: Path
     stage: str
     source: str
     complete: bool
     size_bytes: int
+    upload: str = ""
 
 
 @refusing("the scratch directory", "files that can be read")
@@ -36,7 +37,7 @@ def list_scratch(root: Path) -> list[ScratchCut]:
         attributes = read_attributes(directory, surely=True)
         if attributes.get("headrace") == "scratch":
             nbytes = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-            cuts.append(_cut(directory, attributes, nbytes))
+            cuts.append(cut_of(directory, attributes, nbytes))
     return cuts
 
 
@@ -54,7 +55,8 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def _cut(directory: Path, attributes: Mapping[str, Any], size_bytes: int) -> ScratchCut:
+def cut_of(directory: Path, attributes: Mapping[str, Any], size_bytes: int) -> ScratchCut:
+    """A cut as the attributes of its group describe it."""
     stage, source = (str(attributes.get(key, "unknown")) for key in ("stage", "source"))
     return ScratchCut(directory, stage, source, attributes.get("complete") is True, size_bytes)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.documents import parse_json, read_document
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.remote_path import RemotePath
+from stages.read.mapped import MappedTensor
+from stages.read.remote import image_of, remote_tensor
 from stages.read.safetensors import open_file
 
 
@@ -18,6 +22,28 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Context-parallel ranks share files, as in the loader of TensorRT-LLM (PretrainedModel.from_checkpoint). Raises BadInput naming
     all files that are missing or cannot be read.
     """
+    if isinstance(directory, RemotePath):
+        return _open_remote(directory)
+    return _open_here(directory)
+
+
+def _open_remote(directory: RemotePath) -> Checkpoint:
+    """Read a checkpoint below a URL: its headers here, its tensors by ranges of bytes, if the objects are those of now."""
+    url = str(directory)
+    place, objects = image_of(url)
+    try:
+        found = _open_here(place)
+    except BadInput as error:
+        raise BadInput([replace(each, subject=each.subject.replace(str(place), url)) for each in error.problems]) from None
+    etags = {each.name: each.etag for each in objects}
+    ranks = tuple(
+        {name: remote_tensor(tensor, url, etags) for name, tensor in rank.items() if isinstance(tensor, MappedTensor)}
+        for rank in found.ranks
+    )
+    return Checkpoint(directory, found.config, ranks, found.provenance, tuple(sorted(etags)))
+
+
+def _open_here(directory: Path) -> Checkpoint:
     config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
     provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
     mapping = config["mapping"] if isinstance(config.get("mapping"), Mapping) else {}
@@ -38,7 +64,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    return Checkpoint(directory, config, tuple(ranks), provenance)
+    return Checkpoint(directory, config, tuple(ranks), provenance, tuple(sorted(path.name for path in directory.iterdir())))
 
 
 def _object(path: Path, expected: str) -> dict[str, Any]:

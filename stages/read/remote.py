@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,9 @@ from pipeline.tensor.tensors import Block, Source
 from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
 from stages.read.mapped import MappedBlock, MappedTensor
-from stages.read.object_store import fetch_range, said
+from stages.read.object_store import Object, fetch_range, listed, said
 from stages.read.read_ahead import ReadAhead
-from stages.read.remote_image import WEIGHTS, checkpoint_files, copied, existing_object, make_image
+from stages.read.remote_image import SMALL_BYTES, WEIGHTS, checkpoint_files, copied, existing_object, make_image
 
 SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 
@@ -138,6 +138,27 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
     place = f"{url}/{single}" if single else url
     config_name = source.config_name.replace(str(directory), url)
     return replace(source, tensors=tensors, files=files, url=place, config_name=config_name, notes=(*source.notes, note))
+
+
+def image_of(url: str) -> tuple[Path, list[Object]]:
+    """The local image of what lies below a URL: small files whole, those of weights empty but for their headers; and its objects.
+
+    Raises BadInput where it cannot be read.
+    """
+    _check(url)
+    directory = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    try:
+        objects = [each for each in listed(url) if each.name.endswith(WEIGHTS) or each.size_bytes <= SMALL_BYTES]
+        make_image(url, directory, objects)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput([Problem(url, said(error), "a checkpoint that can be read")]) from None
+    return directory, objects
+
+
+def remote_tensor(tensor: MappedTensor, url: str, etags: Mapping[str, str]) -> RemoteTensor:
+    """A tensor of an image as ranges of its object. `etags`: by the object's name below the URL."""
+    name = Path(tensor.path).name
+    return RemoteTensor(name, tensor.offset, tensor.shape, tensor.dtype, tensor.stage, url=url, etag=etags[name])
 
 
 def _resolved(url: str) -> str:

@@ -62,7 +62,12 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/levels.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
-    "pipeline/cli/scratch.py": {"pipeline.jobs.history", "pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
+    "pipeline/cli/scratch.py": {
+        "pipeline.jobs.history",
+        "pipeline.reporting.terminal",
+        "pipeline.sinks.bucket_listing",
+        "pipeline.sinks.scratch_listing",
+    },
     "pipeline/cli/serve.py": {
         "pipeline.jobs.files",
         "pipeline.jobs.log",
@@ -76,7 +81,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "pipeline.reporting.verification",
     },
-    "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
+    "pipeline/cli/unlock.py": {"pipeline.sinks"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},
     # A report is made when somebody asks for it.
@@ -109,6 +114,9 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
+    # Only outputs in object storage need what asks it.
+    "pipeline/tensor/bucket.py": {"obstore"},
+    "pipeline/tensor/store_requests.py": {"botocore", "obstore"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
     "stages/quantization/kernels/gguf_blocks.py": {"gguf"},
     "stages/quantization/sources/gguf.py": {"gguf"},

@@ -7,6 +7,7 @@ file is escaped on its way into them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from pipeline.reporting.html.sizes import sizes
 from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.remote_path import is_remote
+from stages.read.remote import image_of
 
 SHOWN_FINDINGS = 100
 SUFFIXES = (".html", ".htm")
@@ -94,11 +97,19 @@ def describe_directory(directory: Path) -> Checkpoint:
 
     Returns a Checkpoint without ranks, for a report on a directory whose rank files cannot be read.
     """
+    if is_remote(directory):
+        try:
+            place, _ = image_of(str(directory))
+        except BadInput:
+            return Checkpoint(directory, {}, ())
+        return replace(describe_directory(place), directory=directory)
     return Checkpoint(directory, read_object(directory / "config.json"), (), read_object(directory / "headrace.json"))
 
 
 def default_report_path(directory: Path) -> Path:
-    """The default path of a directory's report: beside the directory."""
+    """The default path of a directory's report: beside the directory; of one in object storage, in the current directory."""
+    if is_remote(directory):
+        return Path.cwd() / f"{directory.name}.report.html"
     return directory.with_name(f"{directory.name}.report.html")
 
 

@@ -114,7 +114,7 @@ def _commit_each(self: pipeline.sinks.journal.Committer) -> None:
     waiting, self._waiting = self._waiting, []
     for written in waiting:
         for sink, journal in self.journals.items():
-            journal.append(pipeline.sinks.journal.entry([written.number], [c for c in written.checksums if c.sink == sink]))
+            journal.append(pipeline.sinks.journal.entry([written], sink))
 
 
 def _interrupt(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
