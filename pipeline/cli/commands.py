@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -75,24 +76,39 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class LateCommand(TyperCommand):
-    """A command of which the name and the first words are known; the rest of it is loaded when a command line is parsed for it."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Parse `args` by the command's own flags. The context is that of the command itself."""
-        return load(str(self.name)).make_context(info_name, args, parent, **extra)
-
-
 class LateGroup(HelpGroup):
-    """All commands of COMMANDS, in the groups of PANELS."""
+    """All commands of COMMANDS, in the groups of PANELS. Where they are listed, each is there with its name and first words alone."""
 
     def __init__(self, **settings: Any) -> None:
-        late = {
-            name: LateCommand(name, callback=None, help=COMMANDS[name][1], rich_help_panel=panel)
+        words = {
+            name: TyperCommand(name, callback=None, help=COMMANDS[name][1], rich_help_panel=panel)
             for panel, names in PANELS.items()
             for name in names
         }
-        super().__init__(**{**settings, "commands": late})
+        super().__init__(**{**settings, "commands": words})
+        self._listing = False
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """The command itself; None where there is none of that name."""
+        return self.commands.get(cmd_name) if self._listing or cmd_name not in COMMANDS else load(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the list of commands."""
+        with self._listed():
+            super().format_help(ctx, formatter)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The names that a shell offers."""
+        with self._listed():
+            return super().shell_complete(ctx, incomplete)
+
+    @contextmanager
+    def _listed(self) -> Iterator[None]:
+        self._listing = True
+        try:
+            yield
+        finally:
+            self._listing = False
 
 
 @functools.cache

@@ -54,12 +54,12 @@ class Budget:
 def block_bytes(total_bytes: int) -> int:
     """The bytes of one task's work, 256 MiB for most models.
 
-    Small ones are cut finer, so that every worker has work and the progress moves; very large ones coarser, as a scheduler takes
+    Small ones are cut finer, so that workers end together and the progress moves; very large ones coarser, as a scheduler takes
     milliseconds a task. It depends on the source alone: a run resumes with other workers and another memory limit.
     """
     if total_bytes > 1024 * BLOCK_BYTES:
         return min(total_bytes // 1024, MAX_BLOCK_BYTES)
-    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 16))
+    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 32))
 
 
 def scratch_window(workers: int) -> int:

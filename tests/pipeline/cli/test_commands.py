@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -45,6 +46,16 @@ def test_a_group_has_its_commands() -> None:
         "scratch": ["ls", "rm"],
         "jobs": ["cancel", "list", "logs", "retry", "show"],
     }
+
+
+def test_who_walks_the_commands_finds_them_whole() -> None:
+    group: Any = typer.main.get_command(pipeline.cli.app)
+    context = typer.Context(group)
+    assert {name: group.get_command(context, name) for name in group.list_commands(context)} == {
+        name: load(name) for name in COMMANDS
+    }
+    assert len(load("plan").params) > 20
+    assert group.get_command(context, "plann") is None
 
 
 def test_a_command_that_is_misspelt_is_named() -> None:
