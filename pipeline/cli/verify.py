@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.levels import levels
+from pipeline.cli.levels import Lines, levels
 from pipeline.cli.shared import Json, Quiet
 
 app = typer.Typer()
@@ -74,7 +74,8 @@ def generate_command(
     """Continue a text with the converted ranks, on the CPU."""
     from pipeline.reporting.generation import generate_text
 
-    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
+    lines = None if sys.stderr.isatty() else Lines()  # on a terminal the text itself is seen to grow
+    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed, lines):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -22,7 +22,7 @@ from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.read import find_source
-from stages.read.ranks import open_checkpoint
+from stages.read.ranks import open_checkpoint, refuse_source
 from stages.read.tokenizer import open_tokenizer
 from stages.verify.contract.integrity import checksums, headers
 from stages.verify.roundtrip.scalars import check_scalars
@@ -147,6 +147,7 @@ def verify(
     if not (directory / "config.json").is_file():
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
+    refuse_source(directory)
     if logits and source is None:
         raise BadInput(
             [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]
