@@ -77,7 +77,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 
 
 class LateGroup(HelpGroup):
-    """All commands of COMMANDS, in the groups of PANELS. Where they are listed, each is there with its name and first words alone."""
+    """All commands of COMMANDS, in the groups of PANELS. Where they are listed, each has its name and first words alone."""
 
     def __init__(self, **settings: Any) -> None:
         words = {

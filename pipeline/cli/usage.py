@@ -28,8 +28,7 @@ SENTENCES = (
     (r"Option '(.+?)' does not take a value\.?", "{0}: found a value; expected the flag alone"),
     (r"Missing option '(.+?)'(?: .*)?\.?", "{0}: found nothing; expected a value"),
     (r"Missing argument '(.+?)'\.?(?: .*)?", "{0}: found nothing; expected a value"),
-    (r"Got unexpected extra arguments? \((.+)\)", "{0}: found an argument too many; expected options by their names"),
-    (r"Got unexpected extra argument\(s\) \((.+)\)", "{0}: found an argument too many; expected options by their names"),
+    (r"Got unexpected extra argument(?:s|\(s\))? \((.+)\)", "{0}: found an argument too many; expected options by their names"),
     (r"Invalid value for '(.+?)': (.+?)\.?", "{0}: {1}"),
 )
 

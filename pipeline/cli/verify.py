@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.help import HelpCommand
-from pipeline.cli.levels import levels
+from pipeline.cli.levels import Lines, levels
 from pipeline.cli.shared import Json, Quiet
 from pipeline.printed import escaped
 from pipeline.tensor.remote_path import as_path
@@ -96,7 +96,8 @@ def generate_command(
     one_thread(len(prompt))
     from pipeline.reporting.generation import generate_text
 
-    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
+    lines = None if sys.stderr.isatty() else Lines()  # on a terminal the text itself is seen to grow
+    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed, lines):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

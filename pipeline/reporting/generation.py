@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.reporting.tasks import Advance
 from pipeline.tensor.remote_path import is_remote
 from stages.read.ranks import open_checkpoint
 from stages.read.remote import image_of
@@ -16,7 +17,13 @@ CACHE_BYTES = 2 << 30  # of weights as numbers that are kept: a small model need
 
 
 def generate_text(
-    directory: Path, prompt: str, tokenizer: Path | None = None, count: int = 24, temperature: float = 0.0, seed: int = 0
+    directory: Path,
+    prompt: str,
+    tokenizer: Path | None = None,
+    count: int = 24,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Advance | None = None,
 ) -> Iterator[str]:
     """Yield the prompt, then the text that the ranks continue it with, piece by piece.
 
@@ -34,6 +41,8 @@ def generate_text(
         0 for the likeliest token each time; above 0, tokens are drawn by their shares.
     seed
         Of the drawn tokens.
+    advance
+        Called with "tokens", how many there are, and how many there may be.
 
     Raises
     ------
@@ -52,7 +61,11 @@ def generate_text(
     stop = () if words.eos_token_id is None else (words.eos_token_id,)
     shown = words.decode(tokens)
     yield shown
-    for token in generate(decoder, tokens, count, temperature=temperature, seed=seed, stop=stop):
+    say = advance or (lambda *_: None)
+    say("tokens", 0, count)
+    new = generate(decoder, tokens, count, temperature=temperature, seed=seed, stop=stop)
+    for number, token in enumerate(new, 1):
+        say("tokens", number, count)
         tokens.append(token)
         # A token may be a part of a character, so the whole text is decoded each time, and its new end is yielded.
         text = words.decode(tokens)

@@ -24,7 +24,7 @@ from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
 from stages.read import find_source
-from stages.read.ranks import open_checkpoint
+from stages.read.ranks import open_checkpoint, refuse_source
 from stages.read.tokenizer import open_tokenizer
 from stages.verify.contract.integrity import checksums, headers
 from stages.verify.roundtrip.scalars import check_scalars
@@ -149,6 +149,7 @@ def verify(
     if not _begun(directory):
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
+    refuse_source(directory)
     if logits and source is None:
         raise BadInput(
             [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]

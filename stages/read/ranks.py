@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def _open_remote(directory: RemotePath) -> Checkpoint:
 
 def _open_here(directory: Path) -> Checkpoint:
     config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
+    _refuse_sources(directory, config)
     provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
     mapping = config["mapping"] if isinstance(config.get("mapping"), Mapping) else {}
     count = mapping.get("world_size")
@@ -65,6 +67,26 @@ def _open_here(directory: Path) -> Checkpoint:
     if problems:
         raise BadInput(problems)
     return Checkpoint(directory, config, tuple(ranks), provenance, tuple(sorted(path.name for path in directory.iterdir())))
+
+
+def refuse_source(directory: Path) -> None:
+    """Raise BadInput for a directory that is no output but a source, with what to do with it; not for one that cannot be read."""
+    config: Any = None
+    with suppress(OSError, ValueError, BadInput):
+        config = parse_json(read_document(directory / "config.json")[0])
+    if isinstance(config, dict):
+        _refuse_sources(directory, config)
+
+
+def _refuse_sources(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise BadInput where config.json is Hugging Face's, whose keys TensorRT-LLM's has not."""
+    named = config.get("architectures")
+    if "mapping" in config or "architecture" in config or not (isinstance(named, list) or "model_type" in config):
+        return
+    what = f" ({named[0]})" if isinstance(named, list) and named else ""
+    found = f"a Hugging Face checkpoint{what}, which is a source"
+    remedy = f"Convert it first, as by headrace convert --model_dir {directory} --output_dir ranks"
+    raise BadInput([Problem(str(directory), found, "what headrace convert wrote: config.json and rank{N}.safetensors", remedy)])
 
 
 def _object(path: Path, expected: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def run(line: str, folder: Path, code: int = 0) -> None:
     words = shlex.split(placed(line, folder), comments=True)
     assert words[0] in ("headrace", ".venv/bin/headrace"), f"no test runs {line!r}: say why in a comment before it"
     found = [word for given in words[1:] for word in (sorted(map(str, Path().glob(given))) if "*" in given else [given])]
-    if words[1] == "convert" and "--output_dir" in words:
+    if words[1] in ("convert", "plan") and "--output_dir" in words:
         shutil.rmtree(folder / words[words.index("--output_dir") + 1], ignore_errors=True)
     ran = headrace(*found)
     assert ran.code == code, f"{line}\n{ran.err}{ran.out}"

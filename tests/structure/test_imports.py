@@ -59,6 +59,7 @@ OPEN_FILES = (
 # Small text files: the tables, a job file, and what stands beside the ranks.
 OPEN_TEXT = (
     "pipeline/model/table_files.py",
+    "pipeline/model/tables.py",  # of which family a text is, before it is parsed
     "pipeline/planning/builder_options.py",
     "pipeline/reporting/html/",
     "pipeline/reporting/graph_drawing.py",

@@ -77,6 +77,6 @@ def test_no_command_loads_those_of_others(words: str, loaded: set[str]) -> None:
     script = "import atexit, sys\natexit.register(lambda: print('loaded', *sys.modules))\nfrom pipeline.cli import main\nmain()"
     ran = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, check=True)
     modules = set(ran.stdout.splitlines()[-1].split())
-    always = {f"pipeline.cli.{name}" for name in ("commands", "help", "limits", "streams", "usage")}
+    always = {f"pipeline.cli.{name}" for name in ("commands", "help", "limits", "streams", "typed", "usage")}
     assert {name for name in modules if name.startswith("pipeline.cli.")} - always == {f"pipeline.cli.{name}" for name in loaded}
     assert ("pipeline.planning.job" in modules) == ("options" in loaded)

@@ -1,4 +1,4 @@
-"""`headrace plan` is a gate: it exits as `convert` would, says first what would stop it, what is done, and how long it takes."""
+"""`headrace plan` is a gate: it exits as `convert` would, after what would stop it, what is done, and how long it may take."""
 
 from __future__ import annotations
 
