@@ -223,7 +223,8 @@ def _row(run: Run, *cells: str) -> str:
         name = f'<a href="{in_html(str(page))}">{name}</a>' if run.state == "running" else name
     outputs = f"<span class=sub>{in_html(', '.join(run.unit.outputs))}</span>"
     for place, output in _reports(run):
-        outputs += f' <a href="report/{run.number}/{place}">report of {in_html(output.name)}</a>'
+        of = f" of {in_html(output.name)}" if len(run.unit.outputs) > 1 else ""
+        outputs += f' <a href="report/{run.number}/{place}">report{of}</a>'
     pill = f"<span class='pill {run.state.split()[0]}'>{run.state}</span>"
     attempt = len(run.attempts) + (run.state == "running")
     again = f"<br>attempt {attempt}" if attempt > 1 else ""

@@ -22,7 +22,11 @@ BEFORE = {
     "docs/verification.md": ["headrace convert --model_dir Llama-3.1-8B --output_dir ranks --copy_tokenizer"],
     "docs/batches.md": ["headrace convert --model_dir models/llama-small --output_dir /ranks/llama-small-tp1"],
 }
-WITH_COMMANDS = [page for page in PAGES if any(ran for block in blocks(page) for _, ran in block.commands())]
+WITH_COMMANDS = [
+    page
+    for page in PAGES
+    if any((block.mark and block.mark.kind == "python") or any(ran for _, ran in block.commands()) for block in blocks(page))
+]
 
 
 def name_of(page: Path) -> str:
