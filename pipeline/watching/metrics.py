@@ -35,8 +35,6 @@ class Running:
     tasks: int | None = None
     done_tasks: int | None = None
     ranks: tuple[Share, ...] = ()
-    layers: int | None = None
-    calibrated_layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,6 @@ METRICS = (
     MetricRow("headrace_job_idle_seconds", "gauge", "Seconds since a running job ended a task.", ("job",), _job("idle_seconds")),
     MetricRow("headrace_job_tasks", "gauge", "Tasks of a running job.", ("job",), _job("tasks")),
     MetricRow("headrace_job_done_tasks", "gauge", "Tasks of a running job that are done.", ("job",), _job("done_tasks")),
-    MetricRow("headrace_job_layers", "gauge", "Layers that a running job calibrates.", ("job",), _job("layers")),
-    MetricRow("headrace_job_calibrated_layers", "gauge", "Of these those that are.", ("job",), _job("calibrated_layers")),
     MetricRow("headrace_job_memory_bytes", "gauge", "Memory that a running job's process holds.", ("job",), _job("memory_bytes")),
     MetricRow("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
     MetricRow("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
@@ -186,6 +182,4 @@ def _running(now: Snapshot) -> Running:
         tasks=now.tasks,
         done_tasks=now.done_tasks,
         ranks=now.ranks,
-        layers=now.layers or None,
-        calibrated_layers=now.calibrated_layers if now.layers else None,
     )
