@@ -13,8 +13,8 @@ from pipeline.calibration.tokens import Samples, open_samples, samples_of_texts
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
 from pipeline.planning.memory import MIB
-from pipeline.planning.plans import VERSION
 from pipeline.tensor.tensors import Source
+from pipeline.version import VERSION
 from stages.read import find_source
 from stages.verify.roundtrip.original import Original
 

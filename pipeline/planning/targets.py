@@ -12,11 +12,12 @@ from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
 from pipeline.planning.compose import TargetTensors
 from pipeline.planning.opening import OpenedSource
-from pipeline.planning.plans import VERSION, Target
+from pipeline.planning.plans import Target
 from pipeline.planning.target_options import TargetOptions
 from pipeline.sinks.output import Output
 from pipeline.sinks.rank_file import rank_file
 from pipeline.tensor.placement import RankTensor
+from pipeline.version import VERSION
 from stages.shard import Sharding
 
 

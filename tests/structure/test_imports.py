@@ -28,6 +28,7 @@ FLOORS = (
     ("pipeline.extensions",),
     ("pipeline.documents",),
     ("pipeline.native",),
+    ("pipeline.version",),
     ("pipeline.errors",),
     ("pipeline.printed",),
 )

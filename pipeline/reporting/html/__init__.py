@@ -17,7 +17,6 @@ from markupsafe import Markup, escape
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.tables import CONFIGS
-from pipeline.planning.plans import VERSION
 from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import mapping_words, model_facts, number_format, options, read_provenance
@@ -25,6 +24,7 @@ from pipeline.reporting.html.sizes import sizes
 from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.version import VERSION
 
 SHOWN_FINDINGS = 100
 SUFFIXES = (".html", ".htm")
