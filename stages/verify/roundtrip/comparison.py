@@ -28,7 +28,7 @@ from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
 
 BLOCK_ELEMENTS = 1 << 17  # that are computed with at once: 512 KiB as float32
-COLUMNS_ELEMENTS = 1 << 23  # that are read at once where the source has them along columns, whose lines are read whole
+COLUMNS_ELEMENTS = 1 << 25  # that are read at once where the source has them along columns: each block maps whole lines of it
 COLUMNS = 128  # rows whose words are read together
 ONE_PASS_ELEMENTS = 1 << 20  # that are read at once where they need not be in memory as float32
 BIT_BYTES = 1 << 21  # whose bits are compared at once
