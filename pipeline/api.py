@@ -239,7 +239,7 @@ def report(
     quant_ckpt_path
         As it was given to `convert`.
     page
-        The file to write, named *.html; by default {output_dir}.report.html beside the output.
+        The file to write, named `*.html`; by default `{output_dir}.report.html` beside the output.
     verification
         What `verify` returned, or a file of what `headrace verify --json` printed; by default the output is verified now.
     advance
