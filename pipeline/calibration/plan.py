@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
 from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
+from pipeline.version import VERSION
 from stages.calibrate.layers import LayeredModel
 from stages.calibrate.speed import flops_per_second
 from stages.verify.roundtrip.original import Original
@@ -28,7 +28,6 @@ MIB = 1 << 20
 BASE_BYTES = 440 * MIB
 BLOCK_BYTES = 96 * MIB  # of weights on their way from the source's type to the model's
 READ_BYTES_PER_SECOND = 1 << 30  # of weights that are read and brought to the model's type, in an estimate
-VERSION = metadata.version("headrace")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
@@ -34,8 +33,6 @@ from pipeline.tensor.units import human_bytes
 
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
-
-VERSION = metadata.version("headrace")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.compose import TargetTensors
 from pipeline.planning.job import Job
 from pipeline.planning.opening import OpenedSource
-from pipeline.planning.plans import VERSION, Target
+from pipeline.planning.plans import Target
 from pipeline.planning.rank_parts import part_bytes
 from pipeline.planning.target_options import TargetOptions
 from pipeline.sinks.bucket_output import BucketOutput
@@ -26,6 +26,7 @@ from pipeline.sinks.rank_file import rank_file
 from pipeline.tensor.bucket import in_parts
 from pipeline.tensor.placement import RankTensor
 from pipeline.tensor.remote_path import is_remote
+from pipeline.version import VERSION
 from stages.shard import Sharding
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
-from pipeline.planning.plans import VERSION
 from pipeline.reporting.one_reading import match, read_once
 from pipeline.reporting.tasks import Advance
 from pipeline.tensor.bucket import object_size
@@ -23,6 +22,7 @@ from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
+from pipeline.version import VERSION
 from stages.read import find_source
 from stages.read.ranks import open_checkpoint, refuse_source
 from stages.read.tokenizer import open_tokenizer

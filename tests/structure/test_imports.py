@@ -29,6 +29,7 @@ FLOORS = (
     ("pipeline.extensions",),
     ("pipeline.documents",),
     ("pipeline.native",),
+    ("pipeline.version",),
     ("pipeline.errors",),
     ("pipeline.printed",),
     ("pipeline.urls",),

@@ -97,6 +97,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/planning/dask_graph.py": {"dask"},
     "pipeline/run/sealed.py": {"dask", "distributed"},
     "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.run.named_cluster"},
+    "pipeline/run/threads.py": {"dask"},
     "pipeline/run/named_cluster.py": {"distributed"},
     "pipeline/run/cluster.py": {"distributed", "tornado", "pipeline.watching.dashboard"},
     # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.

@@ -19,7 +19,6 @@ from markupsafe import Markup, escape
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.tables import CONFIGS
-from pipeline.planning.plans import VERSION
 from pipeline.reporting.html.course import course_charts
 from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
@@ -29,6 +28,7 @@ from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.remote_path import is_remote
+from pipeline.version import VERSION
 from stages.read.remote import image_of
 
 SHOWN_FINDINGS = 100
