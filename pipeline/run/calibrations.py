@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.calibration.layer_task import Reopened
-from pipeline.calibration.plan import VERSION, Calibration, CalibrationPlan, plan_calibration
+from pipeline.calibration.plan import Calibration, CalibrationPlan, plan_calibration
 from pipeline.errors import BadInput, Problem, SourceChanged
 from pipeline.planning.dask_graph import stage_graph
 from pipeline.run.schedulers import run_synchronous
 from pipeline.sinks.array_file import write_arrays
 from pipeline.tensor.placement import whole
 from pipeline.tensor.process import peak_memory_bytes
+from pipeline.version import VERSION
 from stages.read import find_source
 from stages.read.act_ranges import GROUP_KEY
 from stages.read.changing import changes
