@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.version import VERSION
 from pipeline.watching.state import Share, Snapshot
 
 # Upper bounds of the histogram in seconds: from a small model to one of hundreds of gigabytes.
