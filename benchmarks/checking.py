@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -14,12 +15,16 @@ from pipeline.tensor.placement import Region, slices
 from pipeline.tensor.tensors import Block
 from stages.quantization.kernels import twins
 from stages.quantization.kernels.layout import kernel_layout
+from stages.verify.column_words import ColumnWords, Window
+from stages.verify.kernels import words as twins_of_words
 from stages.verify.matrices import Matrix
 from stages.verify.roundtrip.bounds import allowed
 from stages.verify.roundtrip.figures import Figures
+from stages.verify.roundtrip.kept_codes import compare_columns
 from stages.verify.roundtrip.one_pass import one_pass
+from stages.verify.roundtrip.original.grouped import PLACES
 from stages.verify.rows import StoredRows
-from stages.verify.values import Buffers
+from stages.verify.values import Buffers, halves
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -67,7 +72,42 @@ def checks(rows: int, features: int) -> dict[str, tuple[np.ndarray, Callable[[],
     middle = np.full(factors.shape, 8, np.float32)
     expected = StoredRows(stream, 4, factors.astype(np.float32), middle)
     result["int4 groups checked against codes"] = (stream, *both(matrix, tensors["weight"].values, expected, True))
+    for name in ("GPTQ", "AWQ"):
+        words, order = packed(stream, name), PLACES if name == "AWQ" else None
+        columns = ColumnWords(partial(windows, words), np.ascontiguousarray(expected.scales.T), middle.T.copy(), order)  # type: ignore[union-attr]
+        result[f"{name}'s words checked where they lie"] = (words, *kept(matrix, tensors["weight"].values, columns, expected))
     return result
+
+
+def packed(stream: np.ndarray, name: str) -> np.ndarray:
+    """Codes [rows, in_features / 2], two a byte, in the words of a format."""
+    if name == "GPTQ":
+        return np.ascontiguousarray(stream.view(np.uint32).T)
+    codes = halves(stream).astype(np.uint32)
+    return np.ascontiguousarray(sum(codes[row::8] << np.uint32(4 * int(place)) for row, place in enumerate(PLACES)).T)  # type: ignore[union-attr]
+
+
+def windows(words: np.ndarray) -> Iterator[Window]:
+    yield Window(0, words)
+
+
+def kept(
+    matrix: Matrix, data: np.ndarray, columns: ColumnWords, expected: StoredRows
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    ((_, words),) = columns.windows()
+
+    def in_c() -> None:
+        assert compare_columns(matrix, data, 0, 0, columns, np.dtype(np.float16), 0.0) is not None
+
+    def in_numpy() -> None:
+        codes = np.empty_like(expected.values)
+        if columns.order is None:
+            twins_of_words.words_as_rows(words, codes.view(np.uint32))
+        else:
+            twins_of_words.columns_as_rows(words, columns.order, codes)
+        both(matrix, data, StoredRows(codes, 4, expected.scales, expected.zeros), True)[1]()
+
+    return in_c, in_numpy
 
 
 def both(matrix: Matrix, data: np.ndarray, expected: StoredRows, kept: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:

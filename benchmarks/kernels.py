@@ -46,6 +46,7 @@ def work() -> dict[str, tuple[np.ndarray, Work]]:
     int8, int4 = kernel_layout(8, 80, False), kernel_layout(4, 80, False)
     scale = np.float32(1.5)
     packed = random.integers(0, 64, (ROWS // 4, 16 * 34 * 9 * 2), dtype=np.uint8)
+    factors, scales = np.exp(random.standard_normal(FEATURES)), np.full(ROWS, 1000, dtype=np.float32)
     return {
         "int8 from bf16": (brain, lambda k: k.weight_only_codes(brain, int8, 1, "")),
         "int8 from fp16": (half, lambda k: k.weight_only_codes(half, int8, 1, "")),
@@ -54,6 +55,11 @@ def work() -> dict[str, tuple[np.ndarray, Work]]:
         "FP8 by row from bf16": (brain, lambda k: k.float8_codes(brain, 1, 1200.0, "")),
         "FP8 by row from fp32": (numbers, lambda k: k.float8_codes(numbers, 1, 1200.0, "")),
         "FP8 to another scale": (eight, lambda k: k.float8_rescaled(eight, scale, np.float32(2))),
+        "SmoothQuant: columns of fp16": (half, lambda k: k.column_magnitudes(half)),
+        "SmoothQuant: rows' magnitudes": (half, lambda k: k.smoothed_magnitudes(half, factors)),
+        "SmoothQuant: fp16 times factors": (half, lambda k: k.smoothed(half, factors)),
+        "SmoothQuant: codes by channel": (half, lambda k: k.smoothed_codes(half, scales, "float")),
+        "SmoothQuant: codes by tensor": (half, lambda k: k.smoothed_codes(half, scales, "half")),
         "int4 codes arranged": (stream, lambda k: k.arranged(stream, int4)),
         "int8 codes arranged": (stream, lambda k: k.arranged(stream, int8)),
         "GPTQ unpacked": (words, lambda k: k.transposed(words)),

@@ -84,7 +84,15 @@ def tensors(config: dict) -> list[tuple[str, list[int]]]:
     return [*rows, ("model.norm.weight", [hidden]), ("lm_head.weight", [vocab, hidden])]
 
 
-def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = False, noise: bytes = b"", **sizes: int) -> int:
+def make(
+    directory: Path,
+    shape: str,
+    layers: int | None = None,
+    sparse: bool = False,
+    noise: bytes = b"",
+    shard_bytes: int = SHARD_BYTES,
+    **sizes: int,
+) -> int:
     """Write a sharded bf16 checkpoint, and return the bytes of its tensors. Sparse files read as zeros and take no disk space.
 
     `noise` is repeated as the tensors' bytes; by default random bytes, some of which are infinite or NaN as bf16. `sizes` stand in
@@ -98,7 +106,7 @@ def make(directory: Path, shape: str, layers: int | None = None, sparse: bool = 
     filled = 0
     for name, dims in tensors(config):
         nbytes = 2 * _count(dims)
-        if groups[-1] and filled + nbytes > SHARD_BYTES:
+        if groups[-1] and filled + nbytes > shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append((name, dims))

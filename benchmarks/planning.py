@@ -24,7 +24,7 @@ from pipeline.planning.bind import bind
 from pipeline.planning.dask_graph import stage_graph
 from pipeline.planning.memory import MIB
 from pipeline.run.schedulers import runner, thread_name
-from pipeline.watching.process import peak_memory_bytes
+from pipeline.tensor.process import peak_memory_bytes
 from stages.write import Written
 from stages.write.deliveries import BlockWrite
 

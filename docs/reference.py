@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 import headrace
 from pipeline.cli import app
+from pipeline.cli.commands import LateCommand, load
 from pipeline.errors import HeadraceError
 from pipeline.jobs.fleet import STALL_SECONDS
 from pipeline.jobs.notify import Notify
@@ -66,6 +67,8 @@ def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         context = command.make_context(path[-1], [], resilient_parsing=True)
         for name in command.list_commands(context):
             below = command.get_command(context, name)
+            if isinstance(below, LateCommand):
+                below = load(name)
             if below is not None and not below.hidden:
                 yield from walk(below, (*path, name))
 
@@ -76,7 +79,7 @@ def command_section(path: tuple[str, ...], command: Any) -> Iterator[str]:
         yield f"## `{' '.join(path)}`\n\n"
     yield f"{prose(command.help or '')}\n\n"
     if command.epilog:
-        yield f"{prose(command.epilog)}\n\n"
+        yield f"```sh\n{command.epilog}\n```\n\n"
     panels: dict[str, list[Any]] = {}
     for parameter in command.params:
         if not getattr(parameter, "hidden", False):
@@ -92,12 +95,14 @@ def _panel(parameter: Any) -> str:
 def spelling(parameter: Any) -> str:
     """How an option or argument is written."""
     if parameter.param_type_name == "argument":
-        return f"`{parameter.name.upper()}{'...' if parameter.nargs == -1 else ''}`"
+        return f"`{parameter.metavar or parameter.name.upper()}{'...' if parameter.nargs == -1 else ''}`"
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     return names if parameter.is_flag or parameter.count else f"{names} {_takes(parameter)}"
 
 
 def _takes(parameter: Any) -> str:
+    if parameter.metavar:
+        return f"*{parameter.metavar.replace('|', ' or ')}*"
     kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", str)
     return _kind(kind) if get_origin(kind) is Literal else f"*{_kind(kind)}*"
 

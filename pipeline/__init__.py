@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
     from pipeline.reporting.html.summary import VerificationSummary
     from pipeline.reporting.report import Report
-    from pipeline.run.execute import Built, Result
     from pipeline.run.loaders import (
         RankWeights,
         load_from_gptq_llama,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         load_from_hf_llama,
         load_from_meta_llama,
     )
+    from pipeline.run.results import Built, Result
     from pipeline.watching.listener import Listener
 
     __version__: str
@@ -71,7 +71,7 @@ __all__ = [
 _LATER = {
     "BuildLog": "pipeline.engine.log",
     "BuildOptions": "pipeline.planning.keywords",
-    "Built": "pipeline.run.execute",
+    "Built": "pipeline.run.results",
     "Inspection": "pipeline.planning.inspected",
     "Job": "pipeline.planning.job",
     "JobOptions": "pipeline.planning.keywords",
@@ -80,7 +80,7 @@ _LATER = {
     "Plan": "pipeline.planning.plans",
     "RankWeights": "pipeline.run.loaders",
     "Report": "pipeline.reporting.report",
-    "Result": "pipeline.run.execute",
+    "Result": "pipeline.run.results",
     "VerificationSummary": "pipeline.reporting.html.summary",
     "TargetTable": "pipeline.planning.keywords",
     "load_from_gptq_llama": "pipeline.run.loaders",

@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from pipeline.planning.keywords import BuildOptions, JobOptions, naming_keywords
+from pipeline.tensor.remote_path import as_path
+
 if TYPE_CHECKING:
     from pipeline.engine.log import BuildLog
     from pipeline.planning.inspected import Inspection
     from pipeline.planning.job import Job
-    from pipeline.planning.keywords import BuildOptions, JobOptions
     from pipeline.planning.plans import Plan
     from pipeline.reporting.html.summary import VerificationSummary
     from pipeline.reporting.report import Report
-    from pipeline.run.execute import Built, Result
+    from pipeline.run.results import Built, Result
     from pipeline.watching.listener import Listener
 
 
+@naming_keywords(JobOptions)
 def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Unpack[JobOptions]) -> Plan:
     """Say what `convert` with the same arguments would do. Opens headers only and writes nothing.
 
@@ -46,12 +49,14 @@ def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options
     return make_plan(_job(job, options, model is not None), model)
 
 
+@naming_keywords(JobOptions)
 def convert(
     job: Job | str | Path | None = None,
     /,
     *,
     model: Any = None,
     listener: Listener | None = None,
+    progress: bool | None = None,
     **options: Unpack[JobOptions],
 ) -> Result:
     """Convert a checkpoint into TensorRT-LLM ranks. A finished, unchanged output is left as it is.
@@ -64,6 +69,9 @@ def convert(
         A Hugging Face model in memory (a PreTrainedModel of a known family), in the place of `model_dir`.
     listener
         Told of the run as it goes on; by default nobody is.
+    progress
+        Whether to show a bar and the address of the run's page: below a notebook's cell, on a terminal, or as lines on standard
+        error. By default in a notebook that gives no listener.
     **options
         A Job's fields, which override those of `job`. With `engine` each target's engine is built, too.
 
@@ -86,18 +94,22 @@ def convert(
     from pipeline.engine.requests import plan_requests
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
+    from pipeline.watching.shown import shown
+    from pipeline.watching.state import RunWatch
 
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), RunWatch()
+    told = shown(progress, listener, watch)
     made = make_plan(_job(job, options, model is not None), model, download=True)
     engines = plan_requests(made)
     if not engines:
-        return execute(made, listener, started=started)
+        return execute(made, told, started=started, watch=watch)
     from pipeline.engine.log import BuildLog
     from pipeline.engine.run import convert_and_build
 
-    return convert_and_build(made, engines, listener, BuildLog(quiet=True), started)
+    return convert_and_build(made, engines, told, BuildLog(quiet=True), started, watch)
 
 
+@naming_keywords(BuildOptions)
 def build(
     checkpoint: str | Path, /, *, log: BuildLog | None = None, scheduler: str = "local", **options: Unpack[BuildOptions]
 ) -> Built:
@@ -181,7 +193,7 @@ def verify(
 
     extra = None if quant_ckpt_path is None else Path(quant_ckpt_path)
     return summarize(
-        Path(output_dir),
+        as_path(output_dir),
         source,
         quant_ckpt_path=extra,
         logits=logits or prompt is not None,
@@ -262,7 +274,7 @@ def report(
     extra = None if quant_ckpt_path is None else Path(quant_ckpt_path)
     place = None if page is None else Path(page)
     known = Path(verification) if isinstance(verification, str) else verification
-    return make_report(Path(output_dir), source, quant_ckpt_path=extra, output=place, verification=known, advance=advance)
+    return make_report(as_path(output_dir), source, quant_ckpt_path=extra, output=place, verification=known, advance=advance)
 
 
 def _job(job: Job | str | Path | None, options: JobOptions, live: bool) -> Job:

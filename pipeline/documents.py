@@ -143,6 +143,9 @@ def read_toml_file(path: Path, expected: str) -> dict[str, Any]:
             raise ValueError(f"a key of more than {MAX_DEPTH} parts")
         value = tomllib.loads(text)
         check_depth(value)
+    except IsADirectoryError:
+        remedy = "A checkpoint is given by an option: --model_dir"
+        raise BadInput([Problem(str(path), "a directory", f"{expected}, in TOML", remedy)]) from None
     except OSError as error:
         raise BadInput([Problem(str(path), error.strerror or "an error", expected)]) from None
     except RecursionError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.printed import escaped, printed
+from pipeline.printed import escaped, many, printed
 
 
 class HeadraceError(Exception):
@@ -86,10 +86,13 @@ class BadInput(HeadraceError):
         # Workers pickle this error, for problems that only show when values are read.
         return BadInput, (self.problems,)
 
-    def report(self) -> str:
-        """Return all problems, one on each line; of more than `shown`, or long ones, the first and the number of the others."""
+    def report(self, outcome: str = ", nothing was written") -> str:
+        """Return all problems, one on each line; of more than `shown`, or long ones, the first and the number of the others.
+
+        `outcome`: the words on what that means, "" for a command that would write nothing anyway.
+        """
         count = len(self.problems)
-        lines = [f"{count} problem{'s' if count > 1 else ''}, nothing was written:"]
+        lines = [f"{many(count, 'problem')}{outcome}:"]
         left = self.shown_characters
         for problem in self.problems[: self.shown]:
             line = f"  - {problem}"
@@ -156,7 +159,7 @@ class VerificationFailed(HeadraceError):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        lines = [f"verification failed, {count} finding{'s' if count > 1 else ''}:"]
+        lines = [f"verification failed, {many(count, 'finding')}:"]
         lines += [f"  - {problem}" for problem in self.problems[: self.shown]]
         if count > self.shown:
             lines.append(f"  ... and {count - self.shown} more")

@@ -6,6 +6,7 @@ direction of what stands around them, or a hundred kilobytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 LONGEST = 1000  # characters of one name or value in a message
@@ -38,3 +39,29 @@ def printed(text: str) -> str:
 def in_html(text: str) -> str:
     """Escape a text for HTML: its markup, and what is not printed as itself, but for line breaks and no-break spaces."""
     return escape(escaped(text, keep="\n\N{NO-BREAK SPACE}"))
+
+
+def many(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `2 files`, `36,945 tensors`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class InOneLine:
+    """A value whose repr is one line, and in a notebook a small table: those that derive from it say what stands in both."""
+
+    def _line(self) -> str:
+        """Say in a few words what it is."""
+        raise NotImplementedError
+
+    def _rows(self) -> Sequence[tuple[str, str]]:
+        """Return its facts as (label, value); those without a value are left out."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {printed(self._line())}>"
+
+    def _repr_html_(self) -> str:
+        left = 'style="text-align:left"'
+        cells = ((in_html(label), in_html(shortened(value))) for label, value in self._rows() if value)
+        rows = "".join(f"<tr><th {left}>{label}</th><td {left}>{value}</td></tr>" for label, value in cells)
+        return f"<table><caption {left}>{in_html(type(self).__name__)}</caption>{rows}</table>"

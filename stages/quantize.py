@@ -21,7 +21,7 @@ from pipeline.model.tables import Module, Slot
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.derived import derive
 from pipeline.tensor.names import TensorName, by_module
-from pipeline.tensor.tensors import CODES, Parameter, TensorMap, plain
+from pipeline.tensor.tensors import AWQ_SCALE, CODES, Parameter, TensorMap, plain
 from stages.quantization import numbers
 from stages.quantization.constants import constants
 from stages.quantization.entries import Entry as Entry
@@ -29,7 +29,7 @@ from stages.quantization.entries import entries_of
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
 from stages.quantization.smoothing import Smoothing
-from stages.quantization.targets import fp8, fp8_numbers, groupwise, kept_rows, nvfp4, weight_only
+from stages.quantization.targets import awq_numbers, fp8, fp8_numbers, groupwise, kept_rows, nvfp4, weight_only
 
 if TYPE_CHECKING:
     from stages.shard import Sharding
@@ -122,6 +122,9 @@ def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) ->
 def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
     quantization, module = target.quantization, slot.module
     bias = {"bias": (parameters["bias"], plain("bias"))} if "bias" in parameters else {}
+    if quantization.algorithm == AWQ and quantization.from_numbers:
+        weight, scale = _weight(parameters), parameters[AWQ_SCALE]
+        return awq_numbers.pack(target.source(name), weight, scale, quantization.group_size, target.numpy, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
@@ -170,7 +173,9 @@ def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]]
     for parts in fused:
         for slot, parameters in parts.values():
             if slot.expert is not None and slot.layer is not None:
-                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(parameters["input_scale"])
+                measured = target.quantization.from_numbers
+                scale = fp8_numbers.activation_scale([parameters]) if measured else parameters["input_scale"]
+                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(scale)
     entries = {}
     for (owner, layer), by_expert in stacks.items():
         array, size = fp8.pack_stack([by_expert[expert] for expert in sorted(by_expert)], target.sharding.parallelism.moe_ep_size)

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.errors import Problem
 from pipeline.tensor.names import TensorName, by_module, split_names
 from pipeline.tensor.placement import whole
-from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor, TensorMap
+from pipeline.tensor.tensors import MEASURED, LazyTensor, TensorMap
 from stages.quantization import cache_scales
 from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import format_named, formats
@@ -66,7 +66,7 @@ def unpack(tensors: TensorMap, settings: Mapping[str, Any], own: Mapping[str, Ma
     """
     result, known = {}, _Formats()
     for module, parameters in by_module(tensors).items():
-        ranges = {name: array for name, array in parameters.items() if name in (X_RANGE, Y_RANGE)}
+        ranges = {name: array for name, array in parameters.items() if name in MEASURED}
         rest, scales = cache_scales.divided({name: array for name, array in parameters.items() if name not in ranges})
         packing = known.of(rest)
         unpacked = packing.unpack(rest, own.get(module, settings)) if packing else rest

@@ -1,1 +1,1 @@
-"""Calibration out of core: a file of the ranges of activations, which SmoothQuant and an INT8 cache take as `--act_range`."""
+"""Calibration out of core: the ranges of activations that SmoothQuant, FP8 and 8-bit caches have scales of, a layer at a time."""

@@ -1,40 +1,62 @@
-"""The plan of a calibration, before it does anything: its source, its samples, and the memory that it takes."""
+"""The plan of a calibration, before it does anything: its source, its samples, its tasks, and the memory and time that it takes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.calibration.tokens import Samples, open_samples, samples_of_texts
+from pipeline.calibration.awq import awq_bytes, awq_flops, awq_problems
+from pipeline.calibration.layer_task import LayerCall, Reopened
+from pipeline.calibration.tokens import Samples, Texts, open_samples, samples_of_texts, write_tokens
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.dtypes import BY_TARGET, auto_dtype
-from pipeline.planning.memory import MIB
-from pipeline.planning.plans import VERSION
+from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
-from stages.read import find_source
+from pipeline.version import VERSION
+from stages.calibrate.layers import LayeredModel
+from stages.calibrate.speed import flops_per_second
 from stages.verify.roundtrip.original import Original
 
-if TYPE_CHECKING:
-    from stages.calibrate.layers import LayeredModel
-
+MIB = 1 << 20
 # A process with torch and transformers and a tiny model: measured on Linux with torch 2.13 and transformers 5.23, 370 MiB.
 BASE_BYTES = 440 * MIB
 BLOCK_BYTES = 96 * MIB  # of weights on their way from the source's type to the model's
-KEY = "headrace.calibration"  # in the file's metadata: of what it was measured
-HUGGING_FACE = "a Hugging Face model, whose modules have the names of transformers' own"
+READ_BYTES_PER_SECOND = 1 << 30  # of weights that are read and brought to the model's type, in an estimate
 
 
 @dataclass(frozen=True)
-class Texts:
-    """A file of texts, and how many samples of how many tokens are made of them at most."""
+class Calibration:
+    """A request for a calibration.
 
-    path: Path
-    count: int = 512
-    length: int = 512
+    Attributes
+    ----------
+    tokens, texts
+        One of them: a file of tokens, or texts that the model's own tokenizer makes tokens of.
+    dtype
+        TensorRT-LLM's name of the type that the model is run in; "auto": the source's.
+    device
+        Where, by torch's name.
+    scratch
+        The directory in which it has its scratch.
+    name
+        The beginning of that scratch's name.
+    awq
+        What AWQ's scales are searched for, too.
+    """
+
+    tokens: Path | None
+    texts: Texts | None
+    scratch: Path
+    name: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    awq: AwqSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -43,130 +65,174 @@ class CalibrationPlan:
 
     Attributes
     ----------
-    source, original
-        The model, and its weights as numbers.
+    source
+        The model.
     samples
         What it is run on.
-    dtype
-        TensorRT-LLM's name of the type that it is run in.
-    output, scratch
-        The file that is made, and the directory of its scratch.
-    identity
-        Of all that the ranges depend on.
-    layers, layer_bytes, peak_bytes, scratch_bytes
-        How many layers there are, the bytes of one's weights, and the memory and the disk space that the run takes.
+    dtype, device
+        TensorRT-LLM's name of the type that it is run in, and where, by torch's name.
+    activations
+        Its scratch.
+    layers, layer_bytes
+        How many layers there are, and the bytes of the largest one's weights.
+    least_bytes, most_bytes
+        The memory that it takes, with a mixture's experts one by one, and with all of a layer's; beside that of a process with
+        nothing but torch. The same for other models.
+    awq
+        What AWQ's scales are searched for; None where they are not.
     """
 
     source: Source
-    original: Original
+    reopened: Reopened
     samples: Samples
     dtype: str
-    output: Path
-    scratch: Path
-    identity: str
+    device: str
+    activations: Activations
     layers: int
     layer_bytes: int
-    peak_bytes: int
-    scratch_bytes: int
-    hidden: int
+    least_bytes: int
+    most_bytes: int
     model: LayeredModel = field(repr=False, compare=False)
+    awq: AwqSettings | None = None
 
-    def summary(self) -> dict[str, Any]:
+    @property
+    def identity(self) -> str:
+        """Of all that the ranges depend on."""
+        return self.activations.identity
+
+    def peak_bytes(self, one_by_one: bool) -> int:
+        """The memory of a process that does nothing else."""
+        return BASE_BYTES + (self.least_bytes if one_by_one else self.most_bytes)
+
+    def fits(self, limit_bytes: int) -> bool | None:
+        """Whether experts are to be read one by one under a limit; None where it does not fit so either."""
+        for one_by_one in dict.fromkeys((False, self.least_bytes < self.most_bytes)):
+            if self.peak_bytes(one_by_one) <= limit_bytes:
+                return one_by_one
+        return None
+
+    def too_small(self, limit_bytes: int, beside: int = 0) -> Problem:
+        """The problem of a limit that a layer does not fit in. `beside`: what else is held at the same time."""
+        wanted = -(-(self.peak_bytes(True) + beside) // MIB)
+        layer = self.layer_bytes - (self.most_bytes - self.least_bytes)
+        what = f"a layer of {layer // MIB} MiB{' without its experts' if self.least_bytes < self.most_bytes else ''}"
+        found = f"{limit_bytes // MIB} MiB, for {what} and samples of {self.samples.length} tokens"
+        remedy = f"Give --memory_limit {wanted}MiB, or shorter samples{' or a smaller --awq_tokens' if self.awq else ''}"
+        return Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)
+
+    @property
+    def tokens(self) -> Path:
+        """The file of the samples: their own, or, of what was made of texts, one in scratch."""
+        return self.activations.directory / TOKENS if self.samples.digest else self.samples.file.path
+
+    def begin(self) -> ActivationScratch:
+        """Open and lock the scratch, with the file of the samples where that is its own."""
+        scratch = ActivationScratch(self.activations)
+        try:
+            if not self.tokens.is_file():
+                write_tokens(self.tokens, self.samples)
+        except BaseException:
+            scratch.close()
+            raise
+        return scratch
+
+    def calls(
+        self, first: int, last: int, one_by_one: bool, needed: Mapping[int, Collection[str]] | None = None
+    ) -> tuple[LayerCall, ...]:
+        """The tasks of the layers from `first` up to `last`, which is not among them. `needed`: of LayerCall, by layer."""
+        return tuple(
+            LayerCall(
+                layer,
+                self.layers,
+                self.reopened,
+                self.dtype,
+                self.device,
+                self.tokens,
+                self.activations,
+                tuple(needed.get(layer, ())) if needed else (),
+                one_by_one,
+                self.awq,
+            )
+            for layer in range(first, last)
+        )
+
+    @cached_property
+    def _rate(self) -> float:
+        return flops_per_second(self.dtype, self.samples.length, self.model.hidden, self.device)
+
+    def layer_seconds(self, one_by_one: bool) -> float:
+        """An estimate of a layer's time by how fast this machine multiplies matrices, which is measured now."""
+        sizes, tokens = self.model.sizes(), self.samples.count * self.samples.length
+        read = sizes.total + (sizes.experts * (self.samples.count - 1) if one_by_one else 0)
+        work = tokens * self.model.token_flops(self.samples.length) + (awq_flops(self.model, self.awq, tokens) if self.awq else 0)
+        return work / self._rate + read / READ_BYTES_PER_SECOND
+
+    def summary(self, one_by_one: bool) -> dict[str, Any]:
         """The plan as plain values."""
+        each = self.layer_seconds(one_by_one)
         return {
-            "source": str(self.source.location),
-            "output": str(self.output),
+            "source": self.source.place,
             "dtype": self.dtype,
+            "device": self.device,
             "samples": self.samples.count,
             "tokens": self.samples.length,
             "layers": self.layers,
             "layer_bytes": self.layer_bytes,
-            "peak_bytes": self.peak_bytes,
-            "scratch": str(self.scratch),
-            "scratch_bytes": self.scratch_bytes,
+            "experts_one_by_one": one_by_one,
+            "peak_bytes": self.peak_bytes(one_by_one),
+            "scratch": str(self.activations.directory),
+            "scratch_bytes": self.activations.nbytes,
+            "layer_seconds": each,
+            "seconds": each * self.layers,
         }
 
 
-def plan_calibration(
-    model_dir: Path | str,
-    output: Path,
-    calibration_tokens: Path | None,
-    dtype: str = "auto",
-    memory_limit: int = 2 << 30,
-    scratch: Path | None = None,
-    revision: str | None = None,
-    texts: Texts | None = None,
-) -> CalibrationPlan:
-    """Plan a calibration; reads headers and the tokens, and writes nothing.
+def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> CalibrationPlan:
+    """Plan a calibration of a source that is open; reads headers and the tokens, and writes nothing.
 
-    `calibration_tokens`: a file of tokens; or else `texts`, which the model's own tokenizer makes tokens of.
-
-    Raises BadInput with what is wrong with the source, the tokens, or the memory limit.
+    Raises BadInput with what is wrong with the source or the tokens.
     """
-    from stages.calibrate.layers import LayeredModel
-
-    source = find_source(model_dir, None, None, revision, True)
-    if source.container != "huggingface":
-        raise BadInput([Problem(str(model_dir), f"a {source.kind}", HUGGING_FACE)])
     original = Original(source)
-    dtype = auto_dtype(source.dtype) if dtype == "auto" else dtype
-    model = LayeredModel(original.config, original, dtype)
-    modules = {name.module for name in source.named}
-    lacking = next((name for number in range(len(model)) for name in model.linears(number) if name not in modules), None)
-    if lacking:
-        found = f"{source.architecture}, whose checkpoint has no module {lacking}"
-        raise BadInput([Problem(str(model_dir), found, HUGGING_FACE, "Calibrate the Hugging Face model that it was made of")])
-    samples = _samples(source, model, calibration_tokens, texts)
-    if not output.parent.is_dir() or output.is_dir():
-        raise BadInput([Problem(f"--output {output}", "no place for a file", "a file in a directory that is there")])
-    itemsize = BY_TARGET[dtype].numpy.itemsize
-    hidden = model.hidden
-    peak = BASE_BYTES + BLOCK_BYTES + model.layer_bytes() + samples.length * model.token_bytes(samples.length)
-    if peak > memory_limit:
-        wanted = -(-peak // MIB)
-        found = f"{memory_limit // MIB} MiB, for a layer of {model.layer_bytes() // MIB} MiB and samples of {samples.length} tokens"
-        remedy = f"Give --memory_limit {wanted}MiB, or shorter samples"
-        raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
-    held = samples.count * samples.length * hidden * itemsize
+    dtype = auto_dtype(source.dtype) if asked.dtype == "auto" else asked.dtype
+    model = LayeredModel(original.config, original, dtype, asked.device)
+    if asked.awq and (problems := list(awq_problems(model, original.config, asked.awq))):
+        raise BadInput(problems)
+    samples = _samples(source, model, asked)
     files = [file.fingerprint() for file in (*source.files, samples.file)]
-    decides = json.dumps([VERSION, dtype, files, samples.digest], sort_keys=True)
+    more = [*reopened.told, *([vars(asked.awq)] if asked.awq else [])]
+    decides = json.dumps([VERSION, dtype, asked.device, files, samples.digest, *more], sort_keys=True)
     identity = hashlib.sha256(decides.encode()).hexdigest()
-    place = scratch or output.parent / ".headrace-scratch"
+    sizes, block = model.sizes(), BLOCK_BYTES + samples.length * model.token_bytes(samples.length)
+    block += awq_bytes(model, asked.awq, samples.count * samples.length, samples.length) if asked.awq else 0
     return CalibrationPlan(
         source,
-        original,
+        reopened,
         samples,
         dtype,
-        output,
-        place / f"{output.name}-{identity[:12]}.zarr",
-        identity,
+        asked.device,
+        Activations(
+            asked.scratch / f"{asked.name}-{identity[:12]}.zarr",
+            (samples.count, samples.length, model.hidden),
+            BY_TARGET[dtype].numpy,
+            source.place,
+            identity,
+        ),
         len(model),
-        model.layer_bytes(),
-        peak,
-        2 * held,
-        hidden,
+        sizes.total,
+        sizes.total - sizes.experts + sizes.one_expert + block,
+        sizes.total + block,
         model,
+        asked.awq,
     )
 
 
-def _samples(source: Source, model: LayeredModel, tokens: Path | None, texts: Texts | None) -> Samples:
+def _samples(source: Source, model: LayeredModel, asked: Calibration) -> Samples:
     """The samples of one of the two. Raises BadInput where there is neither, or both."""
-    if (tokens is None) == (texts is None):
-        found = "nothing" if tokens is None else "--calib_dataset too"
+    if (asked.tokens is None) == (asked.texts is None):
+        found = "nothing" if asked.tokens is None else "--calib_dataset too"
         raise BadInput([Problem("--calibration_tokens", found, "one of --calibration_tokens and --calib_dataset")])
-    if tokens is not None:
-        return open_samples(tokens, model.vocabulary, model.positions)
-    assert texts is not None, "one of the two"
-    length = min(texts.length, model.positions)
-    return samples_of_texts(texts.path, source.location, texts.count, length, model.vocabulary, model.positions)
-
-
-def metadata(plan: CalibrationPlan) -> Mapping[str, str]:
-    """The texts in the header of the file: of what the ranges were measured."""
-    return {
-        KEY: plan.identity,
-        "dtype": plan.dtype,
-        "samples": str(plan.samples.count),
-        "tokens": str(plan.samples.length),
-        "headrace": VERSION,
-    }
+    if asked.tokens is not None:
+        return open_samples(asked.tokens, model.vocabulary, model.positions)
+    assert asked.texts is not None, "one of the two"
+    length = min(asked.texts.length, model.positions)
+    return samples_of_texts(asked.texts.path, source.location, asked.texts.count, length, model.vocabulary, model.positions)

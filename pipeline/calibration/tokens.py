@@ -9,14 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.calibration.layer_task import INPUT_IDS as NAME
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks.array_file import write_arrays
 from pipeline.tensor.source_file import SourceFile
 from stages.read.safetensors import open_file
 from stages.read.texts import texts, texts_file
 from stages.read.tokenizer import open_tokenizer
 
-NAME = "input_ids"
 EXPECTED = f"a safetensors file with {NAME}, integers [samples, tokens]"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A file of texts, and how many samples of how many tokens are made of them at most."""
+
+    path: Path
+    count: int = 512
+    length: int = 512
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,11 @@ def samples_of_texts(path: Path, tokenizer: Path, count: int, length: int, vocab
     ids = np.array(found[: whole * length], dtype=np.int64).reshape(whole, length)
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
     return _checked(Samples(file, whole, length, ids.__getitem__, digest), subject, vocabulary, positions)
+
+
+def write_tokens(path: Path, samples: Samples) -> None:
+    """Write samples as a file that `open_samples` opens. Raises OSError, naming it."""
+    write_arrays(path, {NAME: np.stack([samples.tokens(number) for number in range(samples.count)])})
 
 
 def _checked(samples: Samples, subject: str, vocabulary: int, positions: int) -> Samples:

@@ -8,32 +8,28 @@ from __future__ import annotations
 import atexit
 import gc
 import io
-import itertools
-import json
 import sys
 import warnings
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from pipeline.cli import batch, build, calibrate, convert, facts, jobs, report, scratch, serve, unlock, verify
+from pipeline.cli.commands import LateGroup
 from pipeline.cli.limits import raise_open_files
 from pipeline.cli.streams import keep_streams
+from pipeline.cli.usage import INTERRUPTED, USAGE_ERROR, refuse, say
 from pipeline.errors import HeadraceError, WriteFailed
 from pipeline.tensor.system_errors import sentence
 from stages.quantization.kernels.chosen import kernels_in_use
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=LateGroup,
+    invoke_without_command=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Stream LLaMA-family checkpoints into TensorRT-LLM ranks, out of core.",
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("-", "_")},
 )
-for commands in (convert, build, calibrate, facts, verify, report, batch, serve, unlock):
-    app.add_typer(commands.app)
-app.add_typer(scratch.app, name="scratch")
-app.add_typer(jobs.app, name="jobs")
 
 
 def _version(asked: bool) -> None:
@@ -44,22 +40,29 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+FIRST_STEPS = """headrace {version}: LLaMA-family checkpoints into TensorRT-LLM ranks, on a machine far smaller than the checkpoint.
+
+First steps, with a model's directory, a GGUF file or a name on the Hub in the place of MODEL:
+  headrace inspect MODEL                                    say what it is, and what it can become
+  headrace plan --model_dir MODEL --output_dir ranks        say what convert would do; writes nothing
+  headrace convert --model_dir MODEL --output_dir ranks     do it
+  headrace verify ranks --source MODEL                      prove it right
+
+headrace --help lists all commands, headrace COMMAND --help the options of one."""
+
+
 @app.callback()
 def _flags(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 (its callback has it)
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and the kernels in use.")
+    ] = False,
 ) -> None:
-    """Take the flags that stand before a command."""
+    """Take the flags that stand before a command; without one, say what to do first."""
+    if context.invoked_subcommand is None:
+        from pipeline import __version__
 
-
-def _say(error: HeadraceError) -> None:
-    """An error on standard error, as JSON where the log is."""
-    words = [word.replace("-", "_") for word in sys.argv]
-    if "__log_format=json" not in words and ("__log_format", "json") not in itertools.pairwise(words):
-        print(f"headrace: {error}", file=sys.stderr)
-        return
-    problems = [asdict(problem) for problem in getattr(error, "problems", ())]
-    event = {"event": "error", "exit_code": error.exit_code, "message": str(error), "problems": problems}
-    print(json.dumps(event), file=sys.stderr)
+        print(FIRST_STEPS.format(version=__version__))
 
 
 def main() -> None:
@@ -76,13 +79,16 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)
     try:
-        app(prog_name="headrace")
+        code = app(prog_name="headrace", standalone_mode=False)
     except HeadraceError as error:
-        _say(error)
-        sys.exit(error.exit_code)
+        sys.exit(say(error))
+    except USAGE_ERROR as error:
+        sys.exit(refuse(error))
     except OSError as error:  # of a command that has no words of its own for it
-        _say(WriteFailed(sentence(error)))
-        sys.exit(WriteFailed.exit_code)
-    except KeyboardInterrupt:
+        sys.exit(say(WriteFailed(sentence(error))))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         print("headrace: interrupted before anything was written", file=sys.stderr)
         sys.exit(3)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from pipeline.cli.help import HelpCommand
 from pipeline.cli.many import missing_extra, show, stop_in_order
-from pipeline.cli.options import Json, LogFormat, nvidia_options
+from pipeline.cli.options import nvidia_options
+from pipeline.cli.shared import Json, LogFormat
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
@@ -27,7 +29,12 @@ app = typer.Typer()
 LISTED = "Values of that option in the matrix, with commas between."
 
 
-@app.command("batch", no_args_is_help=True)
+@app.command(
+    "batch",
+    cls=HelpCommand,
+    no_args_is_help=True,
+    epilog="headrace batch night.toml --dry_run",
+)
 @nvidia_options
 def batch_command(
     nvidia: Understood,

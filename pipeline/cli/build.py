@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.shared import LogFormat, Quiet
 from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import OptionTable, known_options
@@ -17,7 +19,7 @@ from pipeline.printed import escaped
 from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
-    from pipeline.run.execute import Built
+    from pipeline.run.results import Built
 
 app = typer.Typer()
 
@@ -26,6 +28,8 @@ _FIELDS = {name: field.description or "" for name, field in EngineOptions.model_
 
 @app.command(
     "build",
+    cls=HelpCommand,
+    epilog="headrace build ranks --output_dir engine --max_batch_size 8",
     no_args_is_help=True,
     context_settings={"ignore_unknown_options": True},
     options_metavar="[OPTIONS] [TRTLLM-BUILD OPTIONS]",
@@ -42,10 +46,8 @@ def build_command(
     print_command: Annotated[
         bool, typer.Option("--print_command", help="Print trtllm-build's command line, to run elsewhere, and do nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option("--log_format", help="What the builder says as text or as JSON lines.")
-    ] = "text",
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
 ) -> None:
     """Build the engines of a checkpoint with TensorRT-LLM's trtllm-build, whose own options go beside these.
 

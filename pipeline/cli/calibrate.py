@@ -12,56 +12,77 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.types import ByteSize
 
-from pipeline.cli.options import Json
+from pipeline.calibration.words import calibration_words
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.shared import Json, Quiet
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import TOKENS, AwqSettings
+from pipeline.printed import many
 from pipeline.watching.units import human_bytes
 
 app = typer.Typer()
 
 
-@app.command("calibrate", no_args_is_help=True)
+@app.command(
+    "calibrate",
+    cls=HelpCommand,
+    no_args_is_help=True,
+    epilog="headrace calibrate MODEL --output ranges.safetensors --calib_dataset texts.txt",
+)
 def calibrate_command(
-    model_dir: Annotated[str, typer.Argument(help="A Hugging Face directory, or org/name on the Hub.", show_default=False)],
+    model_dir: Annotated[str, typer.Argument(help="A directory, a GGUF file, or org/name on the Hub.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", help="The file of ranges to make, for --act_range.", show_default=False)],
     calibration_tokens: Annotated[
         Path | None, typer.Option("--calibration_tokens", help="A safetensors file with input_ids [samples, tokens].")
     ] = None,
     calib_dataset: Annotated[
-        Path | None, typer.Option("--calib_dataset", help="In its place a file of texts, a line each, or of JSON lines.")
+        Path | None,
+        typer.Option("--calib_dataset", help="In its place texts: a file of lines, JSON lines or Parquet."),
     ] = None,
     calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
     calib_max_seq_length: Annotated[
         int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
     ] = 512,
+    awq_group_size: Annotated[
+        Literal["64", "128"] | None,
+        typer.Option("--awq_group_size", help="Search AWQ's scales, too, for int4_awq in groups of so many in-features."),
+    ] = None,
+    awq_tokens: Annotated[
+        int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
+    ] = TOKENS,
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
     ] = "auto",
+    calibration_device: Annotated[
+        str, typer.Option("--calibration_device", help="Where layers run, by torch's name: cpu, cuda, cuda:1.")
+    ] = "cpu",
     memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be done, and write nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.
+    """Measure the largest activations of each linear, a layer at a time, for SmoothQuant, FP8 and 8-bit caches.
 
     Exit codes: 0 done, 2 a bad request, 3 stopped or the disk failed: the same command goes on.
     """
-    from pipeline.calibration.plan import Texts, plan_calibration
-    from pipeline.calibration.run import calibrate
+    from pipeline.calibration.plan import Calibration
+    from pipeline.calibration.tokens import Texts
     from pipeline.planning.job_file import model_name
+    from pipeline.run.calibrations import calibrate, plan_ranges
 
-    name, limit = model_name(model_dir), _size(memory_limit)
+    name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
-    plan = plan_calibration(name, output.absolute(), calibration_tokens, dtype, limit, scratch, revision, texts)
-    facts = plan.summary()
+    place = (scratch or output.parent / ".headrace-scratch").absolute()
+    awq = AwqSettings(int(awq_group_size), awq_tokens) if awq_group_size else None
+    asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device, awq)
+    file = plan_ranges(name, output, asked, limit, revision)
+    facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):
-        print(
-            f"{plan.layers} layers in {plan.dtype}, {plan.samples.count} samples of {plan.samples.length} tokens; memory at most "
-            f"{human_bytes(plan.peak_bytes)} (a layer {human_bytes(plan.layer_bytes)}), scratch {human_bytes(plan.scratch_bytes)}"
-        )
+        print(calibration_words(facts))
     if not dry_run:
-        result = calibrate(plan, None if quiet else _Lines())
+        result = calibrate(file, None if quiet else _Lines())
         facts |= {
             "modules": result.modules,
             "seconds": round(result.seconds, 3),
@@ -72,7 +93,7 @@ def calibrate_command(
         if not (quiet or json_):
             took = f"done in {result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}"
             done = "up to date" if result.up_to_date else took
-            print(f"{result.output}: ranges of {result.modules} modules, {done}")
+            print(f"{result.output}: ranges of {many(result.modules, 'module')}, {done}")
     if json_:
         print(json.dumps(facts, indent=2))
 

@@ -14,9 +14,13 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.build import facts, sentence
-from pipeline.cli.options import Json, LogFormat, job_options
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.options import job_options
+from pipeline.cli.shared import Json, LogFormat, Quiet
+from pipeline.cli.typed import as_typed
 from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
+from pipeline.errors import BadInput
 from pipeline.planning.builder_options import known_options
 from pipeline.planning.job import Job
 from pipeline.printed import escaped
@@ -25,12 +29,14 @@ from pipeline.watching.state import RunWatch
 
 app = typer.Typer()
 
+EXAMPLE = "headrace {} --model_dir Llama-3.1-8B --output_dir ranks --tp_size 2"
 
-@app.command("convert", no_args_is_help=True)
+
+@app.command("convert", cls=HelpCommand, no_args_is_help=True, epilog=EXAMPLE.format("convert"))
 @job_options
 def convert_command(
     job: Job,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     log_format: LogFormat = "text",
 ) -> None:
     """Convert a checkpoint into TensorRT-LLM ranks: config.json, rank{N}.safetensors and headrace.json.
@@ -72,17 +78,19 @@ def convert_command(
         }
         print(json.dumps(finished), file=sys.stderr)
         return
-    from pipeline.reporting.terminal import console, result_table
+    from pipeline.reporting.plan_tables import result_table
+    from pipeline.reporting.terminal import console
 
     if result.up_to_date:
-        print(escaped(f"{', '.join(str(target.output.directory) for target in plan.targets)} is up to date: nothing to do"))
+        places = ", ".join(str(target.output.directory) for target in plan.targets)
+        print(escaped(as_typed(f"{places} is up to date: nothing to do")))
     else:
-        console().print(result_table(plan, result))
+        console().print(result_table(plan, result, as_typed))
     for built in result.engines:
-        print(escaped(sentence(built)))
+        print(escaped(as_typed(sentence(built))))
 
 
-@app.command("plan", no_args_is_help=True)
+@app.command("plan", cls=HelpCommand, no_args_is_help=True, epilog=EXAMPLE.format("plan"))
 @job_options
 def plan_command(
     job: Job,
@@ -91,13 +99,18 @@ def plan_command(
         Path | None, typer.Option(metavar="FILE", help="Draw the plan's graph into a file named *.svg, *.html or *.dot.")
     ] = None,
 ) -> None:
-    """Say what convert would do with the same arguments; writes nothing but the picture that --graph asks for."""
+    """Say what convert would do with the same arguments; writes nothing but the picture that --graph asks for.
+
+    Exit codes: those of convert, as far as it can be known without converting: 0 it would work or has nothing to do, 2 it would be
+    refused, as for a disk without room, another conversion in its place, or a bad request.
+    """
     if graph:
         from pipeline.reporting.graph_drawing import check_graph_path, draw_graph
 
         check_graph_path(graph)
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
+    from pipeline.run.foresee import foresee
 
     plan = make_plan(job)
     if graph:
@@ -110,14 +123,22 @@ def plan_command(
         }
         for request in plan_requests(plan)
     ]
+    outlook = foresee(plan)
+    summary = plan.summary()
     if json_:
-        print(json.dumps({**plan.summary(), **({"engines": engines} if engines else {})}, indent=2))
-        return
-    from pipeline.reporting.terminal import console, plan_table
+        estimate = None if outlook.seconds is None else round(outlook.seconds, 1)
+        more = {"done_tasks": outlook.done_tasks, "estimated_seconds": estimate, **({"engines": engines} if engines else {})}
+        print(json.dumps({**summary, **more}, indent=2))
+    else:
+        from pipeline.reporting.plan_tables import plan_table
+        from pipeline.reporting.terminal import console
 
-    console().print(plan_table(plan))
-    for engine in engines:
-        print(f"then {escaped(shlex.join(engine['command']))}", *(f"  obstacle {text}" for text in engine["obstacles"]), sep="\n")
+        console().print(plan_table(plan, outlook, as_typed))
+        for engine in engines:
+            obstacles = (f"  would not build: {text}" for text in engine["obstacles"])
+            print(f"then {escaped(shlex.join(engine['command']))}", *map(as_typed, obstacles), sep="\n")
+    if summary["obstacles"] or any(engine["obstacles"] for engine in engines):
+        raise typer.Exit(BadInput.exit_code)
 
 
 def _import_numpy() -> None:

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import Json
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.shared import Json
 
 app = typer.Typer()
 
 
-@app.command("inspect", no_args_is_help=True)
+@app.command("inspect", cls=HelpCommand, no_args_is_help=True, epilog="headrace inspect Llama-3.1-8B")
 def inspect_command(
     model_dir: Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, or org/name on the Hub.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
@@ -24,7 +25,7 @@ def inspect_command(
     _show(inspect_source(model_dir, revision), json_, "source_table")
 
 
-@app.command("families")
+@app.command("families", cls=HelpCommand, epilog="headrace families")
 def families_command(json_: Json = False) -> None:
     """List the model families that headrace converts."""
     from pipeline.planning.family_table import list_families, list_texts
@@ -32,7 +33,7 @@ def families_command(json_: Json = False) -> None:
     _show(list_families(), json_, "families_table", list_texts())
 
 
-@app.command("formats")
+@app.command("formats", cls=HelpCommand, epilog="headrace formats --json")
 def formats_command(json_: Json = False) -> None:
     """List the kinds of checkpoint that headrace reads, and the quantized formats that it unpacks."""
     from pipeline.planning.inspection import list_formats

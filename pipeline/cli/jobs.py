@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from pipeline.cli.help import HelpCommand, HelpGroup
 from pipeline.cli.many import missing_extra, show
-from pipeline.cli.options import Json
+from pipeline.cli.shared import Json
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.printed import escaped
 
 if TYPE_CHECKING:
     from pipeline.jobs.history import History
 
-app = typer.Typer(help="What `headrace serve` did and does: list jobs, look at one, cancel it or do it again.")
+app = typer.Typer(cls=HelpGroup, help="What `headrace serve` did and does: list jobs, look at one, cancel it or do it again.")
 
 StorePath = Annotated[
     Path | None,
@@ -61,7 +62,7 @@ def jobs_command(
         list_command(context, state, limit, store, json_)
 
 
-@app.command("list")
+@app.command("list", cls=HelpCommand, epilog="headrace jobs list --state failed")
 def list_command(
     context: typer.Context,
     state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
@@ -78,14 +79,14 @@ def list_command(
         show(opened.runs(state, limit), json_, "jobs_table")
 
 
-@app.command("show")
+@app.command("show", cls=HelpCommand, epilog="headrace jobs show 12")
 def show_command(context: typer.Context, number: JobNumber, store: StorePath = None, json_: Json = False) -> None:
     """Show a job: its options, its figures, and all of what was wrong."""
     with history(store or context.obj) as opened:
         show(opened.run(number), json_, "job_table")
 
 
-@app.command("logs")
+@app.command("logs", cls=HelpCommand, epilog="headrace jobs logs 12")
 def logs_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Print the last lines that a job's processes have printed, and its error."""
     with history(store or context.obj) as opened:
@@ -93,13 +94,13 @@ def logs_command(context: typer.Context, number: JobNumber, store: StorePath = N
         print(escaped("\n".join(filter(None, (row["log"], row["error"]))), keep="\n"))
 
 
-@app.command("cancel")
+@app.command("cancel", cls=HelpCommand, epilog="headrace jobs cancel 12")
 def cancel_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Have the daemon cancel a job that waits or runs. What it has written stays: `retry` goes on from there."""
     _ask(context, number, store, "cancel")
 
 
-@app.command("retry")
+@app.command("retry", cls=HelpCommand, epilog="headrace jobs retry 12")
 def retry_command(context: typer.Context, number: JobNumber, store: StorePath = None) -> None:
     """Have the daemon do a job again; where none is at work, the next one does."""
     _ask(context, number, store, "retry")

@@ -11,16 +11,83 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic.types import ByteSize
 
+from pipeline.cli.shared import WATCHING
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.job import Job, make_job
-from pipeline.planning.nvidia_flags import nvidia_flags, understood
+from pipeline.planning.nvidia_flags import understood
+from pipeline.planning.nvidia_table import nvidia_flags
 
-Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
-LogFormat = Annotated[Literal["text", "json"], typer.Option("--log_format", help="Progress as text or as JSON lines.")]
 JOB_FILE = typer.Argument(help="A TOML file of these options; flags override it.", show_default=False)
 
-
 NVIDIA_PANEL = "Flags of NVIDIA's scripts"
+# The groups of the help, in its order, with the fields of Job that are in each.
+PANELS: Mapping[str, tuple[str, ...]] = {
+    "Source": (
+        "model_dir",
+        "meta_ckpt_dir",
+        "quant_ckpt_path",
+        "revision",
+        "max_position_embeddings",
+        "rope_scaling_factor",
+        "query_pre_attn_scalar",
+        "mlp_bias",
+        "rope_scaling",
+        "check_crc",
+    ),
+    "Target": (
+        "output_dir",
+        "dtype",
+        "tp_size",
+        "pp_size",
+        "cp_size",
+        "moe_tp_size",
+        "moe_ep_size",
+        "use_parallel_embedding",
+        "embedding_sharding_dim",
+        "write_rope_buffers",
+        "remove_duplicated_kv_heads",
+        "copy_tokenizer",
+        "overwrite",
+        "sync",
+    ),
+    "Quantization": (
+        "quantization",
+        "use_weight_only",
+        "weight_only_precision",
+        "group_size",
+        "sm",
+        "dequantize",
+        "requantize",
+        "use_fp8",
+        "use_fp8_rowwise",
+        "use_meta_fp8_rowwise_recipe",
+        "use_nvfp4",
+        "smoothquant",
+        "per_channel",
+        "per_token",
+        "int8_kv_cache",
+        "fp8_kv_cache",
+        "act_range",
+        "disable_weight_only_quant_plugin",
+    ),
+    "Running": ("workers", "memory_limit", "scheduler"),
+    "Scratch": ("scratch", "scratch_after", "keep_scratch"),
+    WATCHING: ("listen", "performance_report"),
+    NVIDIA_PANEL: ("per_group", "load_by_shard", "load_model_on_cpu"),
+}
+IN_FILES_ALONE = frozenset({"target", "engine", "expect", "scratch_outputs", "cluster"})
+# The words that stand for a value, where they are not those of its type.
+METAVARS = {
+    "model_dir": "PATH|NAME",
+    "revision": "NAME",
+    "listen": "HOST:PORT",
+    "memory_limit": "SIZE",
+    "scheduler": "NAME|URL",
+    "scratch": "PATH|URL",
+    "scratch_after": "STAGES",
+    "smoothquant": "ALPHA",
+    "rope_scaling_factor": "X",
+}
 SHORT = {"smoothquant": ("-sq",)}  # more spellings of flags, as NVIDIA's scripts have them
 TAKES = {"nothing": bool, "integer": int, "number": float, "text": str}
 
@@ -44,10 +111,11 @@ def job_options(command: Callable[..., None]) -> Callable[..., None]:
     hints = inspect.get_annotations(command, eval_str=True)
     file_type: Any = Annotated[Path | None, JOB_FILE]
     parameters = [inspect.Parameter("file", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=file_type, default=None)]
-    for name in sorted(set(Job.model_fields) - {"target", "engine", "expect", "scratch_outputs", "cluster"}, key=_order):
-        field = Job.model_fields[name]
-        annotation: Any = Annotated[_flag_type(field), _option(name, field)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
+    for panel, names in PANELS.items():
+        for name in names:
+            field = Job.model_fields[name]
+            annotation: Any = Annotated[_flag_type(field), _option(name, field, panel)]
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None))
     parameters += nvidia_parameters()
     parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name]) for parameter in own]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -109,28 +177,38 @@ def _job(options: Mapping[str, Any], file: Path | None, problems: Sequence[Probl
     return job
 
 
-def _order(name: str) -> tuple[bool, int]:
-    """Return a sort key for the help text: source and output come first, then the order of Job's fields."""
-    first = name in ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision", "output_dir")
-    return not first, list(Job.model_fields).index(name)
-
-
 def _flag_type(field: FieldInfo) -> Any:
-    """Return the type that the command line parses a field's value as; Job itself validates it."""
-    kind = field.annotation
-    if kind is bool:
-        return bool | None
-    numbers = get_origin(kind) is Literal and all(isinstance(choice, int) for choice in get_args(kind))
-    return int | None if numbers or (kind is int and kind is not ByteSize) else str | None
+    """Return the type that the command line parses a field's value as: Job itself says what is wrong with it."""
+    return bool | None if field.annotation is bool else str | None
 
 
-def _option(name: str, field: FieldInfo) -> Any:
-    # An unescaped bracket would be taken for rich's markup, and not printed.
-    choices = f" \\[{'|'.join(map(str, get_args(field.annotation)))}]" if get_origin(field.annotation) is Literal else ""
-    default = "" if field.is_required() or field.annotation is bool else f" \\[default: {_shown(field.default)}]"
+def _option(name: str, field: FieldInfo, panel: str) -> Any:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     flags = f"--{name}/--no_{name}" if field.annotation is bool else f"--{name}"
-    return typer.Option(flags, *SHORT.get(name, ()), help=f"{field.description}{choices}{default}", show_default=False)
+    said = [field.description or "", f"Choices: {', '.join(map(str, choices))}." if choices else "", _default(field)]
+    metavar = METAVARS.get(name) or (
+        "NAME" if choices else "PATH" if Path in _types(field) else "N" if int in _types(field) else "X"
+    )
+    return typer.Option(
+        flags,
+        *SHORT.get(name, ()),
+        help=" ".join(filter(None, said)),
+        metavar=None if field.annotation is bool else metavar,
+        show_default=False,
+        rich_help_panel=panel,
+    )
 
 
-def _shown(value: Any) -> str:
-    return value.human_readable() if isinstance(value, ByteSize) else str(value)
+def _types(field: FieldInfo) -> set[Any]:
+    """The types that a field's value may have."""
+    kind = field.annotation
+    return {get_args(each)[0] if get_args(each) else each for each in (get_args(kind) or (kind,))}
+
+
+def _default(field: FieldInfo) -> str:
+    """A field's default as people write it; "" where it has none, and of switches."""
+    value = field.default
+    if field.is_required() or value is None or isinstance(value, bool):
+        return ""
+    words = value.human_readable() if isinstance(value, ByteSize) else ",".join(value) if isinstance(value, tuple) else str(value)
+    return f"Default: {words.replace('.0', '')}."

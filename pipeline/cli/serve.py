@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli.help import HelpCommand
 from pipeline.cli.jobs import StorePath, history
 from pipeline.cli.many import stop_in_order
-from pipeline.cli.options import LogFormat
+from pipeline.cli.shared import LogFormat
 
 app = typer.Typer()
 
 
-@app.command("serve", no_args_is_help=True)
+@app.command("serve", cls=HelpCommand, no_args_is_help=True, epilog="headrace serve schedule.toml --listen 127.0.0.1:8788")
 def serve_command(
     schedule: Annotated[Path, typer.Argument(help="A TOML file of triggers.", show_default=False)],
     listen: Annotated[

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.levels import levels
-from pipeline.cli.options import Json
+from pipeline.cli.help import HelpCommand
+from pipeline.cli.levels import Lines, levels
+from pipeline.cli.shared import Json, Quiet
+from pipeline.printed import escaped
+from pipeline.tensor.remote_path import as_path
 
 app = typer.Typer()
 
-Output = Annotated[Path, typer.Argument(help="A finished output directory.", show_default=False)]
+FEW_TOKENS = 256  # or characters of a prompt
+
+Output = Annotated[
+    Path, typer.Argument(parser=as_path, metavar="OUTPUT", help="A finished output: a directory or a URL.", show_default=False)
+]
 
 
-@app.command("verify", no_args_is_help=True)
+@app.command("verify", cls=HelpCommand, no_args_is_help=True, epilog="headrace verify ranks --source Llama-3.1-8B")
 def verify_command(
     output: Output,
     source: Annotated[str | None, typer.Option(help="What it was made of: compare every value with it.")] = None,
@@ -28,7 +36,10 @@ def verify_command(
     prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all of it as a page named *.html, too: see headrace report.")
+    ] = None,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Prove an output right without a GPU: headers and checksums, every value against the source, logits.
@@ -37,6 +48,11 @@ def verify_command(
     """
     from pipeline.reporting.verification import verify
 
+    if report:
+        from pipeline.reporting.html import check_report_path
+
+        check_report_path(report, output, "--report")
+    one_thread(len(prompt) if prompt is not None else tokens)
     with levels(quiet or json_) as advance:
         result = verify(
             output,
@@ -54,10 +70,18 @@ def verify_command(
         from pipeline.reporting.terminal import console, verification_table
 
         console().print(verification_table(result.summary()))
+    if report:
+        from pipeline.reporting.report import make_report
+
+        page = make_report(output, output=report, verification=result.summary()).page
+        if not (quiet or json_):
+            print(escaped(f"wrote {page}"))
     result.check()
 
 
-@app.command("generate", no_args_is_help=True)
+@app.command(
+    "generate", cls=HelpCommand, no_args_is_help=True, epilog="headrace generate ranks --prompt 'The capital of France is'"
+)
 def generate_command(
     output: Output,
     prompt: Annotated[str, typer.Option(help="The text to go on from.", show_default=False)],
@@ -69,9 +93,21 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
 ) -> None:
     """Continue a text with the converted ranks, on the CPU."""
+    one_thread(len(prompt))
     from pipeline.reporting.generation import generate_text
 
-    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed):
+    lines = None if sys.stderr.isatty() else Lines()  # on a terminal the text itself is seen to grow
+    for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed, lines):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def one_thread(tokens: int) -> None:
+    """Have PyTorch compute few tokens with one thread, where its user has not said with how many.
+
+    For these its threads mostly wait for one another, in loops: two to three times the processor time, and on a busy machine, where
+    one of them has no core, as many times the seconds.
+    """
+    if tokens <= FEW_TOKENS:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")

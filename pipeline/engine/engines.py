@@ -24,7 +24,7 @@ from pipeline.errors import BadInput, EngineFailed, HeadraceError, Interrupted, 
 from pipeline.planning.build_steps import GPU, BuildStep, build_steps, builder_of, option_table
 from pipeline.planning.dask_graph import stage_graph
 from pipeline.planning.engine_options import EngineRequest
-from pipeline.run.execute import Built
+from pipeline.run.results import Built
 from pipeline.run.schedulers import Lost, Session
 from stages.build import BuilderOutcome
 from stages.build.builders import Builder, BuilderProbe, probe

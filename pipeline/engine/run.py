@@ -11,7 +11,8 @@ from pipeline.engine.engines import Engines
 from pipeline.engine.log import BuildLog
 from pipeline.errors import BadInput
 from pipeline.planning.engine_options import EngineRequest
-from pipeline.run.execute import Built, Result, execute, open_session
+from pipeline.run.execute import execute, open_session
+from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import runner
 from pipeline.watching.listener import Listener
 from pipeline.watching.state import RunWatch

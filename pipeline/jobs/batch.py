@@ -16,6 +16,7 @@ from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.overview import Overview
 from pipeline.jobs.runs import GOOD, Run
 from pipeline.planning.listen import PAGE, Listen
+from pipeline.sinks.output_checks import check_space
 from pipeline.watching.metrics import Metrics
 from pipeline.watching.server import serving
 
@@ -144,9 +145,12 @@ def planned(units: Sequence[Any], files: Mapping[str, str]) -> dict[str, Any]:
 
     `files`: the job files that were written, by the units' names.
     """
-    codes = [2 for unit in units if unit.state == "refused"]
+    # Of all that is to be done, as each conversion takes the room that it needs and keeps it.
+    needs = {Path(place): nbytes for unit in units if unit.state == "to do" for place, nbytes in unit.room.items()}
+    obstacles = [str(problem) for problem in check_space(needs)]
+    codes = [2 for unit in units if unit.state == "refused"] + [2 for _ in obstacles]
     rows = [{**unit.as_json(), "bytes": sum(unit.room.values()), "file": files.get(unit.name)} for unit in units]
-    return {"schema": SCHEMA, "exit_code": max(codes, default=0), "units": rows}
+    return {"schema": SCHEMA, "exit_code": max(codes, default=0), "obstacles": obstacles, "units": rows}
 
 
 def _members(fleet: Fleet, run: Run) -> Iterator[tuple[str, tuple[str, ...], Run]]:

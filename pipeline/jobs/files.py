@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.wrong_values import place, unknown_name, unlike, wrong_value
 
 
 class Table(BaseModel):
@@ -26,17 +27,16 @@ def validate(model: type[Model], values: Mapping[str, Any], file: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise BadInput([_problem(dict(detail), file, model) for detail in error.errors()]) from None
+        raise BadInput([_problem(detail, file, model) for detail in unlike(error.errors())]) from None
 
 
 def _problem(detail: Mapping[str, Any], file: str, model: type[BaseModel]) -> Problem:
-    key = ".".join(map(str, detail["loc"]))
+    key = place(detail["loc"])
     subject = f"{file}: {key}" if key else file
-    if detail["type"] == "missing":
-        return Problem(subject, "nothing", "a value")
     if detail["type"] == "extra_forbidden":
-        return Problem(subject, "a key that headrace does not have", ", ".join(_keys(model, detail["loc"][:-1])))
-    return Problem(subject, repr(detail["input"]), str(detail["msg"]).removeprefix("Value error, ").lower())
+        names = _keys(model, detail["loc"][:-1])
+        return unknown_name(subject, str(detail["loc"][-1]), names, "a key that headrace does not have", ", ".join(names))
+    return wrong_value(subject, detail)
 
 
 def _keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

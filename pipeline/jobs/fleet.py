@@ -198,7 +198,8 @@ class Fleet:
             elif kind == "started":
                 run.place = {**run.place, **{name: event.get(name, "") for name in ("page", "dashboard")}}
             elif kind == "progress":
-                if event.get("bytes", 0) != run.progress.get("bytes"):
+                # A calibration writes no ranks meanwhile.
+                if any(event.get(name) != run.progress.get(name) for name in ("bytes", "calibrated_layers")):
                     run.moved, run.stalled = time.monotonic(), False
                 run.progress = event
                 self._tell("progress", run, event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.runs import ACTIVE, Run
 from pipeline.printed import in_html
+from pipeline.sinks.output import CONFIG
 from pipeline.watching.charts import timeline
 from pipeline.watching.live import page_routes
 from pipeline.watching.metrics import Durations, Metrics, Reading, Running
@@ -97,13 +99,13 @@ class Overview:
             samples = list(self._samples)
             active = [run for run in runs if run.state in ACTIVE]
             counts = Counter(run.state for run in runs)
-            at_work = [_live_row(run) for run in active if run.state == "running"]
-            waiting = [_waiting_row(run) for run in reversed(active) if run.state != "running"]
-            ended = [_ended_row(run) for run in runs if run.state not in ACTIVE]
+            at_work = [run for run in active if run.state == "running"]
+            waiting = [run for run in reversed(active) if run.state != "running"]
+            ended = [run for run in runs if run.state not in ACTIVE]
             tables = (
-                _table("Running", at_work, "job", "", "written", "rate", "left", "memory")
-                + _table("Waiting", waiting, "job", "", "why")
-                + _table("Ended", ended, "job", "", "when", "took", "written", "message")
+                _table("Running", at_work, _live_row, "job", "", "written", "rate", "left", "memory")
+                + _table("Waiting", waiting, _waiting_row, "job", "", "why")
+                + _table("Ended", ended, _ended_row, "job", "", "when", "took", "written", "message")
             )
         facts: list[tuple[str, str]] = [(str(count), state) for state, count in sorted(counts.items())]
         facts += [(human_bytes(self._total()), "written"), (duration(time.monotonic() - self._begun), "elapsed")]
@@ -116,7 +118,7 @@ class Overview:
             f"<div class=head><h1>headrace {in_html(self.name)}</h1>{fact_list(facts)}</div>"
             + (f"<section class=wide><h2>Next</h2><ul>{times}</ul></section>" if times else "")
             + tables
-            + f"<div class=two>{timeline('Throughput of all', rates(samples), colour='blue', suffix='/s')}"
+            + f"<div class=two>{timeline('Throughput of all', rates(samples), colour='blue', rate=True)}"
             f"{timeline('Memory of all', held, colour='teal')}</div><footer>{links}</footer>"
         )
         left = len(active)
@@ -144,24 +146,42 @@ class JobsHandler(Guarded):
 
 
 class ReportHandler(Guarded):
-    """`GET /report/7/0`: the page that `headrace report` made of the first output of run 7."""
+    """`GET /report/7/0`: the report of the first output of run 7.
+
+    It is the one that `headrace report` has left beside the output, with its verification; else one is made of the headers.
+    """
 
     def initialize(self, overview: Overview) -> None:
         self.overview = overview
 
-    def get(self, number: str, place: str) -> None:
+    async def get(self, number: str, place: str) -> None:
         run = self.overview.fleet.runs.get(int(number))
-        page = dict(enumerate(_reports(run))).get(int(place)) if run else None
-        if page is None:
+        output = dict(_reports(run)).get(int(place)) if run else None
+        if output is None:
             self.refuse(404, "no such report")
             return
+        text = await asyncio.get_running_loop().run_in_executor(None, _report, output)
         self.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; img-src data:")
-        self.write(page.read_text())
+        self.write(text)
 
 
-def _reports(run: Run) -> list[Path]:
-    """The reports that there are of a run's outputs."""
-    return [page for output in run.unit.outputs if (page := Path(f"{output}.report.html")).is_file()]
+def _reports(run: Run) -> list[tuple[int, Path]]:
+    """The outputs of a run that there is something to report of, with their places among all."""
+    outputs = [(place, Path(output)) for place, output in enumerate(run.unit.outputs)]
+    return [(place, output) for place, output in outputs if _beside(output).is_file() or (output / CONFIG).is_file()]
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.report.html")
+
+
+def _report(output: Path) -> str:
+    """The text of an output's report."""
+    if _beside(output).is_file():
+        return _beside(output).read_text()
+    from pipeline.reporting.report import unverified_page
+
+    return unverified_page(output)
 
 
 def _add(totals: dict[str, dict[str, float]], stages: Mapping[str, Mapping[str, float]]) -> None:
@@ -189,10 +209,11 @@ def _running(run: Run) -> Running:
     )
 
 
-def _table(title: str, rows: list[str], *columns: str) -> str:
+def _table(title: str, runs: list[Run], row: Callable[[Run], str], *columns: str) -> str:
     heads = "".join(f"<th>{column}</th>" for column in columns)
-    more = f"<p class=sub>and {len(rows) - SHOWN} more</p>" if len(rows) > SHOWN else ""
-    table = f"<table class=jobs><tr>{heads}</tr>{''.join(rows[:SHOWN])}</table>{more}" if rows else "<p class=sub>none</p>"
+    more = f"<p class=sub>and {len(runs) - SHOWN} more</p>" if len(runs) > SHOWN else ""
+    rows = "".join(map(row, runs[:SHOWN]))
+    table = f"<table class=jobs><tr>{heads}</tr>{rows}</table>{more}" if runs else "<p class=sub>none</p>"
     return f"<section class=wide><h2>{title}</h2>{table}</section>"
 
 
@@ -201,8 +222,9 @@ def _row(run: Run, *cells: str) -> str:
     if page := run.place.get("page"):
         name = f'<a href="{in_html(str(page))}">{name}</a>' if run.state == "running" else name
     outputs = f"<span class=sub>{in_html(', '.join(run.unit.outputs))}</span>"
-    for place, page in enumerate(_reports(run)):
-        outputs += f' <a href="report/{run.number}/{place}">{in_html(page.name)}</a>'
+    for place, output in _reports(run):
+        of = f" of {in_html(output.name)}" if len(run.unit.outputs) > 1 else ""
+        outputs += f' <a href="report/{run.number}/{place}">report{of}</a>'
     pill = f"<span class='pill {run.state.split()[0]}'>{run.state}</span>"
     attempt = len(run.attempts) + (run.state == "running")
     again = f"<br>attempt {attempt}" if attempt > 1 else ""

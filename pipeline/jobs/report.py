@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.printed import escaped
+from pipeline.printed import escaped, many
 from pipeline.watching.units import human_bytes
 
 _COLOURS = {"done": "green", "up_to_date": "green", "running": "cyan", "queued": "cyan", "waiting": "yellow", "cancelled": "yellow"}
@@ -23,7 +23,10 @@ def planned_table(said: Mapping[str, Any]) -> RenderableType:
     for each in said["units"]:
         sizes = (human_bytes(each["bytes"]), human_bytes(each["peak_memory_bytes"]))
         table.add_row(each["name"], ", ".join(each["members"]), _state(each["state"]), each["after"], *sizes)
-    return Group(table, *(_lines(f"{each['name']}: {each['error']}") for each in said["units"] if each["error"]))
+    refused = sum(each["state"] == "refused" for each in said["units"])
+    verdict = [Text(f"would not convert all: {many(refused, 'conversion')} refused", style="bold red")] if refused else []
+    verdict += [Text(escaped(f"would not convert all: {each}"), style="bold red") for each in said["obstacles"]]
+    return Group(*verdict, table, *(_lines(f"{each['name']}: {each['error']}") for each in said["units"] if each["error"]))
 
 
 def summary_table(said: Mapping[str, Any]) -> RenderableType:

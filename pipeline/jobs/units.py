@@ -24,7 +24,6 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plans import Plan
 from pipeline.planning.target_options import Shape
 from pipeline.sinks.output_checks import check_taken
-from pipeline.sinks.scratch import DEFAULT_ROOT
 
 _OF_A_TARGET = {*Shape.model_fields, "output_dir", "target"}
 _OF_A_SOURCE = ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision")
@@ -224,7 +223,7 @@ def _share(alike: Sequence[_Asked]) -> dict[int, _Asked]:
     chosen = any("scratch_after" in job.model_fields_set for job in jobs)
     if len(jobs) < 2 or chosen or not all(each.plan and each.plan.packed for each in alike):
         return {}
-    root = jobs[0].scratch or str(jobs[0].targets[0].output_dir.parent / DEFAULT_ROOT)
+    root = jobs[0].scratch_root
     outputs = () if any(job.keep_scratch for job in jobs) else tuple(target.output_dir for job in jobs for target in job.targets)
     cut = {"scratch_after": ("unpack",), "keep_scratch": True, "scratch": root, "scratch_outputs": outputs}
     try:

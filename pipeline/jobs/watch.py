@@ -20,6 +20,7 @@ import fsspec
 from pipeline.documents import MAX_BYTES, parse_json, read_json
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.schedule import Watch
+from pipeline.urls import NO_SECRET, holds_secret, shown
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _STAMPS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "created")
@@ -50,6 +51,8 @@ class Watcher:
         self.watch, self.known, self.say, self.clock = watch, known, say, clock
         self._unread: set[str] = set()
         self.url = "://" in watch.path
+        if holds_secret(watch.path):
+            raise BadInput([Problem(f"watch {watch.name}: path {shown(watch.path)}", "a URL with a secret in it", NO_SECRET)])
         try:
             self._files, self._root = fsspec.core.url_to_fs(watch.path)
         except (ValueError, ImportError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ def load_table(folder: Path, name: str) -> dict[str, Any]:
     for pattern in merged.pop("remove", ()):
         merged["modules" if folder.name == "layouts" else "rename"].pop(pattern)
     return merged
+
+
+def tables_with(folder: Path, words: str) -> Iterator[str]:
+    """Yield the names of the files of a folder that have `words` in them themselves, in order; the others need not be parsed."""
+    for path in sorted(folder.glob("*.toml")):
+        if words in path.read_text():
+            yield path.stem
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

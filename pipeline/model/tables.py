@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.model.family_rows import KnownModel, Omission, Remark, RenameRow
 from pipeline.model.patterns import PatternTable
 from pipeline.model.published import PublishedSize
-from pipeline.model.table_files import load_table
+from pipeline.model.table_files import load_table, tables_with
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In the wheel a folder of the package, in the repository a folder beside it.
@@ -245,12 +245,14 @@ def layout(name: str) -> Layout:
 @cache
 def families() -> tuple[Family, ...]:
     """Load all families of `configs/families`, in the order of their file names."""
-    return tuple(_family(path.stem) for path in sorted((CONFIGS / "families").glob("*.toml")))
+    return tuple(map(_family, tables_with(CONFIGS / "families", "")))
 
 
+@cache
 def find_family(container: str, architecture: str) -> Family | None:
     """Return the family that lists `architecture` for this kind of container; None where there is none."""
-    for family in families():
+    for name in tables_with(CONFIGS / "families", architecture):
+        family = _family(name)
         if family.container == container and architecture in family.architectures:
             return family
     return None

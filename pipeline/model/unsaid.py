@@ -18,6 +18,9 @@ from pipeline.model.tables import Family
 
 POSITIONS, SCALING, FACTOR, SCALAR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor", "query_pre_attn_scalar"
 
+# Options by which a conversion is told what a container has no key for, by the container; those that a forward pass depends on.
+TOLD: Mapping[str, tuple[str, ...]] = {"meta": (FACTOR,), "gguf": (SCALAR,)}
+
 
 @dataclass(frozen=True)
 class FilledIn:

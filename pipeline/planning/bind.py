@@ -7,23 +7,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.planning.phases import Phased
+from pipeline.planning.rank_parts import delivered, place_in_file
 from pipeline.tensor.arrays import Maker, Needed, SmallTask
 from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
 from pipeline.tensor.placement import size
 from stages.read import OpenBlock
+from stages.read.act_ranges import PendingRange
 from stages.read.scratch_chunks import OpenChunk, ScratchChunk
 from stages.rope import RopeBuffer
 from stages.write.deliveries import BlockWrite, deliveries
+from stages.write.parts import RankPart
 
 STAGES = ("read", "rename", "unpack", "cast", "quantize")  # those that make blocks, in order
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at."""
+    """The bytes that groups read, by block of the source and by chunk of scratch: each once, however often it is looked at.
+
+    `layer`: the last decoder layer of which they read ranges that the same run measures; -1 for none.
+    """
 
     source: Mapping[Any, int]
     scratch: Mapping[str, int]
+    layer: int = -1
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class BoundGroup:
         For each of `work`, the numbers of its block as each sink takes it.
     reads, writes
         The names of the chunks of scratch that it reads and writes.
+    part
+        The part of a rank's file that it assembles, where it does that.
     """
 
     number: int
@@ -58,6 +67,7 @@ class BoundGroup:
     is_last: bool
     openers: Mapping[str, str] = field(default_factory=dict)  # chunk -> the stage that opens it, "" for the last task
     inputs: Inputs = field(default_factory=lambda: Inputs({}, {}))
+    part: RankPart | None = None
 
 
 def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> BoundGroup:
@@ -71,9 +81,14 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
         The numbers of the phase's sinks that are to be written.
     """
     phase = plan.phases[phase_number]
+    part = phase.parts.get(index)
     work = []
     for store, chunk in phase.groups[index]:
-        bound = tuple(deliveries(store.placed(sink), store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
+        if part:
+            of_part = delivered(part, store, chunk, place_in_file(phase.sinks[part.sink], part.rank, store.name))
+            bound = tuple(of_part if sink == part.sink else () for sink in sinks)
+        else:
+            bound = tuple(deliveries(store.placed(sink), store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
         work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
     stages, opened, openers, inputs, blocks = stages_of_group(plan, phase_number, index, sinks)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
@@ -90,6 +105,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
         phase_number == len(plan.phases) - 1,
         openers,
         inputs,
+        part,
     )
 
 
@@ -112,15 +128,18 @@ def _inputs(made: Iterable[tuple[Any, Maker]]) -> Inputs:
     """List what the making of some blocks reads: what opens a block of the source, or a chunk, says of which tensor and region."""
     source: dict[Any, int] = {}
     scratch: dict[str, int] = {}
+    layer = -1
     for key, make in made:
         if isinstance(make, OpenBlock):
             tensor, region = make
-            if not isinstance(tensor, RopeBuffer):  # which is computed, not read
+            if isinstance(tensor, PendingRange):
+                layer = max(layer, tensor.layer)
+            elif not isinstance(tensor, RopeBuffer):  # which is computed, not read
                 source[key] = size(region) * tensor.dtype.itemsize
         elif isinstance(make, OpenChunk):
             chunk = make.chunk
             scratch[chunk.name] = size(chunk.region) * chunk.tensor.dtype.itemsize
-    return Inputs(source, scratch)
+    return Inputs(source, scratch, layer)
 
 
 def all_inputs(plan: Phased) -> Inputs:

@@ -14,11 +14,12 @@ from pipeline.model.dtypes import NUMBERS, of_numpy
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family, Module, Slot
 from pipeline.planning.dask_settings import settings_problems
+from pipeline.planning.engine_options import job_requests
 from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import pieces, whole
-from pipeline.tensor.tensors import X_RANGE, Y_RANGE, LazyTensor, Parameter, Source, TensorMap, plain
+from pipeline.tensor.tensors import MEASURED, LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.alignment import alignment
 from stages.quantization.kernels.chosen import kernel_problems
 from stages.quantization.sources import format_named
@@ -105,9 +106,11 @@ def _unfit_options(opened: OpenedSource) -> list[Problem]:
     if job.copy_tokenizer and not source.companions:
         expected = "a Hugging Face directory with its tokenizer"
         problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.place}", expected))
-    if "://" in (job.scratch or "") and "shard" in job.cuts:
-        remedy = "Cut after another stage, or give --scratch a directory"
-        problems.append(Problem("--scratch_after shard", f"scratch at {job.scratch}", "a local directory", remedy))
+    if "://" in (job.scratch or "") and "shard" in job.cuts and job.elsewhere and job_requests(job.targets, job.engine):
+        expected = "rank files that workers write, and see"
+        problems.append(
+            Problem("[engine]", "rank files that this process assembles", expected, "Run headrace build when they are whole")
+        )
     return problems
 
 
@@ -164,7 +167,7 @@ def check_tensors(tensors: TensorMap, matches: Matches, sharding: Sharding, fami
         problems = [Problem("tensors", found, "all that the model's configuration speaks of", MISSING)]
     for name, array in tensors.items():
         source = str(matches.origin(name))
-        if name.parameter in ("kv_scale", X_RANGE, Y_RANGE):
+        if name.parameter in ("kv_scale", *MEASURED):
             continue  # one, of whichever module it is; ranges were looked at where they were opened
         if name not in wanted:
             remedy = LOST

@@ -16,6 +16,7 @@ from pipeline.planning.generations import no_generation
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
 from pipeline.planning.target_options import Shape
+from pipeline.printed import many
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE
@@ -100,7 +101,7 @@ def _several(packing: Packing, tensors: Mapping[TensorName, LazyTensor]) -> list
     if len(set(algorithms.values())) < 2:
         return []
     counts = Counter(name for module, name in packing.formats.items() if module not in packing.outside)
-    found = ", ".join(f"{count} modules of {format_named(name).title}" for name, count in counts.most_common())
+    found = ", ".join(f"{many(count, 'module')} of {format_named(name).title}" for name, count in counts.most_common())
     expected = "one algorithm for all of them, as config.json has one"
     return [Problem(first[counts.most_common()[-1][0]], found, expected, _EACH)]
 
@@ -228,7 +229,7 @@ def _act_order(packing: Packing, options: Shape) -> list[Problem]:
     ordered = [module for module in packing.ordered if module not in packing.outside]
     if not ordered or options.requantize:
         return []
-    found = f"groups in the order of the activations (desc_act), in {len(ordered)} modules"
+    found = f"groups in the order of the activations (desc_act), in {many(len(ordered), 'module')}"
     remedy = "Give --requantize to quantize again by round-to-nearest, which adds error, or --dequantize"
     known = format_named(packing.formats[ordered[0]]).parameters
     index = next((name for name, held in known.items() if held.becomes == "group_index"), "group_index")

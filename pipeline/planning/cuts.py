@@ -12,11 +12,13 @@ import numpy as np
 from pipeline.planning.job import SCRATCH_STAGES, Job
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.phases import Phase, Store, group_blocks
+from pipeline.planning.rank_parts import aligned_chunks, rank_chunk_bytes
 from pipeline.sinks.remote import RemoteArray, RemoteGroup
-from pipeline.sinks.scratch import DEFAULT_ROOT, ScratchArray, ScratchGroup, scratch_id
+from pipeline.sinks.scratch import ScratchArray, ScratchGroup, scratch_id
 from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName, split_name
 from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placement, RankTensor, whole
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.tensors import Source, TensorMap
 
 if TYPE_CHECKING:
@@ -45,9 +47,15 @@ class Cuts:
     ) -> None:
         # Workers elsewhere cannot read what is in the memory of this process: it goes to scratch first.
         self.carried = source.in_memory and job.elsewhere
-        self.stages = ("read", *(stage for stage in job.cuts if stage != "read")) if self.carried else job.cuts
-        self.root = job.scratch or str(job.targets[0].output_dir.parent / DEFAULT_ROOT)
+        # Outputs that cannot be written at offsets are assembled of whole rank tensors.
+        self.assembled = any(isinstance(target.output_dir, RemotePath) for target in job.targets)
+        asked = {*job.cuts, *(["read"] if self.carried else []), *(["shard"] if self.assembled else [])}
+        self.stages = tuple(stage for stage in SCRATCH_STAGES if stage in asked)
+        self.directories = [target.output_dir for target in job.targets]
+        self.root = job.scratch_root
         self.remote = "://" in self.root
+        # Workers that have scratch in a bucket in common, and perhaps nothing else, leave rank files to this process.
+        self.assembled_here = job.elsewhere and self.remote and "shard" in self.stages and not self.assembled
         self.source, self.identity, self.block_bytes, self.read_back, self.matches = (
             source,
             identity,
@@ -85,19 +93,32 @@ class Cuts:
         if "shard" not in self.stages:
             return stores
         groups, again = [], []
+        written = _written(stores)
         for number, tensors in enumerate(ranks):
             stored = {(tensor.rank, tensor.name): tensor.stored or (tensor.shape, tensor.dtype) for tensor in tensors}
-            shapes = {key: self._rank_shape(shape, dtypes[dtype]) for key, (shape, dtype) in stored.items()}
+            assembled = isinstance(self.directories[number], RemotePath)
+            shapes = {key: self._rank_shape(shape, dtypes[dtype], assembled) for key, (shape, dtype) in stored.items()}
+            if self.remote:  # chunks are put whole: none is of two blocks
+                chunks = aligned_chunks(stores, number, {key: shape for key, (shape, _) in stored.items()})
+                shapes = {key: (shape, chunks.get(key, chunk), dtype) for key, (shape, chunk, dtype) in shapes.items()}
             group = self._group(f"shard{number}", shapes)
             groups.append(group)
             back = self.read_back(f"shard{number}", {f"rank{rank}/{name}": array for (rank, name), array in group.arrays.items()})
             for rank, name in group.arrays:
                 array = back[f"rank{rank}/{name}"]
-                place = FixedPlacements((Placement(rank, name, whole(array.shape), whole(array.shape)),))
+                filled = whole(array.shape)
+                if array.shape and (number, rank, name) in written:
+                    filled = ((0, written[number, rank, name]), *filled[1:])
+                place = FixedPlacements((Placement(rank, name, filled, filled),))
                 placements = tuple(place if other == number else NOWHERE for other in range(len(ranks)))
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
         self._add("shard", stores, tuple(groups), before="shard")
         return tuple(again)
+
+    def notes(self) -> tuple[str, ...]:
+        """Where rank files are written, where that is not on the workers."""
+        here = "rank files are written by this process, from the scratch that the workers write: no worker needs to see their place"
+        return (here,) if self.assembled_here else ()
 
     def reasons(self) -> dict[str, str]:
         """For each stage, whether tensors are cut after it, why, and what it costs or would cost."""
@@ -108,15 +129,20 @@ class Cuts:
                 result[stage] = (
                     f"cut: {chosen[stage]:,} bytes written, as the model is in this process and the workers are elsewhere"
                 )
+            elif stage == "shard" and self.assembled:
+                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, as object storage takes files in order"
             elif stage in chosen:
                 result[stage] = f"cut, as asked: {chosen[stage]:,} bytes written and read again (not needed: {_UNNEEDED[stage]})"
             else:
                 result[stage] = f"no cut: {_UNNEEDED[stage]}"
         return result
 
-    def _rank_shape(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
+    def _rank_shape(
+        self, shape: tuple[int, ...], dtype: np.dtype, assembled: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...], np.dtype]:
         row_bytes = max(math.prod(shape[1:]) * dtype.itemsize, 1)
-        rows = min(max(self.block_bytes // row_bytes, 1), max(shape[0], 1))
+        most = rank_chunk_bytes(self.block_bytes, self.remote) if assembled else self.block_bytes
+        rows = min(max(most // row_bytes, 1), max(shape[0], 1))
         return shape, (rows, *shape[1:]), dtype
 
     def _group(self, stage: str, shapes: Mapping[tuple[int, str], tuple[Any, Any, Any]]) -> Group:
@@ -128,16 +154,19 @@ class Cuts:
         if self.remote:
             url = f"{self.root}/{name}"
             remote = {
-                (rank, tensor): RemoteArray(f"{url}/{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor))
+                (rank, tensor): RemoteArray(
+                    f"{url}/{_folder(stage, rank)}{tensor}", tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(tensor)
+                )
                 for (rank, tensor), (shape, chunks, dtype) in shapes.items()
             }
             return RemoteGroup(url, stage, key, self.source.place, self.keep, remote, self.outputs)
         directory = Path(self.root) / name
         arrays = {}
         for (rank, name), (shape, chunks, dtype) in shapes.items():
-            folder = directory / f"rank{rank}" / name if stage.startswith("shard") else directory / name
+            folder = directory / f"{_folder(stage, rank)}{name}"
             arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
-        bound = self.window * self.block_bytes
+        # Parts of a file are of its order, not the source's.
+        bound = sum(array.nbytes for array in arrays.values()) if self.assembled else self.window * self.block_bytes
         return ScratchGroup(directory, stage, key, self.source.place, self.keep, arrays, bound, self.outputs)
 
     def _origin(self, tensor: str) -> str:
@@ -162,6 +191,23 @@ class Cuts:
         here = self.carried and stage == "read"
         groups = group_blocks(stores, self.block_bytes)
         self.phases.append(Phase(f"scratch after {stage}", stores, sinks, groups, self.passes(before), here))
+
+
+def _folder(stage: str, rank: int) -> str:
+    """The part of an array's path, in its group, before its name: a rank's, after the split."""
+    return f"rank{rank}/" if stage.startswith("shard") else ""
+
+
+def _written(stores: Sequence[Store]) -> dict[tuple[int, int, str], int]:
+    """How many rows of rank tensors blocks fill, by target, rank and name; below them is padding, which is zeros."""
+    result: dict[tuple[int, int, str], int] = {}
+    for store in stores:
+        for number in range(len(store.arrays)):
+            for placement in store.placed(number):
+                if placement.source is not None and placement.target:
+                    key = number, placement.rank, placement.tensor
+                    result[key] = max(result.get(key, 0), placement.target[0][1])
+    return result
 
 
 _UNNEEDED = {

@@ -5,6 +5,9 @@ neighbouring bytes of the source), keyed (stage, number of the group), so that D
 `unpack`, `cast`, `quantize`, then `scratch` or `write`, `finish` for each output, and `build` for each engine. A group has a task
 for each stage that it passes. Only `scratch` and `write` move bytes: the values of the others are blocks that nothing has read.
 
+Where activations are measured in the same run, there is a task `calibrate` for each decoder layer, after that of the layer before
+it. A group that reads ranges waits, in `quantize` or the task that reads them, for the layers that these are of, and no others.
+
 A task that opens chunks of scratch depends on the tasks that write these, so that there are no phases to wait for. `finish` depends
 on the tasks that write to its output, and `build` on the `finish` of its checkpoint alone.
 """
@@ -16,10 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.calibration.layer_task import LayerCall, calibrate_layer
 from pipeline.errors import SourceChanged
 from pipeline.planning.bind import STAGES, BoundGroup, bind
 from pipeline.planning.build_steps import GPU, BuildStep
+from pipeline.planning.moments import Moment, course
 from pipeline.planning.phases import Phased
+from pipeline.planning.scratch_window import Key, last_stage, window_edges
 from pipeline.sinks.journal import entry
 from pipeline.sinks.output import Output
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
@@ -32,8 +38,8 @@ from stages.write import write_group
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
 
-RESULTS = ("scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
-Key = tuple[str, Any]
+RESULTS = ("calibrate", "scratch", "write", "finish", "build")  # the stages whose tasks give results, and not blocks
+ORDER = tuple(dict.fromkeys(("calibrate", *STAGES, *RESULTS)))  # of all stages
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Finish:
 
     `number`: of its target. `sink`: its position among the sinks that are written. `earlier`: the entries of its journal.
     `started`: when the run began, in seconds since the epoch. `stages`: seconds and bytes by stage of tasks that are not in the
-    graph, as they were run before it. `source`: the files that the run reads, which are looked at again when it has.
+    graph, as they were run before it; `moments`: their ends. `source`: the files that the run reads, which are looked at again when
+    it has. `memory_limit_bytes`: of each process. `cuts`: the stages behind which scratch is.
     """
 
     number: int
@@ -54,6 +61,9 @@ class Finish:
     scratch_bytes_read: int = 0
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: tuple[SourceFile, ...] = ()
+    moments: tuple[Moment, ...] = ()
+    memory_limit_bytes: int = 0
+    cuts: tuple[str, ...] = ()
 
 
 def no_builds() -> None:
@@ -93,7 +103,7 @@ class StageGraph:
         from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
         first = (-1.0, 0)  # an output is made whole, and its engine begun, as soon as it can be
-        places = {key: first if key[0] in ("finish", "build") else self.places[key[1]] for key in self.tasks}
+        places = {key: first if key[0] in ("calibrate", "finish", "build") else self.places[key[1]] for key in self.tasks}
         priority = Priorities({key: phase * 1e-3 - place * 1e3 for key, (place, phase) in places.items()})
         layers = {
             name: MaterializedLayer(
@@ -122,6 +132,7 @@ def stage_graph(
     groups: Iterable[BoundGroup],
     finishes: Sequence[Finish] = (),
     *,
+    calibrations: Sequence[LayerCall] = (),
     builds: Sequence[BuildStep] = (),
     halt: Callable[[], None] = no_builds,
     in_turn: bool = False,
@@ -130,6 +141,7 @@ def stage_graph(
     name: Callable[[int], Any] = int,
     run_mark: str = "",
     run: Callable[..., Any] = write_group,
+    uploads: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> StageGraph:
     """Make the graph of groups that are to be done.
@@ -138,6 +150,8 @@ def stage_graph(
     ----------
     finishes
         The outputs that are made whole, each when the tasks that write to it have ended.
+    calibrations
+        The layers that are calibrated, one after the other.
     builds
         The engines that are built, each when its checkpoint is whole.
     halt
@@ -154,6 +168,8 @@ def stage_graph(
         Beside that number, where a scheduler may have the tasks of other runs: to it, tasks of one key are one.
     run
         What the tasks `scratch` and `write` call, with `arguments`.
+    uploads
+        The ids of uploads in parts, by the URL of the rank's file.
     """
     from dask._task_spec import List, Task, TaskRef
 
@@ -167,10 +183,10 @@ def stage_graph(
     writers: dict[str, list[Key]] = {}
     for group in groups:
         for chunk in group.writes:
-            writers.setdefault(chunk, []).append((_last(group), named(group.number)))
-    held_back = _window(groups, window, named)
+            writers.setdefault(chunk, []).append((last_stage(group), named(group.number)))
+    held_back = window_edges(groups, window, named)
     # A cluster that loses a worker does again what it had done, though the output of it be whole.
-    marks = tuple(str(finish.output.mark) for finish in sorted(finishes, key=lambda finish: finish.sink))
+    marks = tuple(finish.output.local_mark for finish in sorted(finishes, key=lambda finish: finish.sink))
     layers: dict[str, dict[Key, Any]] = {}
 
     def add(stage: str, number: Any, function: Callable[..., Any], *own: Any, **keywords: Any) -> Key:
@@ -178,23 +194,36 @@ def stage_graph(
         layers.setdefault(stage, {})[key] = Task(key, function, *own, **keywords)
         return key
 
+    calibrated: dict[int, Key] = {}  # by layer
+    for call in calibrations:
+        own = (TaskRef(calibrated[call.layer - 1]),) if call.layer - 1 in calibrated else ()
+        place = (call.layer, run_mark) if run_mark else call.layer
+        calibrated[call.layer] = add("calibrate", place, calibrate_layer, call, *own)
     for group in groups:
         number = named(group.number)
         before: list[Key] = []
+        measured = [calibrated[group.inputs.layer]] if group.inputs.layer in calibrated else []
         for stage, work in group.stages:
             chunks = [chunk for chunk, opener in group.openers.items() if opener == stage]
             inputs = [*before, *_distinct(writers, chunks)]
-            before = [add(stage, number, make_blocks, _with_known(work, chunks, known), *map(TaskRef, inputs))]
+            own = (make_blocks, _with_known(work, chunks, known), *map(TaskRef, inputs))
+            if stage == "quantize" and measured:
+                own, waits = (_after, *own), {"after": List(*map(TaskRef, measured))}
+                before, measured = [add(stage, number, *own, **waits)], []
+            else:
+                before = [add(stage, number, *own)]
         chunks = [chunk for chunk, opener in group.openers.items() if not opener]
         inputs = [*before, *_distinct(writers, chunks)]
         opened = _with_known(group.opened, chunks, known)
         own = (group.number, group.work, opened, group.blocks, *map(TaskRef, inputs))
-        waits = {"after": List(*map(TaskRef, held_back[group.number]))} if group.number in held_back else {}
-        more = {**waits, **({"outputs": marks} if marks else {}), **arguments}
-        add(_last(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
+        behind = [*held_back.get(group.number, ()), *measured]
+        waits = {"after": List(*map(TaskRef, behind))} if behind else {}
+        assembled = {"part": group.part, "uploads": {group.part.url: (uploads or {}).get(group.part.url, "")}} if group.part else {}
+        more = {**waits, **({"outputs": marks} if marks else {}), **assembled, **arguments}
+        add(last_stage(group), number, _after if waits else run, *((run, *own) if waits else own), **more)
     stored = list(layers.get("scratch", ()))
     for finish in finishes:
-        written = [(_last(group), named(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
+        written = [(last_stage(group), named(group.number)) for group in groups if group.is_last and _delivers(group, finish.sink)]
         add(*made_whole(finish.number), finish_output, finish, List(*map(TaskRef, written)), List(*map(TaskRef, stored)))
     built: list[Key] = []
     for step in sorted(builds, key=lambda step: step.output is not None):
@@ -203,25 +232,24 @@ def stage_graph(
         )
         waits = {"after": List(*map(TaskRef, [*checkpoint, *(built[-1:] if in_turn else ())]))}
         built.append(add("build", step.call.name, _after, build, step.call, **waits))
-    ordered = {stage: layers[stage] for stage in (*STAGES, *RESULTS) if stage in layers}
+    ordered = {stage: layers[stage] for stage in ORDER if stage in layers}
     return StageGraph(ordered, {named(group.number): (group.place, group.phase) for group in groups}, halt)
 
 
-def whole_graph(plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = ()) -> StageGraph:
+def whole_graph(
+    plan: Phased, outputs: Sequence[Output], builds: Sequence[BuildStep] = (), calibrations: Sequence[LayerCall] = ()
+) -> StageGraph:
     """Make the graph of all groups of a plan, as if nothing had been done before.
 
-    `outputs`: the sinks of its last phase. `builds`: the engines that are made of them.
+    `outputs`: the sinks of its last phase. `builds`: the engines that are made of them. `calibrations`: the layers measured.
     """
     groups = [
         bind(plan, number, index, range(len(phase.sinks)))
         for number, phase in enumerate(plan.phases)
         for index in range(len(phase.groups))
     ]
-    return stage_graph(groups, [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)], builds=builds)
-
-
-def _last(group: BoundGroup) -> str:
-    return "write" if group.is_last else "scratch"
+    finishes = [Finish(number, number, output, (), 0.0) for number, output in enumerate(outputs)]
+    return stage_graph(groups, finishes, builds=builds, calibrations=calibrations)
 
 
 def _delivers(group: BoundGroup, sink: int) -> bool:
@@ -243,42 +271,17 @@ def _after(run: Callable[..., Any], *own: Any, after: Any, **arguments: Any) -> 
     return run(*own, **arguments)
 
 
-def _window(groups: Sequence[BoundGroup], window: int | None, name: Callable[[int], Any]) -> dict[int, list[Key]]:
-    """For each group that writes scratch, the readers of chunks some groups before it: it waits for them."""
-    if window is None:
-        return {}
-    result: dict[int, list[Key]] = {}
-    position = {group.number: n for n, group in enumerate(groups)}
-    maker = {chunk: group.number for group in groups for chunk in group.writes}
-    readers: dict[int, list[BoundGroup]] = {}
-    for group in groups:
-        for number in {maker[chunk] for chunk in group.reads if chunk in maker}:
-            readers.setdefault(number, []).append(group)
-    for phase in {group.phase for group in groups if not group.is_last}:
-        writing = [group for group in groups if group.phase == phase]
-        for earlier, group in zip(writing, writing[window:], strict=False):
-            waits = [
-                (_last(reader), name(reader.number))
-                for reader in readers.get(earlier.number, ())
-                # A reader that needs what this group or a later one writes cannot be waited for.
-                if all(position[maker[chunk]] < position[group.number] for chunk in reader.reads if chunk in maker)
-            ]
-            if waits:
-                result[group.number] = waits
-    return result
-
-
 def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] = ()) -> int:
     """Make an output whole: what the task `finish` runs, when all of its bytes are written. Gives the number of its target.
 
     `written`: the results of the tasks that wrote ranks. `stored`: of those that wrote scratch. Raises SourceChanged where the
     source's files are not those that the run began with, and OSError where the disk fails.
     """
-    if finish.output.mark.exists():  # done before, by a worker that is lost
+    if finish.output.marked:  # done before, by a worker that is lost
         return finish.number
     if changed := changes(finish.source):
         raise SourceChanged(changed)
-    entries = [*finish.earlier, *(entry([each.number], [c for c in each.checksums if c.sink == finish.sink]) for each in written)]
+    entries = [*finish.earlier, *(entry([each], finish.sink) for each in written)]
     stages = {stage: dict(totals) for stage, totals in finish.stages.items()}
     for each in (*stored, *written):
         for (stage, unit), value in each.metrics.items():
@@ -290,5 +293,8 @@ def finish_output(finish: Finish, written: Sequence[Any], stored: Sequence[Any] 
         "bytes_written": stage_bytes(stages, "write"),
         "scratch_bytes_written": stage_bytes(stages, "write_scratch"),
     }
-    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, "stages": stages})
+    ends = (Moment(each.ended, each.bytes_written, each.memory_bytes) for each in (*stored, *written) if each.ended)
+    run = course((*finish.moments, *ends), finish.started, finish.memory_limit_bytes)
+    said = {"stages": stages, "scratch_after": list(finish.cuts), "course": run}
+    finish.output.finish(entries, {"seconds": round(time.time() - finish.started, 3), **moved, **said})
     return finish.number

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
+from pipeline.planning.wrong_values import place, unlike, wrong_value
+from pipeline.tensor.remote_path import is_remote
 
 if TYPE_CHECKING:
     from pipeline.model.parallelism import Parallelism
@@ -134,6 +136,10 @@ def job_requests(targets: Sequence[EngineTarget], shared: Mapping[str, Any] | No
         if not tables:
             continue
         directory = target.output_dir
+        if is_remote(directory):
+            remedy = "Copy the checkpoint to a disk, and run headrace build there"
+            problems.append(Problem(f"[engine] of {directory}", "a checkpoint in object storage", "one in a directory", remedy))
+            continue
         try:
             own = EngineOptions(**{key: value for table in tables for key, value in anchored(table, Path.cwd()).items()})
         except ValidationError as error:
@@ -185,5 +191,4 @@ def _places(requests: list[EngineRequest]) -> list[Problem]:
 
 
 def _invalid(error: ValidationError, prefix: str) -> list[Problem]:
-    details = [(".".join(map(str, detail["loc"])), detail) for detail in error.errors()]
-    return [Problem(f"{prefix}{name}", repr(detail["input"]), detail["msg"].lower()) for name, detail in details]
+    return [wrong_value(f"{prefix}{place(detail['loc'])}", detail) for detail in unlike(error.errors())]

@@ -64,7 +64,8 @@ def _targets(family: Family, architecture: str) -> Iterator[str]:
     for name, named in QUANTIZATIONS.items():
         variant = runtime().attention.get(named.algorithm or "")
         lacking = features & set(variant.lacks) if variant else set()
-        if named.kind_of or (named.measured and family.container != "huggingface"):  # whose modules a calibration does not know
+        # Experts that a container stacks are no modules of transformers', which a calibration would know.
+        if named.kind_of or (named.measured and EXPERTS in features and family.container != "huggingface"):
             continue
         if named.calibrated and (family.container != "huggingface" or moved):
             continue

@@ -51,12 +51,17 @@ def _short(node: GraphNode) -> str:
 
 
 def collapse(
-    plan: Phased, source: GraphNode, outputs: Sequence[GraphNode], engines: Sequence[tuple[int, GraphNode]], builds: int = 0
+    plan: Phased,
+    source: GraphNode,
+    outputs: Sequence[GraphNode],
+    engines: Sequence[tuple[int, GraphNode]],
+    builds: int = 0,
+    layers: int = 0,
 ) -> PlanGraph:
     """Make the graph of a plan's phases between its source, its outputs and their engines.
 
     `outputs`: of the last phase's sinks. `engines`: each with the number of the output that it is built from. `builds`: the tasks
-    that build them.
+    that build them. `layers`: the decoder layers that are calibrated first.
     """
     rows: list[Row] = []
     edges: dict[GraphEdge, None] = {}
@@ -72,6 +77,11 @@ def collapse(
         edges |= {GraphEdge(source.id, node.id): None for node in stages if node.name == "read"}
         edges |= {GraphEdge(cuts[place].id, f"{number}.{stage}"): None for place, stage in passed.opens}
         row: list[tuple[GraphNode, ...]] = [*([(source,)] if not rows else []), *((stage,) for stage in stages)]
+        if passed.measures and layers:
+            calibrate = GraphNode("calibrate", "stage", "calibrate", layers, detail="a layer a task", done=done)
+            row[0 if rows else 1] = (*row[0 if rows else 1], calibrate)
+            edges |= {GraphEdge(source.id, calibrate.id): None}
+            edges |= {GraphEdge(calibrate.id, f"{number}.{stage}"): None for stage in passed.measures}
         if last == "write":
             finish = GraphNode(f"{number}.finish", "stage", "finish", len(outputs), done=done)
             row += [(finish,), tuple(outputs)]
@@ -105,11 +115,15 @@ def _places(phase: Phase) -> list[str]:
 
 @dataclass
 class _Passed:
-    """The stages of a phase: tasks and bytes by stage, which follows which, and which opens chunks of which place."""
+    """The stages of a phase: tasks and bytes by stage, which follows which, and which opens chunks of which place.
+
+    `measures`: those that take ranges which are measured in the same run.
+    """
 
     tasks: dict[str, tuple[int, int]] = field(default_factory=dict)
     edges: dict[tuple[str, str], None] = field(default_factory=dict)
     opens: dict[tuple[str, str], None] = field(default_factory=dict)
+    measures: dict[str, None] = field(default_factory=dict)
 
 
 def _passed(plan: Phased, number: int, last: str) -> _Passed:
@@ -121,8 +135,10 @@ def _passed(plan: Phased, number: int, last: str) -> _Passed:
     positions = {id(store): n for n, store in enumerate(phase.stores)}
     result = _Passed()
     for index, group in enumerate(phase.groups):
-        stages, _, openers, *_ = stages_of_group(plan, number, index, sinks)
+        stages, _, openers, inputs, _ = stages_of_group(plan, number, index, sinks)
         names = [stage for stage, _ in stages]
+        if inputs.layer >= 0:
+            result.measures["quantize" if "quantize" in names else last] = None
         result.edges |= dict.fromkeys(pairwise([*names, last]))
         for name in names:
             groups[name] += 1

@@ -9,12 +9,12 @@ from pipeline.planning.graph_nodes import GraphEdge, GraphNode
 from pipeline.planning.graph_words import facts, printable, shortened
 from pipeline.printed import in_html
 
-# The colours of all pictures of a plan: those of dot's own SVG, too, whose nodes have the same classes.
+# The colours of all pictures of a plan, those of configs/look/look.css, also in dot's own SVG, whose nodes have the same classes.
 STYLE = """
-svg { color-scheme: light dark; --paper: #ffffff; --card: #ffffff; --fill: #eeece6; }
-svg { --ink: #1d2126; --soft: #5a626c; --line: #b9bec5; --accent: #1f5f8b; }
-@media (prefers-color-scheme: dark) {
-  svg { --paper: #14171b; --card: #1c2025; --fill: #2b3138; --ink: #e8e6e1; --soft: #a2a9b2; --line: #4d5661; --accent: #7db8e0; }
+svg { color-scheme: light dark; --paper: #f6f7f9; --card: #ffffff; --fill: #e6ebf1; }
+svg { --ink: #0f172a; --soft: #5b6779; --line: #dde3ea; --accent: #2563eb; }
+@media screen and (prefers-color-scheme: dark) {
+  svg { --paper: #11161d; --card: #1a212b; --fill: #2a3441; --ink: #e6eaf0; --soft: #9aa7b8; --line: #303a47; --accent: #6ea1ff; }
 }
 .paper { fill: var(--paper); }
 text { fill: var(--soft); font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }

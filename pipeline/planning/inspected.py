@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pipeline.printed import InOneLine, many
+from pipeline.tensor.units import human_bytes
+
 
 @dataclass(frozen=True)
 class InspectedFile:
@@ -45,8 +48,8 @@ class ConversionWay:
     says: str
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(InOneLine):
     """The facts about a checkpoint that `inspect` reports.
 
     `family` and what follows from it (`model`, `tied_embeddings`, the sizes) are None or empty where headrace does not know the
@@ -63,7 +66,7 @@ class Inspection:
     parameters: int
     bytes: int
     bytes_by_dtype: Mapping[str, int]
-    files: tuple[InspectedFile, ...] = field(repr=False)
+    files: tuple[InspectedFile, ...]
     quantization: str | None
     family: str | None
     problems: tuple[str, ...]
@@ -78,6 +81,26 @@ class Inspection:
     def convertible(self) -> bool:
         """Whether `convert` would take it, with no options but the source."""
         return not self.problems
+
+    def _line(self) -> str:
+        what = ", ".join(each for each in (self.architecture, self.quantization or self.dtype, human_bytes(self.bytes)) if each)
+        wrong = f"; {many(len(self.problems), 'problem')}" if self.problems else ""
+        return f"{self.path}: {what}{wrong}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        sizes = ", ".join(map(str, self.tp_sizes))
+        return [
+            ("source", f"{self.path} ({self.kind})"),
+            ("architecture", f"{self.architecture}{f' (family {self.family})' if self.family else ''}"),
+            ("type", self.dtype),
+            ("quantization", self.quantization or ""),
+            ("size", f"{human_bytes(self.bytes)}, {self.parameters:,} parameters in {many(self.tensors, 'tensor')}"),
+            ("files", many(len(self.files), "file")),
+            ("tp_size", sizes),
+            ("pp_size", f"{self.pp_sizes[0]} to {self.pp_sizes[-1]}" if self.pp_sizes else ""),
+            *((f"convert {way.options}".rstrip(), way.says) for way in self.conversions),
+            *(("problem", problem) for problem in self.problems),
+        ]
 
 
 def as_inspection(facts: Mapping[str, Any]) -> Inspection:

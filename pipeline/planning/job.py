@@ -19,7 +19,11 @@ from pipeline.planning.job_file import model_name, read_job_file, scratch_root
 from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
-from pipeline.planning.target_options import AbsolutePath, Shape, Size, TargetOptions
+from pipeline.planning.target_options import AbsolutePath, OutputPlace, Shape, Size, TargetOptions
+from pipeline.planning.wrong_values import expected, place, unknown_name, unlike, wrong_value
+from pipeline.sinks.scratch import DEFAULT_ROOT
+from pipeline.tensor.remote_path import RemotePath
+from pipeline.urls import NO_SECRET, holds_secret, shown
 
 SCRATCH_STAGES = ("read", "rename", "unpack", "shard")
 
@@ -55,8 +59,22 @@ class Job(Shape):
         None,
         description="Largest magnitudes of activations, by `headrace calibrate`: for SmoothQuant, FP8 and 8-bit caches.",
     )
+    calibration_tokens: AbsolutePath | None = Field(
+        None, description="In its place tokens to measure them on first: a safetensors file with input_ids [samples, tokens]."
+    )
+    calib_dataset: AbsolutePath | None = Field(
+        None, description="Or a file of texts for the checkpoint's own tokenizer: a line each, JSON lines, or Parquet."
+    )
+    calib_size: Size = Field(512, description="Samples that are made of texts at most.")
+    calib_max_seq_length: Size = Field(512, description="Tokens of a sample that is made of texts.")
+    calibration_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Type that the model is run in to measure activations; auto: the source's."
+    )
+    calibration_device: str = Field("cpu", description="Where it is run, by torch's name: cpu, cuda, cuda:1.")
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
-    output_dir: AbsolutePath | None = Field(None, description="Directory for config.json and rank{N}.safetensors.")
+    output_dir: OutputPlace | None = Field(
+        None, description="Directory, or s3://, gs:// or az:// prefix, for config.json and rank{N}.safetensors."
+    )
     target: tuple[dict[str, Any], ...] = Field((), description="Several targets of one read, in a job file: [[target]] tables.")
     engine: dict[str, Any] | None = Field(None, description="Engines of all targets, in a job file: an [engine] table.")
     max_position_embeddings: Size | None = Field(
@@ -101,7 +119,7 @@ class Job(Shape):
         ("auto",), description="Stages after which tensors go to Zarr scratch: read, rename, unpack, shard; auto; none."
     )
     keep_scratch: bool = Field(False, description="Keep scratch after success, for other jobs to use.")
-    scratch_outputs: tuple[AbsolutePath, ...] = Field(
+    scratch_outputs: tuple[OutputPlace, ...] = Field(
         (), description="Outputs of several jobs for which scratch is kept: whoever completes the last of them removes it."
     )
     sync: bool = Field(False, description="Have every byte on disk before config.json is written, as a power cut may ask for.")
@@ -131,6 +149,12 @@ class Job(Shape):
         return tuple(stage for stage in SCRATCH_STAGES if stage in self.scratch_after)
 
     @property
+    def scratch_root(self) -> str:
+        """The directory or URL of scratch: by default beside the first output, or here where that is in object storage."""
+        beside = self.targets[0].output_dir.parent
+        return self.scratch or str((Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT)
+
+    @property
     def elsewhere(self) -> bool:
         """Whether the workers are other processes, perhaps on other machines."""
         return self.scheduler.startswith(("tcp://", "tls://")) or bool(self.cluster and "class" in self.cluster)
@@ -139,7 +163,20 @@ class Job(Shape):
         """Return the fields that decide which tensors of the source are read, as plain values."""
         said: dict[str, Any] = {name: value for name, value in self.unsaid().items() if value is not None}
         said |= {"act_range": self.act_range.name} if self.act_range else {}
+        said |= self._measured() if self.calibrates else {}
         return {"mlp_bias": self.mlp_bias, "rope_scaling": self.rope_scaling, **said}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activations are measured in the run itself."""
+        return bool(self.calibration_tokens or self.calib_dataset)
+
+    def _measured(self) -> dict[str, Any]:
+        """Return the fields that decide what is measured, as plain values."""
+        made = {"calib_size": self.calib_size, "calib_max_seq_length": self.calib_max_seq_length} if self.calib_dataset else {}
+        files = {"calibration_tokens": self.calibration_tokens, "calib_dataset": self.calib_dataset}
+        named = {name: path.name for name, path in files.items() if path}
+        return {**named, **made, "calibration_dtype": self.calibration_dtype, "calibration_device": self.calibration_device}
 
     def unsaid(self) -> dict[str, int | float | None]:
         """Return what the job says of a model whose configuration may not say it; None where it does not."""
@@ -184,7 +221,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     try:
         job = Job(**values)
     except ValidationError as error:
-        problems = [*contradicting, *(_problem(dict(detail), file, options) for detail in error.errors())]
+        problems = [*contradicting, *(_problem(detail, file, options) for detail in unlike(error.errors()))]
         if not values.get("target") and values.get("output_dir") is None:
             problems.append(_no_output())
         raise BadInput(problems) from None
@@ -230,7 +267,9 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
-    problems += [*_cluster(job), *_report(job)]
+    problems += [*_cluster(job), *_report(job), *_calibration(job)]
+    if job.scratch and holds_secret(job.scratch):
+        problems.append(Problem(f"--scratch {shown(job.scratch)}", "a URL with a secret in it", NO_SECRET))
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:
@@ -259,6 +298,19 @@ def _precision(job: Job) -> list[Problem]:
     if PRECISION in job.model_fields_set and not any(each.use_weight_only for each in (job, *job.targets)):
         unused.append(job.targets[0])
     return list(dict.fromkeys(precision_alone(target.weight_only_precision) for target in unused))
+
+
+def _calibration(job: Job) -> list[Problem]:
+    """Check that activations are measured once, and that what is said of that is said of something."""
+    files = {f"--{name}": getattr(job, name) for name in ("act_range", "calibration_tokens", "calib_dataset")}
+    given = [name for name, path in files.items() if path]
+    if len(given) > 1:
+        return [Problem(given[1], f"{given[0]} too", "one file of what is measured")]
+    own = [] if job.calibrates else ["calibration_dtype", "calibration_device"]
+    own += [] if job.calib_dataset else ["calib_size", "calib_max_seq_length"]
+    unused = [name for name in own if name in job.model_fields_set and getattr(job, name) != Job.model_fields[name].default]
+    expected = "--calib_dataset beside it" if "calib_size" in own else "--calibration_tokens or --calib_dataset beside it"
+    return [Problem(f"--{name} {getattr(job, name)}", "nothing that it is about", expected, "Leave it out") for name in unused]
 
 
 def _cluster(job: Job) -> list[Problem]:
@@ -296,12 +348,18 @@ def _report(job: Job) -> list[Problem]:
 
 
 def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str, Any]) -> Problem:
-    """Turn one of pydantic's errors into a Problem that names the flag or the job file's key."""
-    name = ".".join(map(str, detail["loc"])) or "job"
+    """Turn one of pydantic's errors into a Problem that names the flag, the keyword or the job file's key."""
+    name = place(detail["loc"]) or "job"
     subject = f"--{name}" if name in options or file is None else f"{file}: {name}"
     if detail["type"] == "missing":
         field = Job.model_fields.get(name)
         return Problem(subject if file else f"--{name}", "nothing", f"a value: {field.description}" if field else "a value")
-    if detail["type"] == "extra_forbidden":
-        return Problem(subject, "an option that headrace does not have", f"one of {', '.join(Job.model_fields)}")
-    return Problem(subject, repr(detail.get("input")), str(detail["msg"]).lower())
+    if detail["type"] == "extra_forbidden":  # no flag of the command line, which knows its own
+        key, names = str(detail["loc"][-1]), TargetOptions.model_fields if "target" in detail["loc"] else Job.model_fields
+        subject = f"{file}: {name}" if file and name not in options else name
+        found, listed = "an option that headrace does not have", "one that `headrace convert --help` lists"
+        return unknown_name(subject, key, names, found, listed)
+    value = detail.get("input")
+    # A table of a cluster's options may have a password in it, and an address.
+    hidden = name.partition(".")[0] == "cluster" or (isinstance(value, str) and holds_secret(value))
+    return Problem(subject, f"a value of type {type(value).__name__}", expected(detail)) if hidden else wrong_value(subject, detail)

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
 from pipeline.planning import engine_options
+from pipeline.tensor.remote_path import RemotePath, as_path, url_fault
 
 PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}  # options that are paths
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # with a tag: one of several GGUF models
@@ -26,6 +27,20 @@ def absolute_path(value: Any) -> Any:
     if not str(value):
         raise ValueError("a path that is not empty")
     return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+
+
+def output_place(value: Any) -> Any:
+    """Return a URL as a RemotePath, `file://` ones aside; else an absolute path.
+
+    Raises ValueError for a URL of no place for outputs.
+    """
+    if isinstance(value, RemotePath) or not isinstance(value, str) or "://" not in value:
+        return value if isinstance(value, RemotePath) else absolute_path(value)
+    if value.startswith("file://"):
+        return absolute_path(value.removeprefix("file://"))
+    if fault := url_fault(value):
+        raise ValueError(fault)
+    return as_path(value)
 
 
 def model_name(value: Any) -> Any:

@@ -6,9 +6,12 @@ where they are used, by Job and EngineOptions; that both say the same is tested.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Dtype: TypeAlias = Literal["auto", "float16", "bfloat16", "float32"]
 CutName: TypeAlias = Literal["read", "rename", "unpack", "shard", "auto", "none"]
@@ -171,6 +174,12 @@ class JobOptions(ShapeOptions, total=False):
     meta_ckpt_dir: str | Path | None
     quant_ckpt_path: str | Path | None
     act_range: str | Path | None
+    calibration_tokens: str | Path | None
+    calib_dataset: str | Path | None
+    calib_size: int
+    calib_max_seq_length: int
+    calibration_dtype: Dtype
+    calibration_device: str
     revision: str | None
     output_dir: str | Path | None
     target: Sequence[TargetTable]
@@ -198,3 +207,23 @@ class JobOptions(ShapeOptions, total=False):
     per_group: bool
     load_by_shard: bool
     load_model_on_cpu: bool
+
+
+def naming_keywords(options: Any) -> Callable[[Function], Function]:
+    """Return a decorator that has a function's signature name the keywords of a TypedDict, in the place of `**options`.
+
+    Type checkers know them from `Unpack`; notebooks and `help` ask the function itself.
+    """
+
+    def named(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=getattr(hint, "__forward_arg__", hint))
+            for name, hint in options.__annotations__.items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return named

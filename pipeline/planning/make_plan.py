@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.model.dtypes import BY_TARGET
+from pipeline.planning.calibrating import bounded
 from pipeline.planning.checks import check_canonical, check_request, check_targets
 from pipeline.planning.choose_algorithm import dequantization_notes, unused
 from pipeline.planning.compose import canonical, choose_all, compose_target, mark
@@ -20,13 +21,16 @@ from pipeline.planning.memory import MAX_PIECE_BYTES, block_bytes, budget
 from pipeline.planning.opening import OpenedSource, open_job
 from pipeline.planning.phases import Phase, group_blocks
 from pipeline.planning.plans import Plan
+from pipeline.planning.rank_parts import grouped, parts_need
 from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
 from stages.read.changing import arriving
+from stages.read.read_ahead import AHEAD
 from stages.read.scratch_chunks import read_scratch
 
 
@@ -58,11 +62,12 @@ def plan_opened(opened: OpenedSource) -> Plan:
     _refuse(request, contradictions)
     chosen = fit(opened, chosen)
     unfit, runtime_notes = check_runtime(opened, chosen)
-    opened, unmeasured = measured(opened, chosen)
-    request += [*unfit, *unmeasured]
+    found = measured(opened, chosen)
+    opened = found.opened
+    request += [*unfit, *found.problems]
 
     size = block_bytes(opened.source.nbytes)
-    identity = plan_identity(opened)
+    identity = plan_identity(opened, found.calibrating)
     cuts = Cuts(job, opened.source, identity, size, read_scratch, opened.matches)
     chunk = _chunk_bytes(opened, size)
     made: Counter[str] = Counter()
@@ -84,17 +89,41 @@ def plan_opened(opened: OpenedSource) -> Plan:
     of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
     notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
     outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
-    write = Phase("write", stores, tuple(target.output for target in outputs), group_blocks(stores, size), cuts.passes())
+    sinks = tuple(target.output for target in outputs)
+    groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})
+    write = Phase("write", stores, sinks, groups, cuts.passes(), cuts.assembled_here, parts)
     phases = (*cuts.phases, write)
-    needs = (need(store, chunk < size) for phase in phases for store in phase.stores)
-    limits = budget(job.memory_limit, job.threads, needs, sum(len(phase.groups) for phase in phases), made.total())
-    sinks = sum(len(phase.sinks) for phase in phases)
-    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, sinks))
+    # One that is under way is twice in memory while its parts are put together.
+    ahead = 2 * AHEAD if opened.source.url else 0
+    needs = [*(need(store, chunk < size, ahead) for phase in phases for store in phase.stores), *parts_need(parts)]
+    tasks = sum(len(phase.groups) for phase in phases)
+    calibrating, limits = bounded(
+        found.calibrating,
+        job.memory_limit,
+        lambda beside: budget(job.memory_limit, job.threads, needs, tasks, made.total(), beside),
+    )
+    written = sum(len(phase.sinks) for phase in phases)
+    _refuse((), () if job.elsewhere else descriptor_problems(limits.workers, written))
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.
-    notes = (*notes, *arriving(opened.source.location, opened.source.files))
-    return Plan(job, opened.source, opened.family, opened.model, outputs, phases, cut, why, size, limits, reasons, notes, packed)
+    notes = (*notes, *cuts.notes(), *arriving(opened.source.location, opened.source.files))
+    return Plan(
+        job,
+        opened.source,
+        opened.family,
+        opened.model,
+        outputs,
+        phases,
+        cut,
+        why,
+        size,
+        limits,
+        reasons,
+        notes,
+        packed,
+        calibrating,
+    )
 
 
 def _refuse(also: Any, problems: Any) -> None:
@@ -106,5 +135,6 @@ def _refuse(also: Any, problems: Any) -> None:
 def _chunk_bytes(opened: OpenedSource, size: int) -> int:
     """The most bytes of a chunk: a block, but no more than a piece where chunks are put into and fetched from a bucket whole."""
     job = opened.job
-    remote = "://" in (job.scratch or "") and (job.cuts or (opened.source.in_memory and job.elsewhere))
+    stages = job.cuts or (opened.source.in_memory and job.elsewhere) or any(is_remote(target.output_dir) for target in job.targets)
+    remote = "://" in (job.scratch or "") and stages
     return min(size, MAX_PIECE_BYTES) if remote else size

@@ -39,23 +39,27 @@ class Need:
 
 @dataclass(frozen=True)
 class Budget:
-    """The piece size chosen for a run and the peak memory of the process that it implies."""
+    """The piece size chosen for a run and the peak memory of the process that it implies.
+
+    `least_bytes`: that peak with the smallest pieces.
+    """
 
     piece_bytes: int
     peak_bytes: int
     workers: int
     limit_bytes: int
+    least_bytes: int = 0
 
 
 def block_bytes(total_bytes: int) -> int:
     """The bytes of one task's work, 256 MiB for most models.
 
-    Small ones are cut finer, so that every worker has work and the progress moves; very large ones coarser, as a scheduler takes
+    Small ones are cut finer, so that workers end together and the progress moves; very large ones coarser, as a scheduler takes
     milliseconds a task. It depends on the source alone: a run resumes with other workers and another memory limit.
     """
     if total_bytes > 1024 * BLOCK_BYTES:
         return min(total_bytes // 1024, MAX_BLOCK_BYTES)
-    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 16))
+    return min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, total_bytes // 32))
 
 
 def scratch_window(workers: int) -> int:
@@ -63,11 +67,11 @@ def scratch_window(workers: int) -> int:
     return 2 * workers + 2
 
 
-def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, arrays: int = 0) -> Budget:
+def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, arrays: int = 0, beside: int = 0) -> Budget:
     """Choose the piece size for a limit.
 
-    `tasks`: the groups of the plan. `arrays`: those that it is composed of. Raises BadInput naming the tensor that needs
-    most where nothing fits, and what would.
+    `tasks`: the groups of the plan. `arrays`: those that it is composed of. `beside`: bytes held for something else. Raises
+    BadInput naming the tensor that needs most where nothing fits, and what would.
     """
     kinds: dict[tuple[int, int], Need] = {}  # of thousands of tensors most need the same
     for need in needs:
@@ -75,7 +79,7 @@ def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, ar
     needs = kinds.values()
     worst = max(needs, key=lambda need: need.least_piece_bytes * need.copies)
     copies = max(need.copies for need in needs)
-    fixed = BASE_BYTES + tasks * TASK_BYTES + arrays * ARRAY_BYTES
+    fixed = BASE_BYTES + tasks * TASK_BYTES + arrays * ARRAY_BYTES + beside
     least = worst.least_piece_bytes * worst.copies
     if limit_bytes < fixed + workers * least:
         wanted = -(-(fixed + workers * least) // MIB)
@@ -85,4 +89,4 @@ def budget(limit_bytes: int, workers: int, needs: Iterable[Need], tasks: int, ar
         raise BadInput([Problem("--memory_limit", found, f"{wanted} MiB or more", remedy)])
     piece = min((limit_bytes - fixed) // (workers * copies), MAX_PIECE_BYTES)
     held = max(max(piece, need.least_piece_bytes) * need.copies for need in needs)
-    return Budget(piece, fixed + workers * held, workers, limit_bytes)
+    return Budget(piece, fixed + workers * held, workers, limit_bytes, fixed + workers * least)

@@ -1,41 +1,17 @@
-"""The flags of NVIDIA's scripts that people paste and that are no options of headrace's own.
-
-`configs/flags/convert_checkpoint.toml` has them all. Each is another name of an option, a value that the model must have, accepted,
-or refused with what to do instead.
-"""
+"""The meaning of NVIDIA's flags for a job, and whether the model is what they say it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
-from pipeline.model.table_files import load_table
-from pipeline.model.tables import CONFIGS
 from pipeline.model.target_config import target_config
+from pipeline.planning.nvidia_table import nvidia_flags
 
 if TYPE_CHECKING:
     from pipeline.planning.opening import OpenedSource
-
-
-@dataclass(frozen=True)
-class NvidiaFlag:
-    """One flag, with the keys of its row in the file as it explains them; `words` are more spellings."""
-
-    name: str
-    takes: Literal["nothing", "integer", "number", "text"] = "nothing"
-    words: tuple[str, ...] = ()
-    becomes: str = ""
-    expects: str = ""
-    config: str = ""
-    source: bool = False
-    accepts: tuple[str, ...] = ()
-    quiet: tuple[str, ...] = ()
-    refused: str = ""
-    remedy: str = ""
-    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,19 +23,6 @@ class Understood:
     problems: tuple[Problem, ...]
 
 
-@cache
-def nvidia_flags() -> Mapping[str, NvidiaFlag]:
-    """Load the flags, by name without the leading dashes."""
-    data = load_table(CONFIGS / "flags", "convert_checkpoint")
-    return {name: _flag(name, row) for name, row in data.items()}
-
-
-def _flag(name: str, row: Mapping[str, Any]) -> NvidiaFlag:
-    lists = ("words", "accepts", "quiet")
-    values: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in row.items()}
-    return NvidiaFlag(name, **values)
-
-
 def understood(given: Mapping[str, Any], options: Mapping[str, Any]) -> Understood:
     """Turn flags with their values into options of a job. `options`: those that were given by headrace's own names."""
     made: dict[str, Any] = {}
@@ -69,7 +32,8 @@ def understood(given: Mapping[str, Any], options: Mapping[str, Any]) -> Understo
         flag = nvidia_flags()[name]
         subject = f"--{name}" if value is True else f"--{name} {value}"
         if flag.refused:
-            problems.append(Problem(subject, flag.refused, "an option that headrace has", flag.remedy))
+            found = f"a flag of NVIDIA's that is not taken: {flag.refused}"
+            problems.append(Problem(subject, found, "an option that headrace has", flag.remedy))
         elif flag.accepts and value not in flag.accepts:
             problems.append(Problem(f"--{name}", repr(value), " or ".join(flag.accepts), flag.remedy))
         elif flag.becomes:

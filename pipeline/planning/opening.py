@@ -20,8 +20,10 @@ from pipeline.planning.job import Job
 from pipeline.planning.nearest import unknown_architecture
 from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import printed
+from pipeline.sinks.bucket_checks import check_apart_there, check_bucket
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.tensors import Source
 from stages.quantization.modules import linear
 from stages.quantization.sources import formats as known_formats
@@ -86,13 +88,16 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     Hub may be fetched. Raises BadInput where there is no source that headrace knows, with the problems of the output directories.
     """
     copied = TOKENIZER if job.copy_tokenizer else ()
-    outputs = [problem for target in job.targets for problem in check_output(target.output_dir, job.overwrite, copied)]
-    outputs = outputs or check_apart([target.output_dir for target in job.targets])
+    places = [target.output_dir for target in job.targets]
+    local, there = [each for each in places if not is_remote(each)], [each for each in places if is_remote(each)]
+    outputs = [problem for each in local for problem in check_output(each, job.overwrite, copied)]
+    outputs += [problem for each in there for problem in check_bucket(each, job.overwrite, copied)]
+    outputs = outputs or [*check_apart(local), *check_apart_there(there)]
     try:
         source = _open_source(job, live_model, download)
         if not outputs:
             files = [file.path for file in source.files]
-            outputs = [problem for target in job.targets for problem in check_source(target.output_dir, files)]
+            outputs = [problem for each in local for problem in check_source(each, files)]
         family = _family(source)
         if problems := refusals(source.config, family, source.config_name):
             raise BadInput(problems)

@@ -13,6 +13,7 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.noted import NotedArray
 from pipeline.tensor.placement import Located, Placement, Placements, Region, size
 from pipeline.tensor.reduced import ReducedArray
+from stages.write.parts import RankPart
 
 
 class Sink(Protocol):
@@ -28,6 +29,7 @@ class Sink(Protocol):
     def local_bytes(self) -> int: ...
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
     def begin(self, tasks: int, fresh: bool) -> Journal: ...
+    def begun(self, tasks: int) -> list[dict[str, Any]]: ...
     def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]: ...
     def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
@@ -85,7 +87,7 @@ class Phase:
     """Stores that can run in any order, and the groups of their blocks. Those of a later phase read the chunks that it writes.
 
     `passes`: the stages that each of its groups passes, whether or not they do anything there. `here`: its tasks run in this
-    process, whatever the scheduler, as they read what is in its memory.
+    process, whatever the scheduler, as they read what is in its memory. `parts`: of a group that assembles one, by its position.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Phase:
     groups: tuple[Group, ...] = field(repr=False)
     passes: tuple[str, ...] = ()
     here: bool = False
+    parts: Mapping[int, RankPart] = field(default_factory=dict, repr=False)
 
     @property
     def pending(self) -> tuple[int, ...]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
@@ -15,6 +14,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.tables import Family
 from pipeline.planning.bind import Inputs, all_inputs
 from pipeline.planning.build_steps import BuildStep, build_steps
+from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.dask_graph import whole_graph
 from pipeline.planning.engine_options import EngineRequest, job_requests
 from pipeline.planning.graph import PlanGraph, collapse
@@ -23,16 +23,16 @@ from pipeline.planning.job import Job
 from pipeline.planning.memory import Budget
 from pipeline.planning.phases import Phase
 from pipeline.planning.target_options import TargetOptions
+from pipeline.printed import InOneLine, many
 from pipeline.sinks.output import Output
-from pipeline.sinks.output_checks import check_space, check_taken, free_bytes
+from pipeline.sinks.output_checks import check_held, check_space, check_taken, free_bytes
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.scratch import ScratchGroup
 from pipeline.tensor.tensors import Source
+from pipeline.tensor.units import human_bytes
 
 if TYPE_CHECKING:
     from dask.highlevelgraph import HighLevelGraph
-
-VERSION = metadata.version("headrace")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Target:
     output: Output
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(InOneLine):
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked.
+    `packed`: some of the source's modules are unpacked. `calibrating`: what is measured in the same run.
     """
 
     job: Job
@@ -61,9 +61,33 @@ class Plan:
     scratch_reasons: Mapping[str, str]
     block_bytes: int
     budget: Budget
-    left_out: Mapping[str, str] = field(repr=False)
+    left_out: Mapping[str, str]
     notes: tuple[str, ...] = ()
     packed: bool = False
+    calibrating: Calibrating | None = None
+
+    def _line(self) -> str:
+        names = ", ".join(target.output.directory.name for target in self.targets)
+        size = human_bytes(sum(target.output.size_bytes for target in self.targets))
+        return f"{self.source.place} to {names}: {size} in {many(self.tasks, 'task')}, at most {self._peak} of memory"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        source = f"{self.source.kind}, {self.family.name}, {human_bytes(self.source.nbytes)}"
+        return [
+            ("source", f"{self.source.place} ({source})"),
+            *(("output", _target_line(target)) for target in self.targets),
+            ("reads", human_bytes(self.bytes_read)),
+            ("writes", human_bytes(self.bytes_written)),
+            *(("scratch", f"after {cut.stage}: {human_bytes(cut.size_bytes)} in {cut.place}") for cut in self.scratch),
+            ("tasks", f"{self.tasks} on {many(self.budget.workers, 'worker')}"),
+            ("memory", f"at most {self._peak} of {human_bytes(self.budget.limit_bytes)}"),
+            ("left out", many(len(self.left_out), "tensor") if self.left_out else ""),
+            *(("note", note) for note in self.notes),
+        ]
+
+    @property
+    def _peak(self) -> str:
+        return human_bytes(self.budget.peak_bytes)
 
     @property
     def tasks(self) -> int:
@@ -129,7 +153,8 @@ class Plan:
             (of, GraphNode(f"engine.{n}", "engine", each.engine.name, place=str(each.engine), detail="engine"))
             for n, (of, each) in enumerate(self._engines)
         ]
-        return collapse(self, origin, outputs, engines, len(self.builds))
+        layers = self.calibrating.layers if self.calibrating else 0
+        return collapse(self, origin, outputs, engines, len(self.builds), layers)
 
     @property
     def _engines(self) -> list[tuple[int, EngineRequest]]:
@@ -149,14 +174,15 @@ class Plan:
         It is there to be looked at: `plan.dask.visualize("layers.svg")`, or with every task `dask.base.visualize_dsk(plan.dask)`.
         Computing it does not convert: `convert` begins the outputs first.
         """
-        return whole_graph(self, [target.output for target in self.targets], self.builds).highlevel()
+        layers = self.calibrating.calls() if self.calibrating else ()
+        return whole_graph(self, [target.output for target in self.targets], self.builds, layers).highlevel()
 
     def obstacles(self) -> list[Problem]:
         """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
         outputs = [target.output for target in self.targets]
         sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
         needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
-        return check_taken(outputs, self.job.overwrite) or check_space(needs)
+        return check_taken(outputs, self.job.overwrite) or check_held(outputs) or check_space(needs)
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values, as `headrace plan --json` prints it."""
@@ -188,6 +214,7 @@ class Plan:
                 if isinstance(cut, ScratchGroup | RemoteGroup)
             ],
             "scratch_reasons": dict(self.scratch_reasons),
+            **({"calibration": self.calibrating.summary()} if self.calibrating else {}),
             "tasks": self.tasks,
             "workers": self.budget.workers,
             "block_bytes": self.block_bytes,
@@ -202,6 +229,13 @@ class Plan:
             "plan_id": self.id,
             "obstacles": [str(problem) for problem in self.obstacles()],
         }
+
+
+def _target_line(target: Target) -> str:
+    """An output in a line."""
+    output, parallel = target.output, target.options.parallelism
+    shape = f"TP {parallel.tp_size} x PP {parallel.pp_size}" if parallel.pp_size > 1 else f"TP {parallel.tp_size}"
+    return f"{output.directory} ({target.dtype}, {shape}, {human_bytes(output.size_bytes)})"
 
 
 def _target_summary(target: Target, overwrite: bool) -> dict[str, Any]:

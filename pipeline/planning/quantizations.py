@@ -33,7 +33,7 @@ class NamedQuantization:
     flags
         NVIDIA's flags that ask for it.
     measured
-        Whether, of numbers, its scales rest on ranges of activations (`--act_range`).
+        Whether, of numbers, its scales rest on a calibration of headrace's (`--act_range`).
     kind_of
         The name of the quantization that this is another kind of; "" for none.
     """
@@ -45,8 +45,8 @@ class NamedQuantization:
     kind_of: str = ""
 
 
-def _weight_only(algorithm: str, precision: str, calibrated: bool = False) -> NamedQuantization:
-    return NamedQuantization(algorithm, calibrated, {WEIGHT_ONLY: True, PRECISION: precision})
+def _weight_only(algorithm: str, precision: str, calibrated: bool = False, measured: bool = False) -> NamedQuantization:
+    return NamedQuantization(algorithm, calibrated, {WEIGHT_ONLY: True, PRECISION: precision}, measured)
 
 
 def _smoothquant(per_channel: bool, per_token: bool) -> NamedQuantization:
@@ -61,7 +61,7 @@ QUANTIZATIONS: Mapping[str, NamedQuantization] = {
     "int4": _weight_only("W4A16", "int4"),
     "int4_gptq": _weight_only("W4A16_GPTQ", "int4_gptq", calibrated=True),
     "int8_gptq": _weight_only("W8A16_GPTQ", "int8_gptq", calibrated=True),
-    "int4_awq": _weight_only(AWQ, "int4_awq", calibrated=True),
+    "int4_awq": _weight_only(AWQ, "int4_awq", measured=True),
     "fp8": NamedQuantization(FP8, False, {"use_fp8": True}, measured=True),
     "fp8_rowwise": NamedQuantization(FP8_ROWWISE, False, {"use_fp8_rowwise": True}),
     "nvfp4": NamedQuantization(NVFP4, True, {"use_nvfp4": True}),

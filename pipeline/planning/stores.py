@@ -63,12 +63,16 @@ def _row_multiple(name: TensorName, matches: Matches, sharding: Sharding) -> int
     return sharding.model.dimension(found.row.period) if found and found.row.period else 1
 
 
-def need(store: Store, whole_chunks: bool) -> Need:
-    """The memory that a store's smallest piece takes; a whole chunk, where `whole_chunks` says that it is moved as one."""
+def need(store: Store, whole_chunks: bool, ahead: int = 0) -> Need:
+    """The memory that a store's smallest piece takes; a whole chunk, where `whole_chunks` says that it is moved as one.
+
+    `ahead`: how many pieces of the source are in memory beside those, as they are fetched ahead.
+    """
     array = store.arrays[0]
     if whole_chunks:
         # On object storage a chunk is put and fetched whole.
-        return Need(store.name, math.prod(array.chunksize) * store.itemsize, PACKED_COPIES)
+        return Need(store.name, math.prod(array.chunksize) * store.itemsize, PACKED_COPIES + ahead)
     packed = store.itemsize * array.size > 2 * store.source_bytes
     row = int(array.shape[-1]) if math.prod(array.shape[:-1]) > 1 else 1
-    return Need(store.name, row * store.itemsize * store.row_multiple, PACKED_COPIES if packed else DENSE_COPIES)
+    copies = ahead + (PACKED_COPIES if packed else DENSE_COPIES)
+    return Need(store.name, row * store.itemsize * store.row_multiple, copies)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.model.parallelism import Parallelism
-from pipeline.planning.job_file import absolute_path
+from pipeline.planning.job_file import absolute_path, output_place
 from pipeline.planning.keywords import QuantizationName
 from pipeline.planning.quantizations import completed, contradictions
 
@@ -20,9 +20,11 @@ def _number(value: Any) -> Any:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(absolute_path)]
+OutputPlace = Annotated[Path, BeforeValidator(output_place)]
 Size = Annotated[int, Field(ge=1)]
 ExpertSize = Annotated[int, Field(ge=-1)]
 Alpha = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+ShardingDim = Annotated[Literal[0, 1], BeforeValidator(_number)]
 Generations = Annotated[Literal[75, 80, 86, 87, 89, 90, 100, 103, 120, 121, "any"], BeforeValidator(_number)]
 
 
@@ -40,7 +42,7 @@ class Shape(BaseModel):
     moe_tp_size: ExpertSize = Field(-1, description="Tensor-parallel size inside experts; -1: all that moe_ep_size leaves.")
     moe_ep_size: ExpertSize = Field(-1, description="Expert-parallel size; -1: 1.")
     use_parallel_embedding: bool = Field(False, description="Split the embedding over the tensor-parallel ranks.")
-    embedding_sharding_dim: Literal[0, 1] = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
+    embedding_sharding_dim: ShardingDim = Field(0, description="Axis of that split: 0 vocabulary, 1 hidden.")
     write_rope_buffers: bool = Field(False, description="Write the rotary position buffers, which the loader computes itself.")
     # Not part of what a job is written down as: the flags are, and the name follows from them.
     quantization: QuantizationName = Field(
@@ -93,7 +95,7 @@ class Shape(BaseModel):
 class TargetOptions(Shape):
     """One output directory, its options and those of its engine: a `[[target]]` of a job file."""
 
-    output_dir: AbsolutePath
+    output_dir: OutputPlace
     engine: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from pipeline.model.quantization import Quantization
 from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
+from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.compose import TargetTensors
+from pipeline.planning.job import Job
 from pipeline.planning.opening import OpenedSource
-from pipeline.planning.plans import VERSION, Target
+from pipeline.planning.plans import Target
+from pipeline.planning.rank_parts import part_bytes
 from pipeline.planning.target_options import TargetOptions
+from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.output import Output
 from pipeline.sinks.rank_file import rank_file
+from pipeline.tensor.bucket import in_parts
 from pipeline.tensor.placement import RankTensor
+from pipeline.tensor.remote_path import is_remote
+from pipeline.version import VERSION
 from stages.shard import Sharding
 
 
-def plan_identity(opened: OpenedSource) -> list[Any]:
+def plan_identity(opened: OpenedSource, calibrating: Calibrating | None = None) -> list[Any]:
     """Everything that the bytes of a plan depend on beside a target's own options, as plain values."""
     files = [file.fingerprint() for file in opened.source.files]
-    return [VERSION, opened.family.name, opened.job.source_identity(), files]
+    measured = [calibrating.plan.identity] if calibrating else []
+    return [VERSION, opened.family.name, opened.job.source_identity(), files, *measured]
 
 
 def config_values(
@@ -71,4 +82,15 @@ def make_target(
     }
     decides = [list(identity), options.identity(), [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return Target(options, tensors.dtype, Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance))
+    output = Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance)
+    return Target(options, tensors.dtype, _in_its_place(output, opened.job))
+
+
+def _in_its_place(output: Output, job: Job) -> Output:
+    """The output as its directory has it, which may be in object storage."""
+    if not is_remote(output.directory):
+        return output
+    journals = Path(tempfile.gettempdir() if "://" in job.scratch_root else job.scratch_root)
+    sizes = tuple(part_bytes(file.size_bytes, output.size_bytes) if in_parts(str(file.path)) else 0 for file in output.files)
+    own = {each.name: getattr(output, each.name) for each in fields(Output)}
+    return BucketOutput(**own, journals=journals, part_bytes=sizes)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.reporting.tasks import Advance
+from pipeline.tensor.remote_path import is_remote
 from stages.read.ranks import open_checkpoint
+from stages.read.remote import image_of
 from stages.read.tokenizer import open_tokenizer
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.generation import generate
@@ -14,7 +17,13 @@ CACHE_BYTES = 2 << 30  # of weights as numbers that are kept: a small model need
 
 
 def generate_text(
-    directory: Path, prompt: str, tokenizer: Path | None = None, count: int = 24, temperature: float = 0.0, seed: int = 0
+    directory: Path,
+    prompt: str,
+    tokenizer: Path | None = None,
+    count: int = 24,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Advance | None = None,
 ) -> Iterator[str]:
     """Yield the prompt, then the text that the ranks continue it with, piece by piece.
 
@@ -32,6 +41,8 @@ def generate_text(
         0 for the likeliest token each time; above 0, tokens are drawn by their shares.
     seed
         Of the drawn tokens.
+    advance
+        Called with "tokens", how many there are, and how many there may be.
 
     Raises
     ------
@@ -41,15 +52,20 @@ def generate_text(
         Where a tensor is missing or has a wrong shape.
     """
     checkpoint = open_checkpoint(directory)
-    beside = directory / "tokenizer.json"
+    here = image_of(str(directory))[0] if is_remote(directory) else directory
+    beside = here / "tokenizer.json"
     recorded = checkpoint.provenance.get("source", {}).get("path")
-    words = open_tokenizer(tokenizer or (directory if beside.exists() or not recorded else Path(recorded)))
+    words = open_tokenizer(tokenizer or (here if beside.exists() or not recorded else Path(recorded)))
     tokens = words.encode(prompt)
     decoder = Decoder(checkpoint, cache_bytes=CACHE_BYTES)
     stop = () if words.eos_token_id is None else (words.eos_token_id,)
     shown = words.decode(tokens)
     yield shown
-    for token in generate(decoder, tokens, count, temperature=temperature, seed=seed, stop=stop):
+    say = advance or (lambda *_: None)
+    say("tokens", 0, count)
+    new = generate(decoder, tokens, count, temperature=temperature, seed=seed, stop=stop)
+    for number, token in enumerate(new, 1):
+        say("tokens", number, count)
         tokens.append(token)
         # A token may be a part of a character, so the whole text is decoded each time, and its new end is yielded.
         text = words.decode(tokens)

@@ -12,6 +12,7 @@ from pipeline.planning.graph import PlanGraph
 from pipeline.planning.graph_svg import coloured
 from pipeline.planning.graph_words import facts, printable
 from pipeline.printed import in_html
+from pipeline.watching.look import look
 
 SUFFIXES = (".svg", ".html", ".dot")
 DOT_SECONDS = 30  # what dot may take; then the picture is drawn without it
@@ -21,25 +22,29 @@ PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<meta name="color-scheme" content="light dark">
+<title>{title}: headrace plan</title>
 <style>
-:root {{ color-scheme: light dark; --paper: #ffffff; --ink: #1d2126; --soft: #5a626c; --line: #dcdad4; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --paper: #14171b; --ink: #e8e6e1; --soft: #a2a9b2; --line: #343a42; }} }}
-body {{ margin: 24px; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
-table {{ border-collapse: collapse; margin-top: 24px; }}
+{look}
+table {{ border-collapse: collapse; }}
 th, td {{ padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
 th, td {{ overflow-wrap: anywhere; }}
 td {{ color: var(--soft); }}
-svg {{ max-width: 100%; height: auto; }}
+.wide svg {{ max-width: 100%; height: auto; }}
 </style>
 </head>
 <body>
-<h1>{title}</h1>
+<header><p class="eyebrow">headrace plan</p><h1>{title}</h1></header>
+<main>
+<section class="wide">
 {svg}
+</section>
+<section>
 <table>
 {rows}
 </table>
+</section>
+</main>
 </body>
 </html>
 """
@@ -93,7 +98,7 @@ def page(graph: PlanGraph) -> str:
         for node in graph.nodes
     )
     source = graph.nodes[0].name
-    return PAGE.format(title=_text(f"headrace plan of {source}"), svg=graph.to_svg(), rows=rows)
+    return PAGE.format(look=look(), title=_text(source), svg=graph.to_svg(), rows=rows)
 
 
 def _text(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipeline.errors import Problem
+from pipeline.model.unsaid import TOLD
 from pipeline.reporting.tasks import Advance, run_tasks
 from pipeline.tensor.checkpoint import Checkpoint
 from pipeline.tensor.tensors import Source
@@ -15,9 +16,6 @@ from stages.verify.roundtrip.origin import Origin
 from stages.verify.roundtrip.original import Original
 from stages.verify.roundtrip.settings import check_settings
 from stages.verify.roundtrip.walk import check_part, tensor_parts
-
-# Options by which a conversion is told what a container has no key for.
-TOLD = {"meta": ("rope_scaling_factor",), "gguf": ("query_pre_attn_scalar",)}
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.printed import InOneLine
 from pipeline.reporting.html import check_report_path, default_report_path, describe_directory, render_report, write_report
 from pipeline.reporting.html.provenance import recorded_source
 from pipeline.reporting.html.summary import VerificationSummary, load_summary, parse_summary
 from pipeline.reporting.tasks import Advance
 from pipeline.reporting.verification import open_output, verify
+from pipeline.tensor.remote_path import is_remote
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(InOneLine):
     """A page that is written, and the verification that it shows."""
 
     page: Path
@@ -27,6 +29,12 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is wrong with the output."""
         return self.verification.ok
+
+    def _line(self) -> str:
+        return f"{self.page}: {'nothing wrong' if self.ok else 'something is wrong'}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [("page", str(self.page)), *self.verification._rows()]
 
 
 def summarize(directory: Path, source: Path | str | None, **options: Any) -> VerificationSummary:
@@ -52,7 +60,8 @@ def make_report(
     if verification is not None and (source or quant_ckpt_path):
         remedy = "The verification says what it was of"
         raise BadInput([Problem("--source", "a source beside --verification", "one or the other", remedy)])
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
+    if not is_remote(directory):
+        directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
     page = default_report_path(directory) if output is None else output
     check_report_path(page, directory)
     if verification is None:
@@ -71,3 +80,12 @@ def make_report(
         checkpoint = describe_directory(directory)
     write_report(page, render_report(checkpoint, summary))
     return Report(page, summary)
+
+
+def unverified_page(directory: Path) -> str:
+    """The page, as text, of an output whose values nobody has looked at: of its headers, or of its JSON files alone."""
+    try:
+        checkpoint = open_output(directory)
+    except BadInput:
+        checkpoint = describe_directory(directory)
+    return render_report(checkpoint)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.planning.dask_settings import settings_problems
-from pipeline.run.schedulers import run_threads
+from pipeline.run.threads import threaded
 
 Advance = Callable[[str, int, int], None]  # (level, bytes or values done, in all)
 
@@ -31,8 +31,7 @@ def run_tasks(
         graph[key] = Task(key, _numbered, number, function, *arguments)
         sizes.append(size)
     done, total = 0, sum(sizes)
-    results: Iterator[Any] = run_threads(graph, workers)
-    for number, value in results:
+    for number, value in threaded(graph, frozenset(graph), workers):
         done += sizes[number]
         advance(level, done, total)
         yield value

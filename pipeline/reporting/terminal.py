@@ -1,8 +1,7 @@
-"""Print plans, results and facts as tables in a terminal."""
+"""Print facts of sources, scratch and verifications as tables in a terminal."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,73 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import BadInput
-from pipeline.printed import escaped
+from pipeline.printed import escaped, many
 from pipeline.watching.consoles import PlainConsole
-from pipeline.watching.units import human_bytes, human_rate
+from pipeline.watching.units import human_bytes
 
 if TYPE_CHECKING:
-    from pipeline.planning.plans import Plan
-    from pipeline.run.execute import Result
     from pipeline.sinks.scratch_listing import ScratchCut
-
-
-def plan_table(plan: Plan) -> RenderableType:
-    """Make the tables of `headrace plan`."""
-    summary = plan.summary()
-    source = summary["source"]
-    facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    facts.add_row("source", source["path"])
-    size = human_bytes(source["bytes"])
-    named = source["dtype"] or ("packed" if plan.packed else "no type named")
-    facts.add_row("", f"{source['kind']}, {source['tensors']} tensors, {size}, {named}")
-    facts.add_row("family", f"{source['family']} ({source['architecture']})")
-    for phase in summary["phases"]:
-        facts.add_row("phase", f"{phase['name']}: {phase['tensors']} tensors in {phase['tasks']} tasks")
-    facts.add_row("graph", Text(plan.graph().line()))
-    block, piece = human_bytes(summary["block_bytes"]), human_bytes(summary["piece_bytes"])
-    facts.add_row("blocks", f"{block} a task, {piece} at a time, {summary['workers']} workers on {summary['scheduler']}")
-    peak, limit = human_bytes(summary["peak_memory_bytes"]), human_bytes(summary["memory_limit_bytes"])
-    facts.add_row("memory", f"{peak} projected, {limit} allowed")
-    facts.add_row("reads", _moved(summary["bytes_read"], "of the source", summary["scratch_bytes_read"], "of scratch"))
-    facts.add_row("writes", _moved(summary["bytes_written"], "into rank files", summary["scratch_bytes_written"], "to scratch"))
-    for stage, reason in summary["scratch_reasons"].items():
-        facts.add_row("scratch", f"after {stage}: {reason}")
-    for cut in summary["scratch"]:
-        facts.add_row("", f"{cut['path']}, {human_bytes(cut['bytes'])}{', reused' if cut['reused'] else ''}")
-    for reason, names in _by_reason(source["left_out"]).items():
-        facts.add_row("left out", f"{len(names)} tensors ({reason}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
-    for note in summary["notes"]:
-        facts.add_row("note", note)
-    for obstacle in summary["obstacles"]:
-        facts.add_row(Text("obstacle", style="red"), f"{obstacle}")
-    return Group(facts, "", *(_target_table(target) for target in summary["targets"]))
-
-
-def result_table(plan: Plan, result: Result) -> RenderableType:
-    """Make the tables of a finished conversion: the files that it wrote, its speed and its seconds by stage."""
-    parts: list[RenderableType] = [Text(f"Done in {result.seconds:.1f} s", style="bold")]
-    for target in plan.targets:
-        table = Table()
-        for column in ("file", "tensors", "size"):
-            table.add_column(column, justify="left" if column == "file" else "right")
-        for file in target.output.files:
-            table.add_row(str(file.path.name), str(len(file.tensors)), human_bytes(file.size_bytes))
-        table.add_row("config.json", "", human_bytes(len(target.output.config)))
-        parts += [str(target.output.directory), table]
-    parts.append(f"read {_moved(result.bytes_read, 'of the source', result.scratch_bytes_read, 'of scratch')}")
-    parts.append(f"wrote {_moved(result.bytes_written, 'into rank files', result.scratch_bytes_written, 'to scratch')}")
-    speed = human_rate((result.bytes_written + result.scratch_bytes_written) / result.seconds)
-    parts.append(f"{speed} written, peak memory {human_bytes(result.peak_memory_bytes)}")
-    stages = ", ".join(f"{stage} {values.get('seconds', 0):.1f} s" for stage, values in sorted(result.stages.items()))
-    parts.append(f"phases: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in result.phases.items())}")
-    parts.append(f"stages, summed over workers: {stages}")
-    return Group(*parts)
-
-
-def _moved(nbytes: int, where: str, scratch: int, there: str) -> str:
-    return f"{human_bytes(nbytes)} {where}" + (f", {human_bytes(scratch)} {there}" if scratch else "")
 
 
 def scratch_table(cuts: Sequence[ScratchCut]) -> RenderableType:
@@ -97,7 +35,7 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("path", facts["path"])
-    amounts = f"{_count(len(facts['files']), 'file')}, {_count(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
+    amounts = f"{many(len(facts['files']), 'file')}, {many(facts['tensors'], 'tensor')}, {human_bytes(facts['bytes'])}"
     table.add_row("source", f"{facts['kind']}, {amounts}")
     table.add_row("family", f"{facts['family'] or 'unknown'} ({facts['architecture'] or 'no architecture'})")
     shares = ", ".join(f"{dtype} {human_bytes(nbytes)}" for dtype, nbytes in facts["bytes_by_dtype"].items())
@@ -126,10 +64,6 @@ def source_table(facts: Mapping[str, Any]) -> RenderableType:
 def _way(way: Mapping[str, Any]) -> str:
     options = way["options"] or "as it is"
     return f"{options}, to {way['becomes']}: {way['says']}" if way["becomes"] else f"{options}: {way['says']}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def families_table(rows: Sequence[Mapping[str, Any]], texts: Iterable[str]) -> RenderableType:
@@ -164,27 +98,6 @@ def console(stderr: bool = False) -> PlainConsole:
     return made if made.is_terminal else PlainConsole(stderr=stderr, width=120)
 
 
-def _target_table(target: dict[str, Any]) -> RenderableType:
-    mapping = target["mapping"]
-    sizes = ", ".join(f"{key} {mapping[key]}" for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
-    table = Table()
-    for column in ("file", "tensors", "bytes", "size"):
-        table.add_column(column, justify="left" if column == "file" else "right")
-    for rank in target["ranks"]:
-        table.add_row(rank["file"], str(rank["tensors"]), f"{rank['bytes']:,}", human_bytes(rank["bytes"]))
-    free = target["free_bytes_there"]
-    there = "room there unknown" if free is None else f"{human_bytes(free)} free there"
-    state = "already written: nothing to do" if target["up_to_date"] else there
-    heading = Text(escaped(target["path"]), style="bold").append(f": {target['dtype']}, {sizes}", style="not bold")
-    return Group(heading, table, f"{human_bytes(target['bytes'])} needed, {state}")
-
-
-def _by_reason(left_out: dict[str, str]) -> dict[str, list[str]]:
-    """The names of tensors that are left out, by the reason for it."""
-    reasons = Counter(left_out.values())
-    return {reason: sorted(name for name, why in left_out.items() if why == reason) for reason in reasons}
-
-
 def verification_table(summary: Mapping[str, Any]) -> RenderableType:
     """Make the tables of `headrace verify`.
 
@@ -200,20 +113,17 @@ def verification_table(summary: Mapping[str, Any]) -> RenderableType:
     """
     integrity = summary["integrity"]
     parts: list[RenderableType] = [Text(escaped(summary["directory"]), style="bold")]
-    sums = f"{integrity['checksums']} checksums" if integrity["checksums"] else "no checksums"
-    parts.append(
-        f"integrity: {integrity['tensors']} tensors, {human_bytes(integrity['bytes'])}, {sums}, {integrity['seconds']:.1f} s"
-    )
+    sums = many(integrity["checksums"], "checksum") if integrity["checksums"] else "no checksums"
+    amounts = f"{many(integrity['tensors'], 'tensor')}, {human_bytes(integrity['bytes'])}, {sums}"
+    parts.append(f"integrity: {amounts}, {integrity['seconds']:.1f} s")
     if summary["round_trip"]:
         parts.append(f"round trip with {summary['source']}: {summary['round_trip']['seconds']:.1f} s")
         parts.append(_errors_table(summary["round_trip"]["tensors"]))
     if summary["logits"]:
-        parts.append(f"logits of {summary['logits']['tokens']} tokens: {summary['logits']['seconds']:.1f} s")
+        parts.append(f"logits of {many(summary['logits']['tokens'], 'token')}: {summary['logits']['seconds']:.1f} s")
         parts.append(_logits_table(summary["logits"]["comparisons"]))
     count = len(summary["findings"])
-    parts.append(
-        Text(f"{count} finding{'s' if count > 1 else ''}", style="bold red") if count else Text("nothing wrong", style="bold green")
-    )
+    parts.append(Text(many(count, "finding"), style="bold red") if count else Text("nothing wrong", style="bold green"))
     return Group(*parts)
 
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
-from pipeline.planning.plans import VERSION
 from pipeline.reporting.one_reading import match, read_once
 from pipeline.reporting.tasks import Advance
+from pipeline.tensor.bucket import object_size
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from pipeline.tensor.tensors import Source, tensor_bytes
+from pipeline.version import VERSION
 from stages.read import find_source
-from stages.read.ranks import open_checkpoint
+from stages.read.ranks import open_checkpoint, refuse_source
 from stages.read.tokenizer import open_tokenizer
 from stages.verify.contract.integrity import checksums, headers
 from stages.verify.roundtrip.scalars import check_scalars
@@ -144,9 +146,10 @@ def verify(
     started = time.perf_counter()
     workers = workers or min(os.cpu_count() or 1, 8)
     advance = advance or _silent
-    if not (directory / "config.json").is_file():
+    if not _begun(directory):
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
+    refuse_source(directory)
     if logits and source is None:
         raise BadInput(
             [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]
@@ -191,6 +194,12 @@ def verify(
 def open_output(directory: Path) -> Checkpoint:
     """Open the headers of a finished output. Raises BadInput where it is none, or cannot be read."""
     return open_checkpoint(directory)
+
+
+def _begun(directory: Path) -> bool:
+    """Whether an output has its config.json."""
+    mark = directory / "config.json"
+    return object_size(str(mark)) is not None if is_remote(directory) else mark.is_file()
 
 
 def _silent(*_: Any) -> None:

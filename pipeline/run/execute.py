@@ -6,26 +6,30 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.calibration.layer_task import LayerDone
 from pipeline.errors import BadInput, Interrupted, SourceChanged, WriteFailed
+from pipeline.planning.bind import BoundGroup
 from pipeline.planning.build_steps import BuildStep
 from pipeline.planning.dask_graph import Finish, no_builds, stage_graph
 from pipeline.planning.descriptors import open_files
 from pipeline.planning.listen import parse_listen
 from pipeline.planning.memory import scratch_window
+from pipeline.planning.moments import Moment
 from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
+from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
 from pipeline.run.workers import check_workers
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.process import peak_memory_bytes
 from pipeline.tensor.system_errors import refusing, sentence
-from pipeline.watching.listener import Listener, Silent
-from pipeline.watching.process import peak_memory_bytes
+from pipeline.watching.listener import LayerListener, Listener, Silent
 from pipeline.watching.state import RunWatch
 from stages.write import Written
 
@@ -43,42 +47,6 @@ class Builds(Protocol):
     def halt(self) -> None: ...
     def left(self) -> str: ...
     def built(self) -> tuple[Built, ...]: ...
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine that is there. `seconds`: of its builders, summed; 0 where nothing was to do."""
-
-    directory: Path
-    seconds: float = 0.0
-    nbytes: int = 0
-    attempts: int = 0
-    up_to_date: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a conversion. Sizes in bytes, times in seconds.
-
-    `bytes_read`: of the source, each byte once. `bytes_written`: into rank files, without headers and padding. Those of scratch are
-    apart, and what an earlier, interrupted run moved is in none of them.
-    `stages`: seconds and bytes by stage, summed over workers. `phases`: seconds by phase.
-    `seconds`: until the last output was whole; engines have their own.
-    `resumed_tasks`: how many of the plan's tasks an earlier, interrupted run had done. `engines`: what was built of the outputs.
-    """
-
-    outputs: tuple[Path, ...]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory_bytes: int
-    stages: Mapping[str, Mapping[str, float]] = field(repr=False)
-    phases: Mapping[str, float] = field(repr=False, default_factory=dict)
-    up_to_date: bool = False
-    resumed_tasks: int = 0
-    engines: tuple[Built, ...] = ()
-    scratch_bytes_read: int = 0
-    scratch_bytes_written: int = 0
 
 
 def execute(
@@ -102,8 +70,9 @@ def execute(
     """
     started = time.perf_counter() if started is None else started
     outputs = tuple(path for target in plan.targets for path in target.output.paths)
-    plan = _tidy(plan)
-    up_to_date = plan.up_to_date and not plan.job.overwrite
+    with refusing(_places(plan), "a place that can be looked at"):
+        plan = _tidy(plan)
+        up_to_date = plan.up_to_date and not plan.job.overwrite
     if up_to_date:
         for cut in plan.scratch:
             cut.release()
@@ -150,6 +119,7 @@ class _Run:
         self.left = LeftToDo(plan)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
+        self.moments: list[Moment] = []  # of tasks that are not in the graph
         self.result: Result | None = None
 
     def pending(self) -> dict[Path, int]:
@@ -167,12 +137,13 @@ class _Run:
             f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
         ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
-        for listener in (self.watch, self.listener):
-            listener.started(plan, dashboard, total, done, self.resumed_tasks)
+        self.watch.started(plan, dashboard, total, done, self.resumed_tasks)
         outputs = self.left.phases[-1]
         inputs = {group.number: group.inputs for left in self.left.phases for group in left.groups}
         self.watch.entered(outputs.sinks, outputs.written(), inputs)
-        self.watch.bound((group for left in self.left.phases for group in left.groups), steps)
+        groups = (group for left in self.left.phases for group in left.groups)
+        self.watch.bound(groups, steps, len(self.left.calibrations))
+        self.listener.started(plan, dashboard, total, done, self.resumed_tasks)
 
     def do(self, session: Session, steps: Sequence[BuildStep] = ()) -> None:
         """Run what is left: first what only this process can read, then the one graph of all the rest."""
@@ -180,42 +151,53 @@ class _Run:
         with ExitStack() as stack:
             made = (Committer(dict(enumerate(each.journals.values())), each.vouched()) for each in left.phases)
             committers = [stack.enter_context(each) for each in made]
-            here = [each for each in left.phases if each.phase.here and each.groups]
+            last = left.phases[-1]
+            here = [each for each in left.phases[:-1] if each.phase.here and each.groups]
             for each in here:
                 graph = stage_graph(each.groups, known=left.known, name=thread_name)
                 for result in run_threads(graph, workers):
                     self._advanced(result, committers)
+                    self.moments.append(Moment(result.ended, result.bytes_written, result.memory_bytes))
                     left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
             clustered = session.client is not None
             # Of workers elsewhere nobody knows how many files they may open.
             journals = sum(len(each.journals) for each in left.phases)
             counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
             groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
+            run = session.run
+            if last.phase.here:
+                self._fill_scratch([group for group in groups if not group.is_last], committers, session)
+                groups, clustered, run = list(last.groups), False, lambda graph: run_threads(graph, workers)
             graph = stage_graph(
                 groups,
                 finishes,
+                calibrations=self.left.calibrations,
                 builds=steps,
                 halt=self.builds.halt if self.builds else no_builds,
                 in_turn=not clustered,
                 known=left.known,
-                window=scratch_window(workers) if clustered else None,
+                window=scratch_window(_threads(session, workers)) if clustered else None,
                 name=int if clustered else thread_name,
-                run_mark=uuid.uuid4().hex[:8] if self.plan.job.elsewhere else "",
+                run_mark=_mark(self.plan),
                 synchronize=self.plan.job.elsewhere,
                 **counted,
                 pool=left.pool(),
+                uploads=left.uploads(),
             )
             if self.builds:
                 self.builds.whole(None)
             unfinished = len(groups) + len(finishes)
             if not unfinished and not self._converted(stack, session):
                 return
-            with closing(session.run(graph)) as results:
+            with closing(run(graph)) as results:
                 for result in results:
                     if isinstance(result, int):
                         self._whole(result, committers[-1])
                     elif isinstance(result, Written):
                         self._advanced(result, committers)
+                    elif isinstance(result, LayerDone):
+                        self._calibrated(result)
+                        continue
                     else:
                         self._built(result)
                         continue
@@ -223,10 +205,19 @@ class _Run:
                     if not unfinished and not self._converted(stack, session):
                         return
 
+    def _fill_scratch(self, groups: Sequence[BoundGroup], committers: Sequence[Committer], session: Session) -> None:
+        """Have the workers write all chunks of scratch, which this process then assembles."""
+        if not groups:
+            return
+        with closing(session.run(stage_graph(groups, known=self.left.known, run_mark=_mark(self.plan)))) as results:
+            for result in results:
+                self._advanced(result, committers)
+                self.left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
+
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
         self.watch.finished()
-        if self.result is None:
+        if self.result is None or self.builds:
             self.listener.finished()
 
     def _finishes(self) -> list[Finish]:
@@ -239,8 +230,9 @@ class _Run:
         read, again = sum(source.values()), sum(scratch.values())
         # A run that reads scratch alone need not see the source, nor need its workers.
         files = () if self.plan.source.in_memory or not read else self.plan.source.files
+        more = tuple(self.moments), int(self.plan.budget.limit_bytes), tuple(cut.stage for cut in self.plan.scratch)
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files)
+            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files, *more)
             for place, (number, journal) in enumerate(outputs.journals.items())
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
@@ -261,6 +253,12 @@ class _Run:
         if self.builds:
             self.builds.whole(number)
 
+    def _calibrated(self, result: LayerDone) -> None:
+        """Take in the result of a layer that is calibrated: what it left is on the disk."""
+        self.watch.calibrated(result)
+        if isinstance(self.listener, LayerListener):
+            self.listener.calibrated(result.layer + 1, result.layers, self.watch.calibration_seconds_left or 0.0)
+
     def _built(self, result: Any) -> None:
         """Take in the result of a build."""
         assert self.builds
@@ -275,7 +273,8 @@ class _Run:
         self.left.close()
         for cut in self.plan.scratch:
             cut.release()
-        self.listener.finished()
+        if not self.builds:
+            self.listener.finished()
         watch = self.watch
         self.result = Result(
             tuple(path for target in self.plan.targets for path in target.output.paths),
@@ -324,9 +323,21 @@ def _tidy(plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, *damaged)) if damaged else plan
 
 
+def _threads(session: Session, planned: int) -> int:
+    """How many tasks a cluster runs at once: what is planned for this process, or as many as its workers have threads."""
+    return max(planned, sum(map(int, session.client.nthreads().values())))
+
+
 def _directories(plan: Plan) -> list[Path]:
-    """Every local directory that tasks of a plan are to write."""
-    return [sink.directory for phase in plan.phases for sink in phase.sinks if sink.local_bytes and not sink.complete]
+    """Every local directory that tasks of a plan are to write, on workers."""
+    sinks = [sink for phase in plan.phases if not phase.here for sink in phase.sinks]
+    places = [sink.directory for sink in sinks if sink.local_bytes and not sink.complete]
+    return [*places, *([plan.calibrating.plan.activations.directory] if plan.calibrating else ())]
+
+
+def _mark(plan: Plan) -> str:
+    """A part of the keys of a run's tasks, for a scheduler that may have those of others."""
+    return uuid.uuid4().hex[:8] if plan.job.elsewhere else ""
 
 
 def _places(plan: Plan) -> str:

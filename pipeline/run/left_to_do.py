@@ -7,10 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.calibration.layer_task import LayerCall
 from pipeline.errors import BadInput
 from pipeline.planning.bind import BoundGroup, bind
 from pipeline.planning.phases import Phase, Sink
 from pipeline.planning.plans import Plan
+from pipeline.sinks.activations import ActivationScratch
+from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import Output
@@ -79,12 +82,15 @@ class LeftToDo:
     """The rest of a plan that a run does, its locks and journals, and the chunks of scratch that go when they were read.
 
     `phases`: of each phase, what is left. `known`: the parts of the chunks of scratch that are there, by the chunk's name.
+    `calibrations`: the layers that are to be calibrated.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.phases = [PhaseLeft(number, phase) for number, phase in enumerate(plan.phases)]
         self.known: dict[str, list[Part]] = {}
+        self.calibrations: tuple[LayerCall, ...] = ()
+        self._activations: ActivationScratch | None = None
         self._readers: dict[str, set[int]] = {}  # of chunks that are given up when nothing reads them any more
         self._owners: dict[str, ScratchGroup | RemoteGroup] = {}
 
@@ -95,6 +101,7 @@ class LeftToDo:
                 self._begin_scratch(phase, stack)
             else:
                 self._begin_outputs(phase, stack)
+        self._begin_calibration(stack)
 
     def _begin_outputs(self, left: PhaseLeft, stack: ExitStack) -> None:
         overwrite = self.plan.job.overwrite
@@ -104,8 +111,22 @@ class LeftToDo:
         for number in left.sinks:
             self._begin_sink(left, number, overwrite, stack)
         done = [frozenset(task for entry in journal.entries for task in entry["done"]) for journal in left.journals.values()]
-        todo = sorted(frozenset(range(len(left.phase.groups))) - frozenset.intersection(*done))
+        # Of an output that is whole no part is assembled again.
+        of_these = frozenset(
+            index for index in range(len(left.phase.groups)) if index not in (p := left.phase.parts) or p[index].sink in left.sinks
+        )
+        todo = sorted(of_these - frozenset.intersection(*done))
         left.groups = tuple(bind(self.plan, left.number, index, left.sinks) for index in todo)
+
+    def _begin_calibration(self, stack: ExitStack) -> None:
+        """Begin a calibration, or take it up: the layers up to the last one of which a group that is left reads ranges."""
+        calibrating = self.plan.calibrating
+        last = max((group.inputs.layer for left in self.phases for group in left.groups), default=-1)
+        if calibrating is None or last < 0:
+            return
+        self._activations = calibrating.plan.begin()
+        stack.callback(self._activations.close)
+        self.calibrations = calibrating.calls(calibrating.plan.activations.layers_done, last + 1)
 
     def _begin_scratch(self, left: PhaseLeft, stack: ExitStack) -> None:
         """Begin a cut of which chunks are needed: those that the groups left to do read, or all, where it is kept and not whole.
@@ -127,9 +148,10 @@ class LeftToDo:
         known = {chunk: parts for journal in left.journals.values() for chunk, parts in chunk_parts(journal.entries).items()}
         groups = [bind(self.plan, left.number, index, sinks) for index in range(len(left.phase.groups))]
         keep = any(cut.kept for cut in cuts)
-        wanted = {chunk for group in groups for chunk in group.writes} if keep else needed
-        # After `shard` several groups write to one chunk: it is there when the parts of all of them are.
+        # After `shard` several groups write to one chunk: it is there when the parts of all of them are. One of padding alone
+        # nobody writes, nor reads.
         whole_chunks = _offsets(groups)
+        wanted = whole_chunks.keys() if keep else needed & whole_chunks.keys()
         absent = {
             chunk
             for chunk in wanted
@@ -156,12 +178,23 @@ class LeftToDo:
         if not journal.entries:
             stack.enter_context(_Undo(sink, journal, created))
 
+    def uploads(self) -> dict[str, str]:
+        """The ids of the uploads of rank files, by the file's URL."""
+        last = self.phases[-1]
+        found: dict[str, str] = {}
+        for number, journal in last.journals.items():
+            sink = last.phase.sinks[number]
+            found |= sink.uploads(journal.entries) if isinstance(sink, BucketOutput) else {}
+        return found
+
     def abandon(self) -> None:
         """Remove what the run has made of sinks that are not whole."""
         for left in self.phases:
             for number, journal in left.journals.items():
                 if not left.phase.sinks[number].complete:
                     left.phase.sinks[number].abandon(journal, left.created[number])
+        if self._activations:
+            self._activations.remove()
 
     def free(self, number: int) -> None:
         """Give up the chunks that only the group of this number was still to read."""
@@ -169,7 +202,7 @@ class LeftToDo:
             self._readers[chunk].discard(number)
             if not self._readers[chunk]:
                 del self._readers[chunk]
-                self._owners[chunk].free(chunk)
+                self._owners[chunk].free(chunk, pooled=not self.plan.job.elsewhere)
 
     def whole(self, number: int) -> Journal:
         """Note that an output is whole, by its number: returns its journal, which nothing here looks at any more."""
@@ -180,13 +213,20 @@ class LeftToDo:
         return max(n for n in range(len(self.phases)) if self.plan.first_group(n) <= number)
 
     def pool(self) -> str:
-        """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none."""
+        """The directory of files that new chunks may take: that of the last cut here of which chunks are given up; "" for none.
+
+        A worker elsewhere that a cluster has given up may still be writing to a chunk: its file becomes no other chunk's.
+        """
+        if self.plan.job.elsewhere:
+            return ""
         cuts = [sink for left in self.phases for sink in left.phase.sinks if isinstance(sink, ScratchGroup) and not sink.keep]
         # Padding is what nobody writes: a chunk of rank tensors needs a file of zeros.
         return str(cuts[-1].pool) if cuts and not any(cut.of_ranks for cut in cuts) else ""
 
     def close(self) -> None:
-        """After a run that ended well: whole outputs need no journal, and a cut that is kept is whole."""
+        """After a run that ended well: whole outputs need no journal, a cut that is kept is whole, and ranges are read."""
+        if self._activations and not self.plan.job.keep_scratch:
+            self._activations.remove()
         for left in self.phases:
             for number, journal in left.journals.items():
                 sink = left.phase.sinks[number]

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem, SourceChanged
 from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.job import make_job
-from pipeline.planning.keywords import Dtype, LoadOptions
+from pipeline.planning.keywords import Dtype, LoadOptions, naming_keywords
 from pipeline.planning.target_options import Shape
 from pipeline.tensor.placement import Placement, Region, extent, intersect, pieces, shift, slices
 from pipeline.tensor.system_errors import refusing
@@ -130,6 +130,7 @@ def as_torch(values: np.ndarray, dtype: str) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
+@naming_keywords(LoadOptions)
 def load_from_hf_checkpoint(
     model_dir: str | Path,
     *,
@@ -172,6 +173,7 @@ def load_from_hf_checkpoint(
     return _load({**source, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
+@naming_keywords(LoadOptions)
 def load_from_hf_llama(
     model: Any,
     *,
@@ -204,6 +206,7 @@ def load_from_hf_llama(
     return _load(options, model, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
+@naming_keywords(LoadOptions)
 def load_from_meta_llama(
     meta_ckpt_dir: str | Path,
     *,
@@ -236,6 +239,7 @@ def load_from_meta_llama(
     return _load({"meta_ckpt_dir": meta_ckpt_dir, **options}, None, (tp_size, tp_rank), (pp_size, pp_rank), dtype)
 
 
+@naming_keywords(LoadOptions)
 def load_from_gptq_llama(
     quant_ckpt_path: str | Path,
     *,

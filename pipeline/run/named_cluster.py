@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
@@ -62,7 +63,10 @@ def security(files: Mapping[str, Any]) -> Any:
 
 
 def _class(path: str) -> Any:
-    """The class at a dotted path. Raises BadInput where there is none, or it is no cluster of Dask's."""
+    """The class at a dotted path, or the function that makes clusters, as SSHCluster is one.
+
+    Raises BadInput where there is none, or it is no cluster of Dask's.
+    """
     from distributed.deploy.cluster import Cluster
 
     module, _, name = path.rpartition(".")
@@ -72,6 +76,7 @@ def _class(path: str) -> Any:
         package = module.partition(".")[0].replace("_", "-") or path
         remedy = f"Run pip install {package}, if that is its package"
         raise BadInput([Problem("cluster.class", f"{path} ({error})", "a class that can be imported", remedy)]) from None
-    if not (isinstance(found, type) and issubclass(found, Cluster)):
+    made_by = isinstance(found, FunctionType) and name.endswith("Cluster")
+    if not (made_by or (isinstance(found, type) and issubclass(found, Cluster))):
         raise BadInput([Problem("cluster.class", f"{path}, which is no cluster of Dask's", "such as distributed.SSHCluster")])
     return found

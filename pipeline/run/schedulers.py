@@ -5,8 +5,6 @@ Each is a function that runs a graph and yields the tasks' results as they end.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +17,7 @@ from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.listen import Listen
 from pipeline.run.cluster import in_process_cluster, load_distributed
 from pipeline.run.sealed import sealed
+from pipeline.run.threads import threaded
 from pipeline.watching.conversion import serving
 
 if TYPE_CHECKING:
@@ -135,42 +134,8 @@ def run_synchronous(graph: Graph) -> Results:
 
 def run_threads(graph: Graph, workers: int) -> Results:
     """Run tasks on Dask's threads, in the order of its own choice; results come through a queue as tasks end."""
-    import dask.threaded
-
     tasks, wanted = _tasks(graph)
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def before(*_: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-
-    def after(key: Any, value: Any, *_: Any) -> None:
-        if key in wanted:
-            results.put(value)
-
-    def work() -> None:
-        try:
-            # As an argument: a context of callbacks is the process's, and would be told of its host's tasks as well.
-            told = [(None, None, before, after, None)]  # start, its state, before and after a task, finish
-            dask.threaded.get(tasks, [key for key in tasks if key in wanted], num_workers=workers, callbacks=told)
-        except BaseException as error:
-            results.put(error)
-        else:
-            results.put(None)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (value := results.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
-            yield value
-    finally:
-        stop.set()
-        if isinstance(graph, StageGraph) and thread.is_alive():
-            graph.halt()
-        thread.join()
+    return threaded(tasks, wanted, workers, graph.halt if isinstance(graph, StageGraph) else None)
 
 
 def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | None = None) -> Results:

@@ -30,6 +30,7 @@ def check_workers(client: Any, source: Sequence[Path], outputs: Sequence[Path]) 
     every worker that runs another version or does not see these as this process does.
     """
     wanted, expected = versions(), f"one file system that all workers see, as {os.uname().nodename} does"
+    remedy = "Where there is none, give --scratch a URL and --scratch_after shard: this process then writes the rank files"
     files = {str(path): path.stat().st_size for path in source[:SEEN]}
     with _probes({existing(output) for output in outputs}) as probes:
         answers = _answers(client, look, files, probes)
@@ -46,7 +47,7 @@ def check_workers(client: Any, source: Sequence[Path], outputs: Sequence[Path]) 
                 problems.append(Problem(host, found, versioned, "Install the same versions on all of them"))
             problems += [Problem(host, f"{path}: {what}", expected) for path, what in said["wrong"].items()]
             problems += [
-                Problem(host, f"{place}: a file that it wrote there is not seen here", expected)
+                Problem(host, f"{place}: a file that it wrote there is not seen here", expected, remedy)
                 for place, token in probes.items()
                 if place not in said["wrong"] and not _seen(Path(place), token, said["name"])
             ]

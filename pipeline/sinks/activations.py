@@ -1,13 +1,14 @@
 """Scratch of a calibration: the activations of all samples between two layers as a Zarr array, and the ranges of each layer done.
 
-A chunk is a sample. A layer counts as done when its activations and ranges are on the disk, which the journal says; then those
+A chunk is a sample. A layer is done when its ranges are there, which are written when its activations are on the disk; then those
 before it are removed.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +20,42 @@ from pipeline.sinks.syncing import sync_tree
 from pipeline.sinks.zarr_files import write_array, write_group
 from pipeline.tensor.system_errors import naming
 
+TOKENS = "tokens.safetensors"  # in the directory: those that were made of texts
 
-class ActivationScratch:
-    """The scratch of one calibration, locked while it is open.
 
-    `shape`: of the activations between two layers, [samples, tokens, hidden]. `identity`: what they depend on; scratch of another
-    calibration is made anew. Raises BadInput where another calibration is at work on it.
+@dataclass(frozen=True)
+class Activations:
+    """The files of one calibration's scratch.
+
+    `shape`: of the activations between two layers, [samples, tokens, hidden]. `source`: the model's place, for people.
+    `identity`: of all that the values depend on.
     """
 
-    def __init__(self, directory: Path, shape: tuple[int, int, int], dtype: np.dtype, source: str, identity: str) -> None:
-        self.directory, self.shape, self.dtype, self.source = directory, shape, dtype, source
-        directory.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(directory / JOURNAL)
-        if self._journal.owner != {"calibration": identity}:
-            self._clear()
-            self._journal.start({"calibration": identity})
-            write_group(directory, {"source": source, "calibration": identity})
-        self.layers_done = len([entry for entry in self._journal.entries if entry.get("done")])
+    directory: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    source: str
+    identity: str
 
     @property
     def nbytes(self) -> int:
         """The most bytes of activations that it holds."""
         return 2 * int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def layers_done(self) -> int:
+        """How many layers are done, from the first one on."""
+        layer = 0
+        while self.ranges_of(layer).is_file():
+            layer += 1
+        return layer
+
+    def samples_done(self, layer: int) -> int:
+        """How many samples have gone through a layer that is not done yet."""
+        try:
+            return sum(1 for _ in (self._array(layer) / "c").iterdir())
+        except OSError:  # it is not begun, or just removed
+            return 0
 
     def begin(self, layer: int) -> None:
         """Make the array of what comes out of a layer."""
@@ -62,16 +77,36 @@ class ActivationScratch:
 
     def finish(self, layer: int, ranges: Mapping[str, np.ndarray]) -> None:
         """Note that a layer is done, with its ranges; what went into it is removed."""
-        write_arrays(self.ranges_of(layer), ranges)
         sync_tree(self._array(layer))
-        self._journal.append({"done": [layer], "sums": []})
-        self._journal.synced()
-        self.layers_done = layer + 1
+        write_arrays(self.ranges_of(layer), ranges)
         shutil.rmtree(self._array(layer - 1), ignore_errors=True)
 
     def ranges_of(self, layer: int) -> Path:
         """The file of a layer's ranges."""
         return self.directory / f"ranges.{layer}.safetensors"
+
+    def _array(self, layer: int) -> Path:
+        return self.directory / f"after.{layer}"
+
+    def _chunk(self, layer: int, sample: int) -> Path:
+        return self._array(layer) / "c" / str(sample) / "0" / "0"
+
+
+class ActivationScratch:
+    """The scratch of one calibration, locked while it is open.
+
+    Scratch of another calibration in that place is made anew. Raises BadInput where another run is at work on it.
+    """
+
+    def __init__(self, files: Activations, stage: str = "calibrate") -> None:
+        self.files = files
+        files.directory.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(files.directory / JOURNAL)
+        owner = {"calibration": files.identity}
+        if self._journal.owner != owner:
+            self._clear()
+            self._journal.start(owner)
+            write_group(files.directory, {"headrace": "scratch", "stage": stage, "source": files.source, **owner})
 
     def close(self) -> None:
         """Leave it for another run to take up."""
@@ -81,17 +116,9 @@ class ActivationScratch:
         """Delete all of it."""
         self._clear()
         self._journal.remove()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.files.directory, ignore_errors=True)
 
     def _clear(self) -> None:
-        for path in self._others():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def _others(self) -> Iterator[Path]:
-        return (path for path in sorted(self.directory.iterdir()) if path.name != JOURNAL)
-
-    def _array(self, layer: int) -> Path:
-        return self.directory / f"after.{layer}"
-
-    def _chunk(self, layer: int, sample: int) -> Path:
-        return self._array(layer) / "c" / str(sample) / "0" / "0"
+        for path in sorted(self.files.directory.iterdir()):
+            if not path.name.startswith(JOURNAL):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from pipeline.tensor.filesystem import try_lock
 from pipeline.tensor.system_errors import naming
 
 if TYPE_CHECKING:
-    from stages.write import Checksum, Written
+    from stages.write import Written
 
 SYNCED: Mapping[str, Any] = {"done": [], "sums": [], "synced": True}
 COMMIT_SECONDS = 1.0  # between two commits: the work that a killed process may lose
@@ -106,24 +106,36 @@ class Journal:
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         with naming(self.path):
             size = os.fstat(self._file).st_size
-            lines = os.pread(self._file, size, 0).split(b"\n")
-        entries: list[dict[str, Any]] = []
-        valid_bytes = sure = 0  # `sure`: how many entries are certainly true of the files on disk
-        for line in lines[:-1]:
-            found = _parsed(line, first=not entries)
-            if found is None:
-                break
-            entries.append(found)
-            valid_bytes += len(line) + 1
-            boot = found.pop("boot")
-            # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
-            if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
-                sure = len(entries)
-        if sure < len(entries):
-            valid_bytes = sum(len(line) + 1 for line in lines[:sure])
-        with naming(self.path):
+            owner, entries, valid_bytes = told(os.pread(self._file, size, 0))
             os.ftruncate(self._file, valid_bytes)
-        return (entries[0], entries[1:sure]) if entries else (None, [])
+        return owner, entries
+
+
+def told(data: bytes) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """The owner that a journal names, the entries that are certainly true of the files on disk, and the bytes of these lines."""
+    lines = data.split(b"\n")
+    entries: list[dict[str, Any]] = []
+    sure = 0
+    for line in lines[:-1]:
+        found = _parsed(line, first=not entries)
+        if found is None:
+            break
+        entries.append(found)
+        boot = found.pop("boot")
+        # What was written in this boot, or flushed, is there. The first line only names the job, so it always counts.
+        if boot == boot_id() or entries[-1] == SYNCED or len(entries) == 1:
+            sure = len(entries)
+    valid_bytes = sum(len(line) + 1 for line in lines[:sure])
+    return (entries[0], entries[1:sure], valid_bytes) if entries else (None, [], 0)
+
+
+def look(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """A journal's owner and entries, without its lock and unchanged; nothing where there is none. Raises OSError."""
+    try:
+        owner, entries, _ = told(path.read_bytes())
+    except FileNotFoundError:
+        return None, []
+    return owner, entries
 
 
 def _parsed(line: bytes, first: bool) -> dict[str, Any] | None:
@@ -137,7 +149,8 @@ def _parsed(line: bytes, first: bool) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get("boot"), str):
         return None
-    return value if first or (_numbers(value.get("done")) and _sums(value.get("sums"))) else None
+    known = _numbers(value.get("done")) and _sums(value.get("sums")) and _uploaded(value)
+    return value if first or known else None
 
 
 def _numbers(values: Any) -> bool:
@@ -152,14 +165,30 @@ def _sums(values: Any) -> bool:
     )
 
 
+def _uploaded(value: dict[str, Any]) -> bool:
+    """Whether what an entry says of uploads is that: ids, and [rank, part, ETag, task] of each part."""
+    ids, parts = value.get("uploads", []), value.get("parts", [])
+    return (
+        isinstance(ids, list)
+        and isinstance(parts, list)
+        and all(isinstance(each, list) and [type(value) for value in each] == [int, int, str, int] for each in parts)
+    )
+
+
 def boot_mark() -> str:
     """A name of the current boot that says nothing of the machine, to be kept in files that travel; "" where there is none."""
     return xxhash.xxh3_64_hexdigest(boot_id().encode()) if boot_id() else ""
 
 
-def entry(numbers: Sequence[int], checksums: Iterable[Checksum]) -> dict[str, Any]:
-    """Return a journal entry: the numbers of finished tasks, and the checksums of what they wrote, by rank or by chunk."""
-    return {"done": list(numbers), "sums": [[c.chunk or c.rank, c.offset, c.nbytes, c.xxh3] for c in checksums]}
+def entry(written: Sequence[Written], sink: int) -> dict[str, Any]:
+    """Return a journal entry: the numbers of finished tasks, the checksums of what they wrote to a sink, by rank or by chunk, and
+    what a store answered for the parts that they uploaded.
+
+    `sink`: its position among those written.
+    """
+    sums = [[c.chunk or c.rank, c.offset, c.nbytes, c.xxh3] for each in written for c in each.checksums if c.sink == sink]
+    parts = [[part.rank, part.number, part.etag, each.number] for each in written for part in each.parts if part.sink == sink]
+    return {"done": [each.number for each in written], "sums": sums, **({"parts": parts} if parts else {})}
 
 
 class Committer:
@@ -173,6 +202,7 @@ class Committer:
         self.journals = journals
         self._waiting: list[Written] = []
         self._unsynced: set[str] = set(earlier)
+        self._uploaded = False  # parts, which a store has, and which the journal is to say after a power cut too
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._stop = threading.Event()
@@ -211,15 +241,16 @@ class Committer:
         if not waiting:
             return
         self._unsynced |= {path for written in waiting for path in written.paths}
-        numbers = [written.number for written in waiting]
+        self._uploaded |= any(written.parts for written in waiting)
         with self._writing:
             for sink, journal in self.journals.items():
-                journal.append(entry(numbers, [c for written in waiting for c in written.checksums if c.sink == sink]))
+                journal.append(entry(waiting, sink))
 
     def sync(self) -> None:
         """Flush the files of all committed tasks to disk, and note that in every journal."""
         paths, self._unsynced = self._unsynced, set()
-        if paths:
+        uploaded, self._uploaded = self._uploaded, False
+        if paths or uploaded:
             sync_files(paths, missing_ok=True)
             for directory in sorted({Path(path).parent for path in paths}):
                 sync_directory(directory)

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
-from pipeline.sinks.journal import Journal, boot_mark
+from pipeline.sinks.journal import Journal, boot_mark, look
 from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
+from pipeline.tensor.bucket import object_size
 from pipeline.tensor.placement import Located, Region
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 if TYPE_CHECKING:
@@ -80,6 +82,16 @@ class Output:
         return self.directory / CONFIG
 
     @property
+    def marked(self) -> bool:
+        """Whether that file is there."""
+        return self.mark.exists()
+
+    @property
+    def local_mark(self) -> str:
+        """Its path, for tasks that look whether the output is whole; "" where it is on no file system."""
+        return str(self.mark)
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The paths of all files that the complete directory holds."""
         names = (CONFIG, PROVENANCE, *(path.name for path in self.copies))
@@ -100,6 +112,13 @@ class Output:
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
         """Yield where the bytes of a region of a rank's tensor lie."""
         return self.files[rank].tensors[tensor].locate(region)
+
+    def owner(self, tasks: int) -> dict[str, Any]:
+        """The first line of the journal; `of`: the part of the provenance that says how another conversion differs from this."""
+        source, options = self.provenance.get("source", {}), self.provenance.get("options", {})
+        of = {"source": {"path": source["path"]} if "path" in source else {}, "options": dict(options)}
+        copied = [path.name for path in self.copies]
+        return {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": copied, "of": of}
 
     def begin(self, tasks: int, fresh: bool) -> Journal:
         """Lock the directory and resume what an interrupted run left there, or clear it and reserve every rank file at full size.
@@ -122,7 +141,7 @@ class Output:
             Another job is at work on the directory, it cannot be written, or there is no room. The directory is left as it was.
         """
         created = missing(self.directory)
-        owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": [path.name for path in self.copies]}
+        owner = self.owner(tasks)
         journal = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -145,6 +164,14 @@ class Output:
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
             passing = error.errno in PASSING
             raise BadInput([Problem(str(self.directory), found, expected, remedy, passing=passing)]) from None
+
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The entries of an interrupted run of this plan, as `begin` would take them up; nothing changes."""
+        with suppress(OSError):
+            owner, entries = look(self.directory / JOURNAL)
+            if owner == self.owner(tasks) and all(file.is_begun() for file in self.files):
+                return entries
+        return []
 
     def finish(self, entries: Iterable[Mapping[str, Any]], timings: Mapping[str, Any]) -> None:
         """Rename the rank files to their final names and write the other files, config.json last: then the directory is complete.
@@ -246,7 +273,12 @@ class Output:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a conversion has ended in a directory: its config.json is there, and no journal."""
+    """Whether a conversion has ended in a directory: its config.json is there, and no journal.
+
+    Of one in object storage config.json says it alone. Raises OSError where a store cannot be asked.
+    """
+    if isinstance(directory, RemotePath):
+        return object_size(str(directory / CONFIG)) is not None
     return (directory / CONFIG).exists() and not (directory / JOURNAL).exists()
 
 

@@ -15,8 +15,14 @@ import xxhash
 
 from pipeline.documents import MAX_BYTES, parse_json, read_document, read_object
 from pipeline.errors import BadInput, Problem
+from pipeline.sinks import hold
+from pipeline.sinks.bucket_checks import taken_there
+from pipeline.sinks.bucket_output import BucketOutput
+from pipeline.sinks.differences import differences
 from pipeline.sinks.output import CONFIG, JOURNAL, PROVENANCE, Output
 from pipeline.tensor.filesystem import NOT_THERE
+from pipeline.tensor.remote_path import is_remote
+from pipeline.tensor.units import human_bytes
 
 T = TypeVar("T")
 
@@ -76,18 +82,39 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
     """Check that no output replaces a conversion, finished or not, of another source or other options without `overwrite`."""
     problems = []
     for output in outputs:
-        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
         if overwrite or output.complete:
             continue
+        if isinstance(output, BucketOutput):
+            problems += taken_there(output, _owner(output.journal).get("id"))
+            continue
+        finished, begun = output.directory / CONFIG, output.directory / JOURNAL
         files = ((finished, output.config), (output.directory / PROVENANCE, ""))
         torn = [path for path, intended in files if path.exists() and _torn(path, intended)]
         whole = finished.exists() and not torn
         said = (_owner(begun), _provenance(output.directory) if finished.exists() else {})
         if whole or {str(each["id"]) for each in said if "id" in each} - {output.id}:
-            found = f"{'a finished' if whole else 'an unfinished'} conversion of another source or with other options"
+            differs = next(filter(None, (differences(_of_conversion(each), output.provenance) for each in said)), "")
+            found = (
+                f"{'a finished' if whole else 'an unfinished'} conversion {differs or 'of another source or with other options'}"
+            )
             remedy = "Give --overwrite to start afresh"
             problems.append(Problem(f"--output_dir {output.directory}", found, "a new directory, or the same request", remedy))
     return problems
+
+
+def check_held(outputs: Sequence[Output]) -> list[Problem]:
+    """Check by the notes that jobs leave that none is at work on an output; a lock, which might be in its way, is not taken."""
+    problems: list[Problem] = []
+    for journal in (output.directory / JOURNAL for output in outputs):
+        found = hold.holder(hold.place(journal))
+        if found and not found.gone and (found.seen or found.boot != hold.boot_id()):
+            problems += hold.busy(journal, found).problems
+    return problems
+
+
+def _of_conversion(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A provenance: headrace.json's, or the part of it that a journal's first line has under `of`."""
+    return said["of"] if isinstance(said.get("of"), Mapping) else said if "options" in said else {}
 
 
 def _owner(path: Path) -> dict[str, Any]:
@@ -136,16 +163,19 @@ def check_space(needs: Mapping[Path, int]) -> list[Problem]:
     for device, nbytes in needed.items():
         free = free_bytes(names[device])
         if free is not None and nbytes > free:
-            found, remedy = f"{free:,} bytes free", f"Free {nbytes - free:,} bytes, or choose another disk"
-            problems.append(Problem(f"--output_dir {names[device]}", found, f"{nbytes:,}", remedy, passing=True))
+            found, remedy = f"{human_bytes(free)} free", f"Free {human_bytes(nbytes - free)}, or choose another disk"
+            expected = f"room for {human_bytes(nbytes)} ({nbytes - free:,} bytes more)"
+            problems.append(Problem(f"--output_dir {names[device]}", found, expected, remedy, passing=True))
     return problems
 
 
 def free_bytes(directory: Path) -> int | None:
     """Return the free bytes of the file system that `directory` is on, or would be on once it is made; None where it does not say.
 
-    Some network file systems and FUSE say that they have 0 bytes in all: that is no full disk.
+    Some network file systems and FUSE say that they have 0 bytes in all: that is no full disk. Object storage says nothing.
     """
+    if is_remote(directory):
+        return None
     try:
         usage = _nearest(directory, shutil.disk_usage)
     except OSError as error:

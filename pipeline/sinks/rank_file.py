@@ -15,7 +15,9 @@ from pathlib import Path
 from pipeline.model.dtypes import BY_TARGET, FILE_ORDER
 from pipeline.sinks.reserve import reserve
 from pipeline.tensor.placement import Located, RankTensor, Region, contiguous
+from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.system_errors import naming
+from stages.write.open_files import PARTIAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,16 @@ class RankFile:
         """
         if not self.partial.exists() and self.path.exists():
             self.path.replace(self.partial)
+        return self._made(self.partial)
+
+    def is_begun(self) -> bool:
+        """Whether `begun` would say so; nothing is renamed."""
+        return self._made(self.partial if self.partial.exists() else self.path)
+
+    def _made(self, path: Path) -> bool:
+        """Whether a file has this header and size."""
         try:
-            with self.partial.open("rb") as file:
+            with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_size == self.size_bytes and file.read(len(self.header)) == self.header
         except OSError:
             return False
@@ -88,8 +98,10 @@ class RankFile:
 
 
 def partial_name(path: Path) -> Path:
-    """Return the path that a file has while it is being written."""
-    return path.with_name(path.name + ".partial")
+    """Return the path that a file has while it is being written; in object storage a file is there when it is whole."""
+    if isinstance(path, RemotePath):
+        return path
+    return path.with_name(path.name + PARTIAL)
 
 
 def rank_file(path: Path, tensors: Sequence[RankTensor]) -> RankFile:

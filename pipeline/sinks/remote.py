@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pipeline.documents import MAX_BYTES, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import of_numpy
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.scratch import served
 from pipeline.sinks.zarr_files import METADATA, array_attributes
 from pipeline.tensor.blocks import Part
@@ -79,11 +80,15 @@ class RemoteGroup:
         attributes = self._attributes()
         return attributes.get("id") == self.id and bool(attributes.get("complete"))
 
-    def locate(self, _rank: int, tensor: str, region: Region) -> Iterator[Located]:
-        """Yield the region itself, at the array's URL and with offset -1: zarr addresses chunks by region, not by bytes."""
-        array = self.arrays[0, tensor]
-        index = tuple(start // chunk for (start, _), chunk in zip(region, array.chunk_shape, strict=True))
-        yield Located(array.url, -1, region, array.chunk_name(index))
+    def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]:
+        """Yield the chunks of a region, which are whole, at the array's URL and with offset -1: zarr addresses them by region."""
+        array = self.arrays[rank, tensor]
+        ranges = [range(start, stop, chunk) for (start, stop), chunk in zip(region, array.chunk_shape, strict=True)]
+        for corner in itertools.product(*ranges):
+            index = tuple(start // chunk for start, chunk in zip(corner, array.chunk_shape, strict=True))
+            axes = zip(corner, array.chunk_shape, region, strict=True)
+            part = tuple((start, min(start + chunk, stop)) for start, chunk, (_, stop) in axes)
+            yield Located(array.url, -1, part, array.chunk_name(index))
 
     def begin(self, tasks: int, fresh: bool = False) -> Journal:
         """Create the group and its arrays, or take up what an earlier run left of it.
@@ -106,8 +111,8 @@ class RemoteGroup:
                 attributes = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}
                 marks = {"complete": False, "keep": self.keep, "outputs": list(self.outputs)}
                 group = zarr.create_group(self.url, zarr_format=3, overwrite=True, attributes={**attributes, **marks})
-                for (_, name), array in self.arrays.items():
-                    _add_array(group, name, array)
+                for array in self.arrays.values():
+                    _add_array(group, array.url.removeprefix(f"{self.url}/"), array)
         except (OSError, ValueError, ImportError) as error:
             journal.remove()
             raise BadInput([Problem(f"--scratch {self.url}", str(error), "a store that can be written")]) from None
@@ -115,6 +120,14 @@ class RemoteGroup:
         if recorded:
             journal.append(sums_entry(recorded))
         return journal
+
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The journal's entries of what `begin` would take up; nothing changes."""
+        with suppress(OSError):
+            owner, entries = look(self._journal)
+            if owner == {"headrace": "scratch", "id": self.id, "tasks": tasks} and self._attributes().get("id") == self.id:
+                return entries
+        return [sums_entry(recorded)] if (recorded := self.recorded()) else []
 
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
@@ -135,7 +148,7 @@ class RemoteGroup:
         # Zarr stores no chunk of zeros alone into an array that it has opened again.
         return bool(parts) and (bool(files.exists(path)) or all(map(_of_zeros, parts)))
 
-    def free(self, chunk: str) -> None:
+    def free(self, chunk: str, pooled: bool = True) -> None:  # noqa: ARG002 (objects have no pool)
         """Remove a chunk that nothing reads any more."""
         import fsspec
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline.tensor.filesystem import allocate
+from pipeline.tensor.remote_path import RemotePath
 
 
 def reserve(path: Path, size_bytes: int) -> None:
@@ -21,5 +22,10 @@ def reserve(path: Path, size_bytes: int) -> None:
 
 
 def missing(directory: Path) -> Path | None:
-    """Return the topmost directory that must be made so that `directory` exists; None where it exists already."""
+    """Return the topmost directory that must be made so that `directory` exists; None where it exists already.
+
+    None in object storage, too, which has no directories.
+    """
+    if isinstance(directory, RemotePath):
+        return None
     return next((path for path in (directory, *directory.parents)[::-1] if not path.exists()), None)

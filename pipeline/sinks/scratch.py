@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.output import is_whole
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.syncing import sync_names, sync_tree
@@ -32,6 +32,7 @@ from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array
 from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
+from pipeline.tensor.remote_path import as_path
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
 JOURNAL = "headrace.journal"
@@ -168,6 +169,14 @@ class ScratchGroup:
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
             raise BadInput([Problem(subject, found, expected, remedy, passing=error.errno in PASSING)]) from None
 
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The journal's entries of what `begin` would take up; nothing changes."""
+        with contextlib.suppress(OSError):
+            owner, entries = look(self.directory / JOURNAL)
+            if owner == {"headrace": "scratch", "id": self.id, "tasks": tasks}:
+                return entries
+        return [sums_entry(recorded)] if (recorded := self.recorded()) else []
+
     def recorded(self) -> dict[str, list[Part]]:
         """The parts of the chunks of a finished cut, by chunk; nothing where no earlier run finished it."""
         attributes = read_attributes(self.directory)
@@ -207,13 +216,14 @@ class ScratchGroup:
         """Where the files of freed chunks wait to be written again: over memory that the system still holds for them."""
         return self.directory / POOL
 
-    def free(self, chunk: str) -> None:
-        """Give up a chunk that nothing reads any more: its file goes to the pool, or, where that is full, away."""
+    def free(self, chunk: str, pooled: bool = True) -> None:
+        """Give up a chunk that nothing reads any more: its file goes to the pool, or, where that is full or not used, away."""
         path = Path(chunk)
         with contextlib.suppress(FileNotFoundError):
             size = path.stat().st_size
-            self.pool.mkdir(exist_ok=True)
-            if self.of_ranks or size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
+            if pooled:
+                self.pool.mkdir(exist_ok=True)
+            if not pooled or self.of_ranks or size < POOLED_BYTES or len(os.listdir(self.pool)) >= POOL_FILES:  # noqa: PTH208 (names alone)
                 path.unlink()
             else:
                 path.rename(self.pool / pooled_name(size))
@@ -272,7 +282,7 @@ class ScratchGroup:
 def served(attributes: Mapping[str, Any]) -> bool:
     """Whether a cut is kept for some outputs alone, and all of them are whole."""
     outputs = attributes.get("outputs")
-    return isinstance(outputs, list) and bool(outputs) and all(is_whole(Path(str(output))) for output in outputs)
+    return isinstance(outputs, list) and bool(outputs) and all(is_whole(as_path(str(output))) for output in outputs)
 
 
 def scratch_id(*parts: Any) -> str:

@@ -25,12 +25,16 @@ class FileTensor(LazyTensor, Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config`: config.json. `ranks`: each rank file's tensors by name, rank 0 first. `provenance`: headrace.json, or nothing."""
+    """`config`: config.json. `ranks`: each rank file's tensors by name, rank 0 first. `provenance`: headrace.json, or nothing.
+
+    `files`: the names of all files that are there.
+    """
 
     directory: Path
     config: Mapping[str, Any]
     ranks: tuple[Mapping[str, FileTensor], ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
     @property
     def sm(self) -> int | str:

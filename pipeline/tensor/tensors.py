@@ -37,7 +37,8 @@ TensorMap = Mapping[TensorName, BlockArray]
 #                  and global_scale float32 [1]: weight = value * block_scale * global_scale
 #   input_scale    float32 [1], of activations; kv_scale float32 [1]; prequant [in], which activations are multiplied by;
 #   group_index    int32 [in], the group of each in-feature, where a source says it
-#   x_range        float32 [in], y_range float32 [out]: the largest magnitudes of what a linear takes and gives, over a calibration
+#   x_range        float32 [in], y_range float32 [out]: the largest magnitudes of what a linear takes and gives, over a calibration;
+#                  awq_scale float32 [in], what AWQ's search has found to multiply weights by
 AXES: Mapping[str, tuple[str, ...]] = {
     "weight": ("out", "in"),
     "bias": ("out",),
@@ -57,8 +58,10 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "kv_scale": ("one",),
     "x_range": ("in",),
     "y_range": ("out",),
+    "awq_scale": ("in",),
 }
-X_RANGE, Y_RANGE = "x_range", "y_range"
+X_RANGE, Y_RANGE, AWQ_SCALE = "x_range", "y_range", "awq_scale"
+MEASURED = (X_RANGE, Y_RANGE, AWQ_SCALE)  # by a calibration, on whichever linears it was asked for
 CODES = ("codes4", "codes8", "fp8", "fp4")  # what a quantized module has in the place of its weight
 
 AHEAD_BYTES = 4 << 20  # of codes that are made at once where a source is packed along its columns

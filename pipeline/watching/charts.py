@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pipeline.printed import in_html
-from pipeline.watching.units import human_bytes
+from pipeline.watching.units import human_bytes, human_rate
 
 WIDTH, HEIGHT = 620, 190
 LEFT, RIGHT, TOP, BOTTOM = 88, 12, 10, 24  # of the space round the lines
@@ -14,7 +14,7 @@ MOST_POINTS = 200  # of a line
 
 
 def timeline(
-    title: str, points: Sequence[tuple[float, float]], *, colour: str, suffix: str = "", limit: float | None = None
+    title: str, points: Sequence[tuple[float, float]], *, colour: str, rate: bool = False, limit: float | None = None
 ) -> str:
     """Return a line chart of bytes over the seconds of a run, as a section of the page.
 
@@ -24,13 +24,13 @@ def timeline(
         (seconds since the start, bytes) in the order of time.
     colour
         The class of the line: `blue` or `teal`.
-    suffix
-        Stands after the unit: `/s` for rates.
+    rate
+        The values are bytes per second, and their units decimal.
     limit
         Where a dashed line is drawn, in bytes; None for none.
     """
     seconds = max([1.0, *(x for x, _ in points)])
-    ceiling = _binary_ceiling(max([1.0, limit or 0.0, *(y for _, y in points)]) * 1.1)
+    ceiling = _ceiling(max([1.0, limit or 0.0, *(y for _, y in points)]) * 1.1, decimal=rate)
     across, down = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def height(value: float) -> float:
@@ -40,7 +40,7 @@ def timeline(
     for share in (0.0, 0.5, 1.0):
         y = height(ceiling * share)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        label = f"{human_bytes(ceiling * share)}{suffix}" if share else "0"
+        label = (human_rate if rate else human_bytes)(ceiling * share) if share else "0"
         parts.append(f'<text class="soft" text-anchor="end" x="{LEFT - 8}" y="{y + 4:.1f}">{label}</text>')
     for share in (0.0, 0.5, 1.0):
         anchor = ("start", "middle", "end")[round(share * 2)]
@@ -88,7 +88,7 @@ def bar_rows(title: str, rows: Sequence[tuple[str | tuple[str, str], float, str]
     return f'<section class="wide"><h2>{in_html(title)}</h2>{body}</section>'
 
 
-def _binary_ceiling(value: float) -> float:
-    """Round up to a multiple of a quarter of the largest power of two that is at most `value`."""
-    step = 2.0 ** (math.floor(math.log2(value)) - 2)
+def _ceiling(value: float, decimal: bool) -> float:
+    """Round up to a multiple of a fifth of the largest power of ten that is at most `value`, or of a quarter of that of two."""
+    step = 10.0 ** math.floor(math.log10(value)) / 5 if decimal else 2.0 ** (math.floor(math.log2(value)) - 2)
     return math.ceil(value / step) * step

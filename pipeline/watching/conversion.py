@@ -88,6 +88,7 @@ def health(watch: RunWatch) -> dict[str, Any]:
         "total_bytes": now.total_bytes,
         "tasks": now.tasks,
         "done_tasks": now.done_tasks,
+        **({"layers": now.layers, "calibrated_layers": now.calibrated_layers} if now.layers else {}),
         "idle_seconds": round(now.idle_seconds, 1),
         "eta_seconds": None if now.eta_seconds is None else round(now.eta_seconds, 1),
         "memory_bytes": now.memory_bytes,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 from pipeline.printed import in_html
-from pipeline.watching.nodes import BUILD, FINISH, SCRATCH, SOURCE, LiveEngine, LiveNode
+from pipeline.watching.nodes import BUILD, CALIBRATE, FINISH, SCRATCH, SOURCE, LiveEngine, LiveNode
 from pipeline.watching.state import Snapshot
 from pipeline.watching.units import human_bytes
 
@@ -84,11 +84,14 @@ def stage_box(node: LiveNode) -> Box:
     gigabytes = f"{node.nbytes / node.seconds / 1e9:.2f} GB/s" if node.seconds and node.nbytes else ""
     if node.name == FINISH:
         lines: tuple[str, ...] = ("renames files,", "config.json last", "")
+    elif node.name == CALIBRATE:
+        each = f"{node.seconds / node.done_tasks:.1f} s a layer" if node.done_tasks else ""
+        lines = (f"{human_bytes(node.nbytes)} read", f"{node.seconds:.1f} s", each)
     elif node.name == BUILD:
         lines = ("TensorRT-LLM's", "own builder", f"{node.seconds:.1f} s")
     else:
         lines = (human_bytes(node.nbytes), f"{node.seconds:.1f} s", gigabytes)
-    unit = "outputs" if node.name == FINISH else "tasks"
+    unit = {FINISH: "outputs", CALIBRATE: "layers"}.get(node.name, "tasks")
     share = node.done_tasks / node.tasks if node.tasks else 0.0
     look = "done" if node.done_tasks >= node.tasks else "busy" if node.done_tasks else ""
     text = f"{node.done_tasks} of {node.tasks} {unit}"

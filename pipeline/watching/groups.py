@@ -13,11 +13,10 @@ from typing import Any
 
 from distributed.dashboard.components import scheduler as components
 
-from pipeline.planning.bind import STAGES
-from pipeline.planning.dask_graph import RESULTS
+from pipeline.planning.dask_graph import ORDER
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
 
-ORDER = {stage: place for place, stage in enumerate((*STAGES, *RESULTS))}
+PLACES = {stage: place for place, stage in enumerate(ORDER)}
 MILLISECONDS = 200  # between two looks at the scheduler
 
 
@@ -71,7 +70,7 @@ def without_circles(dependencies: Mapping[str, Collection[str]]) -> dict[str, se
     """
 
     def place(name: str) -> int:
-        return ORDER.get(name, len(ORDER))
+        return PLACES.get(name, len(PLACES))
 
     edges = [(before, group) for group, all_before in dependencies.items() for before in all_before if before in dependencies]
     kept: dict[str, set[str]] = {group: set() for group in dependencies}

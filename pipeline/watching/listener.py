@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pipeline.planning.plans import Plan
@@ -19,6 +19,13 @@ class Listener(Protocol):
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None: ...
     def advanced(self, written: Written) -> None: ...
     def finished(self) -> None: ...
+
+
+@runtime_checkable
+class LayerListener(Protocol):
+    """A listener that is also told of each decoder layer that is calibrated: `done` of `layers`, and how long the rest may take."""
+
+    def calibrated(self, done: int, layers: int, seconds_left: float) -> None: ...
 
 
 class Silent:

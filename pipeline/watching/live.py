@@ -15,6 +15,7 @@ from tornado.web import RequestHandler
 
 from pipeline.model.tables import CONFIGS
 from pipeline.planning.listen import PAGE
+from pipeline.watching.look import look
 from pipeline.watching.server import Guarded
 
 SECONDS = 1.0  # between two events
@@ -39,7 +40,7 @@ class Shown(Protocol):
 def _files() -> tuple[str, str, str]:
     """The frame of all pages, its styles and its script."""
     html, css, script = ((CONFIGS / "page" / name).read_text() for name in ("page.html", "page.css", "page.js"))
-    return html, css, script
+    return html, look() + css, script
 
 
 def document(body: str) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.version import VERSION
 from pipeline.watching.state import Share, Snapshot
 
 # Upper bounds of the histogram in seconds: from a small model to one of hundreds of gigabytes.
@@ -120,9 +120,7 @@ METRICS = (
     MetricRow("headrace_job_memory_limit_bytes", "gauge", "Memory that it may use.", ("job",), _job("memory_limit_bytes")),
     MetricRow("headrace_rank_bytes", "gauge", "Bytes written of a rank file.", ("job", "target", "rank"), _rank("done_bytes")),
     MetricRow("headrace_rank_size_bytes", "gauge", "Bytes that a rank file gets.", ("job", "target", "rank"), _rank("total_bytes")),
-    MetricRow(
-        "headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((metadata.version("headrace"),), 1)]
-    ),
+    MetricRow("headrace_build_info", "gauge", "The version at work.", ("version",), lambda _: [((VERSION,), 1)]),
 )
 DURATIONS = "headrace_job_duration_seconds"
 

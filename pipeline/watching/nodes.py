@@ -6,7 +6,7 @@ and are done when the bytes of their group are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.planning.build_steps import BuildStep
     from stages.write import Written
 
-SOURCE, SCRATCH, WRITE, FINISH, BUILD = "source", "scratch", "write", "finish", "build"
+SOURCE, CALIBRATE, SCRATCH, WRITE, FINISH, BUILD = "source", "calibrate", "scratch", "write", "finish", "build"
 # Above so many tasks Dask's page draws no graph: our own cluster is told so. A page of 20,000 squares still moves.
 GRAPH_MAX_ITEMS = 20_000
 # Measured work that is part of another stage's task.
@@ -47,8 +47,13 @@ class LiveEngine:
 class StageProgress:
     """Adds up the nodes of one run from the results of its tasks. Not locked: its owner is."""
 
-    def __init__(self, groups: Iterable[BoundGroup] = (), outputs: int = 0, builds: Sequence[BuildStep] = ()) -> None:
-        """`groups`: those that the run does. `outputs`: how many directories it makes whole. `builds`: of engines."""
+    def __init__(
+        self, groups: Iterable[BoundGroup] = (), outputs: int = 0, builds: Sequence[BuildStep] = (), layers: int = 0
+    ) -> None:
+        """`groups`: those that the run does. `outputs`: how many directories it makes whole. `builds`: of engines.
+
+        `layers`: how many it calibrates.
+        """
         from pipeline.planning.bind import STAGES  # with numpy, which the command line's help does without
 
         self._passed: dict[int, tuple[str, ...]] = {}
@@ -68,8 +73,13 @@ class StageProgress:
             edges |= dict.fromkeys(pairwise(passed))
             if stages[:1] == ("read",):
                 edges[SOURCE, "read"] = None
+            if layers and group.inputs.layer >= 0:
+                edges[CALIBRATE, "quantize" if "quantize" in stages else passed[-1]] = None
             for opener in set(group.openers.values()):
                 edges[SCRATCH, opener or passed[-1]] = None
+        if layers:
+            self._tasks[CALIBRATE] = layers
+            edges[SOURCE, CALIBRATE] = None
         if outputs:
             self._tasks[FINISH] = outputs
             edges[WRITE, FINISH] = None
@@ -83,7 +93,7 @@ class StageProgress:
             self._engines[name] = LiveEngine(name, self._engines[name].tasks + 1 if name in self._engines else 1)
         first = [stage for stage in STAGES if stage in before]
         after = [stage for stage in STAGES if stage in self._tasks and stage not in before]
-        self._order = [stage for stage in (*first, SCRATCH, *after, WRITE, FINISH, BUILD) if stage in self._tasks]
+        self._order = [stage for stage in (CALIBRATE, *first, SCRATCH, *after, WRITE, FINISH, BUILD) if stage in self._tasks]
         self.edges = tuple(edges)
 
     @property
@@ -103,6 +113,12 @@ class StageProgress:
             elif stage not in passed:  # as what is read of scratch
                 continue
             self._totals[stage, unit] = self._totals.get((stage, unit), 0.0) + value
+
+    def calibrated(self, metrics: Mapping[tuple[str, str], float]) -> None:
+        """Take in what the calibration of a layer took."""
+        self._done[CALIBRATE] = self._done.get(CALIBRATE, 0) + 1
+        for unit in ("seconds", "bytes"):
+            self._totals[CALIBRATE, unit] = self._totals.get((CALIBRATE, unit), 0.0) + metrics.get((CALIBRATE, unit), 0.0)
 
     def whole(self) -> None:
         """Note that one more output is whole."""

@@ -9,7 +9,7 @@ from pipeline.printed import in_html
 from pipeline.watching.charts import bar_rows, timeline
 from pipeline.watching.graph_drawing import graph_svg
 from pipeline.watching.nodes import GRAPH_MAX_ITEMS
-from pipeline.watching.progress import layer
+from pipeline.watching.notes import layer
 from pipeline.watching.state import RunWatch, Sample, Snapshot
 from pipeline.watching.units import human_bytes, human_rate
 
@@ -56,7 +56,7 @@ def body(now: Snapshot) -> str:
     memory = [(sample.seconds, float(sample.memory_bytes)) for sample in now.samples if sample.memory_bytes >= 0]
     return (
         f"{header(now)}<section class='wide'><h2>Graph</h2>{graph_svg(now)}<p class=sub>{CAPTION}</p>{dask_links(now)}</section>"
-        f"<div class=two>{timeline('Throughput', rates(now.samples), colour='blue', suffix='/s')}"
+        f"<div class=two>{timeline('Throughput', rates(now.samples), colour='blue', rate=True)}"
         f"{timeline('Memory of the process, and its limit', memory, colour='teal', limit=now.memory_limit_bytes)}"
         f"{bar_rows('Bytes by stage', _shares(stage_rows(now.stages)), colour='blue')}"
         f"{bar_rows('Rank files', rank_rows(now), colour='teal')}</div><footer>{_links(OWN, '')}</footer>"
@@ -75,13 +75,17 @@ def header(now: Snapshot) -> str:
         (layer(now.layer) if now.layer else "-", "last layer" if now.ended else "current layer"),
         (f"{human_bytes(now.peak_memory_bytes)} of {human_bytes(now.memory_limit_bytes)}", "peak memory"),
     ]
+    if now.layers:
+        part = f" and {100 * now.layer_part:.0f} %" if now.layer_part else ""
+        facts.insert(6, (f"{now.calibrated_layers}{part} of {now.layers}", "layers calibrated"))
     if not now.ended:
         facts.insert(2, ("-" if now.eta_seconds is None else duration(now.eta_seconds), "time left"))
     if now.resumed_bytes:
         facts.append((human_bytes(now.resumed_bytes), "done by an earlier run"))
     state = in_html(now.state)
     return (
-        f"<div class=head><h1>{in_html(now.name)} <span class='pill {state}'>{state}</span></h1>"
+        f"<div class=head><p class=eyebrow>headrace conversion</p>"
+        f"<h1>{in_html(now.name)} <span class='pill {state}'>{state}</span></h1>"
         f"<p class=sub>{in_html(now.source)} → {in_html(', '.join(now.outputs))}</p>"
         f"<div class='bar {state}'><div style='width:{_percent(now)}'></div></div>{fact_list(facts)}</div>"
     )
@@ -157,7 +161,7 @@ def stage_rows(stages: Mapping[str, Mapping[str, float]]) -> list[tuple[str | tu
 
 def stage_order(stage: str) -> tuple[int, str]:
     """Return a sort key for stages in processing order; unknown stages come just before `checksum` and `write`."""
-    known = ("read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize", "shard")
+    known = ("calibrate", "read", "read_scratch", "rename", "unpack", "dequantize", "cast", "quantize", "shard")
     last = ("checksum", "write_scratch", "write")
     place = known.index(stage) if stage in known else 100 + last.index(stage) if stage in last else 50
     return place, stage

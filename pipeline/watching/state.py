@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.tensor.metering import stage_bytes
+from pipeline.tensor.process import memory_bytes, peak_memory_bytes
+from pipeline.watching.layers import LayerProgress
 from pipeline.watching.nodes import LiveEngine, LiveNode, StageProgress
-from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.rank_sizes import rank_sizes, shown_names
 
 if TYPE_CHECKING:
+    from pipeline.calibration.layer_task import LayerDone
     from pipeline.planning.bind import BoundGroup, Inputs
     from pipeline.planning.build_steps import BuildStep
     from pipeline.planning.plans import Plan
@@ -62,7 +64,8 @@ class Snapshot:
     `resumed_bytes`: what an earlier run had written. `eta_seconds` and `bytes_per_second` are None until they can be estimated.
     `idle_seconds`: time since the last task ended. `memory_bytes` is -1 where the system does not report it.
     `layer`: the tensor that was written last. `nodes`, `edges`: the graph of stages of what this run does, of `graph_tasks` tasks.
-    `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds.
+    `whole`: the shown names of the outputs that it has made whole. `engines`: those that it builds. `calibrated_layers` of
+    `layers` of the model are calibrated, and `layer_part` of the next one, from 0 to 1; all are 0 where nothing is measured.
     `dashboard`: as listeners get it.
     """
 
@@ -101,6 +104,9 @@ class Snapshot:
     graph_tasks: int = 0
     whole: tuple[str, ...] = ()
     engines: tuple[LiveEngine, ...] = ()
+    calibrated_layers: int = 0
+    layers: int = 0
+    layer_part: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -139,6 +145,7 @@ class RunWatch:
         self._progress = StageProgress()
         self._whole: list[int] = []
         self._dashboard = self._layer = ""
+        self._layers = LayerProgress()
 
     def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:
         with self._lock:
@@ -167,13 +174,37 @@ class RunWatch:
             self._inputs = inputs or {}
             self._sinks, self._ranks, self._shares = sinks, dict(written), None
 
-    def bound(self, groups: Iterable[BoundGroup], builds: Sequence[BuildStep] = ()) -> None:
+    def bound(self, groups: Iterable[BoundGroup], builds: Sequence[BuildStep] = (), layers: int = 0) -> None:
         """Note the groups that this run does, after which outputs it writes: they say which stages there are, and their tasks.
 
-        `builds`: the engines that it builds.
+        `builds`: the engines that it builds. `layers`: those that it calibrates.
         """
         with self._lock:
-            self._progress = StageProgress(groups, len(self._sinks), builds)
+            self._progress = StageProgress(groups, len(self._sinks), builds, layers)
+            if layers and self._plan and self._plan.calibrating:
+                whole = self._plan.calibrating
+                self._layers = LayerProgress(layers, whole.layers, whole.plan.activations, self._clock())
+            else:
+                self._layers = LayerProgress(layers, now=self._clock())
+
+    def calibrated(self, done: LayerDone) -> None:
+        """Note that a layer is calibrated."""
+        with self._lock:
+            self._last = self._clock()
+            self._progress.calibrated(done.metrics)
+            self._layers.advanced(done.seconds, self._last)
+            self._add(done.metrics)
+            self._sample()
+
+    @property
+    def calibration_seconds_left(self) -> float | None:
+        """How long the layers that are left to calibrate may take; None where nothing tells."""
+        return self._layers.seconds_left(self._clock())
+
+    def _add(self, metrics: Mapping[tuple[str, str], float]) -> None:
+        for (stage, unit), value in metrics.items():
+            totals = self.stages.setdefault(stage, {})
+            totals[unit] = totals.get(unit, 0.0) + value
 
     def built(self, name: str, seconds: float, failed: bool) -> None:
         """Note that a build has ended, by its step's name."""
@@ -195,9 +226,7 @@ class RunWatch:
             self._layer = written.name
             self._progress.advanced(written)
             self._count(written.number)
-            for (stage, unit), value in written.metrics.items():
-                totals = self.stages.setdefault(stage, {})
-                totals[unit] = totals.get(unit, 0.0) + value
+            self._add(written.metrics)
             if self._plan:
                 phases = self._plan.phases
                 self._phase = next(phase.name for n, phase in enumerate(phases) if written.number < self._plan.first_group(n + 1))
@@ -243,6 +272,10 @@ class RunWatch:
             now = self._clock() if self._ended is None else self._ended
             rate = self._rate(now - self._begun)
             left = self._total - self._done
+            eta = None if self._ended is not None else left / rate if rate else None
+            if self._layers.left and self._ended is None:  # bytes come as layers do
+                self._last = now if self._layers.look() else self._last
+                eta = self._layers.seconds_left(now)
             outputs = tuple(str(target.output.directory) for target in plan.targets)
             return Snapshot(
                 name=", ".join(Path(path).name for path in outputs),
@@ -268,7 +301,7 @@ class RunWatch:
                 seconds=now - self._begun,
                 idle_seconds=now - self._last,
                 bytes_per_second=rate,
-                eta_seconds=0.0 if left <= 0 else left / rate if rate and self._ended is None else None,
+                eta_seconds=0.0 if left <= 0 else eta,
                 memory_bytes=self._samples[-1].memory_bytes,
                 peak_memory_bytes=peak_memory_bytes(),
                 memory_limit_bytes=int(plan.budget.limit_bytes),
@@ -280,6 +313,9 @@ class RunWatch:
                 graph_tasks=self._progress.graph_tasks,
                 whole=tuple(shown_names(plan, self._sinks)[sink] for sink in self._whole),
                 engines=self._progress.engines(),
+                calibrated_layers=self._layers.done,
+                layers=self._layers.layers,
+                layer_part=self._layers.part,
             )
 
     def _sample(self, force: bool = False) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.awq_settings import AwqSettings
+from stages.calibrate.awq_inputs import LayerInputs
+from stages.calibrate.devices import device_of, moved, to_numpy
+from stages.calibrate.experts import ExpertPart, ExpertStack, Watching, expert_parts
+from stages.calibrate.magnitudes import Magnitudes, largest_of_rows
 from stages.verify.forward.tensors import to_torch
 from stages.verify.forward.transformers_model import build_model, parameter_parts, quiet, row_blocks, rows_of_tokens
 from stages.verify.named_weights import NamedWeights
@@ -24,37 +29,24 @@ class _Recorded(Exception):
     """Ends a forward pass whose layers only note what they are given."""
 
 
-class Magnitudes:
-    """The largest magnitudes of each channel of what linears take and give; float32 arrays by "<module>|x", "|y" and "|w"."""
+@dataclass(frozen=True)
+class LayerSizes:
+    """The bytes of a layer's weights: all, those of experts among them, and the largest matrices of one expert."""
 
-    def __init__(self) -> None:
-        self.largest: dict[str, Tensor] = {}
-
-    def see(self, name: str, values: Tensor) -> None:
-        """Take in values [..., channels]."""
-        found = values.detach().reshape(-1, values.shape[-1]).abs().amax(0).float()
-        before = self.largest.get(name)
-        self.largest[name] = found if before is None else torch.maximum(before, found)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The values that were found. Raises BadInput naming a module of whose values some were no numbers."""
-        for name, values in self.largest.items():
-            if not bool(values.isfinite().all()):
-                found = "activations that are not finite"
-                remedy = "Give --dtype bfloat16 or float32, whose range is larger, or mend the checkpoint"
-                raise BadInput([Problem(name.partition("|")[0], found, "numbers that the type can hold", remedy)])
-        return {name: values.numpy() for name, values in self.largest.items()}
+    total: int
+    experts: int
+    one_expert: int
 
 
 class LayeredModel:
     """transformers' model for `config`, whose decoder layers take `weights` one after the other, in a type by its name.
 
-    Raises BadInput where transformers is not installed or does not know the model, or where a layer's parameters have no weights of
-    their shapes.
+    `device`: where layers run, by torch's name. Raises BadInput where transformers is not installed or does not know the model, the
+    device is not there, or a layer's parameters have no weights of their shapes.
     """
 
-    def __init__(self, config: Mapping[str, Any], weights: NamedWeights, dtype: str) -> None:
-        self._weights, self._dtype = weights, TYPES[dtype]
+    def __init__(self, config: Mapping[str, Any], weights: NamedWeights, dtype: str, device: str = "cpu") -> None:
+        self._weights, self._dtype, self._device = weights, TYPES[dtype], device_of(device)
         # As NVIDIA's script runs models; it has no cap on scores.
         self._eager = bool(config.get("attn_logit_softcapping"))
         with quiet():
@@ -80,19 +72,48 @@ class LayeredModel:
                 problems.append(Problem(part.name, found, f"shape {list(part.shape)}, as transformers' model has it"))
         if problems:
             raise BadInput(problems)
+        self._stacks = {name: stack for name, several in self._parts.items() if (stack := expert_parts(several))}
 
     def __len__(self) -> int:
         return len(self._layers)
 
-    def linears(self, number: int) -> list[str]:
-        """The names of a layer's linear modules."""
-        layer, front = self._layers[number], self._names[number]
-        return [f"{front}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    @property
+    def began(self) -> bool:
+        """Whether a sample has been embedded, so that it is known what layers are given beside activations."""
+        return bool(self._given)
 
-    def layer_bytes(self) -> int:
+    def linears(self, number: int) -> list[str]:
+        """The names of a layer's linear modules, those of its experts among them."""
+        layer, front = self._layers[number], self._names[number]
+        found = [f"{front}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        return [*found, *(part.module for parts in self._stacks_of(number).values() for each in parts for part in each)]
+
+    def shapes(self, number: int) -> dict[str, tuple[int, int]]:
+        """The out- and in-features of a layer's linear modules, without those of experts, by name."""
+        found = ((name, module) for name, module in self._layers[number].named_modules() if isinstance(module, nn.Linear))
+        return {f"{self._names[number]}.{name}": (module.out_features, module.in_features) for name, module in found}
+
+    def sizes(self) -> LayerSizes:
         """The bytes of the weights of the largest layer."""
-        counts = (sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
-        return max(counts) * self._dtype.itemsize
+        return max((self._sizes(number) for number in range(len(self))), key=lambda sizes: sizes.total)
+
+    def _sizes(self, number: int) -> LayerSizes:
+        itemsize, stacks = self._dtype.itemsize, self._stacks_of(number)
+        held = {f"{self._names[number]}.{name}": each for name, each in self._layers[number].named_parameters()}
+        of_stacks = [held[name] for name in stacks]
+        return LayerSizes(
+            sum(each.numel() for each in held.values()) * itemsize,
+            sum(each.numel() for each in of_stacks) * itemsize,
+            sum(each[0].numel() for each in of_stacks) * itemsize,
+        )
+
+    def token_flops(self, length: int) -> float:
+        """The floating point operations of a token of a sample of some length in the largest layer."""
+        sizes, settings = self.sizes(), self._model.config.get_text_config()
+        experts = max((len(parts) for parts in self._stacks.values()), default=1)
+        used = (getattr(settings, "num_experts_per_tok", None) or experts) / experts
+        weights = (sizes.total - sizes.experts + sizes.experts * used) / self._dtype.itemsize
+        return 2 * weights + 4 * length * self.hidden
 
     @property
     def hidden(self) -> int:
@@ -116,6 +137,7 @@ class LayeredModel:
         and scores of all positions where attention is computed by parts.
         """
         widths = [max(module.weight.shape) for layer in self._layers for module in layer.modules() if isinstance(module, nn.Linear)]
+        widths += [max(parameter.shape[1:]) for layer in self._layers for parameter in layer.parameters() if parameter.ndim == 3]
         heads = int(self._model.config.get_text_config().num_attention_heads) if self._eager else 1
         itemsize, widest = self._dtype.itemsize, max(widths)
         return (8 * self.hidden + 4 * widest) * itemsize + 4 * widest + heads * length * (2 * itemsize + 4)
@@ -147,42 +169,62 @@ class LayeredModel:
         finally:
             for layer, forward in zip(self._layers, before, strict=True):
                 layer.forward = forward
-        self._given = given
-        return _array(inputs[0][0])
+        self._given = [moved(each, self._device) for each in given]
+        return to_numpy(inputs[0][0])
 
     @contextmanager
-    def filled(self, number: int) -> Iterator[Magnitudes]:
-        """A layer with its weights in memory, whose linears tell `Magnitudes` of all that goes through `run`."""
+    def filled(self, number: int, one_by_one: bool = False, search: LayerInputs | None = None) -> Iterator[Magnitudes]:
+        """A layer with its weights in memory, whose linears tell `Magnitudes`, and a `search`, of all that goes through `run`.
+
+        `one_by_one`: experts are read each time that they are asked for.
+        """
         layer, front, seen = self._layers[number], self._names[number], Magnitudes()
-        empty = dict(layer.named_parameters())
-        for name, parameter in empty.items():
-            values = torch.empty(parameter.shape, dtype=self._dtype)
-            for part in self._parts[f"{front}.{name}"]:
-                self._read(part.name, values[part.place])
-            _set(layer, name, nn.Parameter(values, requires_grad=False))
-        hooks = []
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                full = f"{front}.{name}"
-                seen.largest[f"{full}|w"] = module.weight.abs().amax(1).float().clip(LEAST_WEIGHT)
-                hooks.append(module.register_forward_hook(_telling(seen, full)))
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+        empty, stacks = dict(layer.named_parameters()), self._stacks_of(number)
+        held = {}
+        with ExitStack() as stack:
             for name, parameter in empty.items():
-                _set(layer, name, parameter)
+                parts = stacks.get(f"{front}.{name}")
+                if parts:
+                    held[name] = ExpertStack(parts, parameter, self._device, self._read, not one_by_one)
+                    stack.enter_context(_in_place(layer, name, held[name]))
+                    continue
+                values = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+                for part in self._parts[f"{front}.{name}"]:
+                    self._read(part.name, values[part.place])
+                stack.callback(_set, layer, name, parameter)
+                _set(layer, name, nn.Parameter(values, requires_grad=False))
+            for module in layer.modules():
+                module._buffers.update({key: moved(buffer, self._device) for key, buffer in module._buffers.items()})
+            for name, module in layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    full = f"{front}.{name}"
+                    seen.largest[f"{full}|w"] = largest_of_rows(module.weight).clip(LEAST_WEIGHT)
+                    stack.callback(module.register_forward_hook(_telling(seen, full)).remove)
+                    if search:
+                        stack.callback(search.hook(full, module).remove)
+            if stacks:
+                stack.enter_context(Watching(seen.see))
+            yield seen
+            for experts in held.values():
+                for alike in experts.modules():
+                    seen.complete(alike)
+
+    def searching(self, settings: AwqSettings, tokens: int) -> LayerInputs:
+        """A search of a layer's scales, for `filled`. `tokens`: of all samples."""
+        return LayerInputs(settings, self._dtype, tokens)
 
     def run(self, number: int, hidden: np.ndarray) -> np.ndarray:
         """The output of a layer, which is filled, for one sample [tokens, hidden]."""
         with torch.no_grad():
-            result = self._layers[number](to_torch(hidden)[None], **self._given[number])
-        return _array((result[0] if isinstance(result, tuple) else result)[0])
+            result = self._layers[number](to_torch(hidden)[None].to(self._device), **self._given[number])
+        return to_numpy((result[0] if isinstance(result, tuple) else result)[0])
 
     def _read(self, name: str, into: Tensor) -> None:
         for start, stop in row_blocks(tuple(into.shape)):
             into[start:stop] = to_torch(self._weights.rows(name, start, stop))
+
+    def _stacks_of(self, number: int) -> dict[str, tuple[tuple[ExpertPart, ...], ...]]:
+        return {name: parts for name, parts in self._stacks.items() if name.startswith(f"{self._names[number]}.")}
 
 
 def _telling(seen: Magnitudes, name: str) -> Any:
@@ -195,13 +237,20 @@ def _telling(seen: Magnitudes, name: str) -> Any:
     return tell
 
 
+@contextmanager
+def _in_place(layer: nn.Module, name: str, experts: ExpertStack) -> Iterator[None]:
+    """Have a module answer with some experts where it is asked for its parameter."""
+    place, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(place)
+    parameter = module._parameters.pop(leaf)
+    module.__dict__[leaf] = experts
+    try:
+        yield
+    finally:
+        del module.__dict__[leaf]
+        module._parameters[leaf] = parameter
+
+
 def _set(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(layer.get_submodule(module), leaf, parameter)
-
-
-def _array(values: Tensor) -> np.ndarray:
-    values = values.contiguous()
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return values.numpy()

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS
+from pipeline.printed import many
 
 _DENSE = {"weight", "bias"}
 
@@ -98,7 +99,7 @@ def unread(
         if found is not None:
             shown = ", ".join(sorted(others[found]))
             count = sum(row.is_in(held) for held in others.values())
-            return [_problem(row, found, f"{shown}, which is {row.title}, in {count} modules")]
+            return [_problem(row, found, f"{shown}, which is {row.title}, in {many(count, 'module')}")]
         own = next((name for name in row.config if isinstance(config.get(name), Mapping)), "")
         if own and not packed:
             return [_problem(row, f"{config_name}: {own}", f"settings of {row.title}")]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import Problem
+from pipeline.printed import many
 
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\.\w+)")
 _ONE = "one set of files"
@@ -23,7 +24,7 @@ def set_of(name: str) -> str:
 def sets_of(names: Iterable[str]) -> str:
     """The sets of some files, each with their number, as messages have them."""
     counts = Counter(map(set_of, names))
-    shown = [f"{name} ({count} file{'s' if count > 1 else ''})" for name, count in sorted(counts.items())]
+    shown = [f"{name} ({many(count, 'file')})" for name, count in sorted(counts.items())]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
@@ -72,7 +73,7 @@ def repeated(location: Path, twice: Mapping[str, tuple[Path, Path]]) -> list[Pro
             problems.append(Problem(names[0], f"the tensor in both {first.name} and {second.name}", "one home", remedy))
             continue
         where = f"in both {one} and {other}" if one != other else f"in two files of {one}"
-        found = f"{len(names)} tensors {where}, such as {names[0]}"
+        found = f"{many(len(names), 'tensor')} {where}, such as {names[0]}"
         problems.append(Problem(str(location), found, _ONE, _REMEDY))
     return problems
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import BadInput, Problem
+from pipeline.printed import many
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read import torch_pickle
@@ -64,7 +65,7 @@ class Meta(SourceReader):
         if problems:
             raise BadInput(problems)
         return Source(
-            kind=f"Meta checkpoint ({len(parts)} part{'s' if len(parts) > 1 else ''})",
+            kind=f"Meta checkpoint ({many(len(parts), 'part')})",
             location=location,
             container="meta",
             architecture="LlamaForCausalLM",

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from pipeline.errors import SourceChanged
 
 ATTEMPTS, FIRST_PAUSE_SECONDS = 6, 0.5
+_STATUS = re.compile(r"status code: \d{3}[ \w]*")  # behind which obstore has the server's answer
+_CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")  # of S3, in such an answer
 
 T = TypeVar("T")
 
@@ -38,12 +40,12 @@ def fetch_range(url: str, name: str, start: int, end: int, etag: str) -> Any:
     Raises SourceChanged where it has another, and OSError where it cannot be read after ATTEMPTS.
     """
     import obstore
-    from obstore.exceptions import NotFoundError, PreconditionError
+    from obstore.exceptions import PreconditionError
 
     options: Any = {"range": (start, end), **({"if_match": etag} if etag else {})}
     try:
         data = _again(lambda: obstore.get(_store(url), name, options=options).bytes(), f"{url}/{name}")
-    except (PreconditionError, NotFoundError):
+    except (PreconditionError, FileNotFoundError):
         raise SourceChanged([f"{url}/{name} (another object than the one that was opened)"]) from None
     if len(data) != end - start:
         raise SourceChanged([f"{url}/{name} ({len(data):,} bytes from {start:,}, not {end - start:,})"])
@@ -79,7 +81,9 @@ def _again(work: Callable[[], T], what: str) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return work()
-        except (NotFoundError, PreconditionError):
+        except (NotFoundError, FileNotFoundError):  # the second, of Python's, where obstore gives a server's answer as it is
+            raise FileNotFoundError(2, "no such object", what) from None
+        except PreconditionError:
             raise
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise PermissionError(13, f"no permission to read it ({said(error)})", what) from None
@@ -104,9 +108,16 @@ def _store(url: str) -> Any:
         if token := _hub_token(url):
             options["default_headers"] = {"Authorization": f"Bearer {token}"}
         return HTTPStore.from_url(url, client_options=options, retry_config=retries)
-    if parts.scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+    named = {"s3": os.environ.get("AWS_ENDPOINT_URL", ""), "gs": _base_url(os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", ""))}
+    if named.get(parts.scheme, "").startswith("http://"):
         options["allow_http"] = True
     return from_url(url, client_options=options, retry_config=retries)
+
+
+def _base_url(key: str) -> str:
+    """The address of a server that stands in for Google's, which obstore takes from the JSON of a service account's key."""
+    found = re.search(r'"gcs_base_url"\s*:\s*"([^"]+)"', key)
+    return found[1] if found else ""
 
 
 def _hub_token(url: str) -> str:
@@ -117,5 +128,11 @@ def _hub_token(url: str) -> str:
 
 
 def said(error: Exception) -> str:
-    """The first line of an error, without addresses, which may be signed."""
-    return re.sub(r"https?://\S+", "...", str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
+    """The first line of an error, without addresses, which may be signed, and without what the server answered but for its code.
+
+    Servers repeat requests in their answers, and a request has the name of a key and a signature in it.
+    """
+    first, code = next(iter(str(error).splitlines()), "") or type(error).__name__, _CODE.search(str(error))
+    if status := _STATUS.search(first):
+        first = first[: status.end()] + (f" ({code[1]})" if code else "")
+    return re.sub(r"\w+://\S+", "...", first)[:300]

@@ -5,7 +5,7 @@ size with nothing but its header in it. So everything that opens a directory ope
 are then ranges of the objects themselves. Each range is asked for on the condition that the object is still the one that was
 opened: an object that is written anew ends the run.
 
-    s3://bucket/llama    gs://bucket/llama    az://account/container/llama    https://host/llama    hf://org/name@revision
+    s3://bucket/llama    gs://bucket/llama    az://container/llama    https://host/llama    hf://org/name@revision
 
 Credentials come from the environment, or from where the provider's own tools take them, and are never written anywhere.
 """
@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,10 +28,12 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Source
+from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
 from stages.read.mapped import MappedBlock, MappedTensor
-from stages.read.object_store import fetch_range, said
-from stages.read.remote_image import WEIGHTS, checkpoint_files, copied, existing_object, make_image
+from stages.read.object_store import Object, fetch_range, listed, said
+from stages.read.read_ahead import ReadAhead
+from stages.read.remote_image import SMALL_BYTES, WEIGHTS, checkpoint_files, copied, existing_object, make_image
 
 SCHEMES = ("s3", "gs", "az", "http", "https", "hf")
 
@@ -48,10 +53,17 @@ class RemoteTensor(MappedTensor):
 
 
 class RemoteBlock(MappedBlock):
-    """A region of a RemoteTensor; nothing is fetched until it is read."""
+    """A region of a RemoteTensor; nothing is fetched until it is read, then some pieces ahead of those that are asked for."""
 
-    __slots__ = ()
+    __slots__ = ("_ahead",)
     tensor: RemoteTensor
+
+    def __init__(self, tensor: RemoteTensor, region: Region) -> None:
+        super().__init__(tensor, region)
+        self._ahead: ReadAhead | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteBlock, (self.tensor, self.region)
 
     def read_into(self, out: np.ndarray) -> bool:  # noqa: ARG002
         return False  # its path is no file here
@@ -60,8 +72,33 @@ class RemoteBlock(MappedBlock):
         tensor = self.tensor
         start, nbytes = tensor.offset + first * tensor.dtype.itemsize, count * tensor.dtype.itemsize
         with meter(tensor.stage, nbytes):
-            data = fetch_range(tensor.url, tensor.path, start, start + nbytes, tensor.etag)
-            return np.frombuffer(data, np.uint8).view(tensor.dtype)
+            return np.frombuffer(self._fetch(start, start + nbytes), np.uint8).view(tensor.dtype)
+
+    def _fetch(self, start: int, end: int) -> Any:
+        """The bytes [start, end) of the object."""
+        tensor = self.tensor
+        fetch = partial(_range, tensor.url, tensor.path, tensor.etag)
+        last = tensor.offset + end_of_run(self.region, tensor.shape) * tensor.dtype.itemsize
+        if end >= last and self._ahead is None:
+            return fetch(start, end)  # the whole of what is left, as of small tensors
+        ahead = self._ahead
+        if ahead is None:
+            ahead = self._ahead = ReadAhead(fetch, last)
+        elif ahead.owner != threading.get_ident():
+            return fetch(start, end)
+        return ahead.read(start, end)
+
+
+def _range(url: str, name: str, etag: str, start: int, end: int) -> Any:
+    return fetch_range(url, name, start, end, etag)
+
+
+def end_of_run(region: Region, shape: tuple[int, ...]) -> int:
+    """The element behind the last one of a region of an array of a shape, in C order."""
+    last = 0
+    for (_, stop), length in zip(region, shape, strict=True):
+        last = last * length + stop - 1
+    return last + 1
 
 
 def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
@@ -103,6 +140,27 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
     return replace(source, tensors=tensors, files=files, url=place, config_name=config_name, notes=(*source.notes, note))
 
 
+def image_of(url: str) -> tuple[Path, list[Object]]:
+    """The local image of what lies below a URL: small files whole, those of weights empty but for their headers; and its objects.
+
+    Raises BadInput where it cannot be read.
+    """
+    _check(url)
+    directory = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    try:
+        objects = [each for each in listed(url) if each.name.endswith(WEIGHTS) or each.size_bytes <= SMALL_BYTES]
+        make_image(url, directory, objects)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput([Problem(url, said(error), "a checkpoint that can be read")]) from None
+    return directory, objects
+
+
+def remote_tensor(tensor: MappedTensor, url: str, etags: Mapping[str, str]) -> RemoteTensor:
+    """A tensor of an image as ranges of its object. `etags`: by the object's name below the URL."""
+    name = Path(tensor.path).name
+    return RemoteTensor(name, tensor.offset, tensor.shape, tensor.dtype, tensor.stage, url=url, etag=etags[name])
+
+
 def _resolved(url: str) -> str:
     """The address of a model's files on the Hub, at the commit that a revision is now, so that nothing changes meanwhile."""
     from huggingface_hub import HfApi, constants
@@ -116,14 +174,11 @@ def _resolved(url: str) -> str:
 
 
 def _check(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        raise BadInput(
-            [Problem(f"--model_dir {parts.scheme}://...", "a URL of no kind that is read", f"one of {', '.join(SCHEMES)}")]
-        )
-    if parts.username or parts.query or parts.fragment:
-        expected = "a URL without a user, password or query: credentials come from the environment"
-        raise BadInput([Problem(f"--model_dir {parts.scheme}://...", "a URL with a secret in it", expected)])
+    if holds_secret(url):
+        raise BadInput([Problem(f"--model_dir {shown(url)}", "a URL with a secret in it", NO_SECRET)])
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        raise BadInput([Problem(f"--model_dir {scheme}://...", "a URL of no kind that is read", f"one of {', '.join(SCHEMES)}")])
     try:
         import obstore  # noqa: F401
     except ModuleNotFoundError:

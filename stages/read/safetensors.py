@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.documents import open_regular, parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import BY_SAFETENSORS
+from pipeline.printed import many
 from pipeline.tensor.source_file import SourceFile, source_file
 from pipeline.tensor.system_errors import naming
 from stages.read.mapped import MappedTensor
@@ -68,6 +69,7 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
     if not isinstance(entries, Mapping):
         return {}, [_damaged(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")]
     tensors, problems, ranges = {}, [], []
+    outside: list[tuple[int, int, str]] = []
     unknown: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
@@ -83,19 +85,28 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
         if row is None:
             unknown.setdefault(dtype, []).append(name)
         elif not 0 <= start <= stop <= data_bytes:
-            problems.append(
-                _damaged(path, f"data_offsets [{start}, {stop}]", f"offsets inside the file's {data_bytes:,} bytes of data", name)
-            )
+            outside.append((start, stop, name))
         elif stop - start != math.prod(shape) * row.numpy.itemsize:
             expected = f"{math.prod(shape) * row.numpy.itemsize:,} for {dtype} {list(shape)}"
             problems.append(_damaged(path, f"{stop - start:,} bytes", expected, name))
         else:
             ranges.append((start, stop, name))
             tensors[name] = MappedTensor(str(path), 8 + len(header) + start, shape, row.numpy)
+    problems += _outside(outside, data_bytes, path)
     problems = [*(_unknown_type(path, dtype, names) for dtype, names in unknown.items()), *problems]
     if not problems:
         problems = _tiling(sorted(ranges), data_bytes, path)
     return tensors, problems
+
+
+def _outside(ranges: list[tuple[int, int, str]], data_bytes: int, path: Path) -> list[Problem]:
+    """The problem of tensors that are not inside the file: one, however many they are, as a file that is cut short has many."""
+    if len(ranges) < 2:
+        expected = f"offsets inside the file's {data_bytes:,} bytes of data"
+        return [_damaged(path, f"data_offsets [{start}, {stop}]", expected, name) for start, stop, name in ranges]
+    end = max(stop for _, stop, _ in ranges)
+    found = f"{data_bytes:,} bytes of data, behind which {many(len(ranges), 'tensor')} would end ({ranges[0][2]}, ...)"
+    return [_damaged(path, found, f"{end:,}, where the last tensor ends")]
 
 
 def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:

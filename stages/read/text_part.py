@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, families, find_family
+from pipeline.printed import many
 from pipeline.tensor.tensors import LazyTensor, Source, tensor_bytes
 from stages.read.huggingface import declared_dtype
 from stages.read.wrapped_names import known_names
@@ -155,6 +156,7 @@ def _has_head(tensors: Mapping[str, LazyTensor], family: Family) -> bool:
 
 def _parts(left_out: Mapping[str, list[LazyTensor]]) -> list[str]:
     told = [
-        f"{part} ({len(tensors)} tensors, {sum(map(tensor_bytes, tensors)):,} bytes)" for part, tensors in sorted(left_out.items())
+        f"{part} ({many(len(tensors), 'tensor')}, {sum(map(tensor_bytes, tensors)):,} bytes)"
+        for part, tensors in sorted(left_out.items())
     ]
     return [*told[:_SHOWN], *([f"and {len(told) - _SHOWN} more parts"] if len(told) > _SHOWN else [])]

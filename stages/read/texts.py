@@ -1,4 +1,4 @@
-"""Read texts, one after the other: the lines of a file, or `text` (or `article`, `content`) of the objects of a JSON Lines file."""
+"""Read texts, one after the other: lines, or `text` (or `article`, `content`) of a file of JSON lines or in Parquet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from pipeline.tensor.source_file import SourceFile, source_file
 
 KEYS = ("text", "article", "content")
 LINES = (".jsonl", ".ndjson")
+FETCH = (
+    "Of a public data set, which is not fetched here, give a file: `hf download --repo-type dataset NAME --local-dir DIR` "
+    "(of huggingface_hub) fetches all of one"
+)
+PARQUET = ".parquet"
+ROWS = 64  # that are read at once
 MAX_LINE_BYTES = 16 << 20  # of which no more is read at once
 HEAD_BYTES = 64 << 10
 
@@ -23,11 +29,14 @@ def texts_file(path: Path) -> SourceFile:
             return source_file(path, os.fstat(file.fileno()), file.read(HEAD_BYTES))
     except OSError as error:
         found = f"a file that cannot be read ({error.strerror})"
-        raise BadInput([Problem(str(path), found, "a file of texts, or of JSON lines")]) from None
+        raise BadInput([Problem(str(path), found, "a file of lines, of JSON lines, or in Parquet", FETCH)]) from None
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Yield the texts that are not empty. Raises BadInput naming a line that holds none."""
+    """Yield the texts that are not empty. Raises BadInput naming a line that holds none, or a file in Parquet without texts."""
+    if path.suffix == PARQUET:
+        yield from _of_columns(path)
+        return
     with open_regular(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -49,3 +58,31 @@ def _of_object(line: str) -> str:
     if found is None:
         raise ValueError("a line without one")
     return found
+
+
+def _of_columns(path: Path) -> Iterator[str]:
+    """The texts of a file in Parquet, a batch of rows at a time."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        remedy = "pip install 'headrace[calibrate]', or give a file of lines or of JSON lines"
+        raise BadInput(
+            [Problem(str(path), f"pyarrow is not installed ({error})", "the package that reads Parquet", remedy)]
+        ) from None
+    expected = f"Parquet with a column of texts: {' or '.join(KEYS)}"
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            key = next((key for key in KEYS if key in names), None)
+            if key is None:
+                raise BadInput([Problem(str(path), f"columns {', '.join(names) or 'of no name'}", expected)])
+            for batch in file.iter_batches(batch_size=ROWS, columns=[key]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise BadInput([Problem(f"{path}: {key}", f"values of type {type(text).__name__}", "texts")])
+                    if text and text.strip():
+                        yield text
+    except (ArrowException, OSError) as error:
+        raise BadInput(
+            [Problem(str(path), f"no Parquet that can be read ({str(error).partition(chr(10))[0]})", expected)]
+        ) from None

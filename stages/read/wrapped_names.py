@@ -19,6 +19,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import lookup
 from pipeline.model.table_files import load_table
 from pipeline.model.tables import CONFIGS, Family, find_family
+from pipeline.printed import many
 from pipeline.tensor.tensors import LazyTensor, Source
 
 _SHOWN = 3  # names in a message
@@ -95,7 +96,7 @@ def no_name_fits(source: Source, family: Family) -> Problem:
     names = list(source.tensors)
     common = next(iter(_prefixes(source.tensors)), ("", ""))[0]
     alike = f", all with the prefix {common!r}" if common else ""
-    found = f"{len(names)} tensors{alike}, none with a name of the family {family.name}: {some(names)}"
+    found = f"{many(len(names), 'tensor')}{alike}, none with a name of the family {family.name}: {some(names)}"
     expected = f"names such as {some([f'{module}.weight' for module in family.rename])}"
     remedy = "Export the model's own state_dict, with the names that transformers gives it, or mend `architectures`"
     return Problem(str(source.location), found, expected, remedy)
@@ -158,7 +159,9 @@ def _unmerged(source: Source, row: Mapping[str, Any]) -> list[Problem]:
     if not names:
         return []
     expected = "weights that the adapter is merged into"
-    return [Problem(str(source.location), f"{len(names)} tensors of {row['title']}: {some(names)}", expected, row["remedy"])]
+    return [
+        Problem(str(source.location), f"{many(len(names), 'tensor')} of {row['title']}: {some(names)}", expected, row["remedy"])
+    ]
 
 
 def _emptied(source: Source) -> list[Problem]:

@@ -198,9 +198,13 @@ class Matrix:
         if self.kind in ("awq", "nvfp4"):
             groups = tensor.shape[-1]
             return to_float32(read(tensor, (*self._front(), (start, stop), (0, groups))).reshape(-1, groups))
+        return np.ascontiguousarray(self.by_group(parameter, start, stop).T)
+
+    def by_group(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """A parameter of groups for rows [start, stop) of a groupwise matrix as it is stored, float32 [groups, stop - start]."""
+        tensor = self.tensors[parameter]
         groups = tensor.shape[-2]
-        values = read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, -1)
-        return to_float32(np.ascontiguousarray(values.T))
+        return to_float32(read(tensor, (*self._front(), (0, groups), (start, stop))).reshape(groups, stop - start))
 
 
 def by_group(operation: np.ufunc, values: np.ndarray, factors: np.ndarray) -> None:

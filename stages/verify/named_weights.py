@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from stages.verify.column_words import ColumnWords
 from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers
 
@@ -34,6 +35,10 @@ class SourceWeights(NamedWeights, Protocol):
         """Rows [start, stop) of a weight, at least one, as they are stored: until the next call with the same buffers."""
         ...
 
+    def columns(self, name: str, start: int, stop: int, features: tuple[int, int]) -> ColumnWords | None:
+        """In-features of rows [start, stop) as they are stored, where their codes of 4 bits are packed along columns."""
+        ...
+
     def dtype(self, name: str) -> np.dtype:
         """The type of a weight's numbers."""
         ...
@@ -44,4 +49,8 @@ class SourceWeights(NamedWeights, Protocol):
 
     def coded(self, name: str) -> bool:
         """Whether the source stores a weight as codes that a rank can keep."""
+        ...
+
+    def in_columns(self, name: str) -> bool:
+        """Whether a weight's codes are packed along columns, and `columns` can say them."""
         ...

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import xxhash
 from pipeline.tensor.blocks import Part, StageOfGroup, make_blocks
 from pipeline.tensor.metering import collect, meter
 from pipeline.tensor.placement import Region, extent, intersect, pieces, shift, size, slices, whole
+from pipeline.tensor.process import memory_bytes
 from pipeline.tensor.settling import settling
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import Block
 from stages.write.deliveries import BlockWrite, Delivery
 from stages.write.open_files import OPEN_FILES, OpenFiles
+from stages.write.parts import PartBytes, RankPart, RankStream, UploadedPart, gathering
 
 _local = threading.local()
 
@@ -52,7 +55,8 @@ class Written:
     """The result of a task.
 
     `number`: the task's number in the plan. `name`: the last tensor that it wrote. `metrics`: values by (stage, "bytes" or
-    "seconds"). `paths`: the files that it wrote to.
+    "seconds"). `paths`: the files that it wrote to. `parts`: what it uploaded. `ended`: when, in seconds since the epoch;
+    `memory_bytes`: of its process then.
     """
 
     number: int
@@ -62,6 +66,9 @@ class Written:
     metrics: dict[tuple[str, str], float]
     paths: tuple[str, ...]
     checksums: tuple[Checksum, ...]
+    parts: tuple[UploadedPart, ...] = ()
+    ended: float = 0.0
+    memory_bytes: int = -1
 
     @property
     def chunk_parts(self) -> Mapping[str, Sequence[Part]]:
@@ -83,22 +90,26 @@ def write_group(
     pool: str = "",
     outputs: Sequence[str] = (),
     open_files: int = OPEN_FILES,
+    part: RankPart | None = None,
+    uploads: Mapping[str, str] | None = None,
 ) -> Written:
     """Write a group of blocks: the tasks `write` and `scratch` of a graph.
 
     `opened`: the blocks that are made here, as chunks of scratch are opened. `numbers[i]`: for each sink of `work[i]`, the number
     of its block. `inputs`: those of `make_blocks`. `pool`: a directory of files that new chunks of scratch may take. `outputs`: of
-    each output that is made, the file that is there when it is whole: then nothing is written to it again. The others are
+    each output that is made, the file that is there when it is whole: then nothing is written to it again; "" for those in object
+    storage, whose uploads end then. `part`: of a rank's file that is assembled, with the ids of `uploads` by URL. The others are
     `write_blocks`' own.
     """
-    there = [Path(mark).exists() for mark in outputs]
+    there = [bool(mark) and Path(mark).exists() for mark in outputs]
     if there and all(there):
         return Written(number, work[-1].name, 0, 0, {}, (), ())
     if any(there) and not any(to.chunk for item in work for sink in item.deliveries for to in sink):
         kept = [tuple(() if done else to for done, to in zip(there, item.deliveries, strict=True)) for item in work]
         work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
-    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, pool, open_files)
+    files = gathering(part, uploads or {}) if part else OpenFiles(pool, open_files)
+    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, files)
 
 
 def write_blocks(
@@ -106,8 +117,7 @@ def write_blocks(
     work: Sequence[BlockWrite],
     blocks: Sequence[Sequence[Block]],
     synchronize: bool = False,
-    pool: str = "",
-    open_files: int = OPEN_FILES,
+    files: OpenFiles | PartBytes | RankStream | None = None,
 ) -> Written:
     """Scatter source blocks to every rank of every target.
 
@@ -121,10 +131,8 @@ def write_blocks(
         For each item of `work` and each of its sinks, the source block as the sink takes it, such as cast to the target's type.
     synchronize
         Flush the files to disk before returning, for workers whose files no other process can flush.
-    pool
-        A directory of files that new chunks of scratch may take; "" for none.
-    open_files
-        How many files the task keeps open at most.
+    files
+        What the bytes go to: files, or what gathers a part of a rank's file.
 
     Returns
     -------
@@ -138,20 +146,36 @@ def write_blocks(
     """
     written = 0
     checksums: list[Checksum] = []
-    with collect() as metrics, OpenFiles(pool, open_files) as files:
+    with collect() as metrics, files or OpenFiles() as to:
         with settling():
             for item, versions in zip(work, blocks, strict=True):
                 hashes = [[xxhash.xxh3_64() for _ in sink] for sink in item.deliveries]
-                for piece in pieces(whole(versions[0].shape), item.itemsize, item.piece_bytes, item.row_multiple):
+                for piece in _pieces(item, versions[0].shape):
                     # Sinks that take the same block share one reading of each piece.
                     values: dict[int, np.ndarray] = {}
                     for block, sink, digests in zip(versions, item.deliveries, hashes, strict=True):
-                        written += _write_piece(block, piece, values, sink, digests, files)
+                        written += _write_piece(block, piece, values, sink, digests, to)
                 checksums += _checksums(item, versions, hashes)
-        if synchronize:
-            files.synchronize()
+        if synchronize and isinstance(to, OpenFiles):
+            to.synchronize()
+        parts = () if isinstance(to, OpenFiles) else (to.sent(_position(work)),)
+        paths = tuple(to.paths) if isinstance(to, OpenFiles) else ()
         read = int(metrics.get(("read", "bytes"), 0))
-        return Written(number, work[-1].name, read, written, dict(metrics), tuple(files.paths), tuple(checksums))
+        name = work[-1].name if work else ""
+        told = dict(metrics), paths, tuple(checksums), parts
+        return Written(number, name, read, written, *told, time.time(), memory_bytes())
+
+
+def _pieces(item: BlockWrite, shape: Sequence[int]) -> Iterable[Region]:
+    """The pieces of a block; all of it where chunks are put whole, for which blocks are small."""
+    if any(to.offset < 0 for sink in item.deliveries for to in sink):
+        return [whole(shape)]
+    return pieces(whole(shape), item.itemsize, item.piece_bytes, item.row_multiple)
+
+
+def _position(work: Sequence[BlockWrite]) -> int:
+    """The position of the one sink, among those written, that all of some work goes to."""
+    return next(number for item in work for number, sink in enumerate(item.deliveries) if sink)
 
 
 def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:
@@ -175,7 +199,7 @@ def _write_piece(
     read: dict[int, np.ndarray],
     sink: Sequence[Delivery],
     hashes: Sequence[xxhash.xxh3_64],
-    files: OpenFiles,
+    files: OpenFiles | PartBytes | RankStream,
 ) -> int:
     """Write what a sink takes of a piece, and return the bytes written. `read`: values of this piece already read, by block."""
     written = 0
@@ -187,20 +211,26 @@ def _write_piece(
             read[id(block)] = block.read(piece)
         part = read[id(block)][slices(shift(common, [start for start, _ in piece], -1))]
         if delivery.offset < 0:
-            _put(delivery, common, part, digest)
+            if common != delivery.source:
+                raise RuntimeError(f"{delivery.chunk}: a part of a chunk, which is put whole")
+            _put(delivery, part, digest)
             written += part.nbytes
             continue
         data = (part if part.flags.c_contiguous else _gathered(part)).reshape(-1).view(np.uint8).data
-        descriptor = files.descriptor(delivery)
+        offset = delivery.offset + _first(common, delivery.source) * part.dtype.itemsize
+        descriptor = files.descriptor(delivery) if isinstance(files, OpenFiles) else -1
         with meter("checksum", len(data)):
             digest.update(data)
         with meter("write_scratch" if delivery.chunk else "write", len(data)), naming(delivery.path):
-            _write_all(descriptor, data, delivery.offset + _first(common, delivery.source) * part.dtype.itemsize)
+            if isinstance(files, OpenFiles):
+                _write_all(descriptor, data, offset)
+            else:
+                files.write(data, offset)
         written += len(data)
     return written
 
 
-def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.xxh3_64) -> None:
+def _put(delivery: Delivery, values: np.ndarray, digest: xxhash.xxh3_64) -> None:
     """Store a piece, which is a whole chunk, in the Zarr array of a delivery without an offset."""
     import zarr
 
@@ -209,7 +239,7 @@ def _put(delivery: Delivery, common: Region, values: np.ndarray, digest: xxhash.
     with meter("checksum", values.nbytes):
         digest.update(values.reshape(-1).view(np.uint8).data)
     with meter("write_scratch", values.nbytes):
-        array[slices(shift(common, delivery.origin))] = values.view(array.dtype)
+        array[slices(delivery.target)] = values.reshape(extent(delivery.target)).view(array.dtype)
 
 
 def _first(part: Region, region: Region) -> int:

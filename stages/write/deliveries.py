@@ -13,15 +13,15 @@ class Delivery:
     """One destination of a part of a block.
 
     The values of the block's region `source` go, in C order, to the bytes from `offset` of the file at `path`. Where `offset` is
-    -1, `path` is the URL of a Zarr array, and the values go to the region `source` moved by `origin`. `rank`: the output rank that
-    the file belongs to. `chunk`, `file_bytes`: of a chunk of scratch, as in Located.
+    -1, `path` is the URL of a Zarr array, and the values, which are a whole chunk of it, go to its region `target`. `rank`: the
+    output rank that the file belongs to. `chunk`, `file_bytes`: of a chunk of scratch, as in Located.
     """
 
     path: str
     offset: int
     source: Region
     rank: int
-    origin: tuple[int, ...] = ()
+    target: Region = ()
     chunk: str = ""
     file_bytes: int = 0
 
@@ -77,7 +77,7 @@ def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) 
         origin = [start for start, _ in region]
         for place in locate(placement.rank, placement.tensor, target):
             source = shift(shift(place.region[lead:], move, -1), origin, -1)
-            corner = tuple(origin) if place.offset < 0 else ()
-            delivery = Delivery(place.path, place.offset, source, placement.rank, corner, place.chunk, place.file_bytes)
+            whole_chunk = place.region if place.offset < 0 else ()
+            delivery = Delivery(place.path, place.offset, source, placement.rank, whole_chunk, place.chunk, place.file_bytes)
             result.append(delivery)
     return tuple(result)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from pipeline.tensor.chunk_files import open_chunk_file
 from pipeline.tensor.system_errors import naming
 from stages.write.deliveries import Delivery
 
+PARTIAL = ".partial"  # the end of a rank file's name until its output is whole
 OPEN_FILES = 64  # that a task keeps open where nobody has counted what its process may open
+
+
+def _opened(path: str) -> int:
+    """Open a file of an output, which has its last name where a worker was lost that had begun to name the files of the output.
+
+    What it wrote and only it knew of is written again, the same bytes. No other run's file has that name meanwhile: a run begins by
+    removing those.
+    """
+    try:
+        return os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            if path.endswith(PARTIAL):
+                return os.open(path.removesuffix(PARTIAL), os.O_WRONLY)
+        raise
 
 
 class OpenFiles:
@@ -32,7 +49,7 @@ class OpenFiles:
             if delivery.file_bytes and path not in self.paths:
                 descriptor = open_chunk_file(path, delivery.file_bytes, self.pool)
             else:
-                descriptor = os.open(path, os.O_WRONLY)
+                descriptor = _opened(path)
         self.paths[path] = None
         self._open[path] = descriptor
         return descriptor
@@ -43,7 +60,7 @@ class OpenFiles:
             descriptor = self._open.get(path, -1)
             closed = descriptor < 0
             if closed:
-                descriptor = os.open(path, os.O_WRONLY)
+                descriptor = _opened(path)
             try:
                 with naming(path):
                     os.fdatasync(descriptor)

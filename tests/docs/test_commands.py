@@ -22,7 +22,11 @@ BEFORE = {
     "docs/verification.md": ["headrace convert --model_dir Llama-3.1-8B --output_dir ranks --copy_tokenizer"],
     "docs/batches.md": ["headrace convert --model_dir models/llama-small --output_dir /ranks/llama-small-tp1"],
 }
-WITH_COMMANDS = [page for page in PAGES if any(ran for block in blocks(page) for _, ran in block.commands())]
+WITH_COMMANDS = [
+    page
+    for page in PAGES
+    if any((block.mark and block.mark.kind == "python") or any(ran for _, ran in block.commands()) for block in blocks(page))
+]
 
 
 def name_of(page: Path) -> str:
@@ -44,7 +48,7 @@ def run(line: str, folder: Path, code: int = 0) -> None:
     words = shlex.split(placed(line, folder), comments=True)
     assert words[0] in ("headrace", ".venv/bin/headrace"), f"no test runs {line!r}: say why in a comment before it"
     found = [word for given in words[1:] for word in (sorted(map(str, Path().glob(given))) if "*" in given else [given])]
-    if words[1] == "convert" and "--output_dir" in words:
+    if words[1] in ("convert", "plan") and "--output_dir" in words:
         shutil.rmtree(folder / words[words.index("--output_dir") + 1], ignore_errors=True)
     ran = headrace(*found)
     assert ran.code == code, f"{line}\n{ran.err}{ran.out}"

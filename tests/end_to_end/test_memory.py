@@ -13,6 +13,7 @@ import pytest
 from benchmarks.models import make
 from tests.support.examples import by_night
 from tests.support.places import SMOLLM2 as MODEL
+from tests.support.range_server import range_server
 
 SCRIPT = """
 import json, sys
@@ -47,6 +48,19 @@ def test_dense(big: Path, scheduler: str, dtype: str, tmp_path: Path) -> None:
     limit = 200 << 20
     out = str(tmp_path / "out")
     measured = peak(model_dir=str(big), output_dir=out, tp_size=2, dtype=dtype, scheduler=scheduler, workers=2, memory_limit=limit)
+    assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("options", [{}, {"use_weight_only": True}])
+def test_a_source_behind_a_url(big: Path, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched ahead is in memory, and no page of a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    limit, out = 220 << 20, str(tmp_path / "out")
+    with range_server(big) as served:
+        measured = peak(
+            model_dir=served.url, output_dir=out, tp_size=2, scheduler="threads", workers=2, memory_limit=limit, **options
+        )
     assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -10,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 import pytest
 from pydantic import BaseModel, ValidationError
 
+import headrace
 from pipeline.planning.builder_options import SWITCH, BuilderOption, known_options
 from pipeline.planning.engine_options import EngineOptions, anchored
 from pipeline.planning.job import Job
@@ -128,3 +130,26 @@ def test_types_that_differ_are_seen() -> None:
         agree(str | None, accepted(Job, lambda value: {"output_dir": value}))
     with pytest.raises(AssertionError):
         agree(Literal["auto"], accepted(Job, lambda value: {"dtype": value}))
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (headrace.plan, JobOptions),
+        (headrace.convert, JobOptions),
+        (headrace.build, BuildOptions),
+        (headrace.load_from_hf_checkpoint, LoadOptions),
+        (headrace.load_from_hf_llama, LoadOptions),
+        (headrace.load_from_meta_llama, LoadOptions),
+        (headrace.load_from_gptq_llama, LoadOptions),
+    ],
+)
+def test_notebooks_see_the_keywords(function: Callable[..., Any], options: Any) -> None:
+    """What completes in IPython asks the function for its signature, and has no type checker."""
+    parameters = inspect.signature(function).parameters
+    assert set(get_type_hints(options)) <= set(parameters)
+    assert all(each.kind is not each.VAR_KEYWORD for each in parameters.values())
+    assert parameters["output_dir" if options is not LoadOptions else "revision"].kind is inspect.Parameter.KEYWORD_ONLY
+    if options is JobOptions:
+        assert parameters["tp_size"].annotation == "int"
+        assert "progress" in parameters or function is headrace.plan

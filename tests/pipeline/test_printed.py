@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import BadInput, Problem, VerificationFailed, WriteFailed
 from pipeline.printed import LONGEST, escaped, printed, shortened
+from pipeline.watching.bar import ProgressBar
 from pipeline.watching.consoles import PlainConsole
-from pipeline.watching.progress import ProgressBar
+from pipeline.watching.state import RunWatch
 from tests.support import checkpoints
 from tests.support.commands import convert, headrace, one, refused
 
@@ -88,14 +89,14 @@ def test_a_table_on_a_terminal_holds_no_escapes_of_its_cells() -> None:
     assert not {"\x1b[2J", "\u202e", "\x07", "\x9b"} & {each for each in ("\x1b[2J", "\u202e", "\x07", "\x9b") if each in shown}
 
 
-def test_the_progress_bar_takes_a_tensors_name_as_it_is() -> None:
-    bar = ProgressBar(stream := io.StringIO())
-    bar.task = bar.progress.add_task("converting", total=1)
-    bar.advanced(SimpleNamespace(bytes_written=1, name="transformer.layers.0.[/b]\x1b[2J"))  # type: ignore[arg-type]
-    bar.advanced(SimpleNamespace(bytes_written=1, name="a[/b]c[fast]"))  # type: ignore[arg-type]
-    bar.progress.refresh()
+def test_the_progress_bar_takes_a_plans_notes_as_they_are() -> None:
+    bar = ProgressBar(stream := io.StringIO(), RunWatch())
+    said = ("transformer.layers.0.[/b]\x1b[2J", "a[/b]c[fast]")
+    plan: Any = SimpleNamespace(job=SimpleNamespace(scheduler="threads"), scratch=(), notes=said, left_out={})
+    bar.started(plan, "", 1, 0, 0)
     bar.finished()
     assert "\x1b[2J" not in stream.getvalue()
+    assert "transformer.layers.0.[/b]\\x1b[2J\na[/b]c[fast]\n" in stream.getvalue()
 
 
 @pytest.mark.parametrize("name", ["ranks[fast]", "a[/b]c", "x\x1b[31m\ny", "weights \u202etxt"])

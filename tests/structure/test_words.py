@@ -25,19 +25,29 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
+        "pipeline.watching.shown",
+        "pipeline.watching.state",
     },
     # Help, completion and refusals of the command line stay quick: a command loads its own work when it is called.
     "pipeline/cli/__init__.py": {"pipeline"},  # the version: importlib.metadata
     "pipeline/cli/build.py": {"pipeline.engine.run"},
+    "pipeline/cli/usage.py": {"pipeline.planning.builder_options"},
     "pipeline/cli/convert.py": {
         "numpy",
         "pipeline.engine.run",
         "pipeline.planning.make_plan",
         "pipeline.reporting.graph_drawing",
+        "pipeline.reporting.plan_tables",
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
+        "pipeline.run.foresee",
     },
-    "pipeline/cli/calibrate.py": {"pipeline.calibration.plan", "pipeline.calibration.run", "pipeline.planning.job_file"},
+    "pipeline/cli/calibrate.py": {
+        "pipeline.calibration.plan",
+        "pipeline.calibration.tokens",
+        "pipeline.planning.job_file",
+        "pipeline.run.calibrations",
+    },
     "pipeline/cli/facts.py": {"pipeline.planning.family_table", "pipeline.planning.inspection", "pipeline.reporting"},
     "pipeline/cli/batch.py": {
         "pipeline.jobs.batch",
@@ -52,27 +62,42 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/cli/levels.py": {"pipeline.watching.consoles", "rich"},
     "pipeline/watching/nodes.py": {"pipeline.planning.bind"},
     "pipeline/cli/report.py": {"pipeline.reporting.report"},
-    "pipeline/cli/scratch.py": {"pipeline.reporting.terminal", "pipeline.sinks.scratch_listing"},
+    "pipeline/cli/scratch.py": {
+        "pipeline.jobs.history",
+        "pipeline.reporting.terminal",
+        "pipeline.sinks.bucket_listing",
+        "pipeline.sinks.scratch_listing",
+    },
     "pipeline/cli/serve.py": {
         "pipeline.jobs.files",
         "pipeline.jobs.log",
         "pipeline.jobs.schedule",
         "pipeline.jobs.serve",
     },
-    "pipeline/cli/verify.py": {"pipeline.reporting.generation", "pipeline.reporting.terminal", "pipeline.reporting.verification"},
-    "pipeline/cli/unlock.py": {"pipeline.sinks.hold"},
+    "pipeline/cli/verify.py": {
+        "pipeline.reporting.generation",
+        "pipeline.reporting.html",
+        "pipeline.reporting.report",
+        "pipeline.reporting.terminal",
+        "pipeline.reporting.verification",
+    },
+    "pipeline/cli/unlock.py": {"pipeline.sinks"},
     # A child ties itself to its parent before it loads anything.
     "pipeline/cli/child.py": {"pipeline.cli"},
+    # A report is made when somebody asks for it.
+    "pipeline/jobs/overview.py": {"pipeline.reporting.report"},
     # An extra that need not be installed.
     "pipeline/jobs/notify.py": {"apprise"},
     # A cluster is loaded where there is something to do.
     "pipeline/jobs/attempt.py": {"distributed"},
     "pipeline/jobs/batch.py": {"pipeline.run.cluster", "pipeline.run.schedulers", "stages.build.builders"},
+    "stages/read/texts.py": {"pyarrow"},
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},
     "pipeline/run/sealed.py": {"dask", "distributed"},
     "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.run.named_cluster"},
+    "pipeline/run/threads.py": {"dask"},
     "pipeline/run/named_cluster.py": {"distributed"},
     "pipeline/run/cluster.py": {"distributed", "tornado", "pipeline.watching.dashboard"},
     # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.
@@ -81,10 +106,18 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     # Only logits need torch.
     "pipeline/reporting/verification.py": {"stages.verify.forward.logits"},
     # Only a calibration needs torch and transformers.
-    "pipeline/calibration/plan.py": {"stages.calibrate.layers"},
+    "pipeline/calibration/layer_task.py": {"stages.calibrate.layers", "stages.verify.roundtrip.original"},
+    "pipeline/planning/calibrating.py": {
+        "pipeline.calibration.layer_task",
+        "pipeline.calibration.plan",
+        "pipeline.calibration.tokens",
+    },
     "pipeline/engine/engines.py": {"dask"},
     "pipeline/run/loaders.py": {"pipeline.planning.make_plan", "pipeline.tensor.blocks", "torch"},
     "pipeline/tensor/arrays.py": {"dask"},
+    # Only outputs in object storage need what asks it.
+    "pipeline/tensor/bucket.py": {"obstore"},
+    "pipeline/tensor/store_requests.py": {"botocore", "obstore"},
     # Only some sources need the library that reads them (torch, gguf, huggingface_hub, zarr), or the module that does.
     "stages/quantization/kernels/gguf_blocks.py": {"gguf"},
     "stages/quantization/sources/gguf.py": {"gguf"},
@@ -108,7 +141,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.watching.page",
     },
     "pipeline/watching/dashboard.py": {"distributed", "pipeline.watching.groups"},
-    "pipeline/watching/progress.py": {"pipeline.watching.consoles", "rich"},
+    "pipeline/watching/bar.py": {"pipeline.watching.consoles", "rich"},
 }
 
 

@@ -37,6 +37,14 @@ static int run(const char *name, const double *n, const void *in, void *out)
         return k->transposed(in, b, a, b, out, a), 0;
     if (!strcmp(name, "awq_codes"))
         return k->awq_codes(in, b, a, b, out, a / 2), 0;
+    if (!strcmp(name, "column_magnitudes"))
+        return k->column_magnitudes(in, b, a, b, out), 0;
+    if (!strcmp(name, "smoothed_magnitudes")) /* the factors, and the values behind them */
+        return k->smoothed_magnitudes((const uint16_t *)((const double *)in + b), b, a, b, in, out), 0;
+    if (!strcmp(name, "smoothed"))
+        return k->smoothed((const uint16_t *)((const double *)in + b), b, a, b, in, (uint16_t *)out + a, out), 0;
+    if (!strcmp(name, "smoothed_codes")) /* the scales, and the values behind them */
+        return k->smoothed_codes((const uint16_t *)((const float *)in + a), b, a, b, in, (int)n[2], (int)n[3], out), 0;
     if (!strcmp(name, "gguf_numbers"))
         return k->gguf_numbers(in, a, (enum block)n[1], out), 0;
     if (!strcmp(name, "gguf_cast"))

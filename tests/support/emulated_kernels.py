@@ -19,6 +19,11 @@ NAME = "stages.quantization.kernels._kernels"
 TYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 
 
+def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The bytes of two arrays."""
+    return np.concatenate([np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (first, second)])
+
+
 class Emulated(ModuleType):
     """The functions of the module, each a job of one process that lasts as long as the tests."""
 
@@ -93,6 +98,20 @@ class Emulated(ModuleType):
     def gguf_numbers(self, blocks: np.ndarray, kind: str, to: str, out: np.ndarray) -> None:
         name, numbers = ("gguf_numbers", ()) if to == "float32" else ("gguf_cast", (TYPES.index(to),))
         self.run(name, blocks, out, blocks.size // self.blocks[kind][0], list(self.blocks).index(kind), *numbers)
+
+    def column_magnitudes(self, values: np.ndarray, out: np.ndarray) -> None:
+        self.run("column_magnitudes", values, out, *values.shape)
+
+    def smoothed_magnitudes(self, values: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
+        self.run("smoothed_magnitudes", joined(factors, values), out, *values.shape)
+
+    def smoothed(self, values: np.ndarray, factors: np.ndarray, most: np.ndarray, out: np.ndarray) -> None:
+        room = np.empty(most.size + out.size, np.uint16)
+        self.run("smoothed", joined(factors, values), room, *values.shape)
+        most.reshape(-1)[...], out.reshape(-1)[...] = room[: most.size], room[most.size :]
+
+    def smoothed_codes(self, values: np.ndarray, scales: np.ndarray, product: str, out: np.ndarray) -> None:
+        self.run("smoothed_codes", joined(scales, values), out, *values.shape, product == "divided", product != "float")
 
     def gguf_types(self) -> dict[str, tuple[int, int]]:
         return self.blocks

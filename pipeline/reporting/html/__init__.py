@@ -1,11 +1,13 @@
 """Make the HTML report of an output directory. It needs no other file, runs no script and asks no host for anything.
 
-The templates are in `configs/report/`; every text that comes from a file is escaped on its way into them.
+The templates are in `configs/report/`, the look that they share with other pages in `configs/look/`; every text that comes from a
+file is escaped on its way into them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from markupsafe import Markup, escape
 from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.tables import CONFIGS
-from pipeline.planning.plans import VERSION
+from pipeline.reporting.html.course import course_charts
 from pipeline.reporting.html.errors_map import error_map
 from pipeline.reporting.html.flow import NARROW, WIDE, columns, steps, timed
 from pipeline.reporting.html.provenance import mapping_words, model_facts, number_format, options, read_provenance
@@ -25,6 +27,9 @@ from pipeline.reporting.html.sizes import sizes
 from pipeline.reporting.html.summary import VerificationSummary, parse_summary
 from pipeline.reporting.html.words import count, duration, figure, percent, rate, size, visible
 from pipeline.tensor.checkpoint import Checkpoint
+from pipeline.tensor.remote_path import is_remote
+from pipeline.version import VERSION
+from stages.read.remote import image_of
 
 SHOWN_FINDINGS = 100
 SUFFIXES = (".html", ".htm")
@@ -75,6 +80,7 @@ def render_report(
             columns=columns(boxes, WIDE),
             fewer=columns(boxes, NARROW),
             timed=timed(boxes),
+            course=course_charts(provenance.timings.course) if provenance else "",
             sizes=sizes(checkpoint),
             found=verified,
             elsewhere=verified is not None and Path(verified.directory).name != directory.name,
@@ -91,26 +97,34 @@ def describe_directory(directory: Path) -> Checkpoint:
 
     Returns a Checkpoint without ranks, for a report on a directory whose rank files cannot be read.
     """
+    if is_remote(directory):
+        try:
+            place, _ = image_of(str(directory))
+        except BadInput:
+            return Checkpoint(directory, {}, ())
+        return replace(describe_directory(place), directory=directory)
     return Checkpoint(directory, read_object(directory / "config.json"), (), read_object(directory / "headrace.json"))
 
 
 def default_report_path(directory: Path) -> Path:
-    """The default path of a directory's report: beside the directory."""
+    """The default path of a directory's report: beside the directory; of one in object storage, in the current directory."""
+    if is_remote(directory):
+        return Path.cwd() / f"{directory.name}.report.html"
     return directory.with_name(f"{directory.name}.report.html")
 
 
-def check_report_path(output: Path, directory: Path) -> None:
-    """Check that the report of `directory` can be written to `output`.
+def check_report_path(output: Path, directory: Path, option: str = "--output") -> None:
+    """Check that the report of `directory` can be written to `output`, which an `option` names.
 
     Raises BadInput where `output` is no *.html file, is in no directory, or is inside `directory`.
     """
-    subject = f"--output {output}"
+    subject = f"{option} {output}"
     if output.suffix.lower() not in SUFFIXES or output.is_dir():
         raise BadInput([Problem(subject, "a directory" if output.is_dir() else "another kind of file", "a file named *.html")])
     if not output.absolute().parent.is_dir():
         raise BadInput([Problem(subject, f"no directory {output.parent}", "a file in a directory that is there")])
     if output.resolve().is_relative_to(directory.resolve()):
-        remedy = "Nothing is added to a finished output; choose another --output"
+        remedy = f"Nothing is added to a finished output; choose another {option}"
         raise BadInput([Problem(subject, f"a file in {directory}", "a file elsewhere", remedy)])
 
 
@@ -137,7 +151,7 @@ def _breakable(text: str) -> Markup:
 def _templates() -> Environment:
     """The environment of the templates, which escapes every text."""
     made = Environment(
-        loader=FileSystemLoader(CONFIGS / "report"),
+        loader=FileSystemLoader([CONFIGS / "report", CONFIGS / "look"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -16,6 +16,7 @@ ORDER = (
 )
 MAIN = ("read", "rename", "unpack", "cast", "quantize", "shard", "write")
 CUT = "scratch after "
+SCRATCH = ("write_scratch", "read_scratch")
 WIDE, NARROW = 10, 6  # boxes in a row of the picture, at most
 
 
@@ -52,13 +53,22 @@ def steps(checkpoint: Checkpoint, provenance: Provenance) -> list[FlowStep]:
     stages, phases = provenance.timings.stages, provenance.timings.phases
     total = sum(metered.seconds for metered in stages.values())
     does = _stage_tasks(checkpoint, provenance)
-    named = [name for name in ORDER if name in stages or name in MAIN]
+    named = _ordered([name for name in ORDER if name in stages or name in MAIN], provenance.timings.scratch_after)
     made: list[FlowStep] = []
     for name in named + sorted(stages.keys() - set(ORDER)):
         made.append(_step(name, does.get(name, ""), stages.get(name), total))
         if CUT + name in phases:
             made.append(_cut(phases[CUT + name]))
     return made
+
+
+def _ordered(names: list[str], cuts: Sequence[str]) -> list[str]:
+    """Stages in their order, with what writes and reads scratch behind the first stage that is cut after, where that is known."""
+    cut = next((names.index(stage) + 1 for stage in cuts if stage in names), None)
+    if cut is None or not set(SCRATCH) & set(names):
+        return names
+    through = [name for name in SCRATCH if name in names]
+    return [name for name in names[:cut] if name not in SCRATCH] + through + [name for name in names[cut:] if name not in SCRATCH]
 
 
 def columns(boxes: Sequence[FlowStep], most: int) -> int:

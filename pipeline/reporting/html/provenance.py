@@ -84,10 +84,24 @@ class Metered(_ProvenancePart):
     bytes: float = 0.0
 
 
+class Course(_ProvenancePart):
+    """The run over time: at each of `seconds`, the bytes written until then, and the memory of a process (-1: not known)."""
+
+    seconds: tuple[float, ...] = ()
+    bytes: tuple[float, ...] = ()
+    memory_bytes: tuple[float, ...] = ()
+    memory_limit_bytes: float = 0.0
+
+
 class Timings(_ProvenancePart):
-    """The seconds of the run, of its stages and, where they are recorded, of its phases (a scratch cut is a phase)."""
+    """The seconds of the run, of its stages and, where they are recorded, of its phases (a scratch cut is a phase).
+
+    `scratch_after`: the stages behind which scratch was.
+    """
 
     seconds: float | None = None
+    scratch_after: tuple[str, ...] = ()
+    course: Course = Course()
     stages: Mapping[str, Metered] = {}
     phases: Mapping[str, float] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.documents import read_json
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from pipeline.planning.wrong_values import place, wrong_value
+from pipeline.printed import InOneLine, many
 
 REMEDY = "Give what `headrace verify --json` printed"
 
@@ -112,7 +115,7 @@ class Logits(_SummaryPart):
     comparisons: tuple[LogitsComparison, ...]
 
 
-class VerificationSummary(_SummaryPart):
+class VerificationSummary(InOneLine, _SummaryPart):
     """The summary of a whole verification; a level that was not run is None."""
 
     directory: str
@@ -124,6 +127,34 @@ class VerificationSummary(_SummaryPart):
     integrity: Integrity | None = None
     round_trip: RoundTrip | None = None
     logits: Logits | None = None
+
+    def _line(self) -> str:
+        found = "nothing wrong" if self.ok else many(len(self.findings) or 1, "finding")
+        return f"{self.directory}: {found} by {', '.join(level for level, _ in self._levels)} in {self.seconds:.1f} s"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("output", self.directory),
+            ("source", self.source or ""),
+            ("found", "nothing wrong" if self.ok else many(len(self.findings) or 1, "finding")),
+            *self._levels,
+            *((finding.level, str(finding.problem)) for finding in self.findings),
+        ]
+
+    @property
+    def _levels(self) -> list[tuple[str, str]]:
+        """The levels that were run, each with its extent."""
+        levels = []
+        if self.integrity:
+            tensors, sums = self.integrity.tensors, self.integrity.checksums
+            levels.append(("integrity", f"{many(tensors, 'tensor')}, {many(sums, 'checksum')}"))
+        if self.round_trip:
+            exact = sum(tensor.identical for tensor in self.round_trip.tensors)
+            levels.append(("round trip", f"{many(len(self.round_trip.tensors), 'tensor')} compared, {exact} bit for bit"))
+        if self.logits:
+            agreed = ", ".join(f"{each.top1_agreement:.1%} of {each.against}" for each in self.logits.comparisons)
+            levels.append(("logits", f"{many(self.logits.tokens, 'token')}; the same first choice: {agreed}"))
+        return levels
 
     @property
     def problems(self) -> list[Problem]:
@@ -171,7 +202,4 @@ def load_summary(path: Path) -> VerificationSummary:
 
 
 def _problem(detail: Any, subject: str) -> Problem:
-    place = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "missing":
-        return Problem(f"{subject}: {place}", "nothing", "a value", REMEDY)
-    return Problem(f"{subject}: {place}", repr(detail["input"])[:80], str(detail["msg"]).lower(), REMEDY)
+    return replace(wrong_value(f"{subject}: {place(detail['loc'])}", detail), remedy=REMEDY)

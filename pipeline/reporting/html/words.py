@@ -7,7 +7,8 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-from pipeline.watching.units import human_bytes
+from pipeline.printed import many
+from pipeline.tensor.units import human_bytes
 
 # Unicode categories: controls, halves of surrogate pairs, and characters that turn the direction of the text around them.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -25,7 +26,7 @@ def visible(text: str) -> str:
 
 def count(number: int, noun: str) -> str:
     """`1 tensor`, `2,000 tensors`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return many(number, noun)
 
 
 def figure(value: float | None) -> str:

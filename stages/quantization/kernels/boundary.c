@@ -4,7 +4,12 @@
 
 static size_t size_of(char format)
 {
-    return format == 'B' ? 1 : format == 'H' ? 2 : 4;
+    return format == 'B' ? 1 : format == 'H' ? 2 : format == 'd' ? 8 : 4;
+}
+
+static const char *named(char format)
+{
+    return format == 'B' ? "uint8" : format == 'H' ? "uint16" : format == 'I' ? "uint32" : format == 'd' ? "float64" : "float32";
 }
 
 static int refuse(struct matrix *matrix, const char *name, const char *wanted)
@@ -24,7 +29,7 @@ int take(PyObject *array, struct matrix *matrix, const char *name, char format, 
         return 0;
     matrix->held = 1;
     if (view->format == NULL || view->format[0] != format || view->format[1] != 0 || view->itemsize != (Py_ssize_t)size)
-        return refuse(matrix, name, format == 'B' ? "uint8" : format == 'H' ? "uint16" : format == 'I' ? "uint32" : "float32");
+        return refuse(matrix, name, named(format));
     if (view->ndim != 1 && view->ndim != 2)
         return refuse(matrix, name, "one or two axes");
     const int last = view->ndim - 1;

@@ -11,6 +11,7 @@ from pipeline.errors import BadInput
 from stages.quantization.finite import not_finite
 from stages.quantization.kernels import casts, gguf_blocks
 from stages.quantization.kernels.layout import KernelLayout
+from stages.quantization.kernels.smoothed import Product
 
 with suppress(ImportError):  # then chosen.py chooses the twins
     from stages.quantization.kernels import _kernels
@@ -100,6 +101,34 @@ def gguf_numbers(packed: np.ndarray, kind: str, to: np.dtype = FLOAT32) -> np.nd
     size, elements = sizes
     result = np.empty((*packed.shape[:-1], packed.shape[-1] // size * elements), dtype=to)
     _kernels.gguf_numbers(_whole(packed).reshape(-1), kind, to.name, _passed(result).reshape(-1))
+    return result
+
+
+def column_magnitudes(values: np.ndarray) -> np.ndarray:
+    """uint16 [K]."""
+    result = np.empty(values.shape[1], dtype=np.uint16)
+    _kernels.column_magnitudes(_rows(values), result)
+    return result
+
+
+def smoothed_magnitudes(values: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """uint16 [n]."""
+    result = np.empty(len(values), dtype=np.uint16)
+    _kernels.smoothed_magnitudes(_rows(values), np.require(factors, requirements=("C", "A")), result)
+    return result
+
+
+def smoothed(values: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float16 [n, K], and uint16 [n]."""
+    result, most = np.empty(values.shape, dtype=np.uint16), np.empty(len(values), dtype=np.uint16)
+    _kernels.smoothed(_rows(values), np.require(factors, requirements=("C", "A")), most, result)
+    return result.view(np.float16), most
+
+
+def smoothed_codes(values: np.ndarray, scales: np.ndarray, product: Product, out: np.ndarray | None = None) -> np.ndarray:
+    """int8 [n, K]."""
+    result = np.empty(values.shape, dtype=np.int8) if out is None else out
+    _kernels.smoothed_codes(_rows(values), _whole(scales), product, result.view(np.uint8))
     return result
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from stages.quantization.kernels import compiled, twins
 from stages.quantization.kernels.chosen import c_is_used
 from stages.quantization.kernels.layout import KernelLayout
+from stages.quantization.kernels.smoothed import Product
 
 
 class Kernels(Protocol):
@@ -51,6 +52,21 @@ class Kernels(Protocol):
         """[..., elements] of GGUF's rows of blocks uint8 [..., bytes]; `kind` is the name of their type.
 
         `to`: float32, or another type that the float32 numbers are cast to.
+        """
+
+    def column_magnitudes(self, values: np.ndarray) -> np.ndarray:
+        """uint16 [K] of float16 [n, K]: the largest magnitude of each column, as its bits."""
+
+    def smoothed_magnitudes(self, values: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        """uint16 [n]: the second of what `smoothed` gives, alone."""
+
+    def smoothed(self, values: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float16 [n, K] times float64 [K], as float16; and uint16 [n]: the largest magnitude of each row, as its bits."""
+
+    def smoothed_codes(self, values: np.ndarray, scales: np.ndarray, product: Product, out: np.ndarray | None = None) -> np.ndarray:
+        """int8 [n, K], in [-127, 127], of finite float16 [n, K] and finite scales float32 [n]. `out`: where to write it.
+
+        `product`: multiplied in float32; or multiplied or divided, then rounded to float16.
         """
 
 

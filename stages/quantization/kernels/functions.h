@@ -7,7 +7,7 @@
 /* The kernels of the level in use. */
 extern const struct kernels *in_use;
 
-/* Of quantizing.c and unpacking.c. */
+/* Of quantizing.c, unpacking.c and smoothing.c. */
 #define FUNCTIONS(EACH)                                                         \
     EACH(weight_only_scales)                                                    \
     EACH(weight_only_codes)                                                     \
@@ -19,7 +19,11 @@ extern const struct kernels *in_use;
     EACH(transposed)                                                            \
     EACH(awq_codes)                                                             \
     EACH(gguf_numbers)                                                          \
-    EACH(gguf_types)
+    EACH(gguf_types)                                                            \
+    EACH(column_magnitudes)                                                     \
+    EACH(smoothed_magnitudes)                                                   \
+    EACH(smoothed)                                                              \
+    EACH(smoothed_codes)
 
 #define DECLARED(name) PyObject *name(PyObject *, PyObject *);
 FUNCTIONS(DECLARED)

@@ -53,6 +53,15 @@ struct kernels {
     /* `to`: BFLOAT16 or FLOAT16. */
     void (*gguf_cast)(const uint8_t *blocks, size_t count, enum block type, enum number to, uint16_t *out);
     void (*awq_codes)(const uint32_t *words, size_t stride, size_t features, size_t columns, uint8_t *out, size_t row_bytes);
+    void (*column_magnitudes)(const uint16_t *values, size_t stride, size_t rows, size_t features, uint16_t *out);
+    void (*smoothed_magnitudes)(const uint16_t *values, size_t stride, size_t rows, size_t features, const double *factors,
+                                uint16_t *out);
+    /* `most`: the same as smoothed_magnitudes gives. */
+    void (*smoothed)(const uint16_t *values, size_t stride, size_t rows, size_t features, const double *factors, uint16_t *out,
+                     uint16_t *most);
+    /* `divided`, or multiplied, in float32; `half`: then rounded to float16, as all quotients are. */
+    void (*smoothed_codes)(const uint16_t *values, size_t stride, size_t rows, size_t features, const float *scales, int divided,
+                           int half, uint8_t *out);
 };
 
 /* The kernels of the level that a file is compiled for, so that the compiler holds each against what the table takes. */
@@ -67,5 +76,9 @@ void AT_LEVEL(transposed)(const uint32_t *, size_t, size_t, size_t, uint32_t *, 
 void AT_LEVEL(awq_codes)(const uint32_t *, size_t, size_t, size_t, uint8_t *, size_t);
 void AT_LEVEL(gguf_numbers)(const uint8_t *, size_t, enum block, float *);
 void AT_LEVEL(gguf_cast)(const uint8_t *, size_t, enum block, enum number, uint16_t *);
+void AT_LEVEL(column_magnitudes)(const uint16_t *, size_t, size_t, size_t, uint16_t *);
+void AT_LEVEL(smoothed_magnitudes)(const uint16_t *, size_t, size_t, size_t, const double *, uint16_t *);
+void AT_LEVEL(smoothed)(const uint16_t *, size_t, size_t, size_t, const double *, uint16_t *, uint16_t *);
+void AT_LEVEL(smoothed_codes)(const uint16_t *, size_t, size_t, size_t, const float *, int, int, uint8_t *);
 
 #endif

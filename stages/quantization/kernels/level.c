@@ -14,4 +14,8 @@ const struct kernels AT_LEVEL(kernels) = {
     .gguf_numbers = AT_LEVEL(gguf_numbers),
     .gguf_cast = AT_LEVEL(gguf_cast),
     .awq_codes = AT_LEVEL(awq_codes),
+    .column_magnitudes = AT_LEVEL(column_magnitudes),
+    .smoothed_magnitudes = AT_LEVEL(smoothed_magnitudes),
+    .smoothed = AT_LEVEL(smoothed),
+    .smoothed_codes = AT_LEVEL(smoothed_codes),
 };

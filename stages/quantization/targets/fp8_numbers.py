@@ -43,10 +43,15 @@ def pack(
             "quantize", codes_of, {"weight": weight, "scale": scale}, shape=weight.shape, dtype=FLOAT8, rows=weight.chunks[0]
         )
         packed.append({"weight": (codes, MATRIX)})
-    ranges = {f"range{number}": part[X_RANGE] for number, part in enumerate(parts)}
-    activations = derive("quantize", by_largest, ranges, shape=(1,), dtype=FLOAT32)
+    activations = activation_scale(parts)
     size = plain("tensor_scale")
     return packed, {"weights_scaling_factor": (as_array(scale), size), "activation_scaling_factor": (activations, size)}
+
+
+def activation_scale(parts: Sequence[Mapping[str, BlockArray]]) -> BlockArray:
+    """float32 [1]: the largest input of some modules by 448. `parts`: with the ranges of their inputs."""
+    ranges = {f"range{number}": part[X_RANGE] for number, part in enumerate(parts)}
+    return derive("quantize", by_largest, ranges, shape=(1,), dtype=FLOAT32)
 
 
 def cache_scale(outputs: Sequence[BlockArray]) -> BlockArray:

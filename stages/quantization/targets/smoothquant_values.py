@@ -7,7 +7,6 @@ Facts: docs/format/quantized-layouts.md, section 4d.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -17,13 +16,13 @@ from pipeline.tensor.placement import Region, extent, whole
 from pipeline.tensor.tensors import Block
 from stages.quantization.finite import not_finite
 from stages.quantization.kernels.dispatch import kernels
+from stages.quantization.kernels.smoothed import Product as Product
 
-Product = Literal["half", "float", "divided"]
 INT8, FLOAT16, FLOAT32, FLOAT64 = (np.dtype(kind) for kind in (np.int8, np.float16, np.float32, np.float64))
 LARGEST = np.float32(127)
 LEAST = 1e-5  # of a factor, and of a column's magnitude
-MAGNITUDE, INFINITE = np.uint16(0x7FFF), np.uint16(0x7C00)  # the bits of a float16 without its sign; those of infinity
-_ELEMENTS = 1 << 18  # of a weight that are smoothed at once, in float64
+INFINITE = np.uint16(0x7C00)  # the bits of a float16
+_ELEMENTS = 1 << 18  # of a weight that are smoothed at once
 
 
 def factors_of(region: Region, activations: Block, alpha: float, names: Sequence[str], **weights: Block) -> np.ndarray:
@@ -33,7 +32,7 @@ def factors_of(region: Region, activations: Block, alpha: float, names: Sequence
         for rows in _pieces(weight):
             values = np.asarray(weight.read((rows, (0, weight.shape[1]))))
             with meter("quantize", values.nbytes):
-                np.maximum(columns, _bits(values).max(axis=0), out=columns)
+                np.maximum(columns, kernels().column_magnitudes(values), out=columns)
         _refuse_infinite(columns, name)
     held = np.maximum(columns.view(FLOAT16), FLOAT16.type(LEAST)).astype(FLOAT64)
     inputs = np.asarray(activations.read(whole(activations.shape))).astype(FLOAT64)
@@ -53,7 +52,7 @@ def largest_of(region: Region, smooth: Block, names: Sequence[str], **weights: B
     bits = np.zeros((), dtype=np.uint16)
     for name, weight in zip(names, weights.values(), strict=True):
         for rows in _pieces(weight):
-            bits = np.maximum(bits, _bits(_smoothed(weight, rows, smooth)).max())
+            bits = np.maximum(bits, _magnitudes(weight, rows, smooth).max())
         _refuse_infinite(bits, name)
     return bits.reshape(1).view(FLOAT16)
 
@@ -66,18 +65,18 @@ def channel_codes(
     codes, scales = np.empty(extent(region), dtype=INT8), np.empty((last - first, 1), dtype=FLOAT32)
     own = np.asarray(steps.read(((0, 2),)))
     for rows in _pieces(weight, first, last):
-        values = _smoothed(weight, rows, smooth)
-        with meter("quantize", values.nbytes), np.errstate(invalid="ignore"):
-            to = slice(rows[0] - first, rows[1] - first)
-            factor, scales[to] = _of_rows(values, own, per_token, name)
-            codes[to] = _rounded(kernels().cast(values[:, slice(*columns)], FLOAT32) * factor, factor)
+        values, largest = _smoothed(weight, rows, smooth)
+        to = slice(rows[0] - first, rows[1] - first)
+        factor, scales[to] = _of_rows(largest, own, per_token, name)
+        with meter("quantize", values.nbytes):
+            kernels().smoothed_codes(values[:, slice(*columns)], _held(factor).reshape(-1), "float", codes[to])
     return codes, scales
 
 
 def channel_scales(region: Region, weight: Block, smooth: Block, steps: Block, per_token: bool, name: str) -> np.ndarray:
     """float32 [rows, 1] of the region, without the codes."""
     own = np.asarray(steps.read(((0, 2),)))
-    parts = [_of_rows(_smoothed(weight, rows, smooth), own, per_token, name)[1] for rows in _pieces(weight, *region[0])]
+    parts = [_of_rows(_magnitudes(weight, rows, smooth), own, per_token, name)[1] for rows in _pieces(weight, *region[0])]
     return np.concatenate(parts) if parts else np.empty((0, 1), dtype=FLOAT32)
 
 
@@ -86,15 +85,13 @@ def tensor_codes(region: Region, weight: Block, smooth: Block, largest: Block, p
     (first, last), columns = region
     codes = np.empty(extent(region), dtype=INT8)
     factor, inverse = _inverted(np.asarray(largest.read(((0, 1),))))
-    half = bool(factor.max() <= np.finfo(np.float16).max)
+    if not factor.max() <= np.finfo(np.float16).max:
+        product = "float"
+    scale = inverse if product == "divided" else _held(factor)
     for rows in _pieces(weight, first, last):
-        values = _smoothed(weight, rows, smooth, columns)
-        with meter("quantize", values.nbytes), np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            wide = kernels().cast(values, FLOAT32)
-            wide = np.divide(wide, inverse, out=wide) if product == "divided" and half else np.multiply(wide, factor, out=wide)
-            if product != "float" and half:
-                wide = kernels().cast(kernels().cast(wide, FLOAT16), FLOAT32)
-            codes[rows[0] - first : rows[1] - first] = _rounded(wide, factor)
+        values, _ = _smoothed(weight, rows, smooth, columns)
+        with meter("quantize", values.nbytes):
+            kernels().smoothed_codes(values, np.repeat(scale, len(values)), product, codes[rows[0] - first : rows[1] - first])
     return codes
 
 
@@ -131,20 +128,28 @@ def gain_of(region: Region, gain: Block, smooth: Block, name: str) -> np.ndarray
     return result
 
 
-def _smoothed(weight: Block, rows: tuple[int, int], smooth: Block, columns: tuple[int, int] | None = None) -> np.ndarray:
-    """float16 of some rows: multiplied in float64, then rounded to float32 and from there to float16, as torch converts."""
+def _smoothed(
+    weight: Block, rows: tuple[int, int], smooth: Block, columns: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """float16 of some rows times their factors, and uint16: the bits of each row's largest magnitude."""
     columns = columns or (0, weight.shape[1])
     values = np.asarray(weight.read((rows, columns)))
-    with meter("quantize", values.nbytes), np.errstate(over="ignore", invalid="ignore"):
-        wide: np.ndarray = kernels().cast(values, FLOAT32) * np.asarray(smooth.read((columns,)))
-        return kernels().cast(wide.astype(FLOAT32), FLOAT16)
+    with meter("quantize", values.nbytes):
+        return kernels().smoothed(values, np.asarray(smooth.read((columns,))))
 
 
-def _of_rows(values: np.ndarray, steps: np.ndarray, per_token: bool, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The factor of each row [n, in], and its scale: both float32 [n, 1]."""
-    bits = _bits(values).max(axis=1, keepdims=True)
-    _refuse_infinite(bits, name)
-    factor, inverse = _inverted(bits.view(FLOAT16))
+def _magnitudes(weight: Block, rows: tuple[int, int], smooth: Block) -> np.ndarray:
+    """uint16: the second of these alone."""
+    columns = (0, weight.shape[1])
+    values = np.asarray(weight.read((rows, columns)))
+    with meter("quantize", values.nbytes):
+        return kernels().smoothed_magnitudes(values, np.asarray(smooth.read((columns,))))
+
+
+def _of_rows(largest: np.ndarray, steps: np.ndarray, per_token: bool, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The factor of each row by the bits of its largest magnitude [n], and its scale: both float32 [n, 1]."""
+    _refuse_infinite(largest, name)
+    factor, inverse = _inverted(largest.view(FLOAT16)[:, None])
     return factor, inverse if per_token else _scaled(factor, *steps)
 
 
@@ -165,16 +170,9 @@ def _scaled(factor: np.ndarray, inputs: np.float64, outputs: np.float64) -> np.n
     return np.asarray(np.float32(outputs) / (np.float32(inputs) * factor))
 
 
-def _rounded(values: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """int8 of float32 values, to the nearest even; 0 where all weights of a scale are 0, so that there is no factor."""
-    with np.errstate(invalid="ignore"):
-        np.clip(np.rint(values, out=values), -LARGEST, LARGEST, out=values)
-        return np.where(np.isfinite(factor), values, np.float32(0)).astype(INT8)
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    """uint16: magnitudes of float16 values as their bits, which are in the same order."""
-    return values.view(np.uint16) & MAGNITUDE
+def _held(factor: np.ndarray) -> np.ndarray:
+    """The same, with 0 where all weights of a scale are 0, so that there is no factor."""
+    return np.where(np.isfinite(factor), factor, np.float32(0))
 
 
 def _refuse_infinite(bits: np.ndarray, name: str) -> None:

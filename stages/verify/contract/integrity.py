@@ -106,7 +106,7 @@ def _rank(file: str, expected: Mapping[str, ExpectedTensor], stored: Mapping[str
 def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Check that headrace.json, where there is one, has a checksum for each tensor and for no other."""
     provenance = checkpoint.provenance
-    if not provenance and not (checkpoint.directory / "headrace.json").exists():
+    if not provenance and "headrace.json" not in checkpoint.files:
         return
     options = provenance.get("options", {})
     sm = options.get("sm", 80) if isinstance(options, Mapping) else None
@@ -170,9 +170,9 @@ def _arranged(checkpoint: Checkpoint) -> Iterator[Problem]:
 def _left_over(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Report rank files that config.json does not count, and files that an unfinished run left."""
     counted = {_file(number) for number in range(len(checkpoint.ranks))}
-    for path in sorted(checkpoint.directory.iterdir()):
-        if _RANK.fullmatch(path.name) and path.name not in counted:
+    for name in checkpoint.files:
+        if _RANK.fullmatch(name) and name not in counted:
             found = f"a rank file beside the {len(counted)} of config.json"
-            yield Problem(path.name, found, "none", "Remove it: it is of another conversion")
-        elif _UNFINISHED.fullmatch(path.name):
-            yield Problem(path.name, "a file that is not finished", "none beside config.json", "Convert again, or remove it")
+            yield Problem(name, found, "none", "Remove it: it is of another conversion")
+        elif _UNFINISHED.fullmatch(name):
+            yield Problem(name, "a file that is not finished", "none beside config.json", "Convert again, or remove it")

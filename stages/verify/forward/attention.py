@@ -7,10 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from stages.verify.forward.cached import as_cached
 from stages.verify.forward.norms import rms_norm
 from stages.verify.forward.rotation import Rotation
 from stages.verify.forward.settings import DecoderSettings
 from stages.verify.forward.weights import PipelineStage
+
+CACHE_SCALE = "kv_cache_scaling_factor"
 
 
 class KeyValueCache:
@@ -24,13 +27,17 @@ class KeyValueCache:
         """Forget the keys and values."""
         self._entries.clear()
 
-    def extend(self, layer: int, rank: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of new tokens, [kv heads, new, head_size]; returns those of all tokens."""
-        before = self._entries.get((layer, rank))
-        if before is not None:
-            k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
-        self._entries[layer, rank] = k, v
-        return k, v
+    def extend(self, layer: int, rank: int, k: Tensor, v: Tensor, kind: str = "", scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens, [kv heads, new, head_size]; returns those of all tokens.
+
+        `kind`, `scale`: of `as_cached`, by which those that are kept are rounded.
+        """
+        before, kept = self._entries.get((layer, rank)), (as_cached(k, kind, scale), as_cached(v, kind, scale))
+        if before is None:
+            self._entries[layer, rank] = kept
+            return k, v
+        self._entries[layer, rank] = torch.cat([before[0], kept[0]], 1), torch.cat([before[1], kept[1]], 1)
+        return torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
 
 
 class Attention:
@@ -57,10 +64,15 @@ class Attention:
                 k = rms_norm(k, stage.vector(f"{module}.k_layernorm.weight", settings.head_size), settings.head_epsilon)
             length, local = len(cache.tokens), settings.is_local(layer)
             q, k = (self.rotation.rotate(each, length - len(x), length, local=local) for each in (q, k))
-            k, v = cache.extend(layer, rank, k, v)
+            k, v = cache.extend(layer, rank, k, v, *self._codes(stage, f"{module}.{CACHE_SCALE}"))
             return self._attend(q, k, v, settings.window(layer) or length).transpose(0, 1).flatten(1)
 
         return stage.total(part, f"{module}.dense", settings.hidden, bias=settings.dense_bias)
+
+    def _codes(self, stage: PipelineStage, name: str) -> tuple[str, float]:
+        """How the cache rounds: the kind of its codes, "" for none, and their scale, of the tensor `name`."""
+        kind = str(self.settings.config.get("quantization", {}).get("kv_cache_quant_algo") or "")
+        return (kind, float(stage.vector(name, 1))) if kind and stage.has(name) else ("", 1.0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Attend with queries [heads, new, head_size], of the last tokens, to keys and values [kv heads, all, head_size].

@@ -1,9 +1,9 @@
 """Compute a decoder's logits from the files of its ranks, as TensorRT-LLM's classes do, in float32 and in little memory.
 
 Partial sums of tensor-parallel ranks are added up, pipeline stages follow one another, and weights in the kernels' layouts are read
-as numbers. Not emulated are the 8 bits that FP8 kernels round activations to (`activation_scaling_factor`, and `clamp_val` of the
-rowwise ones), an FP8 cache of keys and values, and 16-bit arithmetic. A sequence that grows past long rope's trained length is
-computed anew from its first token, as transformers does; an engine keeps the keys and values that it has.
+as numbers; a cache of 8 bits rounds what later steps read of it. Not emulated are the 8 bits that FP8 kernels round activations to
+(`activation_scaling_factor`, and `clamp_val` of the rowwise ones), and 16-bit arithmetic. A sequence that grows past long rope's
+trained length is computed anew from its first token, as transformers does; an engine keeps the keys and values that it has.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from stages.verify.matrices import Matrix, matrix, vector
 from stages.verify.values import UINT8, read, same_bits
 
 T = TypeVar("T")
-# Parameters beside a module's numbers, for the precision of activations and of the cache, which are not emulated.
+# Parameters beside a module's numbers, for the precision of activations, which is not emulated, and of a cache.
 BESIDE = (
     "activation_scaling_factor",
     "clamp_val",

@@ -39,6 +39,30 @@ def compared(
     None where a value is not right for sure. `worst`: of what has been compared before.
     """
 
+def kept(
+    columns: int,
+    features: int,
+    first: int,
+    units: _Array,
+    places: _Array | None,
+    words: _Array,
+    order: _Array | None,
+    start: int,
+    skip: int,
+    scales: _Array,
+    zeros: _Array | None,
+    source_scales: _Array,
+    source_zeros: _Array,
+    constant: _Array,
+    slope: float,
+    worst: float,
+    /,
+) -> tuple[float, float, float, float, float] | None:
+    """As `compared`, of codes of 4 bits that are the source's, whose words are packed along columns.
+
+    None where a code is another, and where a value is not right for sure. Factors are float32 [groups, rows].
+    """
+
 def same_bytes(one: _Array, two: _Array, /) -> bool: ...
 def words_as_rows(words: _Array, out: _Array, /) -> None: ...
 def columns_as_rows(words: _Array, places: _Array, out: _Array, /) -> None: ...

@@ -56,12 +56,41 @@ struct figures {
     double noise, power, square;
 };
 
+/* Codes of 4 bits of the source in words of eight, in-features [start, start + features) of its rows: [features / 8, columns], a
+   word of eight in-features of a row; or, with `order`, [features, columns], a word of eight rows, each of which is in the nibble
+   that it names. The first `skip` rows are none of those that are compared. `stride`: of a row of words. */
+struct packed {
+    const uint32_t *words;
+    size_t stride, columns, start, features, skip;
+    const uint8_t *order;
+};
+
+/* What makes numbers of codes, float32 [groups, rows] of groups of `size` in-features: of the rank, code * scale + zero, code
+   signed; of the source, (code - zero) * scale. |error| <= slope * |code * scale| + constant, of the rank's groups. */
+struct kept_factors {
+    size_t rows, size, source_size;
+    const float *scales, *zeros, *source_scales, *source_zeros, *constant;
+    float slope;
+};
+
+/* Sums outside of these are computed in double: squares of very small or very large values are no float32. */
+#define LEAST_SUM 1e-24
+#define GREATEST_SUM 1e30
+/* Parts of what is allowed that are this much worse than the worst so far, or less, are as good as equal to it: rows of one
+   scale have equal ones, whose quotients need not be computed again. The worst is so much below 1 that none that is wrong is
+   among them. */
+#define ALIKE (1 + 0x1p-22f)
+#define NEARLY (1 - 0x1p-20f)
+
 struct checks {
     const char *name;
     /* Rows [first, first + rows) of the units. Factors and bounds are of these rows. Returns 1, or 0 where a value is not right
        for sure: then the figures are not whole. */
     int (*compared)(const struct stored *, size_t first, size_t rows, const struct expected *, const struct bound *,
                     struct figures *);
+    /* Rows of the units, of 4 bits, from `first` on, and codes of the source that they must have kept; taken into the figures.
+       Returns as `compared` does. */
+    int (*kept)(const struct stored *, size_t first, const struct packed *, const struct kept_factors *, struct figures *);
     /* Words [m, n] as rows [n, m], `pitch` elements apart. */
     void (*words_as_rows)(const uint32_t *words, size_t stride, size_t m, size_t n, uint32_t *out, size_t pitch);
     /* Words [m, n] of 8 rows each, whose nibbles are at `places`, as rows [8 n, m / 2] of two codes a byte. */
@@ -70,6 +99,7 @@ struct checks {
 };
 
 int AT_LEVEL(compared)(const struct stored *, size_t, size_t, const struct expected *, const struct bound *, struct figures *);
+int AT_LEVEL(kept)(const struct stored *, size_t, const struct packed *, const struct kept_factors *, struct figures *);
 void AT_LEVEL(words_as_rows)(const uint32_t *, size_t, size_t, size_t, uint32_t *, size_t);
 void AT_LEVEL(columns_as_rows)(const uint32_t *, size_t, size_t, size_t, const uint8_t *, uint8_t *, size_t);
 

@@ -30,6 +30,11 @@ def compared(*arguments: Any) -> tuple[float, float, float, float, float] | None
     return _kernels.compared(*arguments)
 
 
+def kept(*arguments: Any) -> tuple[float, float, float, float, float] | None:
+    """`kept` of _kernels.pyi, where `in_c`."""
+    return _kernels.kept(*arguments)
+
+
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool | None:
     """Whether two arrays of one type and shape [n, ...] are equal bit for bit; None where the kernels cannot say."""
     if a.ndim not in (1, 2) or not a.size or not all(each.strides[-1] == each.itemsize for each in (a, b)) or not in_c():

@@ -5,14 +5,6 @@
 
 #define CHUNK 2048
 #define LANES 16
-/* Sums outside of these are computed in double: squares of very small or very large values are no float32. */
-#define LEAST_SUM 1e-24
-#define GREATEST_SUM 1e30
-/* Parts of what is allowed that are this much worse than the worst so far, or less, are as good as equal to it: rows of one
-   scale have equal ones, whose quotients need not be computed again. The worst is so much below 1 that none that is wrong is
-   among them. */
-#define ALIKE (1 + 0x1p-22f)
-#define NEARLY (1 - 0x1p-20f)
 
 typedef float numbers __attribute__((vector_size(4 * LANES)));
 typedef int32_t patterns __attribute__((vector_size(4 * LANES)));

@@ -4,6 +4,7 @@
 const struct checks AT_LEVEL(checks) = {
     .name = LEVEL_NAME,
     .compared = AT_LEVEL(compared),
+    .kept = AT_LEVEL(kept),
     .words_as_rows = AT_LEVEL(words_as_rows),
     .columns_as_rows = AT_LEVEL(columns_as_rows),
 };

@@ -72,6 +72,15 @@ static int places_of(const struct matrix *places, int bits)
     return 1;
 }
 
+static PyObject *figures_of(int right, const struct figures *figures)
+{
+    if (!right) {
+        Py_INCREF(Py_None);
+        return Py_None;
+    }
+    return Py_BuildValue("ffddd", figures->greatest, figures->worst, figures->noise, figures->power, figures->square);
+}
+
 enum { UNITS, PLACES, SCALES, ZEROS, VALUES, VALUE_SCALES, VALUE_ZEROS, CONSTANT, ARRAYS };
 
 static PyObject *compared(PyObject *Py_UNUSED(self), PyObject *arguments)
@@ -150,13 +159,92 @@ static PyObject *compared(PyObject *Py_UNUSED(self), PyObject *arguments)
     }
     for (int i = 0; i < ARRAYS; i++)
         give_back(&arrays[i]);
-    if (!fine)
+    return fine ? figures_of(right, &figures) : NULL;
+}
+
+enum { KEPT_UNITS, KEPT_PLACES, WORDS, ORDER, OWN_SCALES, OWN_ZEROS, SOURCE_SCALES, SOURCE_ZEROS, BOUND, KEPT_ARRAYS };
+
+/* The in-features of a group of factors [groups, rows]; an exception, and 0, where they are no factors of whole runs. */
+static size_t group_size(const struct matrix *factors, const char *name, size_t rows, size_t features)
+{
+    const size_t groups = factors->rows;
+    if (factors->columns == rows && groups > 0 && features % groups == 0 && features / groups % 32 == 0)
+        return features / groups;
+    PyErr_Format(PyExc_ValueError, "%s: a factor of each row for each group of 32 n in-features expected", name);
+    return 0;
+}
+
+static PyObject *kept(PyObject *Py_UNUSED(self), PyObject *arguments)
+{
+    static const char *const NAMES[] = {"units", "places", "words", "order", "scales", "zeros", "scales of the source",
+                                        "zeros of the source", "constant"};
+    static const char FORMATS[] = "BBIBfffff";
+    PyObject *given[KEPT_ARRAYS];
+    Py_ssize_t columns, features, first, start, skip;
+    struct kept_factors each = {0};
+    struct figures figures = {0};
+    struct matrix arrays[KEPT_ARRAYS] = {0};
+    int right = 0, fine = 1;
+    if (!PyArg_ParseTuple(arguments, "nnnOOOOnnOOOOOff", &columns, &features, &first, &given[KEPT_UNITS], &given[KEPT_PLACES],
+                          &given[WORDS], &given[ORDER], &start, &skip, &given[OWN_SCALES], &given[OWN_ZEROS],
+                          &given[SOURCE_SCALES], &given[SOURCE_ZEROS], &given[BOUND], &each.slope, &figures.worst))
         return NULL;
-    if (!right) {
-        Py_INCREF(Py_None);
-        return Py_None;
+    for (int i = 0; fine && i < KEPT_ARRAYS; i++) {
+        const int optional = i == KEPT_PLACES || i == ORDER || i == OWN_ZEROS;
+        fine = (optional && given[i] == Py_None) || take(given[i], &arrays[i], NAMES[i], FORMATS[i], i == WORDS ? READ_STRIDED : READ);
     }
-    return Py_BuildValue("ffddd", figures.greatest, figures.worst, figures.noise, figures.power, figures.square);
+    const struct matrix *words = &arrays[WORDS], *places = &arrays[KEPT_PLACES], *order = &arrays[ORDER], *scales = &arrays[OWN_SCALES];
+    const size_t width = features > 0 ? (size_t)features : 0, rows = scales->columns, before = skip > 0 ? (size_t)skip : 0;
+    const size_t compared = words->rows * (order->data ? 1 : 8), from = start > 0 ? (size_t)start : 0;
+    const struct stored stored = {.kind = INTEGERS, .bits = 4, .columns = (size_t)columns, .places = places->data,
+                                  .data = arrays[KEPT_UNITS].data, .features = width};
+    const struct packed packed = {words->data, words->stride, words->columns, from, compared, before, order->data};
+    if (fine && (columns < 1 || columns > 64 || (columns > 1 && !places->data) || !width || width % 32 || first < 0 || start < 0
+                 || skip < 0 || from % 32 || compared % 32 || !compared || from >= width || compared > width - from
+                 || !fits_stored(&stored, &arrays[KEPT_UNITS], (size_t)first, rows))) {
+        wrong("whole units that the rows are among, and words of some of their in-features, expected");
+        fine = 0;
+    }
+    if (fine && places->data && !places_of(places, 4)) {
+        wrong("places: a permutation of a run of 16 bytes expected");
+        fine = 0;
+    }
+    if (fine && (order->data ? before > 7 || words->columns != (before + rows + 7) / 8 : before || words->columns != rows)) {
+        wrong("words of the rows expected");
+        fine = 0;
+    }
+    for (size_t i = 0; fine && order->data && i < 8; i++)
+        if (order->rows != 1 || order->columns != 8 || ((const uint8_t *)order->data)[i] > 7) {
+            wrong("order: the places of the eight nibbles of a word expected");
+            fine = 0;
+        }
+    for (int i = OWN_SCALES; fine && i < KEPT_ARRAYS; i++) {
+        const size_t size = given[i] != Py_None ? group_size(&arrays[i], NAMES[i], rows, width) : 0;
+        const int theirs = i == SOURCE_SCALES || i == SOURCE_ZEROS;
+        size_t *common = theirs ? &each.source_size : &each.size;
+        if (given[i] == Py_None)
+            continue;
+        fine = size > 0;
+        if (fine && *common && *common != size) {
+            wrong("as many groups of all factors expected");
+            fine = 0;
+        }
+        *common = size;
+    }
+    if (fine) {
+        each.rows = rows;
+        each.scales = scales->data;
+        each.zeros = arrays[OWN_ZEROS].data;
+        each.source_scales = arrays[SOURCE_SCALES].data;
+        each.source_zeros = arrays[SOURCE_ZEROS].data;
+        each.constant = arrays[BOUND].data;
+        Py_BEGIN_ALLOW_THREADS
+        right = in_use->kept(&stored, (size_t)first, &packed, &each, &figures);
+        Py_END_ALLOW_THREADS
+    }
+    for (int i = 0; i < KEPT_ARRAYS; i++)
+        give_back(&arrays[i]);
+    return fine ? figures_of(right, &figures) : NULL;
 }
 
 static PyObject *same_bytes(PyObject *Py_UNUSED(self), PyObject *arguments)
@@ -230,6 +318,7 @@ static PyObject *columns_as_rows(PyObject *Py_UNUSED(self), PyObject *arguments)
 
 static PyMethodDef METHODS[] = {
     {"compared", compared, METH_VARARGS, NULL},
+    {"kept", kept, METH_VARARGS, NULL},
     {"same_bytes", same_bytes, METH_VARARGS, NULL},
     {"words_as_rows", words_as_rows, METH_VARARGS, NULL},
     {"columns_as_rows", columns_as_rows, METH_VARARGS, NULL},

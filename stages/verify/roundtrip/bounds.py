@@ -94,7 +94,7 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
         return Allowance(3 * slope, _one(3 * offset))
     if matrix.kind == "groupwise":
         if kept:
-            return _kept_codes(matrix, start, stop, dtype)
+            return kept_codes(matrix.zeros(start, stop), dtype)
         # Half a step of codes from -8 to 7 (or of 8 bits) that reach the group's largest value; scales are rounded.
         groups = matrix.tensors["weights_scaling_factor"].shape[-2]
         constant = np.full((1, groups), 4 * offset, np.float32)
@@ -127,10 +127,12 @@ def _by_rows(bits: int, dtype: np.dtype) -> Allowance:
     return Allowance(3 * slope, _one(3 * offset), largest="row", factor=step * 0.5 * SLACK, top=step * (2 ** (bits - 1) - 1))
 
 
-def _kept_codes(matrix: Matrix, start: int, stop: int, dtype: np.dtype) -> Allowance:
-    """Groupwise with the source's codes: scales and zero points are rounded, the zero point's product twice."""
+def kept_codes(zeros: np.ndarray | None, dtype: np.dtype) -> Allowance:
+    """Groupwise with the source's codes: scales and zero points are rounded, the zero point's product twice.
+
+    `zeros`: float32, of the groups of some rows; the constant is of their shape.
+    """
     slope, offset = _half_step(dtype)
-    zeros = matrix.zeros(start, stop)
     if zeros is None:
         return Allowance(2 * slope, _one(5 * offset), "actual")
     return Allowance(2 * slope, np.abs(zeros) * np.float32(3 * slope) + np.float32(5 * offset), "product")

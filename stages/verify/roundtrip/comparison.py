@@ -18,8 +18,10 @@ from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.kernels import checks
 from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
+from stages.verify.roundtrip import searched
 from stages.verify.roundtrip.bounds import allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
+from stages.verify.roundtrip.kept_codes import compare_columns, knows_columns
 from stages.verify.roundtrip.one_pass import knows, one_pass
 from stages.verify.roundtrip.origin import Origin
 from stages.verify.roundtrip.smoothed import allowed_error, is_smoothed, norm_factors
@@ -27,6 +29,8 @@ from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
 
 BLOCK_ELEMENTS = 1 << 17  # that are computed with at once: 512 KiB as float32
+COLUMNS_ELEMENTS = 1 << 25  # that are read at once where the source has them along columns: each block maps whole lines of it
+COLUMNS = 128  # rows whose words are read together
 ONE_PASS_ELEMENTS = 1 << 20  # that are read at once where they need not be in memory as float32
 BIT_BYTES = 1 << 21  # whose bits are compared at once
 MODEL_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -98,13 +102,27 @@ class TensorComparison:
         whole = self._any_matrix
         if whole is None:
             return max(BIT_BYTES // self.unit_bytes, 1)
-        # Of row-parallel weights, the source's rows are longer.
         origins = [each for some in self._origins.values() for each in some if each.source]
-        features = max([whole.shape[1], *(math.prod(self._source.shape(each.source)[1:]) for each in origins)])
         if whole.kind == "dense" and all(self._same_type(each) for each in origins):
-            return max(BIT_BYTES // (features * self._tensor.dtype.itemsize), 1)
-        elements = ONE_PASS_ELEMENTS if knows(whole) else BLOCK_ELEMENTS
-        return max(elements // (features * whole.period), 1)
+            return max(BIT_BYTES // (self._features * self._tensor.dtype.itemsize), 1)
+        if self._kept and knows_columns(whole) and any(self._source.in_columns(each.source) for each in origins):
+            rows = max(COLUMNS_ELEMENTS // whole.shape[1] // COLUMNS, 1) * COLUMNS
+            return max(rows // whole.period, self._few_units)
+        return self._few_units
+
+    @cached_property
+    def _few_units(self) -> int:
+        """The units of codes that are compared at once where they are compared row by row."""
+        assert self._any_matrix
+        elements = ONE_PASS_ELEMENTS if knows(self._any_matrix) else BLOCK_ELEMENTS
+        return max(elements // (self._features * self._any_matrix.period), 1)
+
+    @cached_property
+    def _features(self) -> int:
+        """The longest rows of the tensor or of the source: of row-parallel weights, the source's are longer."""
+        assert self._any_matrix
+        origins = [each for some in self._origins.values() for each in some if each.source]
+        return max([self._any_matrix.shape[1], *(math.prod(self._source.shape(each.source)[1:]) for each in origins)])
 
     def compare(self, data: np.ndarray, first: int) -> None:
         """Compare units from `first` on, uint8 [units, unit_bytes] as the file has them; they are of one matrix."""
@@ -122,8 +140,11 @@ class TensorComparison:
             if stored is None or stored.kind == "dense":
                 actual = some.view(self._tensor.dtype)
                 self._compare_numbers(actual.reshape(-1) if stored is None else actual, origin, place)
-            else:
-                self._compare_codes(stored, some, base, bottom - top, origin, place)
+            elif not self._compare_columns(stored, some, base, bottom - top, origin, place):
+                for at in range(0, len(some), self._few_units):
+                    few, row = some[at : at + self._few_units], base + at * period
+                    upper, lower = max(row, top), min(row + len(few) * period, bottom)
+                    self._compare_codes(stored, few, row, lower - upper, origin, BlockPlace(upper, origin.expert))
 
     def _same_type(self, origin: Origin) -> bool:
         """Whether the rank has an origin's values as the source does, if it is right."""
@@ -172,6 +193,17 @@ class TensorComparison:
         else:
             self.figures.compare(found, to_float32(wanted), 0.0, place, buffers=self._buffers)
 
+    def _compare_columns(self, stored: Matrix, data: np.ndarray, base: int, count: int, origin: Origin, place: BlockPlace) -> bool:
+        """Count values as `_compare_codes` does, where their codes are the source's, which lie along columns, and all are right."""
+        if not (self._kept and origin.source and knows_columns(stored) and self._source.in_columns(origin.source)):
+            return False
+        start, features = origin.source_rows[0] + place.row - origin.rows[0], origin.columns or (0, stored.shape[1])
+        words = self._source.columns(origin.source, start, start + count, features)
+        if words is None or features[1] - features[0] != stored.shape[1]:
+            return False
+        found = compare_columns(stored, data, base, place.row, words, self._dtype, self.figures.worst)
+        return found is not None and self.figures.right(count * stored.shape[1], *found)
+
     def _compare_codes(self, stored: Matrix, data: np.ndarray, base: int, count: int, origin: Origin, place: BlockPlace) -> None:
         """Count values that are stored as codes: `count` rows from `place.row` on, of units that begin with row `base`."""
         first, last = place.row, place.row + count
@@ -193,8 +225,13 @@ class TensorComparison:
         if stored.kind == "smoothquant" and not kept:
             self._compare_smoothed(stored, actual, expected, origin, place)
             return
-        at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         factors = stored.prequant
+        if stored.kind == "awq" and factors is not None and not kept:
+            groups = stored.scales(first, last).shape[1]
+            off = partial(searched.allowed_error, expected, factors, groups)
+            self.figures.compare(actual * factors, expected, off, place, buffers=self._buffers)
+            return
+        at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         self.figures.compare(actual if factors is None else actual * factors, expected, at_most, place, buffers=self._buffers)
 
     def _compare_smoothed(

@@ -77,7 +77,8 @@ def check_scalars(checkpoint: Checkpoint, origins: Iterable[Origin], source: Map
 def _is_measured(checkpoint: Checkpoint) -> bool:
     """Whether the scale of the cache is of a calibration: an INT8 cache has no other, an FP8 cache may have."""
     kind = checkpoint.config.get("quantization", {}).get("kv_cache_quant_algo")
-    return kind == "INT8" or "act_range" in checkpoint.provenance.get("options", {})
+    options = checkpoint.provenance.get("options", {})
+    return kind == "INT8" or any(name in options for name in ("act_range", "calibration_tokens", "calib_dataset"))
 
 
 def _bounds(checkpoint: Checkpoint) -> np.ndarray | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.models import make
-from pipeline.calibration.plan import CalibrationPlan, plan_calibration
-from pipeline.calibration.run import calibrate
+from pipeline.calibration.plan import Calibration
+from pipeline.run.calibrations import RangesFile, calibrate, plan_ranges
 from stages.calibrate.layers import LayeredModel
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
@@ -32,11 +31,12 @@ MODELS = {"q_bf16": "q_bf16-sq_pc_pt-tp2pp1", "q_fp16": "q_fp16-sq_pc_pt-tp2pp1"
 ROUNDING = 3e-3
 
 
-def planned(model: Path, tokens: Path, output: Path, **more: Any) -> CalibrationPlan:
-    return plan_calibration(model, output, tokens, **more)
+def planned(model: Path, tokens: Path, output: Path, dtype: str = "auto", memory_limit: int = 2 << 30) -> RangesFile:
+    asked = Calibration(tokens, None, output.parent / ".headrace-scratch", output.name, dtype)
+    return plan_ranges(model, output, asked, memory_limit, None)
 
 
-def golden(model: str, output: Path) -> CalibrationPlan:
+def golden(model: str, output: Path) -> RangesFile:
     folder = GOLDENS / "models" / model
     return planned(folder, folder / "calibration_tokens.safetensors", output, dtype="float16")
 
@@ -220,30 +220,23 @@ def test_activations_that_the_type_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "ranges").exists()
 
 
-def test_a_source_whose_modules_have_other_names(tmp_path: Path) -> None:
-    meta = next(path for path in sorted((DATA / "dense" / "models").iterdir()) if (path / "params.json").is_file())
-    shutil.copytree(meta, tmp_path / "model")
-    save_file({"input_ids": np.arange(8)[None]}, tmp_path / "tokens")
-    ran = headrace("calibrate", tmp_path / "model", "--output", tmp_path / "ranges", "--calibration_tokens", tmp_path / "tokens")
-    assert ran.code == 2
-    assert "a Hugging Face model" in ran.err
-
-
 SCRIPT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from pipeline.calibration.plan import plan_calibration
-from pipeline.calibration.run import calibrate
+from pipeline.calibration.plan import Calibration
+from pipeline.run.calibrations import calibrate, plan_ranges
 model, tokens, output, stop = sys.argv[1:]
 
 def advance(_, done, total):
     if stop == str(done):
         os.kill(os.getpid(), signal.SIGKILL)
 
-plan = plan_calibration(Path(model), Path(output), Path(tokens), "bfloat16", 4 << 30)
-result = calibrate(plan, advance)
-facts = {"peak": result.peak_memory_bytes, "projected": plan.peak_bytes, "resumed": result.resumed_layers}
-print(json.dumps({**facts, "layer": plan.layer_bytes}))
+output = Path(output)
+asked = Calibration(Path(tokens), None, output.parent / "scratch", output.name, "bfloat16")
+file = plan_ranges(Path(model), output, asked, 4 << 30, None)
+result = calibrate(file, advance)
+facts = {"peak": result.peak_memory_bytes, "projected": file.plan.peak_bytes(False), "resumed": result.resumed_layers}
+print(json.dumps({**facts, "layer": file.plan.layer_bytes}))
 """
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -30,6 +33,9 @@ def model(tmp_path: Path) -> Path:
 
 
 def written(folder: Path, kind: str) -> Path:
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "article": TEXTS}), folder / "texts.parquet", row_group_size=2)
+        return folder / "texts.parquet"
     lines = [json.dumps({kind: text}) for text in TEXTS] if kind != "lines" else TEXTS
     path = folder / ("texts.txt" if kind == "lines" else "texts.jsonl")
     path.write_text("\n".join(lines) + "\n")
@@ -42,7 +48,7 @@ def calibrated(model: Path, output: Path, *more: object) -> bytes:
     return output.read_bytes().split(b"}", 1)[1]  # without what its header says of it
 
 
-@pytest.mark.parametrize("kind", ["lines", "text", "article", "content"])
+@pytest.mark.parametrize("kind", ["lines", "text", "article", "content", "parquet"])
 def test_samples_are_cut_of_all_texts(kind: str, model: Path, tmp_path: Path) -> None:
     save_file({"input_ids": np.array(IDS[:9]).reshape(3, 3)}, tmp_path / "tokens")
     by_tokens = calibrated(model, tmp_path / "a", "--calibration_tokens", tmp_path / "tokens")
@@ -68,6 +74,24 @@ def test_texts_that_are_none(what: str, model: Path, tmp_path: Path) -> None:
     ran = headrace("calibrate", model, "--output", tmp_path / "ranges", "--calib_dataset", tmp_path / name)
     assert ran.code == 2
     assert all(each in ran.err for each in said), ran.err
+
+
+def test_parquet_that_has_no_texts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        ran = headrace("calibrate", model, "--output", tmp_path / "ranges", "--calib_dataset", path)
+        assert ran.code == 2, ran
+        return ran.err
+
+    parquet.write_table(pyarrow.table({"id": [1], "words": ["rivers"]}), tmp_path / "a.parquet")
+    assert "a.parquet: found columns id, words; expected Parquet with a column of texts: text or article" in refused(
+        tmp_path / "a.parquet"
+    )
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    assert "b.parquet: text: found values of type int; expected texts" in refused(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    assert "c.parquet: found no Parquet that can be read" in refused(tmp_path / "c.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'headrace[calibrate]'" in refused(tmp_path / "a.parquet")
 
 
 def test_one_of_the_two(model: Path, tmp_path: Path) -> None:

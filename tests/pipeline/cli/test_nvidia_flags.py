@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import BadInput, plan
 from pipeline.planning.job import Job
-from pipeline.planning.nvidia_flags import nvidia_flags
+from pipeline.planning.nvidia_table import nvidia_flags
 from tests.support import checkpoints, quantized_checkpoints
 from tests.support.commands import convert, headrace, one, refused, tree
 from tests.support.directories import contents
@@ -35,10 +35,11 @@ SHAPE = {
 }
 # flag -> words on a command line, and what the remedy names.
 REFUSED = {
-    "calib_dataset": (["--calib_dataset", "ccdv/cnn_dailymail"], "--act_range"),
-    "calib_size": (["--calib_size", "512"], "--act_range"),
-    "calib_max_seq_length": (["--calib_max_seq_length", "512"], "--act_range"),
     "save_config_only": (["--save_config_only"], "headrace plan --json"),
+    "qformat": (["--qformat", "int8_wo"], "--quantization: int8 for int8_wo"),
+    "kv_cache_dtype": (["--kv_cache_dtype", "fp8"], "--fp8_kv_cache"),
+    "awq_block_size": (["--awq_block_size", "128"], "--group_size"),
+    "use_embedding_sharing": (["--use_embedding_sharing"], "Leave it out"),
 }
 OTHER_NAMES = {"world_size": "tp_size", "output_model_dir": "output_dir", "enable_fp8": "use_fp8", "ckpt_type": "", "log_level": ""}
 spellings = pytest.mark.parametrize("dashed", [False, True], ids=["underscores", "dashes"])
@@ -152,8 +153,8 @@ def test_the_short_name_of_smoothquant(words: tuple[str, ...], model: Path) -> N
 
 
 def test_all_that_is_wrong_comes_together(model: Path) -> None:
-    problems = refused(model, "--calib_size", 512, "--save_config_only", "--ckpt_type", "keras", "--dtype", "float8")
-    subjects = ["--ckpt_type", "--calib_size 512", "--save_config_only", "--dtype"]
+    problems = refused(model, "--save_config_only", "--ckpt_type", "keras", "--dtype", "float8")
+    subjects = ["--ckpt_type", "--save_config_only", "--dtype"]
     assert [problem.partition(":")[0] for problem in problems] == subjects
 
 

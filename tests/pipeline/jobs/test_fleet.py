@@ -205,7 +205,7 @@ def test_the_disk_must_have_room_for_all_that_is_on_its_way(client: Any, monkeyp
     STAGE.held["a"].set()
     until(fleet, lambda: not fleet.active())
     assert [run.state for run in (a, b, c, d)] == ["done", "done", "done", "refused"]
-    assert "100 bytes free" in d.error
+    assert "100 B free" in d.error
 
 
 def test_one_that_writes_nothing_is_said_to_stall_once(client: Any) -> None:
@@ -250,3 +250,19 @@ def test_engines_are_built_of_whole_ranks_where_there_is_a_gpu(client: Any) -> N
     STAGE.codes["b"] = [0, 4]
     (run,) = done(fleet, replace(built, name="b", options={"name": "b", "engine": {}}))
     assert (run.state, run.exit_code) == ("no engine", 4)
+
+
+def test_layers_that_are_calibrated_are_progress(client: Any) -> None:
+    STAGE.held["a"] = threading.Event()
+    fleet = Fleet(client)
+    (run,) = fleet.add([unit("a")], "test")
+    until(fleet, lambda: run.state == "running")
+    moved = []
+    for layers in (1, 1, 2):
+        fleet._inbox.put({"event": "progress", "run": run.number, "bytes": 0, "calibrated_layers": layers})
+        time.sleep(0.05)
+        fleet.step()
+        moved.append(run.moved)
+    STAGE.held["a"].set()
+    until(fleet, lambda: not fleet.active())
+    assert moved[0] == moved[1] < moved[2]

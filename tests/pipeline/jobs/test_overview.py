@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline import convert
 from pipeline.jobs import overview
 from pipeline.jobs.overview import Overview
 from pipeline.jobs.retry import Retry
@@ -19,6 +20,7 @@ from pipeline.watching.metrics import Metrics, Reading
 from pipeline.watching.server import serving
 from tests.pipeline.jobs.stand_in import Stage, unit
 from tests.pipeline.watching.web import fetch, free_port
+from tests.support import checkpoints
 
 EVIL = "<script>alert(1)</script>"
 
@@ -200,13 +202,35 @@ def test_reports_of_outputs_and_nothing_else(stage: Stage, seen: Overview, tmp_p
     run = replace(unit("llama"), outputs=(str(tmp_path / "a"), str(tmp_path / "b")))
     stage.queue(run)
     body, _, _ = seen.look()
-    assert '<a href="report/1/0">a.report.html</a>' in body
-    assert "b.report.html" not in body
+    assert '<a href="report/1/0">report of a</a>' in body
+    assert "report/1/1" not in body
     with serving(Listen(port=free_port()), seen.routes()) as base:
         assert fetch(f"{base}/report/1/0") == (200, "<p>a report</p>")
         for path in ("1/1", "2/0", "1/-1", "1/0/../secret", "1/..%2fsecret", f"{10**15}/0", "x/0"):
             assert fetch(f"{base}/report/{path}")[0] == 404, path
         assert fetch(f"{base}/report/1/0", headers={"Host": "evil.example"})[0] == 421
+
+
+def test_a_report_is_made_of_an_output_that_has_none(stage: Stage, seen: Overview, tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "whole", tp_size=2, scheduler="synchronous")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    run = replace(unit("llama"), outputs=(str(tmp_path / "whole"), str(broken), str(tmp_path / "model" / "none")))
+    stage.queue(run)
+    body, _, _ = seen.look()
+    assert '<a href="report/1/0">report of whole</a> <a href="report/1/1">report of broken</a></td>' in body
+    with serving(Listen(port=free_port()), seen.routes()) as base:
+        status, text = fetch(f"{base}/report/1/0")
+        assert status == 200
+        for words in ("whole", "Not verified", "Rank sizes", "What was done"):
+            assert words in text, words
+        status, text = fetch(f"{base}/report/1/1")
+        assert status == 200
+        assert "unreadable" in text
+        assert fetch(f"{base}/report/1/2")[0] == 404
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "model", "whole"]  # nothing was written
 
 
 def test_over_http(stage: Stage, seen: Overview) -> None:

@@ -80,7 +80,7 @@ def test_what_is_done_is_seen_to_be(models: Path, tmp_path: Path) -> None:
     (unit,) = make_units([request(models / "a", tmp_path / str(tp), tp_size=tp) for tp in (1, 2)])
     assert (unit.state, [part.state for part in unit.parts]) == ("to do", ["up_to_date", "to do"])
     (unit,) = make_units([request(models / "a", tmp_path / "1", dtype="float32")])
-    assert "another source or with other options" in unit.error
+    assert "a finished conversion with " in unit.error
 
 
 def test_asked_for_twice_it_is_done_once_and_two_that_differ_cannot_share_a_directory(models: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_place_says_the_same(case: str, models: Path, capsys: pytest.Captu
     planned = figures(made.summary())
     assert sum(cut["bytes"] for cut in made.summary()["scratch"]) == planned["scratch_bytes_written"]
     watch = RunWatch()
-    result = execute(made, ProgressLines(sys.stderr, watch), watch=watch)
+    result = execute(made, ProgressLines(sys.stderr, watch, as_json=True), watch=watch)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert figures(asdict(result)) == planned
     assert figures(watch.snapshot().summary()) == planned

@@ -114,7 +114,7 @@ def _commit_each(self: pipeline.sinks.journal.Committer) -> None:
     waiting, self._waiting = self._waiting, []
     for written in waiting:
         for sink, journal in self.journals.items():
-            journal.append(pipeline.sinks.journal.entry([written.number], [c for c in written.checksums if c.sink == sink]))
+            journal.append(pipeline.sinks.journal.entry([written], sink))
 
 
 def _interrupt(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -136,7 +136,7 @@ def test_other_work_is_never_mixed_in(tiny: Path, tmp_path: Path, monkeypatch: p
     options = job(tmp_path, scheduler="synchronous")
     _interrupt(options, monkeypatch, after=5)
     other = {**options, "dtype": "bfloat16", "target": [options["target"][0]]}
-    with pytest.raises(BadInput, match="unfinished conversion of another source or with other options"):
+    with pytest.raises(BadInput, match=r"unfinished conversion with dtype auto \(asked: bfloat16\)"):
         convert(**other)
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA, seed=9)
     with pytest.raises(BadInput, match="unfinished conversion"):

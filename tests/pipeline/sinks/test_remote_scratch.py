@@ -8,12 +8,12 @@ import fsspec
 import pytest
 import zarr
 
-from pipeline import BadInput, convert, plan
+from pipeline import convert, plan
 from tests.support import checkpoints
 from tests.support.directories import contents
 
 
-@pytest.mark.parametrize("after", ["read", "rename", "unpack", "read,unpack"])
+@pytest.mark.parametrize("after", ["read", "rename", "unpack", "read,unpack", "shard", "unpack,shard"])
 @pytest.mark.parametrize("config", [checkpoints.LLAMA, checkpoints.MIXTRAL], ids=["llama", "mixtral"])
 def test_the_same_bytes(config: dict, after: str, tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "model", {**config, "torch_dtype": "bfloat16"})
@@ -23,6 +23,16 @@ def test_the_same_bytes(config: dict, after: str, tmp_path: Path) -> None:
     convert(output_dir=tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
     assert not fsspec.filesystem("memory").find(f"/{tmp_path.name}"), "scratch is removed after success"
+
+
+@pytest.mark.parametrize("after", ["read", "shard"])
+def test_blocks_of_several_pieces_are_put_whole(after: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 6001, "hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 64, "torch_dtype": "bfloat16"}
+    checkpoints.write(tmp_path / "model", {**checkpoints.LLAMA, **sizes})
+    options = {"model_dir": tmp_path / "model", "tp_size": 2, "use_parallel_embedding": True, "scheduler": "threads"}
+    convert(output_dir=tmp_path / "plain", **options)
+    convert(output_dir=tmp_path / "out", scratch=f"memory://{tmp_path.name}", scratch_after=after, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
 def test_a_kept_cut_is_reused(tmp_path: Path) -> None:
@@ -36,9 +46,3 @@ def test_a_kept_cut_is_reused(tmp_path: Path) -> None:
     convert(output_dir=tmp_path / "two", tp_size=2, **options)
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "plain", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "two") == contents(tmp_path / "plain")
-
-
-def test_rank_tensors_cannot_be_scattered_to_a_store(tmp_path: Path) -> None:
-    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
-    with pytest.raises(BadInput, match="--scratch_after shard"):
-        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scratch="memory://x", scratch_after="shard")

@@ -162,5 +162,5 @@ def test_listing_and_removing(tmp_path: Path) -> None:
     assert [path.name for path in scratch.iterdir()] == [Path(listed[1]["path"]).name]
     with pytest.raises(BadInput, match="no such cut"):
         run.invoke(app, ["scratch", "rm", str(scratch), "nothing.zarr"], catch_exceptions=False)
-    assert run.invoke(app, ["scratch", "rm", str(scratch)]).exit_code == 0
+    assert run.invoke(app, ["scratch", "rm", str(scratch), "--all", "--yes"]).exit_code == 0
     assert not list(scratch.iterdir())

@@ -210,7 +210,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": lambda _, source: headrace("inspect", source),
     "plan": lambda out, source: headrace("plan", "--model_dir", source, "--output_dir", out.with_name("new")),
     "scratch ls": lambda out, _: headrace("scratch", "ls", out.with_name("kept")),
-    "scratch rm": lambda out, _: headrace("scratch", "rm", out.with_name("kept")),
+    "scratch rm": lambda out, _: headrace("scratch", "rm", out.with_name("kept"), "--all", "--yes"),
 }
 
 

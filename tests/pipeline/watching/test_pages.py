@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline import BadInput, convert, plan
 from pipeline.planning.listen import Listen, parse_listen
 from pipeline.watching.conversion import serving
+from pipeline.watching.notes import page_address
 from pipeline.watching.page import ConversionPage, body, dask_links, duration, header, rates, stage_order
-from pipeline.watching.progress import page_address
 from pipeline.watching.state import RunWatch, Sample, Snapshot
 from tests.pipeline.watching.held import held, several_blocks
 from tests.pipeline.watching.web import fetch, fetch_when_there, free_port

@@ -8,9 +8,9 @@ import pytest
 
 from pipeline import Interrupted, convert, plan
 from pipeline.run.execute import execute
+from pipeline.tensor.process import memory_bytes, peak_memory_bytes
 from pipeline.watching import state
 from pipeline.watching.listener import Silent
-from pipeline.watching.process import memory_bytes, peak_memory_bytes
 from pipeline.watching.state import RunWatch
 from stages.write import Checksum, Written
 from tests.pipeline.watching.held import several_blocks

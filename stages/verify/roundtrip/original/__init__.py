@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor, Source
+from stages.verify.column_words import ColumnWords
 from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.config import canonical_config
 from stages.verify.roundtrip.original.names import canonical
@@ -70,6 +71,10 @@ class Original:
         """Whether the source stores codes that a rank can keep."""
         return self._numbers[name].coded
 
+    def in_columns(self, name: str) -> bool:
+        """Whether a weight's codes are packed along columns, and `columns` can say them."""
+        return self._numbers[name].in_columns
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the first axis, of type `dtype(name)`, which must not be changed.
 
@@ -84,6 +89,13 @@ class Original:
         Raises IndexError where there are no such rows.
         """
         return self._of(name, start, stop).block(start, stop, buffers)
+
+    def columns(self, name: str, start: int, stop: int, features: tuple[int, int]) -> ColumnWords | None:
+        """In-features [features) of rows [start, stop), where their codes of 4 bits are packed along columns; None for others.
+
+        Raises IndexError where there are no such rows.
+        """
+        return self._of(name, start, stop).columns(start, stop, features)
 
     def _of(self, name: str, start: int, stop: int) -> Numbers:
         numbers = self._numbers[name]

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
+from stages.verify.column_words import ColumnWords, Window
 from stages.verify.kernels import checks
 from stages.verify.roundtrip.original.codes import (
     LastBlock,
@@ -27,6 +28,8 @@ from stages.verify.values import Buffers, halves, read, read_again, to_float32
 
 AHEAD_CODES = 16 << 20  # that are unpacked at once where they are packed along columns
 WINDOW_BYTES = 1 << 20  # of packed columns that are read at once
+MAPPED_BYTES = 4 << 20  # of the file that hold packed columns which are compared as they lie
+RUN = 32  # in-features that are compared at once
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds each of its eight columns
 PLACES = np.array(AWQ_PLACES, np.uint8)
 
@@ -69,7 +72,11 @@ class GroupedNumbers(Numbers):
 
     Codes are packed with out-features as columns, p of them a word: `qzeros` int32 [groups, out_features / p], `scales`
     [groups, out_features], `g_idx` int32 [in_features].
+
+    `word_features`, `word_rows`: the in-features and the out-features of a word, of 4 bits each; 0 where codes have others.
     """
+
+    word_features, word_rows = 0, 1
 
     def __init__(self, module: str, tensors: Mapping[str, LazyTensor], features: int, last_block: LastBlock) -> None:
         self.module, self.tensors, self.features, self.last_block = module, tensors, features, last_block
@@ -97,13 +104,42 @@ class GroupedNumbers(Numbers):
             return StoredRows(self.rows(start, stop))
         return StoredRows(block.codes, block.bits, block.scales, block.zeros).some(start - first, stop - first)
 
+    @property
+    def in_columns(self) -> bool:
+        return self.word_features > 0 and self._index is None
+
+    def columns(self, start: int, stop: int, features: tuple[int, int]) -> ColumnWords | None:
+        size = self.features // self.tensors["scales"].shape[0]
+        if not self.in_columns or any(each % size for each in features):
+            return None
+        groups = (features[0] // size, features[1] // size)
+        scales = to_float32(read(self.tensors["scales"], (groups, (start, stop))))
+        zeros = self.zeros(start, stop)[slice(*groups)].astype(np.float32)
+        skip = start % self.word_rows
+        some = (start // self.word_rows, -(-stop // self.word_rows))
+        order = PLACES if self.word_rows > 1 else None
+        return ColumnWords(partial(self._windows, features, some), scales, zeros, order, skip)
+
+    def _windows(self, features: tuple[int, int], columns: tuple[int, int]) -> Iterator[Window]:
+        """Columns of the packed codes of some in-features, as many at a time as lie in MAPPED_BYTES of the file."""
+        words, each = self.tensors["qweight"], self.word_features
+        step = max(MAPPED_BYTES // (words.shape[1] * words.dtype.itemsize) * each // RUN, 1) * RUN
+        for at in range(*features, step):
+            region = (at // each, min(at + step, features[1]) // each)
+            yield Window(at - features[0], read(words, (region, columns)))
+
+    @cached_property
+    def _index(self) -> np.ndarray | None:
+        """The group of each in-feature, int64 [in_features]; None where groups are consecutive in-features."""
+        index = read(self.tensors["g_idx"]).astype(np.int64) if "g_idx" in self.tensors else None
+        return explicit_groups(index, self.tensors["scales"].shape[0])
+
     def _unpacked(self, start: int, stop: int) -> UnpackedBlock:
         groups = self.tensors["scales"].shape[0]
-        index = read(self.tensors["g_idx"]).astype(np.int64) if "g_idx" in self.tensors else None
         scales = np.ascontiguousarray(read(self.tensors["scales"], ((0, groups), (start, stop))).T)
         zeros = self.zeros(start, stop).T.astype(np.float32)
         codes, bits = self.codes(start, stop)
-        return UnpackedBlock(codes, bits, np.ascontiguousarray(zeros), to_float32(scales), explicit_groups(index, groups))
+        return UnpackedBlock(codes, bits, np.ascontiguousarray(zeros), to_float32(scales), self._index)
 
     def windows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Columns [start, stop) of the packed codes, an even number of rows at a time: the first row, and int32 [rows, columns]."""
@@ -135,6 +171,7 @@ class GptqNumbers(GroupedNumbers):
     ) -> None:
         super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
         self.bits = bits
+        self.word_features = 8 if bits == 4 else 0
         self.named_v2 = _named_v2(settings)
         self.planar = bits in (5, 6, 7) or (bits == 3 and _said(settings) == "gptq_p")
         self.symmetric = settings.get("sym", True) is not False
@@ -192,6 +229,8 @@ class AwqNumbers(GroupedNumbers):
 
     A word holds eight out-features, in the order of AWQ_PLACES. Without `qzeros` every zero point is 8, the middle of the range.
     """
+
+    word_features, word_rows = 1, 8
 
     def codes(self, start: int, stop: int) -> tuple[np.ndarray, int]:
         if self.features % 2:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.tensor.tensors import LazyTensor
+from stages.verify.column_words import ColumnWords
 from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, read, read_again, to_float32
 
@@ -39,6 +40,11 @@ class Numbers(ABC):
         """Whether the source stores codes that a rank can keep: not those of blocks, which are made numbers in any case."""
         return not self.exact
 
+    @property
+    def in_columns(self) -> bool:
+        """Whether codes of 4 bits are packed along columns, and `columns` can say them."""
+        return False
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the first axis: [stop - start, ...] of type `dtype`, which must not be changed."""
@@ -46,6 +52,10 @@ class Numbers(ABC):
     def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:  # noqa: ARG002
         """The same rows as they are stored, where `StoredRows` can say it; good until the next call with `buffers`."""
         return StoredRows(self.rows(start, stop))
+
+    def columns(self, start: int, stop: int, features: tuple[int, int]) -> ColumnWords | None:  # noqa: ARG002
+        """In-features [features) of rows [start, stop) as they are stored along columns; None where `ColumnWords` cannot say it."""
+        return None
 
 
 @dataclass(frozen=True)

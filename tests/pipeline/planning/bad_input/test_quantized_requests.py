@@ -109,7 +109,7 @@ def test_another_group_size_than_the_source_s(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
-@pytest.mark.parametrize("precision", ["int4_gptq", "int8_gptq", "int4_awq"])
+@pytest.mark.parametrize("precision", ["int4_gptq", "int8_gptq"])
 def test_calibrated_codes_of_a_source_that_has_none(tmp_path: Path, precision: str, more: tuple[str, ...]) -> None:
     model = model_of(tmp_path, "compressed w8a8") if more else dense_model(tmp_path)
     problem = one(refused(model, *REQUANTIZED, precision, *more))

@@ -20,6 +20,7 @@ def room(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
 HALVES = np.ones((4, 128), dtype=np.uint16)
 FLOATS = np.ones((4, 128), dtype=np.float32)
 BYTES = np.ones((4, 64), dtype=np.uint8)
+DOUBLES = np.ones((1, 128), dtype=np.float64)
 WORDS = np.ones((4, 6), dtype=np.uint32)
 
 # Arguments that are right, the last of them the room for the result.
@@ -34,6 +35,10 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "gguf_numbers": (np.ones((4, 36), dtype=np.uint8), "Q4_0", "float32", room(4, 64, dtype=np.float32)),
     "transposed": (WORDS, room(6, 4, dtype=np.uint32)),
     "awq_codes": (WORDS, room(48, 2)),
+    "column_magnitudes": (HALVES, room(1, 128, dtype=np.uint16)),
+    "smoothed_magnitudes": (HALVES, DOUBLES, room(1, 4, dtype=np.uint16)),
+    "smoothed": (HALVES, DOUBLES, room(1, 4, dtype=np.uint16), room(4, 128, dtype=np.uint16)),
+    "smoothed_codes": (HALVES, np.ones((1, 4), dtype=np.float32), "half", room(4, 128)),
 }
 
 
@@ -41,7 +46,7 @@ def wrong_arrays(right: np.ndarray) -> dict[str, Any]:
     """Arrays that are like a right one but for one thing."""
     wide = np.zeros((right.shape[0], 2 * right.shape[1]), dtype=right.dtype)
     moved = np.zeros(right.nbytes + 1, dtype=np.uint8)[1:].view(right.dtype).reshape(right.shape)
-    return {
+    wrong = {
         "nothing": None,
         "text": "array",
         "bytes": b"1234",
@@ -62,6 +67,8 @@ def wrong_arrays(right: np.ndarray) -> dict[str, Any]:
         "without columns": right[:, :0].copy(),
         **({"not aligned": moved} if right.itemsize > 1 else {}),
     }
+    of_one_row = ("backwards", "of equal rows", "flat") if len(right) == 1 else ()  # the same then
+    return {kind: array for kind, array in wrong.items() if kind not in of_one_row}
 
 
 def call(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -82,6 +89,8 @@ def test_a_wrong_array_is_refused(name: str, place: int) -> None:
     arguments = list(RIGHT[name])
     out = np.full_like(arguments[-1], 77)
     for kind, wrong in wrong_arrays(arguments[place]).items():
+        if name == "column_magnitudes" and place == 0 and kind in ("one row less", "one row more", "empty"):
+            continue  # of any number of rows
         tried = [*arguments[:-1], out]
         tried[place] = wrong
         with pytest.raises((ValueError, TypeError, BufferError)):
@@ -89,12 +98,23 @@ def test_a_wrong_array_is_refused(name: str, place: int) -> None:
     assert np.all(out == 77)
 
 
-@pytest.mark.parametrize("name", ["weight_only_codes", "float8_codes"])
-def test_wrong_room_for_scales_is_refused(name: str) -> None:
-    *given, scales, out = RIGHT[name]
-    for kind, wrong in wrong_arrays(scales).items():
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("weight_only_codes", 6),
+        ("float8_codes", 4),
+        ("smoothed_magnitudes", 1),
+        ("smoothed", 1),
+        ("smoothed", 2),
+        ("smoothed_codes", 1),
+    ],
+)
+def test_wrong_scales_and_wrong_room_for_them_are_refused(name: str, place: int) -> None:
+    arguments = [*RIGHT[name][:-1], np.full_like(RIGHT[name][-1], 77)]
+    for kind, wrong in wrong_arrays(arguments[place]).items():
         with pytest.raises((ValueError, TypeError, BufferError)):
-            pytest.fail(f"{kind}: {call(name, (*given, wrong, np.full_like(out, 77)))}")
+            pytest.fail(f"{kind}: {call(name, (*arguments[:place], wrong, *arguments[place + 1 :]))}")
+    assert np.all(arguments[-1] == 77)
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -123,6 +143,7 @@ WRONG_NUMBERS: list[tuple[str, int, Any]] = [
     *[("arranged", 1, bits) for bits in (0, 4 * 8, -8)],
     *[("arranged", 2, columns) for columns in (0, 1, 3, 4)],
     ("arranged", 3, False),
+    *[("smoothed_codes", 2, product) for product in ("", "Half", "float32", None)],
     *[("gguf_numbers", 1, kind) for kind in ("Q4_1", "Q4_K", "IQ2_XXS", "", None)],
     *[("gguf_numbers", 2, to) for to in ("bfloat16", "float8_e4m3fn", "float64", "", None)],
 ]

@@ -15,7 +15,7 @@ from tests.support.places import ROOT
 COMPILER = shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 KERNELS = ROOT / "stages/quantization/kernels"
-OWN = ("module.c", "quantizing.c", "unpacking.c", "boundary.c")  # of the module: these know Python
+OWN = ("module.c", "quantizing.c", "unpacking.c", "smoothing.c", "boundary.c")  # of the module: these know Python
 
 pytestmark = [
     pytest.mark.nightly,

@@ -166,6 +166,53 @@ def test_a_value_that_is_no_number_is_refused_by_name(dtype: np.dtype, wrong: fl
                 getattr(compiled, name)(values, *arguments, "some.weight")
 
 
+@examples(20)
+@given(data=st.data())
+def test_smoothed_weights_and_their_codes(data: st.DataObject) -> None:
+    """All finite numbers of float16, times factors of all magnitudes; parts of wider matrices; and each product."""
+    features, seed = data.draw(st.integers(1, 300)), data.draw(st.integers(0, 99))
+    random = np.random.default_rng(seed)
+    finite = patterns(FP16)[np.isfinite(patterns(FP16))]
+    values = random.permutation(finite)[: 16 * (features + 3)].reshape(16, -1)
+    factors = np.exp(random.normal(0, 3, features))
+    for part in (values[:, 3:], values[::2, :features], values[:0, 3:]):
+        alike("column_magnitudes", part)
+        alike("smoothed", part, factors)
+        alike("smoothed_magnitudes", part, factors)
+        for scale in (1.0, 127 / 65504, 0.0, float(np.exp(random.normal(0, 3)))):
+            scales = np.full(len(part), scale, dtype=np.float32)
+            alike("smoothed_codes", part, scales, "float")
+            with np.errstate(all="ignore"):  # a product too large for float16 is infinite
+                alike("smoothed_codes", part, scales, "half")
+                alike("smoothed_codes", part, scales + np.float32(1e-3), "divided")
+
+
+def test_every_tie_of_smoothed_codes() -> None:
+    """Halves go to the nearest even; and codes are written where they are asked for."""
+    values = np.arange(-260, 260, dtype=np.float32).astype(FP16)[None] / FP16.type(2)
+    alike("smoothed_codes", values, np.ones(1, np.float32), "float")
+    alike("smoothed_codes", values, np.ones(1, np.float32), "divided")
+    for one in (compiled, twins):
+        room = np.zeros((2, values.shape[1]), np.int8)
+        one.smoothed_codes(values, np.ones(1, np.float32), "half", room[1:])
+        assert room[1].tolist() == np.clip(np.rint(values[0].astype(FP32)), -127, 127).tolist()
+        assert not room[0].any()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, -np.inf, 60000.0])
+def test_smoothed_magnitudes_show_what_float16_does_not_hold(wrong: float) -> None:
+    values = np.ones((3, 40), dtype=FP16)
+    values[1, 17] = wrong
+    for level in levels():
+        with at(level):
+            for most in (
+                compiled.smoothed_magnitudes(values, np.full(40, 2.0)),
+                compiled.smoothed(values, np.full(40, 2.0))[1],
+                twins.smoothed_magnitudes(values, np.full(40, 2.0)),
+            ):
+                assert (most >= 0x7C00).tolist() == [False, True, False]
+
+
 @each_layout
 def test_every_code_at_every_place(layout: KernelLayout) -> None:
     alike("arranged", np.stack([np.roll(np.arange(256, dtype=np.uint8), 16 * n + n) for n in range(64)]), layout)

@@ -103,6 +103,86 @@ def test_groups_that_do_not_end_with_a_chunk_have_no_largest_value() -> None:
         compared(**more, **factors, constant=np.ones((8, 2), np.float32), largest="group")
 
 
+# Of the same rows: codes of zeros, eight in-features a word.
+FACTORS = np.ones((2, 8), dtype=np.float32)
+KEPT: dict[str, Any] = {
+    "columns": 4,
+    "features": 256,
+    "first": 0,
+    "units": np.zeros((2, 512), dtype=np.uint8),
+    "places": PLACES,
+    "words": np.zeros((32, 8), dtype=np.uint32),
+    "order": None,
+    "start": 0,
+    "skip": 0,
+    "scales": FACTORS,
+    "zeros": FACTORS * 8,
+    "source scales": FACTORS,
+    "source zeros": FACTORS * 0,
+    "constant": FACTORS,
+    "slope": 1.0,
+    "worst": 0.0,
+}
+KEPT_ARRAYS = [name for name, value in KEPT.items() if isinstance(value, np.ndarray)]
+EIGHT = PLACES[:8].copy()
+
+
+def kept(**changed: Any) -> Any:
+    assert BUILT_CHECKS is not None
+    return BUILT_CHECKS.kept(*{**KEPT, **{name.replace("_", " "): value for name, value in changed.items()}}.values())
+
+
+def test_kept_codes_that_are_right_are_done() -> None:
+    assert kept() is not None
+    assert kept(start=32, words=KEPT["words"][:28]) is not None
+    assert kept(zeros=None, source_zeros=FACTORS * 8) is not None
+    assert kept(source_scales=FACTORS[:1].copy(), source_zeros=FACTORS[:1] * 0) is not None
+    assert kept(order=EIGHT, words=np.zeros((256, 1), np.uint32)) is not None
+    less = {name: KEPT[name][:, :6].copy() for name in KEPT_ARRAYS[3:]}
+    assert kept(order=EIGHT, words=np.zeros((256, 2), np.uint32), skip=5, first=2, **less) is not None
+
+
+@pytest.mark.parametrize("name", KEPT_ARRAYS)
+def test_a_wrong_array_of_kept_codes_is_refused(name: str) -> None:
+    for kind, wrong in wrong_arrays(np.atleast_2d(KEPT[name])).items():
+        optional = kind == "nothing" and name == "zeros"
+        flat = kind == "flat" and name == "places"  # as it is
+        more = name == "units" and kind == "one row more"
+        if optional or flat or more or (name == "places" and kind in ("backwards", "of equal rows")):
+            continue
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            pytest.fail(f"{kind}: {kept(**{name: wrong})}")
+
+
+WRONG_KEPT = [
+    *[("columns", columns) for columns in (0, -1, 2, 8, 65, 1 << 62)],
+    *[("features", features) for features in (0, -256, 128, 255, 288, 512, 1 << 62)],
+    *[("first", first) for first in (-1, 1, 8, 1 << 62)],
+    *[("start", start) for start in (-32, 8, 32, 256, 1 << 62)],
+    *[("skip", skip) for skip in (-1, 1, 8, 1 << 62)],
+    *[("order", order) for order in (EIGHT, EIGHT[1:].copy(), EIGHT + np.uint8(1))],
+    *[("words", np.zeros(shape, np.uint32)) for shape in ((33, 8), (30, 8), (32, 9), (32, 1), (0, 8), (256, 1))],
+    ("places", np.full(32, 32, dtype=np.uint8)),
+    ("places", None),
+    *[(name, np.ones(shape, np.float32)) for name in KEPT_ARRAYS[3:] for shape in ((3, 8), (2, 7), (16, 8), (0, 8), (1, 8))],
+    ("slope", None),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG_KEPT, ids=lambda value: str(value)[:20])
+def test_a_wrong_argument_of_kept_codes_is_refused(name: str, wrong: Any) -> None:
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        kept(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    "more", [{"words": np.zeros((256, 2), np.uint32)}, {"skip": 1}, {"skip": 8}, {"order": EIGHT + np.uint8(1)}]
+)
+def test_words_of_eight_rows_of_another_shape_are_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"words|order"):
+        kept(**{"order": EIGHT, "words": np.zeros((256, 1), np.uint32), **more})
+
+
 @pytest.mark.parametrize("name", ["words_as_rows", "columns_as_rows"])
 def test_words_of_another_shape_are_refused(name: str) -> None:
     assert BUILT_CHECKS is not None

@@ -4,7 +4,7 @@ and NumPy name alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from stages.read import open_source
 from stages.read.ranks import open_checkpoint
 from stages.verify.roundtrip import comparison
 from stages.verify.roundtrip.findings import FiguresByTensor
+from stages.verify.roundtrip.kept_codes import compare_columns
 from stages.verify.roundtrip.one_pass import one_pass
 from stages.verify.roundtrip.walk import PartChecked, check_part, tensor_parts
 from tests.support import checkpoints, quantized_checkpoints
@@ -144,12 +145,16 @@ def test_c_confirms_what_is_right(name: str, outputs: dict[str, Opened], monkeyp
     checkpoint, matched = outputs[name]
     confirmed: list[bool] = []
 
-    def counted(*arguments: Any) -> Any:
-        found = one_pass(*arguments)
-        confirmed.append(found is not None)
-        return found
+    def counting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            found = work(*arguments)
+            confirmed.append(found is not None)
+            return found
 
-    monkeypatch.setattr(comparison, "one_pass", counted)
+        return counted
+
+    monkeypatch.setattr(comparison, "one_pass", counting(one_pass))
+    monkeypatch.setattr(comparison, "compare_columns", counting(compare_columns))
     for tensor in {origin.tensor for origin in matched.origins}:
         checked(outputs[name], tensor, "c", False)
     smooth = any(tensor.endswith("prequant_scaling_factor") for tensor in checkpoint.ranks[0])

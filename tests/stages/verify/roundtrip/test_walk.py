@@ -22,6 +22,7 @@ from stages.verify.roundtrip import comparison, walk
 from stages.verify.roundtrip.findings import FiguresByTensor
 from stages.verify.roundtrip.walk import check_part, tensor_parts
 from tests.support import checkpoints, quantized_checkpoints
+from tests.support.built_kernels import needs_module
 
 FLAGS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -30,6 +31,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "rowwise": {"use_fp8_rowwise": True},
     "cast": {"dtype": "float16"},
     "gptq": {},
+    "gptq bfloat16": {"dtype": "bfloat16"},
+    "awq": {},
 }
 
 
@@ -68,10 +71,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpo
     config = {**quantized_checkpoints.LLAMA, "vocab_size": 131, "num_hidden_layers": 1}
     checkpoints.write(folder / "model", {**config, "torch_dtype": "bfloat16"})
     quantized_checkpoints.write(folder / "gptq", config, quantized_checkpoints.gptq(sym=False))
+    quantized_checkpoints.write(folder / "awq", config, quantized_checkpoints.awq())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "block_bytes", lambda _: 9_000)
         for kind, flags in FLAGS.items():
-            source, output = folder / ("gptq" if kind == "gptq" else "model"), folder / f"{kind} ranks"
+            packed = kind.split()[0] if kind.startswith(("gptq", "awq")) else "model"
+            source, output = folder / packed, folder / f"{kind} ranks"
             convert(model_dir=source, output_dir=output, tp_size=2, scheduler="synchronous", **flags)
             checkpoint = open_checkpoint(output)
             made[kind] = checkpoint, match(checkpoint, open_source(source))
@@ -97,8 +102,9 @@ def test_each_byte_is_read_once_and_pieces_change_nothing(kind: str, outputs: An
     assert whole.problems(checkpoint) == []
     for name, value in (("TASK_BYTES", 1), ("BYTES_AT_ONCE", 700)):
         monkeypatch.setattr(walk, name, value)
-    for name, value in (("BLOCK_ELEMENTS", 300), ("ONE_PASS_ELEMENTS", 300), ("BIT_BYTES", 700)):
+    for name, value in (("BLOCK_ELEMENTS", 300), ("ONE_PASS_ELEMENTS", 300), ("BIT_BYTES", 700), ("COLUMNS", 12)):
         monkeypatch.setattr(comparison, name, value)
+    monkeypatch.setattr(comparison, "COLUMNS_ELEMENTS", 1)
     read: dict[str, int] = {}
     ranks = [
         {name: Tallied(tensor, f"{n} {name}", read) for name, tensor in rank.items()} for n, rank in enumerate(checkpoint.ranks)
@@ -113,6 +119,38 @@ def test_each_byte_is_read_once_and_pieces_change_nothing(kind: str, outputs: An
     compared = {f"{origin.rank} {origin.tensor}" for origin in matched.origins}
     assert {name: read[name] for name in compared} == {name: weights[name] for name in compared}
     assert read.keys() == weights.keys()
+
+
+@needs_module
+@pytest.mark.parametrize("kind", ["gptq", "gptq bfloat16", "awq"])
+def test_codes_that_were_kept_are_compared_where_they_lie(kind: str, outputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words along columns are not unpacked; only where a value is wrong is it told row by row which it is."""
+    checkpoint, matched = outputs[kind]
+    asked: list[str] = []
+    block = type(matched.original).block
+    monkeypatch.setattr(type(matched.original), "block", lambda self, name, *where: asked.append(name) or block(self, name, *where))  # type: ignore[func-returns-value]
+    figures, _ = walked(checkpoint, matched)
+    assert figures.problems(checkpoint) == []
+    packed = [name for name in matched.original.names() if name.endswith("_proj.weight")]
+    assert len(packed) == 7
+    assert not set(asked) & set(packed)
+    name = "transformer.layers.0.mlp.proj.weight"
+    data = (
+        checkpoint.ranks[1][name]
+        .block(tuple((0, n) for n in checkpoint.ranks[1][name].shape))
+        .read(tuple((0, n) for n in checkpoint.ranks[1][name].shape))
+        .copy()
+    )
+    data.reshape(-1).view(np.uint8)[700] ^= 0x10
+    (part,) = [
+        part for part in tensor_parts(checkpoint, matched.original, matched.origins) if part.name == name and 1 in part.ranks
+    ]
+    comparing = comparison.TensorComparison(
+        checkpoint, comparison.SourceRows(matched.original), True, 1, name, part.origins[part.ranks.index(1)]
+    )
+    comparing.compare(data.reshape(-1).view(np.uint8).reshape(-1, comparing.unit_bytes), 0)
+    assert comparing.figures.wrong == 1
+    assert asked[-1] == "model.layers.0.mlp.down_proj.weight"
 
 
 def test_a_source_that_cannot_be_read_is_no_damage_of_the_ranks(outputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

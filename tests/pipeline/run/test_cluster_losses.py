@@ -1,0 +1,188 @@
+"""A conversion on a scheduler and workers that are processes: no tensor goes over the network, and what is lost costs no byte."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import convert
+from pipeline.planning import memory
+from tests.support import checkpoints
+from tests.support.commands import COMMAND
+from tests.support.dask_processes import DaskProcesses, Nodes
+from tests.support.directories import contents, values_bytes
+from tests.support.witness import wait
+
+SECONDS = 60.0
+CONFIG = {**checkpoints.LLAMA, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+OPTIONS: dict[str, Any] = {"tp_size": 2, "use_weight_only": True}
+STAGES = ("read", "rename", "quantize", "scratch", "write", "finish")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dozen groups where such a model would be one."""
+    monkeypatch.setattr(memory, "MIN_BLOCK_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    checkpoints.write(tmp_path / "model", CONFIG)
+    return tmp_path / "model"
+
+
+def expected(tmp_path: Path, model: Path, **options: Any) -> dict[str, bytes]:
+    convert(model_dir=model, output_dir=tmp_path / "alone", scheduler="threads", **options)
+    return contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("scratch", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_no_tensor_goes_through_the_scheduler_or_between_workers(
+    tmp_path: Path, stack: ExitStack, scratch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MIN_BLOCK_BYTES", 4 << 20)
+    config = {**CONFIG, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    checkpoints.write(tmp_path / "model", {**config, "num_key_value_heads": 4})
+    names = ("scheduler", "one", "two")
+    try:
+        nodes = Nodes(stack, *names)
+    except OSError as error:
+        pytest.skip(str(error))
+    cluster = DaskProcesses(tmp_path, stack, nodes)
+    for name in names[1:]:
+        cluster.start_worker(name)
+    more = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch"} if scratch else {}
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler=cluster.address, **OPTIONS, **more)
+    assert contents(tmp_path / "out") == expected(tmp_path, tmp_path / "model", **OPTIONS)
+    moved = values_bytes(tmp_path / "out")
+    carried = {name: nodes.carried_bytes(name) for name in names}
+    assert moved > 40 << 20
+    # The tasks themselves, their results, and what a cluster says of itself.
+    assert all(0 < each < moved / 50 for each in carried.values()), carried
+
+
+@pytest.mark.parametrize("stage", [pytest.param(each, marks=() if each == "write" else pytest.mark.nightly) for each in STAGES])
+def test_a_worker_that_dies_in_a_stage_costs_no_byte(tmp_path: Path, model: Path, stack: ExitStack, stage: str) -> None:
+    cluster = DaskProcesses(tmp_path, stack)
+    doomed = cluster.start_worker("doomed", dies_in=stage)
+    rescue = threading.Thread(target=lambda: (doomed.wait(SECONDS), cluster.start_worker("other")))
+    rescue.start()
+    cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch"}
+    convert(model_dir=model, output_dir=tmp_path / "out", scheduler=cluster.address, **OPTIONS, **cut)
+    rescue.join()
+    assert (doomed.returncode, (tmp_path / stage).exists()) == (-signal.SIGKILL, True)
+    assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
+    assert not list((tmp_path / "scratch").rglob("c/*"))
+
+
+@pytest.mark.nightly
+def test_what_a_lost_worker_had_done_is_not_missed_though_its_scratch_is_gone(
+    tmp_path: Path, model: Path, stack: ExitStack
+) -> None:
+    cluster = DaskProcesses(tmp_path, stack)
+    doomed = cluster.start_worker("doomed", dies_in="write", after=40)
+    cluster.start_worker("other")
+    wait(lambda: len(workers_of(cluster)) == 2, SECONDS)
+    cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch"}
+    convert(model_dir=model, output_dir=tmp_path / "out", scheduler=cluster.address, **OPTIONS, **cut)
+    assert doomed.wait(SECONDS) == -signal.SIGKILL
+    assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
+
+
+def workers_of(cluster: DaskProcesses) -> list[str]:
+    from distributed import Client
+
+    with Client(cluster.address, set_as_default=False) as client:
+        return list(client.scheduler_info()["workers"])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", ["write", "scratch"])
+def test_a_worker_that_stops_is_given_up_after_the_stated_time_and_may_go_on(
+    tmp_path: Path, model: Path, stack: ExitStack, stage: str
+) -> None:
+    cluster = DaskProcesses(tmp_path, stack, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="5s")
+    stopped = cluster.start_worker("stopped", dies_in=stage, by=signal.SIGSTOP)
+    rescue = threading.Thread(target=lambda: (wait((tmp_path / stage).exists, SECONDS), cluster.start_worker("other")))
+    rescue.start()
+    cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch"}
+    convert(model_dir=model, output_dir=tmp_path / "out", scheduler=cluster.address, **OPTIONS, **cut)
+    rescue.join()
+    assert stopped.poll() is None
+    whole = expected(tmp_path, model, **OPTIONS)
+    assert contents(tmp_path / "out") == whole
+    # It writes what it was about to write, and finds that nobody waits for it.
+    stopped.send_signal(signal.SIGCONT)
+    wait(lambda: "stopped" in "".join(workers_of(cluster)) or stopped.poll() is not None or idle(stopped), SECONDS)
+    assert contents(tmp_path / "out") == whole
+
+
+def idle(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process takes no processor time for a second."""
+    taken = []
+    for _ in range(2):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        taken.append(int(fields[11]) + int(fields[12]))
+        threading.Event().wait(1)
+    return taken[1] - taken[0] < 20
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("lost", ["scheduler", "client"])
+def test_the_same_command_goes_on_after_the_loss_of_the(tmp_path: Path, model: Path, stack: ExitStack, lost: str) -> None:
+    (tmp_path / "job.toml").write_text('model_dir = "model"\noutput_dir = "out"\ntp_size = 2\nuse_weight_only = true\n')
+    cluster = DaskProcesses(tmp_path, stack)
+    held = cluster.start_worker("held", dies_in="write", after=10, by=signal.SIGSTOP)
+    command = [*COMMAND, "convert", str(tmp_path / "job.toml"), "--scheduler", cluster.address, "--log_format", "text"]
+    pipe = subprocess.PIPE
+    client = stack.enter_context(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+    stack.callback(client.kill)
+    wait((tmp_path / "write").exists, SECONDS, lambda: client.poll() is not None and client.communicate())
+    if lost == "scheduler":
+        cluster.scheduler.kill()
+        _, said = client.communicate(timeout=SECONDS)
+        assert client.returncode == 3, said
+        assert "run the same command again" in said
+        assert "Traceback" not in said
+    else:
+        client.kill()
+        client.communicate()
+    held.kill()
+    held.wait()
+    assert not (tmp_path / "out/config.json").exists()
+    if lost == "scheduler":
+        cluster.start_scheduler()
+    cluster.start_worker("other")
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
+
+
+def test_scratch_may_be_ahead_by_all_threads_of_a_cluster(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import Client, LocalCluster
+
+    from pipeline.run import execute
+
+    asked = list[int]()
+    monkeypatch.setattr(execute, "scratch_window", lambda threads: asked.append(threads) or 4)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=5, processes=False, dashboard_address=":0", protocol="tcp") as made,
+        Client(made, set_as_default=False),
+    ):
+        cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch", "workers": 2}
+        convert(model_dir=model, output_dir=tmp_path / "out", scheduler=made.scheduler_address, **OPTIONS, **cut)
+    assert asked == [10]
+    assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
