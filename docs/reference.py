@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 import headrace
 from pipeline.cli import app
-from pipeline.cli.commands import LateCommand, load
 from pipeline.errors import HeadraceError
 from pipeline.jobs.fleet import STALL_SECONDS
 from pipeline.jobs.notify import Notify
@@ -67,8 +66,6 @@ def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         context = command.make_context(path[-1], [], resilient_parsing=True)
         for name in command.list_commands(context):
             below = command.get_command(context, name)
-            if isinstance(below, LateCommand):
-                below = load(name)
             if below is not None and not below.hidden:
                 yield from walk(below, (*path, name))
 
