@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 import headrace
 from pipeline.cli import app
-from pipeline.cli.commands import LateCommand, load
 from pipeline.errors import HeadraceError
 from pipeline.jobs.fleet import STALL_SECONDS
 from pipeline.jobs.notify import Notify
@@ -67,8 +66,6 @@ def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         context = command.make_context(path[-1], [], resilient_parsing=True)
         for name in command.list_commands(context):
             below = command.get_command(context, name)
-            if isinstance(below, LateCommand):
-                below = load(name)
             if below is not None and not below.hidden:
                 yield from walk(below, (*path, name))
 
@@ -225,12 +222,22 @@ def python() -> str:
     ):
         text.append(f"## {heading}\n\n```{{eval-rst}}\n")
         for name in names:
-            text.append(f".. {kind}:: headrace.{name}\n")
+            text.append(f".. {kind}:: headrace.{name}{_parameters(name) if kind == 'autofunction' else ''}\n")
             if kind == "autoclass" and name not in options and name != "Job":
                 text.append("   :members:\n")
             text.append("\n")
         text.append("```\n\n")
     return "".join(text)
+
+
+def _parameters(name: str) -> str:
+    """The parameters of a function, the many keywords of options as the one that they are."""
+    signature = inspect.signature(getattr(headrace, name))
+    own = [each for each in signature.parameters.values() if each.default is not ...]
+    if len(own) == len(signature.parameters):
+        return ""
+    shown = signature.replace(parameters=[*own, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
+    return str(shown).replace("'", "")
 
 
 def _is_error(kind: type) -> bool:

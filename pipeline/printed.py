@@ -6,6 +6,7 @@ direction of what stands around them, or a hundred kilobytes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
 
@@ -46,16 +47,16 @@ def many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-class InOneLine:
+class InOneLine(ABC):
     """A value whose repr is one line, and in a notebook a small table: those that derive from it say what stands in both."""
 
+    @abstractmethod
     def _line(self) -> str:
         """Say in a few words what it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self) -> Sequence[tuple[str, str]]:
         """Return its facts as (label, value); those without a value are left out."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {printed(self._line())}>"

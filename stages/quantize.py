@@ -28,6 +28,7 @@ from stages.quantization.entries import Entry as Entry
 from stages.quantization.entries import entries_of
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
+from stages.quantization.shared_factors import one_for_all
 from stages.quantization.smoothing import Smoothing
 from stages.quantization.targets import awq_numbers, fp8, fp8_numbers, groupwise, kept_rows, nvfp4, weight_only
 
@@ -102,6 +103,8 @@ def quantize(
             entries |= entries_of(name, slot, _packed(name, slot, parameters, target))
     for whole, parts in fused.items():
         entries |= _fused(whole, parts, target)
+    if quantization.algorithm == AWQ:
+        entries |= one_for_all(entries, origin)
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}

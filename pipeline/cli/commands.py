@@ -32,7 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "calibrate": (
         "calibrate",
-        "Measure the largest activations of each linear, a layer at a time, for SmoothQuant and an INT8 cache.",
+        "Measure the largest activations of each linear, a layer at a time, for SmoothQuant, FP8 and 8-bit caches.",
     ),
     "inspect": (
         "facts",

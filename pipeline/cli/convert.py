@@ -133,10 +133,10 @@ def plan_command(
         from pipeline.reporting.plan_tables import plan_table
         from pipeline.reporting.terminal import console
 
-        console().print(plan_table(plan, outlook, as_typed))
+        obstacles = [text for engine in engines for text in engine["obstacles"]]
+        console().print(plan_table(plan, outlook, as_typed, obstacles))
         for engine in engines:
-            obstacles = (f"  would not build: {text}" for text in engine["obstacles"])
-            print(f"then {escaped(shlex.join(engine['command']))}", *map(as_typed, obstacles), sep="\n")
+            print(f"then {escaped(shlex.join(engine['command']))}")
     if summary["obstacles"] or any(engine["obstacles"] for engine in engines):
         raise typer.Exit(BadInput.exit_code)
 

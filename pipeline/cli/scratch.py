@@ -86,7 +86,7 @@ def scratch_rm(
         _sure(root, found, all_, yes)
     elif all_:
         raise BadInput([Problem("--all", f"{many(len(names), 'name')} beside it", "names, or --all")])
-    for cut in remove(root, names or [cut.directory.name for cut in found]):
+    for cut in remove(root, names or ([] if is_remote(root) else [cut.directory.name for cut in found])):
         done = "aborted the upload of" if cut.upload else "removed"
         print(escaped(f"{done} {cut.directory}, {human_bytes(cut.size_bytes)}"))
 

@@ -96,11 +96,20 @@ def generate_command(
     one_thread(len(prompt))
     from pipeline.reporting.generation import generate_text
 
-    lines = None if sys.stderr.isatty() else Lines()  # on a terminal the text itself is seen to grow
+    lines = None if sys.stderr.isatty() or _one_place() else Lines()  # where the text itself is seen to grow, no lines are
     for text in generate_text(output, prompt, tokenizer, tokens, temperature, seed, lines):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _one_place() -> bool:
+    """Whether standard output and error go to one file or pipe, in which lines would stand amid the text."""
+    try:
+        out, err = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):  # closed, or no files
+        return False
+    return (out.st_dev, out.st_ino) == (err.st_dev, err.st_ino)
 
 
 def one_thread(tokens: int) -> None:

@@ -362,4 +362,6 @@ def _problem(detail: Mapping[str, Any], file: Path | None, options: Mapping[str,
     value = detail.get("input")
     # A table of a cluster's options may have a password in it, and an address.
     hidden = name.partition(".")[0] == "cluster" or (isinstance(value, str) and holds_secret(value))
+    if isinstance(value, str) and "://" in value:  # it may hold a secret
+        return Problem(subject, f"{value.partition('://')[0]}://...", expected(detail))
     return Problem(subject, f"a value of type {type(value).__name__}", expected(detail)) if hidden else wrong_value(subject, detail)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Place = Callable[[str], str]  # a path as it is to be printed
 
 
-def plan_table(plan: Plan, outlook: Outlook, place: Place = str) -> RenderableType:
-    """Make the tables of `headrace plan`: the verdict, then the facts, then each output."""
+def plan_table(plan: Plan, outlook: Outlook, place: Place = str, of_engines: Sequence[str] = ()) -> RenderableType:
+    """Make the tables of `headrace plan`: the verdict, then the facts, then each output. `of_engines`: what is wrong with these."""
     summary = plan.summary()
     source = summary["source"]
     facts = Table(show_header=False, box=None, pad_edge=False)
@@ -55,12 +55,12 @@ def plan_table(plan: Plan, outlook: Outlook, place: Place = str) -> RenderableTy
         facts.add_row("left out", f"{many(len(names), 'tensor')} ({reason}): {shown}")
     for note in summary["notes"]:
         facts.add_row("note", note)
-    return Group(*_verdict(summary, outlook, place), facts, "", *(_target_table(each, place) for each in summary["targets"]))
+    verdict = _verdict(summary, [*summary["obstacles"], *of_engines], outlook, place)
+    return Group(*verdict, facts, "", *(_target_table(each, place) for each in summary["targets"]))
 
 
-def _verdict(summary: Mapping[str, Any], outlook: Outlook, place: Place) -> Iterator[RenderableType]:
+def _verdict(summary: Mapping[str, Any], obstacles: Sequence[str], outlook: Outlook, place: Place) -> Iterator[RenderableType]:
     """Lines on whether `convert` would work now, and for how long."""
-    obstacles = summary["obstacles"]
     if obstacles:
         yield Text(f"would not convert: {many(len(obstacles), 'problem')}", style="bold red")
         yield from (f"  - {place(obstacle)}" for obstacle in obstacles)

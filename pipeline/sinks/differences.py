@@ -13,13 +13,14 @@ def differences(said: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
     `said`: of the conversion that is there, of which parts may be missing or of any type.
     """
+    there, here = _table(said, "source"), _table(asked, "source")
+    other = f"of another source, {there['path']}" if "path" in there and there["path"] != here.get("path") else ""
     options = list(_options(_table(said, "options"), _table(asked, "options")))
     if options:
         more = f" and {len(options) - SHOWN} more" if len(options) > SHOWN else ""
-        return f"with {', '.join(options[:SHOWN])}{more}"
-    there, here = _table(said, "source"), _table(asked, "source")
-    if "path" in there and there["path"] != here.get("path"):
-        return f"of another source, {there['path']}"
+        return f"{other}{', ' if other else ''}with {', '.join(options[:SHOWN])}{more}"
+    if other:
+        return other
     if "files" in there and there["files"] != here.get("files"):
         return "of this source as it was before its files changed"
     if "headrace" in said and said.get("headrace") != asked.get("headrace"):

@@ -103,11 +103,15 @@ def check_taken(outputs: Sequence[Output], overwrite: bool) -> list[Problem]:
 
 
 def check_held(outputs: Sequence[Output]) -> list[Problem]:
-    """Check by the notes that jobs leave that none is at work on an output; a lock, which might be in its way, is not taken."""
+    """Check by the notes that jobs leave that no other process is at work on an output.
+
+    A journal's lock, which might be in a job's way, is not taken: it alone tells of other jobs in this process.
+    """
     problems: list[Problem] = []
+    me = hold.Holder.me()
     for journal in (output.directory / JOURNAL for output in outputs):
         found = hold.holder(hold.place(journal))
-        if found and not found.gone and (found.seen or found.boot != hold.boot_id()):
+        if found and found != me and not found.gone and (found.seen or found.boot != me.boot):
             problems += hold.busy(journal, found).problems
     return problems
 

@@ -56,12 +56,6 @@ def chunk_regions(chunks: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, 
         yield tuple(i for i, _ in cell), tuple(interval for _, interval in cell)
 
 
-def chunk_region(chunks: Sequence[Sequence[int]], index: Sequence[int]) -> Region:
-    """The region of the chunk at an index."""
-    starts = [sum(lengths[:i]) for lengths, i in zip(chunks, index, strict=True)]
-    return tuple((start, start + lengths[i]) for start, lengths, i in zip(starts, chunks, index, strict=True))
-
-
 def pieces(region: Region, itemsize: int, limit_bytes: int, row_multiple: int = 1) -> Iterator[Region]:
     """Cut a region, in C order, into parts of at most `limit_bytes`, each contiguous where the region is.
 

@@ -20,6 +20,9 @@ from tests.support.places import ROOT
 # What a page takes for granted, and another page has shown.
 BEFORE = {
     "docs/verification.md": ["headrace convert --model_dir Llama-3.1-8B --output_dir ranks --copy_tokenizer"],
+    "docs/quantization.md": [
+        "headrace calibrate Llama-3.1-8B --output scales.safetensors --calibration_tokens tokens.safetensors --awq_group_size 128"
+    ],
     "docs/batches.md": ["headrace convert --model_dir models/llama-small --output_dir /ranks/llama-small-tp1"],
 }
 WITH_COMMANDS = [

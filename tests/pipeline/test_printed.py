@@ -54,7 +54,7 @@ def test_thousands_of_problems_are_the_first_ones_and_their_number(kind: Any) ->
     text = str(kind([Problem(f"t{n}\x1b", "a", "b") for n in range(5_000)]))
     lines = text.splitlines()
     assert len(lines) == kind.shown + 2
-    assert "5000" in lines[0]
+    assert "5,000" in lines[0]
     assert lines[-1] == f"  ... and {5_000 - kind.shown} more"
     assert "\x1b" not in text
 

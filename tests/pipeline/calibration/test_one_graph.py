@@ -149,7 +149,7 @@ def test_those_who_watch_see_layers_and_time(made: dict[str, Any], tmp_path: Pat
             super().calibrated(done, layers, seconds_left)
             snapshots.append(watch.snapshot())
 
-    execute(planned, Looking(stream), watch=watch)
+    execute(planned, Looking(stream, watch), watch=watch)
     assert [(now.calibrated_layers, now.layers) for now in snapshots] == [(1, 3), (2, 3), (3, 3)]
     first = snapshots[0]
     node = next(node for node in first.nodes if node.name == "calibrate")

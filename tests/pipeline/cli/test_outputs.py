@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli import verify
 from pipeline.cli.levels import Lines
 from tests.support import checkpoints
 from tests.support.commands import convert, headrace, one, refused
@@ -71,3 +73,11 @@ def test_a_model_in_the_place_of_a_job_file(model: Path) -> None:
     ran = headrace("convert", model)
     assert ran.code == 2
     assert "found a directory; expected a job file, in TOML. A checkpoint is given by an option: --model_dir" in ran.err
+
+
+def test_no_lines_stand_amid_a_text_that_goes_to_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        for stream, same in ((out, True), (err, False)):
+            monkeypatch.setattr(sys, "stderr", stream)
+            assert verify._one_place() is same

@@ -23,7 +23,7 @@ def test_lines_and_the_page(output: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     ran = headrace("verify", output, "--source", tmp_path / "model", "--logits", "--tokens", 3, "--report", page)
     assert ran.code == 0, ran
-    assert {"integrity: done", "round trip: done", "logits: done"} <= set(ran.err.splitlines())
+    assert {"integrity: 100 %", "round trip: 100 %", "logits: 100 %"} <= set(ran.err.splitlines())
     assert f"wrote {page}" in ran.out
     text = page.read_text()
     assert "3 tokens through the model" in text

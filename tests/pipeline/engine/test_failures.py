@@ -118,7 +118,7 @@ def test_without_tensorrt_llm_it_says_what_to_do(checkpoint: Path, engine: Path)
     assert "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com" in ran.err
     command = shlex.split(ran.err.splitlines()[-1])
     places = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(engine)]
-    assert command == ["trtllm-build", *places, "--max_batch_size", "8", "--lora_dir", str(Path.cwd() / "a b")]
+    assert command == ["trtllm-build", *places, "--max_batch_size", "8", "--lora_dir", "a b"]
     assert names(engine.parent) == {"ranks"}
 
 

@@ -217,9 +217,9 @@ def test_uploads_that_nobody_completes_are_listed_and_aborted(tmp_path: Path, se
     assert (refused.code, "no such cut" in refused.err) == (2, True)
     me = {"Bucket": "bucket", "Key": "a/far/headrace.json.lock", "Body": json.dumps(asdict(Holder("other", "b", 1, "-")))}
     client().put_object(**me)
-    assert "another job at work" in headrace("scratch", "rm", "s3://bucket/a").err
+    assert "another job at work" in headrace("scratch", "rm", "s3://bucket/a", "--all", "--yes").err
     assert "released" in headrace("unlock", OUT).out
-    assert f"aborted the upload of {OUT}/rank0.safetensors" in headrace("scratch", "rm", "s3://bucket/a").out
+    assert f"aborted the upload of {OUT}/rank0.safetensors" in headrace("scratch", "rm", "s3://bucket/a", "--all", "--yes").out
     assert open_uploads() == []
     convert(output_dir=OUT, **options)
     same(tmp_path, options)

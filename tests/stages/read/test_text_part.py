@@ -51,7 +51,7 @@ def test_the_text_alone_has_the_same_ranks(names: str, tmp_path: Path) -> None:
     assert ranks(model, tmp_path / "a") == ranks(tmp_path / "alone", tmp_path / "b")
     told = notes(model)
     assert "text of LlavaForConditionalGeneration: text_config is read as LlamaForCausalLM's; left out are " in told
-    assert "some_new_projector (1 tensors, 16 bytes), vision_tower (1 tensors, 64 bytes)" in told
+    assert "some_new_projector (1 tensor, 16 bytes), vision_tower (1 tensor, 64 bytes)" in told
 
 
 @pytest.mark.parametrize("inner", [True, False], ids=["in the text's entry", "at the top"])

@@ -179,4 +179,4 @@ def test_room_enough_is_enough(model: Path, tmp_path: Path) -> None:
 def test_a_disk_without_room_is_refused_before_anything_is_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 1000)
     problem = one(refused(model))
-    assert problem.startswith(f"--output_dir {model.parent / 'out'}: found 1,000 bytes free; expected 28")
+    assert problem.startswith(f"--output_dir {model.parent / 'out'}: found 1000 B free; expected room for 2")

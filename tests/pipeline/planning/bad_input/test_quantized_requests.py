@@ -38,7 +38,7 @@ def test_one_module_whose_groups_follow_the_activations_is_enough(tmp_path: Path
     index = np.arange(128, dtype=np.int32) // 64
     index[[3, 70]] = index[[70, 3]]
     problem = one(refused(model_of(tmp_path, "gptq", edit=with_tensors(g_idx=index))))
-    assert problem.startswith(f"{Q}.g_idx: found groups in the order of the activations (desc_act), in 1 modules")
+    assert problem.startswith(f"{Q}.g_idx: found groups in the order of the activations (desc_act), in 1 module")
 
 
 def test_an_order_that_the_settings_promise(tmp_path: Path) -> None:
