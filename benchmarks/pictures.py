@@ -1,6 +1,6 @@
 """Draw the pictures of the documents anew: `python -m benchmarks.pictures`. It needs Chromium, and the model that `make demo` fetches.
 
-page.png is the page of a conversion half-way, overview.png that of a batch, report.png the beginning of a report with logits, graph.svg
+page.png is the page of a conversion half-way, dashboard.png Dask's own of the same, overview.png that of a batch, report.png the beginning of a report with logits, graph.svg
 a plan's graph. `--to DIRECTORY --dark --width 700` draws them otherwise, to be looked at.
 """
 
@@ -29,6 +29,7 @@ NAME = "SmolLM2-135M-Instruct.gguf"
 PROMPT = "The capital of France is"
 HEIGHT = 1180  # of a picture, in pixels, at most
 WAIT_SECONDS = 120.0
+DRAWN_SECONDS = 4.0  # after which Bokeh has drawn what Dask's dashboard shows
 
 
 class Studio:
@@ -40,10 +41,11 @@ class Studio:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab.call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
 
-    def take(self, address: str, words: str, name: str) -> None:
-        """Draw the upper part of a page, once it has `words`."""
+    def take(self, address: str, words: str, name: str, seconds: float = 0.0) -> None:
+        """Draw the upper part of a page, so many seconds after it has `words`."""
         self.tab.open(address)
         self.tab.wait(lambda text: words in text)
+        time.sleep(seconds)
         self.tab.evaluate(
             "if (typeof events !== 'undefined') events.close();"
             "const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);"
@@ -61,6 +63,7 @@ def page_and_report(studio: Studio) -> None:
     targets = [{"output_dir": work / "ranks/tp1"}, {"output_dir": work / "ranks/tp3", "tp_size": 3}]
     with held(work / NAME, 45, target=targets, scratch=work / "scratch", scratch_after="unpack", overwrite=True) as run:
         studio.take(run.dashboard.removesuffix("/status") + "/headrace", "Rank files", "page.png")
+        studio.take(run.dashboard, "Workers", "dashboard.png", DRAWN_SECONDS)
     found = headrace.verify(work / "ranks/tp3", work / NAME, prompt=PROMPT)
     made = headrace.report(work / "ranks/tp3", verification=found, page=work / "report.html")
     studio.take(made.page.as_uri(), "Rank sizes", "report.png")
