@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ import pytest
 
 import stages.read.object_store
 from pipeline.tensor import store_requests
+from tests.support.http_servers import serving
 
 SECRET = "a-secret-key-of-nobody"
 FULL = b"<?xml version='1.0'?><Error><Code>XMinioStorageFull</Code><Message>no room</Message></Error>"
@@ -124,16 +124,8 @@ def proxy(target: str) -> Iterator[Proxied]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    proxied.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as proxied.url:
         yield proxied
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def client() -> Any:

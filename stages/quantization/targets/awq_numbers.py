@@ -21,7 +21,7 @@ from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.finite import not_finite
 from stages.quantization.kernels.dispatch import kernels
-from stages.quantization.targets.weight_only import _chunks
+from stages.quantization.targets.weight_only import row_chunks
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -50,7 +50,7 @@ def pack(
         {"weight": weight, "scale": scale},
         shape=(out // 2, features),
         dtype=INT8,
-        rows=_chunks(out // 2, max(rows // 2, 1)),
+        rows=row_chunks(out // 2, max(rows // 2, 1)),
         size=group_size,
         to=dtype,
         name=name,

@@ -19,7 +19,7 @@ from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.kernels.layout import KernelLayout
-from stages.quantization.targets.weight_only import _chunks, _rows
+from stages.quantization.targets.weight_only import _rows, row_chunks
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -46,7 +46,7 @@ def pack_gptq(
     *front, out, width = codes.shape
     columns, per_feature = layout.columns, Fraction(layout.bits, 8)
     shape = (*front, out // columns, columns * width)
-    chunks = (1,) * front[0] if front else _chunks(out // columns, max(rows // columns, 1))
+    chunks = (1,) * front[0] if front else row_chunks(out // columns, max(rows // columns, 1))
     weight = derive("quantize", arranged, {"codes": codes}, shape=shape, dtype=UINT8, rows=chunks, layout=layout)
     group = Fraction(scales.shape[-2], width) * per_feature
     grouped = Parameter(axes=(("group", group), ("out", ONE)))

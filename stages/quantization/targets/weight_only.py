@@ -33,7 +33,7 @@ def pack(
     *front, out, features = weight.shape
     bits, columns = layout.bits, layout.columns
     shape = (*front, out // columns, columns * features * bits // 8)
-    chunks = (front and (1,) * front[0]) or _chunks(out // columns, max(rows // columns, 1))
+    chunks = (front and (1,) * front[0]) or row_chunks(out // columns, max(rows // columns, 1))
     arguments: dict[str, Any] = {"name": name, "segments": segments}
     notes = Notes(scales_of, weight.dtype, columns, segments)
     inputs, kind = {"weight": weight}, np.dtype(np.uint8)
@@ -88,6 +88,7 @@ def _rows(region: Region, weight: Block, columns: int) -> tuple[np.ndarray, tupl
     return values.reshape(-1, weight.shape[-1]), extent(region)[:-1]
 
 
-def _chunks(length: int, rows: int) -> tuple[int, ...]:
+def row_chunks(length: int, rows: int) -> tuple[int, ...]:
+    """The lengths of the blocks of `rows` rows that a matrix of `length` rows is cut into, the last with what is left."""
     full, rest = divmod(length, rows)
     return (rows,) * full + ((rest,) if rest else ())
