@@ -17,6 +17,7 @@ from stages.verify.values import signed_pairs
 from tests.end_to_end.test_memory import peak
 from tests.support import act_ranges, checkpoints, rank_files
 from tests.support import quantized_checkpoints as source
+from tests.support.calibrations import random_tokens
 from tests.support.commands import convert
 from tests.support.commands import headrace as run
 from tests.support.places import DATA
@@ -24,11 +25,6 @@ from tests.support.quantized_checkpoints import LLAMA, Arrays
 
 AWQ = ("--quantization", "int4_awq", "--group_size", 64)
 LIMIT = 220 << 20
-
-
-def random_tokens(path: Path, vocabulary: int = 64) -> Path:
-    save_file({"input_ids": np.random.default_rng(0).integers(0, vocabulary, (4, 24))}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{norm}.weight"] = wide.astype(np.float16)
     checkpoints.save(folder / "model", LLAMA, tensors)
-    random_tokens(folder / "tokens")
+    random_tokens(folder / "tokens", 64, (4, 24))
     words = ("--calibration_tokens", folder / "tokens", "--awq_group_size", 64, "--dtype", "float32")
     ran = run("calibrate", folder / "model", "--output", folder / "scales", *words)
     assert ran.code == 0, ran
@@ -132,7 +128,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     model = tmp_path / "model"
     _tiny({**config, **sizes, "rope_scaling": None, "num_hidden_layers": 1}, model)
-    words = ("--calibration_tokens", random_tokens(tmp_path / "tokens"), "--calibration_dtype", "float32")
+    words = ("--calibration_tokens", random_tokens(tmp_path / "tokens", 64, (4, 24)), "--calibration_dtype", "float32")
     ran = convert(model, tmp_path / "out", *AWQ, *words, "--tp_size", 2, "--dtype", "float16")
     assert ran.code == 0, ran
     ran = run("verify", tmp_path / "out", "--source", model, "--logits", "--json")
@@ -170,15 +166,7 @@ def test_damage_is_found(damage: str, made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_memory_of_a_conversion_stays_under_its_limit(tmp_path: Path) -> None:
-    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
-    config = {**LLAMA, **shape, "num_hidden_layers": 1, "vocab_size": 256}
-    random = np.random.default_rng(0)
-    rows = {width: random.normal(0, 0.02, (256, width)).astype(np.float16) for width in (8192, 28672)}
-    tensors = {
-        name: np.ones(size, np.float16) if len(size) == 1 else np.tile(rows[size[1]], (size[0] // 256, 1))
-        for name, size in checkpoints.shapes(config).items()
-    }
-    checkpoints.save(tmp_path / "model", config, tensors)
+    tensors = checkpoints.save_wide_layer(tmp_path / "model")
     file = act_ranges.write_scales(tmp_path / "scales", tensors, 128)
     del tensors
     places = {"model_dir": str(tmp_path / "model"), "output_dir": str(tmp_path / "out"), "act_range": str(file)}

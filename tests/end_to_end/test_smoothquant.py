@@ -107,15 +107,7 @@ def test_a_fused_source_is_as_its_parts(family: str, kind: tuple[str, ...], tmp_
 @pytest.mark.parametrize("kind", [{}, {"per_channel": True, "per_token": True}], ids=["tensor", "channel"])
 def test_memory_stays_under_its_limit(kind: dict[str, bool], tmp_path: Path) -> None:
     """A layer whose two matrices of one scale are each larger than the limit."""
-    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
-    config = {**LLAMA, **shape, "num_hidden_layers": 1, "vocab_size": 256}
-    random = np.random.default_rng(0)
-    rows = {width: random.normal(0, 0.02, (256, width)).astype(np.float16) for width in (8192, 28672)}
-    tensors = {
-        name: np.ones(size, np.float16) if len(size) == 1 else np.tile(rows[size[1]], (size[0] // 256, 1))
-        for name, size in checkpoints.shapes(config).items()
-    }
-    checkpoints.save(tmp_path / "model", config, tensors)
+    tensors = checkpoints.save_wide_layer(tmp_path / "model")
     file = act_ranges.write(tmp_path / "ranges", tensors)
     del tensors
     flags = {"dtype": "float16", "smoothquant": 0.5, "act_range": str(file), **kind}

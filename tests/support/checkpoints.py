@@ -101,3 +101,17 @@ def save(directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
         save_file(part, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def save_wide_layer(directory: Path) -> dict[str, np.ndarray]:
+    """Save a model of one layer of 70B's shape, whose larger matrices are 470 MB each; return its tensors, float16."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
+    config = {**LLAMA, **shape, "num_hidden_layers": 1, "vocab_size": 256}
+    random = np.random.default_rng(0)
+    rows = {width: random.normal(0, 0.02, (256, width)).astype(np.float16) for width in (8192, 28672)}
+    tensors = {
+        name: np.ones(size, np.float16) if len(size) == 1 else np.tile(rows[size[1]], (size[0] // 256, 1))
+        for name, size in shapes(config).items()
+    }
+    save(directory, config, tensors)
+    return tensors

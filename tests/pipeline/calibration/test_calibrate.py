@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from pipeline.run.calibrations import RangesFile, calibrate, plan_ranges
 from stages.calibrate.layers import LayeredModel
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
+from tests.support.calibrations import ran, random_tokens
 from tests.support.commands import headrace, tree
 from tests.support.places import DATA
 from tests.support.quantized_checkpoints import Arrays
@@ -220,34 +218,12 @@ def test_activations_that_the_type_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "ranges").exists()
 
 
-SCRIPT = """
-import json, os, signal, sys, time
-from pathlib import Path
-from pipeline.calibration.plan import Calibration
-from pipeline.run.calibrations import calibrate, plan_ranges
-model, tokens, output, stop = sys.argv[1:]
-
-def advance(_, done, total):
-    if stop == str(done):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-output = Path(output)
-asked = Calibration(Path(tokens), None, output.parent / "scratch", output.name, "bfloat16")
-file = plan_ranges(Path(model), output, asked, 4 << 30, None)
-result = calibrate(file, advance)
-facts = {"peak": result.peak_memory_bytes, "projected": file.plan.peak_bytes(False), "resumed": result.resumed_layers}
-print(json.dumps({**facts, "layer": file.plan.layer_bytes}))
-"""
-
-
 @pytest.mark.nightly
 def test_a_killed_run_goes_on_and_its_memory_is_as_the_plan_says(tmp_path: Path) -> None:
     """Two layers of 8B's shape, in a process of its own that is killed behind the first."""
     make(tmp_path / "model", "8B", layers=2, sparse=True)
-    save_file({"input_ids": np.random.default_rng(0).integers(0, 1000, (2, 256))}, tmp_path / "tokens")
-    words = [sys.executable, "-c", SCRIPT, *map(str, (tmp_path / "model", tmp_path / "tokens", tmp_path / "ranges"))]
-    killed = subprocess.run([*words, "1"], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = json.loads(subprocess.run([*words, "0"], capture_output=True, text=True, check=True).stdout)
+    random_tokens(tmp_path / "tokens", 1000, (2, 256))
+    ran(tmp_path, "ranges", killed_after=1)
+    done = ran(tmp_path, "ranges")
     assert done["resumed"] == 1
     assert done["layer"] < done["peak"] <= done["projected"]
