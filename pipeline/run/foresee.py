@@ -16,7 +16,7 @@ from pipeline.run.left_to_do import LeftToDo, PhaseLeft
 from pipeline.tensor.blocks import make_blocks
 from stages.write.sample import try_blocks
 
-SAMPLE_SECONDS = 0.25  # of work that is tried, for a whole plan
+SAMPLE_SECONDS = 0.1  # of work that is tried, for a whole plan
 SAMPLES = 5  # groups of a phase that are tried
 START_SECONDS = {"local": 0.6, "threads": 0.2, "synchronous": 0.1}  # until a scheduler is there, and after the last task
 TASK_SECONDS = 0.002  # of scheduling

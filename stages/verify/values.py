@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import LazyTensor
 
+# The bits of infinity, which those of each smaller number are below, and of each negative one above.
+_INFINITIES = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 UINT8 = np.dtype(np.uint8)
 # The 8-bit floats, by name: bits of the exponent, bits of the mantissa, the exponent's bias, whether the format has infinities.
 _SMALL = {
@@ -60,6 +62,12 @@ def read_again(tensor: LazyTensor, region: Region, buffers: Buffers, name: str) 
 def is_float(dtype: np.dtype) -> bool:
     """Whether a type is one of numbers with an exponent, and not one of codes."""
     return dtype.name.startswith(("float", "bfloat"))
+
+
+def plainly_positive(values: np.ndarray) -> bool:
+    """Whether all numbers of an array are finite, and 0 or more, as their bits tell at once; False of -0.0 and of other types too."""
+    infinity = _INFINITIES.get(values.dtype.name)
+    return infinity is not None and bool(values.view(infinity.dtype).max(initial=0) < infinity)
 
 
 def to_float32(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

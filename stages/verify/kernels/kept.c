@@ -21,6 +21,7 @@
 #define RUN 4        /* words of the 16 bytes that an order mixes */
 #define DEPTH 16     /* words of a row at once: 128 in-features */
 #define OF_WORD 8    /* codes */
+#define MODERATE 1e30f /* scales below give no infinite number */
 
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t patterns __attribute__((vector_size(4 * LANES)));
@@ -35,10 +36,11 @@ typedef uint8_t some_codes __attribute__((vector_size(4 * LANES)));
 #define SHUFFLED(a, b, i, j, k, l) __builtin_shuffle(a, b, (four){i, j, k, l})
 #endif
 
-/* The word of a run that holds a code, and where in it; not `mixed`: all are in their places, and signed. */
+/* An order of the codes of a run. `mixed`: the word that holds a code, and where in it; otherwise all are in their places. `codes`: the
+   code that each place of a word holds. `sign`: differs from the source's codes in each. */
 struct run_places {
     int mixed;
-    uint32_t word[RUN][OF_WORD], shift[RUN][OF_WORD];
+    uint32_t word[RUN][OF_WORD], shift[RUN][OF_WORD], codes[RUN][OF_WORD], sign;
 };
 
 /* Sixteen rows: where a rank has their codes, their places among the factors, and ones in the lanes that are rows. */
@@ -56,10 +58,12 @@ INLINE size_t fewer(size_t a, size_t b)
 
 static struct run_places places_of(const uint8_t *places)
 {
-    struct run_places result = {places != NULL, {{0}}, {{0}}};
-    for (int code = 0; places != NULL && code < RUN * OF_WORD; code++) {
-        result.word[code / OF_WORD][code % OF_WORD] = places[code] / OF_WORD;
-        result.shift[code / OF_WORD][code % OF_WORD] = 4u * (places[code] % OF_WORD);
+    struct run_places result = {.mixed = places != NULL, .sign = places != NULL ? 0 : 0x88888888u};
+    for (uint32_t code = 0; code < RUN * OF_WORD; code++) {
+        const uint32_t place = places != NULL ? places[code] : code;
+        result.word[code / OF_WORD][code % OF_WORD] = place / OF_WORD;
+        result.shift[code / OF_WORD][code % OF_WORD] = 4u * (place % OF_WORD);
+        result.codes[place / OF_WORD][place % OF_WORD] = code;
     }
     return result;
 }
@@ -97,8 +101,8 @@ INLINE void runs_as_words(const struct sixteen_rows *rows, size_t offset, words 
 }
 
 /* Where the rank's codes from an in-feature on are others than the source's `deep` words, a whole number of runs. A unit's rows,
-   `columns` of them, alternate in tiles of 64 codes. */
-INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t feature, const struct run_places *places,
+   `columns` of them, alternate in tiles of 64 codes. `mixed`: as the source's are not. */
+INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t feature, const struct run_places *places, int mixed,
                        const words *source, size_t deep)
 {
     words result = {0};
@@ -108,11 +112,11 @@ INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t f
         runs_as_words(rows, code / 64 * columns * 32 + code % 64 / 2, run);
         for (int word = 0; word < RUN; word++) {
             words codes = {0};
-            if (!places->mixed)
-                codes = run[word] ^ 0x88888888u;
-            for (int code = 0; places->mixed && code < OF_WORD; code++)
+            if (!mixed)
+                codes = run[word];
+            for (int code = 0; mixed && code < OF_WORD; code++)
                 codes |= (run[places->word[word][code]] >> places->shift[word][code] & 15u) << 4 * code;
-            result |= codes ^ source[at + word];
+            result |= codes ^ source[at + word] ^ places->sign;
         }
     }
     return result & rows->valid;
@@ -234,15 +238,32 @@ INLINE int added(numbers noise, numbers power, numbers square, struct figures *f
     return fine;
 }
 
+/* Whether the rank's numbers of a group are the source's, as exact as they are: its scale, times a whole number of no more than five
+   bits. Scales of 11 bits leave room for these. */
+INLINE int same_numbers(const struct group *group, const struct sixteen_rows *rows)
+{
+    const numbers shift = CODES / 2 - group->source_zero;
+    const numbers whole = __builtin_convertvector(__builtin_convertvector(shift, patterns), numbers);
+    const patterns same = (group->scale == group->source_scale) & (group->zero == shift * group->scale) & (whole == shift)
+        & (magnitudes(shift) <= (float)CODES) & (magnitudes(group->scale) < MODERATE)
+        & (((patterns)group->scale & 0x1FFF) == 0);
+    const patterns other = ~same & (patterns)rows->valid;
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        any |= other[lane];
+    return !any;
+}
+
 /* Takes in some codes of one group, if the rank's numbers are as far from the source's whatever the code, and surely right: then the
    codes' sum and that of their squares are enough. Otherwise returns 0. */
 INLINE int taken_in_alike(const words *source, size_t deep, const struct group *group, float slope,
                           const struct sixteen_rows *rows, struct figures *figures)
 {
     const float sure = figures->worst * ALIKE;
-    const numbers apart = pair_of(0, group, slope).difference;
+    const int same = same_numbers(group, rows);
+    const numbers apart = same ? (numbers){0} : pair_of(0, group, slope).difference;
     patterns other = {0};
-    for (int code = 0; code < CODES; code++) {
+    for (int code = 0; !same && code < CODES; code++) {
         const struct pair pair = pair_of(code, group, slope);
         other |= ~((pair.difference == apart) & (pair.error <= pair.allowed * sure));
     }
@@ -362,6 +383,7 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
 {
     const struct run_places places = places_of(stored->places);
     const size_t columns = packed->order ? OF_WORD : 1, rows = each->rows;
+    const int mixed = places.mixed && packed->order == NULL;
     for (size_t word = 0; word < packed->columns; word += LANES) {
         struct sixteen_rows some[OF_WORD];
         for (size_t column = 0; column < columns; column++)
@@ -372,21 +394,24 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
             count = of_a_group(feature, packed->features - at, each->size, each->source_size);
             const size_t deep = count / OF_WORD, own = feature / each->size * rows, theirs = feature / each->source_size * rows;
             words source[OF_WORD][DEPTH];
+            /* Words of eight columns are made words of eight codes of each in any order: in the rank's. */
             for (size_t i = 0; i < deep; i++) {
                 if (packed->order == NULL) {
                     source[0][i] = words_at(packed->words + (at / OF_WORD + i) * packed->stride + word, wide);
                     continue;
                 }
                 words eight[OF_WORD];
+                const uint32_t *codes = places.codes[i % RUN];
+                const size_t run = at + i / RUN * RUN * OF_WORD;
                 for (size_t row = 0; row < OF_WORD; row++)
-                    eight[row] = words_at(packed->words + (at + i * OF_WORD + row) * packed->stride + word, wide);
+                    eight[row] = words_at(packed->words + (run + codes[row]) * packed->stride + word, wide);
                 columns_of(eight);
                 for (size_t column = 0; column < OF_WORD; column++)
                     source[column][i] = eight[packed->order[column]];
             }
             for (size_t column = 0; column < columns; column++) {
                 const struct sixteen_rows *these = &some[column];
-                const words different = differing(these, stored->columns, feature, &places, source[column], deep);
+                const words different = differing(these, stored->columns, feature, &places, mixed, source[column], deep);
                 uint32_t any = 0;
                 for (int lane = 0; lane < LANES; lane++)
                     any |= different[lane];

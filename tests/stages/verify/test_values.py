@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.verify.values import halves, rounded, same_bits, signed_pairs, to_float32
+from stages.verify.values import halves, plainly_positive, rounded, same_bits, signed_pairs, to_float32
 
 BF16, HALF = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
@@ -25,6 +25,19 @@ def test_every_pattern_is_the_number_that_it_stands_for(name: str) -> None:
     assert same_bits(found[number], wanted[number])  # zeros have their signs
     strided = np.stack([values, values], 1)[:, 0]
     assert np.array_equal(to_float32(strided, np.empty(strided.shape, np.float32)), wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+def test_what_is_plainly_positive_is(dtype: np.dtype) -> None:
+    """Each number of a type, beside one that is: never said of what is negative or not finite, and said of all others."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    wide = every.astype(np.float32)
+    wanted = np.isfinite(wide) & ~np.signbit(wide)
+    assert [plainly_positive(np.array([1, value], dtype)) for value in every] == wanted.tolist()
+    assert not plainly_positive(np.array([-1.0], np.float32))
+    assert not plainly_positive(np.array([np.nan], np.float32))
+    assert plainly_positive(np.array([0.0, 3e38], np.float32))
+    assert not plainly_positive(np.ones(1, np.float64)), "of a type that is not known"
 
 
 @given(st.integers(0, 1 << 32))
