@@ -65,7 +65,7 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def plainly_positive(values: np.ndarray) -> bool:
-    """Whether all numbers of an array are finite, and 0 or more, as their bits tell at once; False of -0.0 and of other types too."""
+    """Whether all numbers of an array are finite, and 0 or more, as their bits tell at once; False of -0.0 and other types too."""
     infinity = _INFINITIES.get(values.dtype.name)
     return infinity is not None and bool(values.view(infinity.dtype).max(initial=0) < infinity)
 
