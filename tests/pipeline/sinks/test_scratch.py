@@ -94,6 +94,7 @@ def test_plain_zarr_reads_what_a_cut_holds(tmp_path: Path) -> None:
     assert "transformer.layers.2.attention.qkv.k.weight" in group
 
 
+@pytest.mark.nightly
 def test_a_packed_model_is_unpacked_once_for_two_jobs(tmp_path: Path) -> None:
     options = {"model_dir": MODEL, "scratch": tmp_path / "scratch", "scratch_after": "unpack", "scheduler": "threads"}
     first = convert(output_dir=tmp_path / "one", tp_size=1, keep_scratch=True, **options)
