@@ -14,28 +14,25 @@ typedef uint32_t four __attribute__((vector_size(16)));
 #define SHUFFLED(a, b, i, j, k, l) __builtin_shuffle(a, b, (four){i, j, k, l})
 #endif
 
-/* An order of the codes of a run. `mixed`: the word that holds a code, and where in it; otherwise all are in their places. `codes`: the
-   code that each place of a word holds. `sign`: differs from the source's codes in each. */
-struct run_places {
-    int mixed;
-    uint32_t word[RUN][OF_WORD], shift[RUN][OF_WORD], codes[RUN][OF_WORD], sign;
-};
+/* The code of a run that the kernels' order has at a place of a word. */
+INLINE size_t mixed_code(size_t word, size_t place)
+{
+    return place % RUN * OF_WORD + word * 2 + place / RUN;
+}
+
+/* Whether a table of the places of a run's codes is that order. */
+static int is_mixed_code(const uint8_t *places)
+{
+    int same = 1;
+    for (size_t word = 0; word < RUN; word++)
+        for (size_t place = 0; place < OF_WORD; place++)
+            same &= places[mixed_code(word, place)] == word * OF_WORD + place;
+    return same;
+}
 
 INLINE size_t fewer(size_t a, size_t b)
 {
     return a < b ? a : b;
-}
-
-static struct run_places places_of(const uint8_t *places)
-{
-    struct run_places result = {.mixed = places != NULL, .sign = places != NULL ? 0 : 0x88888888u};
-    for (uint32_t code = 0; code < RUN * OF_WORD; code++) {
-        const uint32_t place = places != NULL ? places[code] : code;
-        result.word[code / OF_WORD][code % OF_WORD] = place / OF_WORD;
-        result.shift[code / OF_WORD][code % OF_WORD] = 4u * (place % OF_WORD);
-        result.codes[place / OF_WORD][place % OF_WORD] = code;
-    }
-    return result;
 }
 
 /* Words in a row, those behind `count` zero. */
@@ -70,24 +67,17 @@ INLINE void runs_as_words(const struct sixteen_rows *rows, size_t offset, words 
     }
 }
 
-/* Where the rank's codes from an in-feature on are others than the source's `deep` words, a whole number of runs. A unit's rows,
-   `columns` of them, alternate in tiles of 64 codes. `mixed`: as the source's are not. */
-INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t feature, const struct run_places *places, int mixed,
-                       const words *source, size_t deep)
+/* Where the rank's codes from an in-feature on are others than the source's `deep` words in the rank's order, a whole number of runs.
+   A unit's rows, `columns` of them, alternate in tiles of 64 codes. `sign`: differs in all codes. */
+INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t feature, uint32_t sign, const words *source, size_t deep)
 {
     words result = {0};
     for (size_t at = 0; at < deep; at += RUN) {
         words run[RUN];
         const size_t code = feature + at * OF_WORD;
         runs_as_words(rows, code / 64 * columns * 32 + code % 64 / 2, run);
-        for (int word = 0; word < RUN; word++) {
-            words codes = {0};
-            if (!mixed)
-                codes = run[word];
-            for (int code = 0; mixed && code < OF_WORD; code++)
-                codes |= (run[places->word[word][code]] >> places->shift[word][code] & 15u) << 4 * code;
-            result |= codes ^ source[at + word] ^ places->sign;
-        }
+        for (int word = 0; word < RUN; word++)
+            result |= run[word] ^ source[at + word] ^ sign;
     }
     return result & rows->valid;
 }
@@ -103,6 +93,29 @@ INLINE void columns_of(words rows[OF_WORD])
                 rows[i + step] ^= both;
                 rows[i] ^= both << 4 * step;
             }
+}
+
+/* A run's words, whose codes are in their places, in the kernels' order: bytes of two codes that are 16 apart are transposed. */
+INLINE void mix(words run[RUN])
+{
+    words low[RUN], high[RUN], bytes[RUN];
+    for (int i = 0; i < RUN; i++) {
+        low[i] = run[i] & 0x0F0F0F0Fu;
+        high[i] = run[i] >> 4 & 0x0F0F0F0Fu;
+    }
+    for (int i = 0; i < RUN / 2; i++) {
+        bytes[i] = low[2 * i] | low[2 * i + 1] << 4;
+        bytes[i + RUN / 2] = high[2 * i] | high[2 * i + 1] << 4;
+    }
+    for (int step = RUN / 2; step > 0; step /= 2)
+        for (int i = 0; i < RUN; i++)
+            if (!(i & step)) {
+                const words both = ((bytes[i] >> 8 * step) ^ bytes[i + step]) & (step == 2 ? 0x0000FFFFu : 0x00FF00FFu);
+                bytes[i + step] ^= both;
+                bytes[i] ^= both << 8 * step;
+            }
+    for (int i = 0; i < RUN; i++)
+        run[i] = bytes[i];
 }
 
 /* Sixteen rows from `first` on, `apart` from one another, of `count` in all; those before `skip` are none. */
@@ -134,9 +147,11 @@ INLINE size_t of_a_group(size_t at, size_t left, size_t size, size_t source_size
 int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packed *packed, const struct kept_factors *each,
                    struct figures *figures)
 {
-    const struct run_places places = places_of(stored->places);
+    const int mixed = stored->places != NULL;
     const size_t columns = packed->order ? OF_WORD : 1, rows = each->rows;
-    const int mixed = places.mixed && packed->order == NULL;
+    const uint32_t sign = mixed ? 0 : 0x88888888u;
+    if (mixed && !is_mixed_code(stored->places))
+        return 0;
     for (size_t word = 0; word < packed->columns; word += LANES) {
         struct sixteen_rows some[OF_WORD];
         for (size_t column = 0; column < columns; column++)
@@ -154,17 +169,20 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
                     continue;
                 }
                 words eight[OF_WORD];
-                const uint32_t *codes = places.codes[i % RUN];
-                const size_t run = at + i / RUN * RUN * OF_WORD;
-                for (size_t row = 0; row < OF_WORD; row++)
-                    eight[row] = words_at(packed->words + (run + codes[row]) * packed->stride + word, wide);
+                const size_t run = i / RUN * RUN * OF_WORD;
+                for (size_t place = 0; place < OF_WORD; place++) {
+                    const size_t code = mixed ? run + mixed_code(i % RUN, place) : i * OF_WORD + place;
+                    eight[place] = words_at(packed->words + (at + code) * packed->stride + word, wide);
+                }
                 columns_of(eight);
                 for (size_t column = 0; column < OF_WORD; column++)
                     source[column][i] = eight[packed->order[column]];
             }
+            for (size_t i = 0; mixed && packed->order == NULL && i < deep; i += RUN)
+                mix(source[0] + i);
             for (size_t column = 0; column < columns; column++) {
                 const struct sixteen_rows *these = &some[column];
-                const words different = differing(these, stored->columns, feature, &places, mixed, source[column], deep);
+                const words different = differing(these, stored->columns, feature, sign, source[column], deep);
                 uint32_t any = 0;
                 for (int lane = 0; lane < LANES; lane++)
                     any |= different[lane];

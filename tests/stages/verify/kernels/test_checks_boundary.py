@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.verify.kernel_orders import run_places
 from tests.stages.quantization.kernels.test_boundary import wrong_arrays
 from tests.support.built_kernels import BUILT, BUILT_CHECKS, needs_module
 
@@ -110,7 +111,7 @@ KEPT: dict[str, Any] = {
     "features": 256,
     "first": 0,
     "units": np.zeros((2, 512), dtype=np.uint8),
-    "places": PLACES,
+    "places": run_places(4),
     "words": np.zeros((32, 8), dtype=np.uint32),
     "order": None,
     "start": 0,
@@ -134,6 +135,7 @@ def kept(**changed: Any) -> Any:
 
 def test_kept_codes_that_are_right_are_done() -> None:
     assert kept() is not None
+    assert kept(places=PLACES) is None, "of an order that the kernel does not know"
     assert kept(start=32, words=KEPT["words"][:28]) is not None
     assert kept(zeros=None, source_zeros=FACTORS * 8) is not None
     assert kept(source_scales=FACTORS[:1].copy(), source_zeros=FACTORS[:1] * 0) is not None
