@@ -87,8 +87,10 @@ def plan_opened(opened: OpenedSource) -> Plan:
     of_gpus = generation_notes(job, chosen)
     kept_notes = source_notes(opened, chosen, tensors)
     of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
-    notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
-    outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
+    of_numbers += requantization_notes(opened, chosen, size)
+    notes = (*opened.notes, *runtime_notes, *of_numbers, *kept_notes, *of_gpus, *cuts.notes())
+    places = {cut.stage: (cut.id, cut.place) for cut in cuts.groups}
+    outputs = tuple(make_target(target, opened, identity, reasons, notes, places) for target in targets)
     sinks = tuple(target.output for target in outputs)
     groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})
     write = Phase("write", stores, sinks, groups, cuts.passes(), cuts.assembled_here, parts)
