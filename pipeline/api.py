@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options: Unpack[JobOptions]) -> Plan:
     """Say what `convert` with the same arguments would do. Opens headers only and writes nothing.
 
+    The workers of a cluster that is there are asked as `convert` does it, with files that are there for that moment.
+
     Parameters
     ----------
     job
@@ -46,7 +48,12 @@ def plan(job: Job | str | Path | None = None, /, *, model: Any = None, **options
     """
     from pipeline.planning.make_plan import make_plan
 
-    return make_plan(_job(job, options, model is not None), model)
+    made = make_plan(_job(job, options, model is not None), model)
+    if not made.job.elsewhere:
+        return made
+    from pipeline.run.workers import foreseen
+
+    return foreseen(made)
 
 
 @naming_keywords(JobOptions)

@@ -101,6 +101,8 @@ def plan_command(
 ) -> None:
     """Say what convert would do with the same arguments; writes nothing but the picture that --graph asks for.
 
+    Workers of a cluster that is there are asked what they see, with files that are there for that moment.
+
     Exit codes: those of convert, as far as it can be known without converting: 0 it would work or has nothing to do, 2 it would be
     refused, as for a disk without room, another conversion in its place, or a bad request.
     """
@@ -113,6 +115,10 @@ def plan_command(
     from pipeline.run.foresee import foresee
 
     plan = make_plan(job)
+    if job.elsewhere:
+        from pipeline.run.workers import foreseen
+
+        plan = foreseen(plan)
     if graph:
         draw_graph(plan.graph(), graph)
     engines = [

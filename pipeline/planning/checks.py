@@ -106,7 +106,8 @@ def _unfit_options(opened: OpenedSource) -> list[Problem]:
     if job.copy_tokenizer and not source.companions:
         expected = "a Hugging Face directory with its tokenizer"
         problems.append(Problem("--copy_tokenizer", f"no tokenizer's files in {source.place}", expected))
-    if "://" in (job.scratch or "") and "shard" in job.cuts and job.elsewhere and job_requests(job.targets, job.engine):
+    here = opened.workers.apart or ("://" in (job.scratch or "") and "shard" in job.cuts and job.elsewhere)
+    if here and job_requests(job.targets, job.engine):
         expected = "rank files that workers write, and see"
         problems.append(
             Problem("[engine]", "rank files that this process assembles", expected, "Run headrace build when they are whole")

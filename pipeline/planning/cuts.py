@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.planning.job import SCRATCH_STAGES, Job
+from pipeline.planning.job import SCRATCH_STAGES
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.phases import Phase, Store, group_blocks
 from pipeline.planning.rank_parts import aligned_chunks, rank_chunk_bytes
@@ -19,10 +19,10 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.names import TensorName, split_name
 from pipeline.tensor.placement import NOWHERE, FixedPlacements, Placement, RankTensor, whole
 from pipeline.tensor.remote_path import RemotePath
-from pipeline.tensor.tensors import Source, TensorMap
+from pipeline.tensor.tensors import TensorMap
 
 if TYPE_CHECKING:
-    from stages.rename import Matches
+    from pipeline.planning.opening import OpenedSource
 
 Group = ScratchGroup | RemoteGroup
 ALWAYS = ("read", "rename")  # the stages that every group passes, whether or not they do anything there
@@ -33,38 +33,30 @@ class Cuts:
     """The cuts of one plan as it is composed: each adds a phase that stores to Zarr, and gives back a map that reads it.
 
     `identity`: what the tensors' values depend on, beside the source. `read_back` makes Dask arrays of scratch arrays, one chunk a
-    chunk; `matches` knows the source tensor of a name.
+    chunk.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        source: Source,
-        identity: Sequence[Any],
-        block_bytes: int,
-        read_back: ReadBack,
-        matches: Matches,
-    ) -> None:
+    def __init__(self, opened: OpenedSource, identity: Sequence[Any], block_bytes: int, read_back: ReadBack) -> None:
+        job, source, workers = opened.job, opened.source, opened.workers
         # Workers elsewhere cannot read what is in the memory of this process: it goes to scratch first.
         self.carried = source.in_memory and job.elsewhere
         # Outputs that cannot be written at offsets are assembled of whole rank tensors.
         self.assembled = any(isinstance(target.output_dir, RemotePath) for target in job.targets)
-        asked = {*job.cuts, *(["read"] if self.carried else []), *(["shard"] if self.assembled else [])}
+        # Nor can those that do not see the outputs' directories write there.
+        self.apart = workers.apart
+        forced = {"read": self.carried, "shard": self.assembled or self.apart}
+        asked = {*job.cuts, *(stage for stage, needed in forced.items() if needed)}
         self.stages = tuple(stage for stage in SCRATCH_STAGES if stage in asked)
         self.directories = [target.output_dir for target in job.targets]
         self.root = job.scratch_root
         self.remote = "://" in self.root
         # Workers that have scratch in a bucket in common, and perhaps nothing else, leave rank files to this process.
-        self.assembled_here = job.elsewhere and self.remote and "shard" in self.stages and not self.assembled
-        self.source, self.identity, self.block_bytes, self.read_back, self.matches = (
-            source,
-            identity,
-            block_bytes,
-            read_back,
-            matches,
-        )
+        asked_here = job.elsewhere and self.remote and "shard" in self.stages and not self.assembled
+        self.assembled_here = self.apart or asked_here
+        self.source, self.matches = source, opened.matches
+        self.identity, self.block_bytes, self.read_back = identity, block_bytes, read_back
         self.keep, self.outputs = job.keep_scratch, tuple(map(str, job.scratch_outputs))
-        self.window = scratch_window(job.threads) + 2  # blocks, and those being written and read
+        self.window = scratch_window(max(job.threads, workers.threads)) + 2  # blocks, and those being written and read
         self.phases: list[Phase] = []
         self.groups: list[Group] = []
 
@@ -117,7 +109,8 @@ class Cuts:
 
     def notes(self) -> tuple[str, ...]:
         """Where rank files are written, where that is not on the workers."""
-        here = "rank files are written by this process, from the scratch that the workers write: no worker needs to see their place"
+        why = "some workers do not see their place" if self.apart else "no worker needs to see their place"
+        here = f"rank files are written by this process, from the scratch after shard that the workers write: {why}"
         return (here,) if self.assembled_here else ()
 
     def reasons(self) -> dict[str, str]:
@@ -131,6 +124,8 @@ class Cuts:
                 )
             elif stage == "shard" and self.assembled:
                 result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, as object storage takes files in order"
+            elif stage == "shard" and self.apart:
+                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, as workers do not see the outputs' place"
             elif stage in chosen:
                 result[stage] = f"cut, as asked: {chosen[stage]:,} bytes written and read again (not needed: {_UNNEEDED[stage]})"
             else:
@@ -165,8 +160,9 @@ class Cuts:
         for (rank, name), (shape, chunks, dtype) in shapes.items():
             folder = directory / f"{_folder(stage, rank)}{name}"
             arrays[rank, name] = ScratchArray(folder, tuple(shape), tuple(chunks), np.dtype(dtype), self._origin(name))
-        # Parts of a file are of its order, not the source's.
-        bound = sum(array.nbytes for array in arrays.values()) if self.assembled else self.window * self.block_bytes
+        # Parts of a file are of its order, not the source's; and of what this process reads or writes alone, all is there at once.
+        at_once = self.assembled or self.assembled_here or (self.carried and stage == "read")
+        bound = sum(array.nbytes for array in arrays.values()) if at_once else self.window * self.block_bytes
         return ScratchGroup(directory, stage, key, self.source.place, self.keep, arrays, bound, self.outputs)
 
     def _origin(self, tensor: str) -> str:

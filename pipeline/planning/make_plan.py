@@ -55,7 +55,7 @@ def make_plan(job: Job, live_model: Any = None, download: bool = False) -> Plan:
 
 def plan_opened(opened: OpenedSource) -> Plan:
     """Plan a job whose source is open. Raises BadInput with everything that is wrong with it."""
-    job = opened.job
+    job, given = opened.job, opened
     request = check_request(opened)
     _refuse(request, opened.unreadable)  # of what cannot be unpacked nothing more can be asked
     chosen, contradictions = choose_all(job.targets, opened.packing, opened.source.named)
@@ -68,7 +68,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
 
     size = block_bytes(opened.source.nbytes)
     identity = plan_identity(opened, found.calibrating)
-    cuts = Cuts(job, opened.source, identity, size, read_scratch, opened.matches)
+    cuts = Cuts(opened, identity, size, read_scratch)
     chunk = _chunk_bytes(opened, size)
     made: Counter[str] = Counter()
     tensors = canonical(opened, cuts, chunk, made)
@@ -87,8 +87,10 @@ def plan_opened(opened: OpenedSource) -> Plan:
     of_gpus = generation_notes(job, chosen)
     kept_notes = source_notes(opened, chosen, tensors)
     of_numbers = dequantization_notes(opened.packing, chosen, job.dequantize or job.requantize)
-    notes = (*opened.notes, *runtime_notes, *of_numbers, *requantization_notes(opened, chosen, size), *kept_notes, *of_gpus)
-    outputs = tuple(make_target(target, opened, identity, reasons, notes) for target in targets)
+    of_numbers += requantization_notes(opened, chosen, size)
+    notes = (*opened.notes, *runtime_notes, *of_numbers, *kept_notes, *of_gpus, *cuts.notes())
+    places = {cut.stage: (cut.id, cut.place) for cut in cuts.groups}
+    outputs = tuple(make_target(target, opened, identity, reasons, notes, places) for target in targets)
     sinks = tuple(target.output for target in outputs)
     groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})
     write = Phase("write", stores, sinks, groups, cuts.passes(), cuts.assembled_here, parts)
@@ -107,7 +109,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
     cut, why = tuple(cuts.groups), cuts.reasons()
     packed = bool(opened.packing.formats)
     # Of today alone, so that they are not said in headrace.json.
-    notes = (*notes, *cuts.notes(), *arriving(opened.source.location, opened.source.files))
+    notes = (*notes, *arriving(opened.source.location, opened.source.files))
     return Plan(
         job,
         opened.source,
@@ -123,6 +125,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
         notes,
         packed,
         calibrating,
+        given,
     )
 
 
@@ -135,6 +138,7 @@ def _refuse(also: Any, problems: Any) -> None:
 def _chunk_bytes(opened: OpenedSource, size: int) -> int:
     """The most bytes of a chunk: a block, but no more than a piece where chunks are put into and fetched from a bucket whole."""
     job = opened.job
-    stages = job.cuts or (opened.source.in_memory and job.elsewhere) or any(is_remote(target.output_dir) for target in job.targets)
+    forced = (opened.source.in_memory and job.elsewhere) or opened.workers.apart
+    stages = job.cuts or forced or any(is_remote(target.output_dir) for target in job.targets)
     remote = "://" in (job.scratch or "") and stages
     return min(size, MAX_PIECE_BYTES) if remote else size

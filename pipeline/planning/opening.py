@@ -38,6 +38,17 @@ from stages.unpack import arranged, axes, check, zero_biases
 
 
 @dataclass(frozen=True)
+class OnCluster:
+    """The workers of a cluster, as they were found when they were asked.
+
+    `threads`: of all of them together. `apart`: some of them do not see the directories of the outputs.
+    """
+
+    threads: int = 0
+    apart: bool = False
+
+
+@dataclass(frozen=True)
 class OpenedSource:
     """A job's source as planning knows it before anything is composed.
 
@@ -53,6 +64,8 @@ class OpenedSource:
         What is wrong with the output directories, and with options about the source.
     notes
         What was taken for values that the source does not say, and what is written otherwise than it or NVIDIA has it.
+    workers
+        Those of a cluster elsewhere; of others nothing is asked.
     """
 
     job: Job
@@ -65,6 +78,7 @@ class OpenedSource:
     shardings: tuple[Sharding, ...]
     output_problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    workers: OnCluster = OnCluster()
 
     @property
     def auto_dtype(self) -> str:

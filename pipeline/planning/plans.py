@@ -21,6 +21,7 @@ from pipeline.planning.graph import PlanGraph, collapse
 from pipeline.planning.graph_nodes import GraphNode
 from pipeline.planning.job import Job
 from pipeline.planning.memory import Budget
+from pipeline.planning.opening import OpenedSource
 from pipeline.planning.phases import Phase
 from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import InOneLine, many
@@ -48,7 +49,8 @@ class Target:
 class Plan(InOneLine):
     """Everything that `convert` will do. Made by `pipeline.planning.make_plan.make_plan`; nothing in it changes.
 
-    `packed`: some of the source's modules are unpacked. `calibrating`: what is measured in the same run.
+    `packed`: some of the source's modules are unpacked. `calibrating`: what is measured in the same run. `opened`:
+    its source as it was opened, to plan it again.
     """
 
     job: Job
@@ -65,6 +67,7 @@ class Plan(InOneLine):
     notes: tuple[str, ...] = ()
     packed: bool = False
     calibrating: Calibrating | None = None
+    opened: OpenedSource | None = None
 
     def _line(self) -> str:
         names = ", ".join(target.output.directory.name for target in self.targets)

@@ -59,9 +59,17 @@ def config_values(
 
 
 def make_target(
-    tensors: TargetTensors, opened: OpenedSource, identity: Sequence[Any], left_out: Mapping[str, str], notes: Sequence[str]
+    tensors: TargetTensors,
+    opened: OpenedSource,
+    identity: Sequence[Any],
+    left_out: Mapping[str, str],
+    notes: Sequence[str],
+    cuts: Mapping[str, tuple[str, str]],
 ) -> Target:
-    """The output of one target. `identity`: `plan_identity`'s; `left_out` and `notes` are for headrace.json."""
+    """The output of one target.
+
+    `identity`: `plan_identity`'s; `left_out` and `notes` are for headrace.json, `cuts` for the journal, as `Output` has them.
+    """
     options, sharding, source = tensors.options, tensors.sharding, opened.source
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in tensors.ranks:
@@ -82,7 +90,7 @@ def make_target(
     }
     decides = [list(identity), options.identity(), [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    output = Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance)
+    output = Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance, cuts)
     return Target(options, tensors.dtype, _in_its_place(output, opened.job))
 
 

@@ -23,7 +23,7 @@ from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
-from pipeline.run.workers import check_workers
+from pipeline.run.workers import fitted
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
@@ -32,6 +32,8 @@ from pipeline.tensor.system_errors import refusing, sentence
 from pipeline.watching.listener import LayerListener, Listener, Silent
 from pipeline.watching.state import RunWatch
 from stages.write import Written
+
+LOST = "the cluster lost a worker, and scratch that its tasks need again is gone; {} is not complete: run the same command again"
 
 
 class Builds(Protocol):
@@ -86,8 +88,7 @@ def execute(
     try:
         with nullcontext(session) if session else open_session(plan, run.watch) as at_hand, ExitStack() as stack:
             if plan.job.elsewhere:
-                files = [] if plan.source.in_memory else [Path(file.path) for file in plan.source.files]
-                check_workers(at_hand.client, files, _directories(plan))
+                run.fit(fitted(plan, at_hand.client))
             steps = builds.begin(stack, at_hand, run.pending()) if builds else ()
             run.left.begin(stack)
             run.announce(at_hand.dashboard, steps)
@@ -119,8 +120,16 @@ class _Run:
         self.left = LeftToDo(plan)
         self.phases: dict[str, float] = {}
         self.resumed_tasks = 0
-        self.moments: list[Moment] = []  # of tasks that are not in the graph
+        self.moments: list[Moment] = []  # of the tasks that are done
+        self.done: set[int] = set()  # the numbers of their groups
+        self.read_bytes = self.scratch_bytes = 0  # that all groups left read
         self.result: Result | None = None
+
+    def fit(self, plan: Plan) -> None:
+        """Take the plan as the workers can do it. Raises BadInput where that one could not start."""
+        if plan is not self.plan and (obstacles := plan.obstacles()):
+            raise BadInput(obstacles)
+        self.plan, self.left = plan, LeftToDo(plan)
 
     def pending(self) -> dict[Path, int]:
         """The numbers of the targets that the run makes whole, by their directories."""
@@ -133,7 +142,7 @@ class _Run:
         done = sum(left.done_bytes() for left in active)
         self.resumed_tasks = sum(len(left.phase.groups) - len(left.groups) for left in active)
         unlocked = [str(journal.path.parent) for each in active for journal in each.journals.values() if not journal.locked]
-        notes = [
+        notes = self.left.notes + [
             f"{place} is on a file system without locks: its note of this process alone keeps other jobs away" for place in unlocked
         ]
         plan = replace(self.plan, notes=(*self.plan.notes, *notes)) if notes else self.plan
@@ -151,68 +160,84 @@ class _Run:
         with ExitStack() as stack:
             made = (Committer(dict(enumerate(each.journals.values())), each.vouched()) for each in left.phases)
             committers = [stack.enter_context(each) for each in made]
-            last = left.phases[-1]
+            self._count_bytes()
             here = [each for each in left.phases[:-1] if each.phase.here and each.groups]
             for each in here:
-                graph = stage_graph(each.groups, known=left.known, name=thread_name)
-                for result in run_threads(graph, workers):
+                for result in run_threads(stage_graph(each.groups, known=left.known, name=thread_name), workers):
                     self._advanced(result, committers)
-                    self.moments.append(Moment(result.ended, result.bytes_written, result.memory_bytes))
-                    left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
-            clustered = session.client is not None
-            # Of workers elsewhere nobody knows how many files they may open.
-            journals = sum(len(each.journals) for each in left.phases)
-            counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
-            groups, finishes = [group for each in left.phases if each not in here for group in each.groups], self._finishes()
-            run = session.run
-            if last.phase.here:
-                self._fill_scratch([group for group in groups if not group.is_last], committers, session)
-                groups, clustered, run = list(last.groups), False, lambda graph: run_threads(graph, workers)
-            graph = stage_graph(
-                groups,
-                finishes,
-                calibrations=self.left.calibrations,
-                builds=steps,
-                halt=self.builds.halt if self.builds else no_builds,
-                in_turn=not clustered,
-                known=left.known,
-                window=scratch_window(_threads(session, workers)) if clustered else None,
-                name=int if clustered else thread_name,
-                run_mark=_mark(self.plan),
-                synchronize=self.plan.job.elsewhere,
-                **counted,
-                pool=left.pool(),
-                uploads=left.uploads(),
-            )
-            if self.builds:
-                self.builds.whole(None)
-            unfinished = len(groups) + len(finishes)
-            if not unfinished and not self._converted(stack, session):
-                return
-            with closing(run(graph)) as results:
-                for result in results:
-                    if isinstance(result, int):
-                        self._whole(result, committers[-1])
-                    elif isinstance(result, Written):
-                        self._advanced(result, committers)
-                    elif isinstance(result, LayerDone):
-                        self._calibrated(result)
-                        continue
-                    else:
-                        self._built(result)
-                        continue
-                    unfinished -= 1
-                    if not unfinished and not self._converted(stack, session):
-                        return
+                each.groups = ()
+            while True:
+                try:
+                    self._run_graph(session, steps, stack, committers)
+                    return
+                except OSError as error:
+                    # A cluster that has lost a worker does again what that one alone had the results of, scratch or not.
+                    # These results are known here: another graph does without. A build that is at work is not begun twice.
+                    if not left.gave_up(error.filename):
+                        raise
+                    if steps:
+                        raise WriteFailed(LOST.format(_places(self.plan))) from error
+                    for committer in committers:
+                        committer.commit()
+                    left.leave_out(self.done)
+
+    def _run_graph(self, session: Session, steps: Sequence[BuildStep], stack: ExitStack, committers: Sequence[Committer]) -> None:
+        """Run the one graph of what is left. `stack`: of what the conversion alone needs."""
+        left, workers, last = self.left, self.plan.budget.workers, self.left.phases[-1]
+        clustered = session.client is not None
+        # Of workers elsewhere nobody knows how many files they may open.
+        journals = sum(len(each.journals) for each in left.phases)
+        counted: dict[str, Any] = {} if self.plan.job.elsewhere else {"open_files": open_files(workers, journals)}
+        groups, run = [group for each in left.phases for group in each.groups], session.run
+        if last.phase.here:
+            self._fill_scratch([group for group in groups if not group.is_last], committers, session)
+            groups, clustered, run = list(last.groups), False, lambda graph: run_threads(graph, workers)
+        finishes = self._finishes()
+        graph = stage_graph(
+            groups,
+            finishes,
+            calibrations=left.calibrations,
+            builds=steps,
+            halt=self.builds.halt if self.builds else no_builds,
+            in_turn=not clustered,
+            known=left.known,
+            window=scratch_window(_threads(session, workers)) if clustered else None,
+            name=int if clustered else thread_name,
+            run_mark=_mark(self.plan),
+            synchronize=self.plan.job.elsewhere,
+            **counted,
+            pool=left.pool(),
+            uploads=left.uploads(),
+        )
+        if self.builds:
+            self.builds.whole(None)
+        unfinished = len(groups) + len(finishes)
+        if not unfinished and not self._converted(stack, session):
+            return
+        with closing(run(graph)) as results:
+            for result in results:
+                if isinstance(result, int):
+                    self._whole(result, committers[-1])
+                elif isinstance(result, Written):
+                    self._advanced(result, committers)
+                elif isinstance(result, LayerDone):
+                    self._calibrated(result)
+                    continue
+                else:
+                    self._built(result)
+                    continue
+                unfinished -= 1
+                if not unfinished and not self._converted(stack, session):
+                    return
 
     def _fill_scratch(self, groups: Sequence[BoundGroup], committers: Sequence[Committer], session: Session) -> None:
         """Have the workers write all chunks of scratch, which this process then assembles."""
         if not groups:
             return
-        with closing(session.run(stage_graph(groups, known=self.left.known, run_mark=_mark(self.plan)))) as results:
+        graph = stage_graph(groups, known=self.left.known, run_mark=_mark(self.plan), synchronize=True)
+        with closing(session.run(graph)) as results:
             for result in results:
                 self._advanced(result, committers)
-                self.left.known |= {chunk: list(parts) for chunk, parts in result.chunk_parts.items()}
 
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
@@ -220,20 +245,26 @@ class _Run:
         if self.result is None or self.builds:
             self.listener.finished()
 
-    def _finishes(self) -> list[Finish]:
-        outputs = self.left.phases[-1]
+    def _count_bytes(self) -> None:
+        """Count what the groups left read of the source and of scratch."""
         source: dict[Any, int] = {}
         scratch: dict[str, int] = {}
         for group in (group for left in self.left.phases for group in left.groups):
             source |= group.inputs.source
             scratch |= group.inputs.scratch
-        read, again = sum(source.values()), sum(scratch.values())
+        self.read_bytes, self.scratch_bytes = sum(source.values()), sum(scratch.values())
+
+    def _finishes(self) -> list[Finish]:
+        """The outputs of this run; one that is whole already is made so by no task, but has its place among the sinks."""
+        outputs = self.left.phases[-1]
         # A run that reads scratch alone need not see the source, nor need its workers.
-        files = () if self.plan.source.in_memory or not read else self.plan.source.files
+        files = () if self.plan.source.in_memory or not self.read_bytes else self.plan.source.files
         more = tuple(self.moments), int(self.plan.budget.limit_bytes), tuple(cut.stage for cut in self.plan.scratch)
+        moved = self.began, self.read_bytes, self.scratch_bytes, dict(self.watch.stages), files
+        entries = {number: tuple(journal.entries) for number, journal in outputs.journals.items()}
         return [
-            Finish(number, place, sink, tuple(journal.entries), self.began, read, again, dict(self.watch.stages), files, *more)
-            for place, (number, journal) in enumerate(outputs.journals.items())
+            Finish(number, place, sink, entries.get(number, ()), *moved, *more)
+            for place, number in enumerate(outputs.sinks)
             if isinstance(sink := outputs.phase.sinks[number], Output)
         ]
 
@@ -241,6 +272,10 @@ class _Run:
         """Take in the result of a group: into the journals, and to those who watch."""
         number = self.left.phase_of(result.number)
         committers[number].add(replace(result, number=result.number - self.plan.first_group(number)))
+        self.done.add(result.number)
+        if result.ended:  # and not left out, as its output is whole
+            self.moments.append(Moment(result.ended, result.bytes_written, result.memory_bytes))
+        self.left.written(result)
         self.left.free(result.number)
         self.phases[self.plan.phases[number].name] = time.perf_counter() - self.started
         self.watch.advanced(result)
@@ -248,6 +283,8 @@ class _Run:
 
     def _whole(self, number: int, committer: Committer) -> None:
         """Note that an output is whole: it needs no journal any more, and its engine is begun."""
+        if number not in self.left.phases[-1].journals:  # noted before
+            return
         committer.leave(self.left.whole(number))
         self.watch.whole(number)
         if self.builds:
@@ -326,13 +363,6 @@ def _tidy(plan: Plan) -> Plan:
 def _threads(session: Session, planned: int) -> int:
     """How many tasks a cluster runs at once: what is planned for this process, or as many as its workers have threads."""
     return max(planned, sum(map(int, session.client.nthreads().values())))
-
-
-def _directories(plan: Plan) -> list[Path]:
-    """Every local directory that tasks of a plan are to write, on workers."""
-    sinks = [sink for phase in plan.phases if not phase.here for sink in phase.sinks]
-    places = [sink.directory for sink in sinks if sink.local_bytes and not sink.complete]
-    return [*places, *([plan.calibrating.plan.activations.directory] if plan.calibrating else ())]
 
 
 def _mark(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,13 @@ from pipeline.sinks.activations import ActivationScratch
 from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.chunk_sums import chunk_parts
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import Output
+from pipeline.sinks.output import Output, alike
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.scratch import ScratchGroup
+from pipeline.sinks.scratch_listing import drop
 from pipeline.tensor.blocks import Part
+from stages.write import Written
 
 
 @dataclass
@@ -82,7 +84,7 @@ class LeftToDo:
     """The rest of a plan that a run does, its locks and journals, and the chunks of scratch that go when they were read.
 
     `phases`: of each phase, what is left. `known`: the parts of the chunks of scratch that are there, by the chunk's name.
-    `calibrations`: the layers that are to be calibrated.
+    `calibrations`: the layers that are to be calibrated. `notes`: what is done again, though an earlier run had done it.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -90,9 +92,12 @@ class LeftToDo:
         self.phases = [PhaseLeft(number, phase) for number, phase in enumerate(plan.phases)]
         self.known: dict[str, list[Part]] = {}
         self.calibrations: tuple[LayerCall, ...] = ()
+        self.notes: list[str] = []
         self._activations: ActivationScratch | None = None
+        self._earlier_cuts: set[str] = set()  # the places of those that unfinished runs had
         self._readers: dict[str, set[int]] = {}  # of chunks that are given up when nothing reads them any more
         self._owners: dict[str, ScratchGroup | RemoteGroup] = {}
+        self._freed: set[str] = set()
 
     def begin(self, stack: ExitStack) -> None:
         """Begin the outputs that are not whole, or take them up; then find which chunks they need, and which are there."""
@@ -102,6 +107,8 @@ class LeftToDo:
             else:
                 self._begin_outputs(phase, stack)
         self._begin_calibration(stack)
+        for place in self._earlier_cuts - {cut.place for cut in self.plan.scratch}:
+            drop(place)
 
     def _begin_outputs(self, left: PhaseLeft, stack: ExitStack) -> None:
         overwrite = self.plan.job.overwrite
@@ -173,8 +180,14 @@ class LeftToDo:
     def _begin_sink(self, left: PhaseLeft, number: int, fresh: bool, stack: ExitStack) -> None:
         sink = left.phase.sinks[number]
         created = left.created[number] = missing(sink.directory)
+        earlier = sink.unfinished() if isinstance(sink, Output) else {}
         journal = left.journals[number] = sink.begin(len(left.phase.groups), fresh)
         stack.callback(journal.close)
+        if isinstance(sink, Output):
+            scratch = earlier.get("scratch")
+            self._earlier_cuts |= set(map(str, scratch if isinstance(scratch, list) else ()))
+            if not fresh and earlier.get("id") == sink.id and not alike(earlier, journal.owner or {}):
+                self.notes.append(f"{sink.directory} is begun anew: an earlier run of it went through other cuts")
         if not journal.entries:
             stack.enter_context(_Undo(sink, journal, created))
 
@@ -202,7 +215,26 @@ class LeftToDo:
             self._readers[chunk].discard(number)
             if not self._readers[chunk]:
                 del self._readers[chunk]
+                self.known.pop(chunk, None)
+                self._freed.add(chunk)
                 self._owners[chunk].free(chunk, pooled=not self.plan.job.elsewhere)
+
+    def written(self, result: Written) -> None:
+        """Take in which chunks of scratch a group has written."""
+        for chunk, parts in result.chunk_parts.items():
+            self.known.setdefault(chunk, []).extend(parts)
+
+    def gave_up(self, chunk: object) -> bool:
+        """Whether a chunk, by its name, was given up by this run, as all that read it was done."""
+        return chunk in self._freed
+
+    def leave_out(self, done: Collection[int]) -> None:
+        """Leave out the groups that this run has done, and the layers, for another graph of the rest."""
+        for left in self.phases:
+            left.groups = tuple(group for group in left.groups if group.number not in done)
+        if self._activations and self.calibrations:
+            layers = self._activations.files.layers_done
+            self.calibrations = tuple(call for call in self.calibrations if call.layer >= layers)
 
     def whole(self, number: int) -> Journal:
         """Note that an output is whole, by its number: returns its journal, which nothing here looks at any more."""

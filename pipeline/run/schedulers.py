@@ -201,8 +201,11 @@ def _report(client: Any, path: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def elsewhere(address: str, cluster: Mapping[str, Any] | None = None) -> Iterator[Any]:
-    """A client of the cluster at an address, or of one started by a [cluster] table. Raises BadInput where none answers."""
+def elsewhere(address: str, cluster: Mapping[str, Any] | None = None, seconds: float = 10.0) -> Iterator[Any]:
+    """A client of the cluster at an address, or of one started by a [cluster] table.
+
+    Raises BadInput where none answers within some `seconds`.
+    """
     from pipeline.run.named_cluster import named_cluster, security
 
     if cluster and "class" in cluster:
@@ -214,7 +217,7 @@ def elsewhere(address: str, cluster: Mapping[str, Any] | None = None) -> Iterato
 
     tls = {"security": security(cluster["tls"])} if cluster else {}
     try:
-        client = Client(address, timeout=10, set_as_default=False, **tls)
+        client = Client(address, timeout=seconds, set_as_default=False, **tls)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
         raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
     with client:

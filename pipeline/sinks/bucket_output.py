@@ -18,7 +18,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.sinks import bucket_hold
 from pipeline.sinks.bucket_checks import read_provenance
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.output import PROVENANCE, Output
+from pipeline.sinks.output import PROVENANCE, Output, alike
 from pipeline.sinks.output_sums import output_sums
 from pipeline.tensor import bucket
 from pipeline.tensor.system_errors import PASSING, REMEDIES
@@ -94,12 +94,12 @@ class BucketOutput(Output):
 
         Raises BadInput where another job is at work on it, or the store takes nothing.
         """
-        owner = {"headrace": "journal", "id": self.id, "tasks": tasks, "parts": list(self.part_bytes)}
+        owner = {**self._journalled(tasks), "parts": list(self.part_bytes)}
         journal = None
         try:
             self.journals.mkdir(parents=True, exist_ok=True)
             journal = UploadJournal(self.journal, self.directory)
-            uploads = None if fresh or journal.owner != owner else _uploads(journal.entries)
+            uploads = None if fresh or not alike(journal.owner, owner) else _uploads(journal.entries)
             if uploads is None:
                 self._clear()
                 journal.start(owner)

@@ -56,6 +56,8 @@ class Output:
         Flush everything to disk before config.json is written.
     provenance
         What headrace.json says of the conversion, without id, timings and checksums.
+    cuts
+        The id and the place of each cut that its tensors go through, by the cut's stage: groups of blocks depend on them.
     """
 
     directory: Path
@@ -65,6 +67,7 @@ class Output:
     copies: tuple[Path, ...] = ()
     sync: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    cuts: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def size_bytes(self) -> int:
@@ -114,11 +117,35 @@ class Output:
         return self.files[rank].tensors[tensor].locate(region)
 
     def owner(self, tasks: int) -> dict[str, Any]:
-        """The first line of the journal; `of`: the part of the provenance that says how another conversion differs from this."""
+        """The first line of the journal.
+
+        `of`: the part of the provenance that says how another conversion differs from this. `cuts`: ids. `scratch`: the places of
+        these, which whoever begins anew removes.
+        """
         source, options = self.provenance.get("source", {}), self.provenance.get("options", {})
         of = {"source": {"path": source["path"]} if "path" in source else {}, "options": dict(options)}
         copied = [path.name for path in self.copies]
-        return {"headrace": "journal", "id": self.id, "tasks": tasks, "copied": copied, "of": of}
+        return {
+            **self._journalled(tasks),
+            "copied": copied,
+            "of": of,
+            "cuts": {stage: each for stage, (each, _) in self.cuts.items()},
+        }
+
+    def _journalled(self, tasks: int) -> dict[str, Any]:
+        scratch = [place for _, place in self.cuts.values()]
+        return {"headrace": "journal", "id": self.id, "tasks": tasks, "scratch": scratch}
+
+    @property
+    def journal(self) -> Path:
+        """The path of its journal."""
+        return self.directory / JOURNAL
+
+    def unfinished(self) -> dict[str, Any]:
+        """The first line of the journal that an unfinished conversion left, of this id or another; empty where there is none."""
+        with suppress(OSError):
+            return look(self.journal)[0] or {}
+        return {}
 
     def begin(self, tasks: int, fresh: bool) -> Journal:
         """Lock the directory and resume what an interrupted run left there, or clear it and reserve every rank file at full size.
@@ -146,7 +173,7 @@ class Output:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             journal = Journal(self.directory / JOURNAL)
-            if not fresh and journal.owner == owner and all(file.begun() for file in self.files):
+            if not fresh and alike(journal.owner, owner) and all(file.begun() for file in self.files):
                 self.mark.unlink(missing_ok=True)
                 return journal
             self._clear()
@@ -169,7 +196,7 @@ class Output:
         """The entries of an interrupted run of this plan, as `begin` would take them up; nothing changes."""
         with suppress(OSError):
             owner, entries = look(self.directory / JOURNAL)
-            if owner == self.owner(tasks) and all(file.is_begun() for file in self.files):
+            if alike(owner, self.owner(tasks)) and all(file.is_begun() for file in self.files):
                 return entries
         return []
 
@@ -270,6 +297,11 @@ class Output:
         for path in self.directory.iterdir():
             if path.name not in (JOURNAL, NOTE):  # check_output has made sure that headrace wrote everything here
                 path.unlink()
+
+
+def alike(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    """Whether two first lines of journals are of one plan, wherever its scratch is."""
+    return one is not None and {**one, "scratch": None} == {**other, "scratch": None}
 
 
 def is_whole(directory: Path) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.remote import drop_there
 from pipeline.sinks.scratch import DEFAULT_ROOT, JOURNAL
 from pipeline.sinks.zarr_files import read_attributes
 from pipeline.tensor.system_errors import refusing
@@ -76,3 +78,20 @@ def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
         shutil.rmtree(cut.directory)
         journal.close()
     return cuts
+
+
+def drop(place: str) -> None:
+    """Remove a cut that an unfinished conversion left, where there is one that is not to be kept and no job holds it."""
+    if "://" in place:
+        drop_there(place)
+        return
+    directory = Path(place)
+    attributes = read_attributes(directory)
+    if attributes.get("headrace") != "scratch" or attributes.get("keep"):
+        return
+    with suppress(BadInput, OSError):  # another job is at work on it, or it cannot be written: it stays
+        journal = Journal(directory / JOURNAL)
+        shutil.rmtree(directory)
+        journal.close()
+        if directory.parent.name == DEFAULT_ROOT:
+            directory.parent.rmdir()  # fails where other cuts are in it

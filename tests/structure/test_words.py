@@ -25,6 +25,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
+        "pipeline.run.workers",
         "pipeline.watching.shown",
         "pipeline.watching.state",
     },
@@ -41,6 +42,7 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.reporting.terminal",
         "pipeline.run.execute",
         "pipeline.run.foresee",
+        "pipeline.run.workers",
     },
     "pipeline/cli/calibrate.py": {
         "pipeline.calibration.plan",

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import convert
+from pipeline import WriteFailed, convert, plan
 from pipeline.planning import memory
+from pipeline.planning.dask_graph import StageGraph
+from pipeline.run import execute
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.dask_processes import DaskProcesses, Nodes
@@ -171,10 +173,53 @@ def test_the_same_command_goes_on_after_the_loss_of_the(tmp_path: Path, model: P
     assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
 
 
+def test_a_task_that_is_done_again_does_not_miss_the_scratch_that_was_freed(
+    tmp_path: Path, model: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All results of `write` are with a worker that dies, and those of `scratch`, none of which is done again, with another."""
+    cluster = DaskProcesses(tmp_path, stack)
+    doomed = cluster.start_worker("doomed", dies_in="write", after=60)
+    cluster.start_worker("other")
+    wait(lambda: len(workers_of(cluster)) == 2, SECONDS)
+    made = StageGraph.highlevel
+
+    def placed(graph: StageGraph) -> Any:
+        layered = made(graph)
+        for name, layer in layered.layers.items():
+            layer.annotations["workers"] = ["doomed" if name == "write" else "other"]
+            layer.annotations["allow_other_workers"] = True
+        return layered
+
+    monkeypatch.setattr(StageGraph, "highlevel", placed)
+    graphs = list[int]()
+    run = execute._Run._run_graph
+    monkeypatch.setattr(execute._Run, "_run_graph", lambda self, *own: (graphs.append(len(self.done)), run(self, *own))[1])
+    cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch"}
+    result = convert(model_dir=model, output_dir=tmp_path / "out", scheduler=cluster.address, **OPTIONS, **cut)
+    assert doomed.wait(SECONDS) == -signal.SIGKILL
+    assert len(graphs) > 1, "the loss was not felt"
+    assert graphs[1] > 0
+    assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
+    assert result.bytes_written == values_bytes(tmp_path / "out")
+    assert not list((tmp_path / "scratch").rglob("c/*"))
+
+
+def test_beside_an_engine_that_is_built_such_a_loss_ends_the_run(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "a chunk")
+
+    done = execute._Run.do
+    monkeypatch.setattr(execute._Run, "do", lambda self, session, _: done(self, session, ("a build",)))
+    monkeypatch.setattr(execute._Run, "_run_graph", lost)
+    monkeypatch.setattr(execute.LeftToDo, "gave_up", lambda _, chunk: chunk == "a chunk")
+    with pytest.raises(WriteFailed, match=r"the cluster lost a worker, .*out is not complete: run the same command again"):
+        convert(model_dir=model, output_dir=tmp_path / "out", scheduler="threads")
+
+
 def test_scratch_may_be_ahead_by_all_threads_of_a_cluster(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import Client, LocalCluster
-
-    from pipeline.run import execute
 
     asked = list[int]()
     monkeypatch.setattr(execute, "scratch_window", lambda threads: asked.append(threads) or 4)
@@ -183,6 +228,8 @@ def test_scratch_may_be_ahead_by_all_threads_of_a_cluster(tmp_path: Path, model:
         Client(made, set_as_default=False),
     ):
         cut = {"scratch_after": ["unpack"], "scratch": tmp_path / "scratch", "workers": 2}
+        projected = plan(model_dir=model, output_dir=tmp_path / "out", scheduler=made.scheduler_address, **OPTIONS, **cut)
         convert(model_dir=model, output_dir=tmp_path / "out", scheduler=made.scheduler_address, **OPTIONS, **cut)
     assert asked == [10]
+    assert projected.scratch[0].bound_bytes == (2 * 10 + 2 + 2) * projected.block_bytes
     assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)

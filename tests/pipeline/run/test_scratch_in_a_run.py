@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipeline import Interrupted, WriteFailed, convert, plan
 from pipeline.planning.memory import scratch_window
 from pipeline.run.execute import execute
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import JOURNAL
 from pipeline.watching.listener import Silent
 from stages.write import Written
 from tests.support import checkpoints
@@ -219,3 +223,37 @@ def test_an_output_is_made_whole_again_where_finishing_was_cut_short(
     (tmp_path / "out" / "headrace.json.partial").write_text("")
     assert convert(**asked).up_to_date
     assert contents(tmp_path / "out") == plain
+
+
+def left_behind(model: Path, tmp_path: Path, **more: Any) -> str:
+    """The place of the cut that an unfinished conversion leaves."""
+    cut = options(model, tmp_path, scratch_after="shard", **more)
+    with pytest.raises(Interrupted):
+        execute(plan(**cut), Interrupting(tmp_path, after=9))
+    return plan(**cut).scratch[0].place
+
+
+@pytest.mark.parametrize("after", ["none", "shard"])
+@pytest.mark.parametrize("scratch", ["directory", "bucket"])
+def test_the_cut_of_an_unfinished_conversion_goes_with_it(model: Path, tmp_path: Path, scratch: str, after: str) -> None:
+    place = left_behind(model, tmp_path, scratch=f"memory://{tmp_path.name}" if scratch == "bucket" else tmp_path / "scratch")
+    files, path = fsspec.core.url_to_fs(place)
+    assert files.find(path)
+    again = options(model, tmp_path, tp_size=1, scratch_after=after, overwrite=True)
+    convert(**again)
+    assert not files.find(path)
+    convert(**again | {"output_dir": tmp_path / "plain", "scratch_after": "none"})
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("why", ["held", "kept", "not ours"])
+def test_a_cut_that_another_may_need_stays(model: Path, tmp_path: Path, why: str) -> None:
+    place = Path(left_behind(model, tmp_path, keep_scratch=why == "kept"))
+    if why == "not ours":
+        (place / "zarr.json").write_text(json.dumps({"attributes": {"headrace": "another's"}}))
+    held = Journal(place / JOURNAL) if why == "held" else contextlib.nullcontext()
+    before = sorted(place.rglob("*"))
+    convert(**options(model, tmp_path, tp_size=1, scratch_after="none", overwrite=True))
+    assert sorted(place.rglob("*")) == before
+    if isinstance(held, Journal):
+        held.close()

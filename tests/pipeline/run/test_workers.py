@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
-from pipeline import convert
+from pipeline import Interrupted, convert, plan
 from pipeline.errors import BadInput
+from pipeline.planning.plans import Plan
 from pipeline.run import workers
+from pipeline.watching.listener import Silent
+from stages.write import Written
 from tests.support import checkpoints
+from tests.support.commands import headrace
 from tests.support.directories import contents
 
 Start = Callable[[str], str]
@@ -30,7 +37,7 @@ def cluster(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(before: str = "true") -> str:
-            file = tmp_path / "scheduler.json"
+            file = tmp_path / f"scheduler-{uuid.uuid4().hex}.json"
             python = shlex.quote(sys.executable)
             words = f"--host 127.0.0.1 --port 0 --no-dashboard --scheduler-file {file}"
             worker = f"--scheduler-file {file} --no-nanny --no-dashboard --local-directory {tmp_path / 'dask'}"
@@ -88,11 +95,115 @@ def test_another_version_and_no_headrace_are_named(tmp_path: Path) -> None:
     mine = workers.versions()
     said = {"host": "w", "name": "n", "versions": {**mine, "headrace": "0.0.9"}, "wrong": {}}
     with pytest.raises(BadInput) as caught:
-        workers.check_workers(Client(said), [], [])
+        raise BadInput(workers.ask(Client(said), [], set())[0])
     assert f"headrace 0.0.9, dask {mine['dask']}" in str(caught.value)
     assert "Install the same versions" in str(caught.value)
-    with pytest.raises(BadInput, match="no answer \\(ModuleNotFoundError: No module named 'pipeline'\\)"):
-        workers.check_workers(Client(ModuleNotFoundError("No module named 'pipeline'")), [], [])
+    (silent,), _ = workers.ask(Client(ModuleNotFoundError("No module named 'pipeline'")), [], set())
+    assert "no answer (ModuleNotFoundError: No module named 'pipeline')" in str(silent)
     # It says that it wrote an answer, and nobody here sees it.
-    with pytest.raises(BadInput, match="a file that it wrote there is not seen here"):
-        workers.check_workers(Client({**said, "versions": mine}), [], [tmp_path / "out"])
+    fine, unseen = workers.ask(Client({**said, "versions": mine}), [], {tmp_path / "out"})
+    assert fine == []
+    assert "a file that it wrote there is not seen here" in str(unseen[tmp_path / "out"][0])
+
+
+@pytest.fixture
+def hiding(tmp_path: Path, model: Path, cluster: Start, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a cluster whose worker sees another directory in the place of `ranks`, in which outputs go."""
+    monkeypatch.setenv("FSSPEC_LOCAL", '{"auto_mkdir": true}')  # as buckets have no directories
+    monkeypatch.setitem(fsspec.config.conf, "local", {"auto_mkdir": True})
+    monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: 20_000)
+    (tmp_path / "ranks").mkdir()
+    convert(model_dir=model, output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
+    return lambda before="": cluster(before or f"mount -t tmpfs tmpfs {shlex.quote(str(tmp_path / 'ranks'))}")
+
+
+def request(tmp_path: Path, scratch: str = "", **more: Any) -> dict[str, Any]:
+    """A conversion into `ranks`, whose scratch is a bucket or a directory that all see, or where it usually is."""
+    places = {"bucket": f"local://{tmp_path}/bucket", "directory": str(tmp_path / "shared")}
+    own = {"scratch": places[scratch]} if scratch else {}
+    return {"model_dir": tmp_path / "model", "output_dir": tmp_path / "ranks/out", "tp_size": 2, **own, **more}
+
+
+class Noting(Silent):
+    """Notes what a run says when it starts, and how much of it was done; stops it after so many groups."""
+
+    def __init__(self, after: int = 10**9) -> None:
+        self.after, self.notes, self.done_tasks = after, list[str](), 0
+
+    def started(self, plan: Plan, dashboard: str, total_bytes: int, done_bytes: int, done_tasks: int) -> None:  # noqa: ARG002
+        self.notes, self.done_tasks = list(plan.notes), done_tasks
+
+    def advanced(self, written: Written) -> None:  # noqa: ARG002
+        self.after -= 1
+        if not self.after:
+            raise KeyboardInterrupt
+
+
+CHOSEN = "rank files are written by this process, from the scratch after shard that the workers write"
+
+
+@pytest.mark.parametrize("scratch", ["bucket", "directory"])
+def test_ranks_that_workers_do_not_see_are_assembled_of_scratch_that_they_see(tmp_path: Path, hiding: Start, scratch: str) -> None:
+    asked = request(tmp_path, scratch, scheduler=hiding(""))
+    made = plan(**asked)
+    assert f"{CHOSEN}: some workers do not see their place" in made.notes
+    assert "as workers do not see the outputs' place" in made.scratch_reasons["shard"]
+    assert [phase.name for phase in made.phases] == ["scratch after shard", "write"]
+    assert made.scratch[0].local_bytes == (0 if scratch == "bucket" else made.scratch[0].size_bytes)
+    listener = Noting()
+    convert(**asked, listener=listener)
+    assert any(note.startswith(CHOSEN) for note in listener.notes)
+    assert contents(tmp_path / "ranks/out") == contents(tmp_path / "alone")
+    assert any(note.startswith(CHOSEN) for note in json.loads((tmp_path / "ranks/out/headrace.json").read_text())["notes"])
+    assert list(tmp_path.rglob("c")) == [], "scratch is removed after success"
+    assert not list(tmp_path.rglob(f"{workers.PROBE}*"))
+    with pytest.raises(BadInput, match="rank files that this process assembles"):
+        plan(**asked, overwrite=True, engine={})
+
+
+def test_without_scratch_that_all_see_the_one_option_to_add_is_named(tmp_path: Path, hiding: Start) -> None:
+    address = hiding("")
+    words = ["--model_dir", str(tmp_path / "model"), "--output_dir", str(tmp_path / "ranks/out"), "--scheduler", address]
+    for command in ("plan", "convert"):
+        ran = headrace(command, *words)
+        assert ran.code == 2
+        assert "Give --scratch s3://bucket/prefix" in ran.err
+        assert ran.err.count("--scratch") == 1
+        assert "--scratch_after" not in ran.err
+    assert list((tmp_path / "ranks").iterdir()) == []
+
+
+@pytest.mark.parametrize("scratch", ["bucket", "directory"])
+@pytest.mark.parametrize("stopped", ["as scratch is filled", "as ranks are assembled"])
+def test_a_run_that_began_to_assemble_goes_on_though_workers_see_the_ranks_now(
+    tmp_path: Path, hiding: Start, scratch: str, stopped: str
+) -> None:
+    asked = request(tmp_path, scratch, scheduler=hiding(""))
+    filled = len(plan(**asked).phases[0].groups)
+    with pytest.raises(Interrupted):
+        convert(**asked, listener=Noting(3 if stopped == "as scratch is filled" else filled + 2))
+    listener = Noting()
+    convert(**request(tmp_path, scratch, scheduler=hiding("true")), listener=listener)
+    assert listener.done_tasks > 0
+    assert any(note.startswith(CHOSEN) for note in listener.notes)
+    assert contents(tmp_path / "ranks/out") == contents(tmp_path / "alone")
+
+
+def test_a_run_whose_workers_see_the_ranks_no_more_begins_anew_and_says_so(tmp_path: Path, hiding: Start) -> None:
+    with pytest.raises(Interrupted):
+        convert(**request(tmp_path, "bucket", scheduler=hiding("true")), listener=Noting(3))
+    listener = Noting()
+    convert(**request(tmp_path, "bucket", scheduler=hiding("")), listener=listener)
+    assert f"{tmp_path / 'ranks/out'} is begun anew: an earlier run of it went through other cuts" in listener.notes
+    assert contents(tmp_path / "ranks/out") == contents(tmp_path / "alone")
+
+
+def test_a_plan_whose_scheduler_does_not_answer_says_what_it_does_not_know(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 0.2)
+    asked = {"model_dir": model, "output_dir": tmp_path / "out"}
+    made = plan(**asked, scheduler="tcp://127.0.0.1:1")
+    assert "whether the workers see all files is tried by convert: tcp://127.0.0.1:1 does not answer" in made.notes
+    made = plan(**asked, cluster={"class": "distributed.LocalCluster"})
+    assert "whether the workers see all files is tried by convert: the cluster is started for the run" in made.notes
