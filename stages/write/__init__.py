@@ -109,7 +109,8 @@ def write_group(
         work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
     files = gathering(part, uploads or {}) if part else OpenFiles(pool, open_files)
-    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, files)
+    versions = [item.parts(blocks[n] for n in each) for item, each in zip(work, numbers, strict=True)]
+    return write_blocks(number, work, versions, synchronize, files)
 
 
 def write_blocks(
