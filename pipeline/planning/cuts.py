@@ -93,8 +93,8 @@ class Cuts:
         `ranks[t]` are the tensors of target t; each target has a group of its own.
         """
         if self.assembled and not self.why_assembled:
-            again = "chunks of the cut before it are checked whole" if self.phases else ""
-            self.why_assembled = again or needs_cut(stores, self.directories)
+            earlier = "chunks of the cut before it are checked whole" if self.phases else ""
+            self.why_assembled = earlier or needs_cut(stores, self.directories)
             self.stages = tuple(stage for stage in self.stages if stage != "shard" or self.why_assembled)
         if "shard" not in self.stages:
             return stores
@@ -137,9 +137,11 @@ class Cuts:
                 result[stage] = (
                     f"cut: {chosen[stage]:,} bytes written, as the model is in this process and the workers are elsewhere"
                 )
-            elif stage == "shard" and self.assembled:
+            elif stage == "shard" and self.assembled and stage in chosen:
                 why = f"as object storage takes files in order, and {self.why_assembled}"
-                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, {why}" if stage in chosen else NO_CUT_OF_PARTS
+                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, {why}"
+            elif stage == "shard" and self.assembled:
+                result[stage] = "no cut: each part of a rank file is made of the source's rows at once"
             elif stage in chosen:
                 result[stage] = f"cut, as asked: {chosen[stage]:,} bytes written and read again (not needed: {_UNNEEDED[stage]})"
             else:
@@ -219,7 +221,6 @@ def _written(stores: Sequence[Store]) -> dict[tuple[int, int, str], int]:
     return result
 
 
-NO_CUT_OF_PARTS = "no cut: each part of a rank file is made of the source's rows at once"
 _UNNEEDED = {
     "read": "the source is local and can be mapped",
     "rename": "renaming costs nothing",

@@ -1,7 +1,7 @@
 """Whether the parts of rank files can be made of the source at once, without a cut after `shard`.
 
-A part has some rows of some tensors. Where values are the source's own, moved, cast, or changed row by row, those rows alone are read.
-What is packed or quantized is not: several parts share a block of it, and its making would be done again for each.
+A part has some rows of some tensors. Where values are the source's own, moved, cast, or changed by rows, those rows alone are read.
+What is packed or quantized goes through the cut: parts would share its blocks, and make them again each.
 """
 
 from __future__ import annotations

@@ -56,14 +56,12 @@ def file_parts(file: RankFile, sink: int, rank: int, output_bytes: int) -> list[
 
 
 def locate_in_part(part: RankPart, tensors: Mapping[str, RankFileTensor]) -> Locate:
-    """Where regions of rank tensors lie in a part: (rank, tensor, region) -> its runs of bytes that the part has.
+    """Where regions of its rank's tensors lie in a part: (rank, tensor, region) -> the runs of bytes that the part has.
 
     `tensors`: those of the part's file.
     """
 
-    def locate(rank: int, name: str, region: Region) -> Iterator[Located]:
-        if rank != part.rank:
-            return
+    def locate(_rank: int, name: str, region: Region) -> Iterator[Located]:
         tensor = tensors[name]
         shape, dtype = tensor.stored
         itemsize = BY_TARGET[dtype].numpy.itemsize
@@ -85,7 +83,8 @@ def delivered(part: RankPart, store: Store, index: Sequence[int], file: RankFile
     The region is whole rows, in multiples of the store's. Padding, which nobody writes, is what a part has to begin with.
     """
     region = store.region(index)
-    found = deliveries(store.placed(part.sink), region, locate_in_part(part, file.tensors))
+    own = [placement for placement in store.placed(part.sink) if placement.rank == part.rank]
+    found = deliveries(own, region, locate_in_part(part, file.tensors))
     if not found:
         return (), ()
     rows = _rows(extent(region), [to.source for to in found], store.row_multiple)
@@ -191,9 +190,9 @@ def grouped(stores: Sequence[Store], sinks: Sequence[Sink], block_bytes: int) ->
     remote = {part.sink: rank_files(sinks[part.sink]) for part in parts}
     placed = {number: _placed(stores, number, files) for number, files in remote.items()}
     for position, part in enumerate(parts):
-        filled, padding = (each[part.rank] for each in placed[part.sink])
-        parts[position] = replace(part, padding=tuple((start, end) for start, end, _ in padding.of(part)))
-        groups.append(tuple(_blocks(list(filled.of(part)), part, remote[part.sink][part.rank])))
+        filled, padding = placed[part.sink]
+        parts[position] = replace(part, padding=tuple((start, end) for start, end, _ in padding[part.rank].of(part)))
+        groups.append(tuple(_blocks(list(filled[part.rank].of(part)), part, remote[part.sink][part.rank])))
     local = [store for store in stores if any(store.placements[n].elements for n in range(len(sinks)) if n not in remote)]
     return (*groups, *group_blocks(local, block_bytes)), dict(enumerate(parts))
 
@@ -201,8 +200,9 @@ def grouped(stores: Sequence[Store], sinks: Sequence[Sink], block_bytes: int) ->
 def _blocks(placed: Sequence[tuple[int, int, Store]], part: RankPart, file: RankFile) -> Iterator[tuple[Store, tuple[int, ...]]]:
     """The blocks that have bytes of a part, in the order of these. `placed`: what the stores have of it."""
     for store in {id(store): store for _, _, store in placed}.values():
-        for index in store.arrays[part.sink].grid.regions:
-            if delivered(part, store, index, file)[1]:
+        regions = store.arrays[part.sink].grid.regions
+        for index in regions:
+            if len(regions) == 1 or delivered(part, store, index, file)[1]:
                 yield store, tuple(index)
 
 

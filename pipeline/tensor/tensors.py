@@ -213,8 +213,8 @@ class Applied(Block):
         start, stop = region[0]
         if start % self.period or (stop % self.period and stop != self.shape[0]) or region[1:] != whole(self.shape)[1:]:
             return View(self, region)
-        kept = {"stage": self.stage, "dtype": self.dtype, "period": self.period, "columns": self.columns}
-        return Applied(self.base[start:stop], self.function, **kept)
+        rows = self.base[start:stop]
+        return Applied(rows, self.function, stage=self.stage, dtype=self.dtype, period=self.period, columns=self.columns)
 
 
 class LazyTensor(Protocol):

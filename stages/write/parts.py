@@ -49,19 +49,19 @@ class UploadedPart:
 
 
 class PartBytes:
-    """The bytes of a part while they are gathered, in any order; all of them are in memory."""
+    """The bytes of a part while they are gathered, in any order; all of them are in memory. `filled`: how many are there."""
 
     def __init__(self, part: RankPart, upload: str) -> None:
         self.part, self.upload = part, upload
-        self._data = bytearray(part.end - part.start)
-        self._data[: len(part.head)] = part.head
-        self._filled = len(part.head) + sum(stop - start for start, stop in part.padding)
+        self.data = bytearray(part.end - part.start)
+        self.data[: len(part.head)] = part.head
+        self.filled = len(part.head) + sum(stop - start for start, stop in part.padding)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Take bytes of the file from `offset`."""
         first = offset - self.part.start
-        self._data[first : first + len(data)] = data
-        self._filled += len(data)
+        self.data[first : first + len(data)] = data
+        self.filled += len(data)
 
     def sent(self, sink: int) -> UploadedPart:
         """Upload the part; its ETag is "" where the file is whole already. Raises OSError where the store fails.
@@ -69,10 +69,10 @@ class PartBytes:
         `sink`: the position of its output among those written.
         """
         part = self.part
-        _check(part, part.start + self._filled)
+        _check(part, part.start + self.filled)
         try:
             with meter("write", 0):  # its bytes are counted as they are gathered
-                etag = upload_part(part.url, self.upload, part.number, self._data)
+                etag = upload_part(part.url, self.upload, part.number, self.data)
         except FileNotFoundError:
             if object_size(part.url) != part.file_bytes:
                 raise
@@ -83,7 +83,7 @@ class PartBytes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data = bytearray()
+        self.data = bytearray()
 
 
 class RankStream:

@@ -20,7 +20,7 @@ from pipeline.sinks.hold import Holder
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
-from tests.support.s3_server import SECRET, Proxied, client, objects, open_uploads, s3_server
+from tests.support.s3_server import SECRET, Proxied, client, empty, objects, open_uploads, s3_server
 
 BIG = {**checkpoints.LLAMA, "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 384, "torch_dtype": "bfloat16"}
 OUT = "s3://bucket/a/far"
@@ -39,11 +39,7 @@ def server(running: Proxied) -> Iterator[Proxied]:
     running.requests.clear()
     yield running
     running.fault = lambda *_: None
-    s3 = client()
-    for each in s3.list_objects_v2(Bucket="bucket").get("Contents", []):
-        s3.delete_object(Bucket="bucket", Key=each["Key"])
-    for each in s3.list_multipart_uploads(Bucket="bucket").get("Uploads", []):
-        s3.abort_multipart_upload(Bucket="bucket", Key=each["Key"], UploadId=each["UploadId"])
+    empty()
 
 
 @pytest.fixture(autouse=True)
@@ -179,9 +175,7 @@ def test_a_run_goes_on_with_parts_that_were_made_the_other_way(
 
 
 @WAYS
-def test_parts_that_the_store_has_lost_are_made_again(
-    tmp_path: Path, server: Proxied, options: dict[str, Any], cut: str
-) -> None:
+def test_parts_that_the_store_has_lost_are_made_again(tmp_path: Path, server: Proxied, options: dict[str, Any], cut: str) -> None:
     options["scratch_after"] = cut
     server.fault = parts_of(server, "full", 5)
     with pytest.raises(WriteFailed):
