@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.planning.phases import Phased
@@ -106,7 +106,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
         phase_number == len(plan.phases) - 1,
         openers,
         inputs,
-        part,
+        replace(part, sink=list(sinks).index(part.sink)) if part else None,
     )
 
 

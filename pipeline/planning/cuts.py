@@ -113,8 +113,8 @@ class Cuts:
             for rank, name in group.arrays:
                 array = back[f"rank{rank}/{name}"]
                 filled = whole(array.shape)
-                if array.shape and (number, rank, name) in written:
-                    filled = ((0, written[number, rank, name]), *filled[1:])
+                if array.shape:
+                    filled = ((0, written.get((number, rank, name), 0)), *filled[1:])
                 rest = ((filled[0][1], array.shape[0]), *filled[1:]) if array.shape else ()
                 padding = (Placement(rank, name, None, rest),) if filled != whole(array.shape) else ()
                 place = FixedPlacements((Placement(rank, name, filled, filled), *padding))

@@ -159,7 +159,7 @@ def write_blocks(
                 checksums += _checksums(item, versions, hashes)
         if synchronize and isinstance(to, OpenFiles):
             to.synchronize()
-        parts = () if isinstance(to, OpenFiles) else (to.sent(_position(work)),)
+        parts = () if isinstance(to, OpenFiles) else (to.sent(),)
         paths = tuple(to.paths) if isinstance(to, OpenFiles) else ()
         read = int(metrics.get(("read", "bytes"), 0))
         name = work[-1].name if work else ""
@@ -172,11 +172,6 @@ def _pieces(item: BlockWrite, shape: Sequence[int]) -> Iterable[Region]:
     if any(to.offset < 0 for sink in item.deliveries for to in sink):
         return [whole(shape)]
     return pieces(whole(shape), item.itemsize, item.piece_bytes, item.row_multiple)
-
-
-def _position(work: Sequence[BlockWrite]) -> int:
-    """The position of the one sink, among those written, that all of some work goes to."""
-    return next(number for item in work for number, sink in enumerate(item.deliveries) if sink)
 
 
 def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:

@@ -16,9 +16,9 @@ STREAM = 0  # the number of the one part of a file that is a stream
 class RankPart:
     """The bytes [start, end) of a rank's file of `file_bytes`, which goes to `url`.
 
-    `sink`: the number of its output among a plan's. `number`: from 1, or STREAM. `head`: the bytes that the part begins with and no
-    tensor has: of the file's header. `padding`: the ranges of the file's bytes in the part that nobody writes, which are zeros, in
-    order. `step_bytes`: how many bytes a stream sends at once.
+    `sink`: the number of its output among a plan's, or, for the task that makes the part, among those written. `number`: from 1, or
+    STREAM. `head`: the bytes that the part begins with and no tensor has: of the file's header. `padding`: the ranges of the file's
+    bytes in the part that nobody writes, which are zeros, in order. `step_bytes`: how many bytes a stream sends at once.
     """
 
     url: str
@@ -63,11 +63,8 @@ class PartBytes:
         self.data[first : first + len(data)] = data
         self.filled += len(data)
 
-    def sent(self, sink: int) -> UploadedPart:
-        """Upload the part; its ETag is "" where the file is whole already. Raises OSError where the store fails.
-
-        `sink`: the position of its output among those written.
-        """
+    def sent(self) -> UploadedPart:
+        """Upload the part; its ETag is "" where the file is whole already. Raises OSError where the store fails."""
         part = self.part
         _check(part, part.start + self.filled)
         try:
@@ -77,7 +74,7 @@ class PartBytes:
             if object_size(part.url) != part.file_bytes:
                 raise
             etag = ""  # this is done again by a cluster that has lost a worker
-        return UploadedPart(sink, part.rank, part.number, etag)
+        return UploadedPart(part.sink, part.rank, part.number, etag)
 
     def __enter__(self) -> PartBytes:
         return self
@@ -102,13 +99,13 @@ class RankStream:
         self._stream.write(bytes(data))
         self._at += len(data)
 
-    def sent(self, sink: int) -> UploadedPart:
+    def sent(self) -> UploadedPart:
         """Make the object whole."""
         self._pad(self.part.end)
         _check(self.part, self._at)
         with meter("write", 0):
             self._stream.close()
-        return UploadedPart(sink, self.part.rank, STREAM, "")
+        return UploadedPart(self.part.sink, self.part.rank, STREAM, "")
 
     def _pad(self, stop: int) -> None:
         """Send the padding that is next, before the bytes from `stop`."""

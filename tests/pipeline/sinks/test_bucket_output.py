@@ -91,14 +91,16 @@ def test_a_bucket_gets_the_bytes_of_a_directory_in_parts(
 
 
 @WAYS
+@pytest.mark.parametrize("vocabulary", [781, 9])
 @pytest.mark.usefixtures("server")
-def test_padding_is_zeros_that_nobody_writes(tmp_path: Path, options: dict[str, Any], cut: str) -> None:
-    checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": 781})
+def test_padding_is_zeros_that_nobody_writes(tmp_path: Path, options: dict[str, Any], cut: str, vocabulary: int) -> None:
+    """Of 781 rows the last of four ranks has 193 and three of padding; of nine, padding alone."""
+    checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": vocabulary})
     options |= {"tp_size": 4, "use_parallel_embedding": True, "scratch_after": cut}
     made = plan(output_dir=OUT, **options)
-    if cut == "shard":
+    if cut == "shard" and vocabulary == 781:
         embedding = made.scratch[0].arrays[3, "transformer.vocab_embedding.weight"]
-        assert (embedding.shape[0], embedding.chunk_shape[0]) == (196, 195), "of 781 rows the last rank has 193"
+        assert (embedding.shape[0], embedding.chunk_shape[0]) == (196, 195)
     convert(output_dir=OUT, **options)
     same(tmp_path, options)
     assert verify(OUT, tmp_path / "model").ok
