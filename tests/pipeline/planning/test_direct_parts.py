@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.planning.memory
 import pipeline.planning.rank_parts
-from pipeline import plan
+from pipeline import convert, plan
 from pipeline.planning.phases import Store
 from pipeline.planning.rank_parts import delivered, grouped
 from pipeline.sinks.output import Output
@@ -198,3 +199,22 @@ def test_columns_behind_a_url_are_not_fetched_again_for_each_rank(tmp_path: Path
         assert plan(**options).scratch_reasons["shard"].startswith("no cut")
         assert plan(pp_size=2, **options).scratch_reasons["shard"].startswith("no cut")
         assert "parts made at once would fetch" in plan(tp_size=4, **options).scratch_reasons["shard"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.usefixtures("server")
+def test_what_a_part_fetches_ahead_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Pieces are fetched ahead to the end of the part's rows, and not into those of the next part, which another task fetches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline.planning.rank_parts, "PART_BYTES", 40_000)
+    monkeypatch.setattr(pipeline.planning.memory, "MAX_PIECE_BYTES", 4_000)
+    checkpoints.write(tmp_path / "model", {**DENSE, "torch_dtype": "float16"})
+    with range_server(tmp_path / "model") as served:
+        options = {"model_dir": served.url, "output_dir": f"{PLACE}-{dtype}", "dtype": dtype, "scheduler": "threads"}
+        convert(**options)
+        lengths = [last - first + 1 for _, name, first, last in served.requests if name.endswith(".safetensors")]
+    pieces = [length for length in lengths if length <= 4_000]  # the others were for the header
+    size_bytes = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(pieces) > 50
+    assert sum(pieces) < 1.05 * size_bytes
