@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.planning.phases import Phased
-from pipeline.planning.rank_parts import delivered, place_in_file
+from pipeline.planning.rank_parts import delivered, rank_files
 from pipeline.tensor.arrays import Maker, Needed, SmallTask
 from pipeline.tensor.blocks import CHECKSUMS, StageOfGroup
-from pipeline.tensor.placement import size
+from pipeline.tensor.placement import Region, size
 from stages.read import OpenBlock
 from stages.read.act_ranges import PendingRange
 from stages.read.scratch_chunks import OpenChunk, ScratchChunk
@@ -84,12 +84,13 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
     part = phase.parts.get(index)
     work = []
     for store, chunk in phase.groups[index]:
+        region: Region = ()
         if part:
-            of_part = delivered(part, store, chunk, place_in_file(phase.sinks[part.sink], part.rank, store.name))
+            region, of_part = delivered(part, store, chunk, rank_files(phase.sinks[part.sink])[part.rank])
             bound = tuple(of_part if sink == part.sink else () for sink in sinks)
         else:
             bound = tuple(deliveries(store.placed(sink), store.region(chunk), phase.sinks[sink].locate) for sink in sinks)
-        work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple))
+        work.append(BlockWrite(store.name, bound, store.itemsize, plan.budget.piece_bytes, store.row_multiple, region))
     stages, opened, openers, inputs, blocks = stages_of_group(plan, phase_number, index, sinks)
     writes = dict.fromkeys(to.chunk for item in work for sink in item.deliveries for to in sink if to.chunk)
     return BoundGroup(
@@ -105,7 +106,7 @@ def bind(plan: Phased, phase_number: int, index: int, sinks: Sequence[int]) -> B
         phase_number == len(plan.phases) - 1,
         openers,
         inputs,
-        part,
+        replace(part, sink=list(sinks).index(part.sink)) if part else None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.planning.direct_parts import needs_cut
 from pipeline.planning.job import SCRATCH_STAGES
 from pipeline.planning.memory import scratch_window
 from pipeline.planning.phases import Phase, Store, group_blocks
@@ -47,6 +48,7 @@ class Cuts:
         forced = {"read": self.carried, "shard": self.assembled or self.apart}
         asked = {*job.cuts, *(stage for stage, needed in forced.items() if needed)}
         self.stages = tuple(stage for stage in SCRATCH_STAGES if stage in asked)
+        self.why_assembled = "it was asked for" if "shard" in job.cuts else ""  # of chunks, and not of the source
         self.directories = [target.output_dir for target in job.targets]
         self.root = job.scratch_root
         self.remote = "://" in self.root
@@ -82,6 +84,10 @@ class Cuts:
 
         `ranks[t]` are the tensors of target t; each target has a group of its own.
         """
+        if self.assembled and not self.why_assembled:
+            earlier = "chunks of the cut before it are checked whole" if self.phases else ""
+            self.why_assembled = earlier or needs_cut(stores, self.directories)
+            self.stages = tuple(stage for stage in self.stages if stage != "shard" or self.why_assembled)
         if "shard" not in self.stages:
             return stores
         groups, again = [], []
@@ -99,9 +105,11 @@ class Cuts:
             for rank, name in group.arrays:
                 array = back[f"rank{rank}/{name}"]
                 filled = whole(array.shape)
-                if array.shape and (number, rank, name) in written:
-                    filled = ((0, written[number, rank, name]), *filled[1:])
-                place = FixedPlacements((Placement(rank, name, filled, filled),))
+                if array.shape:
+                    filled = ((0, written.get((number, rank, name), 0)), *filled[1:])
+                rest = ((filled[0][1], array.shape[0]), *filled[1:]) if array.shape else ()
+                padding = (Placement(rank, name, None, rest),) if filled != whole(array.shape) else ()
+                place = FixedPlacements((Placement(rank, name, filled, filled), *padding))
                 placements = tuple(place if other == number else NOWHERE for other in range(len(ranks)))
                 again.append(Store(name, (array,) * len(ranks), placements, array.dtype.itemsize, 1, int(array.nbytes)))
         self._add("shard", stores, tuple(groups), before="shard")
@@ -122,8 +130,11 @@ class Cuts:
                 result[stage] = (
                     f"cut: {chosen[stage]:,} bytes written, as the model is in this process and the workers are elsewhere"
                 )
+            elif stage == "shard" and self.assembled and stage in chosen:
+                why = f"as object storage takes files in order, and {self.why_assembled}"
+                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, {why}"
             elif stage == "shard" and self.assembled:
-                result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, as object storage takes files in order"
+                result[stage] = "no cut: each part of a rank file is made of the source's rows at once"
             elif stage == "shard" and self.apart:
                 result[stage] = f"cut: {chosen[stage]:,} bytes written and read again, as workers do not see the outputs' place"
             elif stage in chosen:

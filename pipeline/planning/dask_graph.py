@@ -254,7 +254,7 @@ def whole_graph(
 
 def _delivers(group: BoundGroup, sink: int) -> bool:
     """Whether a group writes anything to a sink, by the sink's position among those written."""
-    return any(item.deliveries[sink] for item in group.work)
+    return group.part.sink == sink if group.part else any(item.deliveries[sink] for item in group.work)
 
 
 def _distinct(writers: Mapping[str, Sequence[Key]], chunks: Iterable[str]) -> Iterator[Key]:

@@ -97,7 +97,10 @@ def plan_opened(opened: OpenedSource) -> Plan:
     phases = (*cuts.phases, write)
     # One that is under way is twice in memory while its parts are put together.
     ahead = 2 * AHEAD if opened.source.url else 0
-    needs = [*(need(store, chunk < size, ahead) for phase in phases for store in phase.stores), *parts_need(parts)]
+    needs = [
+        *(need(store, chunk < size, ahead) for phase in phases for store in phase.stores),
+        *parts_need(parts, fetched=bool(ahead and not cuts.phases)),
+    ]
     tasks = sum(len(phase.groups) for phase in phases)
     calibrating, limits = bounded(
         found.calibrating,

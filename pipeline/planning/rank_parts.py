@@ -1,4 +1,4 @@
-"""The parts of rank files that are assembled, as those in object storage are: which bytes each has, and of which chunks of scratch.
+"""The parts of rank files that are assembled, as those in object storage are: which bytes each has, and of which blocks.
 
 Parts of a file are of one size, as some stores ask for, but for the last.
 """
@@ -8,27 +8,30 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from pipeline.model.dtypes import BY_TARGET
 from pipeline.planning.memory import MAX_PIECE_BYTES, MIB, Need
 from pipeline.planning.phases import group_blocks
 from pipeline.sinks.output import Output
 from pipeline.sinks.rank_file import RankFile, RankFileTensor
 from pipeline.tensor.bucket import in_parts
-from pipeline.tensor.placement import Region, intersect, shift
+from pipeline.tensor.placement import Located, Region, contiguous, ends, extent, intersect, shift, size, whole
 from pipeline.tensor.remote_path import RemotePath
-from stages.write.deliveries import Delivery
+from stages.write.deliveries import Delivery, Locate, deliveries
 from stages.write.parts import STREAM, RankPart
 
 if TYPE_CHECKING:
     from pipeline.planning.phases import Group, Sink, Store
 
+T = TypeVar("T")
+
 PART_BYTES = 16 * MIB
 MOST_PARTS = 10_000  # of an upload, by S3's limits
 MOST_TASKS = 16_384  # that upload the parts of one output: a scheduler takes milliseconds for each
-COPIES = 3  # of a part that a worker holds: gathered, on its way, and the pieces of chunks that it is made of
+COPIES = 3  # of a part that a worker holds: gathered, on its way, and the pieces that it is made of
 
 
 def part_bytes(file_bytes: int, output_bytes: int) -> int:
@@ -52,80 +55,88 @@ def file_parts(file: RankFile, sink: int, rank: int, output_bytes: int) -> list[
     ]
 
 
-def _by_rank(stores: Sequence[Store], sinks: Sequence[Sink]) -> dict[tuple[int, int], list[tuple[RankFileTensor, Store]]]:
-    """The tensors of each (sink, rank) in the order of its file, each with the store of its chunks."""
-    result: dict[tuple[int, int], list[tuple[RankFileTensor, Store]]] = {}
-    for store in stores:
-        for number, sink in enumerate(sinks):
-            for placement in store.placed(number):
-                tensor = place_in_file(sink, placement.rank, placement.tensor)
-                result.setdefault((number, placement.rank), []).append((tensor, store))
-    for own in result.values():
-        own.sort(key=lambda each: each[0].offset)
-    return result
+def locate_in_part(part: RankPart, tensors: Mapping[str, RankFileTensor]) -> Locate:
+    """Where regions of its rank's tensors lie in a part: (rank, tensor, region) -> the runs of bytes that the part has.
+
+    `tensors`: those of the part's file.
+    """
+
+    def locate(_rank: int, name: str, region: Region) -> Iterator[Located]:
+        tensor = tensors[name]
+        shape, dtype = tensor.stored
+        itemsize = BY_TARGET[dtype].numpy.itemsize
+        first, last = max(part.start - tensor.offset, 0), min(part.end - tensor.offset, tensor.nbytes)
+        if first % itemsize or last % itemsize:
+            raise RuntimeError(f"{part.name}: a boundary inside a value of {itemsize} bytes")
+        for box in boxes(shape, first // itemsize, last // itemsize):
+            common = intersect(box, region)
+            if common is not None:
+                for element, run in contiguous(shape, common):
+                    yield Located(part.url, tensor.offset + element * itemsize, run)
+
+    return locate
 
 
-def _in_part(tensors: Sequence[tuple[RankFileTensor, Store]], part: RankPart) -> list[tuple[RankFileTensor, Store]]:
-    start = bisect_right(tensors, part.start, key=lambda each: each[0].offset + each[0].nbytes)
-    stop = bisect_left(tensors, part.end, key=lambda each: each[0].offset)
-    return list(tensors[start:stop])
+def delivered(part: RankPart, store: Store, index: Sequence[int], file: RankFile) -> tuple[Region, tuple[Delivery, ...]]:
+    """The region of a block that has all of the block's values of a part, and where its values go; none where it has none.
 
-
-def _blocks(tensors: Sequence[tuple[RankFileTensor, Store]], part: RankPart) -> Iterator[tuple[Store, tuple[int, ...]]]:
-    for tensor, store in tensors:
-        for index in store.arrays[part.sink].grid.regions:
-            if delivered(part, store, index, tensor):
-                yield store, tuple(index)
-
-
-def _padding(tensors: Sequence[tuple[RankFileTensor, Store]], part: RankPart) -> Iterator[tuple[int, int]]:
-    """The ranges of a part's bytes that no block fills: the last rows of some tensors."""
-    for tensor, store in tensors:
-        filled = next(store.placed(part.sink)).target
-        start = max(tensor.offset + math.prod(stop for _, stop in filled) * store.arrays[part.sink].dtype.itemsize, part.start)
-        stop = min(tensor.offset + tensor.nbytes, part.end)
-        if start < stop:
-            yield start, stop
-
-
-def delivered(part: RankPart, store: Store, index: Sequence[int], tensor: RankFileTensor) -> tuple[Delivery, ...]:
-    """Where the bytes of a chunk go in a part; none where it has none of them. `tensor`: the place of the store's in the file.
-
-    Padding, which nobody writes, is what a part has to begin with.
+    The region is whole rows, in multiples of the store's. Padding, which nobody writes, is what a part has to begin with.
     """
     region = store.region(index)
-    corner = [start for start, _ in region]
-    filled = next(store.placed(part.sink)).target
-    common = intersect(region, filled)
-    if common is None:
-        return ()
-    runs = _runs(part, tensor, store.arrays[part.sink].dtype.itemsize, common)
-    return tuple(Delivery(part.url, offset, shift(run, corner, -1), part.rank) for offset, run in runs)
+    own = [placement for placement in store.placed(part.sink) if placement.rank == part.rank]
+    found = deliveries(own, region, locate_in_part(part, file.tensors))
+    if not found:
+        return (), ()
+    rows = _rows(extent(region), [to.source for to in found], store.row_multiple)
+    corner = [start for start, _ in rows]
+    return rows, tuple(replace(to, source=shift(to.source, corner, -1)) for to in found)
 
 
-def place_in_file(sink: Sink, rank: int, tensor: str) -> RankFileTensor:
-    """The place of a tensor in a rank's file."""
-    assert isinstance(sink, Output)
-    return sink.files[rank].tensors[tensor]
+def _rows(shape: Sequence[int], regions: Sequence[Region], multiple: int) -> Region:
+    """The rows of an array that some regions of it lie in, from a multiple to a multiple."""
+    result = list(whole(shape))
+    for axis in range(max(len(shape) - 1, min(len(shape), 1))):
+        first, last = min(each[axis][0] for each in regions), max(each[axis][1] for each in regions)
+        result[axis] = first - first % multiple, min(-(-last // multiple) * multiple, shape[axis])
+        if result[axis][1] - result[axis][0] > 1:  # of a stack, rows of one matrix; of several, all of each
+            break
+    return tuple(result)
 
 
-def _runs(part: RankPart, tensor: RankFileTensor, itemsize: int, region: Region) -> Iterator[tuple[int, Region]]:
-    """The runs of a chunk that a part has: (byte offset in the file, region of the tensor that is one run of bytes there).
+class _Ranges(Generic[T]):
+    """Some values, each of a range of a file's bytes; those come out that have bytes of a part."""
 
-    Chunks hold whole rows, so that their bytes are one run of the file.
-    """
-    shape, _ = tensor.stored
-    first = max(part.start - tensor.offset, 0)
-    last = min(part.end - tensor.offset, tensor.nbytes)
-    if first % itemsize or last % itemsize:
-        raise RuntimeError(f"{part.name}: a boundary inside a value of {itemsize} bytes")
-    row = math.prod(shape[1:])
-    if shape:
-        first, last = max(first, region[0][0] * row * itemsize), min(last, region[0][1] * row * itemsize)
-    for box in boxes(shape, first // itemsize, last // itemsize):
-        at = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(box))
-        if intersect(box, region) is not None:
-            yield tensor.offset + at * itemsize, box
+    def __init__(self, ranges: Iterable[tuple[int, int, T]]) -> None:
+        self.ranges = sorted(ranges, key=lambda each: each[:2])
+        self.ends = list(itertools.accumulate((end for _, end, _ in self.ranges), max))
+
+    def of(self, part: RankPart) -> Iterator[tuple[int, int, T]]:
+        """(start, end, value), as much of each range as the part has."""
+        first, last = bisect_right(self.ends, part.start), bisect_left(self.ranges, part.end, key=lambda each: each[0])
+        for start, end, value in self.ranges[first:last]:
+            if end > part.start:
+                yield max(start, part.start), min(end, part.end), value
+
+
+def _placed(stores: Sequence[Store], sink: int, files: Sequence[RankFile]) -> tuple[list[_Ranges[Store]], list[_Ranges[None]]]:
+    """Of each rank's file in a sink, which stores have which bytes, from the first to the last; and its padding."""
+    filled: list[list[tuple[int, int, Store]]] = [[] for _ in files]
+    padding: list[list[tuple[int, int, None]]] = [[] for _ in files]
+    for store in stores:
+        for placement in store.placed(sink):
+            if not size(placement.target):
+                continue
+            tensor = files[placement.rank].tensors[placement.tensor]
+            shape, dtype = tensor.stored
+            itemsize = BY_TARGET[dtype].numpy.itemsize
+            if placement.source is not None:
+                first, last = ends(shape, placement.target)
+                filled[placement.rank].append((tensor.offset + first * itemsize, tensor.offset + last * itemsize, store))
+                continue
+            for first, run in contiguous(shape, placement.target):
+                start = tensor.offset + first * itemsize
+                padding[placement.rank].append((start, start + size(run) * itemsize, None))
+    return [*map(_Ranges, filled)], [*map(_Ranges, padding)]
 
 
 def boxes(shape: Sequence[int], first: int, last: int) -> Iterator[Region]:
@@ -155,37 +166,56 @@ def boxes(shape: Sequence[int], first: int, last: int) -> Iterator[Region]:
 
 
 def all_parts(sinks: Sequence[Sink]) -> list[RankPart]:
-    """The parts of all rank files in object storage, a file after the other, in the order in which their groups stand."""
-    return list(
-        itertools.chain.from_iterable(
-            file_parts(file, number, rank, sink.size_bytes)
-            for number, sink in enumerate(sinks)
-            if isinstance(sink, Output) and isinstance(sink.directory, RemotePath)
-            for rank, file in enumerate(sink.files)
+    """The parts of all rank files in object storage, in the order in which their groups stand, however they are made.
+
+    Those of all ranks go side by side, as do the rows that ranks take of a tensor.
+    """
+    return [
+        part
+        for number, sink in enumerate(sinks)
+        if isinstance(sink, Output) and isinstance(sink.directory, RemotePath)
+        for part in sorted(
+            (part for rank, file in enumerate(sink.files) for part in file_parts(file, number, rank, sink.size_bytes)),
+            key=lambda part: (part.start / part.file_bytes, part.rank),
         )
-    )
+    ]
 
 
 def grouped(stores: Sequence[Store], sinks: Sequence[Sink], block_bytes: int) -> tuple[tuple[Group, ...], dict[int, RankPart]]:
     """The groups of the last phase, and those of them that assemble a part, by position: files are written at offsets elsewhere.
 
-    `stores`: where any sink is in object storage, one for each rank tensor of a cut.
+    `stores`: of the source, or of a cut, where there is one for each rank tensor.
     """
-    parts, groups = [], []
-    by_rank = _by_rank(stores, sinks)
-    for part in all_parts(sinks):
-        tensors = _in_part(by_rank.get((part.sink, part.rank), ()), part)
-        parts.append(replace(part, padding=tuple(_padding(tensors, part))))
-        groups.append(tuple(_blocks(tensors, part)))
-    remote = {part.sink for part in parts}
+    parts, groups = all_parts(sinks), []
+    remote = {part.sink: rank_files(sinks[part.sink]) for part in parts}
+    placed = {number: _placed(stores, number, files) for number, files in remote.items()}
+    for position, part in enumerate(parts):
+        filled, padding = placed[part.sink]
+        parts[position] = replace(part, padding=tuple((start, end) for start, end, _ in padding[part.rank].of(part)))
+        groups.append(tuple(_blocks(list(filled[part.rank].of(part)), part, remote[part.sink][part.rank])))
     local = [store for store in stores if any(store.placements[n].elements for n in range(len(sinks)) if n not in remote)]
     return (*groups, *group_blocks(local, block_bytes)), dict(enumerate(parts))
 
 
-def parts_need(parts: Mapping[int, RankPart]) -> list[Need]:
-    """The memory of the largest part that a worker gathers."""
+def _blocks(placed: Sequence[tuple[int, int, Store]], part: RankPart, file: RankFile) -> Iterator[tuple[Store, tuple[int, ...]]]:
+    """The blocks that have bytes of a part, in the order of these. `placed`: what the stores have of it."""
+    for store in {id(store): store for _, _, store in placed}.values():
+        regions = store.arrays[part.sink].grid.regions
+        for index in regions:
+            if len(regions) == 1 or delivered(part, store, index, file)[1]:
+                yield store, tuple(index)
+
+
+def rank_files(sink: Sink) -> Sequence[RankFile]:
+    """The files of an output, rank 0 first."""
+    assert isinstance(sink, Output)
+    return sink.files
+
+
+def parts_need(parts: Mapping[int, RankPart], fetched: bool) -> list[Need]:
+    """The memory of the largest part that a worker gathers. `fetched`: of pieces of the source that are fetched ahead."""
     largest = sorted(parts.values(), key=lambda each: each.step_bytes)[-1:]
-    return [Need(f"a part of {part.url}", part.step_bytes, COPIES) for part in largest]
+    return [Need(f"a part of {part.url}", part.step_bytes, COPIES + fetched) for part in largest]
 
 
 def aligned_chunks(

@@ -104,7 +104,8 @@ def _rate(plan: Plan, number: int) -> float:
             for _, stage in group.stages:
                 blocks = make_blocks(stage, blocks)
             blocks = make_blocks(group.opened, blocks)
-            done = try_blocks(group.work, [[blocks[n] for n in each] for each in group.blocks], SAMPLE_SECONDS / count)
+            versions = [item.parts(blocks[n] for n in each) for item, each in zip(group.work, group.blocks, strict=True)]
+            done = try_blocks(group.work, versions, SAMPLE_SECONDS / count)
         except (OSError, HeadraceError):  # which `convert` says better
             return 0.0
         made, seconds = made + done[0], seconds + done[1]

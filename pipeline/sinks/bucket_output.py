@@ -20,6 +20,7 @@ from pipeline.sinks.bucket_checks import read_provenance
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.output import PROVENANCE, Output, alike
 from pipeline.sinks.output_sums import output_sums
+from pipeline.sinks.scratch import remove_empty_root
 from pipeline.tensor import bucket
 from pipeline.tensor.system_errors import PASSING, REMEDIES
 
@@ -40,6 +41,11 @@ class UploadJournal(Journal):
         except BaseException:
             super().close()
             raise
+
+    def remove(self) -> None:
+        """Delete the file, and the directory that it has by default."""
+        super().remove()
+        remove_empty_root(self.path.parent)
 
     def close(self) -> None:
         """Close the file, and remove the note."""

@@ -88,6 +88,13 @@ class ScratchArray:
                 yield Located(path, first * self.dtype.itemsize, shift(part, origin), path, self.chunk_bytes)
 
 
+def remove_empty_root(root: Path) -> None:
+    """Remove the directory that scratch has by default, once nothing is in it."""
+    if root.name == DEFAULT_ROOT:
+        with contextlib.suppress(OSError):  # cuts or journals are in it
+            root.rmdir()
+
+
 @dataclass(frozen=True)
 class ScratchGroup:
     """One cut on a local disk: its arrays by (rank, tensor), with rank 0 for all before the split.
@@ -257,9 +264,7 @@ class ScratchGroup:
         """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
         if not self.kept or served(read_attributes(self.directory)):
             shutil.rmtree(self.directory, ignore_errors=True)
-            if self.directory.parent.name == DEFAULT_ROOT:
-                with contextlib.suppress(OSError):  # other cuts are in it
-                    self.directory.parent.rmdir()
+            remove_empty_root(self.directory.parent)
 
     def _create(self) -> None:
         attributes: dict[str, Any] = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}

@@ -46,6 +46,14 @@ def slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in region)
 
 
+def ends(shape: Sequence[int], region: Region) -> tuple[int, int]:
+    """The first element of a region of an array of `shape`, in C order, and the one behind its last."""
+    first = last = 0
+    for (start, stop), length in zip(region, shape, strict=True):
+        first, last = first * length + start, last * length + stop - 1
+    return first, last + 1
+
+
 def chunk_regions(chunks: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...], Region]]:
     """The index and the region of each chunk of an array. `chunks`: their lengths along each axis, as Dask has them."""
     axes = []

@@ -137,7 +137,11 @@ class Block(ABC):
             if step != 1:
                 raise IndexError(f"a block is sliced with step 1 only, not {step}")
             region.append((start, max(start, stop)))
-        return View(self, tuple(region))
+        return self if tuple(region) == whole(self.shape) else self.part(tuple(region))
+
+    def part(self, region: Region) -> Block:
+        """The part that is a region of the block, still unread, and as narrow as it can be: who reads ahead reads no further."""
+        return View(self, region)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.read(whole(self.shape))
@@ -203,6 +207,14 @@ class Applied(Block):
         if self.columns is not None:
             inner = (*inner[:-1], region[-1])
         return result[slices(inner)]
+
+    def part(self, region: Region) -> Block:
+        """Whole periods of rows are the function of such rows of the base."""
+        start, stop = region[0]
+        if start % self.period or (stop % self.period and stop != self.shape[0]) or region[1:] != whole(self.shape)[1:]:
+            return View(self, region)
+        rows = self.base[start:stop]
+        return Applied(rows, self.function, stage=self.stage, dtype=self.dtype, period=self.period, columns=self.columns)
 
 
 class LazyTensor(Protocol):

@@ -83,6 +83,9 @@ class MappedBlock(Block):
             result[start - first : start - first + count] = values[(slice(None), *slices(region[1:]))]
         return result
 
+    def part(self, region: Region) -> Block:
+        return self.tensor.block(shift(region, [start for start, _ in self.region]))
+
     def read_into(self, out: np.ndarray) -> bool:
         tensor, region = self.tensor, self.region
         split = next((axis for axis, (start, stop) in enumerate(region) if stop - start != 1), len(region))

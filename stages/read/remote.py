@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.metering import meter
-from pipeline.tensor.placement import Region
+from pipeline.tensor.placement import Region, ends
 from pipeline.tensor.tensors import Block, Source
 from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
@@ -78,7 +78,7 @@ class RemoteBlock(MappedBlock):
         """The bytes [start, end) of the object."""
         tensor = self.tensor
         fetch = partial(_range, tensor.url, tensor.path, tensor.etag)
-        last = tensor.offset + end_of_run(self.region, tensor.shape) * tensor.dtype.itemsize
+        last = tensor.offset + ends(tensor.shape, self.region)[1] * tensor.dtype.itemsize
         if end >= last and self._ahead is None:
             return fetch(start, end)  # the whole of what is left, as of small tensors
         ahead = self._ahead
@@ -91,14 +91,6 @@ class RemoteBlock(MappedBlock):
 
 def _range(url: str, name: str, etag: str, start: int, end: int) -> Any:
     return fetch_range(url, name, start, end, etag)
-
-
-def end_of_run(region: Region, shape: tuple[int, ...]) -> int:
-    """The element behind the last one of a region of an array of a shape, in C order."""
-    last = 0
-    for (_, stop), length in zip(region, shape, strict=True):
-        last = last * length + stop - 1
-    return last + 1
 
 
 def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:

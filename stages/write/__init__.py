@@ -109,7 +109,8 @@ def write_group(
         work = [replace(item, deliveries=to) for item, to in zip(work, kept, strict=True)]
     blocks = make_blocks(opened, *inputs)
     files = gathering(part, uploads or {}) if part else OpenFiles(pool, open_files)
-    return write_blocks(number, work, [[blocks[n] for n in each] for each in numbers], synchronize, files)
+    versions = [item.parts(blocks[n] for n in each) for item, each in zip(work, numbers, strict=True)]
+    return write_blocks(number, work, versions, synchronize, files)
 
 
 def write_blocks(
@@ -158,7 +159,7 @@ def write_blocks(
                 checksums += _checksums(item, versions, hashes)
         if synchronize and isinstance(to, OpenFiles):
             to.synchronize()
-        parts = () if isinstance(to, OpenFiles) else (to.sent(_position(work)),)
+        parts = () if isinstance(to, OpenFiles) else (to.sent(),)
         paths = tuple(to.paths) if isinstance(to, OpenFiles) else ()
         read = int(metrics.get(("read", "bytes"), 0))
         name = work[-1].name if work else ""
@@ -171,11 +172,6 @@ def _pieces(item: BlockWrite, shape: Sequence[int]) -> Iterable[Region]:
     if any(to.offset < 0 for sink in item.deliveries for to in sink):
         return [whole(shape)]
     return pieces(whole(shape), item.itemsize, item.piece_bytes, item.row_multiple)
-
-
-def _position(work: Sequence[BlockWrite]) -> int:
-    """The position of the one sink, among those written, that all of some work goes to."""
-    return next(number for item in work for number, sink in enumerate(item.deliveries) if sink)
 
 
 def _checksums(item: BlockWrite, versions: Sequence[Block], hashes: Sequence[Sequence[xxhash.xxh3_64]]) -> list[Checksum]:

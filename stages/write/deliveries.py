@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.tensor.placement import Located, Placement, Region, intersect, shift
+from pipeline.tensor.placement import Located, Placement, Region, intersect, shift, slices
+from pipeline.tensor.tensors import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class BlockWrite:
         The most bytes of a piece.
     row_multiple
         Pieces are cut at multiples of this many rows.
+    region
+        The part of the block that deliveries count by, as they have values of it alone; () for all of the block.
     """
 
     name: str
@@ -49,6 +52,11 @@ class BlockWrite:
     itemsize: int
     piece_bytes: int
     row_multiple: int
+    region: Region = ()
+
+    def parts(self, blocks: Iterable[Block]) -> list[Block]:
+        """The part of each version of the block that the deliveries count by."""
+        return [block[slices(self.region)] if self.region else block for block in blocks]
 
 
 Locate = Callable[[int, str, Region], Iterable[Located]]  # (rank, tensor, region) -> where the region's bytes lie

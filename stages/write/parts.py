@@ -16,9 +16,9 @@ STREAM = 0  # the number of the one part of a file that is a stream
 class RankPart:
     """The bytes [start, end) of a rank's file of `file_bytes`, which goes to `url`.
 
-    `sink`: the number of its output among a plan's. `number`: from 1, or STREAM. `head`: the bytes that the part begins with and no
-    tensor has: of the file's header. `padding`: the ranges of the file's bytes in the part that nobody writes, which are zeros, in
-    order. `step_bytes`: how many bytes a stream sends at once.
+    `sink`: the number of its output among a plan's, or, for the task that makes the part, among those written. `number`: from 1, or
+    STREAM. `head`: the bytes that the part begins with and no tensor has: of the file's header. `padding`: the ranges of the file's
+    bytes in the part that nobody writes, which are zeros, in order. `step_bytes`: how many bytes a stream sends at once.
     """
 
     url: str
@@ -49,41 +49,38 @@ class UploadedPart:
 
 
 class PartBytes:
-    """The bytes of a part while they are gathered, in any order; all of them are in memory."""
+    """The bytes of a part while they are gathered, in any order; all of them are in memory. `filled`: how many are there."""
 
     def __init__(self, part: RankPart, upload: str) -> None:
         self.part, self.upload = part, upload
-        self._data = bytearray(part.end - part.start)
-        self._data[: len(part.head)] = part.head
-        self._filled = len(part.head) + sum(stop - start for start, stop in part.padding)
+        self.data = bytearray(part.end - part.start)
+        self.data[: len(part.head)] = part.head
+        self.filled = len(part.head) + sum(stop - start for start, stop in part.padding)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Take bytes of the file from `offset`."""
         first = offset - self.part.start
-        self._data[first : first + len(data)] = data
-        self._filled += len(data)
+        self.data[first : first + len(data)] = data
+        self.filled += len(data)
 
-    def sent(self, sink: int) -> UploadedPart:
-        """Upload the part; its ETag is "" where the file is whole already. Raises OSError where the store fails.
-
-        `sink`: the position of its output among those written.
-        """
+    def sent(self) -> UploadedPart:
+        """Upload the part; its ETag is "" where the file is whole already. Raises OSError where the store fails."""
         part = self.part
-        _check(part, part.start + self._filled)
+        _check(part, part.start + self.filled)
         try:
             with meter("write", 0):  # its bytes are counted as they are gathered
-                etag = upload_part(part.url, self.upload, part.number, self._data)
+                etag = upload_part(part.url, self.upload, part.number, self.data)
         except FileNotFoundError:
             if object_size(part.url) != part.file_bytes:
                 raise
             etag = ""  # this is done again by a cluster that has lost a worker
-        return UploadedPart(sink, part.rank, part.number, etag)
+        return UploadedPart(part.sink, part.rank, part.number, etag)
 
     def __enter__(self) -> PartBytes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data = bytearray()
+        self.data = bytearray()
 
 
 class RankStream:
@@ -102,13 +99,13 @@ class RankStream:
         self._stream.write(bytes(data))
         self._at += len(data)
 
-    def sent(self, sink: int) -> UploadedPart:
+    def sent(self) -> UploadedPart:
         """Make the object whole."""
         self._pad(self.part.end)
         _check(self.part, self._at)
         with meter("write", 0):
             self._stream.close()
-        return UploadedPart(sink, self.part.rank, STREAM, "")
+        return UploadedPart(self.part.sink, self.part.rank, STREAM, "")
 
     def _pad(self, stop: int) -> None:
         """Send the padding that is next, before the bytes from `stop`."""

@@ -21,7 +21,8 @@ from pipeline import convert, plan
 options = json.loads(sys.argv[1])
 projected = plan(**options).budget.peak_bytes
 result = convert(**options)
-print(json.dumps({"projected": projected, "peak": result.peak_memory_bytes, "written": result.bytes_written}))
+moved = {"written": result.bytes_written, "scratch": result.scratch_bytes_written}
+print(json.dumps({"projected": projected, "peak": result.peak_memory_bytes, **moved}))
 """
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -21,7 +22,8 @@ from tests.support import checkpoints
 from tests.support.commands import COMMAND, headrace
 from tests.support.directories import contents
 from tests.support.places import ROOT
-from tests.support.s3_server import Proxied, objects, open_uploads, s3_server, upload
+from tests.support.range_server import range_server
+from tests.support.s3_server import Proxied, empty, objects, open_uploads, s3_server, upload
 
 OUT = "s3://bucket/out"
 
@@ -33,15 +35,19 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxied]
     monkeypatch.chdir(tmp_path)
     with s3_server() as found:
         yield found
+        found.fault = lambda *_: None
+        empty()
 
 
 @pytest.mark.nightly
-def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, server: Proxied) -> None:
+@pytest.mark.parametrize("cut", ["auto", "shard"])
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, server: Proxied, cut: str) -> None:
     """Five parts of 16 MiB; at the fourth the process is killed, when the journal has had time for those before."""
     checkpoints.write(
         tmp_path / "model", {**checkpoints.LLAMA, "vocab_size": 20_000, "hidden_size": 1024, "torch_dtype": "bfloat16"}
     )
     options = ["--model_dir", str(tmp_path / "model"), "--output_dir", OUT, "--scheduler", "threads", "--workers", "1", "--quiet"]
+    options += ["--scratch_after", cut]
     process = subprocess.Popen([*COMMAND, "convert", *options])
     killed = threading.Event()
 
@@ -70,11 +76,26 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, serve
 
 
 @pytest.mark.nightly
-def test_a_model_larger_than_the_limit(tmp_path: Path, server: Proxied) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp_size": 2},
+        {"tp_size": 2, "dtype": "float16"},
+        {"tp_size": 2, "scratch_after": "shard"},
+        {"url": True},
+    ],
+    ids=str,
+)
+def test_a_model_larger_than_the_limit(tmp_path: Path, server: Proxied, options: dict[str, Any]) -> None:
+    """2 GB, of which each worker has a part and some pieces; behind a URL, pieces that are fetched ahead too."""
     make(tmp_path / "big", "8B", layers=1, sparse=True, vocab_size=64_000)
     limit = 300 << 20
-    measured = peak(model_dir=str(tmp_path / "big"), output_dir=OUT, tp_size=2, scheduler="threads", workers=2, memory_limit=limit)
+    options = {"scheduler": "threads", "workers": 2, "memory_limit": limit, "output_dir": OUT, **options}
+    with range_server(tmp_path / "big") as served:
+        source = served.url if options.pop("url", False) else str(tmp_path / "big")
+        measured = peak(model_dir=source, **options)
     assert measured["peak"] <= measured["projected"] <= limit < measured["written"]
+    assert bool(measured["scratch"]) == ("scratch_after" in options)
     assert len(server.uploads()) > 50
 
 

@@ -38,14 +38,14 @@ def server() -> Iterator[Proxied]:
         yield found
 
 
-def arguments(name: str, case: dict[str, str]) -> list[str]:
-    """The options of a case: its model in the bucket, where its weights are in files that are read by ranges."""
+def arguments(name: str, case: dict[str, str], far: bool) -> list[str]:
+    """The options of a case; where `far`, its model is in the bucket, if its weights are in files that are read by ranges."""
     folder = name.partition("/")[0]
     words = shlex.split(case["arguments"])
     model = case["model"] if folder == "families" else words[1]
     place = DATA / folder / ("models" if folder == "families" else "") / model
     flag = words.index("--model_dir") if folder == "families" else 0
-    ranged = words[flag] == "--model_dir" and place.is_dir() and any(place.glob("*.safetensors"))
+    ranged = far and words[flag] == "--model_dir" and place.is_dir() and any(place.glob("*.safetensors"))
     words[flag + 1] = upload(place, f"s3://bucket/models/{folder}/{Path(model).name}") if ranged else str(place)
     if folder == "smoothquant":
         words += ["--act_range", str(DATA / folder / "expected" / case["case"] / "act_range.safetensors")]
@@ -54,14 +54,25 @@ def arguments(name: str, case: dict[str, str]) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("name", by_night(CASES, BY_DAY))
 @pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("name", by_night(CASES, BY_DAY))
 def test_output_equals_the_reference(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, True, tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("name", by_night([name for name in CASES if name.startswith(("dense", "families"))], BY_DAY[:1]))
+def test_output_of_a_directory_equals_the_reference(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of several ranks are made of the same rows."""
+    check(name, False, tmp_path, monkeypatch)
+
+
+def check(name: str, far: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(pipeline.planning.rank_parts, "PART_BYTES", 20_000)
     monkeypatch.chdir(tmp_path)
-    out, expected = f"s3://bucket/ranks/{name}", DATA / name.replace("/", "/expected/")
-    ran = headrace("convert", *arguments(name, CASES[name]), "--output_dir", out, "--scheduler", "threads", "--quiet")
+    out, expected = f"s3://bucket/ranks/{'far' if far else 'near'}/{name}", DATA / name.replace("/", "/expected/")
+    ran = headrace("convert", *arguments(name, CASES[name], far), "--output_dir", out, "--scheduler", "threads", "--quiet")
     assert ran.code == 0, ran.err
     found = objects(out)
     assert set(found) == {path.name for path in expected.iterdir()} - {"act_range.safetensors"} | {"headrace.json"}

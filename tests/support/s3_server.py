@@ -57,6 +57,15 @@ def s3_server() -> Iterator[Proxied]:
     forget_clients()
 
 
+def empty() -> None:
+    """Remove all objects of the bucket, and all uploads that nobody has completed: servers of one process have them in common."""
+    s3 = client()
+    for each in s3.list_objects_v2(Bucket="bucket").get("Contents", []):
+        s3.delete_object(Bucket="bucket", Key=each["Key"])
+    for each in s3.list_multipart_uploads(Bucket="bucket").get("Uploads", []):
+        s3.abort_multipart_upload(Bucket="bucket", Key=each["Key"], UploadId=each["UploadId"])
+
+
 def forget_clients() -> None:
     """Have the next requests of this process look at its environment again."""
     for made in (stages.read.object_store._store, store_requests._client, store_requests._store_of):

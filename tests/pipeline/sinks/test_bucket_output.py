@@ -19,10 +19,11 @@ from pipeline.sinks.hold import Holder
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
-from tests.support.s3_server import SECRET, Proxied, client, objects, open_uploads, s3_server
+from tests.support.s3_server import SECRET, Proxied, client, empty, objects, open_uploads, s3_server
 
 BIG = {**checkpoints.LLAMA, "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 384, "torch_dtype": "bfloat16"}
 OUT = "s3://bucket/a/far"
+WAYS = pytest.mark.parametrize("cut", ["auto", "shard"])  # parts are made of the source's rows at once, or of chunks of scratch
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,7 @@ def server(running: Proxied) -> Iterator[Proxied]:
     running.requests.clear()
     yield running
     running.fault = lambda *_: None
-    s3 = client()
-    for each in s3.list_objects_v2(Bucket="bucket").get("Contents", []):
-        s3.delete_object(Bucket="bucket", Key=each["Key"])
-    for each in s3.list_multipart_uploads(Bucket="bucket").get("Uploads", []):
-        s3.abort_multipart_upload(Bucket="bucket", Key=each["Key"], UploadId=each["UploadId"])
+    empty()
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +70,16 @@ def parts_of(server: Proxied, action: int | str, after: int) -> Callable[[str, s
     return lambda method, path: action if method == "PUT" and "partNumber" in path and len(server.uploads()) > after else None
 
 
-def test_a_bucket_gets_the_bytes_of_a_directory_in_parts(tmp_path: Path, server: Proxied, options: dict[str, Any]) -> None:
-    options |= {"tp_size": 2, "use_parallel_embedding": True}
+@WAYS
+def test_a_bucket_gets_the_bytes_of_a_directory_in_parts(
+    tmp_path: Path, server: Proxied, options: dict[str, Any], cut: str
+) -> None:
+    options |= {"tp_size": 2, "use_parallel_embedding": True, "scratch_after": cut}
     made = plan(output_dir=OUT, **options)
-    assert "object storage takes files in order" in made.scratch_reasons["shard"]
+    assert ("object storage takes files in order" in made.scratch_reasons["shard"]) == (cut == "shard")
+    assert bool(made.scratch) == bool(made.scratch_bytes_written) == (cut == "shard")
     assert not any(method in ("PUT", "POST") for method, _ in server.requests), "a plan writes nothing"
-    convert(output_dir=OUT, **options)
+    assert bool(convert(output_dir=OUT, **options).scratch_bytes_written) == (cut == "shard")
     same(tmp_path, options)
     assert len(server.uploads()) > 10
     assert verify(OUT, tmp_path / "model").ok
@@ -88,13 +89,17 @@ def test_a_bucket_gets_the_bytes_of_a_directory_in_parts(tmp_path: Path, server:
     assert last[-2:] == ["/bucket/a/far/headrace.json", "/bucket/a/far/config.json"]
 
 
+@WAYS
+@pytest.mark.parametrize("vocabulary", [781, 9])
 @pytest.mark.usefixtures("server")
-def test_padding_is_zeros_that_no_chunk_has(tmp_path: Path, options: dict[str, Any]) -> None:
-    checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": 781})
-    options |= {"tp_size": 4, "use_parallel_embedding": True}
+def test_padding_is_zeros_that_nobody_writes(tmp_path: Path, options: dict[str, Any], cut: str, vocabulary: int) -> None:
+    """Of 781 rows the last of four ranks has 193 and three of padding; of nine, padding alone."""
+    checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": vocabulary})
+    options |= {"tp_size": 4, "use_parallel_embedding": True, "scratch_after": cut}
     made = plan(output_dir=OUT, **options)
-    embedding = made.scratch[0].arrays[3, "transformer.vocab_embedding.weight"]
-    assert (embedding.shape[0], embedding.chunk_shape[0]) == (196, 195), "of 781 rows the last rank has 193"
+    if cut == "shard" and vocabulary == 781:
+        embedding = made.scratch[0].arrays[3, "transformer.vocab_embedding.weight"]
+        assert (embedding.shape[0], embedding.chunk_shape[0]) == (196, 195)
     convert(output_dir=OUT, **options)
     same(tmp_path, options)
     assert verify(OUT, tmp_path / "model").ok
@@ -115,7 +120,7 @@ def test_scratch_in_object_storage_too(tmp_path: Path, options: dict[str, Any], 
     """Chunks are put whole there: each is of one block, and padding has its own."""
     checkpoints.write(tmp_path / "model", {**BIG, "vocab_size": vocabulary})
     options |= {"tp_size": 4, "use_parallel_embedding": True}
-    convert(output_dir=OUT, scratch=f"memory://{tmp_path.name}", **options)
+    convert(output_dir=OUT, scratch=f"memory://{tmp_path.name}", scratch_after="shard", **options)
     same(tmp_path, options)
     assert not fsspec.filesystem("memory").find(f"/{tmp_path.name}"), "scratch is removed after success"
 
@@ -130,10 +135,11 @@ def test_a_store_that_is_busy_or_breaks_off_is_asked_again(
     same(tmp_path, options)
 
 
-@pytest.mark.parametrize("fault", ["full", 403])
+@pytest.mark.parametrize(("fault", "cut"), [("full", "auto"), (403, "auto"), ("full", "shard")])
 def test_a_run_that_ends_goes_on_with_the_parts_that_are_there(
-    tmp_path: Path, server: Proxied, options: dict[str, Any], fault: int | str
+    tmp_path: Path, server: Proxied, options: dict[str, Any], fault: int | str, cut: str
 ) -> None:
+    options["scratch_after"] = cut
     server.fault = parts_of(server, fault, 5)
     with pytest.raises(WriteFailed, match="no room in the bucket" if fault == "full" else "no permission") as caught:
         convert(output_dir=OUT, **options)
@@ -149,7 +155,29 @@ def test_a_run_that_ends_goes_on_with_the_parts_that_are_there(
     same(tmp_path, options)
 
 
-def test_parts_that_the_store_has_lost_are_made_again(tmp_path: Path, server: Proxied, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("first", "then"), [("auto", "shard"), ("shard", "auto")])
+def test_a_run_goes_on_with_parts_that_were_made_the_other_way(
+    tmp_path: Path, server: Proxied, options: dict[str, Any], first: str, then: str
+) -> None:
+    """Parts have the same bytes and numbers, however they are made."""
+    options |= {"tp_size": 2}
+    server.fault = parts_of(server, "full", 5)
+    with pytest.raises(WriteFailed):
+        convert(output_dir=OUT, scratch_after=first, keep_scratch=False, **options)
+    server.fault = lambda *_: None
+    before = set(server.uploads()[:5])
+    server.requests.clear()
+    assert convert(output_dir=OUT, scratch_after=then, **options).resumed_tasks > 0
+    assert before.isdisjoint(server.uploads())
+    for cut in (tmp_path / ".headrace-scratch").glob("*.zarr"):  # which the second run knows nothing of
+        shutil.rmtree(cut)
+    (tmp_path / ".headrace-scratch").rmdir() if (tmp_path / ".headrace-scratch").exists() else None
+    same(tmp_path, options)
+
+
+@WAYS
+def test_parts_that_the_store_has_lost_are_made_again(tmp_path: Path, server: Proxied, options: dict[str, Any], cut: str) -> None:
+    options["scratch_after"] = cut
     server.fault = parts_of(server, "full", 5)
     with pytest.raises(WriteFailed):
         convert(output_dir=OUT, **options)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import convert, plan
-from pipeline.tensor.placement import Region, slices, whole
+from pipeline.tensor.placement import Region, ends, slices, whole
 from stages.read import remote
 from stages.read.read_ahead import AHEAD, ReadAhead
-from stages.read.remote import RemoteTensor, end_of_run
+from stages.read.remote import RemoteTensor
 from tests.support import checkpoints
 from tests.support.range_server import range_server
 
@@ -85,7 +85,7 @@ def test_the_end_of_a_region_is_behind_its_last_element(shape: list[int], data: 
         bounds.append((start, data.draw(st.integers(start + 1, length))))
     region: Region = tuple(bounds)
     numbers = np.arange(np.prod(shape)).reshape(shape)
-    assert end_of_run(region, tuple(shape)) == numbers[slices(region)].max() + 1
+    assert ends(tuple(shape), region)[1] == numbers[slices(region)].max() + 1
 
 
 def test_a_block_reads_ahead_in_its_own_region_by_one_thread_and_travels_without(monkeypatch: pytest.MonkeyPatch) -> None:
