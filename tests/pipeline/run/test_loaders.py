@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks.models import make
 from pipeline import BadInput, convert, load_from_hf_checkpoint, load_from_hf_llama, load_from_meta_llama
-from pipeline.tensor.placement import Region
+from pipeline.tensor.placement import Region, shift
 from stages.read.mapped import MappedBlock
 from tests.support import checkpoints, gguf_files, meta_files
 from tests.support.commands import tree
@@ -169,12 +169,12 @@ def test_a_tensor_is_made_anew_and_its_own(model: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Region]:
-    """The regions of files that are read."""
+    """The regions of tensors that are read."""
     made: list[Region] = []
     read = MappedBlock.read
 
     def record(block: MappedBlock, region: Region) -> np.ndarray:
-        made.append(region)
+        made.append(shift(region, [start for start, _ in block.region]))
         return read(block, region)
 
     monkeypatch.setattr(MappedBlock, "read", record)

@@ -199,7 +199,7 @@ def test_nvfp4_is_not_taken_for_int4_awq() -> None:
 def test_nvfp4_with_factors_of_the_activations_is_dequantized() -> None:
     known, stored, expected, settings = packed("nvfp4")
     smooth = np.linspace(0.5, 2, expected.shape[1]).astype(np.float16)
-    stored["pre_quant_scale"] = smooth
+    stored = {**stored, "pre_quant_scale": smooth}
     assert known.native({"m": held(stored)}, settings) == (None, 0)
     np.testing.assert_array_equal(values(dequantize(known.unpack(opened(stored), settings))), expected * smooth.astype(np.float32))
 
