@@ -105,6 +105,14 @@ def parallel(source: Path, work: Path, count: int) -> None:
     shutil.rmtree(reference)
 
 
+def large(work: Path, count: int) -> None:
+    """Print the rows of 10 GB, where start-up is less of the whole."""
+    source = work / "10GB"
+    print(f"\n{make(source, '8B', layers=18, noise=weights()) / 1e9:.1f} GB of 8B-shaped bf16", flush=True)
+    parallel(source, work, max(count // 2, 1))
+    shutil.rmtree(source)
+
+
 def dense(source: Path, work: Path, count: int) -> None:
     both = ("threads", "local")
     measured("dense, TP 2", source, work, count, ["--tp_size", "2"], both)
@@ -129,7 +137,7 @@ def packed(work: Path, count: int, layers: int) -> None:
     few = max(count // 3, 1)
     for method in ("gptq", "awq"):
         source = work / method
-        make_packed(source, "8B", 2 * layers, method)
+        make_packed(source, "8B", 4 * layers, method)
         measured(f"{method.upper()} repacked, TP 2", source, work, few, ["--tp_size", "2"], ("threads",))
         shutil.rmtree(source)
     for kind, more in (("Q4_K", 4), ("Q8_0", 2)):
@@ -190,7 +198,7 @@ def proved(source: Path, work: Path, count: int, layers: int) -> None:
         verified(name, source, work, count, flags)
     for method in ("gptq", "awq"):
         model = work / method
-        make_packed(model, "8B", 2 * layers, method)
+        make_packed(model, "8B", 4 * layers, method)
         verified(method.upper(), model, work, count, [])
         shutil.rmtree(model)
 
@@ -213,8 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=9, help="of the dense rows; a third of it for the others")
     parser.add_argument("--layers", type=int, default=5, help="of the 8B-shaped model: 5 make 4.3 GB")
-    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 20 GB free")
-    parts = ("planning", "overhead", "memory", "dense", "scratch", "proved", "quantized", "packed", "targets")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="a directory with 35 GB free")
+    parts = ("planning", "overhead", "memory", "dense", "scratch", "proved", "quantized", "packed", "targets", "large")
     parser.add_argument("--only", choices=parts, nargs="+", default=list(parts))
     arguments = parser.parse_args()
     work, count = arguments.work.absolute(), arguments.pairs
@@ -239,6 +247,8 @@ def main() -> None:
         packed(work, count, arguments.layers)
     if "targets" in arguments.only:
         targets(work, count)
+    if "large" in arguments.only:
+        large(work, count)
     shutil.rmtree(work)
 
 

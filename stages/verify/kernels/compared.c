@@ -1,13 +1,9 @@
 /* A rank's codes and the source's numbers, compared: decoded some hundred numbers at a time, which stay in the processor's
    nearest cache, and summed. What is not right for sure is left to the twin, which says what is wrong and where: comparison.py.
    */
-#include "numbers_of.h"
+#include "lanes.h"
 
 #define CHUNK 2048
-#define LANES 16
-
-typedef float numbers __attribute__((vector_size(4 * LANES)));
-typedef int32_t patterns __attribute__((vector_size(4 * LANES)));
 
 /* What is summed over a chunk, lane by lane. */
 struct lanes {

@@ -1,4 +1,5 @@
-/* Rows that are computed with at once, a lane each: as many as the processor's vectors have words. */
+/* Numbers that are computed with at once, as many as the processor's vectors hold; and rows, a lane each. Of longer vectors GCC takes
+   comparisons and choices apart, number by number. */
 #ifndef LANES_H
 #define LANES_H
 #include "numbers_of.h"
