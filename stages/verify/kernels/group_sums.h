@@ -39,10 +39,15 @@ INLINE numbers factors_of(const float *factors, const struct sixteen_rows *rows)
 {
     float each[LANES];
     numbers result = {0};
-    for (int lane = 0; factors != NULL && lane < LANES; lane++)
+    if (factors == NULL)
+        return result;
+    if (rows->in_a_row) {
+        memcpy(&result, factors + rows->place[0], sizeof result);
+        return result;
+    }
+    for (int lane = 0; lane < LANES; lane++)
         each[lane] = factors[rows->place[lane]];
-    if (factors != NULL)
-        memcpy(&result, each, sizeof result);
+    memcpy(&result, each, sizeof result);
     return result;
 }
 

@@ -5,6 +5,7 @@
 
 #define AHEAD 64 /* words further on in a row, which memory is asked for beforehand: its own guesses end with a page */
 #define RUN 4 /* words of the 16 bytes that an order mixes */
+#define OF_LINE 16 /* words of what memory gives at once, which are all used when it does */
 
 typedef uint32_t four __attribute__((vector_size(16)));
 
@@ -133,6 +134,7 @@ static struct sixteen_rows rows_of(const struct stored *stored, size_t first_row
         rows.valid[lane] = valid ? ~0u : 0;
         rows.one[lane] = (float)valid;
     }
+    rows.in_a_row = apart == 1 && first >= skip && first - skip + LANES <= count;
     return rows;
 }
 
@@ -144,6 +146,31 @@ INLINE size_t of_a_group(size_t at, size_t left, size_t size, size_t source_size
     return fewer(count, source_size - at % source_size);
 }
 
+/* The source's words of some columns from in-feature `at` on, `deep` of each, in the rank's order. `word`: the first column's. */
+INLINE void words_of(const struct packed *packed, int mixed, size_t word, size_t at, size_t deep, words source[OF_WORD][DEPTH])
+{
+    const size_t wide = packed->columns - word;
+    if (packed->order == NULL) {
+        for (size_t i = 0; i < deep; i++)
+            source[0][i] = words_at(packed->words + (at / OF_WORD + i) * packed->stride + word, wide);
+        for (size_t i = 0; mixed && i < deep; i += RUN)
+            mix(source[0] + i);
+        return;
+    }
+    /* Words of eight columns are made words of eight codes of each in any order: in the rank's. */
+    for (size_t i = 0; i < deep; i++) {
+        words eight[OF_WORD];
+        const size_t run = i / RUN * RUN * OF_WORD;
+        for (size_t place = 0; place < OF_WORD; place++) {
+            const size_t code = mixed ? run + mixed_code(i % RUN, place) : i * OF_WORD + place;
+            eight[place] = words_at(packed->words + (at + code) * packed->stride + word, wide);
+        }
+        columns_of(eight);
+        for (size_t column = 0; column < OF_WORD; column++)
+            source[column][i] = eight[packed->order[column]];
+    }
+}
+
 int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packed *packed, const struct kept_factors *each,
                    struct figures *figures)
 {
@@ -152,42 +179,28 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
     const uint32_t sign = mixed ? 0 : 0x88888888u;
     if (mixed && !is_mixed_code(stored->places))
         return 0;
-    for (size_t word = 0; word < packed->columns; word += LANES) {
-        struct sixteen_rows some[OF_WORD];
-        for (size_t column = 0; column < columns; column++)
-            some[column] = rows_of(stored, first, word * columns + column, columns, packed->skip, rows);
-        const size_t wide = packed->columns - word;
+    for (size_t word = 0; word < packed->columns; word += OF_LINE) {
+        const size_t end = fewer(word + OF_LINE, packed->columns);
+        struct sixteen_rows some[OF_LINE / LANES][OF_WORD];
+        for (size_t part = 0; part < OF_LINE / LANES; part++)
+            for (size_t column = 0; column < columns; column++)
+                some[part][column] = rows_of(stored, first, (word + part * LANES) * columns + column, columns, packed->skip, rows);
         for (size_t at = 0, count; at < packed->features; at += count) {
             const size_t feature = packed->start + at;
             count = of_a_group(feature, packed->features - at, each->size, each->source_size);
             const size_t deep = count / OF_WORD, own = feature / each->size * rows, theirs = feature / each->source_size * rows;
-            words source[OF_WORD][DEPTH];
-            /* Words of eight columns are made words of eight codes of each in any order: in the rank's. */
-            for (size_t i = 0; i < deep; i++) {
-                if (packed->order == NULL) {
-                    source[0][i] = words_at(packed->words + (at / OF_WORD + i) * packed->stride + word, wide);
-                    continue;
+            for (size_t part = 0; word + part * LANES < end; part++) {
+                words source[OF_WORD][DEPTH];
+                words_of(packed, mixed, word + part * LANES, at, deep, source);
+                for (size_t column = 0; column < columns; column++) {
+                    const struct sixteen_rows *these = &some[part][column];
+                    const words different = differing(these, stored->columns, feature, sign, source[column], deep);
+                    uint32_t any = 0;
+                    for (int lane = 0; lane < LANES; lane++)
+                        any |= different[lane];
+                    if (any || !taken_in(source[column], deep, each, own, theirs, these, figures))
+                        return 0;
                 }
-                words eight[OF_WORD];
-                const size_t run = i / RUN * RUN * OF_WORD;
-                for (size_t place = 0; place < OF_WORD; place++) {
-                    const size_t code = mixed ? run + mixed_code(i % RUN, place) : i * OF_WORD + place;
-                    eight[place] = words_at(packed->words + (at + code) * packed->stride + word, wide);
-                }
-                columns_of(eight);
-                for (size_t column = 0; column < OF_WORD; column++)
-                    source[column][i] = eight[packed->order[column]];
-            }
-            for (size_t i = 0; mixed && packed->order == NULL && i < deep; i += RUN)
-                mix(source[0] + i);
-            for (size_t column = 0; column < columns; column++) {
-                const struct sixteen_rows *these = &some[column];
-                const words different = differing(these, stored->columns, feature, sign, source[column], deep);
-                uint32_t any = 0;
-                for (int lane = 0; lane < LANES; lane++)
-                    any |= different[lane];
-                if (any || !taken_in(source[column], deep, each, own, theirs, these, figures))
-                    return 0;
             }
         }
     }

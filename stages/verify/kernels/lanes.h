@@ -23,10 +23,12 @@ typedef float numbers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef uint8_t some_codes __attribute__((vector_size(4 * LANES)));
 
-/* Sixteen rows: where a rank has their codes, their places among the factors, and ones in the lanes that are rows. */
+/* Sixteen rows: where a rank has their codes, their places among the factors, whether these follow one another, and ones in the lanes
+   that are rows. */
 struct sixteen_rows {
     const uint8_t *own[LANES];
     size_t place[LANES];
+    int in_a_row;
     words valid;
     numbers one;
 };
