@@ -15,7 +15,11 @@ from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import LazyTensor
 
 # The bits of infinity, which those of each smaller number are below, and of each negative one above.
-_INFINITIES = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+_INFINITIES: dict[str, np.uint16 | np.uint32] = {
+    "float32": np.uint32(0x7F800000),
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+}
 UINT8 = np.dtype(np.uint8)
 # The 8-bit floats, by name: bits of the exponent, bits of the mantissa, the exponent's bias, whether the format has infinities.
 _SMALL = {
