@@ -170,6 +170,30 @@ class _NotOf(logging.Filter):
         return record.thread != self.ident or record.levelno >= logging.CRITICAL
 
 
+@contextmanager
+def attached(client: Any) -> Iterator[Any]:
+    """A client of a cluster elsewhere, closed at the end: where it seeks a lost scheduler then, Dask logs no traceback of that.
+
+    The run itself reports the loss. What Dask logs otherwise, and of clients of the host's, stays.
+    """
+    thread = client.sync(_its_thread)
+    logger = logging.getLogger("distributed.client")
+
+    def unless_given_up(record: logging.LogRecord) -> bool:
+        return record.thread != thread or not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+    logger.addFilter(unless_given_up)
+    try:
+        with client:
+            yield client
+    finally:
+        logger.removeFilter(unless_given_up)
+
+
+async def _its_thread() -> int:
+    return threading.get_ident()
+
+
 def _slow_down(server: Any) -> None:
     for name, milliseconds in (("profile", PROFILE_MILLISECONDS), ("tick", TICK_MILLISECONDS)):
         if name in server.periodic_callbacks:

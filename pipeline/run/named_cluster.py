@@ -20,7 +20,7 @@ from types import FunctionType
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.run.cluster import load_distributed
+from pipeline.run.cluster import attached, load_distributed
 
 WORKER_SECONDS = 600.0  # for the first worker to come: a queue may take its time
 
@@ -41,7 +41,7 @@ def named_cluster(table: Mapping[str, Any]) -> Iterator[Any]:
         raise BadInput(
             [Problem(f"cluster.class {table['class']}", f"{type(error).__name__}: {error}", "its own options")]
         ) from None
-    with cluster, Client(cluster, set_as_default=False) as client:
+    with cluster, attached(Client(cluster, set_as_default=False)) as client:
         if table.get("workers"):
             cluster.scale(int(table["workers"]))
         try:

@@ -15,7 +15,7 @@ from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.dask_graph import Priorities, StageGraph
 from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.listen import Listen
-from pipeline.run.cluster import in_process_cluster, load_distributed
+from pipeline.run.cluster import attached, in_process_cluster, load_distributed
 from pipeline.run.sealed import sealed
 from pipeline.run.threads import threaded
 from pipeline.watching.conversion import serving
@@ -220,7 +220,7 @@ def elsewhere(address: str, cluster: Mapping[str, Any] | None = None, seconds: f
         client = Client(address, timeout=seconds, set_as_default=False, **tls)
     except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
         raise BadInput([Problem(f"--scheduler {address}", f"no answer ({error})", "a running Dask scheduler")]) from None
-    with client:
+    with attached(client):
         yield client
 
 

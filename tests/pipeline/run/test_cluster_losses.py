@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from pipeline import WriteFailed, convert, plan
 from pipeline.planning import memory
 from pipeline.planning.dask_graph import StageGraph
 from pipeline.run import execute
+from pipeline.run.schedulers import elsewhere
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.dask_processes import DaskProcesses, Nodes
@@ -171,6 +173,31 @@ def test_the_same_command_goes_on_after_the_loss_of_the(tmp_path: Path, model: P
     ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ran.returncode == 0, ran.stderr
     assert contents(tmp_path / "out") == expected(tmp_path, model, **OPTIONS)
+
+
+def test_dask_logs_nothing_of_a_lost_scheduler_that_a_run_reports_but_does_for_the_hosts_own_client(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    from distributed import Client
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record)
+
+    said: list[logging.LogRecord] = []
+    logger, keep = logging.getLogger("distributed.client"), Keep(logging.ERROR)
+    logger.addHandler(keep)
+    stack.callback(logger.removeHandler, keep)
+    filters = [*logger.filters]
+    cluster = DaskProcesses(tmp_path, stack)
+    with Client(cluster.address, set_as_default=False) as hosts:
+        with elsewhere(cluster.address) as client:
+            cluster.scheduler.kill()
+            wait(lambda: client.status == hosts.status == "connecting", SECONDS)
+        assert said == []
+        logger.error("whoever else logs")
+    assert [record.exc_info is not None for record in said] == [False, True]
+    assert logger.filters == filters
 
 
 def test_a_task_that_is_done_again_does_not_miss_the_scratch_that_was_freed(
