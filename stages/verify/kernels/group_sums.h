@@ -8,7 +8,7 @@
 #define MODERATE 1e30f /* scales below give no infinite number */
 
 /* How many of each code there are in the words of each row. */
-INLINE void counted(const words *source, size_t deep, const struct sixteen_rows *rows, numbers counts[CODES])
+INLINE void counted(const words *source, size_t deep, const struct lane_rows *rows, numbers counts[CODES])
 {
     some_codes low[DEPTH], high[DEPTH];
     for (size_t at = 0; at < deep; at++) {
@@ -35,7 +35,7 @@ INLINE numbers of_pairs(shorts sums)
     return __builtin_convertvector((patterns)((both & 0xFFFFu) + (both >> 16)), numbers);
 }
 
-INLINE numbers factors_of(const float *factors, const struct sixteen_rows *rows)
+INLINE numbers factors_of(const float *factors, const struct lane_rows *rows)
 {
     float each[LANES];
     numbers result = {0};
@@ -56,7 +56,7 @@ struct group {
     numbers scale, zero, source_scale, source_zero, constant;
 };
 
-INLINE struct group group_of(const struct kept_factors *each, size_t own, size_t theirs, const struct sixteen_rows *rows)
+INLINE struct group group_of(const struct kept_factors *each, size_t own, size_t theirs, const struct lane_rows *rows)
 {
     return (struct group){
         .scale = factors_of(each->scales + own, rows),
@@ -72,7 +72,7 @@ INLINE numbers magnitudes(numbers values)
     return (numbers)((patterns)values & 0x7FFFFFFF);
 }
 
-/* The numbers that a code stands for, of sixteen rows, what is allowed between them, and how far they are apart. */
+/* The numbers that a code stands for, of LANES rows, what is allowed between them, and how far they are apart. */
 struct pair {
     numbers actual, expected, allowed, difference, error;
 };
@@ -130,7 +130,7 @@ INLINE int added(numbers noise, numbers power, numbers square, struct figures *f
 
 /* Whether the rank's numbers of a group are the source's, as exact as they are: its scale, times a whole number of no more than five
    bits. Scales of 11 bits leave room for these. */
-INLINE int same_numbers(const struct group *group, const struct sixteen_rows *rows)
+INLINE int same_numbers(const struct group *group, const struct lane_rows *rows)
 {
     const numbers shift = CODES / 2 - group->source_zero;
     const numbers whole = __builtin_convertvector(__builtin_convertvector(shift, patterns), numbers);
@@ -147,7 +147,7 @@ INLINE int same_numbers(const struct group *group, const struct sixteen_rows *ro
 /* Takes in some codes of one group, if the rank's numbers are as far from the source's whatever the code, and surely right: then the
    codes' sum and that of their squares are enough. Otherwise returns 0. */
 INLINE int taken_in_alike(const words *source, size_t deep, const struct group *group, float slope,
-                          const struct sixteen_rows *rows, struct figures *figures)
+                          const struct lane_rows *rows, struct figures *figures)
 {
     const float sure = figures->worst * ALIKE;
     const int same = same_numbers(group, rows);
@@ -188,7 +188,7 @@ INLINE int taken_in_alike(const words *source, size_t deep, const struct group *
 /* Takes in some codes of one group; `own` and `theirs`: where the factors of the group begin. Returns 0 where a value is not right
    for sure. */
 INLINE int taken_in(const words *source, size_t deep, const struct kept_factors *each, size_t own, size_t theirs,
-                    const struct sixteen_rows *rows, struct figures *figures)
+                    const struct lane_rows *rows, struct figures *figures)
 {
     numbers counts[CODES], noise = {0}, power = {0}, square = {0};
     patterns wrong = {0}, greatest = {0};

@@ -1,5 +1,5 @@
 /* A rank's codes of 4 bits held against the source's, which it has kept, where the source packs them along columns; and what both
-   make of them, summed (group_sums.h). Sixteen rows are computed with at once, a lane each, as words of eight codes of neighbouring
+   make of them, summed (group_sums.h). LANES rows are computed with at once, a lane each, as words of eight codes of neighbouring
    in-features. */
 #include "group_sums.h"
 
@@ -51,7 +51,7 @@ INLINE words words_at(const uint32_t *from, size_t count)
 }
 
 /* A run of each row, as a word of each row. */
-INLINE void runs_as_words(const struct sixteen_rows *rows, size_t offset, words run[RUN])
+INLINE void runs_as_words(const struct lane_rows *rows, size_t offset, words run[RUN])
 {
     for (int lane = 0; lane < LANES; lane += 4) {
         four a, b, c, d;
@@ -70,7 +70,7 @@ INLINE void runs_as_words(const struct sixteen_rows *rows, size_t offset, words 
 
 /* Where the rank's codes from an in-feature on are others than the source's `deep` words in the rank's order, a whole number of runs.
    A unit's rows, `columns` of them, alternate in tiles of 64 codes. `sign`: differs in all codes. */
-INLINE words differing(const struct sixteen_rows *rows, size_t columns, size_t feature, uint32_t sign, const words *source, size_t deep)
+INLINE words differing(const struct lane_rows *rows, size_t columns, size_t feature, uint32_t sign, const words *source, size_t deep)
 {
     words result = {0};
     for (size_t at = 0; at < deep; at += RUN) {
@@ -119,11 +119,11 @@ INLINE void mix(words run[RUN])
         run[i] = bytes[i];
 }
 
-/* Sixteen rows from `first` on, `apart` from one another, of `count` in all; those before `skip` are none. */
-static struct sixteen_rows rows_of(const struct stored *stored, size_t first_row, size_t first, size_t apart, size_t skip,
-                                   size_t count)
+/* LANES rows from `first` on, `apart` from one another, of `count` in all; those before `skip` are none. */
+static struct lane_rows rows_of(const struct stored *stored, size_t first_row, size_t first, size_t apart, size_t skip,
+                                size_t count)
 {
-    struct sixteen_rows rows = {0};
+    struct lane_rows rows = {0};
     for (size_t lane = 0; lane < LANES; lane++) {
         const size_t place = first + lane * apart;
         const int valid = place >= skip && place - skip < count;
@@ -181,7 +181,7 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
         return 0;
     for (size_t word = 0; word < packed->columns; word += OF_LINE) {
         const size_t end = fewer(word + OF_LINE, packed->columns);
-        struct sixteen_rows some[OF_LINE / LANES][OF_WORD];
+        struct lane_rows some[OF_LINE / LANES][OF_WORD];
         for (size_t part = 0; part < OF_LINE / LANES; part++)
             for (size_t column = 0; column < columns; column++)
                 some[part][column] = rows_of(stored, first, (word + part * LANES) * columns + column, columns, packed->skip, rows);
@@ -193,7 +193,7 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
                 words source[OF_WORD][DEPTH];
                 words_of(packed, mixed, word + part * LANES, at, deep, source);
                 for (size_t column = 0; column < columns; column++) {
-                    const struct sixteen_rows *these = &some[part][column];
+                    const struct lane_rows *these = &some[part][column];
                     const words different = differing(these, stored->columns, feature, sign, source[column], deep);
                     uint32_t any = 0;
                     for (int lane = 0; lane < LANES; lane++)

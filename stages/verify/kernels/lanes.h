@@ -23,9 +23,9 @@ typedef float numbers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef uint8_t some_codes __attribute__((vector_size(4 * LANES)));
 
-/* Sixteen rows: where a rank has their codes, their places among the factors, whether these follow one another, and ones in the lanes
-   that are rows. */
-struct sixteen_rows {
+/* LANES rows, or fewer: where a rank has their codes, their places among the factors, whether these follow one another, and ones in
+   the lanes that are rows. */
+struct lane_rows {
     const uint8_t *own[LANES];
     size_t place[LANES];
     int in_a_row;

@@ -15,7 +15,7 @@ from stages.verify.matrices import Matrix
 from stages.verify.roundtrip.bounds import Allowance
 from stages.verify.rows import StoredRows
 
-LANES = 16  # numbers that are computed with at once: groups are so many, or a multiple
+LANES = 16  # the most numbers that are computed with at once, on any processor: groups are so many, or a multiple
 CHUNK = 2048  # in-features that are computed with at once, in which groups with a largest value of their own must end
 _KINDS = {"weight-only": "integers", "groupwise": "integers", "awq": "pairs", "fp8": "float8", "fp8 rowwise": "float8"}
 _NUMBERS = ("bfloat16", "float16", "float32", "float8_e4m3fn")
