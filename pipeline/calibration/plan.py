@@ -125,9 +125,9 @@ class CalibrationPlan:
         """The file of the samples: their own, or, of what was made of texts, one in scratch."""
         return self.activations.directory / TOKENS if self.samples.digest else self.samples.file.path
 
-    def begin(self) -> ActivationScratch:
-        """Open and lock the scratch, with the file of the samples where that is its own."""
-        scratch = ActivationScratch(self.activations)
+    def begin(self, keep: bool = False) -> ActivationScratch:
+        """Open and lock the scratch, with the file of the samples where that is its own. `keep`: it is to stay."""
+        scratch = ActivationScratch(self.activations, keep)
         try:
             if not self.tokens.is_file():
                 write_tokens(self.tokens, self.samples)

@@ -94,7 +94,7 @@ class LeftToDo:
         self.calibrations: tuple[LayerCall, ...] = ()
         self.notes: list[str] = []
         self._activations: ActivationScratch | None = None
-        self._earlier_cuts: set[str] = set()  # the places of those that unfinished runs had
+        self._earlier_scratch: set[str] = set()  # the places of what unfinished runs had
         self._readers: dict[str, set[int]] = {}  # of chunks that are given up when nothing reads them any more
         self._owners: dict[str, ScratchGroup | RemoteGroup] = {}
         self._freed: set[str] = set()
@@ -107,7 +107,10 @@ class LeftToDo:
             else:
                 self._begin_outputs(phase, stack)
         self._begin_calibration(stack)
-        for place in self._earlier_cuts - {cut.place for cut in self.plan.scratch}:
+        used = {cut.place for cut in self.plan.scratch}
+        if self._activations:
+            used.add(str(self._activations.files.directory))
+        for place in self._earlier_scratch - used:
             drop(place)
 
     def _begin_outputs(self, left: PhaseLeft, stack: ExitStack) -> None:
@@ -131,7 +134,7 @@ class LeftToDo:
         last = max((group.inputs.layer for left in self.phases for group in left.groups), default=-1)
         if calibrating is None or last < 0:
             return
-        self._activations = calibrating.plan.begin()
+        self._activations = calibrating.plan.begin(self.plan.job.keep_scratch)
         stack.callback(self._activations.close)
         self.calibrations = calibrating.calls(calibrating.plan.activations.layers_done, last + 1)
 
@@ -185,7 +188,7 @@ class LeftToDo:
         stack.callback(journal.close)
         if isinstance(sink, Output):
             scratch = earlier.get("scratch")
-            self._earlier_cuts |= set(map(str, scratch if isinstance(scratch, list) else ()))
+            self._earlier_scratch |= set(map(str, scratch if isinstance(scratch, list) else ()))
             if not fresh and earlier.get("id") == sink.id and not alike(earlier, journal.owner or {}):
                 self.notes.append(f"{sink.directory} is begun anew: an earlier run of it went through other cuts")
         if not journal.entries:

@@ -15,11 +15,12 @@ import numpy as np
 
 from pipeline.sinks.array_file import write_arrays
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import JOURNAL
+from pipeline.sinks.scratch import JOURNAL, remove_empty_root
 from pipeline.sinks.syncing import sync_tree
 from pipeline.sinks.zarr_files import write_array, write_group
 from pipeline.tensor.system_errors import naming
 
+STAGE = "calibrate"
 TOKENS = "tokens.safetensors"  # in the directory: those that were made of texts
 
 
@@ -95,10 +96,11 @@ class Activations:
 class ActivationScratch:
     """The scratch of one calibration, locked while it is open.
 
-    Scratch of another calibration in that place is made anew. Raises BadInput where another run is at work on it.
+    `keep`: no other conversion may take it away. Scratch of another calibration in that place is made anew. Raises BadInput where
+    another run is at work on it.
     """
 
-    def __init__(self, files: Activations, stage: str = "calibrate") -> None:
+    def __init__(self, files: Activations, keep: bool = False) -> None:
         self.files = files
         files.directory.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(files.directory / JOURNAL)
@@ -106,7 +108,8 @@ class ActivationScratch:
         if self._journal.owner != owner:
             self._clear()
             self._journal.start(owner)
-            write_group(files.directory, {"headrace": "scratch", "stage": stage, "source": files.source, **owner})
+        said = {"headrace": "scratch", "stage": STAGE, "source": files.source, "keep": keep}
+        write_group(files.directory, {**said, **owner})
 
     def close(self) -> None:
         """Leave it for another run to take up."""
@@ -117,6 +120,7 @@ class ActivationScratch:
         self._clear()
         self._journal.remove()
         shutil.rmtree(self.files.directory, ignore_errors=True)
+        remove_empty_root(self.files.directory.parent)
 
     def _clear(self) -> None:
         for path in sorted(self.files.directory.iterdir()):

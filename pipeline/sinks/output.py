@@ -57,7 +57,8 @@ class Output:
     provenance
         What headrace.json says of the conversion, without id, timings and checksums.
     cuts
-        The id and the place of each cut that its tensors go through, by the cut's stage: groups of blocks depend on them.
+        The id and the place of each cut that its tensors go through, and of the scratch of a calibration that they wait for, by its
+        stage: groups of blocks depend on them.
     """
 
     directory: Path

@@ -81,7 +81,7 @@ def remove_scratch(root: Path, names: list[str]) -> list[ScratchCut]:
 
 
 def drop(place: str) -> None:
-    """Remove a cut that an unfinished conversion left, where there is one that is not to be kept and no job holds it."""
+    """Remove a cut, or a calibration's scratch, that an unfinished conversion left: one that is not kept and that no job holds."""
     if "://" in place:
         drop_there(place)
         return

@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_layer_that_it_was_at(
     result = calibrate(golden("q_bf16", tmp_path / "ranges"))
     assert result.resumed_layers == 1
     assert (tmp_path / "ranges").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert not list((tmp_path / ".headrace-scratch").iterdir()), "scratch is removed"
+    assert not (tmp_path / ".headrace-scratch").exists(), "scratch is removed"
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import pipeline.planning.make_plan as planning
-from pipeline import BadInput, convert, plan
+from pipeline import BadInput, Interrupted, convert, plan
 from pipeline.run.execute import execute
 from pipeline.sinks.activations import Activations
 from pipeline.watching import page
@@ -137,6 +137,49 @@ def test_scratch_that_is_kept_is_measured_once(made: dict[str, Any], tmp_path: P
     convert(**{**options, "smoothquant": 0.7}, output_dir=tmp_path / "two")
     listed = json.loads(headrace("scratch", "ls", tmp_path / ".headrace-scratch", "--json").out)
     assert [cut["stage"] for cut in listed] == ["calibrate"]
+
+
+def interrupted(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The scratch that a conversion leaves which is stopped when it is about to name its files."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sinks.output._replace", stop)
+        with pytest.raises(Interrupted):
+            convert(**options)
+    (place,) = Path(options["output_dir"]).parent.glob(".headrace-scratch/*-calibrate-*")
+    assert list(place.glob("ranges.*"))
+    return place
+
+
+@pytest.mark.parametrize("how", ["other ranges", "the same ranges", "no ranges", "kept"])
+def test_the_scratch_of_an_unfinished_conversion_goes_with_it(
+    how: str, made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "threads"}
+    place = interrupted({**options, "keep_scratch": how == "kept"}, monkeypatch)
+    before = sorted(place.rglob("*"))
+    if how == "other ranges":
+        save_file({"input_ids": np.random.default_rng(1).integers(0, 96, (3, 12))}, tmp_path / "tokens")
+    elif how == "the same ranges":
+        options["smoothquant"] = 0.7
+        monkeypatch.setattr(LayeredModel, "run", None)  # which nothing calls
+    else:
+        options = {"model_dir": made["model_dir"], "output_dir": tmp_path / "out", "scheduler": "threads"}
+    convert(**options, overwrite=True)
+    assert sorted(place.rglob("*")) == (before if how == "kept" else [])
+    assert (tmp_path / ".headrace-scratch").exists() == (how == "kept")
+
+
+def test_scratch_that_a_run_needs_no_more_goes_when_it_goes_on(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "threads"}
+    place = interrupted(options, monkeypatch)
+    assert not convert(**options).up_to_date
+    assert not place.exists()
 
 
 def test_those_who_watch_see_layers_and_time(made: dict[str, Any], tmp_path: Path) -> None:
