@@ -131,25 +131,26 @@ def _passed(plan: Phased, number: int, last: str) -> _Passed:
     sinks = range(len(phase.sinks))
     places = _places(plan.phases[number - 1]) if number else []
     groups: Counter[str] = Counter()
-    elements: dict[str, Counter[int]] = {}  # of each store, by its position in the phase
+    # Of each store, by its position in the phase, and by the stages that groups pass, which are mostly the same ones.
+    elements: dict[tuple[str, ...], Counter[int]] = {}
     positions = {id(store): n for n, store in enumerate(phase.stores)}
     result = _Passed()
     for index, group in enumerate(phase.groups):
         stages, _, openers, inputs, _ = stages_of_group(plan, number, index, sinks)
-        names = [stage for stage, _ in stages]
+        names = tuple([stage for stage, _ in stages])
         if inputs.layer >= 0:
             result.measures["quantize" if "quantize" in names else last] = None
         result.edges |= dict.fromkeys(pairwise([*names, last]))
-        for name in names:
-            groups[name] += 1
-            counts = elements.setdefault(name, Counter())
-            for store, chunk in group:
-                counts[positions[id(store)]] += store.block_elements(chunk)
+        groups.update(names)
+        counts = elements.setdefault(names, Counter())
+        for store, chunk in group:
+            counts[positions[id(store)]] += store.block_elements(chunk)
         for chunk_name, stage in openers.items():
             result.opens[next(place for place in places if chunk_name.startswith(f"{place}/")), stage or last] = None
     for name in STAGES:
         if name in groups:
-            nbytes = sum(phase.stores[n].share_bytes(count) for n, count in elements[name].items())
+            passed = sum((counts for names, counts in elements.items() if name in names), Counter[int]())
+            nbytes = sum(phase.stores[n].share_bytes(count) for n, count in passed.items())
             result.tasks[name] = groups[name], nbytes
     result.tasks[last] = len(phase.groups), phase.written_bytes(sinks)
     return result

@@ -189,21 +189,47 @@ def grouped(stores: Sequence[Store], sinks: Sequence[Sink], block_bytes: int) ->
     parts, groups = all_parts(sinks), []
     remote = {part.sink: rank_files(sinks[part.sink]) for part in parts}
     placed = {number: _placed(stores, number, files) for number, files in remote.items()}
+    ranges: dict[tuple[int, int, int], _Ranges[tuple[int, ...]]] = {}
     for position, part in enumerate(parts):
         filled, padding = placed[part.sink]
         parts[position] = replace(part, padding=tuple((start, end) for start, end, _ in padding[part.rank].of(part)))
-        groups.append(tuple(_blocks(list(filled[part.rank].of(part)), part, remote[part.sink][part.rank])))
+        groups.append(tuple(_blocks(list(filled[part.rank].of(part)), part, remote[part.sink][part.rank], ranges)))
     local = [store for store in stores if any(store.placements[n].elements for n in range(len(sinks)) if n not in remote)]
     return (*groups, *group_blocks(local, block_bytes)), dict(enumerate(parts))
 
 
-def _blocks(placed: Sequence[tuple[int, int, Store]], part: RankPart, file: RankFile) -> Iterator[tuple[Store, tuple[int, ...]]]:
-    """The blocks that have bytes of a part, in the order of these. `placed`: what the stores have of it."""
+def _blocks(
+    placed: Sequence[tuple[int, int, Store]],
+    part: RankPart,
+    file: RankFile,
+    ranges: dict[tuple[int, int, int], _Ranges[tuple[int, ...]]],
+) -> Iterator[tuple[Store, tuple[int, ...]]]:
+    """The blocks that have bytes of a part, in the order of these.
+
+    `placed`: what the stores have of it. `ranges`: of blocks in files by the store's id, the sink and the rank.
+    """
     for store in {id(store): store for _, _, store in placed}.values():
         regions = store.arrays[part.sink].grid.regions
-        for index in regions:
-            if len(regions) == 1 or delivered(part, store, index, file)[1]:
-                yield store, tuple(index)
+        if len(regions) == 1:
+            yield store, next(iter(regions))
+            continue
+        key = id(store), part.sink, part.rank
+        if key not in ranges:
+            ranges[key] = _Ranges(_block_ranges(store, part, file))
+        near = {index for _, _, index in ranges[key].of(part)}
+        yield from ((store, index) for index in sorted(near) if delivered(part, store, index, file)[1])
+
+
+def _block_ranges(store: Store, part: RankPart, file: RankFile) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """The bytes of a part's file that each block of a store has there, from the first to the last."""
+    for placement in (each for each in store.placed(part.sink) if each.rank == part.rank):
+        tensor = file.tensors[placement.tensor]
+        shape, dtype = tensor.stored
+        itemsize = BY_TARGET[dtype].numpy.itemsize
+        for index, region in store.arrays[part.sink].grid.regions.items():
+            if moved := placement.of(region):
+                first, last = ends(shape, moved[0])
+                yield tensor.offset + first * itemsize, tensor.offset + last * itemsize, index
 
 
 def rank_files(sink: Sink) -> Sequence[RankFile]:

@@ -40,12 +40,12 @@ def split_names(tensors: Mapping[str, T]) -> dict[TensorName, T]:
 
 def _beside(text: str, tensors: Mapping[str, T]) -> TensorName:
     """The name of one of `tensors`, taken apart."""
-    name = owner = split_name(text)
-    while owner.module:
-        owner = split_name(owner.module)
-        if str(owner) in tensors:
-            return TensorName(owner.module, text[len(owner.module) + 1 if owner.module else 0 :])
-    return name
+    beginning = text
+    while beginning := beginning.rpartition(".")[0]:
+        if beginning in tensors:
+            module = split_name(beginning).module
+            return TensorName(module, text[len(module) + 1 if module else 0 :])
+    return split_name(text)
 
 
 def by_module(tensors: Mapping[TensorName, T]) -> dict[str, dict[str, T]]:

@@ -22,12 +22,15 @@ def whole(shape: Sequence[int]) -> Region:
 
 def extent(region: Region) -> tuple[int, ...]:
     """The shape of a region."""
-    return tuple(stop - start for start, stop in region)
+    return tuple([stop - start for start, stop in region])
 
 
 def size(region: Region) -> int:
     """The number of elements in a region."""
-    return math.prod(extent(region))
+    elements = 1
+    for start, stop in region:  # of a plan of thousands of experts, a million times
+        elements *= stop - start
+    return elements
 
 
 def intersect(a: Region, b: Region) -> Region | None:
@@ -103,6 +106,15 @@ class Placement:
     tensor: str
     source: Region | None
     target: Region
+
+    def of(self, region: Region) -> tuple[Region, tuple[int, ...]] | None:
+        """Where the values of a region of the array go, and how far that is along the array's axes; None where none of them go."""
+        common = None if self.source is None else intersect(self.source, region)
+        if common is None or self.source is None:
+            return None
+        lead = len(self.target) - len(common)
+        move = tuple([t[0] - s[0] for t, s in zip(self.target[lead:], self.source, strict=True)])
+        return (*self.target[:lead], *shift(common, move)), move
 
 
 class Placements(ABC):

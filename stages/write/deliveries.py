@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.tensor.placement import Located, Placement, Region, intersect, shift, slices
+from pipeline.tensor.placement import Located, Placement, Region, shift, slices
 from pipeline.tensor.tensors import Block
 
 
@@ -76,12 +76,11 @@ def deliveries(placements: Iterable[Placement], region: Region, locate: Locate) 
     """
     result = []
     for placement in placements:
-        common = intersect(placement.source, region) if placement.source is not None else None
-        if common is None or placement.source is None:
+        moved = placement.of(region)
+        if moved is None:
             continue
-        lead = len(placement.target) - len(common)
-        move = [t[0] - s[0] for t, s in zip(placement.target[lead:], placement.source, strict=True)]
-        target = (*placement.target[:lead], *shift(common, move))
+        target, move = moved
+        lead = len(target) - len(move)
         origin = [start for start, _ in region]
         for place in locate(placement.rank, placement.tensor, target):
             source = shift(shift(place.region[lead:], move, -1), origin, -1)

@@ -125,6 +125,20 @@ def test_a_part_takes_the_rows_that_lie_in_it_and_no_others() -> None:
             assert sum(size(to.source) for to in found) * 2 <= 56
 
 
+def test_a_parts_blocks_are_found_without_a_look_at_all_blocks_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred blocks in as many parts: a mixture's stacks of experts are as many, and looking at each for each takes minutes."""
+    (array,) = read(held({"t": np.zeros((1000, 4), np.uint16)}), 80, 1).values()
+    region = whole(array.shape)
+    store = Store("t", (array,), (FixedPlacements([Placement(0, "t", region, region)]),), 2, 1, array.nbytes)
+    output = Output(PLACE, (rank_file(PLACE / "rank0.safetensors", [RankTensor(0, "t", array.shape, "float16")]),), "", "")
+    looked = list[Any]()
+    monkeypatch.setattr(pipeline.planning.rank_parts, "PART_BYTES", 80)
+    monkeypatch.setattr(pipeline.planning.rank_parts, "delivered", lambda *own: (looked.append(own), delivered(*own))[1])
+    groups, parts = grouped([store], [output], 1000)
+    assert array.npartitions == 100 <= len(parts)
+    assert len(looked) == sum(map(len, groups)) <= 2 * len(parts)
+
+
 def test_a_narrow_part_of_a_cast_block_is_made_of_a_narrow_part_of_its_source() -> None:
     block = turned(HeldBlock(np.arange(32).reshape(16, 2), whole((16, 2))))
     part = block[4:8]
