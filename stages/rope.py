@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class RopeBuffer:
     shape: tuple[int, ...]
     frequencies: tuple[float, ...]
     dtype: np.dtype = FLOAT32
+    by_rows: ClassVar[bool] = True
 
     def block(self, region: Region) -> Block:
         return RopeBlock(self, region)

@@ -86,7 +86,7 @@ class Cuts:
         """
         if self.assembled and not self.why_assembled:
             earlier = "chunks of the cut before it are checked whole" if self.phases else ""
-            self.why_assembled = earlier or needs_cut(stores, self.directories)
+            self.why_assembled = earlier or needs_cut(stores, self.directories, bool(self.source.url))
             self.stages = tuple(stage for stage in self.stages if stage != "shard" or self.why_assembled)
         if "shard" not in self.stages:
             return stores

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.tensor.bucket import in_parts
 from pipeline.tensor.placement import ends
-from pipeline.tensor.rows import TakenRows
-from pipeline.tensor.tensors import MappedBlocks
 from pipeline.tensor.units import human_bytes
-from stages.read import ReadArray
-from stages.read.mapped import MappedTensor
-from stages.read.remote import RemoteTensor
-from stages.rope import RopeBuffer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,10 +23,11 @@ PLAIN_STAGES = ("read", "rename", "cast")
 MOST_READ = 1.25  # of the bytes of a source behind a URL, where nothing keeps what one part has read for the next
 
 
-def needs_cut(stores: Sequence[Store], directories: Sequence[Path]) -> str:
+def needs_cut(stores: Sequence[Store], directories: Sequence[Path], fetched: bool) -> str:
     """Why outputs in object storage need a cut after `shard`; "" where parts can be made of the source at once.
 
     `stores`: those of the plan's last phase, as they are without that cut. `directories`: of the outputs.
+    `fetched`: the source is behind a URL.
     """
     if len(directories) > 1:
         return "several outputs share one reading"
@@ -42,11 +37,11 @@ def needs_cut(stores: Sequence[Store], directories: Sequence[Path]) -> str:
         reason = _not_plain(store.arrays[0])
         if reason:
             return f"{store.name} {reason}"
-    if not any(_is_remote(store.arrays[0]) for store in stores):
+    if not fetched:
         return ""  # a rank's columns are pages that the other ranks' parts, which are made beside it, have brought to memory
-    total, fetched = sum(store.source_bytes for store in stores), sum(map(_fetched_bytes, stores))
-    if fetched > total * MOST_READ:
-        return f"parts made at once would fetch {human_bytes(fetched)} of a source of {human_bytes(total)}"
+    total, taken = sum(store.source_bytes for store in stores), sum(map(_fetched_bytes, stores))
+    if taken > total * MOST_READ:
+        return f"parts made at once would fetch {human_bytes(taken)} of a source of {human_bytes(total)}"
     return ""
 
 
@@ -54,18 +49,9 @@ def _not_plain(array: BlockArray) -> str:
     """Why some rows of an array cannot be made of a few rows of the source's files; "" where they can."""
     if array.stage not in PLAIN_STAGES:
         return f"passes {array.stage}"
-    if isinstance(array, ReadArray):
-        plain = isinstance(array.tensor, MappedTensor | RopeBuffer)
-        return "" if plain else "is no one run of bytes in a file"
-    if not isinstance(array, TakenRows | MappedBlocks):
-        return "is made of several tensors"
+    if not array.by_rows:
+        return "is made of several tensors" if array.inputs else "is no one run of bytes in a file"
     return next(filter(None, map(_not_plain, array.inputs)), "")
-
-
-def _is_remote(array: BlockArray) -> bool:
-    if isinstance(array, ReadArray):
-        return isinstance(array.tensor, RemoteTensor)
-    return any(map(_is_remote, array.inputs))
 
 
 def _fetched_bytes(store: Store) -> int:

@@ -119,6 +119,11 @@ class BlockArray(ABC):
         """The blocks that `make(index)` takes, in order: the same ones of each input, unless a subclass says otherwise."""
         return [(array, index) for array in self.inputs]
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether some of its rows are made of a few rows of each input, or of a file's bytes, and of nothing else."""
+        return False
+
     def __hash__(self) -> int:
         return self._hash
 

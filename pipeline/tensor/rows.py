@@ -22,6 +22,10 @@ class TakenRows(BlockArray):
         super().__init__(grid(chunks), array.dtype, (array,))
         self.slices, self.axis = slices, axis
 
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def naming(self) -> str:
         text = ".".join(f"{number}:{start}:{stop}" for number, (start, stop) in self.slices)
         return f"rows-{self.axis}-{text}-{self.inputs[0].name}"

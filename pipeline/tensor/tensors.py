@@ -218,7 +218,10 @@ class Applied(Block):
 
 
 class LazyTensor(Protocol):
-    """A tensor of a source: known shape and dtype, and blocks of it on demand. Must survive pickling."""
+    """A tensor of a source: known shape and dtype, and blocks of it on demand. Must survive pickling.
+
+    One that reads some of its rows without the others may say so: `by_rows = True`.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -298,6 +301,10 @@ class MappedBlocks(BlockArray):
     def __init__(self, array: BlockArray, cut: Grid, dtype: np.dtype, bound: Bound) -> None:
         super().__init__(cut, dtype, (array,))
         self.bound = bound
+
+    @property
+    def by_rows(self) -> bool:
+        return True
 
     def naming(self) -> str:
         function, arguments = self.bound

@@ -139,6 +139,10 @@ class ReadArray(BlockArray):
         super().__init__(cut, tensor.dtype)
         self.label, self.tensor = label, tensor
 
+    @property
+    def by_rows(self) -> bool:
+        return getattr(self.tensor, "by_rows", False)
+
     def naming(self) -> str:
         return f"read-{self.label}"
 

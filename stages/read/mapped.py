@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class MappedTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     stage: str = "read"  # that its bytes are metered as
+    by_rows: ClassVar[bool] = True
 
     def block(self, region: Region) -> Block:
         return MappedBlock(self, region)

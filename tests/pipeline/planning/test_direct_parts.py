@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pipeline.planning.memory
 import pipeline.planning.rank_parts
 from pipeline import convert, plan
+from pipeline.planning.direct_parts import needs_cut
 from pipeline.planning.phases import Store
 from pipeline.planning.rank_parts import delivered, grouped
 from pipeline.sinks.output import Output
@@ -22,11 +23,12 @@ from pipeline.tensor.arrays import BlockArray
 from pipeline.tensor.blocks import read_block
 from pipeline.tensor.placement import FixedPlacements, Placement, RankTensor, Region, extent, size, slices, whole
 from pipeline.tensor.remote_path import RemotePath
+from pipeline.tensor.rows import take_rows
 from pipeline.tensor.tensors import Applied, Block, map_blocks
 from stages.read import read
 from stages.write.parts import PartBytes
 from tests.support import checkpoints, quantized_checkpoints
-from tests.support.lazy import HeldBlock, held
+from tests.support.lazy import Held, HeldBlock, held
 from tests.support.range_server import range_server
 from tests.support.s3_server import Proxied, s3_server
 
@@ -192,6 +194,23 @@ def test_what_is_unpacked_needs_a_cut(tmp_path: Path, monkeypatch: pytest.Monkey
     quantized_checkpoints.write(tmp_path / "model", quantized_checkpoints.LLAMA, quantized_checkpoints.bitsandbytes())
     made = plan(model_dir=tmp_path / "model", output_dir=str(PLACE), dequantize=True)
     assert made.scratch_reasons["shard"].endswith("passes unpack")
+
+
+class HeldByRows(Held):
+    """A tensor of somebody's own source."""
+
+    by_rows = True
+
+
+@pytest.mark.parametrize(("made", "why"), [(Held, "t is no one run of bytes in a file"), (HeldByRows, "")])
+def test_a_tensor_of_any_source_may_say_that_some_rows_are_read_without_the_others(made: type[Held], why: str) -> None:
+    (array,) = read({"t": made(np.zeros((64, 8), np.uint16))}, 1 << 20, 1).values()
+    array.stage = "read"
+    of_its_rows = take_rows(map_blocks(array, turned, dtype=array.dtype), [(4, 12)], 0)
+    for each in (of_its_rows, *of_its_rows.inputs):
+        each.stage = "rename"
+    store = Store("t", (of_its_rows,), (FixedPlacements(()),), 2, 1, array.nbytes)
+    assert needs_cut([store], [PLACE], fetched=False) == why
 
 
 @pytest.mark.usefixtures("server")
