@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import bucket_hold
 from pipeline.sinks.bucket_checks import read_provenance
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.output import PROVENANCE, Output, alike
 from pipeline.sinks.output_sums import output_sums
 from pipeline.sinks.scratch import remove_empty_root
@@ -95,12 +95,24 @@ class BucketOutput(Output):
             return False
         return read_provenance(self.directory).get("id") == self.id
 
+    def owner(self, tasks: int) -> dict[str, Any]:
+        """The first line of the journal: parts have the same bytes whatever cuts they are made behind."""
+        return {**self._journalled(tasks), "parts": list(self.part_bytes)}
+
+    def begun(self, tasks: int) -> list[dict[str, Any]]:
+        """The entries of an interrupted run of this plan. Parts that the store has lost meanwhile are seen by `begin` alone."""
+        with suppress(OSError):
+            owner, entries = look(self.journal)
+            if alike(owner, self.owner(tasks)) and _uploads(entries):
+                return entries
+        return []
+
     def begin(self, tasks: int, fresh: bool) -> Journal:
         """Take the output, and go on with the uploads that an interrupted run left, or begin them anew.
 
         Raises BadInput where another job is at work on it, or the store takes nothing.
         """
-        owner = {**self._journalled(tasks), "parts": list(self.part_bytes)}
+        owner = self.owner(tasks)
         journal = None
         try:
             self.journals.mkdir(parents=True, exist_ok=True)

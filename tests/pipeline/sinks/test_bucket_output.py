@@ -155,6 +155,21 @@ def test_a_run_that_ends_goes_on_with_the_parts_that_are_there(
     same(tmp_path, options)
 
 
+@WAYS
+def test_a_plan_says_how_many_tasks_are_done(server: Proxied, options: dict[str, Any], cut: str) -> None:
+    options |= {"scratch_after": cut, "output_dir": OUT}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    ran = headrace("plan", *words)
+    assert ran.code == 0, ran
+    assert ran.out.startswith("would convert in")
+    server.fault = parts_of(server, "full", 5)
+    with pytest.raises(WriteFailed):
+        convert(**options)
+    server.fault = lambda *_: None
+    said = json.loads(headrace("plan", *words, "--json").out)
+    assert 0 < said["done_tasks"] == convert(**options).resumed_tasks < said["tasks"]
+
+
 @pytest.mark.parametrize(("first", "then"), [("auto", "shard"), ("shard", "auto")])
 def test_a_run_goes_on_with_parts_that_were_made_the_other_way(
     tmp_path: Path, server: Proxied, options: dict[str, Any], first: str, then: str
