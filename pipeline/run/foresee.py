@@ -71,6 +71,9 @@ class _Looked(LeftToDo):
         seen: Any = _Seen(_entries(left.phase.sinks[number], len(left.phase.groups)))
         left.journals[number], left.created[number] = seen, None
 
+    def _begin_calibration(self, stack: ExitStack) -> None:
+        """Layers are no tasks that are counted."""
+
 
 def _entries(sink: Any, tasks: int) -> list[dict[str, Any]]:
     return [] if sink.complete else list(sink.begun(tasks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from safetensors.numpy import save_file
 import pipeline.planning.make_plan as planning
 from pipeline import BadInput, Interrupted, convert, plan
 from pipeline.run.execute import execute
+from pipeline.run.foresee import done_tasks
 from pipeline.sinks.activations import Activations
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import JOURNAL
 from pipeline.watching import page
 from pipeline.watching.layers import LayerProgress
+from pipeline.watching.listener import Silent
 from pipeline.watching.progress import ProgressLines
 from pipeline.watching.state import RunWatch
 from stages.calibrate.layers import LayeredModel
@@ -128,6 +133,23 @@ def test_a_run_that_is_stopped_goes_on_with_the_layer_that_it_was_at(
     convert(**options)
     assert seen == [1, 1, 1, 2, 2, 2]
     assert ranks(tmp_path / "out") == expected
+
+
+def test_the_plan_of_a_run_that_was_stopped_begins_no_calibration(made: dict[str, Any], tmp_path: Path) -> None:
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "synchronous"}
+    planned, done = plan(**options), list[Any]()
+
+    class Stopping(Silent):
+        def advanced(self, written: Any) -> None:
+            done.append(written)
+            if len(done) == 3:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        execute(planned, Stopping())
+    (place,) = (tmp_path / ".headrace-scratch").glob("*-calibrate-*")
+    with closing(Journal(place / JOURNAL)):  # another run's
+        assert done_tasks(planned) == len(done) < planned.tasks
 
 
 def test_scratch_that_is_kept_is_measured_once(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
