@@ -45,7 +45,7 @@ class Cuts:
         self.assembled = any(isinstance(target.output_dir, RemotePath) for target in job.targets)
         # Nor can those that do not see the outputs' directories write there.
         self.apart = workers.apart
-        forced = {"read": self.carried, "shard": self.assembled or self.apart}
+        forced = {"read": self.carried, "shard": self.apart}
         asked = {*job.cuts, *(stage for stage, needed in forced.items() if needed)}
         self.stages = tuple(stage for stage in SCRATCH_STAGES if stage in asked)
         self.why_assembled = "it was asked for" if "shard" in job.cuts else ""  # of chunks, and not of the source
@@ -87,8 +87,7 @@ class Cuts:
         if self.assembled and not self.why_assembled:
             earlier = "chunks of the cut before it are checked whole" if self.phases else ""
             self.why_assembled = earlier or needs_cut(stores, self.directories, bool(self.source.url))
-            self.stages = tuple(stage for stage in self.stages if stage != "shard" or self.why_assembled)
-        if "shard" not in self.stages:
+        if "shard" not in self.stages and not self.why_assembled:
             return stores
         groups, again = [], []
         written = _written(stores)
@@ -153,7 +152,7 @@ class Cuts:
 
     def _group(self, stage: str, shapes: Mapping[tuple[int, str], tuple[Any, Any, Any]]) -> Group:
         listed = sorted((rank, name, shape, chunks, str(dtype)) for (rank, name), (shape, chunks, dtype) in shapes.items())
-        key = scratch_id(stage, self.stages[: self.stages.index(stage.rstrip("0123456789"))], self.identity, listed)
+        key = scratch_id(stage, [earlier.stage for earlier in self.groups], self.identity, listed)
         place = self.source.location
         last = self.source.url.rpartition("/")[2] or (place.name if place.is_dir() else place.stem)
         name = f"{last}-{stage}-{key}.zarr"
