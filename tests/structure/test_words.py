@@ -104,7 +104,6 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "pipeline/run/cluster.py": {"distributed", "tornado", "pipeline.watching.dashboard"},
     # Where a file of its settings is malformed, Dask cannot be imported: that is checked first.
     "pipeline/planning/dask_settings.py": {"dask"},
-    "pipeline/reporting/tasks.py": {"dask"},
     # Only logits need torch.
     "pipeline/reporting/verification.py": {"stages.verify.forward.logits"},
     # Only a calibration needs torch and transformers.
