@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +23,22 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Tests make many small files, and a virtual disk may take a millisecond for each: by day they are in memory, where that has room
+# for the largest models of two tests at once.
+MEMORY, ROOM_BYTES = Path("/dev/shm"), 8 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not nightly" and MEMORY.is_dir():
+        available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        if available and min(int(available[1]) << 10, shutil.disk_usage(MEMORY).free) >= ROOM_BYTES:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+# Else each of the hundreds of processes that tests start would compile all modules again, as no installed command does.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ By day a few shapes, by night all, each in a process with a limit of processor t
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ BY_DAY = [
     "bigcode/starcoder2-15b",
     "mlx-community/Llama-3.2-1B-Instruct-8bit (MLX, quantization_config too)",
 ]
+# A model that is planned, on a machine whose disk is too small for it.
+NO_ROOM = re.compile("would not convert: 1 problem - --output_dir [^:]+: found [0-9.]+ [A-Za-z]+ free; expected room for ")
 
 
 def forms(name: str) -> list[str]:
@@ -54,7 +57,7 @@ def reasons(ran: Ran) -> list[str]:
     """The problems of a plan, whose report is short; none of a plan that works."""
     assert ran.code in (0, 2), ran
     assert "Traceback" not in ran.err, ran.err
-    if ran.code == 0:
+    if ran.code == 0 or NO_ROOM.match(" ".join(ran.out.split())):
         assert not ran.err, ran.err
         return []
     head, *problems = ran.err.splitlines()
