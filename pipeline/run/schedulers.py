@@ -169,9 +169,9 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
             else:
                 raise value[1].with_traceback(value[2])
     except (KilledWorker, CancelledError) as error:
-        raise WriteFailed(
-            f"the cluster lost a worker ({error}); the outputs are not complete: run the same command again"
-        ) from error
+        lost = "a worker" if isinstance(error, KilledWorker) else "its scheduler"
+        said = " ".join(str(error).split())
+        raise WriteFailed(f"the cluster lost {lost} ({said}); the outputs are not complete: run the same command again") from error
     finally:
         client.cancel(futures)
 
@@ -196,8 +196,9 @@ def _report(client: Any, path: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        page = client.sync(client.scheduler.performance_report, start=began, last_count=count, code="", mode="inline")
-        path.write_text(page)
+        if client.status == "running":  # where the scheduler is lost, there is no report, and the run says why it ended
+            page = client.sync(client.scheduler.performance_report, start=began, last_count=count, code="", mode="inline")
+            path.write_text(page)
 
 
 @contextmanager

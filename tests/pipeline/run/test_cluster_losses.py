@@ -17,7 +17,7 @@ from pipeline import WriteFailed, convert, plan
 from pipeline.planning import memory
 from pipeline.planning.dask_graph import StageGraph
 from pipeline.run import execute
-from pipeline.run.schedulers import elsewhere
+from pipeline.run.schedulers import elsewhere, runner
 from tests.support import checkpoints
 from tests.support.commands import COMMAND
 from tests.support.dask_processes import DaskProcesses, Nodes
@@ -159,6 +159,7 @@ def test_the_same_command_goes_on_after_the_loss_of_the(tmp_path: Path, model: P
         cluster.scheduler.kill()
         _, said = client.communicate(timeout=SECONDS)
         assert client.returncode == 3, said
+        assert "the cluster lost its scheduler (" in said
         assert "run the same command again" in said
         assert "Traceback" not in said
     else:
@@ -198,6 +199,20 @@ def test_dask_logs_nothing_of_a_lost_scheduler_that_a_run_reports_but_does_for_t
         logger.error("whoever else logs")
     assert [record.exc_info is not None for record in said] == [False, True]
     assert logger.filters == filters
+
+
+def test_a_lost_scheduler_costs_its_report_and_not_the_reason_of_the_runs_end(tmp_path: Path, stack: ExitStack) -> None:
+    cluster, report = DaskProcesses(tmp_path, stack), tmp_path / "report.html"
+
+    def lose() -> None:
+        with runner(cluster.address, 1, report=report) as session:
+            cluster.scheduler.kill()
+            wait(lambda: session.client.status == "connecting", SECONDS)
+            raise WriteFailed("the reason")
+
+    with pytest.raises(WriteFailed, match="the reason"):
+        lose()
+    assert not report.exists()
 
 
 def test_a_task_that_is_done_again_does_not_miss_the_scratch_that_was_freed(
