@@ -35,13 +35,15 @@ INLINE numbers of_pairs(shorts sums)
     return __builtin_convertvector((patterns)((both & 0xFFFFu) + (both >> 16)), numbers);
 }
 
-INLINE numbers factors_of(const float *factors, const struct lane_rows *rows)
+/* Factors of one group of each row; memory is asked for those of the next, which lie `next` further on: a page away. */
+INLINE numbers factors_of(const float *factors, const struct lane_rows *rows, size_t next)
 {
     float each[LANES];
     numbers result = {0};
     if (factors == NULL)
         return result;
     if (rows->in_a_row) {
+        __builtin_prefetch((const void *)((uintptr_t)(factors + rows->place[0]) + next * sizeof *factors)); /* or behind the last */
         memcpy(&result, factors + rows->place[0], sizeof result);
         return result;
     }
@@ -59,11 +61,11 @@ struct group {
 INLINE struct group group_of(const struct kept_factors *each, size_t own, size_t theirs, const struct lane_rows *rows)
 {
     return (struct group){
-        .scale = factors_of(each->scales + own, rows),
-        .zero = factors_of(each->zeros ? each->zeros + own : NULL, rows),
-        .source_scale = factors_of(each->source_scales + theirs, rows),
-        .source_zero = factors_of(each->source_zeros + theirs, rows),
-        .constant = factors_of(each->constant + own, rows),
+        .scale = factors_of(each->scales + own, rows, each->rows),
+        .zero = factors_of(each->zeros ? each->zeros + own : NULL, rows, each->rows),
+        .source_scale = factors_of(each->source_scales + theirs, rows, each->rows),
+        .source_zero = factors_of(each->source_zeros + theirs, rows, each->rows),
+        .constant = factors_of(each->constant + own, rows, each->rows),
     };
 }
 

@@ -8,11 +8,21 @@
 #define OF_LINE 16 /* words of what memory gives at once, which are all used when it does */
 
 typedef uint32_t four __attribute__((vector_size(16)));
+typedef uint32_t eight __attribute__((vector_size(32)));
 
-#ifdef __clang__
-#define SHUFFLED(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+/* Every four lanes of two vectors alike: those of the first from 0 on, of the second from LANES on. */
+#define CHUNK(n, i, j, k, l) 4 * (n) + (i), 4 * (n) + (j), 4 * (n) + (k), 4 * (n) + (l)
+#if LANES == 16
+#define CHUNKS(...) CHUNK(0, __VA_ARGS__), CHUNK(1, __VA_ARGS__), CHUNK(2, __VA_ARGS__), CHUNK(3, __VA_ARGS__)
+#elif LANES == 8
+#define CHUNKS(...) CHUNK(0, __VA_ARGS__), CHUNK(1, __VA_ARGS__)
 #else
-#define SHUFFLED(a, b, i, j, k, l) __builtin_shuffle(a, b, (four){i, j, k, l})
+#define CHUNKS(...) CHUNK(0, __VA_ARGS__)
+#endif
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
 
 /* The code of a run that the kernels' order has at a place of a word. */
@@ -50,22 +60,57 @@ INLINE words words_at(const uint32_t *from, size_t count)
     return result;
 }
 
+#if LANES > 4 && (defined(__clang__) || __GNUC__ >= 12)
+INLINE eight joined8(four a, four b)
+{
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#endif
+
+/* The runs of every fourth row, one behind the other. Through memory, the processor would wait for its parts to be written. */
+INLINE words runs_of(const struct lane_rows *rows, int lane, size_t offset)
+{
+    four each[LANES / 4];
+    for (int i = 0; i < LANES / 4; i++)
+        memcpy(&each[i], rows->own[lane + 4 * i] + offset, sizeof each[i]);
+#if LANES == 16 && (defined(__clang__) || __GNUC__ >= 12)
+    return __builtin_shufflevector(joined8(each[0], each[1]), joined8(each[2], each[3]), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
+                                   14, 15);
+#elif LANES == 8 && (defined(__clang__) || __GNUC__ >= 12)
+    return joined8(each[0], each[1]);
+#else
+    words result;
+    memcpy(&result, each, sizeof result);
+    return result;
+#endif
+}
+
 /* A run of each row, as a word of each row. */
 INLINE void runs_as_words(const struct lane_rows *rows, size_t offset, words run[RUN])
 {
-    for (int lane = 0; lane < LANES; lane += 4) {
-        four a, b, c, d;
-        memcpy(&a, rows->own[lane] + offset, sizeof a);
-        memcpy(&b, rows->own[lane + 1] + offset, sizeof b);
-        memcpy(&c, rows->own[lane + 2] + offset, sizeof c);
-        memcpy(&d, rows->own[lane + 3] + offset, sizeof d);
-        const four low = SHUFFLED(a, b, 0, 4, 1, 5), high = SHUFFLED(a, b, 2, 6, 3, 7);
-        const four low_too = SHUFFLED(c, d, 0, 4, 1, 5), high_too = SHUFFLED(c, d, 2, 6, 3, 7);
-        const four each[RUN] = {SHUFFLED(low, low_too, 0, 1, 4, 5), SHUFFLED(low, low_too, 2, 3, 6, 7),
-                                SHUFFLED(high, high_too, 0, 1, 4, 5), SHUFFLED(high, high_too, 2, 3, 6, 7)};
-        for (int word = 0; word < RUN; word++)
-            memcpy((uint32_t *)&run[word] + lane, &each[word], sizeof each[word]);
-    }
+    const words a = runs_of(rows, 0, offset), b = runs_of(rows, 1, offset);
+    const words c = runs_of(rows, 2, offset), d = runs_of(rows, 3, offset);
+    const words low = SHUFFLED(a, b, CHUNKS(0, LANES, 1, LANES + 1)), high = SHUFFLED(a, b, CHUNKS(2, LANES + 2, 3, LANES + 3));
+    const words low_too = SHUFFLED(c, d, CHUNKS(0, LANES, 1, LANES + 1));
+    const words high_too = SHUFFLED(c, d, CHUNKS(2, LANES + 2, 3, LANES + 3));
+    run[0] = SHUFFLED(low, low_too, CHUNKS(0, 1, LANES, LANES + 1));
+    run[1] = SHUFFLED(low, low_too, CHUNKS(2, 3, LANES + 2, LANES + 3));
+    run[2] = SHUFFLED(high, high_too, CHUNKS(0, 1, LANES, LANES + 1));
+    run[3] = SHUFFLED(high, high_too, CHUNKS(2, 3, LANES + 2, LANES + 3));
+}
+
+/* Where a row's codes from an in-feature on lie behind its first: a unit's rows, `columns` of them, alternate in tiles of 64 codes. */
+INLINE size_t tile_offset(size_t columns, size_t feature)
+{
+    return feature / 64 * columns * 32 + feature % 64 / 2;
+}
+
+/* Asks memory for the codes of rows from an in-feature on. */
+INLINE void asked_for(const struct lane_rows *rows, size_t columns, size_t feature, size_t count)
+{
+    for (size_t at = 0; at < count; at += 64)
+        for (int lane = 0; lane < LANES; lane++)
+            __builtin_prefetch(rows->own[lane] + tile_offset(columns, feature + at));
 }
 
 /* Where the rank's codes from an in-feature on are others than the source's `deep` words in the rank's order, a whole number of runs.
@@ -76,7 +121,7 @@ INLINE words differing(const struct lane_rows *rows, size_t columns, size_t feat
     for (size_t at = 0; at < deep; at += RUN) {
         words run[RUN];
         const size_t code = feature + at * OF_WORD;
-        runs_as_words(rows, code / 64 * columns * 32 + code % 64 / 2, run);
+        runs_as_words(rows, tile_offset(columns, code), run);
         for (int word = 0; word < RUN; word++)
             result |= run[word] ^ source[at + word] ^ sign;
     }
@@ -194,6 +239,8 @@ int AT_LEVEL(kept)(const struct stored *stored, size_t first, const struct packe
                 words_of(packed, mixed, word + part * LANES, at, deep, source);
                 for (size_t column = 0; column < columns; column++) {
                     const struct lane_rows *these = &some[part][column];
+                    if (at + 2 * count <= packed->features)
+                        asked_for(these, stored->columns, feature + count, count);
                     const words different = differing(these, stored->columns, feature, sign, source[column], deep);
                     uint32_t any = 0;
                     for (int lane = 0; lane < LANES; lane++)
