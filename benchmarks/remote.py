@@ -75,8 +75,10 @@ def remote(work: Path, layers: int, count: int, scheduler: str) -> None:
     nbytes = make(work / "source", "8B", layers=layers, noise=weights(), shard_bytes=1 << 30)
     files = sorted(path.name for path in (work / "source").glob("*.safetensors"))
     with nginx(work) as url:
-        projected = plan(model_dir=url, output_dir=work / "ranks", tp_size=2).budget.peak_bytes
-        flags = ["--quiet", "--model_dir", url, "--output_dir", str(work / "ranks"), "--tp_size", "2", "--scheduler", scheduler]
+        projected = plan(model_dir=url, output_dir=work / "ranks", tp_size=2, use_parallel_embedding=True).budget.peak_bytes
+        # Each rank with half of the embedding: as many bytes are written as are downloaded.
+        split = ["--tp_size", "2", "--use_parallel_embedding"]
+        flags = ["--quiet", "--model_dir", url, "--output_dir", str(work / "ranks"), *split, "--scheduler", scheduler]
         # A file after the other by each of four.
         queues = [" ".join(f"-o {work}/files/{name} {url}/{name}" for name in files[n::4]) for n in range(min(4, len(files)))]
         download = f"mkdir {work}/files && " + " ".join(f"curl -sS {queue} &" for queue in queues) + " wait"
