@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Else each of the hundreds of processes that tests start would compile all modules again, as no installed command does.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Nor need they threads of NumPy's, which wait for work at full speed for a tenth of a second.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture
