@@ -26,12 +26,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Tests make many small files, and a virtual disk may take a millisecond for each: by day they are in memory, where that has room
-# for the largest models of two tests at once.
+# for the largest models of two tests at once, and runs the scripts that some tests write.
 MEMORY, ROOM_BYTES = Path("/dev/shm"), 8 << 30
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr == "not nightly" and MEMORY.is_dir():
+    if config.option.markexpr == "not nightly" and MEMORY.is_dir() and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
         available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
         if available and min(int(available[1]) << 10, shutil.disk_usage(MEMORY).free) >= ROOM_BYTES:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
