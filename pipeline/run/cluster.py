@@ -172,15 +172,17 @@ class _NotOf(logging.Filter):
 
 @contextmanager
 def attached(client: Any) -> Iterator[Any]:
-    """A client of a cluster elsewhere, closed at the end: where it seeks a lost scheduler then, Dask logs no traceback of that.
+    """A client of a cluster elsewhere, closed at the end: where it seeks a lost scheduler then, Dask logs nothing of that.
 
-    The run itself reports the loss. What Dask logs otherwise, and of clients of the host's, stays.
+    It would log a traceback, or that the scheduler was sought for as long as it might have been. The run itself reports the loss.
+    What Dask logs otherwise, and of clients of the host's, stays.
     """
     thread = client.sync(_its_thread)
     logger = logging.getLogger("distributed.client")
 
     def unless_given_up(record: logging.LogRecord) -> bool:
-        return record.thread != thread or not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+        cancelled = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+        return record.thread != thread or not (cancelled or str(record.msg).startswith("Failed to reconnect to scheduler"))
 
     logger.addFilter(unless_given_up)
     try:

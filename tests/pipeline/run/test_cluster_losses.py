@@ -191,13 +191,15 @@ def test_dask_logs_nothing_of_a_lost_scheduler_that_a_run_reports_but_does_for_t
     stack.callback(logger.removeHandler, keep)
     filters = [*logger.filters]
     cluster = DaskProcesses(tmp_path, stack)
-    with Client(cluster.address, set_as_default=False) as hosts:
-        with elsewhere(cluster.address) as client:
+    # Neither gives up seeking it, however slow this machine is: that would be said, too.
+    with Client(cluster.address, timeout=300, set_as_default=False) as hosts:
+        with elsewhere(cluster.address, seconds=300) as client:
             cluster.scheduler.kill()
             wait(lambda: client.status == hosts.status == "connecting", SECONDS)
         assert said == []
         logger.error("whoever else logs")
-    assert [record.exc_info is not None for record in said] == [False, True]
+    assert said[0].getMessage() == "whoever else logs"
+    assert len(said) > 1, "the host's own client said nothing"
     assert logger.filters == filters
 
 
