@@ -26,7 +26,7 @@ from pipeline.planning.requantized import requantization_notes
 from pipeline.planning.runtime_fit import check_runtime, fit
 from pipeline.planning.stores import make_stores, need
 from pipeline.planning.targets import make_target, plan_identity
-from pipeline.sinks.activations import STAGE
+from pipeline.sinks import activations
 from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.system_errors import refusing
 from stages.quantize import sizes_agree
@@ -93,7 +93,7 @@ def plan_opened(opened: OpenedSource) -> Plan:
     places = {cut.stage: (cut.id, cut.place) for cut in cuts.groups}
     if found.calibrating:
         files = found.calibrating.plan.activations
-        places[STAGE] = (files.identity, str(files.directory))
+        places[activations.STAGE] = (files.identity, str(files.directory))
     outputs = tuple(make_target(target, opened, identity, reasons, notes, places) for target in targets)
     sinks = tuple(target.output for target in outputs)
     groups, parts = grouped(stores, sinks, size) if cuts.assembled else (group_blocks(stores, size), {})

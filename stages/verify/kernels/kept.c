@@ -19,6 +19,12 @@ typedef uint32_t eight __attribute__((vector_size(32)));
 #else
 #define CHUNKS(...) CHUNK(0, __VA_ARGS__)
 #endif
+/* Whether vectors can be joined without a way through memory, where the processor would wait for its parts to be written. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define JOINS 1
+#else
+#define JOINS 0
+#endif
 #ifdef __clang__
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -60,23 +66,23 @@ INLINE words words_at(const uint32_t *from, size_t count)
     return result;
 }
 
-#if LANES > 4 && (defined(__clang__) || __GNUC__ >= 12)
+#if LANES > 4 && JOINS
 INLINE eight joined8(four a, four b)
 {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 #endif
 
-/* The runs of every fourth row, one behind the other. Through memory, the processor would wait for its parts to be written. */
+/* The runs of every fourth row, one behind the other. */
 INLINE words runs_of(const struct lane_rows *rows, int lane, size_t offset)
 {
     four each[LANES / 4];
     for (int i = 0; i < LANES / 4; i++)
         memcpy(&each[i], rows->own[lane + 4 * i] + offset, sizeof each[i]);
-#if LANES == 16 && (defined(__clang__) || __GNUC__ >= 12)
+#if LANES == 16 && JOINS
     return __builtin_shufflevector(joined8(each[0], each[1]), joined8(each[2], each[3]), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
                                    14, 15);
-#elif LANES == 8 && (defined(__clang__) || __GNUC__ >= 12)
+#elif LANES == 8 && JOINS
     return joined8(each[0], each[1]);
 #else
     words result;

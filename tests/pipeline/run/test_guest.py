@@ -338,13 +338,14 @@ def test_settings_that_dask_cannot_read_are_refused_with_the_files_name(
     assert not out.exists()
 
 
-def test_a_verification_needs_no_dask(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["verify", pytest.param("report", marks=pytest.mark.nightly)])
+def test_a_verification_needs_no_dask(model: Path, tmp_path: Path, command: str) -> None:
     """It verifies where Dask's settings are none that it could read."""
     out = tmp_path / "out"
     convert = ["convert", "--model_dir", str(model), "--output_dir", str(out), "--scheduler", "threads"]
     assert in_an_environment(convert, {}).returncode == 0
     (tmp_path / "site.yaml").write_text("- a list")
-    ran = in_an_environment(["verify", str(out), "--source", str(model)], {"DASK_CONFIG": str(tmp_path)})
+    ran = in_an_environment([command, str(out), "--source", str(model)], {"DASK_CONFIG": str(tmp_path)})
     assert ran.returncode == 0, ran
 
 
