@@ -20,16 +20,18 @@ SECONDS = 60.0
 # Of a worker that dies in a stage: it leaves a file of that name first. It has begun a task, or is in the middle of its bytes or of
 # the names of files.
 DOOMED = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 
-stage, place = os.environ["DIES_IN"], Path(os.environ["DIES_AT"])
+stage, place, awaited = os.environ["DIES_IN"], Path(os.environ["DIES_AT"]), os.environ["DIES_AWAITING"]
 sent, spared = int(os.environ["DIES_BY"]), int(os.environ["DIES_AFTER"])
 
 def die():
     global spared
     spared -= 1
     if spared == -1:
+        while awaited and not os.path.exists(awaited):
+            time.sleep(0.01)
         (place / stage).touch()
         os.kill(os.getpid(), sent)
 
@@ -87,18 +89,20 @@ class DaskProcesses:
         self.address = str(json.loads(file.read_text())["address"])
 
     def start_worker(
-        self, name: str, dies_in: str = "", after: int = 0, by: signal.Signals = signal.SIGKILL
+        self, name: str, dies_in: str = "", after: int = 0, by: signal.Signals = signal.SIGKILL, awaiting: Path | str = ""
     ) -> subprocess.Popen[bytes]:
-        """Start a worker of one thread. `dies_in`: a stage, in which it sends itself the signal `by`, after so many times."""
+        """Start a worker of one thread.
+
+        `dies_in`: a stage, in which it sends itself the signal `by`, after so many times and when the file `awaiting` is there.
+        """
         words = [self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--memory-limit", "0", "--name", name]
         words += ["--host", self.nodes.address(name)] if self.nodes else []
         words += ["--local-directory", str(self.place / "dask")]
         if dies_in:
             (self.place / "doomed.py").write_text(DOOMED)
             words += ["--preload", str(self.place / "doomed.py")]
-        return self._started(
-            name, "dask_worker", words, DIES_IN=dies_in, DIES_AT=str(self.place), DIES_BY=str(int(by)), DIES_AFTER=str(after)
-        )
+        death = {"DIES_IN": dies_in, "DIES_BY": str(int(by)), "DIES_AFTER": str(after), "DIES_AWAITING": str(awaiting)}
+        return self._started(name, "dask_worker", words, DIES_AT=str(self.place), **death)
 
     def _started(self, node: str, module: str, words: list[str] | tuple[str, ...], **settings: str) -> subprocess.Popen[bytes]:
         command = [*(self.nodes.inside(node) if self.nodes else ()), sys.executable, "-m", f"distributed.cli.{module}", *words]

@@ -221,8 +221,12 @@ def test_a_task_that_is_done_again_does_not_miss_the_scratch_that_was_freed(
     tmp_path: Path, model: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All results of `write` are with a worker that dies, and those of `scratch`, none of which is done again, with another."""
-    cluster = DaskProcesses(tmp_path, stack)
-    doomed = cluster.start_worker("doomed", dies_in="write", after=60)
+    cluster = DaskProcesses(tmp_path, stack, DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING="False")
+    # It dies when this process has given up scratch that only one of the last groups read. The other worker has the results of the
+    # first ones, too: its `scratch` waits for them.
+    freed, free = tmp_path / "freed", execute.LeftToDo.free
+    monkeypatch.setattr(execute.LeftToDo, "free", lambda self, number: (free(self, number), number >= 20 and freed.touch()))
+    doomed = cluster.start_worker("doomed", dies_in="write", after=120, awaiting=freed)
     cluster.start_worker("other")
     wait(lambda: len(workers_of(cluster)) == 2, SECONDS)
     made = StageGraph.highlevel
