@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.planning.keywords import BuildOptions, JobOptions, naming_keywords
-from pipeline.tensor.remote_path import as_path
+from pipeline.tensor.bucket import output_at
 
 if TYPE_CHECKING:
     from pipeline.engine.log import BuildLog
@@ -200,7 +200,7 @@ def verify(
 
     extra = None if quant_ckpt_path is None else Path(quant_ckpt_path)
     return summarize(
-        as_path(output_dir),
+        output_at(output_dir),
         source,
         quant_ckpt_path=extra,
         logits=logits or prompt is not None,
@@ -281,7 +281,7 @@ def report(
     extra = None if quant_ckpt_path is None else Path(quant_ckpt_path)
     place = None if page is None else Path(page)
     known = Path(verification) if isinstance(verification, str) else verification
-    return make_report(as_path(output_dir), source, quant_ckpt_path=extra, output=place, verification=known, advance=advance)
+    return make_report(output_at(output_dir), source, quant_ckpt_path=extra, output=place, verification=known, advance=advance)
 
 
 def _job(job: Job | str | Path | None, options: JobOptions, live: bool) -> Job:

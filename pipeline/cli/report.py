@@ -11,14 +11,14 @@ from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import levels
 from pipeline.errors import VerificationFailed
 from pipeline.printed import escaped
-from pipeline.tensor.remote_path import as_path
+from pipeline.tensor.bucket import output_at
 
 app = typer.Typer()
 
 
 @app.command("report", cls=HelpCommand, no_args_is_help=True, epilog="headrace report ranks --output ranks.html")
 def report_command(
-    directory: Annotated[Path, typer.Argument(parser=as_path, metavar="OUT", help="A finished output.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(parser=output_at, metavar="OUT", help="A finished output.", show_default=False)],
     source: Annotated[
         str | None, typer.Option(help="What it was made of; default: what headrace.json names, if that is there, unchanged.")
     ] = None,

@@ -9,7 +9,8 @@ import typer
 
 from pipeline.cli.help import HelpCommand
 from pipeline.printed import escaped
-from pipeline.tensor.remote_path import as_path, is_remote
+from pipeline.tensor.bucket import output_at
+from pipeline.tensor.remote_path import is_remote
 
 app = typer.Typer()
 
@@ -17,7 +18,7 @@ app = typer.Typer()
 @app.command("unlock", cls=HelpCommand, no_args_is_help=True, epilog="headrace unlock ranks")
 def unlock_command(
     directories: Annotated[
-        list[Path], typer.Argument(parser=as_path, help="Outputs, or cuts of scratch, as the error names them.")
+        list[Path], typer.Argument(parser=output_at, help="Outputs, or cuts of scratch, as the error names them.")
     ],
 ) -> None:
     """Release directories at which a process of another machine was at work, once you know that it is gone.

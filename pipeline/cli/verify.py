@@ -14,14 +14,14 @@ from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import Lines, levels
 from pipeline.cli.shared import Json, Quiet
 from pipeline.printed import escaped
-from pipeline.tensor.remote_path import as_path
+from pipeline.tensor.bucket import output_at
 
 app = typer.Typer()
 
 FEW_TOKENS = 256  # or characters of a prompt
 
 Output = Annotated[
-    Path, typer.Argument(parser=as_path, metavar="OUTPUT", help="A finished output: a directory or a URL.", show_default=False)
+    Path, typer.Argument(parser=output_at, metavar="OUTPUT", help="A finished output: a directory or a URL.", show_default=False)
 ]
 
 

@@ -21,6 +21,7 @@ from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
 from pipeline.planning.target_options import AbsolutePath, OutputPlace, Shape, Size, TargetOptions
 from pipeline.planning.wrong_values import expected, place, unknown_name, unlike, wrong_value
+from pipeline.sinks.remote import store_fault
 from pipeline.sinks.scratch import DEFAULT_ROOT
 from pipeline.tensor.remote_path import RemotePath
 from pipeline.urls import NO_SECRET, holds_secret, shown
@@ -270,6 +271,8 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems += [*_cluster(job), *_report(job), *_calibration(job)]
     if job.scratch and holds_secret(job.scratch):
         problems.append(Problem(f"--scratch {shown(job.scratch)}", "a URL with a secret in it", NO_SECRET))
+    elif job.scratch and "://" in job.scratch and (fault := store_fault(job.scratch)):
+        problems.append(fault)
     if {"auto", "none"} & set(job.scratch_after) and len(job.scratch_after) > 1:
         problems.append(Problem("--scratch_after", ",".join(job.scratch_after), "auto, none, or names of stages"))
     if not job.target and job.output_dir is None:

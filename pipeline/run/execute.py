@@ -92,15 +92,17 @@ def execute(
             steps = builds.begin(stack, at_hand, run.pending()) if builds else ()
             run.left.begin(stack)
             run.announce(at_hand.dashboard, steps)
-            run.do(at_hand, steps)
+            try:
+                run.do(at_hand, steps)
+            except (BadInput, SourceChanged):
+                # Values that no target can hold show when they are read, and so does a source that changes: nothing of the outputs
+                # is left. What is refused before leaves what earlier runs did.
+                run.left.abandon()
+                raise
     except KeyboardInterrupt:
         rest = f"nothing is left of {builds.left()}" if run.result and builds else f"{_places(plan)} is not complete"
         what = "" if run.result else " to go on"
         raise Interrupted(f"interrupted; {rest}: run the same command again{what}") from None
-    except (BadInput, SourceChanged):
-        # Values that no target can hold show when they are read, and so does a source that changes: nothing of the outputs is left.
-        run.left.abandon()
-        raise
     except OSError as error:
         raise WriteFailed(
             f"{sentence(error)}; {_places(plan)} is not complete: mend this and run the same command again"

@@ -191,7 +191,7 @@ class LeftToDo:
             self._earlier_scratch |= set(map(str, scratch if isinstance(scratch, list) else ()))
             if not fresh and earlier.get("id") == sink.id and not alike(earlier, journal.owner or {}):
                 self.notes.append(f"{sink.directory} is begun anew: an earlier run of it went through other cuts")
-        if not journal.entries:
+        if not any(entry["done"] for entry in journal.entries):
             stack.enter_context(_Undo(sink, journal, created))
 
     def uploads(self) -> dict[str, str]:

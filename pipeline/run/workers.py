@@ -60,7 +60,8 @@ def fitted(plan: Plan, client: Any) -> Plan:
     unfinished run of the plan did that. The room for scratch is that for all of the workers' threads. Raises BadInput with every
     worker that runs another version, or does not see the source or, where there is no such scratch, what it is to write.
     """
-    files = [] if plan.source.in_memory else [Path(file.path) for file in plan.source.files]
+    # Of a source at a URL each worker asks the server itself.
+    files = [] if plan.source.in_memory or plan.source.url else [Path(file.path) for file in plan.source.files]
     outputs, cuts = _outputs(plan), [cut.directory for cut in plan.scratch if isinstance(cut, ScratchGroup) and not cut.complete]
     root = [] if "://" in plan.job.scratch_root or not outputs else [Path(plan.job.scratch_root)]
     measured = [plan.calibrating.plan.activations.directory] if plan.calibrating else []

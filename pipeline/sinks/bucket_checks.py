@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.documents import parse_json
 from pipeline.errors import Problem
 from pipeline.sinks.bucket_hold import NOTE
 from pipeline.sinks.output import CONFIG, PROVENANCE, Output
-from pipeline.tensor.bucket import check_url, objects_below, read_object_at, uploads_below
+from pipeline.tensor.bucket import Upload, check_url, object_size, objects_below, read_object_at, uploads_below
 
-_OWN = re.compile(r"rank\d+\.safetensors|config\.json|headrace\.json(\.lock)?")
+_RANK = re.compile(r"rank\d+\.safetensors")
+_OWN = re.compile(rf"{_RANK.pattern}|config\.json|headrace\.json(\.lock)?")
+_OTHERS = "a checkpoint that headrace did not write"
+_REPLACE = "Give --overwrite to replace it"
 
 
 def check_bucket(directory: Path, overwrite: bool, copied: Collection[str] = ()) -> list[Problem]:
@@ -24,8 +28,7 @@ def check_bucket(directory: Path, overwrite: bool, copied: Collection[str] = ())
     check_url("--output_dir", str(directory))
     try:
         names = set(objects_below(str(directory), deep=True))
-        begun = (bool(names) and NOTE in names) or bool(uploads_below(str(directory)))
-        ours = bool(names & {PROVENANCE, NOTE}) or begun
+        ours = bool(names & {PROVENANCE, NOTE}) or bool(rank_uploads(directory))
         if PROVENANCE in names:
             said = read_provenance(directory).get("copied")
             copied = {*copied, *(map(str, said) if isinstance(said, list) else ())}
@@ -36,9 +39,13 @@ def check_bucket(directory: Path, overwrite: bool, copied: Collection[str] = ())
         found = f"objects that headrace did not write ({', '.join(foreign[:4])})"
         return [Problem(subject, found, "a new or empty prefix", "Choose another --output_dir")]
     if names and not ours and not overwrite and CONFIG in names:
-        found = "a checkpoint that headrace did not write"
-        return [Problem(subject, found, "a new or empty prefix", "Give --overwrite to replace it")]
+        return [Problem(subject, _OTHERS, "a new or empty prefix", _REPLACE)]
     return []
+
+
+def rank_uploads(directory: Path) -> list[Upload]:
+    """The uploads of rank files of an output below a URL that are neither complete nor aborted, and nobody else's."""
+    return [each for each in uploads_below(str(directory)) if _RANK.fullmatch(each.url.removeprefix(f"{directory}/"))]
 
 
 def taken_there(output: Output, begun: object) -> list[Problem]:
@@ -47,6 +54,10 @@ def taken_there(output: Output, begun: object) -> list[Problem]:
     `begun`: the id of the one that the journal here says was begun; None where there is none.
     """
     whole = read_object_at(str(output.mark)) is not None
+    if not whole and begun is None and not rank_uploads(output.directory):
+        names = objects_below(str(output.directory)).keys()
+        if names and not names & {PROVENANCE, NOTE}:
+            return [Problem(f"--output_dir {output.directory}", _OTHERS, "a new or empty prefix", _REPLACE)]
     if (whole and read_provenance(output.directory).get("id") != output.id) or begun not in (None, output.id):
         found = f"{'a finished' if whole else 'an unfinished'} conversion of another source or with other options"
         remedy = "Give --overwrite to start afresh"
@@ -55,13 +66,22 @@ def taken_there(output: Output, begun: object) -> list[Problem]:
 
 
 def check_apart_there(directories: Sequence[Path]) -> list[Problem]:
-    """Check that no output below a URL is inside another of the same job."""
-    return [
-        Problem(f"--output_dir {directory}", f"a place inside the output {other}", "outputs beside one another")
-        for directory in directories
-        for other in directories
-        if other in directory.parents
-    ]
+    """Check that no output below a URL is inside another, of the same job or of one before."""
+    problems = []
+    for directory in directories:
+        above = [path for path in directory.parents if len(path.parts) > 2]  # scheme, bucket, and a prefix
+        outer = [other for other in directories if other in above] or [path for path in above if _is_output(path)]
+        if outer:
+            found, remedy = f"a place inside the output {outer[0]}", "Choose another --output_dir"
+            problems.append(Problem(f"--output_dir {directory}", found, "outputs beside one another", remedy))
+    return problems
+
+
+def _is_output(directory: Path) -> bool:
+    """Whether a prefix can be seen to hold an output; one that may not be looked at does not count."""
+    with suppress(OSError):
+        return object_size(str(directory / PROVENANCE)) is not None
+    return False
 
 
 def read_provenance(directory: Path) -> dict[str, object]:

@@ -6,8 +6,10 @@ to be gone. Where a store knows no conditional writes, the note alone keeps othe
 
 from __future__ import annotations
 
+import errno
 import json
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,23 +28,15 @@ def take(directory: Path) -> bytes:
     """
     words = json.dumps({**asdict(Holder.me()), "note": uuid.uuid4().hex}).encode()
     for _ in range(3):
-        try:
-            put_object(_place(directory), words, "absent")
-            return words
-        except FileExistsError:
-            found = _said(directory)
-        if found is None:  # it is removed just now
-            continue
-        holder, etag, data = found
-        if data == words:  # a request that was made again, after its answer was lost
-            return words
-        if holder is None or not holder.gone:
+        found = _said(directory)
+        holder, which, _ = found or (None, "absent", b"")
+        if found and (holder is None or not holder.gone):
             raise busy(directory / NOTE, holder)
-        try:
-            put_object(_place(directory), words, etag)
+        with suppress(FileExistsError, FileNotFoundError):  # another one was quicker, or this answer was lost and it asked again
+            _put(directory, words, which)
+        # Some stores do not look at conditions: the note that is there counts.
+        if (found := _said(directory)) and found[2] == words:
             return words
-        except (FileExistsError, FileNotFoundError):
-            continue
     raise busy(directory / NOTE, None)
 
 
@@ -82,19 +76,29 @@ def release(directory: Path) -> Holder | None:
     return holder
 
 
+def _put(directory: Path, words: bytes, which: str) -> None:
+    """Write a note on a condition, or without one where the store knows none."""
+    try:
+        put_object(_place(directory), words, which)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        put_object(_place(directory), words)
+
+
 def _place(directory: Path) -> str:
     return str(directory / NOTE)
 
 
 def _said(directory: Path) -> tuple[Holder | None, str, bytes] | None:
-    """The process that a note names, its ETag and its text; None where there is no note."""
+    """The process that a note names, which object the note is, and its text; None where there is no note."""
     found = read_object_at(_place(directory))
     if found is None:
         return None
-    data, etag = found
+    data, which = found
     try:
         said = parse_json(data)
         holder = Holder(str(said["host"]), str(said["boot"]), int(said["pid"]), str(said["birth"]))
     except (ValueError, KeyError, TypeError):
-        return None, etag, data
-    return holder, etag, data
+        return None, which, data
+    return holder, which, data

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from pipeline.documents import parse_json
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import bucket_hold
 from pipeline.sinks.hold import busy
+from pipeline.sinks.remote import held_there
 from pipeline.sinks.scratch_listing import ScratchCut, cut_of
 from pipeline.sinks.zarr_files import METADATA
 from pipeline.tensor import bucket
@@ -55,12 +57,20 @@ def remove_in_bucket(root: Path, names: list[str]) -> list[ScratchCut]:
         raise BadInput([Problem(str(root / name), "no such cut", "one that `headrace scratch ls` lists") for name in unknown])
     for directory in {cut.directory.parent for cut in cuts if cut.upload}:
         bucket_hold.forget(directory)
-        if held := bucket_hold.holder(directory):
-            raise busy(directory / bucket_hold.NOTE, held)
-    for cut in cuts:
-        if cut.upload:
-            bucket.abort_upload(str(cut.directory), cut.upload)
-            continue
-        for name in bucket.objects_below(str(cut.directory), deep=True):
-            bucket.remove_object(f"{cut.directory}/{name}")
+        if at_work := bucket_hold.holder(directory):
+            raise busy(directory / bucket_hold.NOTE, at_work)
+    with ExitStack() as stack:
+        held = {
+            cut: stack.enter_context(closing(taken[1]))
+            for cut in cuts
+            if not cut.upload and (taken := held_there(str(cut.directory)))
+        }
+        for cut in cuts:
+            if cut.upload:
+                bucket.abort_upload(str(cut.directory), cut.upload)
+                continue
+            for name in bucket.objects_below(str(cut.directory), deep=True):
+                bucket.remove_object(f"{cut.directory}/{name}")
+            if cut in held:
+                held[cut].remove()
     return cuts

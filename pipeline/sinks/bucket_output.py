@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks import bucket_hold
-from pipeline.sinks.bucket_checks import read_provenance
+from pipeline.sinks.bucket_checks import rank_uploads, read_provenance
 from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.output import PROVENANCE, Output, alike
 from pipeline.sinks.output_sums import output_sums
@@ -110,10 +110,10 @@ class BucketOutput(Output):
     def begin(self, tasks: int, fresh: bool) -> Journal:
         """Take the output, and go on with the uploads that an interrupted run left, or begin them anew.
 
-        Raises BadInput where another job is at work on it, or the store takes nothing.
+        Raises BadInput where another job is at work on it, or the store takes nothing: what an interrupted run left stays.
         """
         owner = self.owner(tasks)
-        journal = None
+        journal = uploads = None
         try:
             self.journals.mkdir(parents=True, exist_ok=True)
             journal = UploadJournal(self.journal, self.directory)
@@ -127,8 +127,10 @@ class BucketOutput(Output):
                 self._take_up(journal, owner, uploads)
             return journal
         except OSError as error:
-            if journal:
+            if journal and uploads is None:
                 self.abandon(journal, None)
+            elif journal:
+                journal.close()
             found = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             remedy = f"{REMEDIES.get(error.errno or 0, 'Mend it')}, or choose another --output_dir"
             expected = "a bucket that can be written"
@@ -162,7 +164,7 @@ class BucketOutput(Output):
             except FileNotFoundError:
                 if bucket.object_size(url) != file.size_bytes:  # not complete already
                     raise
-        for upload in bucket.uploads_below(str(self.directory)):  # begun twice, as the first answer was lost
+        for upload in rank_uploads(self.directory):  # begun twice, as the first answer was lost
             bucket.abort_upload(upload.url, upload.id)
         for path in self.copies:
             bucket.put_object(str(self.directory / path.name), path.read_bytes())
@@ -202,7 +204,7 @@ class BucketOutput(Output):
         for name in bucket.objects_below(str(self.directory)):
             if name != bucket_hold.NOTE:  # check_output has made sure that headrace wrote everything here
                 bucket.remove_object(str(self.directory / name))
-        for upload in bucket.uploads_below(str(self.directory)):
+        for upload in rank_uploads(self.directory):
             bucket.abort_upload(upload.url, upload.id)
 
     def _take_up(self, journal: Journal, owner: Mapping[str, Any], uploads: list[str]) -> None:

@@ -26,6 +26,7 @@ from pipeline.tensor.bucket import object_size
 from pipeline.tensor.placement import Located, Region
 from pipeline.tensor.remote_path import RemotePath
 from pipeline.tensor.system_errors import PASSING, REMEDIES
+from pipeline.tensor.tensors import Companion
 
 if TYPE_CHECKING:
     from pipeline.sinks.rank_file import RankFile
@@ -65,7 +66,7 @@ class Output:
     files: tuple[RankFile, ...]
     config: str
     id: str
-    copies: tuple[Path, ...] = ()
+    copies: tuple[Companion, ...] = ()
     sync: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     cuts: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
@@ -213,7 +214,7 @@ class Output:
         for file in self.files:
             file.finish()
         for path in self.copies:
-            shutil.copyfile(path, self.directory / path.name)
+            (self.directory / path.name).write_bytes(path.read_bytes())
         if self.sync:
             sync_files(self.directory / path.name for path in self.copies)
             sync_names(self.directory)

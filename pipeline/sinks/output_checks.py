@@ -15,7 +15,7 @@ import xxhash
 
 from pipeline.documents import MAX_BYTES, parse_json, read_document, read_object
 from pipeline.errors import BadInput, Problem
-from pipeline.sinks import hold
+from pipeline.sinks import bucket_hold, hold
 from pipeline.sinks.bucket_checks import taken_there
 from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.differences import differences
@@ -109,8 +109,9 @@ def check_held(outputs: Sequence[Output]) -> list[Problem]:
     """
     problems: list[Problem] = []
     me = hold.Holder.me()
-    for journal in (output.directory / JOURNAL for output in outputs):
-        found = hold.holder(hold.place(journal))
+    for output in outputs:
+        journal = output.directory / JOURNAL
+        found = bucket_hold.holder(output.directory) if is_remote(output.directory) else hold.holder(hold.place(journal))
         if found and found != me and not found.gone and (found.seen or found.boot != me.boot):
             problems += hold.busy(journal, found).problems
     return problems

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pipeline.tensor.mapping import file_bytes
+from pipeline.tensor.tensors import Companion
 
 if TYPE_CHECKING:
     from pipeline.sinks.rank_file import RankFile, RankFileTensor
@@ -46,9 +46,9 @@ def as_written(files: Sequence[RankFile], sums: Any) -> bool:
     return isinstance(sums, Mapping) and all(_file_as_written(file, sums.get(file.path.name)) for file in files)
 
 
-def copied_as_they_are(copies: Iterable[Path], directory: Path) -> bool:
+def copied_as_they_are(copies: Iterable[Companion], directory: Path) -> bool:
     """Whether files were copied to a directory as they are. Raises OSError where one cannot be read."""
-    return all(filecmp.cmp(path, directory / path.name, shallow=False) for path in copies)
+    return all(path.read_bytes() == (directory / path.name).read_bytes() for path in copies)
 
 
 def _file_as_written(file: RankFile, sums: Any) -> bool:

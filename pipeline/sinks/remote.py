@@ -206,24 +206,45 @@ class RemoteGroup:
         """The group's attributes; none where there is no group. Its metadata are read bounded, as those on a disk are."""
         import fsspec
 
-        files, path = fsspec.core.url_to_fs(self.url)
         try:
+            files, path = fsspec.core.url_to_fs(self.url)
             metadata = parse_json(files.cat_file(f"{path}/{METADATA}", end=MAX_BYTES + 1))
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):
             return {}
         attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
         return attributes if isinstance(attributes, dict) else {}
 
 
+def store_fault(url: str) -> Problem | None:
+    """The reason why nothing here can put scratch at a URL: a store that fsspec does not know, or whose package is missing."""
+    import fsspec
+
+    try:
+        fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        return Problem(f"--scratch {url}", str(error), "a store that fsspec can write", "Install its package, or give a directory")
+    return None
+
+
 def drop_there(url: str) -> None:
     """Remove a cut at a URL, where there is one that is not to be kept and no job of this machine holds it."""
-    with suppress(BadInput, OSError, ValueError, ImportError):
-        attributes = RemoteGroup(url, "", "", "", False, {})._attributes()
-        cut = RemoteGroup(url, "", str(attributes.get("id")), "", False, {})
-        if attributes.get("headrace") == "scratch" and not attributes.get("keep") and cut.id.isalnum():
-            journal = Journal(cut._journal)
+    with suppress(BadInput, OSError):
+        if held := held_there(url, kept=False):
+            cut, journal = held
             cut.remove()
             journal.remove()
+
+
+def held_there(url: str, kept: bool = True) -> tuple[RemoteGroup, Journal] | None:
+    """The cut at a URL, and its journal, so that no job of this machine goes on with it; None where there is no cut.
+
+    `kept`: also of one that is to be kept. Raises BadInput where a job of this machine is at work on it.
+    """
+    attributes = RemoteGroup(url, "", "", "", False, {})._attributes()
+    cut = RemoteGroup(url, "", str(attributes.get("id")), "", False, {})
+    if attributes.get("headrace") != "scratch" or not cut.id.isalnum() or (attributes.get("keep") and not kept):
+        return None
+    return cut, Journal(cut._journal)
 
 
 def _update_attributes(url: str, values: Mapping[str, Any]) -> None:

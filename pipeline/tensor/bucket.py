@@ -8,14 +8,17 @@ Credentials are those of each provider's own chain (the environment, its configu
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput, Problem
-from pipeline.tensor.remote_path import url_fault
-from pipeline.tensor.store_requests import ask_obstore, ask_s3, naming_store, pages, whole_bucket
+from pipeline.tensor.remote_path import as_path, is_remote, url_fault
+from pipeline.tensor.store_requests import all_below, ask_obstore, ask_s3, naming_store, pages, whole_bucket
 
 IN_PARTS = ("s3",)  # the stores whose uploads go on after a crash
 
@@ -35,14 +38,15 @@ def in_parts(url: str) -> bool:
 
 
 def read_object_at(url: str) -> tuple[bytes, str] | None:
-    """The bytes of a small object and its ETag; None where there is none."""
+    """The bytes of a small object, and which one it is as `put_object` takes it; None where there is none."""
     bucket, key = _place(url)
     try:
         if in_parts(url):
             said = ask_s3(url, "get_object", Bucket=bucket, Key=key, read=True)
             return said["Body"], said["ETag"]
         got = ask_obstore(url, "get", key)
-        return bytes(got.bytes()), got.meta.get("e_tag") or ""
+        # Google's store tells objects apart by a version of its own.
+        return bytes(got.bytes()), json.dumps({key: got.meta.get(key) for key in ("e_tag", "version")})
     except FileNotFoundError:
         return None
 
@@ -59,30 +63,35 @@ def object_size(url: str) -> int | None:
 
 
 def objects_below(url: str, deep: bool = False) -> dict[str, int]:
-    """The bytes of each object below a prefix, by its name there; without `deep`, of those directly below it."""
+    """The bytes of each object below a prefix, by its name there; without `deep`, of those directly below it.
+
+    Empty objects that stand for folders do not count.
+    """
     bucket, key = _place(url)
     prefix = f"{key}/" if key else ""
     if not in_parts(url):
-        each: Any = ask_obstore(url, "list_with_delimiter", prefix)["objects"]
-        return {str(one["path"])[len(prefix) :]: int(one["size"]) for one in each}
+        each = ask_obstore(url, "list_with_delimiter", prefix)["objects"] if not deep else all_below(url, prefix)
+        return _named({str(one["path"])[len(prefix) :]: int(one["size"]) for one in each})
     found: dict[str, int] = {}
     asked = {"Bucket": bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
     for page in pages(url, "list_objects_v2", asked, {"NextContinuationToken": "ContinuationToken"}):
         found |= {one["Key"][len(prefix) :]: int(one["Size"]) for one in page.get("Contents", ())}
-    return found
+    return _named(found)
 
 
-def put_object(url: str, data: bytes, only_if: str = "") -> str:
-    """Write an object whole, and return its ETag.
+def put_object(url: str, data: bytes, only_if: str = "") -> None:
+    """Write an object whole.
 
-    `only_if`: "absent", or the ETag that the object must still have. Raises FileExistsError where that is not so.
+    `only_if`: "absent", or which object must still be there, by `read_object_at`. Raises FileExistsError where that is not so, and
+    OSError with ENOTSUP where the store knows no such conditions.
     """
     bucket, key = _place(url)
     if in_parts(url):
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if only_if == "absent" else {"IfMatch": only_if} if only_if else {}
-        return str(ask_s3(url, "put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
-    mode: Any = "create" if only_if == "absent" else {"e_tag": only_if} if only_if else "overwrite"
-    return str(ask_obstore(url, "put", key, data, mode=mode).get("e_tag") or "")
+        ask_s3(url, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        return
+    mode: Any = "create" if only_if == "absent" else json.loads(only_if) if only_if else "overwrite"
+    ask_obstore(url, "put", key, data, mode=mode)
 
 
 def remove_object(url: str) -> None:
@@ -185,6 +194,12 @@ def missing_package(url: str) -> Problem | None:
     return None
 
 
+def _named(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Objects by name without the empty ones that a console makes to show a folder; obstore leaves out the "/" at their end."""
+    folders = {name[: place.start()] for name in sizes for place in re.finditer("/", name)}
+    return {name: nbytes for name, nbytes in sizes.items() if name and (nbytes or name.rstrip("/") not in folders)}
+
+
 def _place(url: str) -> tuple[str, str]:
     """The bucket of a URL, or the account, and the key in it."""
     parts = urlsplit(url)
@@ -197,3 +212,11 @@ def check_url(subject: str, url: str) -> None:
         raise BadInput([Problem(subject, f"{urlsplit(url).scheme}://...", fault)])
     if missing := missing_package(url):
         raise BadInput([missing])
+
+
+def output_at(text: str | Path) -> Path:
+    """The place of a finished output that a text names. Raises BadInput as `check_url` does."""
+    path = as_path(text)
+    if is_remote(path):
+        check_url("output", str(path))
+    return path

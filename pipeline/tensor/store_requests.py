@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 ATTEMPTS, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 9, 0.5, 30.0
 CONNECTIONS = 64
@@ -39,9 +40,15 @@ def pages(url: str, call: str, asked: Mapping[str, Any], markers: Mapping[str, s
 
 
 @lru_cache(1)
+def _session() -> Any:
+    import botocore.session
+
+    return botocore.session.get_session()
+
+
+@lru_cache(1)
 def _client() -> Any:
     """The client of S3, once a process; what it takes from the environment is botocore's own affair."""
-    import botocore.session
     from botocore.config import Config
 
     config = Config(
@@ -50,35 +57,41 @@ def _client() -> Any:
         max_pool_connections=CONNECTIONS,
         retries={"total_max_attempts": 1},  # counted below
     )
-    session = botocore.session.get_session()
+    session = _session()
     region = session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
     return session.create_client("s3", region_name=region, config=config)
 
 
 def ask_s3(url: str, call: str, *, read: bool = False, **asked: Any) -> Any:
     """Ask S3. `read`: with the body read whole. Raises OSError, naming the URL."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
-
-    with _ONE_AT_A_TIME:
-        client = _client()
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     def work() -> Any:
+        with _ONE_AT_A_TIME:
+            client = _client()
         said = getattr(client, call)(**asked)
         return {**said, "Body": said["Body"].read()} if read else said
 
     def judged(error: Exception) -> OSError | None:
         if isinstance(error, NoCredentialsError):
             return PermissionError(errno.EACCES, "no credentials of S3 in the environment or the provider's chain", url)
-        if isinstance(error, HTTPClientError):
+        if isinstance(error, _passing()) and "certificate" not in str(error).lower():
             return None
-        if isinstance(error, BotoCoreError):
+        if isinstance(error, (BotoCoreError, ValueError)):  # of the library's configuration, or of the request
             return OSError(errno.EREMOTEIO, _without_addresses(error), url)
         assert isinstance(error, ClientError)
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         return _os_error(code, status, _without_addresses(error), url)
 
-    return _again(work, (ClientError, BotoCoreError), judged, url)
+    return _again(work, (ClientError, BotoCoreError, ValueError), judged, url)
+
+
+def _passing() -> tuple[type[Exception], ...]:
+    """The errors of connections that may be better later: refused, timed out, or broken off."""
+    from botocore.exceptions import ConnectionError, HTTPClientError, IncompleteReadError
+
+    return HTTPClientError, ConnectionError, IncompleteReadError
 
 
 def _os_error(code: str, status: int, text: str, url: str) -> OSError | None:
@@ -89,6 +102,8 @@ def _os_error(code: str, status: int, text: str, url: str) -> OSError | None:
         return OSError(errno.ENOENT, "no such bucket", url)
     if code in _GONE:
         return FileNotFoundError(errno.ENOENT, "no such object or upload", url)
+    if status == 501:
+        return OSError(errno.ENOTSUP, f"a request that it does not know ({code})", url)
     if status >= 500 or status == 429 or code in _LATER:
         return None
     if status == 412:
@@ -104,6 +119,15 @@ def ask_obstore(url: str, call: str, *asked: Any, **named: Any) -> Any:
     from obstore.exceptions import BaseError
 
     work = lambda: getattr(obstore, call)(whole_bucket(url), *asked, **named)  # noqa: E731
+    return _again(work, (BaseError, FileNotFoundError), lambda error: _of_obstore(error, url), url)
+
+
+def all_below(url: str, prefix: str) -> list[Any]:
+    """The objects below a prefix, however deep, as obstore describes them. Raises OSError, naming the URL."""
+    import obstore
+    from obstore.exceptions import BaseError
+
+    work = lambda: list(obstore.list(whole_bucket(url), prefix).collect())  # noqa: E731
     return _again(work, (BaseError, FileNotFoundError), lambda error: _of_obstore(error, url), url)
 
 
@@ -141,12 +165,55 @@ def whole_bucket(url: str) -> Any:
 
 @lru_cache(16)
 def _store_of(bucket: str) -> Any:
+    return open_store(bucket)
+
+
+def open_store(url: str, **more: Any) -> Any:
+    """The store of obstore at a URL of a provider's, with more options of the library.
+
+    S3's has the credentials, the region and the address that botocore finds, where that is installed: obstore itself knows the
+    environment and the machine's role, and no configuration. The path is taken as it is, without its % being read.
+    """
     from obstore.store import from_url
 
+    parts = urlsplit(url)
     options: Any = {"timeout": "120s", "connect_timeout": "20s"}
-    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+    named: dict[str, Any] = {}
+    address = _base_url(os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", "")) if parts.scheme == "gs" else ""
+    if parts.scheme == "s3":
+        named, address = _by_botocore()
+    if address.startswith("http://"):
         options["allow_http"] = True
-    return from_url(bucket, client_options=options)
+    return from_url(f"{parts.scheme}://{parts.netloc}{quote(parts.path)}", client_options=options, **named, **more)
+
+
+def _by_botocore() -> tuple[dict[str, Any], str]:
+    """Options of obstore's store of S3 as botocore has them, and the server's address, "" for Amazon's."""
+    address = os.environ.get("AWS_ENDPOINT_URL", "")
+    try:
+        with _ONE_AT_A_TIME:
+            client = _client()
+    except Exception:  # it is not installed, or its configuration is wrong: obstore says what it lacks
+        return {}, address
+    found: dict[str, Any] = {"region": client.meta.region_name}
+    if not client.meta.endpoint_url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        found["endpoint"] = address = client.meta.endpoint_url
+    if credentials := _session().get_credentials():
+        found["credential_provider"] = partial(_fresh, credentials)
+    return found, address
+
+
+def _fresh(credentials: Any) -> dict[str, Any]:
+    """Credentials of botocore, renewed where they end soon, as obstore takes them: it asks again after some minutes."""
+    known = credentials.get_frozen_credentials()
+    ends = datetime.now(UTC) + timedelta(minutes=10)
+    return {"access_key_id": known.access_key, "secret_access_key": known.secret_key, "token": known.token, "expires_at": ends}
+
+
+def _base_url(key: str) -> str:
+    """The address of a server that stands in for Google's, which obstore takes from the JSON of a service account's key."""
+    found = re.search(r'"gcs_base_url"\s*:\s*"([^"]+)"', key)
+    return found[1] if found else ""
 
 
 def _again(work: Callable[[], T], caught: tuple[type[Exception], ...], judged: Callable[[Any], OSError | None], url: str) -> T:
@@ -165,6 +232,6 @@ def _again(work: Callable[[], T], caught: tuple[type[Exception], ...], judged: C
 
 
 def _without_addresses(error: Exception) -> str:
-    """The first line of an error without addresses, which may be signed, and without keys."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    """An error in one line without addresses, which may be signed, and without keys."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"https?://\S+", "...", text)[:300]

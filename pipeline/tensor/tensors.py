@@ -230,6 +230,14 @@ class LazyTensor(Protocol):
     def block(self, region: Region) -> Block: ...
 
 
+class Companion(Protocol):
+    """A small file beside a checkpoint, which may be copied: a Path, or what stands for one at a URL."""
+
+    @property
+    def name(self) -> str: ...
+    def read_bytes(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened checkpoint: headers read, no tensor touched.
@@ -249,7 +257,7 @@ class Source:
     tensors: Mapping[str, LazyTensor]
     files: tuple[SourceFile, ...]
     dtype: str | None
-    companions: tuple[Path, ...] = ()
+    companions: tuple[Companion, ...] = ()
     in_memory: bool = False
     notes: tuple[str, ...] = ()
     url: str = ""

@@ -5,7 +5,6 @@ Requests are made again where that may help, and on the condition that an object
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import SourceChanged
+from pipeline.tensor.store_requests import open_store
 
 ATTEMPTS, FIRST_PAUSE_SECONDS = 6, 0.5
 _STATUS = re.compile(r"status code: \d{3}[ \w]*")  # behind which obstore has the server's answer
@@ -53,11 +53,11 @@ def fetch_range(url: str, name: str, start: int, end: int, etag: str) -> Any:
 
 
 def listed(url: str) -> list[Object]:
-    """The objects below a URL of a store, without what lies deeper."""
+    """The objects below a URL of a store, without what lies deeper, and without one that stands for the folder."""
     import obstore
 
     found = _again(lambda: obstore.list_with_delimiter(_store(url)), url)["objects"]
-    return [_object(each) for each in found]
+    return [each for each in map(_object, found) if each.name]
 
 
 def head(url: str, name: str) -> Object | None:
@@ -97,27 +97,18 @@ def _again(work: Callable[[], T], what: str) -> T:
 @lru_cache(64)
 def _store(url: str) -> Any:
     """The store at a URL, once a process; it makes requests again itself where a server is busy (5xx) or gone for a moment."""
-    from obstore.store import HTTPStore, from_url
+    from obstore.store import HTTPStore
 
-    options: Any = {"timeout": "120s", "connect_timeout": "20s"}
     retries: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
     parts = urlsplit(url)
-    if parts.scheme in ("http", "https"):
-        if parts.scheme == "http":
-            options["allow_http"] = True
-        if token := _hub_token(url):
-            options["default_headers"] = {"Authorization": f"Bearer {token}"}
-        return HTTPStore.from_url(url, client_options=options, retry_config=retries)
-    named = {"s3": os.environ.get("AWS_ENDPOINT_URL", ""), "gs": _base_url(os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", ""))}
-    if named.get(parts.scheme, "").startswith("http://"):
+    if parts.scheme not in ("http", "https"):
+        return open_store(url, retry_config=retries)
+    options: Any = {"timeout": "120s", "connect_timeout": "20s"}
+    if parts.scheme == "http":
         options["allow_http"] = True
-    return from_url(url, client_options=options, retry_config=retries)
-
-
-def _base_url(key: str) -> str:
-    """The address of a server that stands in for Google's, which obstore takes from the JSON of a service account's key."""
-    found = re.search(r'"gcs_base_url"\s*:\s*"([^"]+)"', key)
-    return found[1] if found else ""
+    if token := _hub_token(url):
+        options["default_headers"] = {"Authorization": f"Bearer {token}"}
+    return HTTPStore.from_url(url, client_options=options, retry_config=retries)
 
 
 def _hub_token(url: str) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, ends
+from pipeline.tensor.source_file import SourceFile
 from pipeline.tensor.tensors import Block, Source
 from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
@@ -89,6 +90,29 @@ class RemoteBlock(MappedBlock):
         return ahead.read(start, end)
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A small object below a URL, such as a tokenizer's file: whoever copies it asks for it."""
+
+    url: str
+    object: Object
+
+    @property
+    def name(self) -> str:
+        return self.object.name
+
+    def read_bytes(self) -> bytes:
+        """All of it. Raises SourceChanged where it is another object now, and OSError where it cannot be read."""
+        found = self.object
+        return bytes(fetch_range(self.url, found.name, 0, found.size_bytes, found.etag)) if found.size_bytes else b""
+
+
+def _with_etag(file: SourceFile, etag: str) -> SourceFile:
+    """A file of an image as its object is known: by its ETag, too, as not every server says when an object was written."""
+    known = f"{file.header_sha256} {etag}"
+    return replace(file, seen=None, header_sha256=hashlib.sha256(known.encode()).hexdigest() if etag else file.header_sha256)
+
+
 def _range(url: str, name: str, etag: str, start: int, end: int) -> Any:
     return fetch_range(url, name, start, end, etag)
 
@@ -121,7 +145,9 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
         found = etags[tensor.path]
         values = (tensor.offset, tensor.shape, tensor.dtype, tensor.stage)
         tensors[name] = RemoteTensor(found.name, *values, url=url, etag=found.etag)
-    files = tuple(replace(file, seen=None) for file in source.files)
+    files = tuple(_with_etag(file, etags[str(file.path)].etag) for file in source.files)
+    beside = {each.name: each for each in objects}
+    companions = tuple(RemoteFile(url, beside[path.name]) for path in source.companions)
     weights = [each for each in objects if each.name.endswith(WEIGHTS)]
     unsure = "" if all(each.etag for each in weights) else "; its server gives no ETags, so that changes meanwhile go unnoticed"
     note = (
@@ -129,7 +155,8 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
     )
     place = f"{url}/{single}" if single else url
     config_name = source.config_name.replace(str(directory), url)
-    return replace(source, tensors=tensors, files=files, url=place, config_name=config_name, notes=(*source.notes, note))
+    notes = (*source.notes, note)
+    return replace(source, tensors=tensors, files=files, companions=companions, url=place, config_name=config_name, notes=notes)
 
 
 def image_of(url: str) -> tuple[Path, list[Object]]:

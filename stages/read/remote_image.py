@@ -111,7 +111,10 @@ def _asked(url: str) -> list[Object]:
     found = {name: each for name in NAMES if (each := head(url, name))}
     if INDEX in found:
         said = parse_json(bytes(fetch_range(url, INDEX, 0, found[INDEX].size_bytes, found[INDEX].etag)))
-        shards = sorted({str(name) for name in said["weight_map"].values()}) if isinstance(said, dict) else []
+        placed = said.get("weight_map") if isinstance(said, dict) else None
+        if not isinstance(placed, dict):
+            raise BadInput([Problem(f"{url}/{INDEX}", "no weight_map", "the file of each tensor, by its name")])
+        shards = sorted(map(str, set(placed.values())))
     else:
         shards = ["model.safetensors"]
     for name in shards:

@@ -20,6 +20,7 @@ from tests.support import checkpoints
 from tests.support.commands import COMMAND, headrace
 from tests.support.directories import contents
 from tests.support.range_server import Served, range_server
+from tests.support.s3_server import forget_clients
 from tests.support.witness import wait
 
 SECRETS = {
@@ -50,9 +51,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     with range_server(tmp_path / "served") as served:
         host = urlsplit(served.url).netloc
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{':'.join(IN_URLS)}@{host}")
-        stages.read.object_store._store.cache_clear()
+        forget_clients()
         yield served
-    stages.read.object_store._store.cache_clear()
+    forget_clients()
 
 
 def clean(where: str, text: str | bytes) -> None:
@@ -143,6 +144,13 @@ def test_addresses_with_secrets_are_refused_and_not_repeated(tmp_path: Path, wor
     for command in ("plan", "convert"):
         assert "a URL with a secret in it" in said(command, *given, "--output_dir", tmp_path / "out", code=2)
     all_clean(tmp_path)
+
+
+@pytest.mark.parametrize("url", [f"s3:{WITH}", f"s3://bucket/m?X-Amz-Signature={PASSWORD}", f"gs://host/m#{PASSWORD}"])
+@pytest.mark.parametrize("command", ["verify", "report", "unlock", "generate"])
+def test_outputs_at_addresses_with_secrets_neither(command: str, url: str) -> None:
+    more = ("--prompt", "a") if command == "generate" else ()
+    assert "a URL without a user, password or query" in said(command, url, *more, code=2)
 
 
 @pytest.mark.usefixtures("bucket")

@@ -17,7 +17,7 @@ from tests.support.http_servers import serving
 
 @dataclass
 class Served:
-    """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`: whether it says any.
+    """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`, `times`: whether it says any.
 
     `faults`: what the next requests of weights get instead, the first first: a status, or "cut" for half of the bytes. `echo`: a
     status that all requests get, with their own headers in the answer, as some servers do to explain themselves.
@@ -25,6 +25,7 @@ class Served:
 
     url: str = ""
     etags: bool = True
+    times: bool = True
     token: str = ""
     echo: int = 0
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)
@@ -79,7 +80,8 @@ def range_server(directory: Path) -> Iterator[Served]:
                 return
             self.send_response(206 if found else 200)
             self.send_header("Content-Length", str(last - first + 1))
-            self.send_header("Last-Modified", formatdate(int(path.stat().st_mtime), usegmt=True))
+            if served.times:
+                self.send_header("Last-Modified", formatdate(int(path.stat().st_mtime), usegmt=True))
             if found:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             if served.etags:

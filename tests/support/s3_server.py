@@ -68,7 +68,7 @@ def empty() -> None:
 
 def forget_clients() -> None:
     """Have the next requests of this process look at its environment again."""
-    for made in (stages.read.object_store._store, store_requests._client, store_requests._store_of):
+    for made in (stages.read.object_store._store, store_requests._session, store_requests._client, store_requests._store_of):
         made.cache_clear()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import stages.write
 from benchmarks.models import make
 from pipeline import BadInput, WriteFailed, convert
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.scratch import JOURNAL
 from tests.pipeline.run.test_interruption import write_sparse
 from tests.support import checkpoints
 from tests.support.directories import contents
@@ -208,3 +210,19 @@ def test_killed_at_random_moments(number: int, most: int, write: Callable[[Path]
     shutil.rmtree(output)
     shutil.rmtree(reference)
     assert kills > 0
+
+
+def test_a_refusal_at_the_beginning_leaves_what_earlier_runs_did(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job has taken the cut when the outputs are taken up already."""
+    monkeypatch.setattr("pipeline.planning.make_plan.block_bytes", lambda _: 20_000)
+    options = {**job(tmp_path), "model_dir": tiny / "model", "scheduler": "synchronous", "scratch_after": "unpack"}
+    _interrupt(options, monkeypatch, 30)
+    (cut,) = tmp_path.glob("**/*.zarr")
+    left = {path: path.read_bytes() for path in tmp_path.glob("out*/*")}
+    with closing(Journal(cut / JOURNAL)), pytest.raises(BadInput, match="another job at work on it"):
+        convert(**options)
+    assert {path: path.read_bytes() for path in tmp_path.glob("out*/*")} == left
+    assert convert(**options).resumed_tasks > 0
+    assert outputs(tmp_path) == outputs(tiny)

@@ -25,6 +25,7 @@ from stages.write import Written
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
+from tests.support.range_server import range_server
 
 Start = Callable[[str], str]
 
@@ -79,6 +80,25 @@ def test_what_a_worker_does_not_see_is_refused_before_anything_is_written(
     place = model / "model.safetensors" if hidden == "model" else tmp_path / "ranks"
     assert f"{place}: No such file or directory" in str(caught.value)
     assert list((tmp_path / "ranks").iterdir()) == []
+
+
+def test_a_source_at_a_url_is_asked_for_by_each_worker_itself(
+    tmp_path: Path, cluster: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this process keeps of it no worker sees."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    model = tmp_path / "served/m"
+    checkpoints.write(model, checkpoints.LLAMA)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text(json.dumps(name))
+    options: dict[str, Any] = {"tp_size": 2, "copy_tokenizer": True}
+    with range_server(tmp_path / "served") as served:
+        address = cluster(f"mount -t tmpfs tmpfs {shlex.quote(str(tmp_path / 'cache'))}")
+        convert(model_dir=f"{served.url}/m", output_dir=tmp_path / "out", scheduler=address, **options)
+    convert(model_dir=model, output_dir=tmp_path / "alone", scheduler="threads", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert "tokenizer.json" in contents(tmp_path / "out")
 
 
 class Client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pipeline.planning.rank_parts
 import pipeline.tensor.store_requests
 from pipeline import BadInput, WriteFailed, convert, plan, report, verify
 from pipeline.sinks.hold import Holder
+from pipeline.sinks.journal import Journal
+from pipeline.sinks.remote import RemoteGroup
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
@@ -155,6 +158,25 @@ def test_a_run_that_ends_goes_on_with_the_parts_that_are_there(
     same(tmp_path, options)
 
 
+@pytest.mark.parametrize("fault", [403, 500])
+def test_a_store_that_fails_while_uploads_are_taken_up_costs_none_of_them(
+    tmp_path: Path, server: Proxied, options: dict[str, Any], fault: int
+) -> None:
+    server.fault = parts_of(server, "full", 5)
+    with pytest.raises(WriteFailed):
+        convert(output_dir=OUT, **options)
+    there = {path.rpartition("=")[2] for path in server.uploads()[:5]}
+    server.fault = lambda method, path: fault if method == "GET" and "uploadId" in path else None
+    with pytest.raises(BadInput, match="no permission" if fault == 403 else "9 times"):
+        convert(output_dir=OUT, **options)
+    assert open_uploads() == ["a/far/rank0.safetensors"]
+    server.fault = lambda *_: None
+    server.requests.clear()
+    assert convert(output_dir=OUT, **options).resumed_tasks > 0
+    assert there.isdisjoint(path.rpartition("=")[2] for path in server.uploads())
+    same(tmp_path, options)
+
+
 @WAYS
 def test_a_plan_says_how_many_tasks_are_done(server: Proxied, options: dict[str, Any], cut: str) -> None:
     options |= {"scratch_after": cut, "output_dir": OUT}
@@ -264,6 +286,29 @@ def test_uploads_that_nobody_completes_are_listed_and_aborted(tmp_path: Path, se
 
 
 @pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("in_parts", [True, False], ids=["botocore", "obstore"])
+def test_cuts_that_a_job_is_at_work_on_stay(in_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tensor.bucket.IN_PARTS", ("s3",) if in_parts else ())
+    for n, key in enumerate(("one", "two")):
+        attributes = {"headrace": "scratch", "stage": "unpack", "id": f"abc{n}", "source": "m"}
+        text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+        client().put_object(Bucket="bucket", Key=f"cuts/{key}.zarr/zarr.json", Body=text)
+        client().put_object(Bucket="bucket", Key=f"cuts/{key}.zarr/w/c/0", Body=b"chunk")
+    monkeypatch.setattr("pipeline.sinks.remote.RemoteGroup._attributes", lambda cut: _said(cut.url))
+    with closing(Journal(RemoteGroup("s3://bucket/cuts/two.zarr", "", "abc1", "", False, {})._journal)):
+        assert "another job at work on it" in headrace("scratch", "rm", "s3://bucket/cuts", "--all", "--yes").err
+    assert len(objects("s3://bucket/cuts")) == 4
+    assert headrace("scratch", "rm", "s3://bucket/cuts", "--all", "--yes").code == 0
+    assert objects("s3://bucket/cuts") == {}
+
+
+def _said(url: str) -> dict[str, Any]:
+    """The attributes of a group, whose object is asked for without fsspec's package of S3."""
+    text = objects(url)["zarr.json"]
+    return dict(json.loads(text)["attributes"])
+
+
+@pytest.mark.usefixtures("server")
 def test_what_others_wrote_is_left_alone(options: dict[str, Any]) -> None:
     client().put_object(Bucket="bucket", Key="a/far/notes.txt", Body=b"mine")
     with pytest.raises(BadInput, match=r"objects that headrace did not write \(notes.txt\)"):
@@ -271,6 +316,17 @@ def test_what_others_wrote_is_left_alone(options: dict[str, Any]) -> None:
     assert objects(OUT) == {"notes.txt": b"mine"}
     with pytest.raises(BadInput, match="no such bucket"):
         convert(output_dir="s3://nobody/a", **options)
+    client().put_object(Bucket="bucket", Key="a/ranks/rank0.safetensors", Body=b"theirs")
+    with pytest.raises(BadInput, match="a checkpoint that headrace did not write; expected a new or empty prefix"):
+        convert(output_dir="s3://bucket/a/ranks", **options)
+    assert objects("s3://bucket/a/ranks") == {"rank0.safetensors": b"theirs"}
+    uploading = client().create_multipart_upload(Bucket="bucket", Key="c/out/large.bin")
+    convert(output_dir="s3://bucket/c/out", **options)
+    convert(output_dir="s3://bucket/c/out", **options, tp_size=2, overwrite=True)
+    assert open_uploads() == ["c/out/large.bin"]
+    with pytest.raises(BadInput, match=r"a place inside the output s3://bucket/c/out"):
+        convert(output_dir="s3://bucket/c/out/inside", **options)
+    client().abort_multipart_upload(Bucket="bucket", Key="c/out/large.bin", UploadId=uploading["UploadId"])
     with pytest.raises(BadInput, match="outputs beside one another"):
         convert(target=[{"output_dir": "s3://bucket/b"}, {"output_dir": "s3://bucket/b/c"}], **options)
 

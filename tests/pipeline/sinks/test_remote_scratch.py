@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 import zarr
 
-from pipeline import convert, plan
+from pipeline import BadInput, convert, plan
 from tests.support import checkpoints
 from tests.support.directories import contents
 
@@ -46,3 +47,15 @@ def test_a_kept_cut_is_reused(tmp_path: Path) -> None:
     convert(output_dir=tmp_path / "two", tp_size=2, **options)
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "plain", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "two") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("url", ["nowhere://b/x", "gs://b/x"])
+def test_a_store_that_nothing_here_can_write_is_refused_by_the_plan(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    for command in (plan, convert):
+        with pytest.raises(BadInput, match=f"--scratch {url}: found .*; expected a store that fsspec can write"):
+            command(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scratch=url, scratch_after="unpack")
+    assert not (tmp_path / "out").exists()

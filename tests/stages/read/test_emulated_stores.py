@@ -18,11 +18,11 @@ from urllib.request import Request, urlopen
 import obstore
 import pytest
 
-import stages.read.object_store
 from pipeline import convert
 from tests.pipeline.watching.web import free_port
 from tests.support import checkpoints
 from tests.support.directories import contents
+from tests.support.s3_server import forget_clients
 from tests.support.witness import wait
 
 pytestmark = pytest.mark.nightly
@@ -35,9 +35,9 @@ ACCOUNT, KEY = "devstoreaccount1", "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoints.write(tmp_path / "model", CONFIG)
-    stages.read.object_store._store.cache_clear()
+    forget_clients()
     yield tmp_path / "model"
-    stages.read.object_store._store.cache_clear()
+    forget_clients()
 
 
 @contextmanager

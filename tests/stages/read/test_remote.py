@@ -23,6 +23,7 @@ from tests.support import checkpoints, gguf_families, gguf_files, quantized_chec
 from tests.support.commands import headrace
 from tests.support.directories import contents
 from tests.support.range_server import Served, range_server
+from tests.support.s3_server import forget_clients
 
 BIG = {**checkpoints.LLAMA, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024}  # some MB
 
@@ -189,6 +190,25 @@ def test_urls_that_are_not_read_are_refused_without_their_secrets(tmp_path: Path
     assert "Signature" not in str(caught.value)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, []])
+def test_an_index_that_places_nothing_is_named(tmp_path: Path, served: Served, index: object) -> None:
+    (at(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match=r"model.safetensors.index.json: found no weight_map"):
+        inspect(f"{served.url}/m")
+
+
+def test_a_model_that_is_written_anew_between_two_runs_is_another_though_no_time_is_told(tmp_path: Path, served: Served) -> None:
+    """Of the same size, with the same header: its ETags alone differ."""
+    served.times = False
+    place = at(tmp_path)
+    options: dict[str, Any] = {"model_dir": f"{served.url}/m", "output_dir": tmp_path / "out", "scheduler": "threads"}
+    convert(**options)
+    assert convert(**options).up_to_date
+    checkpoints.write(place, BIG, seed=1)
+    with pytest.raises(BadInput, match="a finished conversion"):
+        convert(**options)
+
+
 def test_what_is_not_there_or_not_read_by_ranges_is_named(tmp_path: Path, served: Served) -> None:
     with pytest.raises(BadInput, match=r"model\.safetensors: found no such file"):
         plan(model_dir=f"{served.url}/none", output_dir=tmp_path / "out")
@@ -225,7 +245,9 @@ def bucket() -> Iterator[str]:
         for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
             patch.setenv(name, value)
         urlopen(Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+        forget_clients()
         yield "s3://bucket"
+    forget_clients()
     server.stop()
 
 
