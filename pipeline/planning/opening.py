@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.causal import check_causal
 from pipeline.model.config_values import assumed_notes, refusals, remark_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
@@ -113,7 +114,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for each in local for problem in check_source(each, files)]
         family = _family(source)
-        if problems := refusals(source.config, family, source.config_name):
+        if problems := [*refusals(source.config, family, source.config_name), *check_causal(source.config, source.config_name)]:
             raise BadInput(problems)
         filled = fill_in(source.config, family, source.config_name, job.unsaid())
         declared = model_config(filled.config, family, source.architecture, source.config_name)
