@@ -216,7 +216,7 @@ def _unexpected(name: str, model: ModelConfig, allowed: tuple[Any, ...], family:
     value = model.value(name)
     if value is None or value in allowed:
         return []
-    keys = family.fields.get(name, family.settings.get(name, (name,)))
+    keys = family.keys(name) or (name,)
     remedy = "TensorRT-LLM's model class has no other, so that the engine would compute something else"
     return [Problem(f"{file}: {' or '.join(keys)}", repr(value), " or ".join(map(repr, allowed)) or "null", remedy)]
 

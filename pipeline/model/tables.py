@@ -52,7 +52,7 @@ class Family:
     defaults
         The value of a field or setting that the configuration does not have.
     assumed
-        The value of a field that transformers has where config.json lacks its key; a plan says which it took.
+        The value of a field or setting that transformers has where config.json lacks its key; a plan says which it took.
     expect
         The values that a field or setting may have where TensorRT-LLM's model class supports no others.
     config
@@ -98,6 +98,10 @@ class Family:
     divisors: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
     proof: tuple[str, ...] = ()
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the configuration's keys of a field or setting; () where none says it."""
+        return self.fields.get(name, self.settings.get(name, ()))
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
