@@ -24,7 +24,8 @@ def attention_windows(model: ModelConfig) -> tuple[int, ...]:
     """
     settings, longest = model.settings, model.max_position_embeddings
     window = settings.get("sliding_window")
-    if not window or window >= longest or settings.get("use_sliding_window") is False:
+    # A family without such a setting has its windows in use; null is no, as in transformers.
+    if not window or window >= longest or not settings.get("use_sliding_window", True):
         return ()
     types = settings.get("layer_types")
     local = [

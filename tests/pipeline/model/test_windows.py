@@ -15,6 +15,7 @@ from tests.support.checkpoints import LLAMA
 
 FILE = "config.json"
 LONG = {**LLAMA, "max_position_embeddings": 32768}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
 def read(architecture: str, **values: Any) -> ModelConfig:
@@ -49,3 +50,12 @@ def test_verification_knows_mistrals_window_too(source: dict[str, Any], written:
     runtime_defaults = None if written is None else {"max_attention_window": written}
     config = {**LONG, "architecture": "MistralForCausalLM", "rotary_base": 10000.0, "runtime_defaults": runtime_defaults}
     assert bool(list(check_settings(config, {**LONG, **source}, {}))) == wrong
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize(("said", "used"), [({}, False), (None, False), (False, False), (True, True)])
+def test_a_window_that_is_used_on_request(architecture: str, said: Any, used: bool) -> None:
+    request = said if isinstance(said, dict) else {"use_sliding_window": said}
+    model = read(architecture, sliding_window=512, max_window_layers=2, **EXPERTS, **request)
+    assert check_windows(model, FILE) == []
+    assert bool(attention_windows(model)) == used
