@@ -59,3 +59,19 @@ def test_a_window_that_is_used_on_request(architecture: str, said: Any, used: bo
     model = read(architecture, sliding_window=512, max_window_layers=2, **EXPERTS, **request)
     assert check_windows(model, FILE) == []
     assert bool(attention_windows(model)) == used
+
+
+def test_qwen2_vl_has_the_defaults_of_its_own_class() -> None:
+    """Of 81 layers the last alone has the window, as 80 is the default of max_window_layers."""
+    values = {"use_sliding_window": True, "sliding_window": 512, "num_hidden_layers": 81}
+    model = read("Qwen2VLForConditionalGeneration", rope_theta=None, **values)
+    assert (model.rotary_base, attention_windows(model)) == (1000000.0, (*[32768] * 80, 512))
+    written = {"max_attention_window": list(attention_windows(model))}
+    config = {
+        **LONG,
+        "rotary_base": 10000.0,
+        "architecture": "Qwen2VLForConditionalGeneration",
+        "num_hidden_layers": 81,
+        "runtime_defaults": written,
+    }
+    assert list(check_settings(config, {**LONG, **values}, {})) == []
