@@ -90,6 +90,8 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
             return [False] * layers
         if (types := source.get("layer_types")) is None:
             first = source.get("max_window_layers", 80 if architecture == "Qwen2VLForConditionalGeneration" else 28)
+            if first is None:  # transformers makes no model of it
+                return [False] * layers
             if architecture == "Qwen2MoeForCausalLM":
                 return [layer % 2 == 0 and layer < first for layer in range(layers)]
             return [layer >= first or architecture == "Qwen3MoeForCausalLM" for layer in range(layers)]

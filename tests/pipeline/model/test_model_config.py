@@ -242,6 +242,34 @@ def test_a_setting_of_which_none_is_allowed_may_be_null() -> None:
     assert "expected null" in problem
 
 
+@pytest.mark.parametrize("value", [None, "256", True, -1, 0, math.nan, 10**400])
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [
+        ("Gemma2ForCausalLM", "query_pre_attn_scalar"),
+        ("Gemma3ForCausalLM", "query_pre_attn_scalar"),
+        ("Gemma3ForCausalLM", "rope_local_base_freq"),
+        ("MiniCPMForCausalLM", "scale_depth"),
+        ("MiniCPMForCausalLM", "dim_model_base"),
+    ],
+)
+def test_a_setting_that_is_a_number_in_every_model(architecture: str, key: str, value: Any) -> None:
+    config = {**LLAMA, "architectures": [architecture], "hidden_act": "gelu" if "Gemma" in architecture else "silu"}
+    assert read({**config, key: 24})
+    (problem,) = refused({**config, key: value})
+    assert problem.startswith(f"{FILE}: ")
+    assert problem.partition(": found")[0].endswith(key)
+    assert problem.endswith("expected a number greater than 0")
+
+
+@pytest.mark.parametrize("value", [None, "0", -0.1])
+def test_a_number_that_may_be_0(value: Any) -> None:
+    config = {**MIXTRAL, "architectures": ["PhimoeForCausalLM"], "attention_bias": True, "lm_head_bias": True}
+    assert read({**config, "router_jitter_noise": 0}).value("router_jitter_noise") == 0
+    (problem,) = refused({**config, "router_jitter_noise": value})
+    assert problem.endswith("expected a number of 0 or more")
+
+
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_expectations_are_met_by_the_defaults(family: Any) -> None:
     for name, allowed in family.expect.items():

@@ -9,7 +9,7 @@ import pytest
 from pipeline.model.config_values import assumed_notes
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import find_family
-from pipeline.model.windows import attention_windows, check_windows
+from pipeline.model.windows import attention_windows, check_windows, with_pattern
 from stages.verify.roundtrip.settings import check_settings
 from tests.support.checkpoints import LLAMA
 
@@ -63,15 +63,86 @@ def test_a_window_that_is_used_on_request(architecture: str, said: Any, used: bo
 
 def test_qwen2_vl_has_the_defaults_of_its_own_class() -> None:
     """Of 81 layers the last alone has the window, as 80 is the default of max_window_layers."""
-    values = {"use_sliding_window": True, "sliding_window": 512, "num_hidden_layers": 81}
-    model = read("Qwen2VLForConditionalGeneration", rope_theta=None, **values)
+    name, values = "Qwen2VLForConditionalGeneration", {"use_sliding_window": True, "sliding_window": 512, "num_hidden_layers": 81}
+    family = find_family("huggingface", name)
+    assert family is not None
+    source = {key: value for key, value in {**LONG, **values}.items() if key != "rope_theta"}
+    model = model_config(source, family, name, FILE)
     assert (model.rotary_base, attention_windows(model)) == (1000000.0, (*[32768] * 80, 512))
-    written = {"max_attention_window": list(attention_windows(model))}
-    config = {
-        **LONG,
-        "rotary_base": 10000.0,
-        "architecture": "Qwen2VLForConditionalGeneration",
-        "num_hidden_layers": 81,
-        "runtime_defaults": written,
-    }
-    assert list(check_settings(config, {**LONG, **values}, {})) == []
+    written = {"architecture": name, "rotary_base": 1000000.0, "runtime_defaults": {"max_attention_window": [*[32768] * 80, 512]}}
+    assert list(check_settings({**LONG, "num_hidden_layers": 81, **written}, source, {})) == []
+
+
+GEMMA_3 = {"hidden_act": "gelu", "num_hidden_layers": 6, "sliding_window": 512}
+PATTERN_OF_3 = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+
+def checked(architecture: str, **values: Any) -> tuple[ModelConfig, list[str]]:
+    """A model with the pattern of its layers, and what is wrong with its windows."""
+    family = find_family("huggingface", architecture)
+    assert family is not None
+    config = {**LONG, **values}
+    model = with_pattern(model_config(config, family, architecture, FILE), config, family)
+    return model, [str(problem) for problem in check_windows(model, FILE)]
+
+
+@pytest.mark.parametrize("said", [{}, {"sliding_window_pattern": None}, {"_sliding_window_pattern": None}])
+@pytest.mark.parametrize(
+    ("types", "pattern"),
+    [
+        (PATTERN_OF_3, 3),
+        (["sliding_attention"] * 5 + ["full_attention"], 6),
+        (["full_attention"] * 6, 1),
+    ],
+)
+def test_a_pattern_is_that_of_the_layers(types: list[str], pattern: int, said: dict[str, Any]) -> None:
+    model, problems = checked("Gemma3ForCausalLM", **GEMMA_3, layer_types=types, **said)
+    assert (model.settings["sliding_window_pattern"], problems) == (pattern, [])
+    assert len(set(attention_windows(model))) == (pattern > 1) * 2
+
+
+@pytest.mark.parametrize("said", [{}, {"sliding_window_pattern": None}])
+def test_layers_that_all_see_the_window_are_before_the_end_of_a_pattern(said: dict[str, Any]) -> None:
+    few = {**GEMMA_3, "num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 3}
+    model, problems = checked("Gemma3ForCausalLM", **few, **said)
+    assert (model.settings["sliding_window_pattern"] > 3, problems) == (True, [])
+    assert attention_windows(model) == (512,)
+
+
+def test_layers_of_no_pattern_and_of_another_than_is_said_are_refused() -> None:
+    irregular = [*PATTERN_OF_3[:4], "full_attention", "full_attention"]
+    for types, said in [(irregular, {}), (PATTERN_OF_3, {"sliding_window_pattern": 2})]:
+        (problem,) = checked("Gemma3ForCausalLM", **GEMMA_3, layer_types=types, **said)[1]
+        assert problem.startswith(f"{FILE}: layer_types: found another order of layers")
+    (problem,) = checked("Gemma3ForCausalLM", **GEMMA_3, layer_types=irregular, sliding_window_pattern=None)[1]
+    assert problem.startswith(f"{FILE}: sliding_window_pattern: found None; expected a whole number")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "key"),
+    [
+        ("Gemma3ForCausalLM", {**GEMMA_3, "sliding_window_pattern": None}, "sliding_window_pattern"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": None}, "max_window_layers"),
+        ("Qwen2MoeForCausalLM", {**EXPERTS, "use_sliding_window": True, "max_window_layers": None}, "max_window_layers"),
+    ],
+)
+def test_a_null_that_windows_need_is_a_problem(architecture: str, values: dict[str, Any], key: str) -> None:
+    (problem,) = checked(architecture, **values)[1]
+    assert problem.startswith(f"{FILE}: {key}: found None; expected a whole number: it says which layers see the window alone")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"use_sliding_window": False, "sliding_window": 512},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": 512, "layer_types": ["sliding_attention"] * 3},
+    ],
+)
+def test_a_null_that_no_window_needs_is_none(values: dict[str, Any]) -> None:
+    assert checked("Qwen2ForCausalLM", **values, max_window_layers=None)[1] == []
+
+
+def test_verification_ends_in_no_traceback_of_a_null() -> None:
+    source = {**LONG, "use_sliding_window": True, "max_window_layers": None}
+    assert list(check_settings({**LONG, "architecture": "Qwen2ForCausalLM", "rotary_base": 10000.0}, source, {})) == []
