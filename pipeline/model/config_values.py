@@ -66,16 +66,17 @@ def family_settings(config: Mapping[str, Any], family: Family) -> dict[str, Any]
     for name, keys in family.settings.items():
         values = [value for key in keys if (value := lookup(config, key)) is not None]
         absent = not values and not any(key in config for key in keys)
-        result[name] = values[0] if values else family.defaults.get(name) if absent else None
+        default = family.defaults.get(name, family.assumed.get(name))
+        result[name] = values[0] if values else default if absent else None
     return result
 
 
 def assumed(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the fields whose keys a configuration lacks, with transformers' values for them; a key that is null is no such key."""
+    """Return the fields and settings whose keys a configuration lacks, with transformers' values for them; null is a value."""
     return {
-        field: value
-        for field, value in family.assumed.items()
-        if field not in family.defaults and not any(key in config for key in family.fields.get(field, ()))
+        name: value
+        for name, value in family.assumed.items()
+        if name not in family.defaults and not any(key in config for key in family.keys(name))
     }
 
 
@@ -110,6 +111,6 @@ def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple
     name = file.rpartition("/")[2]
     whose = "the default of its own code" if "modelling code" in family.proof else "transformers' default"
     return tuple(
-        f"{field} {value}: {name} has no {' or '.join(family.fields.get(field, ()))}, and {whose} is this"
+        f"{field} {value}: {name} has no {' or '.join(family.keys(field))}, and {whose} is this"
         for field, value in assumed(config, family).items()
     )

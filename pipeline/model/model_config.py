@@ -7,6 +7,7 @@ config.json is read in both styles: top-level `rope_theta` / `rope_scaling` / `t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -207,6 +208,7 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
         values["head_size"] = hidden // heads
     model = ModelConfig(**values, settings=family_settings(config, family))
     problems = [p for name, allowed in family.expect.items() for p in _unexpected(name, model, allowed, family, file)]
+    problems += [p for name, range_ in family.numbers.items() for p in _no_number(name, model, range_, family, file)]
     if problems:
         raise BadInput(problems)
     return model
@@ -216,9 +218,17 @@ def _unexpected(name: str, model: ModelConfig, allowed: tuple[Any, ...], family:
     value = model.value(name)
     if value is None or value in allowed:
         return []
-    keys = family.fields.get(name, family.settings.get(name, (name,)))
+    keys = family.keys(name) or (name,)
     remedy = "TensorRT-LLM's model class has no other, so that the engine would compute something else"
     return [Problem(f"{file}: {' or '.join(keys)}", repr(value), " or ".join(map(repr, allowed)) or "null", remedy)]
+
+
+def _no_number(name: str, model: ModelConfig, range_: str, family: Family, file: str) -> list[Problem]:
+    value = model.value(name)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (0 < value <= sys.float_info.max or (value == 0 and range_ == "of 0 or more")):
+        return []
+    return [Problem(f"{file}: {' or '.join(family.keys(name))}", repr(value), f"a number {range_}")]
 
 
 def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[Problem]:

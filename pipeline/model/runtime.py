@@ -149,6 +149,8 @@ class Runtime:
         By architecture that no family is for, the reason, and what would do.
     windows
         The key of `runtime_defaults` that holds the attention windows of the layers.
+    causal
+        By the key of a source's configuration, its value of models whose tokens see those before them alone.
     beyond_a_length
         By the key of a source's configuration, attention that no class computes beyond a length.
     """
@@ -168,6 +170,7 @@ class Runtime:
     orders: Mapping[int, WeightOrder]
     unserved: Mapping[str, tuple[str, str]]
     windows: str
+    causal: Mapping[str, bool]
     beyond_a_length: Mapping[str, LongAttention]
 
 
@@ -197,6 +200,7 @@ def runtime() -> Runtime:
         orders={int(sm): WeightOrder(**row) for sm, row in data["kernels"]["orders"].items()},
         unserved={name: (row["title"], row["remedy"]) for row in data["unserved"].values() for name in row["architectures"]},
         windows=data["windows"]["key"],
+        causal=data["causal"],
         beyond_a_length={key: LongAttention(**row) for key, row in data["beyond_a_length"].items()},
     )
 

@@ -52,9 +52,11 @@ class Family:
     defaults
         The value of a field or setting that the configuration does not have.
     assumed
-        The value of a field that transformers has where config.json lacks its key; a plan says which it took.
+        The value of a field or setting that transformers has where config.json lacks its key; a plan says which it took.
     expect
         The values that a field or setting may have where TensorRT-LLM's model class supports no others.
+    numbers
+        Settings that are numbers in every model, also where a null could be written; each with "greater than 0" or "of 0 or more".
     config
         Rows that are laid over the layout's config.json template.
     scaling
@@ -89,6 +91,7 @@ class Family:
     defaults: Mapping[str, Any]
     expect: Mapping[str, tuple[Any, ...]]
     config: Mapping[str, Any]
+    numbers: Mapping[str, str] = field(default_factory=dict)
     scaling: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[PublishedSize, ...] = ()
     known: tuple[KnownModel, ...] = ()
@@ -98,6 +101,10 @@ class Family:
     divisors: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
     proof: tuple[str, ...] = ()
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the configuration's keys of a field or setting; () where none says it."""
+        return self.fields.get(name, self.settings.get(name, ()))
 
     def rows(self) -> PatternTable[RenameRow]:
         """Return the rename rows by pattern."""
@@ -275,6 +282,7 @@ def _family(name: str) -> Family:
         defaults=data.get("defaults", {}),
         expect={key: tuple(values) for key, values in data.get("expect", {}).items()},
         config=data.get("config", {}),
+        numbers=data.get("numbers", {}),
         published=tuple(PublishedSize(**row) for row in data.get("published", ())),
         scaling=data.get("scaling", {}),
         assumed=data.get("assumed", {}),

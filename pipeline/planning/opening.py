@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.model.causal import check_causal
 from pipeline.model.config_values import assumed_notes, refusals, remark_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
-from pipeline.model.windows import check_windows, window_notes
+from pipeline.model.windows import check_windows, window_notes, with_pattern
 from pipeline.model.written_rope import written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job
@@ -113,10 +114,11 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             files = [file.path for file in source.files]
             outputs = [problem for each in local for problem in check_source(each, files)]
         family = _family(source)
-        if problems := refusals(source.config, family, source.config_name):
+        if problems := [*refusals(source.config, family, source.config_name), *check_causal(source.config, source.config_name)]:
             raise BadInput(problems)
         filled = fill_in(source.config, family, source.config_name, job.unsaid())
         declared = model_config(filled.config, family, source.architecture, source.config_name)
+        declared = with_pattern(declared, filled.config, family)
         if problems := check_windows(declared, source.config_name):
             raise BadInput(problems)
     except BadInput as error:

@@ -69,4 +69,4 @@ def test_the_values_are_those_of_transformers(family: Family) -> None:
     looked_at = {field: value for field, value in family.assumed.items() if field not in family.defaults}
     assert looked_at
     for field, value in looked_at.items():
-        assert next(found for key in family.fields[field] if (found := lookup(made, key)) is not None) == value, field
+        assert next(found for key in family.keys(field) if (found := lookup(made, key)) is not None) == value, field

@@ -16,6 +16,8 @@ LONG_ROPE = ("longrope", "su")
 AGAIN = "Convert it again"
 # Models whose layers alternate between a window and the whole sequence, with the length of the pattern where no key says it.
 PATTERNS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}
+# Models that have a window where their configuration has no such key.
+BY_DEFAULT = {*PATTERNS, "MistralForCausalLM"}
 # Models whose configuration has a window that is in use only where another key says so.
 ON_REQUEST = (
     "Qwen2ForCausalLM",
@@ -87,11 +89,13 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
         if not source.get("use_sliding_window"):
             return [False] * layers
         if (types := source.get("layer_types")) is None:
-            first = source.get("max_window_layers", 28)
+            first = source.get("max_window_layers", 80 if architecture == "Qwen2VLForConditionalGeneration" else 28)
+            if first is None:  # transformers makes no model of it
+                return [False] * layers
             if architecture == "Qwen2MoeForCausalLM":
                 return [layer % 2 == 0 and layer < first for layer in range(layers)]
             return [layer >= first or architecture == "Qwen3MoeForCausalLM" for layer in range(layers)]
-    elif source.get("sliding_window") is None and not (architecture in PATTERNS and "sliding_window" not in source):
+    elif source.get("sliding_window") is None and not (architecture in BY_DEFAULT and "sliding_window" not in source):
         return [False] * layers
     else:
         types = source.get("layer_types")

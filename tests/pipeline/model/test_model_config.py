@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import BadInput
 from pipeline.model.config_values import lookup
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import families, find_family
+from pipeline.model.tables import families, find_family, layout
 from tests.support.checkpoints import LLAMA, MIXTRAL
 
 FILE = "config.json"
@@ -220,15 +220,54 @@ def test_all_that_is_unexpected_is_reported_together() -> None:
     assert len(refused({**PHI_3, "hidden_act": "gelu", "rope_scaling": {"type": "longrope", "factor": 2.0}})) == 2
 
 
-def test_a_field_may_be_expected_too() -> None:
-    (problem,) = refused({**PHI_3, "hidden_act": "gelu"})
+@pytest.mark.parametrize("model", [PHI_3, MIXTRAL, QWEN_3_MOE], ids=lambda model: model["model_type"])
+def test_a_field_may_be_expected_too(model: dict[str, Any]) -> None:
+    (problem,) = refused({**model, "hidden_act": "gelu"})
     assert problem.startswith(f"{FILE}: hidden_act: found 'gelu'; expected 'silu'")
+    assert read(without(model, "hidden_act")).hidden_act == "silu"
+
+
+def test_an_activation_that_is_written_whatever_the_source_has_is_expected() -> None:
+    """config.json's `hidden_act` is one value for these: a source with another would be another model."""
+    written = {family.name: {**layout(family.layout).config, **family.config}["hidden_act"] for family in families()}
+    constant = [family for family in families() if family.fields.get("hidden_act") and not written[family.name].startswith("$")]
+    assert len(constant) >= 7
+    for family in constant:
+        assert (written[family.name], family.expect.get("hidden_act")) == ("swiglu", ("silu",)), family.name
 
 
 def test_a_setting_of_which_none_is_allowed_may_be_null() -> None:
     assert read({**GEMMA_3, "attn_logit_softcapping": None})
     (problem,) = refused({**GEMMA_3, "attn_logit_softcapping": 50.0})
     assert "expected null" in problem
+
+
+@pytest.mark.parametrize("value", [None, "256", True, -1, 0, math.nan, 10**400])
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [
+        ("Gemma2ForCausalLM", "query_pre_attn_scalar"),
+        ("Gemma3ForCausalLM", "query_pre_attn_scalar"),
+        ("Gemma3ForCausalLM", "rope_local_base_freq"),
+        ("MiniCPMForCausalLM", "scale_depth"),
+        ("MiniCPMForCausalLM", "dim_model_base"),
+    ],
+)
+def test_a_setting_that_is_a_number_in_every_model(architecture: str, key: str, value: Any) -> None:
+    config = {**LLAMA, "architectures": [architecture], "hidden_act": "gelu" if "Gemma" in architecture else "silu"}
+    assert read({**config, key: 24})
+    (problem,) = refused({**config, key: value})
+    assert problem.startswith(f"{FILE}: ")
+    assert problem.partition(": found")[0].endswith(key)
+    assert problem.endswith("expected a number greater than 0")
+
+
+@pytest.mark.parametrize("value", [None, "0", -0.1])
+def test_a_number_that_may_be_0(value: Any) -> None:
+    config = {**MIXTRAL, "architectures": ["PhimoeForCausalLM"], "attention_bias": True, "lm_head_bias": True}
+    assert read({**config, "router_jitter_noise": 0}).value("router_jitter_noise") == 0
+    (problem,) = refused({**config, "router_jitter_noise": value})
+    assert problem.endswith("expected a number of 0 or more")
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)

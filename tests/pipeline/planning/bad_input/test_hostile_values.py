@@ -26,7 +26,14 @@ SCALINGS: list[Any] = [
     {"rope_type": "longrope", "short_factor": "x", "long_factor": [NAN]},
     {"full_attention": {"rope_type": "yarn", "factor": True}},
 ]
-ARCHITECTURES = ["LlamaForCausalLM", "Phi3ForCausalLM"]
+ARCHITECTURES = [
+    "LlamaForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "MiniCPMForCausalLM",
+]
 SETTINGS: list[Any] = [
     NAN,
     INF,
@@ -70,7 +77,7 @@ def keys(architecture: str) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_values_of_config_json(tmp_path: Path, architecture: str) -> None:
-    config = {**checkpoints.LLAMA, "architectures": [architecture]}
+    config = {**checkpoints.LLAMA, "architectures": [architecture], "use_sliding_window": True, "sliding_window": 32}
     checkpoints.write(tmp_path / "model", config)
     refused = 0
     for key in keys(architecture):
