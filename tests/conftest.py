@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,25 @@ SWEEPS = (
 )
 
 
+# Where a test is a run, of a process or of all stages: by day every second of its parameters is tried, by night all. Goldens and
+# families against transformers, which say which model comes out, are tried whole.
+HALVED = tuple(f"/tests/{name}/" for name in (
+    "end_to_end", "pipeline/calibration", "pipeline/engine", "pipeline/jobs", "pipeline/reporting", "pipeline/run",
+    "pipeline/sinks", "pipeline/watching",
+))  # fmt: skip
+WHOLE = ("/test_family_forward.py",)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
     for item in items:
         given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-        if item.path.as_posix().endswith(SWEEPS) and any(isinstance(each, str) and each in VARIANTS for each in given):
+        place = item.path.as_posix()
+        if place.endswith(SWEEPS) and any(isinstance(each, str) and each in VARIANTS for each in given):
             item.add_marker("nightly")
+        if given and any(each in place for each in HALVED) and not place.endswith(WHOLE) and not item.get_closest_marker("nightly"):
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % 2:
+                item.add_marker("nightly")
+            seen[name] += 1
