@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.model.rotary import yarn_factor
+from pipeline.model.rotary import scaling_kind, two_kinds, yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
 # Features of the runtime table; the first two are told from config.json's values.
@@ -109,9 +109,12 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         if goes_with:
             yield Conflict("rotary_scaling", "null", f"{goes_with}, as position_embedding_type says", OWN_AXES, "m")
         return
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
-    shown = repr(kind) if kind else repr(scaling)
-    if kind in (None, "default"):
+    kind = scaling_kind(scaling) if isinstance(scaling, Mapping) and scaling else "default"
+    if isinstance(scaling, Mapping) and (both := two_kinds(scaling)):
+        yield Conflict("rotary_scaling", both, "one kind: TensorRT-LLM goes by type, the model by rope_type", "Leave one", "b4")
+        return
+    shown = repr(kind) if isinstance(scaling, Mapping) and scaling else repr(scaling)
+    if kind == "default":
         yield Conflict("rotary_scaling", shown, "null: TensorRT-LLM has no such kind", "Give --rope_scaling auto", "b4")
         return
     row = runtime().rope.get(str(kind))

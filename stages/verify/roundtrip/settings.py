@@ -52,7 +52,7 @@ def _rope(config: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Prob
         for key in sorted(theirs.keys() & ours.keys() - {"type", "rope_type", "rope_theta"}):
             if theirs[key] != ours[key]:
                 yield Problem(f"config.json: rotary_scaling.{key}", repr(ours[key]), f"{theirs[key]!r}, by the source", AGAIN)
-    base = _parameters(source).get("rope_theta", source.get("rope_theta"))
+    base = theirs.get("rope_theta", _parameters(source).get("rope_theta", source.get("rope_theta")))
     found = config.get("rotary_base")
     if isinstance(base, int | float) and isinstance(found, int | float) and not math.isclose(base, found):
         yield Problem("config.json: rotary_base", repr(found), f"{base!r}, by the source's rope_theta", AGAIN)
@@ -118,4 +118,4 @@ def _scaling(source: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
-    return str(scaling.get("rope_type", scaling.get("type")) or "default")
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
