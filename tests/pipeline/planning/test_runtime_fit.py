@@ -72,6 +72,8 @@ ROPES: dict[str, dict[str, Any] | None] = {
     "default": {"rope_type": "default"},
     "linear": {"type": "linear", "factor": 2.0},
     "llama3": LLAMA3,
+    "llama3 without a length": {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"},
+    "llama3 without bands": {"rope_type": "llama3", "factor": 8.0},
     "yarn": YARN,
     "yarn with another factor": {**YARN, "attention_factor": 3.0},
     "yarn without truncation": {**YARN, "truncate": False},
@@ -96,6 +98,8 @@ def reasons(architecture: str, quantization: str, rope: str, stages: int) -> set
     unscaled = architecture in (*PHI, "Gemma3ForCausalLM")
     if stages > 1 and architecture in PHI:
         result.add("sends nothing from stage to stage")
+    if rope == "llama3 without bands":
+        return {"rope_scaling.low_freq_factor: found llama3 without it", "rope_scaling.high_freq_factor: found llama3 without it"}
     if rope == "unknown" or (rope == "longrope" and architecture not in PHI):
         result.add("class computes no other")
     elif architecture == AXES and rope != "mrope":
