@@ -140,9 +140,9 @@ def _problem(row: UnreadFormat, subject: str, found: str) -> Problem:
 def _row(name: str, row: Mapping[str, Any]) -> UnreadFormat:
     said = {key: tuple(values) for key, values in row.get("said", {}).items()}
     parameters = tuple(map(frozenset, row.get("parameters", ())))
-    lists = {key: tuple(row.get(key, ())) for key in ("config", "merged")}
+    config, merged = (tuple(row.get(key, ())) for key in ("config", "merged"))
     plain = {key: row[key] for key in ("title", "remedy", "overrides", "runs") if key in row}
-    return UnreadFormat(name=name, said=said, parameters=parameters, **lists, **plain)
+    return UnreadFormat(name=name, said=said, config=config, parameters=parameters, merged=merged, **plain)
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,8 @@ ON_REQUEST = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2ForSequenceClassification",
 )
+# Models whose layers all see the window alone; a source's own name counts too, as Mistral's own files become LLaMA's.
+EVERY_LAYER = ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM")
 DEFAULT_WINDOW = 4096  # transformers' own, of all these families
 
 
@@ -100,7 +102,7 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
     if architecture in PATTERNS:
         pattern = source.get("sliding_window_pattern") or source.get("_sliding_window_pattern") or PATTERNS[architecture]
         return [(layer + 1) % pattern != 0 for layer in range(layers)]
-    return [architecture in ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM")] * layers
+    return [bool({architecture, *(source.get("architectures") or ())} & set(EVERY_LAYER))] * layers
 
 
 def _parameters(source: Mapping[str, Any]) -> Mapping[str, Any]:
