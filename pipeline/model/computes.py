@@ -68,7 +68,8 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     own = model_class(config)
     if own is None:
         return ()
-    return (*_stages(config, own), *_rope(config, own), *_attention(config), *_experts(config), *_groups(config), *_windows(config))
+    of_class = (*_stages(config, own), *_head_size(config, own), *_rope(config, own))
+    return (*of_class, *_attention(config), *_experts(config), *_groups(config), *_windows(config))
 
 
 def replaced_attention(config: Mapping[str, Any]) -> AttentionVariant | None:
@@ -96,6 +97,16 @@ def _stages(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         found = f"{stages} pipeline stages of {config['architecture']}"
         expected = "1: its class sends nothing from stage to stage, and has embedding and lm_head on every rank"
         yield Conflict("mapping.pp_size", found, expected, "Give --tp_size instead", "a")
+
+
+def _head_size(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
+    sizes = [size for key in ("head_size", "num_attention_heads", "hidden_size") if isinstance(size := config.get(key), int)]
+    if not own.derived_head_size or len(sizes) < 3:
+        return
+    size, heads, hidden = sizes
+    if size * heads != hidden:
+        expected = f"hidden_size / num_attention_heads, {hidden} / {heads}: {config['architecture']}'s class has no others"
+        yield Conflict("head_size", f"heads of {size}", expected, "No other class computes this architecture", "f")
 
 
 def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:

@@ -108,7 +108,7 @@ class ModelConfig(Multipliers):
     def long_rope(self) -> Mapping[str, Any]:
         """The parameters of a long rope, such as Phi-3's two lists of factors; empty for any other kind of scaling."""
         scaling = dict(self.rotary_scaling or {}) if self.rotary_type in LONG_ROPE else {}
-        if scaling and "original_positions" in self.settings:
+        if scaling and self.settings.get("original_positions") is not None:
             # Some files keep the original number of positions beside `rope_scaling` instead of inside it.
             scaling.setdefault("original_max_position_embeddings", self.settings["original_positions"])
         return scaling

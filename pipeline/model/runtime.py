@@ -33,6 +33,8 @@ class ModelClass:
         The kinds of `rotary_scaling` that it computes.
     long_rope
         Whether it reads the factors of long rope.
+    derived_head_size
+        Whether its heads are hidden_size / num_attention_heads wide, whatever config.json says.
     unscaled
         Architectures for which it would scale more layers than the model does, so that nothing may be scaled.
     head_norm_epsilon
@@ -44,6 +46,7 @@ class ModelClass:
     pipeline_stages: bool
     rope: tuple[str, ...]
     long_rope: bool
+    derived_head_size: bool = False
     unscaled: tuple[str, ...] = ()
     head_norm_epsilon: float = 0.0
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.errors import Problem
+from pipeline.model.long_rope import LENGTH, reads_long_rope, usual_length
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.rotary import MROPE
 from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family
 
-LENGTH = "original_max_position_embeddings"
 RopeScaling = Literal["auto", "none", "keep"]
 
 
@@ -28,6 +28,10 @@ def written_scaling(model: ModelConfig, family: Family, mode: RopeScaling) -> tu
     scaling, kind = model.rotary_scaling, model.rotary_type
     if scaling is None or (kind == MROPE and "mrope_section" in model.settings):
         return scaling, ""
+    if mode != "none" and reads_long_rope(model) and LENGTH not in model.long_rope:
+        positions = usual_length(model)
+        note = f"{kind}'s {LENGTH} is written as {positions}, which transformers takes for one that is missing"
+        return {**scaling, LENGTH: positions}, note
     positions, taken = _own_length(scaling, model, family)
     if mode == "keep" and positions:
         without = f"{kind} without {LENGTH}, for which TensorRT-LLM takes {taken} and the model {positions}"

@@ -10,6 +10,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.model.config_values import assumed_notes, refusals, remark_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
+from pipeline.model.long_rope import check_long_rope
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
@@ -117,7 +118,8 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             raise BadInput(problems)
         filled = fill_in(source.config, family, source.config_name, job.unsaid())
         declared = model_config(filled.config, family, source.architecture, source.config_name)
-        if problems := [*check_windows(declared, source.config_name), *undeclared(declared, family, source.config_name)]:
+        problems = [*check_windows(declared, source.config_name), *undeclared(declared, family, source.config_name)]
+        if problems := [*problems, *(check_long_rope(declared, source.config_name) if job.rope_scaling != "none" else ())]:
             raise BadInput(problems)
     except BadInput as error:
         raise BadInput([*error.problems, *outputs]) from None
