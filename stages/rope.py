@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.model.model_config import ModelConfig
 from pipeline.model.parallelism import Parallelism
+from pipeline.model.rotary import scaling_kind
 from pipeline.tensor.metering import meter
 from pipeline.tensor.names import TensorName
 from pipeline.tensor.placement import Placement, RankTensor, Region, extent, slices, whole
@@ -82,7 +83,7 @@ def scaled_frequencies(model: ModelConfig) -> np.ndarray:
     """Return `rotary_inv_freq`, the inverse frequencies scaled by the model's `rotary_scaling`: float32 [rotary size / 2]."""
     powers = _powers(model.rotary_base, model.rotary_embedding_dim)
     scaling = model.rotary_scaling or {}
-    kind = scaling.get("type", scaling.get("rope_type", "none"))
+    kind = scaling_kind(scaling)
     if kind == "llama3":
         return _llama3((1 / powers).astype(FLOAT32), scaling)
     factor = float(scaling.get("factor", 1.0))

@@ -296,6 +296,9 @@ def divisibility(sharding: Sharding) -> list[Problem]:
     if sizes.pp_size > model.num_hidden_layers:
         layers = f"{model.num_hidden_layers} layers"
         problems.append(Problem(f"--pp_size {sizes.pp_size}", layers, f"at most {model.num_hidden_layers}"))
+    if model.num_experts and sizes.cp_size > 1:
+        expected = "1: TensorRT-LLM has no context parallelism for experts (its loader asserts it)"
+        problems.append(Problem(f"--cp_size {sizes.cp_size}", f"{model.num_experts} experts", expected, "Give --tp_size instead"))
     if model.num_experts:
         pairs = expert_sizes(model, sizes.tp_size)
         experts = [ep for _, ep in pairs]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.model.rotary import yarn_factor
+from pipeline.model.rotary import scaling_kind, two_kinds, yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
 # Features of the runtime table; the first two are told from config.json's values.
@@ -68,7 +68,8 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     own = model_class(config)
     if own is None:
         return ()
-    return (*_stages(config, own), *_rope(config, own), *_attention(config), *_experts(config), *_groups(config), *_windows(config))
+    of_class = (*_stages(config, own), *_head_size(config, own), *_rope(config, own))
+    return (*of_class, *_attention(config), *_experts(config), *_groups(config), *_windows(config))
 
 
 def replaced_attention(config: Mapping[str, Any]) -> AttentionVariant | None:
@@ -98,6 +99,16 @@ def _stages(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         yield Conflict("mapping.pp_size", found, expected, "Give --tp_size instead", "a")
 
 
+def _head_size(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
+    sizes = [size for key in ("head_size", "num_attention_heads", "hidden_size") if isinstance(size := config.get(key), int)]
+    if not own.derived_head_size or len(sizes) < 3:
+        return
+    size, heads, hidden = sizes
+    if size * heads != hidden:
+        expected = f"hidden_size / num_attention_heads, {hidden} / {heads}: {config['architecture']}'s class has no others"
+        yield Conflict("head_size", f"heads of {size}", expected, "No other class computes this architecture", "f")
+
+
 def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
     architecture = config["architecture"]
     if config.get("position_embedding_type") == "long_rope" and not own.long_rope:
@@ -109,9 +120,12 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         if goes_with:
             yield Conflict("rotary_scaling", "null", f"{goes_with}, as position_embedding_type says", OWN_AXES, "m")
         return
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
-    shown = repr(kind) if kind else repr(scaling)
-    if kind in (None, "default"):
+    kind = scaling_kind(scaling) if isinstance(scaling, Mapping) and scaling else "default"
+    if isinstance(scaling, Mapping) and (both := two_kinds(scaling)):
+        yield Conflict("rotary_scaling", both, "one kind: TensorRT-LLM goes by type, the model by rope_type", "Leave one", "b4")
+        return
+    shown = repr(kind) if isinstance(scaling, Mapping) and scaling else repr(scaling)
+    if kind == "default":
         yield Conflict("rotary_scaling", shown, "null: TensorRT-LLM has no such kind", "Give --rope_scaling auto", "b4")
         return
     row = runtime().rope.get(str(kind))

@@ -86,8 +86,9 @@ def refusals(config: Mapping[str, Any], family: Family, file: str) -> list[Probl
     for remark in family.remarks:
         if remark.refused and _fits(config, remark):
             told = [f"{key} {lookup(config, key)}" for key in remark.when]
-            told += ["a value"] if remark.has else ["values that differ"] if remark.unlike else []
-            key = next(iter(remark.when), remark.has or remark.unlike)
+            has = next((key for key in remark.has if lookup(config, key)), "")
+            told += ["a value"] if has else ["values that differ"] if remark.unlike else []
+            key = next(iter(remark.when), has or remark.unlike)
             problems.append(Problem(f"{file}: {key}", ", ".join(told), remark.refused, remark.remedy))
     return problems
 
@@ -103,7 +104,7 @@ def _fits(config: Mapping[str, Any], remark: Remark) -> bool:
     if remark.unlike:
         values = lookup(config, remark.unlike)
         return isinstance(values, list) and any(value != values[0] for value in values)
-    return not remark.has or bool(lookup(config, remark.has))
+    return not remark.has or any(lookup(config, key) for key in remark.has)
 
 
 def assumed_notes(config: Mapping[str, Any], family: Family, file: str) -> tuple[str, ...]:

@@ -54,13 +54,13 @@ class KnownModel:
 class Remark:
     """A remark of a plan on models whose configuration has some values.
 
-    `when`: the keys and values. `has`: a key that says something. `unlike`: a key whose list has values that differ. `note`: what
-    is said of a model that is converted. `refused`: why it is not, in the place of what was expected; "" where it is. `remedy`:
-    what would do.
+    `when`: the keys and values. `has`: keys any of which says something. `unlike`: a key whose list has values that differ. `note`:
+    what is said of a model that is converted. `refused`: why it is not, in the place of what was expected; "" where it is.
+    `remedy`: what would do.
     """
 
     when: Mapping[str, Any] = field(default_factory=dict)
-    has: str = ""
+    has: tuple[str, ...] = ()
     unlike: str = ""
     note: str = ""
     refused: str = ""

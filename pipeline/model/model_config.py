@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
-from pipeline.model.config_values import assumed, family_settings, typed_value, wrong_type
+from pipeline.model.config_values import assumed, family_settings, lookup, typed_value, wrong_type
 from pipeline.model.multipliers import Multipliers
-from pipeline.model.rotary import LONG_ROPE, MROPE, rotary_scaling
+from pipeline.model.rotary import LONG_ROPE, MROPE, rotary_scaling, scaling_kind, two_values
 from pipeline.model.tables import Family, layout
 
 
@@ -87,8 +87,7 @@ class ModelConfig(Multipliers):
     @property
     def rotary_type(self) -> str:
         """The kind of position scaling by the configuration's name, such as "llama3"; "default" for none."""
-        scaling = self.rotary_scaling or {}
-        return str(scaling.get("rope_type", scaling.get("type", "default")))
+        return scaling_kind(self.rotary_scaling or {})
 
     @property
     def position_embedding_type(self) -> str:
@@ -110,7 +109,7 @@ class ModelConfig(Multipliers):
     def long_rope(self) -> Mapping[str, Any]:
         """The parameters of a long rope, such as Phi-3's two lists of factors; empty for any other kind of scaling."""
         scaling = dict(self.rotary_scaling or {}) if self.rotary_type in LONG_ROPE else {}
-        if scaling and "original_positions" in self.settings:
+        if scaling and self.settings.get("original_positions") is not None:
             # Some files keep the original number of positions beside `rope_scaling` instead of inside it.
             scaling.setdefault("original_max_position_embeddings", self.settings["original_positions"])
         return scaling
@@ -148,6 +147,7 @@ _BOUNDS = {
     "num_labels": (0, 1 << 31),
 }
 _POSITIVE = ("norm_epsilon", "rotary_base", "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+_NESTED = ("rotary_base", "rotary_pct")  # fields that the two styles of config.json have in other places
 _NOT_BY_KEY = ("architecture", "rotary_scaling", "settings")  # fields that are not read through `family.fields`
 
 
@@ -192,11 +192,11 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
             problems.append(
                 Problem(f"{file}: {' or '.join(keys) or spec.name}", "nothing", f"the model's {spec.name}", "Add the key")
             )
-    try:
-        values["rotary_scaling"] = rotary_scaling(config)
-    except TypeError:
-        key = "rope_scaling" if config.get("rope_scaling") is not None else "rope_parameters"
-        problems.append(Problem(f"{file}: {key}", repr(config[key]), "null or an object"))
+    values["rotary_scaling"], wrong = rotary_scaling(config, file)
+    problems += wrong
+    for name in _NESTED:
+        said = {key: value for key in family.fields.get(name, ()) if (value := lookup(config, key)) is not None}
+        problems += two_values(said, file)
     problems += _out_of_range(values, family, file)
     if problems:
         raise BadInput(problems)

@@ -33,6 +33,8 @@ class ModelClass:
         The kinds of `rotary_scaling` that it computes.
     long_rope
         Whether it reads the factors of long rope.
+    derived_head_size
+        Whether its heads are hidden_size / num_attention_heads wide, whatever config.json says.
     unscaled
         Architectures for which it would scale more layers than the model does, so that nothing may be scaled.
     head_norm_epsilon
@@ -44,6 +46,7 @@ class ModelClass:
     pipeline_stages: bool
     rope: tuple[str, ...]
     long_rope: bool
+    derived_head_size: bool = False
     unscaled: tuple[str, ...] = ()
     head_norm_epsilon: float = 0.0
 
@@ -53,12 +56,16 @@ class RopeKind:
     """A kind of `rotary_scaling`.
 
     `needs`: keys that must be there. `only`: the one value of a key that is computed. `because`: why a missing key matters.
+    `length`: what the class takes for an original_max_position_embeddings that is missing; 0 where it takes none. `declared`: keys
+    that a Hugging Face model has, as transformers has no value for them, where the class has.
     `position_embedding_type`: config.json's that goes with this kind, and with no other; "" for the usual one.
     `remedy`: what a plan advises. `section`: the fact's, in docs/format/runtime-1.2.md.
     """
 
     needs: tuple[str, ...]
     only: Mapping[str, Any] = field(default_factory=dict)
+    length: int = 0
+    declared: tuple[str, ...] = ()
     position_embedding_type: str = ""
     because: str = ""
     remedy: str = ""

@@ -290,7 +290,7 @@ def _family(name: str) -> Family:
         left_out=data.get("left_out", {}),
         told=data.get("told", {}),
         divisors=data.get("divisors", {}),
-        remarks=tuple(Remark(**row) for row in data.get("remarks", ())),
+        remarks=tuple(Remark(**{**row, "has": _names(row.get("has", ()))}) for row in data.get("remarks", ())),
         proof=tuple(data.get("proof", ())),
     )
 

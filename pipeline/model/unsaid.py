@@ -16,6 +16,7 @@ from pipeline.model.config_values import lookup
 from pipeline.model.family_rows import KnownModel
 from pipeline.model.tables import Family
 
+WINDOW = "sliding_window"
 POSITIONS, SCALING, FACTOR, SCALAR = "max_position_embeddings", "rope_scaling", "rope_scaling_factor", "query_pre_attn_scalar"
 
 # Options by which a conversion is told what a container has no key for, by the container; those that a forward pass depends on.
@@ -52,28 +53,38 @@ def fill_in(config: Mapping[str, Any], family: Family, file: str, options: Mappi
     if not family.known:
         return FilledIn(config, problems=tuple(_differing(config, family, file, given)))
     row = next(row for row in family.known if all(config.get(key) == value for key, value in row.when.items()))
-    filled, notes = dict(config), []
+    filled, notes, problems = dict(config), [], []
     if POSITIONS in given:
         filled[POSITIONS] = given[POSITIONS]
     elif config.get(POSITIONS) is None:
         filled[POSITIONS] = row.max_position_embeddings
         notes.append(_note(f"{POSITIONS} {row.max_position_embeddings}", row, file, POSITIONS))
+        problems += _lost_window(config, family, row, file)
     if not config.get(SCALING):
         expected = "a model whose positions are scaled, as use_scaled_rope says"
-        wrong = (
-            [Problem(f"--{FACTOR} {given[FACTOR]}", f"no scaling in {file}", expected, "Leave it out")] if FACTOR in given else []
-        )
-        return FilledIn(filled, tuple(notes), tuple(wrong))
+        if FACTOR in given:
+            problems.append(Problem(f"--{FACTOR} {given[FACTOR]}", f"no scaling in {file}", expected, "Leave it out"))
+        return FilledIn(filled, tuple(notes), tuple(problems))
     factor = given.get(FACTOR, config.get(FACTOR))
     if factor is None:
         factor = row.rope_scaling_factor
         shown = f"{FACTOR} {factor}" if factor else f"no {FACTOR}, which TensorRT-LLM takes for 8"
         notes.append(_note(shown, row, file, FACTOR))
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
-        return FilledIn(filled, tuple(notes), (Problem(f"{file}: {FACTOR}", repr(factor), "a number greater than 0"),))
+        problems.append(Problem(f"{file}: {FACTOR}", repr(factor), "a number greater than 0"))
+        return FilledIn(filled, tuple(notes), tuple(problems))
     if factor:
         filled[SCALING] = {**family.scaling, "factor": float(factor)}
-    return FilledIn(filled, tuple(notes))
+    return FilledIn(filled, tuple(notes), tuple(problems))
+
+
+def _lost_window(config: Mapping[str, Any], family: Family, row: KnownModel, file: str) -> list[Problem]:
+    """A window of a model of unknown length: one that is as long as the length that is taken would pass for none."""
+    key = next((key for key in family.settings.get(WINDOW, ()) if isinstance(lookup(config, key), int)), "")
+    if row.name or not key or lookup(config, key) < row.max_position_embeddings:
+        return []
+    expected = f"a model whose length is known, as its window is not within {row.max_position_embeddings} tokens"
+    return [Problem(f"{file}: {key}", str(lookup(config, key)), expected, f"Give --{POSITIONS}, as its config.json has it")]
 
 
 def _by_size(config: Mapping[str, Any], family: Family, file: str, given: Mapping[str, Any]) -> FilledIn:

@@ -11,11 +11,12 @@ from pipeline.model.causal import check_causal
 from pipeline.model.config_values import assumed_notes, refusals, remark_notes
 from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
+from pipeline.model.long_rope import check_long_rope
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes, with_pattern
-from pipeline.model.written_rope import written_scaling
+from pipeline.model.written_rope import undeclared, written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job
 from pipeline.planning.nearest import unknown_architecture
@@ -119,13 +120,14 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
         filled = fill_in(source.config, family, source.config_name, job.unsaid())
         declared = model_config(filled.config, family, source.architecture, source.config_name)
         declared = with_pattern(declared, filled.config, family)
-        if problems := check_windows(declared, source.config_name):
+        problems = [*check_windows(declared, source.config_name), *undeclared(declared, family, source.config_name)]
+        if problems := [*problems, *(check_long_rope(declared, source.config_name) if job.rope_scaling != "none" else ())]:
             raise BadInput(problems)
     except BadInput as error:
         raise BadInput([*error.problems, *outputs]) from None
     kept = frozenset({"mlp_bias"} if job.mlp_bias == "keep" else ())
     omitted: dict[str, Any] = {row.flag: False for row in family.omit if row.flag not in kept}
-    scaling, rope_note = written_scaling(declared, job.rope_scaling)
+    scaling, rope_note = written_scaling(declared, family, job.rope_scaling)
     model = replace(declared, rotary_scaling=scaling, **omitted)
     dense = [] if job.quant_ckpt_path else _left_behind(source, family)  # whoever names a quantized checkpoint means one
     settings = {} if dense else clean_settings(source.config)

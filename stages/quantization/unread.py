@@ -32,6 +32,8 @@ class UnreadFormat:
         Keys of the model's configuration that are its own: any will do.
     parameters
         Local names of parameters of one of its modules: all of any entry.
+    merged
+        Places of compressed-tensors' transforms that are in the weights already: a transform in another place names it.
     overrides
         Its modules look like those of a format that is read, so that what the settings say decides.
     runs
@@ -46,12 +48,32 @@ class UnreadFormat:
     said: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     config: tuple[str, ...] = ()
     parameters: tuple[frozenset[str], ...] = ()
+    merged: tuple[str, ...] = ()
     overrides: bool = False
     runs: str = ""
 
     def named_by(self, settings: Mapping[str, Any]) -> str:
         """The key of the settings that names the format; "" where none does. Texts are compared without regard to case."""
         return next((key for key, values in self.said.items() if _plain(settings.get(key)) in map(_plain, values)), "")
+
+    def transform(self, settings: Mapping[str, Any]) -> str:
+        """The first transform in the settings that the weights do not hold, by its name and place; "" where there is none.
+
+        What cannot be read as a transform is none that the weights hold.
+        """
+        said = settings.get("transform_config")
+        if not said or not self.merged:
+            return ""
+        schemes = said.get("config_groups") if isinstance(said, Mapping) else said
+        if not isinstance(schemes, Mapping):
+            return f"transform_config {said}"
+        for name, scheme in schemes.items():
+            applied = scheme.get("apply") if isinstance(scheme, Mapping) else scheme
+            for each in applied if isinstance(applied, list) else [applied]:
+                place = each.get("location") if isinstance(each, Mapping) else each
+                if place not in self.merged:
+                    return f"transform {name} at {place}"
+        return ""
 
     def is_in(self, parameters: Collection[str]) -> bool:
         """Whether a module's parameters, by local name, are the format's."""
@@ -95,6 +117,9 @@ def unread(
         key = row.named_by(settings)
         if key and (row.overrides or not packed):
             return [_problem(row, f"{config_name}: quantization_config.{key}", f"{settings[key]}, which is {row.title}")]
+        if transform := row.transform(settings):
+            subject = f"{config_name}: quantization_config.transform_config"
+            return [_problem(row, subject, f"{transform}, which is {row.title}")]
         found = next((name for name, held in others.items() if row.is_in(held)), None)
         if found is not None:
             shown = ", ".join(sorted(others[found]))
@@ -115,8 +140,9 @@ def _problem(row: UnreadFormat, subject: str, found: str) -> Problem:
 def _row(name: str, row: Mapping[str, Any]) -> UnreadFormat:
     said = {key: tuple(values) for key, values in row.get("said", {}).items()}
     parameters = tuple(map(frozenset, row.get("parameters", ())))
+    config, merged = (tuple(row.get(key, ())) for key in ("config", "merged"))
     plain = {key: row[key] for key in ("title", "remedy", "overrides", "runs") if key in row}
-    return UnreadFormat(name=name, said=said, config=tuple(row.get("config", ())), parameters=parameters, **plain)
+    return UnreadFormat(name=name, said=said, config=config, parameters=parameters, merged=merged, **plain)
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from tests.support.rank_oracle import model_of, sharding_of
 
 
 def fits(sharding: Sharding) -> bool:
-    """The sizes must divide what is split (docs/format/checkpoint.md, sections 2 and 12)."""
+    """The sizes must divide what is split (docs/format/checkpoint.md, sections 2, 6 and 12)."""
     model, sizes = sharding.model, sharding.parallelism
     t, kv_heads, experts = sizes.tp_size, model.num_key_value_heads, model.num_experts
     split_hidden = sharding.embedding.parallel and sharding.embedding.dim == 1
@@ -28,7 +28,7 @@ def fits(sharding: Sharding) -> bool:
         sizes.moe_tp_size * sizes.moe_ep_size == t,
     ]
     if experts:
-        rules += [experts % sizes.moe_ep_size == 0, model.intermediate_size % sizes.moe_tp_size == 0]
+        rules += [experts % sizes.moe_ep_size == 0, model.intermediate_size % sizes.moe_tp_size == 0, sizes.cp_size == 1]
     else:
         rules += [model.intermediate_size % t == 0, sizes.moe_ep_size == 1]
     return all(rules)
@@ -49,7 +49,11 @@ def any_sizes(draw: st.DrawFn) -> Sharding:
         num_experts=draw(st.sampled_from([0, 0, 2, 4, 6])),
     )
     parallelism = Parallelism.resolve(
-        draw(st.integers(1, 8)), draw(st.integers(1, 5)), 1, draw(st.integers(0, 4)), draw(st.integers(0, 4))
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 1, 2])),
+        draw(st.integers(0, 4)),
+        draw(st.integers(0, 4)),
     )
     return sharding_of(model, parallelism, Embedding(draw(st.booleans()), draw(st.integers(0, 1))))
 
@@ -114,6 +118,7 @@ def test_every_expert_size_that_a_refusal_lists_works(sharding: Sharding, option
         ({}, Parallelism(2, moe_ep_size=2), "--moe_ep_size 2", "a model without experts"),
         ({"num_experts": 3}, Parallelism(2, moe_ep_size=2), "--moe_ep_size 2", "3 experts"),
         ({"num_experts": 2, "intermediate_size": 9}, Parallelism(2, moe_tp_size=2), "--moe_tp_size 2", "intermediate_size 9"),
+        ({"num_experts": 2}, Parallelism(1, cp_size=2), "--cp_size 2", "2 experts"),
         ({"num_experts": 2}, Parallelism(4, moe_tp_size=2), "--moe_tp_size 2 x --moe_ep_size 1", "2"),
     ],
 )

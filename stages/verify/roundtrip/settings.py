@@ -27,6 +27,8 @@ ON_REQUEST = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2ForSequenceClassification",
 )
+# Models whose layers all see the window alone; a source's own name counts too, as Mistral's own files become LLaMA's.
+EVERY_LAYER = ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM")
 DEFAULT_WINDOW = 4096  # transformers' own, of all these families
 
 
@@ -54,7 +56,7 @@ def _rope(config: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Prob
         for key in sorted(theirs.keys() & ours.keys() - {"type", "rope_type", "rope_theta"}):
             if theirs[key] != ours[key]:
                 yield Problem(f"config.json: rotary_scaling.{key}", repr(ours[key]), f"{theirs[key]!r}, by the source", AGAIN)
-    base = _parameters(source).get("rope_theta", source.get("rope_theta"))
+    base = theirs.get("rope_theta", _parameters(source).get("rope_theta", source.get("rope_theta")))
     found = config.get("rotary_base")
     if isinstance(base, int | float) and isinstance(found, int | float) and not math.isclose(base, found):
         yield Problem("config.json: rotary_base", repr(found), f"{base!r}, by the source's rope_theta", AGAIN)
@@ -104,7 +106,7 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
     if architecture in PATTERNS:
         pattern = source.get("sliding_window_pattern") or source.get("_sliding_window_pattern") or PATTERNS[architecture]
         return [(layer + 1) % pattern != 0 for layer in range(layers)]
-    return [architecture in ("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM")] * layers
+    return [bool({architecture, *(source.get("architectures") or ())} & set(EVERY_LAYER))] * layers
 
 
 def _parameters(source: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -122,4 +124,4 @@ def _scaling(source: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(scaling: Mapping[str, Any]) -> str:
-    return str(scaling.get("rope_type", scaling.get("type")) or "default")
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")

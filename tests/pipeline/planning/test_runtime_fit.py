@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ ROPES: dict[str, dict[str, Any] | None] = {
     "default": {"rope_type": "default"},
     "linear": {"type": "linear", "factor": 2.0},
     "llama3": LLAMA3,
+    "llama3 without a length": {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"},
+    "llama3 without bands": {"rope_type": "llama3", "factor": 8.0},
     "yarn": YARN,
     "yarn with another factor": {**YARN, "attention_factor": 3.0},
     "yarn without truncation": {**YARN, "truncate": False},
@@ -96,6 +99,8 @@ def reasons(architecture: str, quantization: str, rope: str, stages: int) -> set
     unscaled = architecture in (*PHI, "Gemma3ForCausalLM")
     if stages > 1 and architecture in PHI:
         result.add("sends nothing from stage to stage")
+    if rope == "llama3 without bands":
+        return {"rope_scaling.low_freq_factor: found llama3 without it", "rope_scaling.high_freq_factor: found llama3 without it"}
     if rope == "unknown" or (rope == "longrope" and architecture not in PHI):
         result.add("class computes no other")
     elif architecture == AXES and rope != "mrope":
@@ -164,6 +169,8 @@ def with_rope(model: Path, rope: str, place: Path) -> Path:
     place.mkdir()
     os.link(model / "model.safetensors", place / "model.safetensors")
     config = json.loads((model / "config.json").read_text())
+    if rope == "longrope":  # transformers takes Phi-3's from here
+        config["original_max_position_embeddings"] = ROPES[rope]["original_max_position_embeddings"]
     (place / "config.json").write_text(json.dumps({**config, "rope_scaling": ROPES[rope]}))
     return place
 
@@ -194,6 +201,16 @@ def test_every_combination_is_accepted_or_refused_with_the_reason(
         assert all(any(reason in each for each in said) for reason in expected), (quantization, stages, said)
         assert all(any(reason in each for reason in expected) for each in said), (quantization, stages, said)
         assert all(problem.remedy for problem in error.value.problems), said
+
+
+def test_heads_of_another_size_than_phi_s_class_has_are_refused(tmp_path: Path) -> None:
+    case = sized("phi3")
+    build(replace(case, options={**case.options, "head_dim": 32})).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    with pytest.raises(BadInput) as error:
+        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "ranks")
+    (problem,) = error.value.problems
+    assert problem.subject == f"{tmp_path / 'model/config.json'}: head_dim"
+    assert problem.expected.startswith("hidden_size / num_attention_heads")
 
 
 # Each class is tried in every quantization and, by day, these in every kind of rope.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stages.quantization.unread import UnreadFormat, unread, unread_formats
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
 
+TOOLS = Path(__file__).parents[2] / "data/tools/llm-compressor"
 ROWS = {row.name: row for row in unread_formats()}
 DENSE = {"model.norm": {"weight": None}}
 
@@ -58,6 +60,56 @@ def test_nothing_is_said_of_others() -> None:
     assert found({"quant_method": "gptq", "is_marlin_format": False, "bits": 4}, {"a.q_proj": {"weight": None, "bias": None}}) == []
     assert found(config={"quantization": None}) == []
     assert found({"is_marlin_format": 1}) == []
+
+
+def transforms(*places: Any) -> dict[str, Any]:
+    """Settings as llm-compressor writes them: one scheme, applied in some places."""
+    apply = [{"targets": ["Linear"], "location": place, "inverse": False, "ignore": []} for place in places]
+    return {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": apply, "randomize": False}}}}
+
+
+@pytest.mark.parametrize("packed", [(), ("a.q_proj",)])
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (transforms("weight_output", "input"), "transform R4 at input"),
+        (transforms("q_attn", "k_cache"), "transform R4 at q_attn"),
+        (transforms(["weight_input"]), "transform R4 at ['weight_input']"),
+        ({"transform_config": {"config_groups": {"R4": "hadamard"}}}, "transform R4 at hadamard"),
+        ({"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}, "transform R4 at None"),
+        ({"transform_config": {"schemes": []}}, "transform_config {'schemes': []}"),
+        ({"transform_config": ["R4"]}, "transform_config ['R4']"),
+    ],
+    ids=str,
+)
+def test_a_transform_beside_the_weights_is_refused_whatever_they_are_packed_as(
+    settings: dict[str, Any], shown: str, packed: tuple[str, ...]
+) -> None:
+    (problem,) = found(settings, {"a.q_proj": {"weight_packed": None, "weight_scale": None}}, packed)
+    assert problem.startswith(f"config.json: quantization_config.transform_config: found {shown}, which is compressed-tensors with")
+    assert "Convert the model that it was quantized from" in problem
+
+
+def test_a_transform_that_the_weights_hold_says_nothing() -> None:
+    assert found(transforms("weight_input", "weight_output")) == []
+    assert found({"transform_config": {}}) == found({"transform_config": {"config_groups": {}}}) == []
+
+
+@pytest.mark.parametrize(("place", "refused"), [("input", True), ("weight_input", False)])
+def test_the_files_of_llm_compressor_with_a_transform(place: str, refused: bool, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TOOLS / "w4a16", model)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] |= transforms(place)
+    (model / "config.json").write_text(json.dumps(config))
+    job = make_job({"model_dir": model, "output_dir": tmp_path / "out"})
+    if not refused:
+        assert make_plan(job)
+        return
+    with pytest.raises(BadInput) as error:
+        make_plan(job)
+    (problem,) = error.value.problems
+    assert problem.found.startswith("transform R4 at input")
 
 
 def test_mlx_by_its_own_settings() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline import convert, plan
+from pipeline.errors import BadInput
 from pipeline.model.model_config import model_config
 from pipeline.model.tables import find_family
 from pipeline.model.unsaid import fill_in
@@ -263,6 +264,12 @@ TOLD: dict[str, tuple[dict[str, Any], int, float, str]] = {
     "2 7B": ({"dim": 4096, "n_layers": 32, "vocab_size": 32000}, 2048, -1, "params.json says neither it nor which model this is"),
     "scaled, of another size": ({"use_scaled_rope": True}, 2048, 0, "params.json says neither it nor which model this is"),
     "scaled by a factor of its own": ({"use_scaled_rope": True, "rope_scaling_factor": 16, "vocab_size": 128256}, 131072, 16.0, ""),
+    "Mistral's first": (
+        {"sliding_window": 4096, "dim": 4096, "n_layers": 32},
+        32768,
+        -1,
+        "Mistral 7B v0.1's, by sliding_window 4096",
+    ),
     "long by itself": ({"vocab_size": 128256, "max_position_embeddings": 32768}, 32768, -1, ""),
 }
 
@@ -325,6 +332,31 @@ def test_the_options_go_before_all_else(model: Path) -> None:
     pasted = headrace("plan", *words, "--n_positions", 8192)
     assert "--n_positions 8192: found max_position_embeddings 2048 in" in pasted.err
     assert "or give --max_position_embeddings 8192" in pasted.err
+
+
+MISTRAL = {**BF16, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 96, "head_dim": 16}
+
+
+def test_mistral_s_own_files_keep_their_window_and_the_size_of_a_head(tmp_path: Path) -> None:
+    model, output = meta_files.write(tmp_path / "model", MISTRAL, checkpoints.values(MISTRAL), 2), tmp_path / "out"
+    config = planned(model, sliding_window=5, head_dim=16, max_position_embeddings=64)
+    assert (config["head_size"], config["runtime_defaults"]) == (16, {"max_attention_window": [5]})
+    # transformers computes with the window, which a LLaMA has not.
+    assert canonical_config(open_source(model))["architectures"] == ["MistralForCausalLM"]
+    assert headrace("convert", "--meta_ckpt_dir", model, "--output_dir", output, "--scheduler", "threads").code == 0
+    assert headrace("verify", output, "--source", model, "--logits", "--tokens", 9).code == 0
+    (output / "config.json").write_text(json.dumps({**config_of(output), "runtime_defaults": None}))
+    ran = headrace("verify", output, "--source", model)
+    assert (ran.code, "max_attention_window: found none" in ran.out + ran.err) == (5, True)
+
+
+def test_a_window_of_a_model_whose_length_is_not_known_is_not_lost(model: Path) -> None:
+    assert planned(model, sliding_window=2047)["runtime_defaults"] == {"max_attention_window": [2047]}
+    with pytest.raises(BadInput, match=r"sliding_window: found 4096; .* not within 2048 tokens. Give --max_position_embeddings"):
+        planned(model, sliding_window=4096)
+    made = plan(meta_ckpt_dir=model, output_dir=model.parent / "out", max_position_embeddings=8192)
+    assert json.loads(made.targets[0].output.config)["runtime_defaults"] == {"max_attention_window": [4096]}
+    assert planned(model, sliding_window=None)["runtime_defaults"] is None
 
 
 def test_options_that_a_source_has_no_use_for(model: Path, models: Models) -> None:

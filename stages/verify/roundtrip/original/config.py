@@ -22,7 +22,10 @@ META = {
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_theta",
     "vocab_size": "vocab_size",
+    "head_dim": "head_dim",
+    "sliding_window": "sliding_window",
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}  # Mistral's own files are as Meta's
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # The defaults of Meta's code and of LLaMA itself.
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
@@ -50,7 +53,8 @@ def canonical_config(source: Source) -> dict[str, Any]:
         if values.get("use_scaled_rope"):
             usual = 32.0 if (config["hidden_size"], config["num_hidden_layers"]) in LLAMA3_2 else 8.0
             config["rope_scaling"] = {**LLAMA3_SCALING, "factor": float(values.get("rope_scaling_factor") or usual)}
-        return _llama(config, "output.weight" not in source.tensors)
+        llama = _llama(config, "output.weight" not in source.tensors)
+        return {**llama, **MISTRAL} if config.get("sliding_window") else llama
     if source.container == "gguf":
         return gguf_config(source)
     if source.architecture == "InternLM2ForCausalLM":

@@ -81,6 +81,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "norm_eps": ("1e-5", True, 0, float("nan")),
     "rope_theta": ("1e4", [1], float("inf"), 0),
     "rope_scaling": (5, "linear", []),
+    "head_dim": ("8", 0, -8, 7.5, True),
+    "sliding_window": ("8", -1, 7.5, True, [8]),
 }
 
 
@@ -89,6 +91,30 @@ def test_a_value_of_another_type_or_out_of_range(tmp_path: Path, key: str, value
     model = model_of(tmp_path, **{key: value})
     assert all(problem.startswith(f"{model / 'params.json'}: ") for problem in refused_both(model))
     assert any(key in problem.partition(": found ")[0].rpartition(": ")[2] for problem in refused(model))
+
+
+LATER = {
+    "moe": {"num_experts": 8},
+    "yarn": {"factor": 4},
+    "use_qk_norm": True,
+    "nope_layer_interval": 4,
+    "vision_encoder": {"a": 1},
+}
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_what_later_models_compute_is_refused_by_its_key(tmp_path: Path, key: str) -> None:
+    """Their tensors may all have names that are known."""
+    problem = one(refused_both(model_of(tmp_path, **{key: LATER[key]})))
+    assert problem.startswith(f"{tmp_path / 'model/params.json'}: {key}: found a value; expected ")
+    assert "in Hugging Face's layout" in problem
+    assert not refused_none(tmp_path / "plain", **{key: type(LATER[key])()})
+
+
+def refused_none(place: Path, **params: Any) -> list[str]:
+    """The problems of a checkpoint whose params.json has a key that says nothing."""
+    ran = headrace("plan", "--meta_ckpt_dir", model_of(place, **params), "--output_dir", place / "out")
+    return ran.err.splitlines() if ran.code else []
 
 
 @pytest.mark.parametrize(

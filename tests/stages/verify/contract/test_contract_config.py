@@ -21,7 +21,7 @@ CONFIGS = {
     for path in sorted(DATA.glob("*/expected/*/config.json"))
 }
 QWEN_3 = {**LLAMA, "architecture": "Qwen3ForCausalLM", "qwen_type": "qwen3"}
-PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu"}
+PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "hidden_size": 192}
 LONG = {
     "position_embedding_type": "long_rope",
     "original_max_position_embeddings": 64,

@@ -99,6 +99,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "rotary_scaling: found 'longrope'": {"rotary_scaling": {"type": "longrope", "factor": 2.0}},
     "rotary_scaling: found 'linear'": {"rotary_scaling": {"type": "linear", "factor": 2.0}, **LONG},
     "rotary_scaling: found 'default'": {"rotary_scaling": {"rope_type": "default"}},
+    "rotary_scaling: found rope_type 'llama3', type 'linear'": {
+        "rotary_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}
+    },
     "rotary_scaling.alpha: found dynamic without it": {"rotary_scaling": {"type": "dynamic", "factor": 2.0}},
     "rotary_scaling.type: found 'dynamic'": {"rotary_scaling": {"type": "dynamic", "alpha": 1000.0}},
     "rotary_scaling.truncate": {"rotary_scaling": {**YARN, "truncate": False}},
