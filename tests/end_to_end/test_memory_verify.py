@@ -87,6 +87,7 @@ def test_round_trip_of_codes_that_were_kept(method: str, kernels: str, tmp_path:
     assert found["bytes"] > PACKED_LIMIT
 
 
+@pytest.mark.nightly
 def test_logits_of_the_ranks(ranks: tuple[Path, Path]) -> None:
     found = measured(LOGITS, ranks[1])
     assert found["ok"]

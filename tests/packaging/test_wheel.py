@@ -254,6 +254,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(missing: str, wheel: P
     assert said.splitlines()[1:] == ["kernels: NumPy"]
 
 
+@pytest.mark.nightly
 def test_an_editable_install_is_the_repository_unless_another_is_named(source: Path, place: Path, tmp_path: Path) -> None:
     python = install(build("build_editable", source, place / "editable", **ONE_LEVEL), tmp_path / "environment")
     where = [python, "-P", "-c", "import headrace, pipeline; print(headrace.__file__, pipeline.__file__)"]

@@ -128,6 +128,7 @@ def test_batches_of_two_machines_do_each_job_once(tmp_path: Path, machines: tupl
     assert len(list(tmp_path.glob("o-*"))) == 4
 
 
+@pytest.mark.nightly
 def test_a_second_machine_on_a_daemons_history_harms_nothing(
     tmp_path: Path, witness: Witness, machines: tuple[Machine, Machine]
 ) -> None:

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline import convert
 from pipeline.jobs.history import History
 from pipeline.jobs.runs import ACTIVE
@@ -103,6 +105,7 @@ class Night:
         wait(until, WAIT_SECONDS, lambda: (self.witness.log(), [(run["name"], run["state"], run["error"]) for run in self.runs()]))
 
 
+@pytest.mark.nightly
 def test_a_night(tmp_path: Path) -> None:
     night = Night(tmp_path)
     witness = night.witness

@@ -202,6 +202,7 @@ def test_the_page_follows_dark_mode(source: Path, tmp_path: Path) -> None:
         assert "--scheduler threads has no dashboard" in tab.text()
 
 
+@pytest.mark.nightly
 @browser.needed
 def test_dasks_own_pages_of_a_run_with_scratch(tmp_path: Path) -> None:
     """Of some hundred megabytes: Dask draws each task, each stage and its progress, and our page says where."""

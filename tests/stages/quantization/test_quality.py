@@ -100,6 +100,7 @@ def test_the_document_has_the_table() -> None:
     assert all(list(row) == ["normal", "Student-t", "SmolLM2-135M"] for row in table().values())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "source"), [(kind, source) for kind in table() for source in sources()])
 def test_the_worst_matrix_is_as_good_as_the_table_says(kind: str, source: str) -> None:
     worst, stated = min(decibels(weight, kind) for weight in weights(source)), table()[kind][source]
