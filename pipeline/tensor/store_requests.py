@@ -23,6 +23,8 @@ CONNECTIONS = 64
 _GONE = {"NoSuchKey", "NoSuchUpload", "NotFound", "404"}
 _LATER = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict"}
 _FULL = re.compile("quotaexceeded|storagefull|insufficientstorage|507 ", re.IGNORECASE)
+_STATUS = re.compile(r"status code: \d{3}[ \w]*")  # behind which obstore has the server's answer
+_CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")  # of S3, in such an answer
 _ONE_AT_A_TIME = threading.Lock()  # botocore makes one client at a time
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ def pages(url: str, call: str, asked: Mapping[str, Any], markers: Mapping[str, s
         yield page
         if not page.get("IsTruncated"):
             return
-        more = {ask: page[said] for said, ask in markers.items() if said in page}
+        more = {ask: page[key] for key, ask in markers.items() if key in page}
 
 
 @lru_cache(1)
@@ -69,8 +71,8 @@ def ask_s3(url: str, call: str, *, read: bool = False, **asked: Any) -> Any:
     def work() -> Any:
         with _ONE_AT_A_TIME:
             client = _client()
-        said = getattr(client, call)(**asked)
-        return {**said, "Body": said["Body"].read()} if read else said
+        answer = getattr(client, call)(**asked)
+        return {**answer, "Body": answer["Body"].read()} if read else answer
 
     def judged(error: Exception) -> OSError | None:
         if isinstance(error, NoCredentialsError):
@@ -78,11 +80,11 @@ def ask_s3(url: str, call: str, *, read: bool = False, **asked: Any) -> Any:
         if isinstance(error, _passing()) and "certificate" not in str(error).lower():
             return None
         if isinstance(error, (BotoCoreError, ValueError)):  # of the library's configuration, or of the request
-            return OSError(errno.EREMOTEIO, _without_addresses(error), url)
+            return OSError(errno.EREMOTEIO, said(error), url)
         assert isinstance(error, ClientError)
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        return _os_error(code, status, _without_addresses(error), url)
+        return _os_error(code, status, said(error), url)
 
     return _again(work, (ClientError, BotoCoreError, ValueError), judged, url)
 
@@ -139,7 +141,7 @@ def naming_store(url: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, FileNotFoundError) as error:
-        raise _of_obstore(error, url) or OSError(errno.EREMOTEIO, _without_addresses(error), url) from None
+        raise _of_obstore(error, url) or OSError(errno.EREMOTEIO, said(error), url) from None
 
 
 def _of_obstore(error: Exception, url: str) -> OSError | None:
@@ -226,12 +228,20 @@ def _again(work: Callable[[], T], caught: tuple[type[Exception], ...], judged: C
             if final is not None:
                 raise final from None
             if attempt + 1 == ATTEMPTS:
-                raise OSError(errno.EREMOTEIO, f"{_without_addresses(error)}, {ATTEMPTS} times", url) from None
+                raise OSError(errno.EREMOTEIO, f"{said(error)}, {ATTEMPTS} times", url) from None
             time.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS))
     raise AssertionError
 
 
-def _without_addresses(error: Exception) -> str:
-    """An error in one line without addresses, which may be signed, and without keys."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"https?://\S+", "...", text)[:300]
+def said(error: Exception) -> str:
+    """An error in one line, without addresses, which may be signed, and without what the server answered but for its code.
+
+    Servers repeat requests in their answers, and a request has the name of a key and a signature in it.
+    """
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    if first.endswith(":") and more:  # botocore's of a request that it does not make, such as of an invalid name
+        first = f"{first} {more[0].strip()}"
+    code = _CODE.search(str(error))
+    if status := _STATUS.search(first):
+        first = first[: status.end()] + (f" ({code[1]})" if code else "")
+    return re.sub(r"\w+://\S+", "...", first)[:300]

@@ -5,7 +5,6 @@ Requests are made again where that may help, and on the condition that an object
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +14,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import SourceChanged
-from pipeline.tensor.store_requests import open_store
+from pipeline.tensor.store_requests import open_store, said
 
 ATTEMPTS, FIRST_PAUSE_SECONDS = 6, 0.5
-_STATUS = re.compile(r"status code: \d{3}[ \w]*")  # behind which obstore has the server's answer
-_CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")  # of S3, in such an answer
 
 T = TypeVar("T")
 
@@ -116,14 +113,3 @@ def _hub_token(url: str) -> str:
     from huggingface_hub import constants, get_token
 
     return (get_token() or "") if url.startswith(f"{constants.ENDPOINT}/") else ""
-
-
-def said(error: Exception) -> str:
-    """The first line of an error, without addresses, which may be signed, and without what the server answered but for its code.
-
-    Servers repeat requests in their answers, and a request has the name of a key and a signature in it.
-    """
-    first, code = next(iter(str(error).splitlines()), "") or type(error).__name__, _CODE.search(str(error))
-    if status := _STATUS.search(first):
-        first = first[: status.end()] + (f" ({code[1]})" if code else "")
-    return re.sub(r"\w+://\S+", "...", first)[:300]

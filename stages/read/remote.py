@@ -28,11 +28,12 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, ends
 from pipeline.tensor.source_file import SourceFile
+from pipeline.tensor.store_requests import said
 from pipeline.tensor.tensors import Block, Source
 from pipeline.urls import NO_SECRET, holds_secret, shown
 from stages.read.gguf import part_names
 from stages.read.mapped import MappedBlock, MappedTensor
-from stages.read.object_store import Object, fetch_range, listed, said
+from stages.read.object_store import Object, fetch_range, listed
 from stages.read.read_ahead import ReadAhead
 from stages.read.remote_image import SMALL_BYTES, WEIGHTS, checkpoint_files, copied, existing_object, make_image
 

@@ -132,3 +132,14 @@ def test_objects_that_stand_for_folders_are_none(in_parts: bool, monkeypatch: py
     assert bucket.objects_below("s3://bucket/f") == {"x": 1}
     assert bucket.objects_below("s3://bucket/f", deep=True) == {"x": 1, "sub/y": 2}
     assert [each.name for each in listed("s3://bucket/f")] == ["x"]
+
+
+def test_an_error_is_said_in_one_line_without_what_a_server_repeats() -> None:
+    assert store_requests.said(exceptions.ParamValidationError(report="Invalid bucket name 'A_b'")) == (
+        "Parameter validation failed: Invalid bucket name 'A_b'"
+    )
+    answer = "<Error><Code>AccessDenied</Code><StringToSign>AWS4 hidden</StringToSign></Error>"
+    text = f"Server returned non-2xx status code: 403 Forbidden: {answer}\n\nDebug: {answer}"
+    assert store_requests.said(OSError(text)) == "Server returned non-2xx status code: 403 Forbidden (AccessDenied)"
+    assert store_requests.said(OSError("error sending request for http://host/a?X-Amz-Signature=hidden")).endswith("for ...")
+    assert store_requests.said(OSError()) == "OSError"
