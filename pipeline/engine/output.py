@@ -137,11 +137,13 @@ class EngineDirectory:
                 with contextlib.suppress(TimeoutError):
                     self.await_builders()
         finally:
-            # Once it has its name, a directory at its former place is another run's.
-            if self.partial.exists() and self.partial.stat().st_ino == taken:
-                journal.remove()
-                shutil.rmtree(self.partial, ignore_errors=True)
-            journal.close()
+            with contextlib.closing(journal):
+                # Once it has its name, a directory at its former place is another run's.
+                if self.partial.exists() and self.partial.stat().st_ino == taken:
+                    # The journal last: without it the rest would be files of nobody.
+                    clear(self.partial, self.held)
+                    journal.remove()
+                    shutil.rmtree(self.partial, ignore_errors=True)
 
     def await_builders(self) -> None:
         """Wait until no builder has a log open. Raises TimeoutError naming the log where a builder does not end in STOP_SECONDS."""

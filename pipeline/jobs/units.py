@@ -71,7 +71,20 @@ class Unit:
         plain = {key: value for key, value in self.options.items() if key != "engine"}
         if "target" in plain:
             plain["target"] = [{key: value for key, value in each.items() if key != "engine"} for each in plain["target"]]
-        return [("convert", plain), ("build", dict(self.options))]
+        return [("convert", plain), ("build", _replacing_engines(self.options))]
+
+
+def _replacing_engines(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A job that replaces engines where it was to replace all: its checkpoints are new already."""
+
+    def own(values: Mapping[str, Any]) -> dict[str, Any]:
+        engine = values.get("engine")
+        return {**values, "engine": {**engine, "overwrite": True}} if isinstance(engine, Mapping) else dict(values)
+
+    if not options.get("overwrite"):
+        return dict(options)
+    job = own({key: value for key, value in options.items() if key != "overwrite"})
+    return {**job, "target": [own(each) for each in job["target"]]} if "target" in job else job
 
 
 @dataclass(frozen=True)
@@ -92,10 +105,16 @@ class _Asked:
         return self.plan is not None and self.state == "to do"
 
     @property
+    def _unsure(self) -> bool:
+        """Whether a whole output is still to be looked at, as a power cut may have damaged it, or to be brought to the disk."""
+        outputs = [target.output for target in self.plan.targets] if self.plan else []
+        return any(output.doubtful or (self.job and self.job.sync and output.unflushed) for output in outputs)
+
+    @property
     def state(self) -> Planned:
         if self.problems:
             return "refused"
-        done = self.plan and self.job and self.plan.up_to_date and not self.job.overwrite
+        done = self.plan and self.job and self.plan.up_to_date and not self.job.overwrite and not self._unsure
         if done and self.job and not job_requests(self.job.targets, self.job.engine):
             return "up_to_date"
         return "to do" if self.settled else "unsettled"

@@ -204,9 +204,9 @@ class LeftToDo:
         return found
 
     def abandon(self) -> None:
-        """Remove what the run has made of sinks that are not whole."""
+        """Remove what the run has made of sinks that are not whole, the last first: an earlier one may have made its directory."""
         for left in self.phases:
-            for number, journal in left.journals.items():
+            for number, journal in reversed(left.journals.items()):
                 if not left.phase.sinks[number].complete:
                     left.phase.sinks[number].abandon(journal, left.created[number])
         if self._activations:

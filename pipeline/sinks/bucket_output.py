@@ -181,6 +181,11 @@ class BucketOutput(Output):
         """Never: a power cut takes nothing of it."""
         return False
 
+    @property
+    def unflushed(self) -> bool:
+        """Never: a store has what it was given."""
+        return False
+
     def forget_journal(self) -> None:
         """Remove what a run left which ended just after it had made the output whole; not that of a run under way."""
         with suppress(BadInput, OSError):

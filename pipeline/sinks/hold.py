@@ -168,8 +168,10 @@ def release(directory: Path) -> Holder | None:
     """
     if not directory.is_dir():
         raise BadInput([Problem(str(directory), "no such directory", "an output, or a cut of scratch")])
-    notes = sorted(directory.glob(f"headrace.*{SUFFIX}*"))
-    held = [found for found in map(holder, notes) if found]
+    # Of an output or a cut, of a daemon's history, of an output in a bucket; what names no process is not headrace's.
+    named = {path: holder(path) for path in sorted(directory.glob(f"*{SUFFIX}*"))}
+    notes = [path for path, found in named.items() if found or path.name.startswith("headrace.")]
+    held = [found for found in named.values() if found]
     if at_work := [each for each in held if each.seen and not each.gone]:
         found = f"process {at_work[0].pid} of this machine at work on it"
         raise BadInput([Problem(str(directory), found, "one that is gone", "Stop it, or wait for it")])

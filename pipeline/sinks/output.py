@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.sinks import hold
 from pipeline.sinks.journal import Journal, boot_mark, look
 from pipeline.sinks.output_sums import as_written, copied_as_they_are, output_sums
-from pipeline.sinks.reserve import missing
+from pipeline.sinks.reserve import missing, unmake
 from pipeline.sinks.syncing import sync_directory, sync_files, sync_names
 from pipeline.tensor.bucket import object_size
 from pipeline.tensor.placement import Located, Region
@@ -186,8 +185,8 @@ class Output:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
-            elif created:
-                shutil.rmtree(created, ignore_errors=True)
+            else:
+                unmake(self.directory, created)
             found = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --output_dir"
             expected = f"room for {self.size_bytes:,} bytes in a directory that can be written"
@@ -247,6 +246,11 @@ class Output:
         """
         return self.complete and read_object(self.directory / PROVENANCE).get("boot", "unknown") not in ("", boot_mark())
 
+    @property
+    def unflushed(self) -> bool:
+        """Whether a whole output was left to the system to bring to disk, in this boot or another."""
+        return self.complete and read_object(self.directory / PROVENANCE).get("boot") != ""
+
     def settle(self) -> bool:
         """Hold a doubtful output against its checksums: then it is on the disk and says so, or it is whole no more.
 
@@ -290,8 +294,7 @@ class Output:
         for file in self.files:
             file.partial.unlink(missing_ok=True)
         journal.remove()
-        if created:
-            shutil.rmtree(created, ignore_errors=True)
+        unmake(self.directory, created)
 
     def _clear(self) -> None:
         # config.json first, so that a half-removed output does not look complete.

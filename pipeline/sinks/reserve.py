@@ -1,8 +1,9 @@
-"""Reserve disk space for files before they are written, and find which directories have to be made for them."""
+"""Reserve disk space for files before they are written; find which directories have to be made for them, and unmake these."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from pipeline.tensor.filesystem import allocate
@@ -29,3 +30,20 @@ def missing(directory: Path) -> Path | None:
     if isinstance(directory, RemotePath):
         return None
     return next((path for path in (directory, *directory.parents)[::-1] if not path.exists()), None)
+
+
+def unmake(directory: Path, created: Path | None) -> None:
+    """Remove a directory that had to be made, and those above it up to `created`, which `missing` found, that hold nothing else.
+
+    Others may have been at work there meanwhile: what they made stays. None: it was there before, and stays.
+    """
+    if created is None:
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    for path in directory.parents:
+        if not path.is_relative_to(created):
+            return
+        try:
+            path.rmdir()
+        except OSError:  # it is not empty
+            return

@@ -26,7 +26,7 @@ from pipeline.sinks import hold
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal, look
 from pipeline.sinks.output import is_whole
-from pipeline.sinks.reserve import missing
+from pipeline.sinks.reserve import missing, unmake
 from pipeline.sinks.syncing import sync_names, sync_tree
 from pipeline.sinks.zarr_files import has_metadata, read_attributes, write_array, write_group
 from pipeline.tensor.blocks import Part
@@ -169,8 +169,8 @@ class ScratchGroup:
         except OSError as error:
             if journal:
                 self.abandon(journal, created)
-            elif created:
-                shutil.rmtree(created, ignore_errors=True)
+            else:
+                unmake(self.directory, created)
             expected = "a directory that can be written"
             remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
@@ -258,7 +258,7 @@ class ScratchGroup:
     def abandon(self, journal: Journal, created: Path | None) -> None:
         """Remove everything that `begin` made. `created`: the topmost directory that it made, or None."""
         journal.remove()
-        shutil.rmtree(created or self.directory, ignore_errors=True)
+        unmake(self.directory, created or self.directory)
 
     def release(self) -> None:
         """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.tensor.system_errors import naming
+from stages.write.open_files import PARTIAL
 
 _NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of file systems that cannot flush a directory
 
@@ -16,11 +17,11 @@ _NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of f
 def sync_files(paths: Iterable[str | Path], missing_ok: bool = False) -> None:
     """Flush the contents of files to disk. Raises OSError where one cannot be opened or flushed.
 
-    `missing_ok`: leave out files that are gone meanwhile: chunks of scratch that are freed, rank files that got their final names.
+    A rank file may get its final name meanwhile. `missing_ok`: leave out files that are gone: chunks of scratch that are freed.
     """
     for path in sorted(map(str, paths)):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = _opened(path)
         except FileNotFoundError:
             if missing_ok:
                 continue
@@ -30,6 +31,15 @@ def sync_files(paths: Iterable[str | Path], missing_ok: bool = False) -> None:
                 os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _opened(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        if not path.endswith(PARTIAL):
+            raise
+    return os.open(path.removesuffix(PARTIAL), os.O_RDONLY)
 
 
 def sync_directory(directory: Path) -> None:

@@ -55,6 +55,25 @@ def test_what_is_not_given_a_name_is_gone(place: EngineDirectory) -> None:
     assert names(place.directory.parent) == set()
 
 
+def test_what_a_kill_leaves_of_one_that_failed_is_headraces_own(place: EngineDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal goes last: files without it would be somebody's, and every later run refused."""
+
+    def killed(*_: object, **__: object) -> None:
+        assert names(place.partial) <= {"headrace.json.partial", "headrace.json.lock"} or place.journal.exists()
+        raise KeyboardInterrupt
+
+    for step in ("pipeline.engine.output.clear", "pipeline.engine.output.shutil.rmtree"):
+        with contextlib.suppress(KeyboardInterrupt), place.begun():
+            write(place)
+            monkeypatch.setattr(step, killed)
+            raise ValueError
+        monkeypatch.undo()
+        assert place.obstacles(overwrite=False) == []
+        assert built(place).complete
+        for path in place.directory.iterdir():
+            path.unlink()
+
+
 def test_the_old_engine_stays_until_the_new_one_is_whole(place: EngineDirectory) -> None:
     built(place)
     other = EngineDirectory(place.directory, 2, {**INPUTS, "options": {}})

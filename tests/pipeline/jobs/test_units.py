@@ -187,6 +187,32 @@ def test_engines_are_a_step_of_their_own(models: Path, tmp_path: Path) -> None:
         assert make_job(ranks).targets[0].output_dir == make_job(both).targets[0].output_dir
 
 
+def test_engines_replace_those_of_before_and_their_checkpoints_are_not_made_twice(models: Path, tmp_path: Path) -> None:
+    engine = {"output_dir": f"{tmp_path}/engines/{{target}}", "command": ["trtllm-build"]}
+    (unit,) = make_units([request(models / "a", tmp_path / "x", engine=engine, overwrite=True)])
+    (_, ranks), (_, both) = unit.steps()
+    assert make_job(ranks).overwrite
+    assert "overwrite" not in both
+    assert make_job(both).engine == {**engine, "overwrite": True}
+    asked = [request(models / "a", tmp_path / str(tp), tp_size=tp, overwrite=True, engine=engine) for tp in (1, 2)]
+    for unit in make_units(asked):
+        both = unit.steps()[1][1]
+        tables = [each["engine"] for each in (both, *both.get("target", ())) if "engine" in each]
+        assert tables
+        assert all(table["overwrite"] for table in tables)
+
+
+def test_what_a_power_cut_may_have_damaged_is_looked_at(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is to be on the disk is brought there: `convert` does either without writing a byte."""
+    asked = {name: request(models / "a", tmp_path / "1", **options) for name, options in (("", {}), ("sync", {"sync": True}))}
+    convert(model_dir=models / "a", output_dir=tmp_path / "1", scheduler="threads")
+    assert [make_units([each])[0].state for each in asked.values()] == ["up_to_date", "to do"]
+    monkeypatch.setattr("pipeline.sinks.output.boot_mark", lambda: "another boot")
+    assert [make_units([each])[0].state for each in asked.values()] == ["to do", "to do"]
+    assert convert(model_dir=models / "a", output_dir=tmp_path / "1", scheduler="threads").up_to_date
+    assert [make_units([each])[0].state for each in asked.values()] == ["up_to_date", "up_to_date"]
+
+
 OPTIONS = st.fixed_dictionaries({"model": st.sampled_from("ab"), "tp_size": st.sampled_from([1, 2, 3, 4]), "sync": st.booleans()})
 
 

@@ -148,6 +148,16 @@ def test_unlock_leaves_who_lives_and_says_where_nobody_is(journal: Path, tmp_pat
     assert headrace("unlock", tmp_path / "gone").code == 2
 
 
+@pytest.mark.parametrize("name", ["history.db.serve.lock", "headrace-0123456789abcdef.journal.lock"])
+def test_unlock_releases_histories_and_journals_of_buckets_too(tmp_path: Path, name: str) -> None:
+    others = tmp_path / "package.lock", tmp_path / "poetry.lock.json"
+    for other in others:
+        other.write_text('{"host": "theirs"}')
+    (tmp_path / name).symlink_to(json.dumps(asdict(Holder("elsewhere", "boot", 7, "-"))))
+    assert headrace("unlock", tmp_path).out == f"{tmp_path}: released, it was held by process 7 on elsewhere\n"
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 @pytest.mark.parametrize("words", ["", "{", "[]", '{"host": 1}', '{"host": "a", "boot": "b", "pid": "x", "birth": ""}'])
 def test_a_note_without_words_was_left_by_a_crash(journal: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hold, "WORDS_SECONDS", 0.05)
