@@ -29,6 +29,7 @@ from pipeline.watching.units import human_bytes
 STEP_SECONDS = 0.2
 STOP_SECONDS = 60.0  # for conversions to end in order
 STALL_SECONDS = 600.0
+_PLANNED_CODES = {"refused": 2, "failed": 3, "crashed": 1}
 
 
 class Fleet:
@@ -68,7 +69,7 @@ class Fleet:
                 made.append(run)
                 self._tell("queued", run)
                 if unit.state != "to do":
-                    self._end(run, unit.state, 2 if unit.state == "refused" else 0, unit.error)
+                    self._end(run, unit.state, _PLANNED_CODES.get(unit.state, 0), unit.error)
         self.wake.set()
         return made
 
