@@ -26,7 +26,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import BadInput, Interrupted, Problem
 from pipeline.jobs.batch import cluster
 from pipeline.jobs.files import job_file, printable
-from pipeline.jobs.fleet import Fleet
+from pipeline.jobs.fleet import LOST, Fleet
 from pipeline.jobs.history import DAY, History
 from pipeline.jobs.log import Log
 from pipeline.jobs.notify import notifying
@@ -60,7 +60,10 @@ class Daemon:
         self._planner = Planner(schedule.max_memory, self.stop)
 
     def run(self) -> int:
-        """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the history has a daemon."""
+        """Work until `stop` is set or the cluster is lost, in the main thread; returns the exit code.
+
+        Raises BadInput where the history has a daemon.
+        """
         schedule = self.schedule
         with ExitStack() as stack:
             stack.enter_context(self.log.of_all())
@@ -85,18 +88,21 @@ class Daemon:
             triggers = len(schedule.cron) + len(schedule.interval) + len(schedule.watch)
             self.log.say("serving", f"serving {triggers} triggers, history {self.history.path}")
             self._work(fleet)
+            if lost := fleet.lost:
+                self.log.say("error", LOST)
         self.log.say("stopped", "stopped; what was under way is taken up at the next start")
-        return 0
+        return 3 if lost else 0
 
     def _work(self, fleet: Fleet) -> None:
         try:
-            while not self.stop.is_set():
+            while not self.stop.is_set() and not fleet.lost:
                 for request in self.history.requests():
                     self._asked(fleet, request)
                 fleet.step()
                 fleet.wake.wait(0.2 if fleet.active() else 1.0)
                 fleet.wake.clear()
         finally:
+            self.stop.set()  # a trigger may wait to try again
             fleet.halt()
             for run in [*fleet.runs.values()]:  # for the next daemon
                 if run.state == "interrupted":

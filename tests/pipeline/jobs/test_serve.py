@@ -499,3 +499,21 @@ def test_planning_that_a_bug_ends_is_told_with_its_traceback(place: Place, tmp_p
     with place.process(PYTHONPATH=path):
         wait(lambda: place.states() == ["crashed"])
     assert "boom" in place.jobs("logs", 1).out
+
+
+def test_a_cluster_that_is_lost_ends_the_daemon_with_3_and_the_next_goes_on(place: Place) -> None:
+    place.often()
+    with contextlib.closing(History(place.path, write=True)) as opened:
+        stream = io.StringIO()
+        daemon = Daemon(read_schedule(place.schedule), opened, Log(stream, "text"))
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(daemon.run()))
+        thread.start()
+        wait(lambda: place.states() == ["running"])
+        assert daemon.fleet
+        daemon.fleet.client.close()
+        thread.join()
+    assert (codes, place.states()) == ([3], ["queued"])
+    assert "scheduler was lost" in stream.getvalue()
+    with place.serving():
+        wait(lambda: place.states() == ["interrupted", "done"])
