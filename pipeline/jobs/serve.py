@@ -57,6 +57,7 @@ class Daemon:
         self._watchers = [(each, Watcher(each, partial(self._known, each), partial(log.say, "watch"))) for each in schedule.watch]
         self._scheduler: Any = None
         self._saved: dict[int, float] = {}
+        self._again: dict[int, int] = {}  # the number of what another daemon was at, by which people know it, to its number here
         self._planner = Planner(schedule.max_memory, self.stop)
 
     def run(self) -> int:
@@ -82,7 +83,8 @@ class Daemon:
             if schedule.notify:
                 stack.enter_context(notifying(schedule.notify, fleet))
             for number, unit, cause in self.history.unfinished():
-                fleet.add([unit], cause)
+                (again,) = fleet.add([unit], cause)
+                self._again[number] = again.number
                 self.history.given_up(number)
             self._scheduler = self._started(stack)
             triggers = len(schedule.cron) + len(schedule.interval) + len(schedule.watch)
@@ -114,7 +116,7 @@ class Daemon:
         try:
             number, action = int(request["number"]), request["action"]
             if action == "cancel":
-                fleet.cancel(number)
+                fleet.cancel(self._again.get(number, number))
             elif action == "retry":
                 fleet.add([Unit.of({**self.history.run(number)["unit"], "state": "to do", "error": "", "after": ""})], "retry")
         except (BadInput, KeyError, TypeError, ValueError) as error:

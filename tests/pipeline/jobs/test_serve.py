@@ -26,7 +26,7 @@ from pipeline.errors import BadInput, HeadraceError, Problem, WriteFailed
 from pipeline.jobs import planner
 from pipeline.jobs.history import History
 from pipeline.jobs.log import Log
-from pipeline.jobs.runs import ACTIVE
+from pipeline.jobs.runs import ACTIVE, Run
 from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
 from pipeline.jobs.watch import Arrival
@@ -517,3 +517,14 @@ def test_a_cluster_that_is_lost_ends_the_daemon_with_3_and_the_next_goes_on(plac
     assert "scheduler was lost" in stream.getvalue()
     with place.serving():
         wait(lambda: place.states() == ["interrupted", "done"])
+
+
+def test_a_cancel_that_was_left_for_no_daemon_cancels_what_the_next_takes_up(place: Place) -> None:
+    place.write("schedule.toml", "")
+    with contextlib.closing(History(place.path, write=True)) as opened:
+        opened.save(Run(5, unit(), "nightly"))
+    assert place.jobs("cancel", 5).code == 0
+    with place.serving() as said:
+        wait(lambda: place.states() == ["interrupted", "cancelled"])
+    assert [run["number"] for run in place.runs()] == [5, 6]
+    assert not [event for event in said if event["event"] in ("started", "error")]
