@@ -262,7 +262,7 @@ class Fleet:
             return
         if outcome == "done" and all(each.get("up_to_date") for each in run.attempts if each["code"] == 0):
             outcome = "up_to_date"
-        self._end(run, outcome, 3 if code < 0 else code, error)
+        self._end(run, outcome, 3 if code < 0 or (outcome == "refused" and result.get("passing")) else code, error)
 
     def _end(self, run: Run, state: State, code: int, error: str) -> None:
         run.state, run.exit_code, run.error, run.ended, run.task = state, code, error, time.time(), None

@@ -146,6 +146,15 @@ def test_what_is_refused_and_may_pass_is_tried_again(client: Any) -> None:
     assert (run.state, len(run.attempts)) == ("done", 2)
 
 
+@pytest.mark.parametrize(("passing", "code", "attempts"), [(True, 3, 3), (False, 2, 1)])
+def test_what_is_refused_and_did_not_pass_may_pass_another_time(client: Any, passing: bool, code: int, attempts: int) -> None:
+    STAGE.codes, STAGE.passing = {"taken": [2, 2, 2]}, passing
+    fleet = Fleet(client, QUICK)
+    (run,) = done(fleet, unit("taken"))
+    assert (run.state, run.exit_code, len(run.attempts)) == ("refused", code, attempts)
+    assert summary(fleet, [run], 1.0)["exit_code"] == code
+
+
 def test_a_refused_conversion_of_several_jobs_is_taken_apart(client: Any) -> None:
     STAGE.codes = {"both": [2], "b": [2]}
     fleet = Fleet(client, QUICK)
