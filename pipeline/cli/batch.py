@@ -81,6 +81,7 @@ def batch_command(
     """
     try:
         from pipeline.jobs.batch import planned
+        from pipeline.jobs.files import check_writable, write_json
         from pipeline.jobs.units import make_units
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
@@ -100,12 +101,12 @@ def batch_command(
         jobs = max_jobs or asked.settings.max_jobs
         address = scheduler or asked.settings.scheduler
         named = None if scheduler else asked.settings.cluster
-        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
         if summary:
-            from pipeline.jobs.files import write_json
-
-            write_json(summary, result)
+            check_writable(f"--summary {summary}", summary)
+        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
         show(result, json_, "summary_table")
+        if summary:
+            write_json(f"--summary {summary}", summary, result)
     raise typer.Exit(result["exit_code"])
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.planning.wrong_values import place, unknown_name, unlike, wrong_value
 
 
@@ -80,9 +83,23 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
-def write_json(file: Path, values: Any) -> None:
-    """Write values as JSON. Raises BadInput where the file cannot be written."""
+def check_writable(subject: str, file: Path) -> None:
+    """Check that a file can be written, leaving all as it is. Raises BadInput."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if file.is_file():
+            file.open("ab").close()
+        elif not file.exists():  # a pipe or a device is not opened twice
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+    except OSError as error:
+        raise BadInput([Problem(subject, error.strerror or "an error", "a file that can be written")]) from None
+
+
+def write_json(subject: str, file: Path, values: Any) -> None:
+    """Write values as JSON. Raises WriteFailed where the file cannot be written."""
     try:
         file.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
-        raise BadInput([Problem(str(file), error.strerror or "an error", "a file that can be written")]) from None
+        raise WriteFailed(f"{subject}: {error.strerror or 'an error'}") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +22,17 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.runs import ACTIVE, CODES, Listener, Run, State
-from pipeline.jobs.tasks import Here, There
+from pipeline.jobs.tasks import Here, There, lost
 from pipeline.jobs.units import Unit
 from pipeline.sinks.output_checks import check_space
+from pipeline.tensor.system_errors import sentence
 from pipeline.watching.units import human_bytes
 
 STEP_SECONDS = 0.2
 STOP_SECONDS = 60.0  # for conversions to end in order
 STALL_SECONDS = 600.0
+LOST = "the cluster's scheduler was lost; it goes on from there on another"
+_PLANNED_CODES = {"refused": 2, "failed": 3, "crashed": 1}
 
 
 class Fleet:
@@ -68,7 +72,7 @@ class Fleet:
                 made.append(run)
                 self._tell("queued", run)
                 if unit.state != "to do":
-                    self._end(run, unit.state, 2 if unit.state == "refused" else 0, unit.error)
+                    self._end(run, unit.state, _PLANNED_CODES.get(unit.state, 0), unit.error)
         self.wake.set()
         return made
 
@@ -85,15 +89,20 @@ class Fleet:
                 self._drop(run)
         self.wake.set()
 
+    @property
+    def lost(self) -> bool:
+        """Whether the cluster's scheduler is gone for good, so that nothing can be done any more."""
+        return self.client is not None and lost(self.client)
+
     def active(self) -> list[Run]:
         """The runs that wait or run."""
         with self.lock:
             return [run for run in self.runs.values() if run.state in ACTIVE]
 
     def work(self, stop: threading.Event, until_idle: bool) -> None:
-        """Work until `stop` is set, or, with `until_idle`, until nothing is active; what runs then is stopped in order."""
+        """Work until `stop` is set, the cluster is lost, or, with `until_idle`, none is active; what runs is stopped in order."""
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not self.lost:
                 self.step()
                 if until_idle and not self.active():
                     return
@@ -132,7 +141,7 @@ class Fleet:
             time.sleep(STEP_SECONDS / 4)
         with self.lock:
             for run in self.active():
-                self._end(run, "interrupted", 3, "the batch was stopped before it had ended")
+                self._end(run, "interrupted", 3, LOST if self.lost else "the batch was stopped before it had ended")
         self._here.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> None:
@@ -144,31 +153,47 @@ class Fleet:
                 continue
             if run.unit.after in names:
                 continue
-            needed = [*on_its_way, run]
-            full = check_space({Path(place): nbytes for each in needed for place, nbytes in each.unit.room.items()})
-            if full and on_its_way:
-                return  # those behind it must not keep it from ever having room
-            if full:
-                self._over(run, {"code": 2, "error": str(BadInput(full)), "passing": True})
-                continue
-            kind, options = run.unit.steps()[run.step]
-            if options.get("cluster") or str(options.get("scheduler", "")).startswith(("tcp://", "tls://")):
-                run.task = Here(self._here, self._inbox.put, run.number, options, self.stop_seconds)
-            else:
-                resources = {"GPU": 1.0} if kind == "build" else {"MEMORY": float(run.unit.peak_memory_bytes)}
-                if (unable := self._unable(resources)) is None:
-                    continue  # no worker is there yet
-                if unable:
-                    self._over(run, {"code": 2, "error": str(BadInput(unable)), "passing": False})
-                    continue
-                attempt = len(run.attempts) + 1
-                key = (run.unit.name, f"{self.topic}-{run.number}-{attempt}")
-                run.task = There(self.client, key, resources, (run.number, attempt, options, self.topic, self.stop_seconds))
-            on_its_way.append(run)
+            try:
+                if not self._begin(run, on_its_way):
+                    return
+            except OSError as error:  # such as a mount that has gone stale: the others' are as they were
+                self._over(run, {"code": 3, "error": sentence(error), "passing": True})
+            except Exception as error:
+                if self.lost:
+                    return
+                self._over(run, {"code": 1, "error": "".join(traceback.format_exception(error))})
+            if run.task is not None:
+                on_its_way.append(run)
+
+    def _begin(self, run: Run, on_its_way: list[Run]) -> bool:
+        """Give a run to the cluster, or end it where it can never begin. Returns whether those behind it may begin."""
+        try:
+            full = _without_room([*on_its_way, run])
+        except OSError:  # of a place of its own it is raised again; one on its way says its own
+            full = _without_room([run])
+        if full and on_its_way:
+            return False  # those behind it must not keep it from ever having room
+        if full:
+            self._over(run, {"code": 2, "error": str(BadInput(full)), "passing": True})
+            return True
+        kind, options = run.unit.steps()[run.step]
+        if options.get("cluster") or str(options.get("scheduler", "")).startswith(("tcp://", "tls://")):
+            run.task = Here(self._here, self._inbox.put, run.number, options, self.stop_seconds)
+            return True
+        resources = {"GPU": 1.0} if kind == "build" else {"MEMORY": float(run.unit.peak_memory_bytes)}
+        if (unable := self._unable(resources)) is None:
+            return True  # no worker is there yet
+        if unable:
+            self._over(run, {"code": 2, "error": str(BadInput(unable)), "passing": False})
+            return True
+        attempt = len(run.attempts) + 1
+        key = (run.unit.name, f"{self.topic}-{run.number}-{attempt}")
+        run.task = There(self.client, key, resources, (run.number, attempt, options, self.topic, self.stop_seconds))
+        return True
 
     def _unable(self, needed: Mapping[str, float]) -> list[Problem] | None:
         """Why no worker can ever take a task; empty where one can, None where there is no worker."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()
         if not workers:
             return None
         problems = []
@@ -237,7 +262,7 @@ class Fleet:
             return
         if outcome == "done" and all(each.get("up_to_date") for each in run.attempts if each["code"] == 0):
             outcome = "up_to_date"
-        self._end(run, outcome, 3 if code < 0 else code, error)
+        self._end(run, outcome, 3 if code < 0 or (outcome == "refused" and result.get("passing")) else code, error)
 
     def _end(self, run: Run, state: State, code: int, error: str) -> None:
         run.state, run.exit_code, run.error, run.ended, run.task = state, code, error, time.time(), None
@@ -258,3 +283,8 @@ class Fleet:
                 listener(event, run, said or {})
             except Exception:
                 logging.getLogger(__name__).exception("a listener failed on %s", event)
+
+
+def _without_room(runs: Iterable[Run]) -> list[Problem]:
+    """The disks that have no room for all of these. Raises OSError where one does not say."""
+    return check_space({Path(place): nbytes for each in runs for place, nbytes in each.unit.room.items()})

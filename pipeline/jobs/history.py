@@ -133,10 +133,10 @@ class History:
             self._db.execute(change, [error, time.time(), number])
 
     def ended_as(self, unit: Unit) -> tuple[str, str]:
-        """The state and error of the last run of a unit's outputs and options; ("", "") where there was none."""
+        """The state and error of the last run of a unit's source, outputs and options; ("", "") where there was none."""
         with self._lock:
-            query = "select state, error, unit from runs where name = ? and outputs = ? order by number desc limit 1"
-            row = self._db.execute(query, [unit.name, json.dumps(unit.outputs)]).fetchone()
+            query = "select state, error, unit from runs where name = ? and source = ? and outputs = ? order by number desc limit 1"
+            row = self._db.execute(query, [unit.name, unit.source, json.dumps(unit.outputs)]).fetchone()
         same = row is not None and json.loads(row["unit"])["options"] == dict(unit.options)
         return (row["state"], row["error"]) if same else ("", "")
 

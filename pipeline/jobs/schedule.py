@@ -49,6 +49,7 @@ from pipeline.jobs.notify import Notify, anchored_secrets
 from pipeline.jobs.retry import Retry
 from pipeline.planning.listen import listen_text
 
+LONGEST_SECONDS = 1e9  # thirty years: dates have no place for what is much longer
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
@@ -80,14 +81,15 @@ class Cron(Trigger):
     @field_validator("at")
     @classmethod
     def _is_cron(cls, value: str) -> str:
-        cron_trigger(value, UTC)
+        if cron_trigger(value, UTC).get_next_fire_time(None, datetime.now(UTC)) is None:
+            raise ValueError("a moment that some year has")
         return value
 
 
 class Interval(Trigger):
     """Fires every so many seconds, the first time at the start of the first daemon that knows it."""
 
-    every_seconds: Annotated[float, Field(ge=1)]
+    every_seconds: Annotated[float, Field(ge=1, le=LONGEST_SECONDS)]
     files: Files
     catch_up: bool = True
 
@@ -102,8 +104,8 @@ class Watch(Trigger):
     path: str
     job: dict[str, Any]
     pattern: str = "*"
-    every_seconds: Annotated[float, Field(ge=0.1)] = 60.0
-    settle_seconds: Annotated[float, Field(ge=0)] = 120.0
+    every_seconds: Annotated[float, Field(ge=0.1, le=LONGEST_SECONDS)] = 60.0
+    settle_seconds: Annotated[float, Field(ge=0, le=LONGEST_SECONDS)] = 120.0
 
     @field_validator("job")
     @classmethod

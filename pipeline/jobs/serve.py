@@ -8,9 +8,8 @@ what was under way, and asks for it again.
 from __future__ import annotations
 
 import glob
-import json
+import itertools
 import logging
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,31 +17,32 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from signal import SIGTERM
 from typing import Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from pipeline.errors import BadInput, HeadraceError, Interrupted, Problem
+from pipeline.errors import BadInput, Interrupted, Problem
 from pipeline.jobs.batch import cluster
-from pipeline.jobs.child import Child
 from pipeline.jobs.files import job_file, printable
-from pipeline.jobs.fleet import Fleet
+from pipeline.jobs.fleet import LOST, Fleet
 from pipeline.jobs.history import DAY, History
 from pipeline.jobs.log import Log
 from pipeline.jobs.notify import notifying
 from pipeline.jobs.overview import Overview
+from pipeline.jobs.planner import Planner, not_planned
+from pipeline.jobs.retry import Retry
 from pipeline.jobs.runs import ACTIVE, GOOD, Run
 from pipeline.jobs.schedule import Cron, Interval, Schedule, Watch, first_time, trigger_of
 from pipeline.jobs.units import Unit
-from pipeline.jobs.watch import Watcher
+from pipeline.jobs.watch import Arrival, Watcher
 from pipeline.planning.job_file import anchored
 from pipeline.planning.listen import PAGE, Listen, parse_listen
 from pipeline.watching.server import serving
 
 LISTEN = Listen(port=8788)
+ONCE = Retry(attempts=1)  # of what a watch finds: it looks again
 SAVE_SECONDS = 10.0  # between two records of a run's progress
 
 
@@ -57,10 +57,14 @@ class Daemon:
         self._watchers = [(each, Watcher(each, partial(self._known, each), partial(log.say, "watch"))) for each in schedule.watch]
         self._scheduler: Any = None
         self._saved: dict[int, float] = {}
-        self._planning: list[Child] = []
+        self._again: dict[int, int] = {}  # the number of what another daemon was at, by which people know it, to its number here
+        self._planner = Planner(schedule.max_memory, self.stop)
 
     def run(self) -> int:
-        """Work until `stop` is set, in the main thread; returns the exit code. Raises BadInput where the history has a daemon."""
+        """Work until `stop` is set or the cluster is lost, in the main thread; returns the exit code.
+
+        Raises BadInput where the history has a daemon.
+        """
         schedule = self.schedule
         with ExitStack() as stack:
             stack.enter_context(self.log.of_all())
@@ -79,24 +83,28 @@ class Daemon:
             if schedule.notify:
                 stack.enter_context(notifying(schedule.notify, fleet))
             for number, unit, cause in self.history.unfinished():
-                fleet.add([unit], cause)
+                (again,) = fleet.add([unit], cause)
+                self._again[number] = again.number
                 self.history.given_up(number)
             self._scheduler = self._started(stack)
             triggers = len(schedule.cron) + len(schedule.interval) + len(schedule.watch)
             self.log.say("serving", f"serving {triggers} triggers, history {self.history.path}")
             self._work(fleet)
+            if lost := fleet.lost:
+                self.log.say("error", LOST)
         self.log.say("stopped", "stopped; what was under way is taken up at the next start")
-        return 0
+        return 3 if lost else 0
 
     def _work(self, fleet: Fleet) -> None:
         try:
-            while not self.stop.is_set():
+            while not self.stop.is_set() and not fleet.lost:
                 for request in self.history.requests():
                     self._asked(fleet, request)
                 fleet.step()
                 fleet.wake.wait(0.2 if fleet.active() else 1.0)
                 fleet.wake.clear()
         finally:
+            self.stop.set()  # a trigger may wait to try again
             fleet.halt()
             for run in [*fleet.runs.values()]:  # for the next daemon
                 if run.state == "interrupted":
@@ -108,7 +116,7 @@ class Daemon:
         try:
             number, action = int(request["number"]), request["action"]
             if action == "cancel":
-                fleet.cancel(number)
+                fleet.cancel(self._again.get(number, number))
             elif action == "retry":
                 fleet.add([Unit.of({**self.history.run(number)["unit"], "state": "to do", "error": "", "after": ""})], "retry")
         except (BadInput, KeyError, TypeError, ValueError) as error:
@@ -134,12 +142,8 @@ class Daemon:
         scheduler.add_job(self._guarded, IntervalTrigger(seconds=DAY, timezone=UTC), daily, next_run_time=now, name="-")
         scheduler.start()
         stack.callback(scheduler.shutdown)
-        stack.callback(self._end_planning)
+        stack.callback(self._planner.end)
         return scheduler
-
-    def _end_planning(self) -> None:
-        for child in [*self._planning]:
-            child.signal(SIGTERM)
 
     def _next_times(self) -> dict[str, str]:
         jobs = self._scheduler.get_jobs() if self._scheduler else []
@@ -156,64 +160,70 @@ class Daemon:
 
     def _fire(self, trigger: Cron | Interval) -> None:
         files = [name if "://" in name else str(self.schedule.folder / name) for name in trigger.files]
-        self._queue(trigger.name, files, ", ".join(trigger.files))
+        self._queue(trigger.name, files, ", ".join(trigger.files), self.schedule.retry)
         self.history.set_mark("fired", trigger.name, str(time.time()))
 
     def _look(self, watch: Watch, watcher: Watcher) -> None:
         for arrival in watcher.look():
-            job = {**watch.job, "output_dir": watch.job["output_dir"].replace("{fingerprint}", arrival.fingerprint)}
-            source = arrival.place if "://" in arrival.place else glob.escape(arrival.place)
-            table = anchored({**job, "model_dir": source}, self.schedule.folder)
-            file = self.history.asked / f"watch-{watch.name}-{arrival.fingerprint}.toml"
-            values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
-            file.write_text(f"[[matrix]]\n{job_file(values)}")
             try:
-                self._queue(watch.name, [str(file)], arrival.place)
-            finally:
-                file.unlink()
-            self.history.set_mark("arrived", f"{watch.name} {printable(arrival.place)}", arrival.fingerprint)
+                settled = self._arrived(watch, arrival)
+            except Interrupted:
+                return
+            except Exception as error:  # those behind it are to be converted
+                settled = self._add(watch.name, [not_planned(watch.name, arrival.place, error)])
+            if settled:
+                self.history.set_mark("arrived", f"{watch.name} {printable(arrival.place)}", arrival.fingerprint)
 
-    def _queue(self, trigger: str, names: list[str], source: str) -> None:
-        """Ask for the units of batch files. An error in the whole of it is recorded as a refused run."""
+    def _arrived(self, watch: Watch, arrival: Arrival) -> bool:
+        """Ask for the units of an arrival. Returns as `_add`."""
+        job = {**watch.job, "output_dir": watch.job["output_dir"].replace("{fingerprint}", arrival.fingerprint)}
+        source = arrival.place if "://" in arrival.place else glob.escape(arrival.place)
+        table = anchored({**job, "model_dir": source}, self.schedule.folder)
+        values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
         try:
-            units = self._planned(names)
-        except BadInput as error:
-            units = [Unit(trigger, (trigger,), source, (), {}, "refused", str(error))]
+            text = job_file(values)
+        except ValueError:
+            raise BadInput([Problem(f"watch {watch.name}", printable(arrival.place), "a name in UTF-8")]) from None
+        file = self.history.asked / f"watch-{watch.name}-{arrival.fingerprint}.toml"
+        try:
+            file.write_text(f"[[matrix]]\n{text}")
+            return self._queue(watch.name, [str(file)], arrival.place)
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _queue(self, trigger: str, names: list[str], source: str, retry: Retry = ONCE) -> bool:
+        """Ask for the units of batch files; where they cannot be planned, that is recorded as a run. Returns as `_add`."""
+        return self._add(trigger, self._planned(trigger, names, source, retry))
+
+    def _add(self, trigger: str, units: list[Unit]) -> bool:
+        """Ask for units. Returns whether that settles the request: false where it is to be made again, later."""
         assert self.fleet
         with self.fleet.lock:
-            busy = {run.unit.outputs for run in self.fleet.active()}
-            wanted = [unit for unit in units if unit.outputs not in busy and not self._as_before(unit)]
-            self.fleet.add(wanted, trigger)
+            busy = {place for run in self.fleet.active() for place in run.unit.outputs}
+            later = [unit for unit in units if unit.outputs and busy.issuperset(unit.outputs)]
+            self.fleet.add([unit for unit in units if unit not in later and not self._as_before(unit)], trigger)
+        return not later and all(unit.state != "failed" for unit in units)
 
     def _as_before(self, unit: Unit) -> bool:
         """Whether it ended the last time as it would now, so that a trigger does not record the same every minute."""
         state, error = self.history.ended_as(unit)
         return unit.state != "to do" and ((state, error) == (unit.state, unit.error) or (unit.state in GOOD and state in GOOD))
 
-    def _planned(self, names: list[str]) -> list[Unit]:
-        """Units as `headrace batch --dry_run --json` plans them, in a process whose memory is given back."""
-        limit = [] if self.schedule.max_memory is None else ["--max_memory", str(int(self.schedule.max_memory))]
-        words = ["batch", *names, "--dry_run", "--json", "--log_format", "json", *limit]
-        child = Child(words, stdout=subprocess.PIPE)
-        self._planning.append(child)
-        if self.stop.is_set():
-            child.signal(SIGTERM)
-        assert child.process.stdout
-        with child.process.stdout as stream:
-            said = stream.read()
-        code = child.process.wait()
-        child.poll()
-        self._planning.remove(child)
-        if self.stop.is_set():
-            raise Interrupted("stopped")
-        if "error" in child.events:
-            raise BadInput([_problem(each) for each in child.events["error"].get("problems", ())] or [_said(child.report(code))])
-        if not said:
-            raise HeadraceError(f"planning ended with exit code {code}: {child.report(code)}")
-        return [
-            Unit.of({key: value for key, value in each.items() if key not in ("bytes", "file")})
-            for each in json.loads(said)["units"]
-        ]
+    def _planned(self, trigger: str, names: list[str], source: str, retry: Retry) -> list[Unit]:
+        """The units of batch files, or the one that stands for their planning's failure. What may pass is tried again."""
+        for failures in itertools.count(1):
+            try:
+                return self._planner.units(names)
+            except Interrupted:
+                raise
+            except Exception as error:
+                unit = not_planned(trigger, source, error)
+            delay = retry.delay(unit.state, failures, passing=False)
+            if delay is None:
+                break
+            if self.stop.wait(delay):
+                raise Interrupted("stopped")
+        return [unit]
 
     def _known(self, watch: Watch, place: str) -> str | None:
         return self.history.mark("arrived", f"{watch.name} {printable(place)}")
@@ -226,11 +236,3 @@ class Daemon:
             self.history.save(run)
         if run.state not in ACTIVE:
             self._saved.pop(run.number, None)
-
-
-def _problem(said: Mapping[str, Any]) -> Problem:
-    return Problem(**{name: said[name] for name in ("subject", "found", "expected", "remedy", "passing") if name in said})
-
-
-def _said(text: str) -> Problem:
-    return Problem("planning", text, "units")

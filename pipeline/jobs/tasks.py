@@ -13,6 +13,11 @@ from pipeline.jobs.attempt import attempt, on_worker
 GRACE_SECONDS = 5.0  # for the word of a worker whose process has ended
 
 
+def lost(client: Any) -> bool:
+    """Whether a client of Dask's has closed: it does where its scheduler is gone, and does not come back in time."""
+    return bool(client.status == "closed")
+
+
 class There:
     """A task of Dask's. `said`: what its process ended with, as the worker told."""
 
@@ -24,7 +29,9 @@ class There:
         self._future = client.submit(on_worker, *arguments, key=key, resources=dict(resources), priority=priority, pure=False)
 
     def done(self) -> bool:
-        """Whether it has ended: one that was stopped when its worker says so, or has had the time for it."""
+        """Whether it has ended: one that was stopped when its worker says so, or has had the time for it, or nobody can say so."""
+        if lost(self._client):
+            return True
         if self.said is None and self._stopped:
             return bool(time.monotonic() - self._stopped > self._stop_seconds + GRACE_SECONDS)
         return self.said is not None or bool(self._future.done())
@@ -42,11 +49,12 @@ class There:
     def stop(self) -> None:
         """Have its process end in order."""
         self._stopped = self._stopped or time.monotonic()
-        self._client.cancel([self._future])
+        self.forget()
 
     def forget(self) -> None:
         """Take it back: it has not begun."""
-        self._client.cancel([self._future])
+        if not lost(self._client):
+            self._client.cancel([self._future])
 
 
 class Here:

@@ -28,7 +28,8 @@ from pipeline.sinks.output_checks import check_taken
 _OF_A_TARGET = {*Shape.model_fields, "output_dir", "target"}
 _OF_A_SOURCE = ("model_dir", "meta_ckpt_dir", "quant_ckpt_path", "revision")
 
-Planned = Literal["to do", "up_to_date", "refused", "unsettled"]
+# The last two are of planning itself, for a daemon that had it done.
+Planned = Literal["to do", "up_to_date", "refused", "unsettled", "failed", "crashed"]
 
 
 @dataclass(frozen=True)

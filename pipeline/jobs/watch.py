@@ -19,6 +19,7 @@ import fsspec
 
 from pipeline.documents import MAX_BYTES, parse_json, read_json
 from pipeline.errors import BadInput, Problem
+from pipeline.jobs.files import printable
 from pipeline.jobs.schedule import Watch
 from pipeline.urls import NO_SECRET, holds_secret, shown
 
@@ -47,7 +48,7 @@ class Watcher:
         say: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`say` is told, once, of each directory that cannot be read. Raises BadInput where nothing here can read such a place."""
+        """`say` is told, once, of each directory and file that cannot be read. Raises BadInput where nothing reads such a place."""
         self.watch, self.known, self.say, self.clock = watch, known, say, clock
         self._unread: set[str] = set()
         self.url = "://" in watch.path
@@ -114,10 +115,13 @@ class Watcher:
         except OSError as error:
             if place.rstrip("/") == self._root.rstrip("/"):
                 raise
-            if place not in self._unread:
-                self._unread.add(place)
-                self.say(f"watch {self.watch.name}: {place} is passed over: {error.strerror or error}")
+            self._passed_over(place, error)
             return []
+
+    def _passed_over(self, place: str, error: OSError) -> None:
+        if place not in self._unread:
+            self._unread.add(place)
+            self.say(f"watch {self.watch.name}: {printable(place)} is passed over: {error.strerror or error}")
 
     def _parts(self, place: str, listing: Listing) -> set[str] | None:
         """The names of the files that the checkpoint is made of; None where it is not whole."""
@@ -142,6 +146,9 @@ class Watcher:
         try:
             return parse_json(self._files.cat_file(path, end=MAX_BYTES + 1)) if self.url else read_json(Path(path))
         except (ValueError, FileNotFoundError, BadInput):  # half-written, gone again, or no file of JSON
+            return None
+        except OSError as error:
+            self._passed_over(path, error)
             return None
 
 

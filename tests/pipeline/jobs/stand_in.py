@@ -38,7 +38,9 @@ class Future:
 
 
 class Client:
-    """What a fleet asks of a cluster."""
+    """What a fleet asks of a cluster. `status`: "closed" once its scheduler is lost."""
+
+    status = "running"
 
     def __init__(self) -> None:
         self.hear: Callable[[tuple[float, Mapping[str, Any]]], None] = lambda _: None
@@ -47,13 +49,13 @@ class Client:
         self.hear = hear
 
     def scheduler_info(self, **_: Any) -> dict[str, Any]:
-        return {"workers": {"one": {"resources": {"MEMORY": 1e12, "GPU": 1.0}}}}
+        return {} if self.status == "closed" else {"workers": {"one": {"resources": {"MEMORY": 1e12, "GPU": 1.0}}}}
 
     def submit(self, *_: Any, **__: Any) -> Future:
         return Future()
 
-    def cancel(self, futures: list[Future]) -> None:
-        pass
+    def cancel(self, _futures: list[Future]) -> None:
+        assert self.status != "closed"
 
 
 class Stage:

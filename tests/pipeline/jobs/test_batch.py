@@ -181,6 +181,11 @@ def test_a_directory_of_jobs_with_a_broken_one(models: Path, tmp_path: Path) -> 
         (("--model_dir", "m", "--output_dir", "o", "--max_memory", "much"), "--max_memory: found 'much'"),
         (("--model_dir", "{models}/a", "--output_dir", "o", "--scheduler", "here"), "--scheduler: found here"),
         (("--model_dir", "{models}/a", "--output_dir", "o", "--metrics", "/gone/x.prom"), "--metrics /gone/x.prom"),
+        (
+            ("--model_dir", "{models}/a", "--output_dir", "o", "--summary", "/gone/s.json"),
+            "--summary /gone/s.json: found No such file",
+        ),
+        (("--model_dir", "{models}/a", "--output_dir", "o", "--summary", "jobs"), "--summary jobs: found Is a directory"),
         (("--model_dir", "{models}/a", "--output_dir", "o", "--listen", "8787"), "--listen: found '8787'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -193,6 +198,12 @@ def test_what_is_wrong_with_the_batch_is_refused(
     ran = headrace("batch", *(each.replace("{models}", str(models)) for each in arguments))
     assert (ran.code, found in ran.err, "Traceback" in ran.err) == (2, True, False), ran
     assert not (tmp_path / "o").exists()
+
+
+def test_a_summary_that_cannot_be_written_in_the_end_is_still_shown(models: Path, tmp_path: Path) -> None:
+    ran, said = batch("--model_dir", models / "a", "--output_dir", tmp_path / "o", "--summary", "/dev/full")
+    assert (ran.code, outcomes(said)) == (3, {"o": "done"})
+    assert "--summary /dev/full: No space left on device" in ran.err
 
 
 def test_its_page_and_its_metrics(models: Path, tmp_path: Path) -> None:

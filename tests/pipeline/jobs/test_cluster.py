@@ -124,6 +124,9 @@ def test_conversions_end_in_time_when_nobody_waits_for_them(tmp_path: Path, witn
         (process if lost == "client" else cluster.scheduler).kill()
         children = [int(line[1]) for line in witness.log()]
         wait(lambda: all(map(gone, children)), STATED, witness.log)
+        if lost == "scheduler":
+            result = said(process)
+            assert (process.returncode, {job["exit_code"] for job in result["jobs"]}) == (3, {3}), result
     witness.let("out-a", "out-b", "out-c")
     assert not list(tmp_path.glob("out-*/config.json"))
     # What they have left is taken up again.

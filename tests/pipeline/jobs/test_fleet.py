@@ -18,6 +18,8 @@ from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.retry import Retry
 from pipeline.jobs.runs import Run
 from pipeline.jobs.units import Unit
+from tests.pipeline.jobs.stand_in import Stage as Played
+from tests.pipeline.jobs.stand_in import unit as a_unit
 
 GIB = 1 << 30
 WAIT_SECONDS = 20.0
@@ -144,6 +146,15 @@ def test_what_is_refused_and_may_pass_is_tried_again(client: Any) -> None:
     assert (run.state, len(run.attempts)) == ("done", 2)
 
 
+@pytest.mark.parametrize(("passing", "code", "attempts"), [(True, 3, 3), (False, 2, 1)])
+def test_what_is_refused_and_did_not_pass_may_pass_another_time(client: Any, passing: bool, code: int, attempts: int) -> None:
+    STAGE.codes, STAGE.passing = {"taken": [2, 2, 2]}, passing
+    fleet = Fleet(client, QUICK)
+    (run,) = done(fleet, unit("taken"))
+    assert (run.state, run.exit_code, len(run.attempts)) == ("refused", code, attempts)
+    assert summary(fleet, [run], 1.0)["exit_code"] == code
+
+
 def test_a_refused_conversion_of_several_jobs_is_taken_apart(client: Any) -> None:
     STAGE.codes = {"both": [2], "b": [2]}
     fleet = Fleet(client, QUICK)
@@ -206,6 +217,70 @@ def test_the_disk_must_have_room_for_all_that_is_on_its_way(client: Any, monkeyp
     until(fleet, lambda: not fleet.active())
     assert [run.state for run in (a, b, c, d)] == ["done", "done", "done", "refused"]
     assert "100 B free" in d.error
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(OSError(116, "Stale file handle"), ("failed", 3)), (ZeroDivisionError("division by zero"), ("crashed", 1))],
+    ids=["a stale mount", "a bug"],
+)
+def test_a_place_that_cannot_be_looked_at_ends_its_own_run_alone(
+    client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, ended: tuple[str, int]
+) -> None:
+    def free(place: Path) -> int:
+        if place.name == "stale":
+            raise error
+        return GIB
+
+    monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", free)
+    STAGE.held["at work"] = threading.Event()
+    stale = replace(unit("stale"), room={str(tmp_path / "stale"): 1})
+    fleet = Fleet(client, QUICK)
+    at_work, one, behind = fleet.add([unit("at work"), stale, unit("behind", after="at work")], "test")
+    until(fleet, lambda: one.ended)
+    STAGE.held["at work"].set()
+    until(fleet, lambda: not fleet.active())
+    assert (one.state, one.exit_code) == ended
+    assert str(error.args[-1]) in one.error
+    assert [run.state for run in (at_work, behind)] == ["done", "done"]
+    assert "stale" not in STAGE.began
+
+
+def test_a_place_of_one_on_its_way_that_goes_stale_keeps_no_other_from_beginning(
+    client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def free(place: Path) -> int:
+        if place.name == "stale" and "stale" in STAGE.began:
+            raise OSError(116, "Stale file handle")
+        return GIB
+
+    monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", free)
+    STAGE.held["stale"] = threading.Event()
+    fleet = Fleet(client, QUICK)
+    stale, other = (replace(unit(name), room={str(tmp_path / name): 1}) for name in ("stale", "other"))
+    (first,) = fleet.add([stale], "test")
+    until(fleet, lambda: first.state == "running")
+    monkeypatch.setattr("pipeline.sinks.output_checks._nearest", lambda path, _measure: hash(path))  # a file system each
+    (second,) = fleet.add([other], "test")
+    until(fleet, lambda: second.ended)
+    STAGE.held["stale"].set()
+    until(fleet, lambda: not fleet.active())
+    assert [first.state, second.state] == ["done", "done"]
+
+
+def test_a_scheduler_that_is_lost_for_good_ends_all_as_interrupted() -> None:
+    stage = Played(Retry(first_seconds=0.0))
+    ended, running, queued = stage.queue(*(a_unit(name) for name in ("a", "b", "c")))
+    stage.start(ended)
+    stage.end(ended)
+    stage.start(running)
+    stage.client.status = "closed"
+    begun = time.monotonic()
+    stage.fleet.work(threading.Event(), until_idle=True)
+    assert time.monotonic() - begun < 5, "nobody is waited for"
+    assert [(run.state, run.exit_code) for run in (ended, running, queued)] == [("done", 0), ("interrupted", 3), ("interrupted", 3)]
+    assert "lost" in running.error
+    assert summary(stage.fleet, [ended, running, queued], 1.0)["exit_code"] == 3
 
 
 def test_one_that_writes_nothing_is_said_to_stall_once(client: Any) -> None:

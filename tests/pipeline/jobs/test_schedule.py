@@ -50,6 +50,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     [
         ("[[cron]]\nname = 'a'\nat = '0 2 * *'\nfiles = ['f']", "cron.0.at: found '0 2 * *'; expected five fields"),
         ("[[cron]]\nname = 'a'\nat = '61 2 * * *'\nfiles = ['f']", "cron.0.at: found '61 2 * * *'; expected a line of crontab"),
+        ("[[cron]]\nname = 'a'\nat = '0 0 30 2 *'\nfiles = ['f']", "found '0 0 30 2 *'; expected a moment that some year has"),
         ("[[cron]]\nname = 'a'\nat = '0 2 1 * mon'\nfiles = ['f']", "days of the month or days of the week, not both"),
         ("[[cron]]\nname = 'a'\nat = '0 2 * * someday'\nfiles = ['f']", "is no day of the week"),
         ("[[cron]]\nname = 'a'\nat = '0 2 * * *'\nfiles = ['f']\ntimezone = 'Europe/Atlantis'", "expected a time zone such as"),
@@ -57,6 +58,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[[cron]]\nname = 'a b'\nat = '0 2 * * *'\nfiles = ['f']", "cron.0.name: found 'a b'"),
         ("[[cron]]\nname = 'a'\nat = '0 2 * * *'", "cron.0.files: found nothing; expected a value"),
         ("[[interval]]\nname = 'a'\nevery_seconds = 0\nfiles = ['f']", "interval.0.every_seconds: found 0"),
+        (
+            "[[interval]]\nname = 'a'\nevery_seconds = inf\nfiles = ['f']",
+            "interval.0.every_seconds: found inf; expected 1e+09 or less",
+        ),
+        (f"{WATCH}every_seconds = inf\n[watch.job]\noutput_dir = '{{model}}'", "watch.0.every_seconds: found inf"),
+        (f"{WATCH}settle_seconds = inf\n[watch.job]\noutput_dir = '{{model}}'", "watch.0.settle_seconds: found inf"),
+        ("[[interval]]\nname = 'a'\nevery_seconds = nan\nfiles = ['f']", "interval.0.every_seconds: found nan"),
         ("[[interval]]\nname = 'a'\nevery_seconds = 9\nfiles = []", "interval.0.files: found []"),
         (
             "[[interval]]\nname = 'a'\nevery = 9\nfiles = ['f']",
@@ -81,6 +89,10 @@ def test_what_is_wrong_is_named_by_file_and_key(tmp_path: Path, text: str, found
         read_schedule(tmp_path / "s.toml")
     assert found in str(refusal.value)
     assert str(tmp_path / "s.toml") in str(refusal.value)
+
+
+def test_a_day_that_few_years_have_is_one() -> None:
+    assert fires("0 0 29 2 *", datetime(2096, 3, 1, tzinfo=UTC), 1) == ["Fri 02-29 00:00 +0100"]  # 2100 has none
 
 
 def test_two_triggers_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import fsspec
 import pytest
 
 from pipeline.errors import BadInput
+from pipeline.jobs import watch
 from pipeline.jobs.schedule import Watch
 from pipeline.jobs.watch import Watcher
 from tests.support import checkpoints
@@ -22,10 +23,10 @@ class Looking:
     """A watcher with its memory and its clock."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        watch = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **options)
+        trigger = Watch(name="w", path=path, job={"output_dir": "{model}"}, settle_seconds=30, **options)
         self.known, self.now = dict[str, str](), 1000.0
         self.said = list[str]()
-        self.watcher = Watcher(watch, self.known.get, self.said.append, lambda: self.now)
+        self.watcher = Watcher(trigger, self.known.get, self.said.append, lambda: self.now)
 
     def after(self, seconds: float) -> list[str]:
         """The names of what is found then, and is known from then on."""
@@ -187,6 +188,28 @@ def test_one_place_that_fails_does_not_hide_the_others(looking: Looking, place: 
     monkeypatch.setattr(looking.watcher._files, "ls", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         looking.after(0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_file_that_cannot_be_read_passes_its_checkpoint_over_until_it_can(
+    name: str, looking: Looking, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.write(place, checkpoints.LLAMA, shards=2)
+    checkpoints.write(place.with_name("sound"), checkpoints.LLAMA)
+    closed, real = place / name, watch.read_json
+
+    def read(path: Path) -> Any:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(watch, "read_json", read)
+    looking.after(0)
+    assert looking.after(30) == ["sound"]
+    assert looking.after(30) == []
+    assert looking.said == [f"watch w: {closed} is passed over: Permission denied"], "once"
+    monkeypatch.setattr(watch, "read_json", real)
+    assert looking.after(30) == ["model"]
 
 
 def test_a_directory_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
