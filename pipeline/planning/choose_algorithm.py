@@ -16,7 +16,7 @@ from pipeline.planning.generations import no_generation
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
 from pipeline.planning.target_options import Shape
-from pipeline.printed import many
+from pipeline.printed import many, printed
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE
@@ -279,5 +279,5 @@ def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: S
 def _unused_cache(packing: Packing, cache: bool) -> str:
     """Why the scales of the source's cache are left out; "" where they are not. `cache`: a target has scales of an FP8 cache."""
     if kind := other_kind(packing.settings):
-        return f"the scale of a cache of {kind}, which is not that of an FP8 cache"
+        return f"the scale of a cache of {printed(kind)}, which is not that of an FP8 cache"
     return "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write"
