@@ -108,7 +108,7 @@ def quantize(
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
-    return entries | _stacks(fused.values(), target) | constants(modules, quantization, layers)
+    return entries | _stacks(fused.values(), target) | constants(modules, quantization, layers, sharding.model.qk_norm)
 
 
 def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:

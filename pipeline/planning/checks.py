@@ -224,7 +224,7 @@ def check_fused(source: Source, matches: Matches, packing: Packing) -> list[Prob
 
 
 def _rounded_up(name: TensorName, part: Renamed, packing: Packing, modules: Modules) -> bool:
-    """Whether a parameter's numbers on its axis of rows are of more rows than there are: then the last part's bounds are inside one.
+    """Whether a parameter's numbers on its axis of rows are of more rows than there are: then a bound of parts is inside one.
 
     Parts are of one size but for queries, so that a tile that the end cuts is one that a bound cuts, too.
     """
