@@ -108,7 +108,7 @@ def quantize(
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
-    return entries | _stacks(fused.values(), target) | constants(modules, quantization, layers)
+    return entries | _stacks(fused.values(), target) | constants(modules, quantization, layers, sharding.model.qk_norm)
 
 
 def _dense(slot: Slot, parameters: Mapping[str, BlockArray], target: _Target) -> Packed:
@@ -129,7 +129,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target:
         weight, scale = _weight(parameters), parameters[AWQ_SCALE]
         return awq_numbers.pack(target.source(name), weight, scale, quantization.group_size, target.numpy, BLOCK_ROWS) | bias
     if quantization.algorithm == AWQ:
-        return groupwise.pack_awq(parameters, target.numpy) | bias
+        return groupwise.pack_awq(parameters, target.numpy, target.source(name)) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
         return fp8.pack_channels(parameters) | bias
     source, segments = target.source(name), target.segments(module)
@@ -142,9 +142,14 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target:
     if quantization.algorithm in GROUPWISE:
         if quantization.from_numbers:
             parameters = numbers.requantize(_weight(parameters), quantization.group_size, source, quantization.bits)
-            return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24) | bias
+            return (
+                groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, working_bytes=24, source=source)
+                | bias
+            )
         zeros = quantization.zero_points
-        return groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros) | bias
+        return (
+            groupwise.pack_gptq(parameters, layout, target.numpy, target.dtype, BLOCK_ROWS, zero_points=zeros, source=source) | bias
+        )
     weight = _cast(_weight(parameters), target.numpy)
     return weight_only.pack(source, weight, layout, segments, target.dtype, BLOCK_ROWS) | bias
 

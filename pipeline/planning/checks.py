@@ -17,7 +17,7 @@ from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.engine_options import job_requests
 from pipeline.planning.nvidia_flags import check_expected
 from pipeline.tensor.arrays import BlockArray
-from pipeline.tensor.names import TensorName
+from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.placement import pieces, whole
 from pipeline.tensor.tensors import MEASURED, LazyTensor, Parameter, Source, TensorMap, plain
 from stages.quantization.alignment import alignment
@@ -30,7 +30,9 @@ from stages.shard import Sharding, divisibility, embedding_options, tp_sizes
 
 if TYPE_CHECKING:
     from pipeline.model.quantization import Quantization
+    from pipeline.planning.choose_algorithm import Packing
     from pipeline.planning.opening import OpenedSource
+    from stages.quantization.packed_format import Modules
     from stages.rename import Matches, Renamed
 
 TYPES = {
@@ -75,7 +77,7 @@ def check_request(opened: OpenedSource) -> list[Problem]:
 def check_canonical(opened: OpenedSource, tensors: TensorMap) -> list[Problem]:
     """Check the unpacked tensors: fused rows, names, shapes and types, and that copies of tied weights are equal to them."""
     source, matches = opened.source, opened.matches
-    fused = check_fused(source, matches, opened.packing.formats)
+    fused = check_fused(source, matches, opened.packing)
     return [*(fused or check_tensors(tensors, matches, opened.shardings[0], opened.family)), *check_ties(source, matches.copies)]
 
 
@@ -193,13 +195,15 @@ def _measured(slot: Slot, parameter: str, array: BlockArray | None, sharding: Sh
     return Parameter(tuple((axis, units.get(axis, unit)) for axis, unit in known.axes))
 
 
-def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> list[Problem]:
-    """A fused source has just the rows of its parts: more would be lost. `packed`: packed module -> its format."""
+def check_fused(source: Source, matches: Matches, packing: Packing) -> list[Problem]:
+    """A fused source has just the rows of its parts: more would be lost. And no number of it is of two parts."""
+    packed = packing.formats
     rows: dict[TensorName, list[Renamed]] = {}
     for renamed in matches.names.values():
         if renamed.rows:
             rows.setdefault(renamed.source, []).append(renamed)
     problems = []
+    modules = by_module(source.named) if rows and packed else {}
     for name, parts in rows.items():
         axis, total = parts[0].axis, parts[0].total
         shape = source.named[name].shape
@@ -207,7 +211,7 @@ def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> 
         rows_each = described.rows if described else 1
         if name.parameter in ("weight", "bias") and (len(shape) <= axis or shape[axis] * rows_each != total):
             problems.append(Problem(str(name), f"shape {list(shape)}", f"{total} rows by the model's configuration"))
-        elif any(units(shape, part) == 0 for part in parts):
+        elif any(units(shape, part) == 0 for part in parts) or _rounded_up(name, parts[0], packing, modules):
             expected_ = f"bounds of its {len(parts)} parts, of {total} rows, between values and not inside one"
             problems.append(Problem(str(name), f"shape {list(shape)}", expected_, "Convert the model that it was quantized from"))
     counts = Counter(renamed.source for renamed in matches.names.values())
@@ -217,6 +221,19 @@ def check_fused(source: Source, matches: Matches, packed: Mapping[str, str]) -> 
             remedy = "Convert the model that it was quantized from"
             problems.append(Problem(str(name), f"one tensor for {count} parts of a fused module", "one for each part", remedy))
     return problems
+
+
+def _rounded_up(name: TensorName, part: Renamed, packing: Packing, modules: Modules) -> bool:
+    """Whether a parameter's numbers on its axis of rows are of more rows than there are: then a bound of parts is inside one.
+
+    Parts are of one size but for queries, so that a tile that the end cuts is one that a bound cuts, too.
+    """
+    shape = modules[name.module][name.parameter].shape if name.module in packing.formats else ()
+    if len(shape) <= part.axis or shape[part.axis] == 1:
+        return False
+    settings = packing.own.get(name.module, packing.settings)
+    heights = format_named(packing.formats[name.module]).heights(modules[name.module], settings)
+    return shape[part.axis] * heights.get(name.parameter, 0) > part.total
 
 
 def check_ties(source: Source, copies: Mapping[TensorName, TensorName]) -> list[Problem]:

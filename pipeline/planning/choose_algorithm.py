@@ -16,11 +16,11 @@ from pipeline.planning.generations import no_generation
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
 from pipeline.planning.target_options import Shape
-from pipeline.printed import many
+from pipeline.printed import many, printed
 from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import LazyTensor, tensor_bytes
 from stages.quantization.cache_scales import PARAMETERS as CACHE
-from stages.quantization.cache_scales import of_integers
+from stages.quantization.cache_scales import other_kind
 from stages.quantization.compressed_settings import quantized_activations
 from stages.quantization.packed_format import Modules, PackedParameter
 from stages.quantization.sources import format_named
@@ -278,6 +278,6 @@ def unused(packing: Packing, tensors: Mapping[TensorName, LazyTensor], chosen: S
 
 def _unused_cache(packing: Packing, cache: bool) -> str:
     """Why the scales of the source's cache are left out; "" where they are not. `cache`: a target has scales of an FP8 cache."""
-    if of_integers(packing.settings):
-        return "the scale of a cache of integers, which is not that of an FP8 cache"
+    if kind := other_kind(packing.settings):
+        return f"the scale of a cache of {printed(kind)}, which is not that of an FP8 cache"
     return "" if cache else "the scale of an FP8 cache, which --fp8_kv_cache would write"

@@ -1,4 +1,4 @@
-"""Notes for a plan that keeps a quantized source's codes: what the target does otherwise than the source says."""
+"""Notes for a plan that keeps a quantized source's codes or is given ranges: what the target does otherwise than these say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def source_notes(opened: OpenedSource, chosen: Sequence[Quantization], tensors: TensorMap) -> tuple[str, ...]:
     """The notes of all targets, each once. `chosen`: their quantizations, in order; `tensors`: the canonical ones."""
-    found: dict[str, None] = {}
+    found: dict[str, None] = dict.fromkeys(_unmeasured_cache(opened, chosen, tensors))
     for quantization, sharding in zip(chosen, opened.shardings, strict=True):
         if quantization.algorithm and not quantization.from_numbers:
             of_formats = (format_named(name) for name in dict.fromkeys(opened.packing.formats.values()))
@@ -28,6 +28,15 @@ def source_notes(opened: OpenedSource, chosen: Sequence[Quantization], tensors: 
             )
             found |= dict.fromkeys(_quantized_anew(quantization, sharding, tensors))
     return tuple(found)
+
+
+def _unmeasured_cache(opened: OpenedSource, chosen: Sequence[Quantization], tensors: TensorMap) -> Iterator[str]:
+    """That ranges are not used for the scale of an FP8 cache, as they are not of what is cached."""
+    given = opened.job.act_range is not None or opened.job.calibrates
+    if not (given and opened.model.qk_norm and any(each.fp8_kv_cache for each in chosen)):
+        return
+    if all(name.parameter != "kv_scale" for name in tensors):
+        yield "the FP8 cache has scales of 1: keys are normed behind k_proj, whose outputs are what is measured"
 
 
 def _quantized_anew(quantization: Quantization, sharding: Sharding, tensors: TensorMap) -> Iterator[str]:

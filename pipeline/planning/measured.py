@@ -45,6 +45,8 @@ class Measured:
 def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> Measured:
     """Give a source the ranges that its targets need. Reads those of a file: they are small."""
     job, wanted, problems = opened.job, _wanted(opened, chosen, ()), _other_types(opened, chosen)
+    if behind := _behind_norm(opened, chosen):
+        return Measured(opened, (*problems, *behind))
     given = [f"--{name} {path}" for name in ("act_range", "calibration_tokens", "calib_dataset") if (path := getattr(job, name))]
     if not wanted:
         found = "a target that uses no ranges" if len(chosen) == 1 else "targets that use no ranges"
@@ -162,6 +164,15 @@ def _other_types(opened: OpenedSource, chosen: Sequence[Quantization]) -> tuple[
             found = f"{dtype} with {quantization.algorithm}"
             problems.append(Problem(f"--dtype {options.dtype}", found, expected, "Give --dtype float16"))
     return tuple(problems)
+
+
+def _behind_norm(opened: OpenedSource, chosen: Sequence[Quantization]) -> list[Problem]:
+    """The problem of an INT8 cache whose keys are normed behind k_proj: no range of them is measured, and its scale needs one."""
+    if not opened.model.qk_norm or not any(each.int8_kv_cache for each in chosen):
+        return []
+    found = f"{opened.source.architecture}, whose cached keys are normed behind k_proj"
+    expected = "a model that caches what k_proj gives, as ranges are measured there"
+    return [Problem("--int8_kv_cache", found, expected, "Leave it out, or give --fp8_kv_cache, which needs no ranges")]
 
 
 def _slot(opened: OpenedSource, name: TensorName) -> Slot:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _QUERIES = "queries and attention weights are not quantized"
+_FP8 = ("FP8", "STATIC")  # ModelOpt's word and AutoFP8's
 _POINTS = "an FP8 cache has no zero points"
 PARAMETERS: Mapping[str, PackedParameter] = {
     **{name: PackedParameter(OF_ALL, becomes="kv_scale") for name in ("k_scale", "v_scale", "kv_scale", "output_scale")},
@@ -36,10 +37,20 @@ def divided(parameters: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     return {name: value for name, value in parameters.items() if name not in ours}, ours
 
 
-def of_integers(settings: Mapping[str, Any]) -> bool:
-    """Whether the settings say that the cache is of integers, whose scales are not those of FP8."""
-    scheme = settings.get("kv_cache_scheme")
-    return isinstance(scheme, Mapping) and scheme.get("type") == "int"
+def other_kind(settings: Mapping[str, Any]) -> str:
+    """The kind of cache, other than FP8, that the settings say the scales are of; "" where they say FP8 or nothing.
+
+    Only an FP8 code is worth amax / 448: those of integers and of 4-bit floats have other scales, under the same names.
+    """
+    scheme, named = settings.get("kv_cache_scheme"), settings.get("kv_cache_quant_algo")
+    if isinstance(scheme, Mapping):
+        kind, bits = scheme.get("type"), scheme.get("num_bits")
+        if kind == "int":
+            return "integers"
+        if kind not in (None, "float") or bits not in (None, 8):
+            return f"{bits or 'other'}-bit {kind or 'float'}s"
+    words = [str(each) for each in (named, scheme) if each and not isinstance(each, Mapping)]
+    return next((word for word in words if not word.upper().startswith(_FP8)), "")
 
 
 def check(module: str, scales: Mapping[str, LazyTensor], alone: bool) -> list[Problem]:
@@ -56,6 +67,6 @@ def check(module: str, scales: Mapping[str, LazyTensor], alone: bool) -> list[Pr
 
 
 def unpack(scales: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
-    """`kv_scale`, float32 [1]: the largest of a module's scales. Nothing for a cache of integers."""
+    """`kv_scale`, float32 [1]: the largest of a module's scales. Nothing for a cache of another kind than FP8."""
     ours = [as_scale(array) for name, array in scales.items() if PARAMETERS[name].becomes]
-    return {"kv_scale": largest(ours)} if ours and not of_integers(settings) else {}
+    return {"kv_scale": largest(ours)} if ours and not other_kind(settings) else {}

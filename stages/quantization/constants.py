@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 Modules = Mapping[str, Mapping[str, "BlockArray"]]
 
 
-def constants(modules: Modules, quantization: Quantization, layers: int) -> dict[TensorName, Entry]:
-    """Those of all layers. `modules`: canonical parameters by renamed module."""
+def constants(modules: Modules, quantization: Quantization, layers: int, qk_norm: bool) -> dict[TensorName, Entry]:
+    """Those of all layers. `modules`: canonical parameters by renamed module. `qk_norm`: the cached keys are normed ones, and not
+    k_proj's outputs, of which the ranges are.
+    """
     entries: dict[TensorName, Entry] = {}
     names: list[str] = []
     if quantization.algorithm == FP8_ROWWISE:
@@ -38,7 +40,7 @@ def constants(modules: Modules, quantization: Quantization, layers: int) -> dict
             outputs = [modules[f"{base}.attention.qkv.{part}"][Y_RANGE] for part in "qkv"]
             entries |= dict([whole_entry(name, layer, smoothquant.cache_scale(outputs))])
         elif quantization.fp8_kv_cache:
-            array = _of_source(modules, f"{base}.attention") or _measured(modules, f"{base}.attention")
+            array = _of_source(modules, f"{base}.attention") or (None if qk_norm else _measured(modules, f"{base}.attention"))
             entries |= dict([whole_entry(name, layer, constant(str(name), (1.0,)) if array is None else array)])
     return entries
 

@@ -78,6 +78,12 @@ class PackedFormat(Protocol):
         """The canonical parameters (AXES) of a module that `check` found nothing wrong with. Reads nothing."""
         ...
 
+    def heights(self, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, int]:  # noqa: ARG002
+        """The rows that a number of a parameter stands for, by local name, of those whose last number may stand for fewer: the
+        axis's length, which is rounded up, does not say it. Of a module that `check` found nothing wrong with.
+        """
+        return {}
+
     def act_order(self, tensors: Mapping[str, LazyTensor]) -> bool:  # noqa: ARG002
         """Whether a module's groups are not consecutive in-features: then it can only be dequantized. May read small tensors."""
         return False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline import convert
+from pipeline.reporting.verification import verify
 from tests.support import checkpoints
 from tests.support import quantized_checkpoints as source
 from tests.support.quantized_checkpoints import LLAMA
@@ -53,3 +55,25 @@ def test_scales_of_the_cache_outlive_dequantization(tmp_path: Path) -> None:
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", **options)
     held = read(tmp_path / "out/rank0.safetensors")
     assert held["transformer.layers.1.attention.kv_cache_scaling_factor"].tolist() == [1.75]
+
+
+@pytest.mark.parametrize("said", ["hf_quant_config.json", "config.json"])
+def test_scales_of_an_nvfp4_cache_are_not_those_of_fp8(said: str, tmp_path: Path) -> None:
+    """ModelOpt's are by 6 * 448, where those of an FP8 cache are by 448, under the same names."""
+    source.write(tmp_path / "model", LLAMA, FORMATS["modelopt fp8"])
+    file = tmp_path / "model/hf_quant_config.json"
+    settings = json.loads(file.read_text())
+    settings["quantization"]["kv_cache_quant_algo"] = "NVFP4" if said == file.name else None
+    file.write_text(json.dumps(settings))
+    if said == "config.json":
+        config = tmp_path / "model/config.json"
+        scheme = {"dynamic": False, "num_bits": 4, "type": "float"}
+        held_ = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "modelopt", "kv_cache_scheme": scheme}}
+        config.write_text(json.dumps(held_))
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", fp8_kv_cache=True, scheduler="threads")
+    held = read(tmp_path / "out/rank0.safetensors")
+    assert [held[f"transformer.layers.{n}.attention.kv_cache_scaling_factor"].tolist() for n in range(2)] == [[1.0], [1.0]]
+    left = json.loads((tmp_path / "out/headrace.json").read_text())["left_out"]
+    kind = "NVFP4" if said == file.name else "4-bit floats"
+    assert left["model.layers.0.self_attn.k_proj.k_scale"] == f"the scale of a cache of {kind}, which is not that of an FP8 cache"
+    verify(tmp_path / "out", tmp_path / "model").check()

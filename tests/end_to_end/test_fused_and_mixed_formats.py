@@ -194,6 +194,24 @@ def test_parts_that_share_a_tile_are_refused(tmp_path: Path) -> None:
     assert "bounds of its 3 parts" in error.value.problems[0].expected
 
 
+@pytest.mark.parametrize("size", [96, 160, 224])
+def test_parts_that_share_a_tile_whose_scales_come_out_even_are_refused(size: int, tmp_path: Path) -> None:
+    """Of 2 * 96 rows there are two scales, rounded up: the second half's first 32 rows are of the first tile."""
+    config = {**LLAMA, "intermediate_size": size}
+    plain = fused(source.values(config), 2, FUSED_PHI)
+    stored: Arrays = {}
+    for name, values in plain.items():
+        packed = FORMATS["fp8 block"].quantizer(name, values.astype(np.float32)).parameters if "gate_up" in name else {}
+        stored |= {f"{name.removesuffix('.weight')}.{key}": value for key, value in packed.items()} or {name: values}
+    checkpoints.save(tmp_path / "model", source.described({**PHI, "intermediate_size": size}, FORMATS["fp8 block"]), stored)
+    with pytest.raises(BadInput) as error:
+        plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
+    assert {problem.subject.rpartition("layers.")[2][2:] for problem in error.value.problems} == {
+        "mlp.gate_up_proj.weight_scale_inv"
+    }
+    assert "bounds of its 2 parts" in error.value.problems[0].expected
+
+
 def test_float8_of_fused_tensors_with_one_scale(tmp_path: Path) -> None:
     kind = source.modelopt_float8(cache=False)
     plain = fused(source.values(LLAMA), 2, FUSED_PHI)

@@ -8,11 +8,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.support import act_ranges, checkpoints, rank_files
 from tests.support import quantized_checkpoints as source
 from tests.support.commands import convert, headrace, one, refused
+from tests.support.places import DATA
 from tests.support.quantized_checkpoints import LLAMA, Arrays
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -73,6 +74,20 @@ def test_a_source_s_own_scale_of_its_cache_counts_first(tmp_path: Path) -> None:
         assert convert(tmp_path / "model", tmp_path / output, "--fp8_kv_cache", *more).code == 0
     own, both = (rank_files.read(tmp_path / output / "rank0.safetensors") for output in ("own", "both"))
     assert all(own[name].tobytes() == both[name].tobytes() for name in own)
+
+
+def test_ranges_are_not_those_of_normed_keys(tmp_path: Path) -> None:
+    """Qwen3 caches what a norm makes of k_proj's outputs: its cache has a scale of 1, and the plan says so."""
+    model = DATA / "families/models/qwen3_untied"
+    save_file({"input_ids": np.random.default_rng(0).integers(0, 96, (2, 12))}, tmp_path / "tokens")
+    words = ("--calibration_tokens", tmp_path / "tokens", "--calibration_dtype", "float32")
+    assert convert(model, tmp_path / "out", "--use_fp8", "--fp8_kv_cache", *words).code == 0
+    held = rank_files.read(tmp_path / "out" / "rank0.safetensors")
+    scales = {name: values.tolist() for name, values in held.items() if name.endswith("kv_cache_scaling_factor")}
+    assert scales
+    assert set(map(tuple, scales.values())) == {(1.0,)}
+    notes = json.loads((tmp_path / "out" / "headrace.json").read_text())["notes"]
+    assert any("scales of 1: keys are normed behind k_proj" in note for note in notes)
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ class BlockFp8(PackedFormat):
         expected = f"{list(wanted)}, one for each {tile[0]} x {tile[1]} of {list(shape)}" if tile else "two sizes of a tile"
         return [Problem(f"{module}.{name}", f"shape {list(scale)}", expected)]
 
+    def heights(self, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, int]:
+        """The rows of a tile, for its scales."""
+        name = next(name for name in _SCALES if name in tensors)
+        return {name: tile_of(tensors["weight"].shape, tensors[name].shape, tensors[name].dtype, settings)[0]}
+
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`weight`, float32, and the scales of a cache; the rest stays."""
         weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)

@@ -7,12 +7,14 @@ AWQ's are in ModelOpt's portable form, which the builder arranges: int8 [N / 2, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import BadInput, Problem
 from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
@@ -36,11 +38,12 @@ def pack_gptq(
     rows: int,
     working_bytes: int = 2,
     zero_points: bool = True,
+    source: str = "",
 ) -> dict[str, tuple[BlockArray, Parameter]]:
     """`weight`, `weights_scaling_factor` and `zero` of codes, scales and offsets. `dtype`, called `name`: the model's type.
 
     `zero_points`: whether there is a `zero`; without it, offsets are zeros. `working_bytes`: what a byte of codes takes on its way,
-    more than the codes where they are computed.
+    more than the codes where they are computed. `source`: the weight's name there, for what is wrong with its scales.
     """
     codes, scales, offsets = parameters[f"codes{layout.bits}"], parameters["scales"], parameters["offsets"]
     *front, out, width = codes.shape
@@ -52,7 +55,8 @@ def pack_gptq(
     grouped = Parameter(axes=(("group", group), ("out", ONE)))
     grid: dict[str, Any] = {"rows": scales.chunks[0] if front else None, "columns": scales.chunks[-1]}
     like: dict[str, Any] = {"shape": scales.shape, "dtype": dtype, **grid}
-    factors = derive("quantize", cast, {"values": scales}, **like, by_place=True, to=dtype)
+    limits: dict[str, Any] = {"to": dtype, "name": source, "largest": (1 << layout.bits) - 1}
+    factors = derive("quantize", narrowed, {"values": scales}, **like, by_place=True, **limits)
     packed = Parameter(
         axes=(("out", Fraction(1, columns)), ("in", columns * per_feature)),
         header=(("in", ONE), ("out", per_feature / dtype.itemsize)),
@@ -62,12 +66,12 @@ def pack_gptq(
     result = {"weight": (weight, packed), "weights_scaling_factor": (factors, grouped)}
     if zero_points:
         inputs = {"offsets": offsets, "scales": scales}
-        result["zero"] = derive("quantize", zero_of, inputs, **like, by_place=True, to=dtype), grouped
+        result["zero"] = derive("quantize", zero_of, inputs, **like, by_place=True, **limits), grouped
     return result
 
 
-def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype) -> dict[str, tuple[BlockArray, Parameter]]:
-    """`weight`, `weights_scaling_factor` and `prequant_scaling_factor` in ModelOpt's form."""
+def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype, source: str = "") -> dict[str, tuple[BlockArray, Parameter]]:
+    """`weight`, `weights_scaling_factor` and `prequant_scaling_factor` in ModelOpt's form. `source`: as for `pack_gptq`."""
     codes, scales = parameters["codes4"], parameters["scales"]
     out, width = codes.shape
     features = 2 * width
@@ -77,7 +81,7 @@ def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype) -> dict[str,
     if smooth is None:
         smooth = derive("quantize", ones, {"codes": codes}, shape=(features,), dtype=dtype, to=dtype)
     else:
-        smooth = derive("quantize", cast, {"values": smooth}, shape=smooth.shape, dtype=dtype, to=dtype)
+        smooth = derive("quantize", narrowed, {"values": smooth}, shape=smooth.shape, dtype=dtype, to=dtype, name=source)
     return {
         "weight": (weight, Parameter(axes=(("out", Fraction(1, 2)), ("in", ONE)), working_bytes=3)),
         "weights_scaling_factor": (factors, Parameter(axes=(("out", ONE), ("group", Fraction(scales.shape[-2], features))))),
@@ -92,18 +96,42 @@ def arranged(region: Region, codes: Block, layout: KernelLayout) -> np.ndarray:
         return kernels().arranged(stream, layout).reshape(*shape, -1)[..., slice(*region[-1])]
 
 
-def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype) -> np.ndarray:
-    """[groups, n]: offset * scale, both in the model's type, rounded once; too large for float16 becomes infinity, as in torch."""
+def zero_of(region: Region, offsets: Block, scales: Block, to: np.dtype, name: str, largest: int) -> np.ndarray:
+    """[groups, n]: offset * scale, both in the model's type, rounded once. Raises BadInput as `held` does."""
     # Products of 16-bit floats are no longer than a float32, so that this is the one rounding.
-    factors = kernels().cast(kernels().cast(np.asarray(scales.read(region)), to), FLOAT32)
+    factors = kernels().cast(narrowed(region, scales, to, name, largest), FLOAT32)
     values = np.asarray(offsets.read(region)).astype(FLOAT32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return kernels().cast(kernels().cast(kernels().cast(values, to), FLOAT32) * factors, to)
+    return held(kernels().cast(kernels().cast(values, to), FLOAT32) * factors, to, name)
 
 
 def cast(region: Region, values: Block, to: np.dtype) -> np.ndarray:
     """The region in another type; too large for float16 becomes infinity, as in torch."""
     return kernels().cast(np.asarray(values.read(region)), to)
+
+
+def narrowed(region: Region, values: Block, to: np.dtype, name: str, largest: float = math.inf) -> np.ndarray:
+    """The region's scales in another type. Raises BadInput as `held` does."""
+    return held(np.asarray(values.read(region)), to, name, largest)
+
+
+def held(scales: np.ndarray, to: np.dtype, name: str, largest: float = math.inf) -> np.ndarray:
+    """Scales in another type. Raises BadInput naming the weight where that has infinity for one, or zero for one that is not.
+
+    `largest`: the largest magnitude of a code. Where its weight is zero in that type, too, zero is right: quantizers give rows
+    and groups of nothing but zeros some tiny scale.
+    """
+    result = kernels().cast(scales, to)
+    if scales.dtype == to:
+        return result
+    lost = (result == 0) & (scales != 0)
+    if lost.any():
+        lost[lost] = kernels().cast(np.abs(scales[lost].astype(np.float64)).astype(FLOAT32) * FLOAT32.type(largest), to) != 0
+    lost |= np.isinf(result)
+    if lost.any():
+        found = f"a scale of {float(scales[lost][0]):.3g}, which {to.name} has as {float(result[lost][0]):g}"
+        remedy = "Give --dtype bfloat16" if to == np.float16 else "Mend the checkpoint"
+        raise BadInput([Problem(f"{name}: scales", found, f"scales that {to.name} holds", remedy)])
+    return result
 
 
 def transposed_float(region: Region, values: Block) -> np.ndarray:

@@ -17,7 +17,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Parameter
 from stages.quantization.kernels.layout import KernelLayout
-from stages.quantization.targets.groupwise import pack_gptq
+from stages.quantization.targets.groupwise import held, pack_gptq
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -37,21 +37,20 @@ def pack_rows(
     header = (("in", ONE), ("out", Fraction(layout.bits, 8)))
     scales, offsets = parameters["scales"], parameters["offsets"]
     inputs = {"scales": scales, "offsets": offsets}
-    factors = derive("quantize", scale_of, inputs, shape=scales.shape[1:], dtype=dtype, to=dtype, name=name)
+    factors = derive("quantize", scale_of, inputs, shape=scales.shape[1:], dtype=dtype, to=dtype, name=name, bits=layout.bits)
     return {
         "weight": (weight, Parameter(packed.axes, header, "int8", packed.working_bytes)),
         "per_channel_scale": (factors, Parameter(axes=(("out", ONE),))),
     }
 
 
-def scale_of(region: Region, scales: Block, offsets: Block, to: np.dtype, name: str) -> np.ndarray:
-    """[n] in the model's type; too large for float16 becomes infinity, as in torch.
+def scale_of(region: Region, scales: Block, offsets: Block, to: np.dtype, name: str, bits: int) -> np.ndarray:
+    """[n] in the model's type.
 
-    Raises BadInput naming the tensor where its codes have zero points, which these kernels do not read.
+    Raises BadInput naming the tensor where its codes have zero points, which these kernels do not read, or where the type holds
+    a scale not.
     """
     both = ((0, 1), region[0])
     if np.any(offsets.read(both)):
         raise BadInput([Problem(name, "zero points", "codes that are symmetric", "Give --requantize, or --dequantize")])
-    with np.errstate(over="ignore", invalid="ignore"):
-        result: np.ndarray = np.asarray(scales.read(both)).astype(to)[0]
-    return result
+    return held(np.asarray(scales.read(both))[0], to, name, 1 << (bits - 1))

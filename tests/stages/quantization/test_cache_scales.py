@@ -9,14 +9,28 @@ import numpy as np
 import pytest
 
 from pipeline.tensor.names import split_names
-from stages.quantization.cache_scales import PARAMETERS, check, divided, of_integers, unpack
+from stages.quantization.cache_scales import PARAMETERS, check, divided, other_kind, unpack
 from stages.unpack import axes
 from stages.unpack import check as examine
 from stages.unpack import unpack as unpack_all
 from tests.support.lazy import held, texts, values
 from tests.support.packed_tensors import opened
 
-INTEGERS = {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}
+# Settings that say what a cache is of, and the kind that they say; "" where its scales are those of FP8.
+SAID: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"kv_cache_scheme": "static"}, ""),
+    ({"kv_cache_scheme": None, "kv_cache_quant_algo": None}, ""),
+    ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "kv_cache_quant_algo": "FP8"}, ""),
+    ({"kv_cache_quant_algo": "fp8"}, ""),
+    ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "integers"),
+    ({"kv_cache_quant_algo": "INT8"}, "INT8"),
+    ({"kv_cache_quant_algo": "NVFP4"}, "NVFP4"),
+    ({"kv_cache_scheme": "NVFP4"}, "NVFP4"),
+    ({"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "4-bit floats"),
+    ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "kv_cache_quant_algo": "NVFP4"}, "NVFP4"),
+    ({"kv_cache_scheme": {"type": "log"}}, "other-bit logs"),
+]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -32,12 +46,15 @@ def test_the_largest(scales: dict[str, float], expected: float, dtype: Any, shap
     assert values(result["kv_scale"]).tolist() == [expected]
 
 
-def test_nothing_of_a_cache_of_integers_or_of_queries() -> None:
-    assert of_integers(INTEGERS)
-    assert not of_integers({"kv_cache_scheme": "static"})
-    assert not of_integers({"kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+@pytest.mark.parametrize(("settings", "kind"), SAID)
+def test_nothing_of_a_cache_of_another_kind(settings: dict[str, Any], kind: str) -> None:
+    assert other_kind(settings) == kind
     one = np.ones(1, np.float32)
-    assert unpack(opened({"k_scale": one, "v_scale": one}), INTEGERS) == {}
+    assert unpack(opened({"k_scale": one, "v_scale": one}), settings).keys() == (set() if kind else {"kv_scale"})
+
+
+def test_nothing_of_queries() -> None:
+    one = np.ones(1, np.float32)
     assert unpack(opened({"q_scale": one, "k_zero_point": one}), {}) == {}
 
 

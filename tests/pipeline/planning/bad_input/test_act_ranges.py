@@ -158,3 +158,12 @@ def test_what_its_class_does_not_compute_is_refused_with_what_would_do(model: st
     assert LACKING[model] in found
     assert "SmoothQuantAttention computes none of these" in found
     assert "Give --quantization int8; or fp8_rowwise" in found
+
+
+@pytest.mark.parametrize("family", ["qwen3_untied", "gemma3"])
+def test_an_int8_cache_of_normed_keys(family: str, tmp_path: Path) -> None:
+    """Ranges are of k_proj's outputs, and the cache holds what a norm makes of them."""
+    found = one(refused(DATA / "families/models" / family, "--int8_kv_cache", output=tmp_path / "out"))
+    assert found.startswith("--int8_kv_cache: found ")
+    assert "normed behind k_proj" in found
+    assert "--fp8_kv_cache, which needs no ranges" in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import BadInput
 from pipeline.tensor.placement import slices
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.sources import modelopt_awq
-from stages.quantization.targets.groupwise import cast, pack_awq, pack_gptq
+from stages.quantization.targets.groupwise import cast, held, pack_awq, pack_gptq
 from tests.support.examples import examples
 from tests.support.kernel_oracle import A, P, T, arrange
 from tests.support.lazy import block, values
@@ -42,7 +44,7 @@ def packed(
     bits = layout.bits
     stream = expected_codes(codes.reshape(-1, codes.shape[-1]), bits).reshape(*codes.shape[:-1], -1)
     parameters = opened({f"codes{bits}": stream, "scales": scales, "offsets": offsets.astype(np.int16)}, chunk)
-    return pack_gptq(parameters, layout, dtype, "float16", 64)
+    return pack_gptq(parameters, layout, dtype, "float16", 64, source="weight")
 
 
 @pytest.mark.parametrize(("bits", "name"), [(8, A), (8, P), (8, T), (4, A), (4, P), (4, T)])
@@ -90,6 +92,7 @@ def test_zero_is_offset_times_scale_rounded_once(dtype: np.dtype, bits: int) -> 
     steps = steps[np.isfinite(steps)][: 64512 // 8 * 8].reshape(8, -1)
     points = np.random.default_rng(0).integers(-middle, middle + 1, steps.shape)
     points[0, : 2 * middle + 1] = np.arange(-middle, middle + 1)
+    points[np.abs(steps.astype(np.float64) * points) >= 65520] = 1  # the type of the products must hold them
     # Offsets come as int16 in the source's order of groups; a weight of any codes belongs to them.
     codes = np.zeros((steps.shape[1], 64), dtype=int)
     result = packed(codes, points, steps, KernelLayout(bits, 16 // bits), dtype)
@@ -110,6 +113,52 @@ def test_a_scale_too_large_for_float16_is_infinite_as_in_torch() -> None:
     steps = np.array([[65504, 65519.99, 65520, 1e6, -1e6, 1e-8, 2**-24, 2**-25, np.nextafter(np.float32(2**-25), np.float32(1))]])
     ours = cast(((0, 1), (0, 9)), block(steps.astype(np.float32)), FP16)
     assert ours.tobytes() == bits_of(in_torch(steps, FP16))
+
+
+@pytest.mark.parametrize(
+    ("scale", "to", "largest", "said"),
+    [
+        (1e5, FP16, 15, "a scale of 1e+05, which float16 has as inf"),
+        (2e-8, FP16, 15, "a scale of 2e-08, which float16 has as 0"),
+        (-2e-8, FP16, 127, "a scale of -2e-08, which float16 has as -0"),
+        (3e-38 / 2**10, FP16, np.inf, "which float16 has as 0"),
+        (3.4028e38, BF16, 15, "which bfloat16 has as inf"),
+        (1e5, BF16, 15, ""),
+        (2e-8, BF16, 15, ""),
+        (65504, FP16, 15, ""),
+        (0, FP16, 15, ""),
+        (1e-12, FP16, 255, ""),  # of a row of zeros: no code of it is a number in float16
+    ],
+)
+def test_a_scale_that_the_type_does_not_hold_is_refused(scale: float, to: np.dtype, largest: float, said: str) -> None:
+    values_ = np.array([[1, scale, 0.5]], np.float32)
+    if not said:
+        assert held(values_, to, "a.qweight", largest).tobytes() == bits_of(in_torch(values_, to))
+        return
+    with pytest.raises(BadInput, match=re.escape(said)) as refused:
+        held(values_, to, "a.qweight", largest)
+    assert refused.value.problems[0].subject == "a.qweight: scales"
+
+
+@pytest.mark.parametrize("key", ["weights_scaling_factor", "zero"])
+@pytest.mark.parametrize(("step", "point"), [(1e5, 0), (2e-8, 0), (6e4, 3)])
+def test_packed_scales_are_looked_at(key: str, step: float, point: int) -> None:
+    scales = np.full((2, 16), 0.5, np.float32)
+    scales[1, 3] = step
+    result = packed(random_codes((16, 64), 4, 0), np.full((2, 16), point), scales, KernelLayout(4, 4), FP16)[key][0]
+    if (key, point) == ("weights_scaling_factor", 3):
+        assert np.isfinite(values(result)).all()
+        return
+    with pytest.raises(BadInput, match="weight: scales"):
+        values(result)
+
+
+def test_factors_of_activations_are_looked_at() -> None:
+    source = modelopt(random_codes((16, 32), 4, 0), random_scales((2, 16), 0, np.float32))
+    unpacked = modelopt_awq.FORMAT.unpack(opened(source, 40), {})
+    unpacked |= opened({"prequant": np.array([1e-10] * 32, np.float32)}, 1 << 20)
+    with pytest.raises(BadInput, match="weight: scales"):
+        values(pack_awq(unpacked, FP16, "weight")["prequant_scaling_factor"][0])
 
 
 @each_type

@@ -47,3 +47,14 @@ def test_a_zero_point_is_refused() -> None:
     ]
     with pytest.raises(BadInput, match=r"a\.weight: found zero points; expected codes that are symmetric\. Give --requantize"):
         values(scales)
+
+
+@pytest.mark.parametrize("scale", [1e5, 2e-8])
+def test_a_scale_that_float16_does_not_hold_is_refused(scale: float) -> None:
+    given = parameters(8, dtype=np.dtype(np.float32))
+    given["scales"][0, 5] = scale
+    scales, _ = pack_rows("a.weight", opened(given), kernel_layout(8, 80, False), np.dtype(np.float16), "float16", 64)[
+        "per_channel_scale"
+    ]
+    with pytest.raises(BadInput, match=r"a\.weight: scales: found a scale of .*Give --dtype bfloat16"):
+        values(scales)
