@@ -102,6 +102,11 @@ class CompressedTensors(PackedFormat):
             return [Problem(f"{module}.weight_zero_point", "no such tensor", "zero points, as the settings say symmetric: false")]
         return [*_check_zeros(module, zeros, scale, rows, bits), *_check_index(module, tensors, features, _groups(scale.shape))]
 
+    def heights(self, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Mapping[str, int]:
+        """The rows of a word of zero points."""
+        zeros = tensors.get("weight_zero_point")
+        return {} if zeros is None or zeros.dtype == INT8 else {"weight_zero_point": 32 // bits_of(settings)}
+
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`codes4` or `codes8`, `scales` and `offsets`, and `group_index` where the source has one; the rest stays."""
         result = {name: array for name, array in parameters.items() if name not in _OWN}

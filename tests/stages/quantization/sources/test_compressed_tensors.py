@@ -295,3 +295,12 @@ def test_words_of_another_type_or_shape() -> None:
         assert found == f"a.b.weight_packed: found shape {list(shape)}; expected a matrix"
         found = refusal({**int8_module(2, 2), "weight": np.zeros(shape, np.int8)})
         assert found == f"a.b.weight: found shape {list(shape)}; expected a matrix"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_word_of_zero_points_is_of_several_rows(bits: int) -> None:
+    """Of 12 rows with 4 bits there are two words, so that the count does not say how many rows a word has."""
+    zeros, settings = np.zeros((2, 1), np.int32), {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+    assert FORMAT.heights(held({"weight_zero_point": zeros}), settings) == {"weight_zero_point": 32 // bits}
+    assert FORMAT.heights(held({"weight_zero_point": zeros.astype(np.int8)}), settings) == {}
+    assert FORMAT.heights(held({}), settings) == {}
