@@ -88,11 +88,11 @@ def check_writable(subject: str, file: Path) -> None:
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if file.is_file():
-            file.open("ab").close()
-        elif not file.exists():  # a pipe or a device is not opened twice
+        if not file.exists():
             with tempfile.TemporaryFile(dir=file.parent):
                 pass
+        elif not os.access(file, os.W_OK):  # a pipe must not be opened twice
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise BadInput([Problem(subject, error.strerror or "an error", "a file that can be written")]) from None
 
