@@ -135,7 +135,7 @@ def test_a_broken_package_is_named(tmp_path: Path) -> None:
     (problem,) = refused.value.problems
     assert problem.subject == "entry point broken of headrace.formats of the package toy"
     members = (
-        "name, title, numbers, keeps, proof, parameters, accepts, arrange, check, module_settings, unpack, act_order, native, "
-        "zero_points, notes"
+        "name, title, numbers, keeps, proof, parameters, accepts, arrange, check, module_settings, unpack, heights, act_order, "
+        "native, zero_points, notes"
     )
     assert problem.found == f"toy_broken:FORMAT without {members}"
