@@ -7,23 +7,18 @@ import io
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import convert
-from pipeline.errors import BadInput, HeadraceError, Problem, WriteFailed
-from pipeline.jobs import planner
 from pipeline.jobs.history import History
 from pipeline.jobs.log import Log
 from pipeline.jobs.runs import ACTIVE, Run
@@ -31,85 +26,13 @@ from pipeline.jobs.schedule import read_schedule
 from pipeline.jobs.serve import Daemon
 from pipeline.jobs.watch import Arrival
 from pipeline.sinks.hold import Holder, birth, holder
+from tests.pipeline.jobs.daemon import Place
 from tests.pipeline.jobs.receiver import receiving
-from tests.pipeline.jobs.stand_in import Stage, unit, wait
+from tests.pipeline.jobs.stand_in import unit, wait
 from tests.pipeline.watching.web import fetch, free_port
 from tests.support import browser, checkpoints
-from tests.support.commands import COMMAND, Ran, headrace
+from tests.support.commands import COMMAND, headrace
 from tests.support.directories import contents
-
-# Holds the conversions of a daemon, when they open their job files, until a file is there.
-HOLDING = """
-import pathlib, sys, time
-def hold(event, arguments):
-    if event == "open" and "/headrace-" in str(arguments[0]) and str(arguments[0]).endswith("/job.toml"):
-        while not pathlib.Path({go!r}).exists(): time.sleep(0.05)
-if sys.orig_argv[3:4] == ["pipeline.cli.child"] and "convert" in sys.orig_argv:
-    sys.addaudithook(hold)
-"""
-
-
-class Place:
-    """A directory with a model, a schedule and a daemon's history."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.schedule, self.path = folder, folder / "schedule.toml", folder / "history.db"
-        checkpoints.write(folder / "model", checkpoints.LLAMA)
-
-    def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
-
-    def often(self, every: float = 3600, more: str = "") -> None:
-        """A schedule of one interval, and the job that it does."""
-        self.write("job.toml", 'model_dir = "model"\noutput_dir = "out"\ntp_size = 2\n')
-        text = f'[[interval]]\nname = "often"\nevery_seconds = {every}\nfiles = ["job.toml"]\n[retry]\nfirst_seconds = 0.2\n{more}'
-        self.write("schedule.toml", text)
-
-    def runs(self) -> list[dict[str, Any]]:
-        """All that is recorded, the oldest first."""
-        with contextlib.closing(History(self.path)) as opened:
-            return opened.runs()[::-1]
-
-    def states(self) -> list[str]:
-        try:
-            return [run["state"] for run in self.runs()]
-        except (sqlite3.Error, BadInput):  # it is not there yet, or not whole
-            return []
-
-    def jobs(self, *words: object) -> Ran:
-        return headrace("jobs", *words, "--store", self.path)
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[list[dict[str, Any]]]:
-        """A daemon in a thread of this process; yields what it says."""
-        stream, said = io.StringIO(), list[dict[str, Any]]()
-        opened = History(self.path, write=True)
-        daemon = Daemon(read_schedule(self.schedule), opened, Log(stream, "json"))
-        thread = threading.Thread(target=daemon.run)
-        thread.start()
-        try:
-            yield said
-        finally:
-            daemon.stop.set()
-            thread.join()
-            opened.close()
-            said += map(json.loads, stream.getvalue().splitlines())
-
-    @contextlib.contextmanager
-    def process(self, *more: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        """A daemon in a process of its own."""
-        command = [*COMMAND, "serve", str(self.schedule), "--store", str(self.path), "--log_format", "json", *more]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as started:
-            try:
-                yield started
-            finally:
-                started.kill()
-
-    def holding(self) -> dict[str, str]:
-        """The environment of a daemon whose conversions wait for the file `go`."""
-        (self.folder / "site").mkdir()
-        self.write("site/sitecustomize.py", HOLDING.format(go=str(self.folder / "go")))
-        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(self.folder / "site"), os.environ.get("PYTHONPATH", ""))))}
 
 
 @pytest.fixture
@@ -374,131 +297,6 @@ def test_what_arrives_in_a_bucket_is_read_there(place: Place, tmp_path: Path, mo
     (table,) = (tomllib.loads(text)["matrix"] for text in asked)
     assert table == [{"output_dir": f"{tmp_path}/out/{{model}}-c0ffee", "model_dir": "s3://bucket/org/[m]"}]
     history.close()
-
-
-class Watching:
-    """A daemon that watches, not started: `found` is what has arrived, `plan` what planning its file returns or raises."""
-
-    def __init__(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        place.write("schedule.toml", '[[watch]]\nname = "w"\npath = "in"\n[watch.job]\noutput_dir = "out/{model}"\n')
-        self.history = History(place.path, write=True)
-        self.daemon = Daemon(read_schedule(place.schedule), self.history, Log(io.StringIO(), "text"))
-        self.stage = Stage()
-        self.daemon.fleet = self.stage.fleet
-        self.stage.fleet.listeners.append(self.daemon._record)
-        ((self.watch, self.watcher),) = self.daemon._watchers
-        self.found: list[Arrival] = []
-        self.plan: dict[str, Any] = {}
-        monkeypatch.setattr(self.watcher, "look", lambda: [each for each in self.found if not self.known(each)])
-        monkeypatch.setattr(self.daemon._planner, "units", self._units)
-
-    def arrive(self, name: str, plan: Any = None, fingerprint: str = "1") -> None:
-        self.found.append(Arrival(f"/in/{name}", name, fingerprint))
-        self.plan[name] = [unit(name)] if plan is None else plan
-
-    def known(self, arrival: Arrival) -> bool:
-        return self.daemon._known(self.watch, arrival.place) == arrival.fingerprint
-
-    def look(self) -> list[tuple[str, str, int | None]]:
-        """Look, and say what is recorded: sources, states and exit codes."""
-        self.daemon._look(self.watch, self.watcher)
-        return [(run["source"], run["state"], run["exit_code"]) for run in self.history.runs()[::-1]]
-
-    def _units(self, names: list[str]) -> Any:
-        (table,) = tomllib.loads(Path(names[0]).read_text())["matrix"]
-        said = self.plan[Path(table["model_dir"]).name]
-        if isinstance(said, Exception):
-            raise said
-        return said
-
-
-@pytest.fixture
-def watching(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watching]:
-    made = Watching(place, monkeypatch)
-    yield made
-    made.history.close()
-
-
-@pytest.mark.parametrize(
-    ("error", "state", "code", "again"),
-    [
-        (BadInput([Problem("x", "y", "z")]), "refused", 2, False),
-        (WriteFailed("planning: ended by SIGKILL"), "failed", 3, True),
-        (OSError(12, "Cannot allocate memory"), "failed", 3, True),
-        (HeadraceError("planning ended with exit code 1: Traceback"), "crashed", 1, False),
-        (ZeroDivisionError("division by zero"), "crashed", 1, False),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-)
-def test_an_arrival_that_cannot_be_planned_is_recorded_once_and_keeps_none_behind_it(
-    watching: Watching, error: Exception, state: str, code: int, again: bool
-) -> None:
-    watching.arrive("a", error)
-    watching.arrive("b", error)
-    watching.arrive("sound")
-    recorded = [("/in/a", state, code), ("/in/b", state, code), ("/models/sound", "queued", None)]
-    assert watching.look() == recorded
-    assert all(str(error) in run["error"] for run in watching.history.runs() if run["state"] == state)
-    assert watching.look() == recorded, "not every minute anew"
-    assert [each.name for each in watching.found if not watching.known(each)] == (["a", "b"] if again else [])
-    watching.plan |= {"a": [unit("a")]}
-    assert (("/models/a", "queued", None) in watching.look()) == again
-    assert list(watching.history.asked.iterdir()) == []
-
-
-def test_an_arrival_whose_name_is_not_utf_8_is_refused_and_keeps_none_behind_it(watching: Watching) -> None:
-    watching.arrive("a\udcff")
-    watching.arrive("sound")
-    assert watching.look() == [("/in/a\\udcff", "refused", 2), ("/models/sound", "queued", None)]
-    assert "a name in UTF-8" in watching.history.run(1)["error"]
-    assert len(watching.look()) == 2
-
-
-def test_what_arrives_while_its_outputs_are_written_is_asked_for_when_they_are_done(watching: Watching) -> None:
-    watching.arrive("model", fingerprint="1")
-    watching.look()
-    (run,) = watching.stage.fleet.active()
-    watching.stage.fleet.step()
-    watching.found.clear()
-    watching.arrive("model", [unit("model", state="refused", error="taken")], fingerprint="2")
-    assert watching.look() == [("/models/model", "queued", None)]
-    watching.stage.start(run)
-    watching.stage.end(run)
-    watching.plan["model"] = [unit("model")]
-    assert [state for _, state, _ in watching.look()] == ["done", "queued"]
-    assert watching.known(watching.found[0])
-
-
-def test_planning_that_a_signal_ends_is_tried_again_and_then_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here by a bug, too, with processes that end so."""
-    place.often(more="attempts = 2\n")
-    begun: list[list[str]] = []
-
-    class Ended(planner.Child):
-        def __init__(self, words: list[str], **more: Any) -> None:
-            begun.append(words)
-            super().__init__(words, **more)
-            self.process.kill()
-
-    monkeypatch.setattr(planner, "Child", Ended)
-    with place.serving() as said:
-        wait(lambda: place.states() == ["failed"])
-    (run,) = place.runs()
-    assert (run["cause"], run["exit_code"], "SIGKILL" in run["error"]) == ("often", 3, True)
-    assert len(begun) == 2
-    assert [event["outcome"] for event in said if event["event"] == "ended"] == ["failed"]
-
-
-def test_planning_that_a_bug_ends_is_told_with_its_traceback(place: Place, tmp_path: Path) -> None:
-    place.often()
-    (tmp_path / "site").mkdir()
-    place.write(
-        "site/sitecustomize.py", "import sys\nif '--dry_run' in sys.orig_argv:\n    sys.stderr.write('boom\\n'); sys.exit(1)\n"
-    )
-    path = os.pathsep.join(filter(None, (str(tmp_path / "site"), os.environ.get("PYTHONPATH", ""))))
-    with place.process(PYTHONPATH=path):
-        wait(lambda: place.states() == ["crashed"])
-    assert "boom" in place.jobs("logs", 1).out
 
 
 def test_a_cluster_that_is_lost_ends_the_daemon_with_3_and_the_next_goes_on(place: Place) -> None:

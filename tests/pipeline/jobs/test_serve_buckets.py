@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline.jobs.daemon import Place
 from tests.pipeline.jobs.stand_in import wait
-from tests.pipeline.jobs.test_serve import Place
 from tests.support import checkpoints
 from tests.support.places import ROOT
 from tests.support.s3_server import objects, s3_server
