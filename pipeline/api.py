@@ -162,6 +162,7 @@ def verify(
     logits: bool = False,
     prompt: str | None = None,
     tokens: int = 32,
+    sm: int | None = None,
     workers: int = 0,
     advance: Callable[[str, int, int], None] | None = None,
 ) -> VerificationSummary:
@@ -181,6 +182,8 @@ def verify(
         What to compute logits for; needs the source's tokenizer.
     tokens
         How many random tokens, where there is no prompt.
+    sm
+        The GPUs (90 for SM 9.0) that the integer weights of an output without headrace.json are for; default 80.
     workers
         Threads that work at once; 0: one a core, at most 8.
     advance
@@ -194,7 +197,7 @@ def verify(
     Raises
     ------
     BadInput
-        Where there is no checkpoint at `output_dir`, or no source where one is needed.
+        Where there is no checkpoint at `output_dir`, no source where one is needed, or logits cannot be computed.
     """
     from pipeline.reporting.report import summarize
 
@@ -206,6 +209,7 @@ def verify(
         logits=logits or prompt is not None,
         prompt=prompt,
         tokens=tokens,
+        sm=sm,
         workers=workers,
         advance=advance,
     )

@@ -35,6 +35,10 @@ def verify_command(
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
+    sm: Annotated[
+        int | None,
+        typer.Option("--sm", help="The GPUs that integer weights of an output without headrace.json are for; default 80."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all of it as a page named *.html, too: see headrace report.")
@@ -61,6 +65,7 @@ def verify_command(
             logits=logits or prompt is not None,
             prompt=prompt,
             tokens=tokens,
+            sm=sm,
             workers=workers,
             advance=advance,
         )

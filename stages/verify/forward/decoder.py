@@ -58,9 +58,7 @@ class Decoder:
         all tokens. Raises BadInput for no tokens, and for tokens outside the vocabulary.
         """
         settings = self.settings
-        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= settings.vocab:
-            found = f"tokens from {int(tokens.min())} to {int(tokens.max())}" if len(tokens) else "no tokens"
-            raise BadInput([Problem("tokens", found, f"some of 0 to {settings.vocab - 1}")])
+        self.check_tokens(tokens)
         last = len(tokens) if last is None else last
         before, cache.tokens = len(cache.tokens), torch.cat([cache.tokens, tokens])
         if self._attention.rotation.changes(before, len(cache.tokens)):
@@ -75,6 +73,13 @@ class Decoder:
         if settings.logit_cap:
             result = torch.tanh(result / settings.logit_cap) * settings.logit_cap
         return result
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise BadInput for no tokens, and for tokens outside the vocabulary. `tokens`: int [tokens]."""
+        vocab = self.settings.vocab
+        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+            found = f"tokens from {int(tokens.min())} to {int(tokens.max())}" if len(tokens) else "no tokens"
+            raise BadInput([Problem("tokens", found, f"some of 0 to {vocab - 1}")])
 
     @property
     def int8_activations(self) -> bool:
