@@ -122,12 +122,14 @@ class Decoder:
             parts = [self._lookup(rank, tokens, (settings.vocab, settings.hidden // settings.tp)) for rank in ranks]
             return torch.cat(parts, -1)
         rows = -(-settings.vocab // settings.tp)
-        result = torch.empty(len(tokens), settings.hidden)
+        owners, held = tokens // rows, list[Tensor]()
         for place, rank in enumerate(ranks):
             weights.matrix(rank, module)
             weights.zeros(rank, EMBEDDING, settings.vocab - place * rows)
-            mine = tokens // rows == place
-            result[mine] = self._lookup(rank, tokens[mine] - place * rows, (rows, settings.hidden))
+            held.append(self._lookup(rank, tokens[owners == place] - place * rows, (rows, settings.hidden)))
+        result = torch.empty(len(tokens), settings.hidden)
+        for place, part in enumerate(held):
+            result[owners == place] = part
         return result
 
     def _lookup(self, rank: int, tokens: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -242,8 +242,9 @@ class DecoderSettings(RankLayout):
 
     @property
     def moe(self) -> Mapping[str, Any]:
-        """config.json's `moe`; empty for a dense model that lacks it."""
-        return self.config.get("moe") or {}
+        """config.json's `moe`; empty for a model that has none."""
+        moe = self.config.get("moe")
+        return moe if isinstance(moe, Mapping) else {}
 
     @property
     def routing(self) -> int | None:

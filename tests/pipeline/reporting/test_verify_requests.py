@@ -74,6 +74,16 @@ def test_every_form_that_the_contract_takes_is_read_alike_by_all_levels(
     assert result.logits is not None
 
 
+def test_more_kv_heads_than_the_source_has_are_a_finding(tmp_path: Path) -> None:
+    """The shapes on two ranks are those of one head that both have."""
+    checkpoints.write(tmp_path / "model", {**checkpoints.LLAMA, "num_key_value_heads": 1})
+    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "ranks", tp_size=2, scheduler="synchronous")
+    (tmp_path / "ranks/headrace.json").unlink()
+    rewrite(tmp_path / "ranks/config.json", num_key_value_heads=2)
+    found = [str(finding.problem) for finding in verify(tmp_path / "ranks", tmp_path / "model").findings]
+    assert any("found rows 8 to 16 of model.layers.0.self_attn.k_proj.weight, by config.json" in each for each in found), found
+
+
 # What logits need is looked at before anything is read
 
 
