@@ -67,8 +67,9 @@ def number_of_experts(config: Mapping[str, Any]) -> int:
     """The experts of a layer by config.json's `moe`: 0 for a dense model, as a single one is none, and Gemma's class has none."""
     moe = config.get("moe")
     count = moe.get("num_experts") if isinstance(moe, Mapping) else None
-    some = isinstance(count, int) and count > 1 and class_name(str(config.get("architecture"))) != "gemma"
-    return count if some else 0
+    if not isinstance(count, int) or count < 2 or class_name(str(config.get("architecture"))) == "gemma":
+        return 0
+    return count
 
 
 def check_class_values(reader: ConfigReader, architecture: str, rotary_size: int) -> None:
@@ -119,8 +120,8 @@ def _phi(reader: ConfigReader, architecture: str, rotary_size: int) -> None:
         reader.positive(key)
     for key in ("longrope_scaling_short_factors", "longrope_scaling_long_factors"):
         factors = config.get(key)
-        whole = isinstance(factors, list) and len(factors) == rotary_size // 2
-        if not whole or not all(is_number(factor) and factor > 0 for factor in factors):
+        each = factors if isinstance(factors, list) else []
+        if len(each) != rotary_size // 2 or not all(is_number(factor) and factor > 0 for factor in each):
             reader.wrong(key, f"a list of {rotary_size // 2} factors")
 
 
@@ -134,6 +135,6 @@ def _scaling(reader: ConfigReader, rotary_size: int) -> None:
         reader.problems += inner.problems
     if reader.values.get("position_embedding_type") == "mrope":
         section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
-        whole = isinstance(section, list) and len(section) == 3 and all(isinstance(part, int) for part in section)
-        if not whole or sum(section) != rotary_size // 2:
+        parts = [part for part in section if isinstance(part, int)] if isinstance(section, list) and len(section) == 3 else []
+        if len(parts) != 3 or sum(parts) != rotary_size // 2:
             reader.wrong("rotary_scaling", f"mrope_section: three numbers, {rotary_size // 2} in all")
