@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -125,9 +125,9 @@ class CalibrationPlan:
         """The file of the samples: their own, or, of what was made of texts, one in scratch."""
         return self.activations.directory / TOKENS if self.samples.digest else self.samples.file.path
 
-    def begin(self, keep: bool = False) -> ActivationScratch:
-        """Open and lock the scratch, with the file of the samples where that is its own. `keep`: it is to stay."""
-        scratch = ActivationScratch(self.activations, keep)
+    def begin(self, keep: bool = False, outputs: Iterable[str] = ()) -> ActivationScratch:
+        """Open and lock the scratch, with the file of the samples where that is its own. `keep`, `outputs`: as there."""
+        scratch = ActivationScratch(self.activations, keep, outputs)
         try:
             if not self.tokens.is_file():
                 write_tokens(self.tokens, self.samples)
