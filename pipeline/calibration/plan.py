@@ -15,7 +15,7 @@ from pipeline.calibration.layer_task import LayerCall, Reopened
 from pipeline.calibration.tokens import Samples, Texts, open_samples, samples_of_texts, write_tokens
 from pipeline.errors import BadInput, Problem
 from pipeline.model.awq_settings import AwqSettings
-from pipeline.model.dtypes import BY_TARGET, auto_dtype
+from pipeline.model.dtypes import BY_TARGET
 from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
 from pipeline.version import VERSION
@@ -39,7 +39,7 @@ class Calibration:
     tokens, texts
         One of them: a file of tokens, or texts that the model's own tokenizer makes tokens of.
     dtype
-        TensorRT-LLM's name of the type that the model is run in; "auto": the source's.
+        TensorRT-LLM's name of the type that the model is run in.
     device
         Where, by torch's name.
     scratch
@@ -54,7 +54,7 @@ class Calibration:
     texts: Texts | None
     scratch: Path
     name: str
-    dtype: str = "auto"
+    dtype: str
     device: str = "cpu"
     awq: AwqSettings | None = None
 
@@ -193,7 +193,7 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
     Raises BadInput with what is wrong with the source or the tokens.
     """
     original = Original(source)
-    dtype = auto_dtype(source.dtype) if asked.dtype == "auto" else asked.dtype
+    dtype = asked.dtype
     model = LayeredModel(original.config, original, dtype, asked.device)
     if asked.awq and (problems := list(awq_problems(model, original.config, asked.awq))):
         raise BadInput(problems)

@@ -100,7 +100,8 @@ def plan_calibrating(opened: OpenedSource, awq: AwqSettings | None = None) -> Ca
     place = source.location
     last = source.url.rpartition("/")[2] or (place.name if place.is_dir() else place.stem)
     name = f"{last}-calibrate"
-    asked = Calibration(job.calibration_tokens, texts, job.scratch_directory, name, job.calibration_dtype, job.calibration_device, awq)
+    dtype = opened.auto_dtype if job.calibration_dtype == "auto" else job.calibration_dtype
+    asked = Calibration(job.calibration_tokens, texts, job.scratch_directory, name, dtype, job.calibration_device, awq)
     reopened = _reopened(opened)
     return plan_calibration(reopened.again(), reopened, asked)
 
