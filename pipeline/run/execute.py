@@ -236,15 +236,15 @@ class _Run:
         """Have the workers write all chunks of scratch, which this process then assembles."""
         if not groups:
             return
-        own = {"run_mark": _mark(self.plan), "synchronize": True}
-        graph = stage_graph(groups, calibrations=self.left.calibrations, known=self.left.known, **own)
+        left, mark = self.left, _mark(self.plan)
+        graph = stage_graph(groups, calibrations=left.calibrations, known=left.known, run_mark=mark, synchronize=True)
         with closing(session.run(graph)) as results:
             for result in results:
                 if isinstance(result, LayerDone):
                     self._calibrated(result)
                 else:
                     self._advanced(result, committers)
-        self.left.leave_out(self.done)
+        left.leave_out(self.done)
 
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""
