@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,8 @@ def calibrate_command(
         int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
     ] = TOKENS,
     dtype: Annotated[
-        Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
+        Literal["auto", "float16", "bfloat16", "float32"],
+        typer.Option("--dtype", "--calibration_dtype", help="Type that the model is run in; auto: the source's."),
     ] = "auto",
     calibration_device: Annotated[
         str, typer.Option("--calibration_device", help="Where layers run, by torch's name: cpu, cuda, cuda:1.")
@@ -59,6 +61,7 @@ def calibrate_command(
     memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the ranges of another calibration.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be done, and write nothing.")] = False,
     quiet: Quiet = False,
     json_: Json = False,
@@ -72,12 +75,13 @@ def calibrate_command(
     from pipeline.planning.job_file import model_name
     from pipeline.run.calibrations import calibrate, plan_ranges
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
     place = (scratch or output.parent / ".headrace-scratch").absolute()
     awq = AwqSettings(int(awq_group_size), awq_tokens) if awq_group_size else None
     asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device, awq)
-    file = plan_ranges(name, output, asked, limit, revision)
+    file = plan_ranges(name, output, asked, limit, revision, overwrite)
     facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):
         print(calibration_words(facts))

@@ -45,13 +45,13 @@ def convert_command(
 
     Exit codes: 0 done or already up to date, 2 bad request or bad source (nothing written), 3 interrupted, 4 no engine, 1 a bug.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # first, as planning may fetch a model
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
 
     started, watch = time.perf_counter(), RunWatch()
     plan = make_plan(job, download=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = listener(quiet, log_format, watch)
     engines = plan_requests(plan)
     if engines:

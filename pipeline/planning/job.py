@@ -39,6 +39,7 @@ ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
+RANGES = ("act_range", "calibration_tokens", "calib_dataset")  # what ranges of activations are from: one of these files
 TLS_FILES = ("ca_file", "cert", "key")
 
 
@@ -152,8 +153,14 @@ class Job(Shape):
     @property
     def scratch_root(self) -> str:
         """The directory or URL of scratch: by default beside the first output, or here where that is in object storage."""
+        return self.scratch or str(self.scratch_directory)
+
+    @property
+    def scratch_directory(self) -> Path:
+        """The directory of what goes to no bucket: that of scratch, or, where this is a URL, the one that it has by default."""
         beside = self.targets[0].output_dir.parent
-        return self.scratch or str((Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT)
+        default = (Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT
+        return Path(self.scratch) if self.scratch and "://" not in self.scratch else default
 
     @property
     def elsewhere(self) -> bool:
@@ -305,7 +312,7 @@ def _precision(job: Job) -> list[Problem]:
 
 def _calibration(job: Job) -> list[Problem]:
     """Check that activations are measured once, and that what is said of that is said of something."""
-    files = {f"--{name}": getattr(job, name) for name in ("act_range", "calibration_tokens", "calib_dataset")}
+    files = {f"--{name}": getattr(job, name) for name in RANGES}
     given = [name for name, path in files.items() if path]
     if len(given) > 1:
         return [Problem(given[1], f"{given[0]} too", "one file of what is measured")]

@@ -13,7 +13,19 @@ from pipeline.errors import BadInput, Problem
 from pipeline.planning import engine_options
 from pipeline.tensor.remote_path import RemotePath, as_path, url_fault
 
-PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}  # options that are paths
+# Options that are paths, and those that are lists of them.
+PATHS = {
+    "model_dir",
+    "meta_ckpt_dir",
+    "quant_ckpt_path",
+    "act_range",
+    "calibration_tokens",
+    "calib_dataset",
+    "output_dir",
+    "performance_report",
+    "scratch",
+}
+LISTS_OF_PATHS = {"scratch_outputs"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # with a tag: one of several GGUF models
 
 
@@ -92,8 +104,16 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         files = {key: str(folder / Path(value).expanduser()) if isinstance(value, str) else value for key, value in tls.items()}
         result["cluster"] = {**values["cluster"], "tls": files}
     for key in PATHS & set(values):
-        if isinstance(values[key], str) and "://" not in values[key]:
-            path = folder / Path(values[key]).expanduser()
-            if key != "model_dir" or path.exists() or not HUB_ID.fullmatch(values[key]):
-                result[key] = path
+        result[key] = _place(values[key], folder, key)
+    for key in LISTS_OF_PATHS & set(values):
+        if isinstance(values[key], list):
+            result[key] = [_place(each, folder, key) for each in values[key]]
     return result
+
+
+def _place(value: Any, folder: Path, key: str) -> Any:
+    """A path made absolute from `folder`; a URL, a model on the Hub, or what is no path at all, as it is."""
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = folder / Path(value).expanduser()
+    return value if key == "model_dir" and HUB_ID.fullmatch(value) and not path.exists() else path
