@@ -103,7 +103,7 @@ def batch_command(
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
     units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
     if dry_run or write_jobs:
-        result = planned(units, _write_jobs(write_jobs, units) if write_jobs else {})
+        result = planned(units, _write_jobs(write_jobs, units) if write_jobs and not dry_run else {})
         show(result, json_, "planned_table")
     else:
         retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})

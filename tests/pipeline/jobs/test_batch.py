@@ -126,6 +126,8 @@ def test_job_files_for_other_queues(models: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ran, _ = batch(*matrix(models, tmp_path / "more"), "--write_jobs", tmp_path / "file")
     assert (ran.code, "--write_jobs" in ran.err) == (2, True)
+    ran, _ = batch(*matrix(models, tmp_path / "more"), "--write_jobs", tmp_path / "none", "--dry_run")
+    assert (ran.code, (tmp_path / "none").exists()) == (2, False)
 
 
 def test_what_was_just_written_is_left_for_another_time(tmp_path: Path) -> None:
