@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pipeline.errors import BadInput, Problem
 from pipeline.planning.builder_options import Arguments, OptionTable, arguments, check_options, command_words, known_options
+from pipeline.planning.home import at_home
 from pipeline.planning.wrong_values import place, unlike, wrong_value
 from pipeline.tensor.remote_path import is_remote
 
@@ -27,16 +28,24 @@ def _words(value: Any) -> Any:
     return tuple(shlex.split(value)) if isinstance(value, str) else value
 
 
+def _at_home(value: str) -> str:
+    at_home(value)
+    return value
+
+
+Home = Annotated[str, AfterValidator(_at_home)]  # a path that `anchored` has been at
+
+
 class EngineOptions(BaseModel):
     """The options of an engine that are headrace's own; every other key is an option of trtllm-build."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), defer_build=True)
 
-    output_dir: str | None = Field(None, description="Directory for rank{N}.engine and config.json.", min_length=1)
+    output_dir: Home | None = Field(None, description="Directory for rank{N}.engine and config.json.", min_length=1)
     builder: Literal["auto", "command", "python"] = Field(
         "auto", description="trtllm-build, tensorrt_llm's Python API (a task for each rank), or the first of the two that is there."
     )
-    trtllm_build: str = Field("trtllm-build", description="The builder: a name on PATH or a path.", min_length=1)
+    trtllm_build: Home = Field("trtllm-build", description="The builder: a name on PATH or a path.", min_length=1)
     container: Annotated[tuple[str, ...], BeforeValidator(_words)] = Field(
         (),
         description="Command to run trtllm-build behind, such as docker run; {checkpoint}, {engine}, {uid}, {gid} are filled in.",
@@ -117,7 +126,11 @@ def make_request(checkpoint: Path, options: Mapping[str, Any]) -> EngineRequest:
     except ValidationError as error:
         raise BadInput(_invalid(error, "--")) from None
     problems = [] if own.output_dir else [Problem("--output_dir", "nothing", "a directory for the engine")]
-    request = EngineRequest(_absolute(checkpoint, Path.cwd()), Path(own.output_dir or "engine"), own)
+    try:
+        directory = _absolute(checkpoint, Path.cwd())
+    except ValueError as error:
+        raise BadInput([*problems, Problem("CHECKPOINT", repr(str(checkpoint)), str(error))]) from None
+    request = EngineRequest(directory, Path(own.output_dir or "engine"), own)
     problems += _places([request])
     if problems:
         raise BadInput(problems)
@@ -167,13 +180,16 @@ def anchored(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [absolute(each) for each in value]
-        return str(_absolute(value, folder)) if isinstance(value, str | Path) and str(value) else value
+        try:
+            return str(_absolute(value, folder)) if isinstance(value, str | Path) and str(value) else value
+        except ValueError:  # a home directory that is not known: the option itself is refused
+            return value
 
     return {name: absolute(value) if name in paths else value for name, value in table.items()}
 
 
 def _absolute(value: str | Path, folder: Path) -> Path:
-    return Path(os.path.abspath(folder / Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+    return Path(os.path.abspath(folder / at_home(value)))  # noqa: PTH100 (links stay as they are)
 
 
 def _places(requests: list[EngineRequest]) -> list[Problem]:

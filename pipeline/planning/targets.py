@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.quantization import Quantization
+from pipeline.model.quantization import GROUPED, Quantization
 from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
 from pipeline.planning.calibrating import Calibrating
@@ -72,6 +72,7 @@ def make_target(
     `identity`: `plan_identity`'s; `left_out` and `notes` are for headrace.json, `cuts` for the journal, as `Output` has them.
     """
     options, sharding, source = tensors.options, tensors.sharding, opened.source
+    own = _identity(options, tensors.quantization)
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in tensors.ranks:
         by_rank[tensor.rank].append(tensor)
@@ -81,11 +82,11 @@ def make_target(
     provenance = {
         "headrace": VERSION,
         "source": _recorded(source, opened.job),
-        "options": {**opened.job.source_identity(), **options.identity()},
+        "options": {**opened.job.source_identity(), **own},
         "left_out": dict(left_out),
         "notes": list(notes),
     }
-    decides = [list(identity), options.identity(), [path.name for path in copies]]
+    decides = [list(identity), own, [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     output = Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance, cuts)
     return Target(options, tensors.dtype, _in_its_place(output, opened.job))
@@ -114,6 +115,11 @@ def _recorded(source: Source, job: Job) -> dict[str, Any]:
 def _folder(place: Path) -> Path:
     """The directory that a checkpoint is, or that its file is in."""
     return place if place.is_dir() else place.parent
+
+
+def _identity(options: TargetOptions, quantization: Quantization) -> dict[str, Any]:
+    """A target's options that decide its bytes: without a size of groups, which may be given, where there are no groups."""
+    return options.identity() | ({} if quantization.algorithm in GROUPED else {"group_size": None})
 
 
 def _in_its_place(output: Output, job: Job) -> Output:

@@ -248,6 +248,23 @@ def test_tokens_that_are_none_of_the_models(what: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
+def test_options_about_what_is_not_asked_for_are_refused_together(tmp_path: Path) -> None:
+    folder = GOLDENS / "models" / "q_bf16"
+    words = ("--output", tmp_path / "ranges", "--calibration_tokens", folder / "calibration_tokens.safetensors", "--dry_run")
+    more = ("--awq_tokens", 9, "--calib_size", 3, "--calib_max_seq_length", 4, "--revision", "v1")
+    ran = headrace("calibrate", folder, *words, *more)
+    assert ran.code == 2, ran
+    for said in (
+        "awq_tokens 9: found nothing",
+        "calib_size 3: found",
+        "calib_max_seq_length 4: found",
+        "revision v1: found the local path",
+    ):
+        assert f"  - --{said}" in ran.err
+    fitting = ("--awq_tokens", 9, "--awq_group_size", 64)
+    assert headrace("calibrate", folder, *words, *fitting).code == 0
+
+
 def test_memory_that_a_layer_does_not_fit_in(tmp_path: Path) -> None:
     folder = GOLDENS / "models" / "q_bf16"
     words = ("--output", tmp_path / "ranges", "--calibration_tokens", folder / "calibration_tokens.safetensors")
