@@ -127,6 +127,8 @@ class Engines:
                 self._tail.flush()
             try:
                 self._end(engine)
+            except EngineFailed as error:
+                engine.failure = error
             except OSError as error:
                 engine.failure = EngineFailed(f"{engine.place.directory}: the engine could not be built: {error}")
         return engine.failure is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.planning.builder_options import OptionTable, command_words, known_options, parse_help
-from pipeline.planning.engine_options import EngineRequest, partial_of
+from pipeline.planning.engine_options import EngineRequest, beside, partial_of
 from stages.build import BuilderCall
 from stages.build.builders import Builder, BuilderProbe
 
@@ -95,7 +95,7 @@ def option_table(probed: BuilderProbe | None) -> OptionTable:
 
 def log_of(engine: Path, rank: int | None = None) -> Path:
     """The log of the builder of all ranks of an engine, or of one rank's."""
-    return engine.with_name(f"{engine.name}{'' if rank is None else f'.rank{rank}'}.log")
+    return beside(engine, f"{'' if rank is None else f'.rank{rank}'}.log")
 
 
 def engine_files(ranks: Sequence[int]) -> tuple[str, ...]:

@@ -234,6 +234,7 @@ def test_the_checkpoint_is_looked_at_first(checkpoint: Path, engine: Path, damag
 def test_places_that_are_no_engine_s_are_refused(checkpoint: Path, engine: Path) -> None:
     assert "found the checkpoint" in refused(checkpoint, checkpoint)
     assert "found the checkpoint" in refused(checkpoint, checkpoint / "engine")
+    assert f"found the checkpoint {checkpoint} inside {checkpoint.parent}" in refused(checkpoint, checkpoint.parent)
     engine.write_text("")
     assert "found a file; expected a directory" in refused(checkpoint, engine)
     engine.unlink()

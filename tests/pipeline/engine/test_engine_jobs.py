@@ -33,9 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def job(folder: Path, text: str, *arguments: object) -> Ran:
+def job(folder: Path, text: str, *arguments: object, command: str = "convert") -> Ran:
     (folder / "job.toml").write_text(f"model_dir = 'model'\nscheduler = 'threads'\n{text}")
-    return headrace("convert", folder / "job.toml", *arguments)
+    return headrace(command, folder / "job.toml", *arguments)
 
 
 def options(engine: Path) -> dict[str, list[str]]:
@@ -123,6 +123,49 @@ def test_what_is_wrong_with_a_table_is_told_before_anything_is_written(folder: P
     assert ran.code == 2, ran
     assert said in ran.err
     assert names(folder) == {"model", "job.toml"}
+
+
+TWO = "[[target]]\noutput_dir = 'two'\n"
+AROUND = "inside {folder}/out; expected a directory of its own: a new engine takes the place of all that is in it"
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[engine]\noutput_dir = 'out'\n[[target]]\noutput_dir = 'out/ranks'\n", "the checkpoint {folder}/out/ranks"),
+        ("[[target]]\noutput_dir = 'one'\nengine.output_dir = 'out'\n[[target]]\noutput_dir = 'out/two'\n", "the checkpoint"),
+        (
+            f"[[target]]\noutput_dir = 'one'\nengine.output_dir = 'out'\n{TWO}engine.output_dir = 'out/e'\n",
+            "the engine {folder}/out/e",
+        ),
+        ("scratch = 'out/scratch'\noutput_dir = 'ranks'\n[engine]\noutput_dir = 'out'\n", "scratch at {folder}/out/scratch"),
+        ("scratch = 'out'\noutput_dir = 'ranks'\n[engine]\noutput_dir = 'out'\n", "scratch at {folder}/out"),
+        ("output_dir = 'linked/ranks'\n[engine]\noutput_dir = 'out'\n", "the checkpoint {folder}/linked/ranks"),
+    ],
+    ids=["checkpoint", "another target's", "engine", "scratch", "scratch itself", "through a link"],
+)
+def test_an_engine_around_what_the_job_writes_is_refused(folder: Path, text: str, found: str, there: bool) -> None:
+    """It would take the place of all: the checkpoint that it was built of, and other engines."""
+    (folder / "linked").symlink_to("out")
+    if there:
+        (folder / "out").mkdir()
+    before = tree(folder / "model")
+    for command in ("convert", "plan"):
+        ran = job(folder, text, command=command)
+        assert ran.code == 2, ran
+        said = f"engine.output_dir {folder}/out: found {found}".format(folder=folder)
+        assert said in ran.err
+        assert AROUND.format(folder=folder) in ran.err
+    assert tree(folder / "model") == before
+    assert names(folder) == {"model", "job.toml", "linked", *(["out"] if there else [])}
+    assert not there or names(folder / "out") == set()
+
+
+def test_engines_one_in_the_name_of_the_other_s_place_under_construction(folder: Path) -> None:
+    text = "[[target]]\noutput_dir = 'a'\nengine.output_dir = 'e'\n[[target]]\noutput_dir = 'e.partial'\n"
+    ran = job(folder, text)
+    assert (ran.code, f"found the checkpoint {folder}/e.partial inside {folder}/e.partial" in ran.err) == (2, True), ran
 
 
 def test_an_engine_in_the_way_is_told_before_the_conversion(folder: Path) -> None:
