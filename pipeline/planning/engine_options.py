@@ -18,6 +18,7 @@ from pipeline.tensor.remote_path import is_remote
 
 if TYPE_CHECKING:
     from pipeline.model.parallelism import Parallelism
+    from stages.build.arranged_weights import ArrangedWeights
 
 SUFFIX = "-engine"  # added to a target's directory for its engine's, where none is named
 PREFIX = "engine."  # before an option's name in messages about a job file
@@ -64,9 +65,9 @@ class EngineRequest:
         headrace's own options, and the builder's in `own.passed`.
     prefix
         The text before an option's name in messages.
-    ranks, identity
-        The number of ranks and the identity of a checkpoint that is still to be written (see
-        `pipeline.engine.requests.identity_of`).
+    ranks, identity, arranged
+        The number of ranks, the identity and the order of integer weights of a checkpoint that is still to be written (see
+        `pipeline.engine.requests`).
     """
 
     checkpoint: Path
@@ -75,6 +76,7 @@ class EngineRequest:
     prefix: str = "--"
     ranks: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
+    arranged: ArrangedWeights | None = None
 
     def arguments(self, table: OptionTable) -> Arguments:
         """Return the words of the builder's options; `table` has the options that it knows."""

@@ -199,6 +199,25 @@ def test_a_build_that_fails_leaves_the_checkpoint(folder: Path, monkeypatch: pyt
     assert "ranks-engine" in names(folder)
 
 
+def test_an_option_that_the_builder_refuses_after_the_conversion_is_no_bad_request(folder: Path) -> None:
+    """The checkpoint is there: nothing was written would be untrue, and the daemon would call the job refused."""
+    text = "output_dir = 'ranks'\n[engine]\nkv_cache_type = 'pagedd'\n"
+    ran = job(folder, text)
+    assert ran.code == 4, ran
+    assert "invalid KVCacheType value: 'pagedd'; expected options that it takes" in ran.err
+    assert "nothing was written" not in ran.err
+    assert names(folder) == {"model", "job.toml", "ranks", "ranks-engine.log"}
+    ran = job(folder, text)
+    assert (ran.code, "1 problem, nothing was written" in ran.err) == (2, True), ran
+    # Nor where another engine was built.
+    ran = job(folder, f"[engine]\n{TARGETS}[target.engine]\nkv_cache_type = 'pagedd'\n")
+    assert ran.code == 4, ran
+    shutil.rmtree(folder / "one-engine")
+    ran = job(folder, f"[engine]\n{TARGETS}[target.engine]\nkv_cache_type = 'pagedd'\n")
+    assert (ran.code, "one-engine" in names(folder)) == (4, True), ran
+    assert "nothing was written" not in ran.err
+
+
 def test_one_engine_s_failure_keeps_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_TROUBLE", "once")
     monkeypatch.setenv("STAND_IN_STATE", str(folder / "state"))
@@ -227,6 +246,47 @@ def test_plan_says_which_command_will_be_run(folder: Path) -> None:
     (engine,) = json.loads(headrace("plan", folder / "job.toml", "--json").out)["engines"]
     assert engine["command"][:5] == command
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=str)
+def test_plan_ends_as_convert_would(folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]) -> None:
+    text = "output_dir = 'ranks'\n[engine]\nmax_batch_size = 8\n"
+    assert job(folder, text, *more, command="plan").code == 0
+    (folder / "ranks-engine").mkdir()
+    (folder / "ranks-engine" / "notes").write_text("")
+    ran = job(folder, text, *more, command="plan")
+    assert ran.code == job(folder, text).code == 2
+    assert "files that no builder of engines writes (notes)" in " ".join(ran.out.split())
+    (folder / "ranks-engine" / "notes").rename(folder / "ranks-engine" / "rank0.engine")
+    assert "an engine that headrace did not build" in " ".join(job(folder, text, *more, command="plan").out.split())
+    assert job(folder, text, *more, "--overwrite", command="plan").code == 0
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    before = tree(folder / "ranks-engine")
+    ran = job(folder, text, "--overwrite", *more, command="plan")
+    assert ran.code == job(folder, text, "--overwrite").code == 4
+    assert "no trtllm-build on PATH and no Python package tensorrt_llm" in " ".join(ran.out.split())
+    if more:
+        (engine,) = json.loads(ran.out)["engines"]
+        assert [each.partition(" on ")[0] for each in engine["obstacles"]] == ["no engine can be built"]
+    else:
+        assert "would not convert: 1 problem" in ran.out
+    # Both are told; what is wrong with the request is what it ends with.
+    assert job(folder, text, *more, command="plan").code == job(folder, text).code == 2
+    assert tree(folder / "ranks-engine") == before
+
+
+def test_plan_of_what_is_all_there_needs_no_builder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job(folder, "[engine]\n" + TARGETS).code == 0
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert job(folder, "[engine]\n" + TARGETS, command="plan").code == job(folder, "[engine]\n" + TARGETS).code == 0
+
+
+def test_plan_asks_no_builder_for_workers_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (folder / "job.toml").write_text(
+        "model_dir = 'model'\noutput_dir = 'ranks'\n[engine]\n[cluster]\nclass = 'distributed.LocalCluster'\n"
+    )
+    assert headrace("plan", folder / "job.toml").code == 0
 
 
 def test_json_lines_of_a_job(folder: Path) -> None:
