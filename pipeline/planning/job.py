@@ -241,7 +241,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     problems = contradicting + _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
-    job_requests(job.targets, job.engine)
+    job_requests(job.targets, job.engine, job.scratch_root)
     return job
 
 
