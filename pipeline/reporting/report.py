@@ -69,7 +69,9 @@ def make_report(
     changed = ""
     if verification is None:
         if not source:
-            source, changed = unchanged_source(describe_directory(directory))
+            recorded, changed = unchanged_source(describe_directory(directory))
+            if recorded:
+                source, quant_ckpt_path = recorded[0], quant_ckpt_path or recorded[1]
         summary = summarize(directory, source, quant_ckpt_path=quant_ckpt_path, advance=advance)
     elif isinstance(verification, Path):
         summary = load_summary(verification)

@@ -162,10 +162,10 @@ def verify(
     refuse_source(directory)
     if sm is not None and sm not in generations():
         raise BadInput([Problem("--sm", str(sm), f"one of {', '.join(map(str, generations()))}")])
-    if logits and source is None:
-        raise BadInput(
-            [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]
-        )
+    needing = [*(["--logits"] if logits else []), *([f"--quant_ckpt_path {quant_ckpt_path}"] if quant_ckpt_path else [])]
+    if needing and source is None:
+        expected = "the checkpoint that the ranks were made of"
+        raise BadInput([Problem(each, "no source to compare with", expected, "Give --source") for each in needing])
     opened = _open_source(source, quant_ckpt_path) if source is not None else None
     location = opened.location if opened else None
     try:
