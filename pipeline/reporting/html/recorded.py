@@ -37,7 +37,7 @@ def unchanged_source(checkpoint: Checkpoint) -> tuple[tuple[Path, Path | None] |
 
 
 def _change(then: RecordedFile, path: Path, now: SourceFile | None) -> str:
-    """What became of a file, "" where nothing did. `now`: as a reader sees it, None where it reads other files."""
+    """Say what became of a file, "" where nothing did. `now`: as a reader sees it, None where it reads other files."""
     if now and then.header_sha256:
         if now.header_sha256 != then.header_sha256:
             return "has another header"
