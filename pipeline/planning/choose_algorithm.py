@@ -184,7 +184,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
 
 
 def _found(packing: Packing, own: str | None) -> str:
-    """What the source is, in words. `own`: TensorRT-LLM's algorithm that takes its codes as they are."""
+    """The source in words, by what it is. `own`: TensorRT-LLM's algorithm that takes its codes as they are."""
     if not packing.formats:
         return "a source that is not quantized"
     names = " and ".join([packing.format] if packing.format else dict.fromkeys(packing.formats.values()))
