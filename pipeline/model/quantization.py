@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # algorithm -> bits of an integer code
 GROUPWISE = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
 FP8, FP8_ROWWISE, AWQ, NVFP4 = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "NVFP4"
+GROUPED = (*GROUPWISE, AWQ, NVFP4)  # a scale for each group of a row's in-features
 # By whether each row of a weight has a scale, and each token of the activations.
 SQ_KINDS = {
     (False, False): "W8A8_SQ_PER_TENSOR_PLUGIN",
@@ -133,7 +134,7 @@ class Quantization:
         values = {
             "quant_algo": self.algorithm,
             "kv_cache_quant_algo": "INT8" if self.int8_kv_cache else "FP8" if self.fp8_kv_cache else None,
-            "group_size": self.group_size if grouped or self.algorithm in (AWQ, NVFP4) else DEFAULTS["group_size"],
+            "group_size": self.group_size if self.algorithm in GROUPED else DEFAULTS["group_size"],
             "smoothquant_val": DEFAULTS["smoothquant_val"] if self.smoothquant is None else self.smoothquant,
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,

@@ -15,8 +15,10 @@ from pipeline.model.quantization import (
     AWQ,
     BOUND,
     CLAMP,
+    DEFAULTS,
     FP8,
     FP8_ROWWISE,
+    GROUPED,
     GROUPWISE,
     NVFP4,
     SMOOTHQUANT,
@@ -145,7 +147,9 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         if asked and asked != algorithm:
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
-    group = options.group_size or group_size or 128
+    if not problems:  # else it is not known which algorithm is meant
+        problems += _ungrouped(options, algorithm, packing)
+    group = options.group_size or group_size or DEFAULTS["group_size"]
     kept = not (several or options.requantize or options.dequantize)
     if group_size and kept and options.group_size not in (None, group_size):
         problems.append(
@@ -199,6 +203,18 @@ def _takes_activations(packing: Packing, own: str | None, asked: str | None) -> 
     if packing.format is None or asked != SQ_OF_CODES or own != "W8A16" or asked not in format_named(packing.format).keeps:
         return False
     return quantized_activations(packing.settings).startswith("integers of 8 bits, dynamic")
+
+
+def _ungrouped(options: Shape, algorithm: str | None, packing: Packing) -> list[Problem]:
+    """The problem of a size of groups where the target has none. NVIDIA's default, which people paste, says nothing."""
+    size = options.group_size
+    if size in (None, DEFAULTS["group_size"]) or algorithm in GROUPED or (options.requantize and not packing.formats):
+        return []
+    found = f"{algorithm}, which has no groups" if algorithm else "nothing that is quantized"
+    awq = f"--quantization int4_awq --group_size {size} with a calibration, such as --calibration_tokens FILE"
+    again = f"--requantize --quantization int4_gptq --group_size {size}"
+    remedy = f"Give {again if packing.formats else awq}, or leave it out"
+    return [Problem(f"--group_size {size}", found, "an algorithm that has groups", remedy)]
 
 
 def _caches(options: Shape, packing: Packing, algorithm: str | None) -> list[Problem]:

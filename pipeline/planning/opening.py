@@ -24,7 +24,7 @@ from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import printed
 from pipeline.sinks.bucket_checks import check_apart_there, check_bucket
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
-from pipeline.tensor.names import by_module
+from pipeline.tensor.names import by_module, split_names
 from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.tensors import Source
 from stages.quantization.modules import linear
@@ -166,6 +166,16 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *long_attention_notes(filled.config, model.max_position_embeddings),
         ),
     )
+
+
+def type_of(source: Source) -> str:
+    """The type that "auto" means for a source that no job names: its own, or that of its tensors where it says none."""
+    if source.dtype:
+        return auto_dtype(source.dtype)
+    named = split_names(arranged(source.tensors))
+    settings = clean_settings(source.config)
+    examined = check(named, settings)
+    return auto_dtype(own_dtype(named, Packing(examined.formats, examined.ordered, settings, examined.own)))
 
 
 def _open_source(job: Job, live_model: Any, download: bool) -> Source:

@@ -80,8 +80,10 @@ def _entries(sink: Any, tasks: int) -> list[dict[str, Any]]:
 
 
 def _estimate(plan: Plan, share: float) -> float | None:
-    """Seconds that `share` of a plan may take; None for workers or sources elsewhere."""
+    """Seconds that `share` of a plan may take; None for workers or sources elsewhere, and for one that is refused."""
     if plan.job.elsewhere or "://" in plan.source.place or plan.source.in_memory:
+        return None
+    if plan.calibrating and plan.calibrating.unfit():  # it is refused, and nothing comes of scales of zero
         return None
     workers = min(plan.budget.workers, os.cpu_count() or 1)
     seconds, rate = 0.0, 0.0

@@ -108,6 +108,36 @@ def test_another_group_size_than_the_source_s(tmp_path: Path, name: str) -> None
     assert convert(tmp_path / "model", tmp_path / "out", "--group_size", 64).code == 0
 
 
+NO_GROUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "none": ("", (), "nothing that is quantized"),
+    "int4": ("", (*REQUANTIZED, "int4"), "W4A16"),
+    "int8": ("", ("--quantization", "int8"), "W8A16"),
+    "fp8 by row": ("", ("--use_fp8_rowwise",), "FP8_PER_CHANNEL_PER_TOKEN"),
+    "int4 again": ("gptq", ("--requantize", "--quantization", "int4"), "W4A16"),
+    "int8 of codes": ("gptq", ("--dequantize", "--quantization", "int8"), "W8A16"),
+    "numbers": ("gptq", ("--dequantize",), "nothing that is quantized"),
+    "kept codes": ("compressed w8a8", (), "W8A16"),
+    "kept float8": ("modelopt fp8", (), "FP8"),
+}
+
+
+@pytest.mark.parametrize("case", NO_GROUPS)
+def test_a_group_size_where_nothing_has_groups(tmp_path: Path, case: str) -> None:
+    """NVIDIA's default, which people paste, is the same as none, to the last byte of what is written of it."""
+    name, flags, found = NO_GROUPS[case]
+    model = model_of(tmp_path, name) if name else dense_model(tmp_path)
+    problem = one(refused(model, *flags, "--group_size", 64))
+    assert problem.startswith(f"--group_size 64: found {found}")
+    assert ("--requantize --quantization int4_gptq" if name else "--quantization int4_awq") in problem
+    assert convert(model, tmp_path / "out", *flags, "--group_size", 128).code == 0
+    again = convert(model, tmp_path / "out", *flags)
+    assert (again.code, "nothing to do" in again.out) == (0, True), again
+
+
+def test_a_group_size_that_follows_the_remedy(tmp_path: Path) -> None:
+    assert plans(model_of(tmp_path, "gptq"), "--requantize", "--quantization", "int4_gptq", "--group_size", 64)
+
+
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 @pytest.mark.parametrize("precision", ["int4_gptq", "int8_gptq"])
 def test_calibrated_codes_of_a_source_that_has_none(tmp_path: Path, precision: str, more: tuple[str, ...]) -> None:
