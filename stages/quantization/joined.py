@@ -1,8 +1,8 @@
 """Factors that the parts of a stack of experts have side by side, as one array in the order of the ranks.
 
-A rank's tensor [experts, groups, out] has a run of some hundred bytes of each part in each group: of a large mixture these are millions
-of places to write to. Of the joined array, the factors of an expert on a rank are one run. Fact: docs/format/quantized-layouts.md,
-section 8.
+A rank's tensor [experts, groups, out] has a run of some hundred bytes of each part in each group: of a large mixture these are
+millions of places to write to. Of the joined array, the factors of an expert on a rank are one run. Fact:
+docs/format/quantized-layouts.md, section 8.
 """
 
 from __future__ import annotations
