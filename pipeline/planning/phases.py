@@ -103,13 +103,18 @@ class Phase:
 
     @cached_property
     def tasks(self) -> str:
-        """Names the tasks in journals: their number, and which blocks each has. As many may be cut at other places."""
+        """Names the tasks in journals: their number, and which blocks, or which part of a file, each has.
+
+        As many may be cut at other places. What a part is made of decides nothing: it may come from scratch or from the source.
+        """
         digest = xxhash.xxh3_64()
-        for store in self.stores:
+        for store in () if self.parts else self.stores:
             digest.update(f"{store.name} {store.arrays[0].chunks}\n".encode())
-        for group in self.groups:
-            (store, index), count = group[0], len(group)
-            digest.update(f"{store.name} {index} {count}\n".encode())
+        for number, group in enumerate(self.groups):
+            if part := self.parts.get(number):
+                digest.update(f"{part.sink} {part.rank} {part.number} {part.start} {part.end}\n".encode())
+            elif group:
+                digest.update(f"{group[0][0].name} {group[0][1]} {len(group)}\n".encode())
         return f"{len(self.groups)} {digest.hexdigest()}"
 
     @property
