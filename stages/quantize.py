@@ -26,6 +26,7 @@ from stages.quantization import numbers
 from stages.quantization.constants import constants
 from stages.quantization.entries import Entry as Entry
 from stages.quantization.entries import entries_of
+from stages.quantization.joined import joined
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
 from stages.quantization.shared_factors import one_for_all
@@ -105,6 +106,8 @@ def quantize(
         entries |= _fused(whole, parts, target)
     if quantization.algorithm == AWQ:
         entries |= one_for_all(entries, origin)
+    if quantization.algorithm in GROUPWISE:
+        entries = joined(entries, sharding)
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
