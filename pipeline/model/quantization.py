@@ -5,6 +5,7 @@ Facts: docs/format/quantized-layouts.md, section 9.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,6 +39,18 @@ SMOOTHQUANT = tuple(SQ_KINDS.values())
 SQ_OF_CODES = SQ_KINDS[True, True]  # the one that takes int8 codes with a scale a row, as activations are quantized in the engine
 NVFP4_GROUP = 16  # in-features of an NVFP4 scale
 CLAMP = 1200.0  # FP8 by row clamps activations, and weights before they are quantized, to this absolute value
+BOUND = "activation_scale_ub"  # the key of a quantizer's settings that says another one
+_LARGEST = 3.4028234663852886e38  # a float32, which the bound is for the kernels
+
+
+def clamp_of(settings: Mapping[str, Any]) -> float | None:
+    """The absolute bound of FP8 by row that a quantizer's settings say, CLAMP where they say none; None where it is no bound."""
+    said = settings.get(BOUND)
+    if said is None:
+        return CLAMP
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said <= _LARGEST:
+        return None
+    return float(said)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Each field is a keyword of `convert` and `plan`, a key of a job file, and a flag
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -296,9 +296,21 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     if job.performance_report and job.performance_report.parent in directories:
         found = "a place among the rank files"
         problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
+    problems += _scratch_apart(job, directories)
     twice = {str(directory) for directory in directories if directories.count(directory) > 1}
     problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
     return problems
+
+
+def _scratch_apart(job: Job, directories: Iterable[Any]) -> list[Problem]:
+    """Refuse scratch among the files of an output: they would be files that no conversion writes there."""
+    root = job.scratch_root
+    local = [] if "://" in root else [each for each in directories if not isinstance(each, RemotePath)]
+    inside = [each for each in local if Path(root).resolve().is_relative_to(each.resolve())]
+    if not inside:
+        return []
+    remedy = f"Give another directory, such as {inside[0].parent / DEFAULT_ROOT}"
+    return [Problem(f"--scratch {root}", f"a place in the output {inside[0]}", "a directory apart from the outputs", remedy)]
 
 
 def _precision(job: Job) -> list[Problem]:

@@ -185,7 +185,11 @@ class Plan(InOneLine):
         outputs = [target.output for target in self.targets]
         sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
         needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
-        unfit = self.calibrating.unfit() if self.calibrating and not (self.up_to_date and not self.job.overwrite) else []
+        unfit: list[Problem] = []
+        if self.calibrating and not (self.up_to_date and not self.job.overwrite):
+            unfit, activations = self.calibrating.unfit(), self.calibrating.plan.activations
+            if activations.layers_done < self.calibrating.layers:
+                needs[activations.directory] = activations.nbytes
         return check_taken(outputs, self.job.overwrite) or check_held(outputs) or check_space(needs) or unfit
 
     def summary(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class LeftToDo:
         sink = left.phase.sinks[number]
         created = left.created[number] = missing(sink.directory)
         earlier = sink.unfinished() if isinstance(sink, Output) else {}
-        journal = left.journals[number] = sink.begin(len(left.phase.groups), fresh)
+        journal = left.journals[number] = sink.begin(left.phase.tasks, fresh)
         stack.callback(journal.close)
         if isinstance(sink, Output):
             scratch = earlier.get("scratch")

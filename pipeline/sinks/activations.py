@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.errors import BadInput, Problem
 from pipeline.sinks.array_file import write_arrays
 from pipeline.sinks.journal import Journal
+from pipeline.sinks.reserve import missing, unmake
 from pipeline.sinks.scratch import JOURNAL, remove_empty_root, served
 from pipeline.sinks.syncing import sync_tree
 from pipeline.sinks.zarr_files import read_attributes, write_array, write_group
-from pipeline.tensor.system_errors import naming
+from pipeline.tensor.system_errors import PASSING, REMEDIES, naming
 
 STAGE = "calibrate"
 TOKENS = "tokens.safetensors"  # in the directory: those that were made of texts
@@ -98,14 +100,22 @@ class ActivationScratch:
 
     `keep`: it stays, and no other conversion may take it away. `outputs`: the directories that are written of it by several jobs,
     for which alone it is kept. Scratch of another calibration in that place is made anew. Raises BadInput where another run is at
-    work on it.
+    work on it, or it cannot be written.
     """
 
     def __init__(self, files: Activations, keep: bool = False, outputs: Iterable[str] = ()) -> None:
         self.files = files
-        files.directory.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(files.directory / JOURNAL)
         owner = {"calibration": files.identity}
+        created = missing(files.directory)
+        try:
+            files.directory.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(files.directory / JOURNAL)
+        except OSError as error:
+            unmake(files.directory, created)
+            found, where = error.strerror or "an error", str(error.filename or files.directory)
+            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
+            problem = Problem(where, found, "a directory that can be written", remedy, passing=error.errno in PASSING)
+            raise BadInput([problem]) from None
         if self._journal.owner != owner:
             self._clear()
             self._journal.start(owner)

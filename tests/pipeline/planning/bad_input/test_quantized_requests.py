@@ -155,6 +155,21 @@ def test_fp8_of_a_source_that_is_not_quantized(tmp_path: Path, more: tuple[str, 
     assert "--use_fp8_rowwise" in problem
 
 
+CODES_OF_NOTHING: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "nvfp4": ("nvfp4 weights alone", ("--use_nvfp4",), "nvfp4"),
+    "nf4": ("bitsandbytes nf4", (*REQUANTIZED, "int4_gptq"), "bitsandbytes"),
+    "hqq": ("hqq", (*REQUANTIZED, "int8_gptq"), "hqq"),
+    "mxfp4": ("mxfp4", (*REQUANTIZED, "int4_gptq"), "mxfp4"),
+}
+
+
+@pytest.mark.parametrize("case", CODES_OF_NOTHING)
+def test_codes_that_no_algorithm_takes_are_called_what_they_are(tmp_path: Path, case: str) -> None:
+    name, flags, found = CODES_OF_NOTHING[case]
+    problem = one(refused(model_of(tmp_path, name), *flags))
+    assert f": found a source quantized as {found}, whose codes no algorithm of TensorRT-LLM takes; expected a source" in problem
+
+
 @pytest.mark.parametrize("flag", ["--dequantize", "--requantize"])
 def test_numbers_need_not_be_made_numbers(tmp_path: Path, flag: str) -> None:
     assert one(refused(dense_model(tmp_path), flag)).startswith(f"{flag}: found a source that is not quantized")
