@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import convert
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from pipeline.reporting.generation import generate_text
 from pipeline.reporting.verification import verify
 from tests.pipeline.reporting.test_verify import Tensors, rewrite
 from tests.support import checkpoints
@@ -82,6 +83,24 @@ def test_more_kv_heads_than_the_source_has_are_a_finding(tmp_path: Path) -> None
     rewrite(tmp_path / "ranks/config.json", num_key_value_heads=2)
     found = [str(finding.problem) for finding in verify(tmp_path / "ranks", tmp_path / "model").findings]
     assert any("found rows 8 to 16 of model.layers.0.self_attn.k_proj.weight, by config.json" in each for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"norm_epsilon": "x"}, "config.json: norm_epsilon"),
+        ("config.json", {"quantization": None}, "no tokenizer"),
+        ("headrace.json", {"source": None, "options": None}, "no tokenizer"),
+        ("headrace.json", {"source": {"path": 5}}, "no tokenizer"),
+    ],
+)
+def test_what_nothing_can_be_generated_from_is_refused(
+    file: str, change: dict[str, Any], said: str, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ranks = Path(shutil.copytree(llama[1], tmp_path / "ranks"))
+    rewrite(ranks / file, **change)
+    with pytest.raises(BadInput, match=said):
+        next(generate_text(ranks, "The capital"))
 
 
 # What logits need is looked at before anything is read
