@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.model.rotary import scaling_kind, two_kinds, yarn_factor
+from pipeline.model.rotary import MROPE, scaling_kind, two_kinds, yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
 # Features of the runtime table; the first two are told from config.json's values.
@@ -68,7 +68,7 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     own = model_class(config)
     if own is None:
         return ()
-    of_class = (*_stages(config, own), *_head_size(config, own), *_rope(config, own))
+    of_class = (*_stages(config, own), *_head_size(config, own), *_activation(config, own), *_rope(config, own))
     return (*of_class, *_attention(config), *_experts(config), *_groups(config), *_windows(config))
 
 
@@ -107,6 +107,15 @@ def _head_size(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]
     if size * heads != hidden:
         expected = f"hidden_size / num_attention_heads, {hidden} / {heads}: {config['architecture']}'s class has no others"
         yield Conflict("head_size", f"heads of {size}", expected, "No other class computes this architecture", "f")
+
+
+def _activation(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
+    """An activation that an MLP of two matrices does not have."""
+    found, known = config.get("hidden_act"), runtime().activations
+    one_matrix = own.name == "phi" or EXPERTS in features(config)
+    if isinstance(found, str) and found not in known and not one_matrix:
+        expected = f"one of {', '.join(known)}: {config['architecture']}'s class computes no other"
+        yield Conflict("hidden_act", repr(found), expected, runtime().activations_remedy, "o")
 
 
 def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
@@ -148,6 +157,8 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
             yield Conflict(f"rotary_scaling.{key}", str(scaling[key]).lower(), expected, WITHOUT_OR_KEPT, row.section)
     if kind == "yarn":
         yield from _yarn(scaling, row.section)
+    if kind == MROPE:
+        yield from _axes(config, scaling, row.section)
 
 
 def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
@@ -168,6 +179,17 @@ def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
         key = "mscale" if declared is None else "attention_factor"
         expected = f"{computed:g} times what is turned, as TensorRT-LLM has it, not {meant:g}"
         yield Conflict(f"rotary_scaling.{key}", str(scaling.get(key)), expected, WITHOUT_OR_KEPT, section)
+
+
+def _axes(config: Mapping[str, Any], scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
+    """Axes that do not share the features of a head that are turned, of which a pair turns together."""
+    shares, turned = scaling.get("mrope_section"), config.get("rotary_embedding_dim", config.get("head_size"))
+    if shares is None or not isinstance(turned, int):
+        return
+    numbers = shares if isinstance(shares, list) and all(isinstance(share, int) for share in shares) else []
+    if len(numbers) != 3 or sum(numbers) != turned // 2:
+        expected = f"three numbers, {turned // 2} in all: the pairs of a head's features, by the axis that turns them"
+        yield Conflict("rotary_scaling.mrope_section", str(shares), expected, OWN_AXES, section)
 
 
 def _attention(config: Mapping[str, Any]) -> Iterator[Conflict]:

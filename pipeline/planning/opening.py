@@ -16,7 +16,7 @@ from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes, with_pattern
-from pipeline.model.written_rope import undeclared, written_scaling
+from pipeline.model.written_rope import overlooked_notes, undeclared, written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job
 from pipeline.planning.nearest import unknown_architecture
@@ -163,6 +163,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *filled.notes,
             *_dtype_notes(job, source, packing),
             *filter(None, (rope_note,)),
+            *overlooked_notes(model),
             *window_notes(model),
             *long_attention_notes(filled.config, model.max_position_embeddings),
         ),

@@ -227,11 +227,6 @@ def _by_class(reader: ConfigReader, architecture: str, settings: ContractSetting
                 reader.wrong(key, str(value).lower())
     if kind == "qwen":
         reader.text("qwen_type", (QWEN_TYPES[architecture],))
-    if config.get("position_embedding_type") == "mrope":
-        scaling = config.get("rotary_scaling")
-        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
-        if not isinstance(section, list) or len(section) != 3 or sum(section) != settings.rotary_size // 2:
-            reader.wrong("rotary_scaling", f"mrope_section: three numbers, {settings.rotary_size // 2} in all")
     if settings.inter_norms:
         reader.positive("query_pre_attn_scalar")
     if kind == "phi" and config.get("position_embedding_type") == "long_rope":

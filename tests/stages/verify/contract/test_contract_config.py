@@ -21,6 +21,8 @@ CONFIGS = {
     for path in sorted(DATA.glob("*/expected/*/config.json"))
 }
 QWEN_3 = {**LLAMA, "architecture": "Qwen3ForCausalLM", "qwen_type": "qwen3"}
+QWEN_2_VL = {**LLAMA, "architecture": "Qwen2VLForConditionalGeneration", "qwen_type": "qwen2_vl", "rotary_embedding_dim": 8}
+QWEN_2_VL |= {"position_embedding_type": "mrope", "rotary_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
 PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "hidden_size": 192}
 LONG = {
     "position_embedding_type": "long_rope",
@@ -91,6 +93,10 @@ WRONG: list[tuple[dict[str, Any], str, Any]] = [
     (mapped(LLAMA), "attn_bias", "yes"),
     (mapped(LLAMA), "embedding_sharding_dim", 2),
     (mapped(LLAMA), "residual_mlp", True),
+    (mapped(LLAMA), "hidden_act", "fatrelu"),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1]),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, 2]),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, "1"]),
     (mapped(LLAMA), "use_last_layernorm", False),
     (mapped(LLAMA), "mapping", None),
     (mapped(LLAMA), "mapping", [1, 1]),
