@@ -154,7 +154,7 @@ def _difference(family: Family, config: Mapping[str, Any], modules: Collection[s
     settings = clean_settings(config)
     said += [f"weights of {row.title}" for row in unread_formats() if row.named_by(settings)]
     known, named = _names(family, modules)
-    shared = sum(lookup(config, key) is not None for key in read - {"model_type"})
+    shared = sum(lookup(config, key) is not None for key in read)
     return Difference(family, tuple(said), named, known, shared, len(read) - shared)
 
 
