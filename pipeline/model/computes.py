@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.model.rotary import MROPE, scaling_kind, two_kinds, yarn_factor
+from pipeline.model.rotary import MROPE, no_numbers, scaling_kind, two_kinds, yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
 # Features of the runtime table; the first two are told from config.json's values.
@@ -146,6 +146,10 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
     if (goes_with or row.position_embedding_type) and goes_with != kind:
         expected = f"{goes_with or 'another scaling'}, as position_embedding_type is {config.get('position_embedding_type')}"
         yield Conflict("rotary_scaling", shown, expected, OWN_AXES if goes_with else WITHOUT_OR_KEPT, "m")
+        return
+    if wrong := no_numbers(scaling):
+        for key, expected in wrong.items():
+            yield Conflict(f"rotary_scaling.{key}", repr(scaling[key]), expected, "Give the model's own", row.section)
         return
     for key in row.needs:
         if scaling.get(key) is None:

@@ -262,6 +262,10 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
             problems.append(Problem(subject("num_experts"), str(experts), expected))
         elif not 1 <= chosen <= experts:
             problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+            if family.fields.get(name) and not values.get(name):
+                found, expected = str(values.get(name, "nothing")), "1 or more: the class has experts of a size of their own"
+                problems.append(Problem(subject(name), found, expected, "Give the size that their tensors have"))
     elif values.get("num_experts", 0) > 1:
         problems.append(
             Problem(subject("num_experts"), str(values["num_experts"]), "none: models of this architecture have no experts")

@@ -88,7 +88,8 @@ def _remedy(source: Source) -> str:
         return f"It wraps a text model ({called}), which no family is for either. {nearest}"
     return (
         f"It wraps a text model of the family {family.name} ({called}): save that one alone (in transformers, `save_pretrained` of "
-        f"the language model inside), as a directory with {key} as its config.json"
+        f"the language model inside), as a directory with {key} as its config.json, where `architectures` is "
+        f'["{family.architectures[0]}"]'
     )
 
 

@@ -337,6 +337,15 @@ def test_experts_must_be_there_to_be_chosen() -> None:
     assert "num_experts_per_tok" in refused(without(QWEN_3_MOE, "num_experts_per_tok"))[0]
 
 
+@pytest.mark.parametrize("value", [0, None])
+@pytest.mark.parametrize("key", ["moe_intermediate_size", "shared_expert_intermediate_size"])
+def test_experts_of_a_size_of_their_own_have_one(key: str, value: int | None) -> None:
+    qwen_2 = {**QWEN_3_MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 32}
+    assert read(qwen_2).value(key)
+    (problem,) = refused({**qwen_2, key: value})
+    assert problem.startswith(f"{FILE}: {key}: found {'nothing' if value is None else 0}; expected 1 or more")
+
+
 def test_a_single_expert_is_none_in_tensorrt_llm() -> None:
     """MoeConfig.has_moe asks for more than one."""
     single = {**MIXTRAL, "num_local_experts": 1, "num_experts_per_tok": 1}

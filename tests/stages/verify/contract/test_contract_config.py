@@ -94,6 +94,8 @@ WRONG: list[tuple[dict[str, Any], str, Any]] = [
     (mapped(LLAMA), "embedding_sharding_dim", 2),
     (mapped(LLAMA), "residual_mlp", True),
     (mapped(LLAMA), "hidden_act", "fatrelu"),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "linear", "factor": 2.0}}), "rotary_scaling.factor", "2"),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "linear", "factor": 2.0}}), "rotary_scaling.factor", 0),
     (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1]),
     (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, 2]),
     (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, "1"]),
