@@ -337,6 +337,18 @@ def test_experts_must_be_there_to_be_chosen() -> None:
     assert "num_experts_per_tok" in refused(without(QWEN_3_MOE, "num_experts_per_tok"))[0]
 
 
+def test_shares_of_experts_are_brought_to_a_sum_of_1_or_not() -> None:
+    assert [read({**QWEN_3_MOE, "norm_topk_prob": value}).normalization_mode for value in (True, False, None)] == [1, 0, 0]
+    (problem,) = refused({**QWEN_3_MOE, "norm_topk_prob": "false"})
+    assert problem.startswith(f"{FILE}: norm_topk_prob: found 'false'; expected False or True")
+
+
+@pytest.mark.parametrize(("said", "has"), [({}, True), ({"qkv_bias": True}, True), ({"qkv_bias": False}, False)])
+def test_qwen2_moe_says_of_biases(said: dict[str, bool], has: bool) -> None:
+    config = {**QWEN_3_MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 32}
+    assert read({**config, **said}).attn_bias is has
+
+
 @pytest.mark.parametrize("value", [0, None])
 @pytest.mark.parametrize("key", ["moe_intermediate_size", "shared_expert_intermediate_size"])
 def test_experts_of_a_size_of_their_own_have_one(key: str, value: int | None) -> None:
