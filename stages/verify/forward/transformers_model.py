@@ -107,7 +107,7 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, a
 
 
 def refused_configuration(error: Exception) -> BadInput:
-    """What is said where transformers makes or runs no model of a configuration."""
+    """The problem of a configuration that transformers makes or runs no model of."""
     found = f"what transformers {transformers_library().__version__} refuses ({type(error).__name__}: {error})"
     return BadInput([Problem("the model's configuration", found, "a configuration of its architecture")])
 
