@@ -96,7 +96,8 @@ def convert(
     WriteFailed
         Where the disk, the network or a worker fails.
     EngineFailed
-        Where an engine was asked for and the builder failed or is not here; the checkpoint is whole.
+        Where an engine was asked for and the builder failed, behind a checkpoint that is whole, or is not here, before anything is
+        converted.
     """
     from pipeline.engine.requests import plan_requests
     from pipeline.planning.make_plan import make_plan
@@ -286,8 +287,7 @@ def report(
 
 def _job(job: Job | str | Path | None, options: JobOptions, live: bool) -> Job:
     from pipeline.planning.job import Job, make_job
-    from pipeline.planning.quantizations import overlaid
 
     if isinstance(job, Job):
-        return make_job(overlaid(job.model_dump(exclude_unset=True), options), live=live)
+        return make_job(options, live=live, base=job)
     return make_job(options, None if job is None else Path(job), live)

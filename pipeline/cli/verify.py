@@ -13,6 +13,7 @@ import typer
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import Lines, levels
 from pipeline.cli.shared import Json, Quiet
+from pipeline.errors import BadInput, Problem
 from pipeline.printed import escaped
 from pipeline.tensor.bucket import output_at
 
@@ -46,8 +47,11 @@ def verify_command(
 
     Exit codes: 0 nothing wrong, 2 nothing to look at, 5 something is wrong.
     """
-    from pipeline.reporting.verification import verify
+    from pipeline.reporting.verification import TOKENS, verify
 
+    if tokens != TOKENS and (prompt is not None or not logits):
+        found = "no --logits beside it" if prompt is None else "--prompt beside it"
+        raise BadInput([Problem(f"--tokens {tokens}", found, "--logits without a prompt", "Leave it out")])
     if report:
         from pipeline.reporting.html import check_report_path
 

@@ -65,9 +65,10 @@ def make_report(
     page = default_report_path(directory) if output is None else output
     check_report_path(page, directory)
     if verification is None:
-        summary = summarize(
-            directory, source or recorded_source(describe_directory(directory)), quant_ckpt_path=quant_ckpt_path, advance=advance
-        )
+        recorded = None if source else recorded_source(describe_directory(directory))
+        if recorded:
+            source, quant_ckpt_path = recorded[0], quant_ckpt_path or recorded[1]
+        summary = summarize(directory, source, quant_ckpt_path=quant_ckpt_path, advance=advance)
     elif isinstance(verification, Path):
         summary = load_summary(verification)
     else:

@@ -150,10 +150,10 @@ def verify(
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
     refuse_source(directory)
-    if logits and source is None:
-        raise BadInput(
-            [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]
-        )
+    needing = [*(["--logits"] if logits else []), *([f"--quant_ckpt_path {quant_ckpt_path}"] if quant_ckpt_path else [])]
+    if needing and source is None:
+        expected = "the checkpoint that the ranks were made of"
+        raise BadInput([Problem(each, "no source to compare with", expected, "Give --source") for each in needing])
     opened = _open_source(source, quant_ckpt_path) if source is not None else None
     location = opened.location if opened else None
     try:
