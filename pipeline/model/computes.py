@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.model.rotary import scaling_kind, two_kinds, yarn_factor
+from pipeline.model.rotary import MROPE, no_numbers, scaling_kind, two_kinds, yarn_factor
 from pipeline.model.runtime import AttentionVariant, ModelClass, runtime
 
 # Features of the runtime table; the first two are told from config.json's values.
@@ -68,7 +68,7 @@ def conflicts(config: Mapping[str, Any]) -> tuple[Conflict, ...]:
     own = model_class(config)
     if own is None:
         return ()
-    of_class = (*_stages(config, own), *_head_size(config, own), *_rope(config, own))
+    of_class = (*_stages(config, own), *_head_size(config, own), *_activation(config, own), *_rope(config, own))
     return (*of_class, *_attention(config), *_experts(config), *_groups(config), *_windows(config))
 
 
@@ -109,6 +109,15 @@ def _head_size(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]
         yield Conflict("head_size", f"heads of {size}", expected, "No other class computes this architecture", "f")
 
 
+def _activation(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
+    """An activation that an MLP of two matrices does not have."""
+    found, known = config.get("hidden_act"), runtime().activations
+    one_matrix = own.name == "phi" or EXPERTS in features(config)
+    if isinstance(found, str) and found not in known and not one_matrix:
+        expected = f"one of {', '.join(known)}: {config['architecture']}'s class computes no other"
+        yield Conflict("hidden_act", repr(found), expected, runtime().activations_remedy, "o")
+
+
 def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
     architecture = config["architecture"]
     if config.get("position_embedding_type") == "long_rope" and not own.long_rope:
@@ -138,6 +147,10 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
         expected = f"{goes_with or 'another scaling'}, as position_embedding_type is {config.get('position_embedding_type')}"
         yield Conflict("rotary_scaling", shown, expected, OWN_AXES if goes_with else WITHOUT_OR_KEPT, "m")
         return
+    if wrong := no_numbers(scaling):
+        for key, expected in wrong.items():
+            yield Conflict(f"rotary_scaling.{key}", repr(scaling[key]), expected, "Give the model's own", row.section)
+        return
     for key in row.needs:
         if scaling.get(key) is None:
             expected = f"a value: {row.because or 'it says by how much'}"
@@ -148,6 +161,8 @@ def _rope(config: Mapping[str, Any], own: ModelClass) -> Iterator[Conflict]:
             yield Conflict(f"rotary_scaling.{key}", str(scaling[key]).lower(), expected, WITHOUT_OR_KEPT, row.section)
     if kind == "yarn":
         yield from _yarn(scaling, row.section)
+    if kind == MROPE:
+        yield from _axes(config, scaling, row.section)
 
 
 def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
@@ -168,6 +183,17 @@ def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
         key = "mscale" if declared is None else "attention_factor"
         expected = f"{computed:g} times what is turned, as TensorRT-LLM has it, not {meant:g}"
         yield Conflict(f"rotary_scaling.{key}", str(scaling.get(key)), expected, WITHOUT_OR_KEPT, section)
+
+
+def _axes(config: Mapping[str, Any], scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
+    """Axes that do not share the features of a head that are turned, of which a pair turns together."""
+    shares, turned = scaling.get("mrope_section"), config.get("rotary_embedding_dim", config.get("head_size"))
+    if shares is None or not isinstance(turned, int):
+        return
+    numbers = shares if isinstance(shares, list) and all(isinstance(share, int) for share in shares) else []
+    if len(numbers) != 3 or sum(numbers) != turned // 2:
+        expected = f"three numbers, {turned // 2} in all: the pairs of a head's features, by the axis that turns them"
+        yield Conflict("rotary_scaling.mrope_section", str(shares), expected, OWN_AXES, section)
 
 
 def _attention(config: Mapping[str, Any]) -> Iterator[Conflict]:

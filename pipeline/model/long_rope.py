@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.model_config import ModelConfig
+from pipeline.model.rotary import is_factor
 from pipeline.model.runtime import runtime
 
 LENGTH = "original_max_position_embeddings"
@@ -40,13 +41,13 @@ def _problems(model: ModelConfig, scaling: Mapping[str, Any], file: str) -> Iter
     count = model.rotary_embedding_dim // 2
     for key in _LISTS:
         factors = scaling.get(key)
-        if not isinstance(factors, list) or len(factors) != count or not all(map(_is_factor, factors)):
+        if not isinstance(factors, list) or len(factors) != count or not all(map(is_factor, factors)):
             told = f"{len(factors)} factors" if isinstance(factors, list) else repr(factors)
             found = "long rope without it" if factors is None else told
             expected = f"a list of {count} factors above 0, one for each pair of features that are turned"
             yield Problem(f"{file}: rope_scaling.{key}", found, expected, _ADD)
     for key in _SCALES if model.num_experts else ():
-        if not _is_factor(scaling.get(key)):
+        if not is_factor(scaling.get(key)):
             yield Problem(f"{file}: rope_scaling.{key}", repr(scaling.get(key)), "a number above 0, which the class reads", _ADD)
     trained = scaling.get(LENGTH, usual_length(model))
     if isinstance(trained, bool) or not isinstance(trained, int) or trained < 2:
@@ -79,7 +80,7 @@ def _factors(scaling: Mapping[str, Any], trained: int, longest: int, file: str) 
         told = scaling.get(key)
         if told is None:
             continue
-        if not _is_factor(told) or not math.isclose(meant(told), computed, rel_tol=1e-5):
+        if not is_factor(told) or not math.isclose(meant(told), computed, rel_tol=1e-5):
             growth = f" ({longest} / {trained} of factor)" if key == "factor" else ""
             expected = f"{computed:g} times what is turned{growth}: TensorRT-LLM's class computes it of the lengths"
             remedy = "Without rope scaling (--rope_scaling none) the model is computed up to the original length only"
@@ -89,7 +90,3 @@ def _factors(scaling: Mapping[str, Any], trained: int, longest: int, file: str) 
 
 def _magnitude(growth: float, trained: int) -> float:
     return math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300  # false for NaN too

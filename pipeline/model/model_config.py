@@ -200,6 +200,8 @@ def model_config(config: Mapping[str, Any], family: Family, architecture: str, f
     problems += _out_of_range(values, family, file)
     if problems:
         raise BadInput(problems)
+    if not _has_experts(family):  # what a dense model's file says of experts is another model's
+        values |= {"num_experts": 0, "experts_per_token": 0}
     if not values.get("head_size"):
         hidden, heads = values["hidden_size"], values["num_attention_heads"]
         if hidden % heads:
@@ -231,6 +233,10 @@ def _no_number(name: str, model: ModelConfig, range_: str, family: Family, file:
     return [Problem(f"{file}: {' or '.join(family.keys(name))}", repr(value), f"a number {range_}")]
 
 
+def _has_experts(family: Family) -> bool:
+    return any(module.experts for module in layout(family.layout).modules.values())
+
+
 def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[Problem]:
     def subject(name: str) -> str:
         return f"{file}: {' or '.join(family.fields.get(name, (name,)))}"
@@ -249,12 +255,17 @@ def _out_of_range(values: Mapping[str, Any], family: Family, file: str) -> list[
     heads = values.get("num_attention_heads", kv_heads)
     if not problems and heads % kv_heads:
         problems.append(Problem(subject("num_key_value_heads"), str(kv_heads), f"a divisor of num_attention_heads = {heads}"))
-    if any(module.experts for module in layout(family.layout).modules.values()):
+    if _has_experts(family):
         experts, chosen = values.get("num_experts", 0), values.get("experts_per_token", 0)
-        if experts < 1:
-            problems.append(Problem(subject("num_experts"), str(experts), "1 or more: the model has experts"))
+        if experts < 2:
+            expected = "2 or more: the model has experts, and TensorRT-LLM's class takes a single one for none"
+            problems.append(Problem(subject("num_experts"), str(experts), expected))
         elif not 1 <= chosen <= experts:
             problems.append(Problem(subject("experts_per_token"), str(chosen), f"1 to {experts}, the number of experts"))
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+            if family.fields.get(name) and not values.get(name):
+                found, expected = str(values.get(name, "nothing")), "1 or more: the class has experts of a size of their own"
+                problems.append(Problem(subject(name), found, expected, "Give the size that their tensors have"))
     elif values.get("num_experts", 0) > 1:
         problems.append(
             Problem(subject("num_experts"), str(values["num_experts"]), "none: models of this architecture have no experts")

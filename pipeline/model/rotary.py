@@ -17,6 +17,18 @@ LONG_ROPE = ("longrope", "su")  # the second is what early Phi-3 models call it
 _STYLES = ("rope_scaling", "rope_parameters")  # the second is transformers 5's
 _KINDS = ("rope_type", "type")  # the second is the older name
 _BESIDE = ("rope_theta", "partial_rotary_factor")  # in the same object, and of no scaling
+# Numbers of a scaling: those above 0, and those of 0 or more.
+_ABOVE_0 = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "alpha",
+    "attention_factor",
+)
+_OF_0_OR_MORE = ("mscale", "mscale_all_dim")
 _SAME = {MROPE: "default", "su": "longrope"}  # two names of what is computed alike, of text
 
 
@@ -33,6 +45,26 @@ def two_kinds(scaling: Mapping[str, Any]) -> str:
     told = {key: scaling[key] for key in _KINDS if scaling.get(key) is not None}
     alike = {_SAME.get(str(kind), str(kind)) for kind in told.values()}
     return ", ".join(f"{key} {kind!r}" for key, kind in told.items()) if len(alike) > 1 else ""
+
+
+def is_factor(value: Any) -> bool:
+    """Whether a value is a number above 0, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300  # false for NaN too
+
+
+def no_numbers(scaling: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys of a scaling whose values are not the numbers that it is computed with, each with what was expected.
+
+    A value of null says nothing. Those of a long rope are held against one another elsewhere.
+    """
+    if scaling_kind(scaling) in LONG_ROPE:
+        return {}
+    said = {key: scaling[key] for key in (*_ABOVE_0, *_OF_0_OR_MORE) if scaling.get(key) is not None}
+    return {
+        key: f"a number {'greater than 0' if key in _ABOVE_0 else 'of 0 or more'}"
+        for key, value in said.items()
+        if not is_factor(value) and not (key in _OF_0_OR_MORE and value == 0 and not isinstance(value, bool))
+    }
 
 
 def rotary_scaling(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -54,6 +86,7 @@ def rotary_scaling(config: Mapping[str, Any], file: str) -> tuple[dict[str, Any]
         if both := two_kinds(scaling):
             remedy = "Leave the one that the model was made with: transformers goes by rope_type, TensorRT-LLM by type"
             problems.append(Problem(f"{file}: {style}", both, "one kind of scaling", remedy))
+        problems += [Problem(f"{file}: {style}.{key}", repr(scaling[key]), it) for key, it in no_numbers(scaling).items()]
     old, new = (found.get(style) for style in _STYLES)
     if old is not None and new is not None and _plain(old) != _plain(new):
         remedy = "Leave the one that the model was made with: readers of the file differ in which they take"

@@ -56,6 +56,7 @@ class RopeKind:
     """A kind of `rotary_scaling`.
 
     `needs`: keys that must be there. `only`: the one value of a key that is computed. `because`: why a missing key matters.
+    `overlooked`: keys that neither the class nor transformers reads, each with what other programs do of it.
     `length`: what the class takes for an original_max_position_embeddings that is missing; 0 where it takes none. `declared`: keys
     that a Hugging Face model has, as transformers has no value for them, where the class has.
     `position_embedding_type`: config.json's that goes with this kind, and with no other; "" for the usual one.
@@ -64,6 +65,7 @@ class RopeKind:
 
     needs: tuple[str, ...]
     only: Mapping[str, Any] = field(default_factory=dict)
+    overlooked: Mapping[str, str] = field(default_factory=dict)
     length: int = 0
     declared: tuple[str, ...] = ()
     position_embedding_type: str = ""
@@ -136,6 +138,8 @@ class Runtime:
         What each architecture computes beyond a plain decoder.
     rope
         The kinds of rope by name.
+    activations
+        The activations of an MLP of two matrices; `activations_remedy`: what a plan advises.
     attention
         The attention of each algorithm that replaces a class's own.
     no_experts
@@ -166,6 +170,8 @@ class Runtime:
     classes: Mapping[str, ModelClass]
     features: Mapping[str, tuple[str, ...]]
     rope: Mapping[str, RopeKind]
+    activations: tuple[str, ...]
+    activations_remedy: str
     attention: Mapping[str, AttentionVariant]
     no_experts: Mapping[str, str]
     experts_remedy: str
@@ -196,6 +202,8 @@ def runtime() -> Runtime:
         classes={architecture: each for each in classes for architecture in each.architectures},
         features=_frozen(data["features"]),
         rope={name: RopeKind(**_frozen(row)) for name, row in data["rope"].items()},
+        activations=tuple(data["activations"]["gated"]),
+        activations_remedy=data["activations"]["remedy"],
         attention=attention,
         no_experts=data["experts"]["refused"],
         experts_remedy=data["experts"]["remedy"],

@@ -14,6 +14,7 @@ from pipeline.model.model_config import ModelConfig
 from pipeline.model.rotary import MROPE
 from pipeline.model.runtime import runtime
 from pipeline.model.tables import Family
+from pipeline.printed import printed
 
 RopeScaling = Literal["auto", "none", "keep"]
 
@@ -68,6 +69,16 @@ def undeclared(model: ModelConfig, family: Family, file: str) -> list[Problem]:
     missing = [key for key in row.declared if (model.rotary_scaling or {}).get(key) is None]
     remedy = "Add the key, as the model was trained with it"
     return [Problem(f"{file}: rope_scaling.{key}", found, expected, remedy) for key in missing]
+
+
+def overlooked_notes(model: ModelConfig) -> list[str]:
+    """Say which keys of a scaling change nothing, in engines as in transformers, though other programs read them."""
+    row, scaling = runtime().rope.get(model.rotary_type), model.rotary_scaling or {}
+    return [
+        f"rope_scaling.{key} {printed(str(scaling[key]))} changes nothing in an engine, as in transformers: {others}"
+        for key, others in (row.overlooked if row else {}).items()
+        if scaling.get(key) not in (None, 1)
+    ]
 
 
 def _own_length(scaling: Mapping[str, Any], model: ModelConfig, family: Family) -> tuple[int, int]:

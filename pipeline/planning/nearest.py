@@ -88,7 +88,8 @@ def _remedy(source: Source) -> str:
         return f"It wraps a text model ({called}), which no family is for either. {nearest}"
     return (
         f"It wraps a text model of the family {family.name} ({called}): save that one alone (in transformers, `save_pretrained` of "
-        f"the language model inside), as a directory with {key} as its config.json"
+        f"the language model inside), as a directory with {key} as its config.json, where `architectures` is "
+        f'["{family.architectures[0]}"]'
     )
 
 
@@ -154,7 +155,7 @@ def _difference(family: Family, config: Mapping[str, Any], modules: Collection[s
     settings = clean_settings(config)
     said += [f"weights of {row.title}" for row in unread_formats() if row.named_by(settings)]
     known, named = _names(family, modules)
-    shared = sum(lookup(config, key) is not None for key in read - {"model_type"})
+    shared = sum(lookup(config, key) is not None for key in read)
     return Difference(family, tuple(said), named, known, shared, len(read) - shared)
 
 

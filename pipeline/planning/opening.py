@@ -16,7 +16,7 @@ from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, Layout, Slot, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes, with_pattern
-from pipeline.model.written_rope import undeclared, written_scaling
+from pipeline.model.written_rope import overlooked_notes, undeclared, written_scaling
 from pipeline.planning.choose_algorithm import Packing, clean_settings, own_dtype
 from pipeline.planning.job import Job
 from pipeline.planning.nearest import unknown_architecture
@@ -27,6 +27,7 @@ from pipeline.sinks.output_checks import check_apart, check_output, check_source
 from pipeline.tensor.names import by_module, split_names
 from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.tensors import Source
+from stages.quantization.cache_scales import PARAMETERS as CACHE
 from stages.quantization.modules import linear
 from stages.quantization.sources import formats as known_formats
 from stages.quantization.unread import decided, unread
@@ -134,7 +135,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     examined = check(source.named, settings, source.names_of)
     formats = examined.formats
     unknown = [] if dense else unread(source.config, source.config_name, settings, by_module(source.named), formats)
-    unreadable = [] if dense else unknown or [*examined.problems, *_unknown_quantization(source, formats)]
+    unreadable = [] if dense else unknown or [*examined.problems, *_unknown_quantization(source, family, formats)]
     zeros = zero_biases(source.named, formats)
     target = layout(family.layout)
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
@@ -162,6 +163,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *filled.notes,
             *_dtype_notes(job, source, packing),
             *filter(None, (rope_note,)),
+            *overlooked_notes(model),
             *window_notes(model),
             *long_attention_notes(filled.config, model.max_position_embeddings),
         ),
@@ -230,14 +232,9 @@ def _left_behind(source: Source, family: Family) -> list[str]:
 
     Every tensor is a number and a weight or bias, and the settings name no format whose weights look so and are others.
     """
-    said, settings, ignored = source.config.get("quantization_config"), clean_settings(source.config), family.ignored()
-    if not said or decided(settings):
+    said, settings = source.config.get("quantization_config"), clean_settings(source.config)
+    if not said or decided(settings) or not _numbers(source, family):
         return []
-    for name, tensor in source.named.items():
-        if ignored.find(name.module) or ignored.find(str(name)):
-            continue
-        if name.parameter not in ("weight", "bias") or of_numpy(tensor.dtype).safetensors not in NUMBERS:
-            return []
     file, method = (
         source.config_name.rpartition("/")[2],
         printed(str(settings.get("quant_method", settings.get("quant_algo", "no method")) if settings else said)),
@@ -246,10 +243,28 @@ def _left_behind(source: Source, family: Family) -> list[str]:
     return [f"quantization_config of {file} ({method}) is left aside: {told}"]
 
 
-def _unknown_quantization(source: Source, packed: Mapping[str, str]) -> list[Problem]:
+def _numbers(source: Source, family: Family, beside: Collection[str] = ()) -> bool:
+    """Whether all tensors are weights and biases of numbers, but for parameters in `beside` and what the family ignores."""
+    ignored = family.ignored()
+    return all(
+        name.parameter in beside
+        or (name.parameter in ("weight", "bias") and of_numpy(tensor.dtype).safetensors in NUMBERS)
+        or ignored.find(name.module)
+        or ignored.find(str(name))
+        for name, tensor in source.named.items()
+    )
+
+
+def _cache_alone(source: Source, family: Family) -> bool:
+    """Whether a source's key-value cache is quantized and nothing else: it has scales of that beside weights that are numbers."""
+    scales = any(name.parameter in CACHE for name in source.named)
+    return scales and not decided(clean_settings(source.config)) and _numbers(source, family, beside=CACHE)
+
+
+def _unknown_quantization(source: Source, family: Family, packed: Mapping[str, str]) -> list[Problem]:
     """A checkpoint that is quantized in a way that nothing unpacks is refused by name: its codes must not pass for weights."""
     settings = source.config.get("quantization_config")
-    if not settings or packed:
+    if not settings or packed or _cache_alone(source, family):
         return []
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
     subject, remedy = f"{source.config_name}: quantization_config", "Convert the model that it was quantized from"

@@ -86,6 +86,7 @@ def _problem(conflict: Conflict, opened: OpenedSource, options: TargetOptions) -
         "mapping": f"--pp_size {options.pp_size}",
         "quantization": "quantization",
         "head_size": f"{opened.source.config_name}: head_dim",
+        "hidden_act": f"{opened.source.config_name}: {' or '.join(opened.family.keys('hidden_act'))}",
         "rotary_scaling": f"{opened.source.config_name}: rope_scaling{f'.{rest}' if rest else ''}",
         "position_embedding_type": f"{opened.source.config_name}: rope_scaling",
         "runtime_defaults": f"{opened.source.config_name}: sliding_window",

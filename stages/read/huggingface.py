@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.dtypes import MODEL_DTYPES
+from pipeline.printed import printed
 from pipeline.tensor.tensors import LazyTensor, Source, SourceFile
 from stages.read.file_sets import left_alone, repeated, stale_index, two_sets, unfinished
 from stages.read.json_file import json_file
@@ -80,6 +81,7 @@ class HuggingFace(SourceReader):
     def open_source(self, location: Path) -> Source:
         """Open a directory: read config.json, the index, and every shard's header. Raises BadInput with all problems found."""
         config, config_file = _config(location / "config.json")
+        _refuse_ranks(location, config)
         settings, described = quantizer_settings(location, config)
         config = {**config, KEY: settings} if settings else config
         problems: list[Problem] = []
@@ -145,6 +147,20 @@ def _config(path: Path) -> tuple[dict[str, Any], SourceFile]:
     if not path.exists():
         raise BadInput([Problem(str(path), "no such file", "the model's configuration", "Fetch it with the checkpoint")])
     return json_file(path)
+
+
+def _refuse_ranks(location: Path, config: Mapping[str, Any]) -> None:
+    """Raise BadInput where config.json is a TensorRT-LLM checkpoint's, which has one architecture, and how its ranks are split."""
+    split, named = config.get("mapping"), config.get("architecture")
+    if "architectures" in config or not isinstance(split, Mapping) or not isinstance(named, str):
+        return
+    sizes = ", ".join(f"{key} {split[key]}" for key in ("tp_size", "pp_size") if key in split)
+    found = f"a TensorRT-LLM checkpoint of {printed(named)}{f', {printed(sizes)}' if sizes else ''}: it is converted already"
+    remedy = (
+        f"Build its engine from it as it is: trtllm-build --checkpoint_dir {location}. For other ranks, or another quantization, "
+        "convert the model that it was made from"
+    )
+    raise BadInput([Problem(str(location), found, "a source, such as a Hugging Face directory", remedy)])
 
 
 def _architecture(config: Mapping[str, Any], path: Path, problems: list[Problem]) -> str:

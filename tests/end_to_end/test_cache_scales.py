@@ -29,6 +29,19 @@ NAMES = {
     "modelopt": {"k_proj.k_scale": 0.5, "v_proj.v_scale": 0.25},
     "values are larger": {"k_scale": 0.125, "v_scale": 0.5},
 }
+
+
+def cache_alone() -> Format:
+    """Weights that are numbers, of a source whose settings speak of the cache alone."""
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"type": "float", "num_bits": 8}}
+    return Format(source.gptq().quantizer, settings, "", skip=lambda module, layers: True)  # noqa: ARG005
+
+
+def cache_alone_of_modelopt() -> Format:
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    return replace(cache_alone(), settings={}, files={"hf_quant_config.json": said})
+
+
 # Made anew each time: some draw random numbers.
 KINDS: dict[str, Callable[[], Format | None]] = {
     "float8": lambda: source.compressed_float8(dynamic=False),
@@ -37,6 +50,8 @@ KINDS: dict[str, Callable[[], Format | None]] = {
     "gptq": source.gptq,
     "modelopt awq": source.modelopt_awq,
     "numbers": lambda: None,
+    "cache alone": cache_alone,
+    "cache alone, of modelopt": cache_alone_of_modelopt,
 }
 
 
@@ -66,7 +81,8 @@ def cache_of(output: Path, tp: int, pp: int = 1) -> list[list[float]]:
 
 
 # By day every name with one kind, and every kind with one name.
-DAY = [(name, kind) for number, name in enumerate(NAMES) for kind in list(KINDS)[number : number + 1]] + [("autofp8", "numbers")]
+DAY = [(name, kind) for number, name in enumerate(NAMES) for kind in list(KINDS)[number : number + 1]]
+DAY += [("autofp8", "numbers"), ("llm-compressor", "cache alone"), ("modelopt", "cache alone, of modelopt")]
 
 
 @pytest.mark.parametrize(("name", "kind"), by_night(itertools.product(NAMES, KINDS), DAY))
@@ -114,10 +130,11 @@ def test_a_fused_projection_has_both(tmp_path: Path) -> None:
     verify(tmp_path / "out", tmp_path / "model").check()
 
 
-def test_scales_of_a_cache_of_integers_are_not_those_of_fp8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "cache alone"])
+def test_scales_of_a_cache_of_integers_are_not_those_of_fp8(kind: str, tmp_path: Path) -> None:
     scheme = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
     more = scales(NAMES["llm-compressor"]) | scales({"k_zero_point": 0, "v_zero_point": 0}, dtype=np.int8)
-    model = model_of(tmp_path / "model", KINDS["int8"](), more, kv_cache_scheme=scheme)
+    model = model_of(tmp_path / "model", KINDS[kind](), more, kv_cache_scheme=scheme)
     convert(model_dir=model, output_dir=tmp_path / "out", fp8_kv_cache=True, scheduler="synchronous")
     assert cache_of(tmp_path / "out", 1) == [[1.0, 1.0]]
     left = json.loads((tmp_path / "out/headrace.json").read_text())["left_out"]

@@ -94,7 +94,7 @@ def check_class_values(reader: ConfigReader, architecture: str, rotary_size: int
         reader.optional_size("_sliding_window_pattern")
     if kind == "phi":
         _phi(reader, architecture, rotary_size)
-    _scaling(reader, rotary_size)
+    _scaling(reader)
 
 
 def _llama(reader: ConfigReader, architecture: str) -> None:
@@ -125,7 +125,7 @@ def _phi(reader: ConfigReader, architecture: str, rotary_size: int) -> None:
             reader.wrong(key, f"a list of {rotary_size // 2} factors")
 
 
-def _scaling(reader: ConfigReader, rotary_size: int) -> None:
+def _scaling(reader: ConfigReader) -> None:
     """Check the numbers of `rotary_scaling`; which kinds a class computes, and by which keys, `pipeline.model.computes` says."""
     scaling = reader.values.get("rotary_scaling")
     if isinstance(scaling, Mapping):
@@ -133,8 +133,3 @@ def _scaling(reader: ConfigReader, rotary_size: int) -> None:
         for key, (zero, null) in SCALING.items():
             inner.optional_number(key, zero=zero, null=null)
         reader.problems += inner.problems
-    if reader.values.get("position_embedding_type") == "mrope":
-        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
-        parts = [part for part in section if isinstance(part, int)] if isinstance(section, list) and len(section) == 3 else []
-        if len(parts) != 3 or sum(parts) != rotary_size // 2:
-            reader.wrong("rotary_scaling", f"mrope_section: three numbers, {rotary_size // 2} in all")

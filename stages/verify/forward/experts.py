@@ -17,14 +17,14 @@ SPARSE_MIXER_EPSILON = 0.01  # of a `moe` that has none (docs/format/checkpoint.
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
-    """GELU with tanh, which TensorRT-LLM computes under both of its names."""
+    """GELU with tanh, which TensorRT-LLM computes under all of its names."""
     return functional.gelu(x, approximate="tanh")
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
-    "gelu": tanh_gelu,
-    "gelu_pytorch_tanh": tanh_gelu,
+    **dict.fromkeys(("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), tanh_gelu),
+    "relu": functional.relu,
 }
 
 

@@ -20,6 +20,7 @@ from stages.verify.forward.transformers_model import (
     build_model,
     parameter_parts,
     quiet,
+    refused_configuration,
     row_blocks,
     rows_of_tokens,
     set_head_epsilon,
@@ -60,16 +61,20 @@ class Reference:
     def logits(self, tokens: Tensor) -> Tensor:
         """The logits of one sequence of tokens, int64 [tokens]: float32 [tokens, vocabulary], or [tokens, labels] of a classifier.
 
-        Raises IndexError for no tokens, and for tokens beyond the embedding.
+        Raises IndexError for no tokens, and for tokens beyond the embedding; BadInput for a configuration whose masks transformers
+        does not make, such as one of local layers without a window.
         """
         rows = self._weights.shape(self._parts[self._embedding_name][0].name)[0]
         if tokens.ndim != 1 or not tokens.numel() or int(tokens.min()) < 0 or int(tokens.max()) >= rows:
             raise IndexError(f"tokens of shape {list(tokens.shape)}; expected one sequence of tokens 0 to {rows - 1}")
-        with torch.no_grad(), quiet():
-            if self._classifier:  # which gives the last token's alone
-                hidden = self._model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
-                return self._logits(hidden[0])
-            result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
+        try:
+            with torch.no_grad(), quiet():
+                if self._classifier:  # which gives the last token's alone
+                    hidden = self._model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
+                    return self._logits(hidden[0])
+                result: Tensor = self._model(input_ids=tokens[None], use_cache=False).logits[0]
+        except ValueError as error:
+            raise refused_configuration(error) from error
         return result
 
     def _matched(self, tied: bool) -> dict[str, list[ParameterPart]]:

@@ -25,7 +25,6 @@ from pipeline.model.computes import (
 from pipeline.model.runtime import runtime
 from stages.verify.forward.rank_layout import RankLayout
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # of a gated MLP; TensorRT-LLM knows one GELU, by both names
 ROUTINGS = (None, 0, 1, 2)  # None and 0: shares as they are; 1: shares that sum to one; 2: sparse mixer
 NEEDED = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "mapping")
 BESIDE_EXPERTS = "ArcticForCausalLM"  # has a dense MLP beside its experts
@@ -50,7 +49,7 @@ class DecoderSettings(RankLayout):
     def _unknown(self) -> list[Problem]:
         moe, step = self.experts > 0, self.config.get("decoder_sparse_step")
         architectures = tuple(runtime().classes)
-        activations = ("swiglu",) if moe or self.kind == "phi" else ACTIVATIONS
+        activations = ("swiglu",) if moe or self.kind == "phi" else runtime().activations
         wrong = [
             ("architecture", self.architecture, self.architecture in architectures, f"one of {', '.join(architectures)}"),
             ("hidden_act", self.config["hidden_act"], self.config["hidden_act"] in activations, f"one of {', '.join(activations)}"),
@@ -69,7 +68,7 @@ class DecoderSettings(RankLayout):
         ]
         problems = [Problem(f"config.json: {key}", repr(found), expected) for key, found, right, expected in wrong if not right]
         # Of an attention without some features the class computes what is left; the other conflicts leave nothing to compute.
-        other = (each for each in conflicts(self.config) if each.key != "quantization.exclude_modules")
+        other = (each for each in conflicts(self.config) if each.key not in ("quantization.exclude_modules", "hidden_act"))
         problems += [Problem(f"config.json: {each.key}", each.found, each.expected) for each in other]
         _, mapping = self.mapping
         return problems if mapping.usable else [*problems, *mapping.problems]

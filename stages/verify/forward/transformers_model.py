@@ -100,11 +100,16 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, a
         with torch.device("meta"):
             model = kind._from_config(settings, dtype=dtype, attn_implementation=attention).eval()
     except Exception as error:  # transformers' own checks of a configuration raise errors of many kinds
-        found = f"what transformers {transformers.__version__} refuses ({type(error).__name__}: {error})"
-        raise BadInput([Problem("the model's configuration", found, "a configuration of its architecture")]) from error
+        raise refused_configuration(error) from error
     _compute_buffers(model)
     model.get_input_embeddings().padding_idx = None  # it says nothing of a forward pass, and may lie beyond the rows in use
     return model
+
+
+def refused_configuration(error: Exception) -> BadInput:
+    """The problem of a configuration that transformers makes or runs no model of."""
+    found = f"what transformers {transformers_library().__version__} refuses ({type(error).__name__}: {error})"
+    return BadInput([Problem("the model's configuration", found, "a configuration of its architecture")])
 
 
 def set_head_epsilon(model: nn.Module, epsilon: float) -> None:

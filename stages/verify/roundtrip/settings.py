@@ -87,6 +87,9 @@ def _windows(config: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[P
 
 def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> Sequence[bool]:
     """Which layers see the window alone."""
+    # No other model has any, such as LLaMA, whatever is left over in its configuration.
+    windowed = {architecture, *(source.get("architectures") or ())} & {*EVERY_LAYER, *PATTERNS}
+    by_default = architecture in BY_DEFAULT and "sliding_window" not in source
     if architecture in ON_REQUEST:
         if not source.get("use_sliding_window"):
             return [False] * layers
@@ -97,7 +100,7 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
             if architecture == "Qwen2MoeForCausalLM":
                 return [layer % 2 == 0 and layer < first for layer in range(layers)]
             return [layer >= first or architecture == "Qwen3MoeForCausalLM" for layer in range(layers)]
-    elif source.get("sliding_window") is None and not (architecture in BY_DEFAULT and "sliding_window" not in source):
+    elif not windowed or (source.get("sliding_window") is None and not by_default):
         return [False] * layers
     else:
         types = source.get("layer_types")
@@ -106,7 +109,7 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
     if architecture in PATTERNS:
         pattern = source.get("sliding_window_pattern") or source.get("_sliding_window_pattern") or PATTERNS[architecture]
         return [(layer + 1) % pattern != 0 for layer in range(layers)]
-    return [bool({architecture, *(source.get("architectures") or ())} & set(EVERY_LAYER))] * layers
+    return [True] * layers
 
 
 def _parameters(source: Mapping[str, Any]) -> Mapping[str, Any]:

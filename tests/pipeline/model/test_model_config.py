@@ -178,6 +178,13 @@ def test_a_value_is_a_setting_a_field_or_nothing() -> None:
     assert (model.value("hidden_size"), model.value("q_size"), model.value("no_such_name")) == (64, 128, None)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl_text", "qwen2", None])
+def test_the_architecture_tells_the_family_whatever_the_type_is(kind: str | None) -> None:
+    """As of the text of a Qwen3-VL that was saved alone."""
+    model = read({**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": kind})
+    assert (model.settings["qwen_type"], model.qk_norm) == ("qwen3", True)
+
+
 def test_llama_has_no_settings() -> None:
     assert read(LLAMA).settings == {}
 
@@ -328,6 +335,47 @@ def test_experts_must_be_there_to_be_chosen() -> None:
     assert "num_experts" in refused(without(QWEN_3_MOE, "num_experts"))[0]
     assert "num_experts_per_tok" in refused({**QWEN_3_MOE, "num_experts_per_tok": 9})[0]
     assert "num_experts_per_tok" in refused(without(QWEN_3_MOE, "num_experts_per_tok"))[0]
+
+
+def test_shares_of_experts_are_brought_to_a_sum_of_1_or_not() -> None:
+    assert [read({**QWEN_3_MOE, "norm_topk_prob": value}).normalization_mode for value in (True, False, None)] == [1, 0, 0]
+    (problem,) = refused({**QWEN_3_MOE, "norm_topk_prob": "false"})
+    assert problem.startswith(f"{FILE}: norm_topk_prob: found 'false'; expected False or True")
+
+
+@pytest.mark.parametrize(("said", "has"), [({}, True), ({"qkv_bias": True}, True), ({"qkv_bias": False}, False)])
+def test_qwen2_moe_says_of_biases(said: dict[str, bool], has: bool) -> None:
+    config = {**QWEN_3_MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 32}
+    assert read({**config, **said}).attn_bias is has
+
+
+@pytest.mark.parametrize("value", [0, None])
+@pytest.mark.parametrize("key", ["moe_intermediate_size", "shared_expert_intermediate_size"])
+def test_experts_of_a_size_of_their_own_have_one(key: str, value: int | None) -> None:
+    qwen_2 = {**QWEN_3_MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 32}
+    assert read(qwen_2).value(key)
+    (problem,) = refused({**qwen_2, key: value})
+    assert problem.startswith(f"{FILE}: {key}: found {'nothing' if value is None else 0}; expected 1 or more")
+
+
+def test_a_single_expert_is_none_in_tensorrt_llm() -> None:
+    """MoeConfig.has_moe asks for more than one."""
+    single = {**MIXTRAL, "num_local_experts": 1, "num_experts_per_tok": 1}
+    assert "num_local_experts: found 1; expected 2 or more" in refused(single)[0]
+
+
+LEFT = [{"num_experts_per_tok": 2}, {"num_local_experts": 1, "num_experts_per_tok": 1}, {"num_local_experts": 0}]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_dense_model_says_of_experts_is_not_its_own(left: dict[str, int]) -> None:
+    assert read({**LLAMA, **left}) == read(LLAMA)
+
+
+@pytest.mark.parametrize("model", [LLAMA, MIXTRAL, QWEN_3_MOE], ids=lambda model: model["model_type"])
+def test_keys_of_modules_that_a_family_does_not_have_say_nothing(model: dict[str, Any]) -> None:
+    assert read({**model, "parallel_attn_mlp_res": True}) == read(model)
+    assert read({**model, "mlp_bias": True}).mlp_bias is (model is LLAMA)
 
 
 def test_a_familys_own_name_stands_for_its_architectures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -92,6 +93,28 @@ def test_scaling_is_read_by_either_key_and_in_either_style(said: Any, kind: str,
 def test_rope_that_readers_would_take_for_two_things_is_refused(said: Any, found: str) -> None:
     (problem,) = refused({**without(LLAMA, "rope_theta"), **said})
     assert problem.startswith(f"{FILE}: {found}")
+
+
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("scaling", "key", "value"),
+    [
+        *((LINEAR, "factor", value) for value in ("2", 0, -1.0, math.nan, math.inf, True, [2.0])),
+        (LLAMA3, "low_freq_factor", "1.0"),
+        (YARN, "original_max_position_embeddings", "32"),
+        (YARN, "beta_fast", "32"),
+        (YARN, "mscale", -1.0),
+        (YARN, "mscale_all_dim", False),
+    ],
+)
+def test_what_a_scaling_is_computed_with_are_numbers(scaling: Any, key: str, value: Any, style: str) -> None:
+    (problem,) = refused({**LLAMA, style: {**scaling, key: value}})
+    assert problem.startswith(f"{FILE}: {style}.{key}: found {value!r}; expected a number ")
+
+
+def test_a_scale_of_0_is_one() -> None:
+    scaling = {**YARN, "mscale": 1.0, "mscale_all_dim": 0}
+    assert read({**LLAMA, "rope_scaling": scaling}).rotary_scaling == scaling
 
 
 def test_the_share_that_is_turned_is_one_in_both_styles() -> None:

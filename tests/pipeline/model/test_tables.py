@@ -16,6 +16,7 @@ from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
 from pipeline.model.table_files import merge
 from pipeline.model.tables import CONFIGS, Family, Layout, families, find_family, layout, slot_names
+from stages.verify.contract.settings import QWEN_TYPES
 
 NUMBERS = {"layer": 7, "expert": 3}
 FAMILIES = families()
@@ -139,6 +140,25 @@ def test_a_family_names_what_exists(family: Family) -> None:
 def test_every_required_field_has_a_key_or_a_default(family: Family) -> None:
     required = {field.name for field in fields(ModelConfig) if field.default is MISSING and field.default_factory is MISSING}
     assert required - {"architecture"} <= {name for name, keys in family.fields.items() if keys} | set(family.defaults)
+
+
+@each_family
+def test_the_qwen_class_is_told_its_kind_by_the_architecture_alone(family: Family) -> None:
+    """No key of a source can tell it another one, by which it would build another model."""
+    written = family.architecture or family.architectures[0]
+    if "$qwen_type" in {**layout(family.layout).config, **family.config}.values():
+        assert (family.settings["qwen_type"], family.defaults["qwen_type"]) == ((), QWEN_TYPES[written])
+    else:
+        assert written not in QWEN_TYPES
+
+
+@each_family
+def test_a_key_that_says_of_modules_is_read_where_there_are_such(family: Family) -> None:
+    """Elsewhere what it says would be written, and the class would ask for them."""
+    modules = layout(family.layout).modules
+    biases = {module.bias for module in modules.values()}
+    assert {name for name, keys in family.fields.items() if name.endswith("_bias") and keys} <= biases
+    assert not family.fields.get("residual_mlp") or any(".residual_mlp." in name for name in modules)
 
 
 @each_layout

@@ -15,7 +15,7 @@ from tests.support.checkpoints import LLAMA
 
 FILE = "config.json"
 LONG = {**LLAMA, "max_position_embeddings": 32768}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 
 
 def read(architecture: str, **values: Any) -> ModelConfig:
@@ -50,6 +50,13 @@ def test_verification_knows_mistrals_window_too(source: dict[str, Any], written:
     runtime_defaults = None if written is None else {"max_attention_window": written}
     config = {**LONG, "architecture": "MistralForCausalLM", "rotary_base": 10000.0, "runtime_defaults": runtime_defaults}
     assert bool(list(check_settings(config, {**LONG, **source}, {}))) == wrong
+
+
+@pytest.mark.parametrize("left", [{"sliding_window": 512}, {"sliding_window": 512, "layer_types": ["sliding_attention"] * 3}])
+def test_verification_knows_that_llama_has_no_window_whatever_is_left_over(left: dict[str, Any]) -> None:
+    assert attention_windows(read("LlamaForCausalLM", **left)) == ()
+    config = {**LONG, "architecture": "LlamaForCausalLM", "rotary_base": 10000.0, "runtime_defaults": None}
+    assert list(check_settings(config, {**LONG, **left}, {})) == []
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM"])

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import Family, find_family
-from pipeline.model.written_rope import RopeScaling, undeclared, written_scaling
+from pipeline.model.written_rope import RopeScaling, overlooked_notes, undeclared, written_scaling
 from tests.support.checkpoints import LLAMA
 from tests.support.meta_files import params
 
@@ -41,6 +41,16 @@ def test_a_length_that_is_there_stays(container: str, mode: RopeScaling) -> None
     model, family = read(container, {**LLAMA3, LENGTH: 32})
     assert written_scaling(model, family, mode) == ({**LLAMA3, LENGTH: 32}, "")
     assert undeclared(model, family, "config.json") == []
+
+
+def test_a_factor_that_other_programs_read_is_spoken_of() -> None:
+    """As in DeepSeek-R1-0528-Qwen3-8B: transformers, which the model is compared with, does not read it."""
+    model, family = read("huggingface", {**YARN, LENGTH: 32, "attn_factor": 0.8782488562869419})
+    assert written_scaling(model, family, "auto") == (model.rotary_scaling, "")
+    (note,) = overlooked_notes(model)
+    assert note.startswith("rope_scaling.attn_factor 0.8782488562869419 changes nothing in an engine, as in transformers: vLLM")
+    assert overlooked_notes(read("huggingface", {**YARN, "attn_factor": 1.0})[0]) == []
+    assert overlooked_notes(read("huggingface", {**LLAMA3, "attn_factor": 0.5})[0]) == []
 
 
 def test_metas_means_the_values_of_the_class() -> None:

@@ -80,6 +80,7 @@ def test_a_wrapper_names_its_text_part(key: str, told: str) -> None:
         inner = {part: inner}
     remedy = said({"vision_config": {"hidden_size": 8, "num_hidden_layers": 2}, **inner}, ["language_model.model.norm.weight"])
     assert f"It wraps a text model of the family mistral ({key}: " in remedy
+    assert remedy.endswith(f'with {key} as its config.json, where `architectures` is ["MistralForCausalLM"]')
 
 
 def test_a_text_part_that_no_family_is_for_is_told_from_the_nearest_too() -> None:

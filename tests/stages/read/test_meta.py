@@ -383,10 +383,12 @@ def test_without_an_output_the_embeddings_are_tied(models: Models, parts: int, v
     assert "tie_word_embeddings" not in config_of(tmp_path / "out")
 
 
-def test_rope_freqs_are_left_out_even_where_parts_disagree(model: Path, tmp_path: Path) -> None:
+# LLaMA 2's file has them once, LLaMA 1's in each layer.
+@pytest.mark.parametrize("names", [["rope.freqs"], [f"layers.{n}.attention.inner_attention.rope.freqs" for n in range(3)]])
+def test_rope_freqs_are_left_out_even_where_parts_disagree(names: list[str], model: Path, tmp_path: Path) -> None:
     tensors = meta_files.shares(BF16, checkpoints.values(BF16), 2)
     for number, part in enumerate(tensors):
-        part["rope.freqs"] = np.full(4, number, np.float32)
+        part |= {name: np.full(4, number, np.float32) for name in names}
     meta_files.save(tmp_path / "more", meta_files.params(BF16), tensors)
     for source, name in ((model, "plain"), (tmp_path / "more", "out")):
         convert(meta_ckpt_dir=source, output_dir=tmp_path / name, scheduler="threads")

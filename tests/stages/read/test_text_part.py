@@ -138,6 +138,15 @@ def test_sizes_that_the_entry_lacks_are_transformers_own_and_said(tmp_path: Path
     assert any("expected [32000, 4096] by the model's configuration" in str(problem) for problem in error.value.problems)
 
 
+def test_a_text_of_granite_that_has_as_many_heads_as_its_class(tmp_path: Path) -> None:
+    text = {**TEXT, "model_type": "granite", "hidden_size": 256, "num_attention_heads": 32}
+    tensors = {f"language_model.{name}": values for name, values in checkpoints.values({**LLAMA, **text}).items()}
+    del text["num_attention_heads"]
+    model = wrapped(tmp_path / "model", tensors, text, architectures=["LlavaNextForConditionalGeneration"])
+    assert "text_config of config.json lacks what transformers' default is: vocab_size" not in notes(model)
+    assert "lacks what transformers' default is: num_attention_heads 32" in notes(model)
+
+
 def test_the_texts_own_type_goes_before_the_wrappers(tmp_path: Path) -> None:
     model = wrapped(tmp_path / "model", inside(), {**TEXT, "torch_dtype": "bfloat16"})
     assert plan(model_dir=model, output_dir=tmp_path / "out").targets[0].dtype == "bfloat16"

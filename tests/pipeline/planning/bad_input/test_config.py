@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.model.tables import families
 from tests.support import checkpoints
 from tests.support.commands import LOOP_SECONDS, convert, limited, one, refused
+from tests.support.places import DATA
 
 LLAMA, MIXTRAL = checkpoints.LLAMA, checkpoints.MIXTRAL
 REQUIRED = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "architectures"]
@@ -43,6 +45,17 @@ def test_a_missing_key(tmp_path: Path, key: str) -> None:
 def test_a_missing_key_of_a_model_with_experts(tmp_path: Path, key: str) -> None:
     model = model_of(tmp_path, MIXTRAL, without=(key,))
     assert named(refused(model), model, key)
+
+
+@pytest.mark.parametrize("name", ["gqa_tp2", "mixtral_tp2ep2", "tied_pp2"])
+def test_a_checkpoint_that_is_converted_already(name: str, tmp_path: Path) -> None:
+    """Not one in Hugging Face's form that lacks its architectures, and whose ranks are two sets of its tensors."""
+    model = shutil.copytree(DATA / "dense" / "expected" / name, tmp_path / "ranks")
+    split = json.loads((model / "config.json").read_text())["mapping"]
+    problem = one(refused(model))
+    assert problem.startswith(f"{model}: found a TensorRT-LLM checkpoint of ")
+    assert f", tp_size {split['tp_size']}, pp_size {split['pp_size']}: it is converted already; expected a source" in problem
+    assert f"trtllm-build --checkpoint_dir {model}. For other ranks, " in problem
 
 
 def test_all_missing_keys_come_in_one_report(tmp_path: Path) -> None:

@@ -23,12 +23,8 @@ CONFIGS = {
 QWEN_3 = {**LLAMA, "architecture": "Qwen3ForCausalLM", "qwen_type": "qwen3"}
 PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "hidden_size": 192, "rotary_pct": 1.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-QWEN_2_VL = {
-    **LLAMA,
-    "architecture": "Qwen2VLForConditionalGeneration",
-    "qwen_type": "qwen2_vl",
-    "position_embedding_type": "mrope",
-}
+QWEN_2_VL = {**LLAMA, "architecture": "Qwen2VLForConditionalGeneration", "qwen_type": "qwen2_vl", "rotary_embedding_dim": 8}
+QWEN_2_VL |= {"position_embedding_type": "mrope", "rotary_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
 LONG = {
     "position_embedding_type": "long_rope",
     "original_max_position_embeddings": 64,
@@ -98,6 +94,12 @@ WRONG: list[tuple[dict[str, Any], str, Any]] = [
     (mapped(LLAMA), "attn_bias", "yes"),
     (mapped(LLAMA), "embedding_sharding_dim", 2),
     (mapped(LLAMA), "residual_mlp", True),
+    (mapped(LLAMA), "hidden_act", "fatrelu"),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "linear", "factor": 2.0}}), "rotary_scaling.factor", "2"),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "linear", "factor": 2.0}}), "rotary_scaling.factor", 0),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1]),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, 2]),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", [2, 1, "1"]),
     (mapped(LLAMA), "use_last_layernorm", False),
     (mapped(LLAMA), "mapping", None),
     (mapped(LLAMA), "mapping", [1, 1]),
@@ -156,7 +158,7 @@ WRONG: list[tuple[dict[str, Any], str, Any]] = [
     (mapped({**LLAMA, "rotary_scaling": {"type": "llama3"}}), "rotary_scaling.low_freq_factor", "1"),
     (mapped({**LLAMA, "rotary_scaling": {"type": "linear"}}), "rotary_scaling.factor", -2.0),
     (mapped({**LLAMA, "rotary_scaling": {**YARN}}), "rotary_scaling.attention_factor", 10**400),
-    (mapped({**QWEN_2_VL}), "rotary_scaling", {"type": "mrope", "mrope_section": ["4", 4, 4]}),
+    (mapped(QWEN_2_VL), "rotary_scaling.mrope_section", ["4", 4, 4]),
 ]
 
 

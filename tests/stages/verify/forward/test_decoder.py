@@ -162,7 +162,7 @@ def test_tokens_that_are_not_in_the_vocabulary(tokens: list[int], ranks: Ranks) 
 
 CHANGES = {
     "architecture": "GPT2LMHeadModel",
-    "hidden_act": "relu",
+    "hidden_act": "fatrelu",
     "residual_mlp": True,
     "use_logn_attn": True,
     "fc_after_embed": True,

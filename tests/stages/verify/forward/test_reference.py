@@ -246,6 +246,14 @@ def test_models_and_configurations_that_transformers_does_not_know(mixtral: Orig
         Reference({**mixtral.config, "hidden_act": "no such function"}, mixtral)
 
 
+def test_local_layers_without_a_window_are_no_model_of_transformers(tmp_path: Path) -> None:
+    build(CASES["gemma2"]).save_pretrained(tmp_path)
+    original = Original(open_source(tmp_path))
+    ours = Reference({**original.config, "sliding_window": None}, original)
+    with pytest.raises(BadInput, match=r"configuration: found what transformers .* refuses .*sliding_window"):
+        ours.logits(prompts(SIZES["vocab_size"])[0])
+
+
 def test_how_weights_were_stored_is_nothing_to_the_model(mixtral: Original) -> None:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     ours = Reference({**mixtral.config, "quantization_config": settings}, mixtral)
