@@ -330,3 +330,44 @@ def test_the_same_tensor_in_two_parts(tmp_path: Path) -> None:
         write(tmp_path / f"m-0000{n}-of-00002.gguf")
     problems = refused(tmp_path / "m-00001-of-00002.gguf")
     assert sum("the tensor again in m-00002-of-00002.gguf" in problem for problem in problems) == min(len(TENSORS), 20)
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q4_0", "Q8_0"])
+def test_a_tensor_again_in_another_type(tmp_path: Path, kind: str) -> None:
+    """Both would be the weight of one module, under parameters of their own."""
+    name = "blk.0.attn_k.weight"
+    write(tmp_path / "m-00001-of-00002.gguf", **typed(name, "Q4_0"))
+    write(tmp_path / "m-00002-of-00002.gguf", without=tuple(TENSORS.keys() - {name}), **typed(name, kind))
+    assert one(refused(tmp_path)).startswith(f"{name}: found the tensor again in m-00002-of-00002.gguf; expected one home")
+
+
+def test_a_plain_tensor_under_the_name_of_a_packed_one(path: Path) -> None:
+    name = "blk.0.attn_k.gguf_Q4_0"
+    write(path, tensors={name: np.zeros((HIDDEN // 2, HIDDEN), np.float32)})
+    assert f"{name}: found type F32 under the name of packed weights; expected a name of llama.cpp's" in one(refused(path))
+
+
+@pytest.mark.parametrize("said", [len(TENSORS) + 1, len(TENSORS) - 1, 0, "many"])
+def test_parts_with_another_number_of_tensors_than_they_say(tmp_path: Path, said: Any) -> None:
+    for n in (1, 2):
+        half = {name for place, name in enumerate(TENSORS) if place % 2 == n % 2}
+        write(tmp_path / f"m-0000{n}-of-00002.gguf", without=tuple(half), metadata={"split.tensors.count": said})
+    subject = f"{tmp_path / 'm-00001-of-00002.gguf'}: split.tensors.count"
+    assert one(refused(tmp_path)).startswith(f"{subject}: found {said!r}; expected {len(TENSORS)}, as all parts have together")
+
+
+def test_parts_with_as_many_tensors_as_they_say(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for n in (1, 2):
+        half = {name for place, name in enumerate(TENSORS) if place % 2 == n % 2}
+        write(tmp_path / f"model/m-0000{n}-of-00002.gguf", without=tuple(half), metadata={"split.tensors.count": len(TENSORS)})
+    assert convert(tmp_path / "model", tmp_path / "out").code == 0
+
+
+def typed(name: str, kind: str) -> dict[str, Any]:
+    """The options of `write` for a tensor of zeros of a type."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    plain = {"F16": np.float16, "F32": np.float32}.get(kind)
+    rows, columns = TENSORS[name]
+    values = np.zeros((rows, columns), plain) if plain else np.zeros((rows, columns // block * size), np.uint8)
+    return {"tensors": {name: values}, "kinds": None if plain else {name: kind}}
