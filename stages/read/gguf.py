@@ -21,7 +21,7 @@ from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source
-from stages.read.gguf_config import gguf_config
+from stages.read.gguf_config import READ, gguf_config
 from stages.read.gguf_header import MAGIC, GgufHeader, damaged, read_header
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
@@ -80,7 +80,7 @@ class GgufFiles(SourceReader):
                 found.add(tensor.name)
                 if kind in PLAIN and parameter.startswith(PREFIX):
                     problems.append(Problem(tensor.name, f"type {kind} under the name of packed weights", "a name of llama.cpp's"))
-                if kind not in PLAIN and parameter != "weight":
+                if kind not in PLAIN and (parameter != "weight" or tensor.name in READ):
                     problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
                 if kind not in PLAIN and kind not in unpackable:
                     unpackable[kind] = not _undecodable(kind)

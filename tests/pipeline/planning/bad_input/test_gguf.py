@@ -218,6 +218,16 @@ def test_an_alignment_that_is_no_power_of_two(path: Path, alignment: int) -> Non
     assert "power of" in problem
 
 
+@pytest.mark.parametrize("alignment", [1 << 21, 1 << 31])
+def test_an_alignment_that_is_larger_than_any(path: Path, alignment: int) -> None:
+    """As much is made room for, also where there are no tensors."""
+    content = write(path, metadata={"general.alignment": 32}).read_bytes()
+    at = content.index(b"general.alignment") + len("general.alignment") + 4
+    for data in (content, changed(content, 8, "Q", 0)):  # the number of tensors
+        path.write_bytes(changed(data, at, "I", alignment))
+        assert f"general.alignment {alignment:,}, more than 1,048,576" in one(refused(path))
+
+
 def test_text_that_is_not_utf8(path: Path, sound: bytes) -> None:
     path.write_bytes(sound.replace(b"a small model", b"a \xff\xfe\xfd\xfc\xfb model"))
     assert plan(path) in (0, 2)
@@ -301,6 +311,13 @@ def test_a_vocabulary_that_is_no_list(path: Path) -> None:
 def test_rope_factors_that_are_not_llama3s(path: Path, factors: np.ndarray) -> None:
     write(path, tensors={"rope_freqs.weight": factors.astype(np.float32)})
     assert "rope_freqs.weight: found " in one(refused(path))
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_short.weight"])
+def test_rope_factors_that_are_packed(path: Path, name: str) -> None:
+    """They would be passed over with the name that packed weights are given."""
+    write(path, tensors={name: np.zeros(34, np.uint8)}, kinds={name: "Q8_0"})
+    assert f"{name}: found type Q8_0; expected an unpacked type" in one(refused(path))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama4", ""])
