@@ -38,8 +38,10 @@ def open_tokenizer(location: Path) -> Tokenizer:
     with _quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **arguments)
-        except Exception as error:
-            # transformers passes on whatever its many readers raise.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # transformers passes on whatever its many readers raise; a panic of the package tokenizers is no Exception.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             found = f"no tokenizer that transformers can open ({reason[:200]})"
             raise BadInput([Problem(str(location), found, "tokenizer.json or its like", "Give --tokenizer DIR")]) from None
