@@ -219,6 +219,14 @@ def test_an_index_that_places_nothing_is_named(tmp_path: Path, served: Served, i
         inspect(f"{served.url}/m")
 
 
+def test_an_index_that_is_larger_than_any_is_not_fetched(tmp_path: Path, served: Served) -> None:
+    with (at(tmp_path) / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(stages.read.remote_image.SMALL_BYTES + 1)
+    with pytest.raises(BadInput, match=r"model.safetensors.index.json: found 67,108,865 bytes; expected at most 67,108,864"):
+        inspect(f"{served.url}/m")
+    assert ("GET", "model.safetensors.index.json") not in {each[:2] for each in served.requests}
+
+
 def test_a_model_that_is_written_anew_between_two_runs_is_another_though_no_time_is_told(tmp_path: Path, served: Served) -> None:
     """Of the same size, with the same header: its ETags alone differ."""
     served.times = False
