@@ -1,4 +1,7 @@
-"""cast: each value rounded once, to nearest even, from its own type to the target's; a cast commutes with any slice."""
+"""cast: each value rounded once, to nearest even, from its own type to the target's; a cast commutes with any slice.
+
+A double becomes a number of 16 bits by way of float32, as in torch: rounded twice.
+"""
 
 from __future__ import annotations
 

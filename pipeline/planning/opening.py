@@ -192,7 +192,8 @@ def _crcs(job: Job, source: Source) -> tuple[list[Problem], list[str]]:
     if not job.check_crc:
         return [], []
     problems, archives = check_crcs(file.path for file in source.files if file.seen)
-    return problems, [] if archives else ["check_crc: no file of this source has checksums (zip archives of torch.save have)"]
+    has_none = "check_crc: no file of this source has checksums (zip archives of torch.save have, unless they were saved without)"
+    return problems, [] if archives else [has_none]
 
 
 def _family(source: Source) -> Family:

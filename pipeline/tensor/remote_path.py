@@ -57,7 +57,10 @@ def is_remote(path: Path) -> bool:
 
 def url_fault(url: str) -> str:
     """The reason why a URL names no place for outputs; "" where it does. It is said without the URL, which may hold a secret."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        return "a URL that names a bucket and a prefix in it"
     if parts.scheme not in SCHEMES:
         return f"a directory, or a URL of {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
     if parts.username or parts.password or parts.query or parts.fragment:

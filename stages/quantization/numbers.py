@@ -154,7 +154,9 @@ def _scales(groups: np.ndarray, bits: int, name: str) -> np.ndarray:
     """
     highest, lowest, middle = groups.max(axis=2), groups.min(axis=2), 1 << (bits - 1)
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = np.maximum(highest / np.float32(middle - 1), -lowest / np.float32(middle)).astype(np.float16)
+        steps = np.maximum(highest / np.float32(middle - 1), -lowest / np.float32(middle))
+        # Of two zeros NumPy takes the one or the other, as its vectors have it: the sum is +0 for both.
+        scales = (steps + np.float32(0)).astype(np.float16)
     if not np.all(np.isfinite(scales)):
         raise BadInput([not_finite(name)])
     return np.asarray(scales)

@@ -17,16 +17,19 @@ PIECE_BYTES = 4 << 20  # read at once
 def check_crcs(paths: Iterable[Path]) -> tuple[list[Problem], int]:
     """Read all records of those files that are zip archives and hold them against the checksums in the archives' directories.
 
-    Returns a problem for each archive with records that differ, and the number of archives. Raises BadInput, ValueError and
-    zipfile's errors for what is no archive of torch.save any more, and OSError where a file cannot be read.
+    Returns a problem for each archive with records that differ, and the number of archives that have checksums: one that torch was
+    told to save without (`set_crc32_options(False)`) has 0 for every record. Raises BadInput, ValueError and zipfile's errors for
+    what is no archive of torch.save any more, and OSError where a file cannot be read.
     """
     problems, archives = [], 0
     for path in paths:
         with path.open("rb") as file:
             if file.read(4) != b"PK\3\4":
                 continue
-            archives += 1
             archive = Archive(path, file, os.fstat(file.fileno()).st_size)
+            if not any(entry.CRC for entry in archive.entries.values()):
+                continue
+            archives += 1
             wrong = list(_wrong(archive, file))
         if wrong:
             found = f"{len(wrong)} of {len(archive.entries)} records with another CRC-32, the first {shown(wrong[0])}"

@@ -21,13 +21,15 @@ from pipeline.model.dtypes import BY_SAFETENSORS
 from pipeline.tensor.source_file import SourceFile, source_file
 from pipeline.tensor.system_errors import naming
 from pipeline.tensor.tensors import LazyTensor, Source
-from stages.read.gguf_config import gguf_config
+from stages.read.gguf_config import READ, gguf_config
 from stages.read.gguf_header import MAGIC, GgufHeader, damaged, read_header
 from stages.read.mapped import MappedTensor
 from stages.read.source_reader import SourceReader
 
 PLAIN = {name: BY_SAFETENSORS[name] for name in ("F64", "F32", "F16", "BF16")}  # GGUF calls them the same
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+PREFIX = "gguf_"  # of the parameter of a packed weight, before the name of its type
+COUNT = "split.tensors.count"
 SHOWN = 5  # missing parts that are named
 # Matrices of one row, which llama.cpp's converter wrote as vectors until 2026.
 ONE_ROW = re.compile(r"blk\.\d+\.ffn_gate_inp_shexp\.weight")
@@ -50,10 +52,12 @@ class GgufFiles(SourceReader):
         """Open a file, or all files of a model that was split into several. Raises BadInput with all problems found."""
         problems: list[Problem] = []
         tensors: dict[str, LazyTensor] = {}
+        found: set[str] = set()  # names as the files have them: those of packed tensors get another, by their type
         bytes_by_type: Counter[str] = Counter()
         unpackable: dict[str, bool] = {}
         files: list[SourceFile] = []
         metadata: Mapping[str, Any] = {}
+        counts: dict[Path, Any] = {}  # of the model's tensors, by the part that says so
         paths = _parts(location)
         for number, path in enumerate(paths):
             try:
@@ -65,13 +69,18 @@ class GgufFiles(SourceReader):
                 problems.append(problem)
             files.append(file)
             metadata = metadata or header.metadata
+            if COUNT in header.metadata:
+                counts[path] = header.metadata[COUNT]
             for tensor in header.tensors:
                 kind, shape = tensor.kind, tensor.shape
                 module, _, parameter = tensor.name.rpartition(".")
-                name = tensor.name if kind in PLAIN else f"{module}.gguf_{kind}"
-                if name in tensors:
+                name = tensor.name if kind in PLAIN else f"{module}.{PREFIX}{kind}"
+                if tensor.name in found:
                     problems.append(Problem(tensor.name, f"the tensor again in {path.name}", "one home"))
-                if kind not in PLAIN and parameter != "weight":
+                found.add(tensor.name)
+                if kind in PLAIN and parameter.startswith(PREFIX):
+                    problems.append(Problem(tensor.name, f"type {kind} under the name of packed weights", "a name of llama.cpp's"))
+                if kind not in PLAIN and (parameter != "weight" or tensor.name in READ):
                     problems.append(Problem(tensor.name, f"type {kind}", "an unpacked type: only weights are packed"))
                 if kind not in PLAIN and kind not in unpackable:
                     unpackable[kind] = not _undecodable(kind)
@@ -84,6 +93,8 @@ class GgufFiles(SourceReader):
                     shape = (1, *shape)
                 stored = shape if kind in PLAIN else (*shape[:-1], tensor.row_bytes)
                 tensors[name] = MappedTensor(str(path), tensor.offset, stored, dtype)
+        if len(paths) > 1 and not problems:  # of a file alone the count is not read, as in llama.cpp
+            problems += _count_problems(counts, len(found))
         if problems:
             raise BadInput(problems)
         architecture = str(metadata.get("general.architecture", ""))
@@ -145,6 +156,16 @@ def _split_problem(path: Path, number: int, count: int, metadata: Mapping[str, A
     expected = f"{number} and {count}, as the file is named" if count > 1 else "0 and 1: a whole model, as the file is named"
     remedy = "Give the parts the names that they were written with: NAME-00001-of-0000N.gguf"
     return Problem(f"{path}: split.no and split.count", f"{said[0]} and {said[1]}", expected, remedy)
+
+
+def _count_problems(counts: Mapping[Path, Any], found: int) -> list[Problem]:
+    """Say where a part has another number of tensors for the whole model than all parts have together; `found` is the latter."""
+    remedy = "The parts are not of one model, or one is cut short: fetch them again"
+    return [
+        Problem(f"{path}: {COUNT}", repr(count), f"{found}, as all parts have together", remedy)
+        for path, count in counts.items()
+        if count != found
+    ][:1]
 
 
 def _open(path: Path) -> tuple[SourceFile, GgufHeader]:

@@ -71,7 +71,7 @@ def _rope_scaling(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], 
     """
     if FREQUENCIES in tensors:
         return _llama3(config, tensors[FREQUENCIES], location)
-    if SHORT in tensors and LONG in tensors:
+    if SHORT in tensors or LONG in tensors:
         return _long_rope(config, tensors, location)
     kind = config.get("rope.scaling.type", "none")
     factor = config.get("rope.scaling.factor")
@@ -100,9 +100,12 @@ def _long_rope(config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], loc
     """Phi-3's two lists of factors. The factor of rotated values is left out where it is the one that the lengths give."""
     scaling: dict[str, Any] = {"rope_type": "longrope"}
     for key, name in (("short_factor", SHORT), ("long_factor", LONG)):
+        if name not in tensors:
+            raise BadInput([Problem(f"{location}: {name}", "no such tensor", "factors for short positions and for long ones")])
         stored = _values(tensors[name]).astype(np.float32)
         if stored.ndim != 1 or not np.all(np.isfinite(stored)) or not np.all(stored > 0):
-            raise BadInput([Problem(f"{location}: {name}", f"{stored.size} factors", "factors greater than 0")])
+            found, expected = f"{stored.size} factors of shape {list(stored.shape)}", "one axis of factors greater than 0"
+            raise BadInput([Problem(f"{location}: {name}", found, expected)])
         scaling[key] = [float(str(each)) for each in stored]  # the numbers that were meant
     trained, longest = config.get("rope.scaling.original_context_length"), config.get("context_length")
     if not _is_size(trained) or not _is_size(longest):
@@ -126,8 +129,9 @@ def _values(tensor: LazyTensor) -> np.ndarray:
 
 def _llama3(config: Mapping[str, Any], factors: LazyTensor, location: Path) -> dict[str, Any]:
     stored = _values(factors).astype(np.float64)
-    if not stored.size or not np.all(np.isfinite(stored)) or stored.min() < 1:
-        raise BadInput([Problem(f"{location}: {FREQUENCIES}", f"{stored.size} factors", "factors of 1 or more")])
+    if stored.ndim != 1 or not stored.size or not np.all(np.isfinite(stored)) or stored.min() < 1:
+        found, expected = f"{stored.size} factors of shape {list(stored.shape)}", "one axis of factors of 1 or more"
+        raise BadInput([Problem(f"{location}: {FREQUENCIES}", found, expected)])
     base = config.get("rope.freq_base", 10000.0)
     if not _is_number(base) or not base > 0:
         raise BadInput([Problem(f"{location}: rope.freq_base", repr(base), "a number greater than 0")])

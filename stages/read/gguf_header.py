@@ -28,6 +28,7 @@ MAX_KEYS = 100_000
 MAX_TENSORS = 500_000
 MAX_AXES = 4  # of ggml
 MAX_DEPTH = 4  # of arrays of arrays
+MAX_ALIGNMENT = 1 << 20  # of tensors; files have 32
 
 _STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _UINT32: "I", 5: "i", _FLOAT32: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -112,6 +113,8 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> GgufHeader:
         if key == ALIGNMENT:
             if kind != _UINT32 or not value or value & (value - 1):
                 raise ValueError(f"{ALIGNMENT} {value!r}, which is no power of 2")
+            if value > MAX_ALIGNMENT:
+                raise ValueError(f"{ALIGNMENT} {value:,}, more than {MAX_ALIGNMENT:,}")
             alignment = value
     infos = [cursor.tensor() for _ in range(tensor_count)]
     if len({name for name, _, _, _ in infos}) < len(infos):

@@ -35,7 +35,8 @@ _FILE = Path("/dev/null") / LOCATION
 _CONFIG_NAME = "the model's configuration"
 _HASHED_BYTES = 4 << 20  # of a tensor, hashed at a time
 _TYPES = {row.numpy.name: row.numpy for row in TABLE}  # torch and NumPy have the same names for these types
-_BITS = {"bfloat16": "int16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # torch cannot pass these to NumPy as they are
+# The integers as which torch passes ml_dtypes' types to NumPy, that it cannot pass as they are.
+_BITS = {row.numpy.name: f"int{8 * row.numpy.itemsize}" for row in TABLE if row.numpy.isbuiltin != 1}
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 

@@ -34,16 +34,25 @@ class Object:
 def fetch_range(url: str, name: str, start: int, end: int, etag: str) -> Any:
     """The bytes [start, end) of an object below a URL, as a buffer, if it still has this ETag ("": whatever it has).
 
-    Raises SourceChanged where it has another, and OSError where it cannot be read after ATTEMPTS.
+    A weak ETag (W/...) fulfils no condition of a server: it is held against that of the answer. Raises SourceChanged where it has
+    another, and OSError where it cannot be read after ATTEMPTS.
     """
     import obstore
     from obstore.exceptions import PreconditionError
 
-    options: Any = {"range": (start, end), **({"if_match": etag} if etag else {})}
+    strong = bool(etag) and not etag.startswith("W/")
+    options: Any = {"range": (start, end), **({"if_match": etag} if strong else {})}
+
+    def answer() -> tuple[str, Any]:
+        result = obstore.get(_store(url), name, options=options)
+        return result.meta.get("e_tag") or "", result.bytes()
+
     try:
-        data = _again(lambda: obstore.get(_store(url), name, options=options).bytes(), f"{url}/{name}")
+        now, data = _again(answer, f"{url}/{name}")
     except (PreconditionError, FileNotFoundError):
         raise SourceChanged([f"{url}/{name} (another object than the one that was opened)"]) from None
+    if etag and not strong and now != etag:
+        raise SourceChanged([f"{url}/{name} (another object than the one that was opened)"])
     if len(data) != end - start:
         raise SourceChanged([f"{url}/{name} ({len(data):,} bytes from {start:,}, not {end - start:,})"])
     return data

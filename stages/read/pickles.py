@@ -2,7 +2,8 @@
 
 Refusing names is not enough to make Python's own unpickler safe: nine bytes can make it fill memory (its memo is a list as long as
 the greatest index), and two hundred bytes can keep it busy for ever (hashing nested tuples). Here only strings are hashed as keys,
-the memo is a dictionary, and the number of operations is bounded.
+the memo is a dictionary, and the number of operations is bounded. The items that a call goes through count as operations, and names
+that are put together are short, since one long list or text can be taken again in three bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_BYTES = 256 << 20
-MAX_OPERATIONS = 5_000_000  # a tensor takes about 32
+MAX_OPERATIONS = 5_000_000  # a tensor takes about 36
 MAX_LINE = 1024  # bytes of a module's or a global's name
+MAX_REFUSED = 100  # names of other globals that are listed: a file with more is read no further
 MAX_BITS = 127  # of an integer; torch's magic number has 77
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -53,7 +55,7 @@ class Pickles:
 
     def __init__(self, file: BinaryIO, limit: int, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> None:
         self.known, self.persistent = known, persistent
-        self.refused: dict[str, None] = {}
+        self.refused: dict[str, Foreign] = {}
         self.digest = hashlib.sha256()
         self._file, self._limit, self._left, self._operations = file, limit, limit, 0
 
@@ -87,9 +89,7 @@ class Pickles:
         argument: Any
         for opcode, argument, _ in pickletools.genops(source):
             name = opcode.name
-            self._operations += 1
-            if self._operations > MAX_OPERATIONS:
-                raise ValueError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
+            self._count(1)
             if name in _PUT:
                 memo[len(memo) if argument is None else argument] = stack[-1]
             elif name in _GET:
@@ -132,12 +132,15 @@ class Pickles:
                 stack.append(self._global(argument.replace(" ", ".", 1)))
             elif name == "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
+                if len(module) + len(last) > MAX_LINE:  # both may be anywhere in the file, and be taken again and again
+                    raise ValueError(f"a global's name of {len(module) + len(last):,} characters")
                 stack.append(self._global(f"{module:s}.{last:s}"))
             elif name in ("REDUCE", "NEWOBJ"):
                 arguments = stack.pop()
                 if not isinstance(stack[-1], Foreign):
                     if name == "NEWOBJ" or not isinstance(arguments, tuple):
                         raise ValueError("a pickle that makes an object of no known class")
+                    self._count(sum(len(each) for each in arguments if isinstance(each, list | tuple | dict)))
                     stack[-1] = stack[-1](*arguments)
             elif name == "BUILD":
                 stack.pop()  # an object's attributes, such as a state dict's _metadata, are dropped
@@ -154,8 +157,14 @@ class Pickles:
     def _global(self, name: str) -> Any:
         if name in self.known:
             return self.known[name]
-        self.refused[name] = None
-        return Foreign(name)
+        if len(self.refused) == MAX_REFUSED and name not in self.refused:
+            raise ValueError(f"a pickle of more than {MAX_REFUSED} globals that no tensor has")
+        return self.refused.setdefault(name, Foreign(name))
+
+    def _count(self, operations: int) -> None:
+        self._operations += operations
+        if self._operations > MAX_OPERATIONS:
+            raise ValueError(f"a pickle of more than {MAX_OPERATIONS:,} operations")
 
 
 def _last(stack: list[Any], count: int) -> list[Any]:

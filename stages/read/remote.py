@@ -125,8 +125,9 @@ def open_remote(url: str, open_source: Callable[[Path], Source]) -> Source:
     """
     _check(url)
     url = _resolved(url) if url.startswith("hf://") else url.rstrip("/")
-    url, _, single = url.rpartition("/") if url.endswith(".gguf") else (url, "", "")
+    # By its own address: an image has nothing but the model's files, and another model may be opened meanwhile.
     directory = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    url, _, single = url.rpartition("/") if url.endswith(".gguf") else (url, "", "")
     try:
         objects = [existing_object(url, name) for name in part_names(single)] if single else checkpoint_files(url)
         fetched = make_image(url, directory, objects)
@@ -187,7 +188,7 @@ def _resolved(url: str) -> str:
 
     name, _, revision = url.removeprefix("hf://").strip("/").partition("@")
     try:
-        commit = HfApi().model_info(name, revision=revision or None).sha
+        commit = HfApi().model_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     except Exception as error:  # of the library or the network, whose text names no token
         raise BadInput([Problem(url, f"{type(error).__name__}", "a model on the Hub that can be read")]) from None
     return f"{constants.ENDPOINT}/{name}/resolve/{commit}"

@@ -111,7 +111,10 @@ def _asked(url: str) -> list[Object]:
     """The files at a web server, which has no listing: those with the usual names, and the shards that an index names."""
     found = {name: each for name in NAMES if (each := head(url, name))}
     if INDEX in found:
-        said = parse_json(bytes(fetch_range(url, INDEX, 0, found[INDEX].size_bytes, found[INDEX].etag)))
+        index = found[INDEX]
+        if index.size_bytes > SMALL_BYTES:
+            raise BadInput([Problem(f"{url}/{INDEX}", f"{index.size_bytes:,} bytes", f"at most {SMALL_BYTES:,}")])
+        said = parse_json(bytes(fetch_range(url, INDEX, 0, index.size_bytes, index.etag)))
         placed = said.get("weight_map") if isinstance(said, dict) else None
         if not isinstance(placed, dict):
             raise BadInput([Problem(f"{url}/{INDEX}", "no weight_map", "the file of each tensor, by its name")])

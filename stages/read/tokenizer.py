@@ -38,9 +38,12 @@ def open_tokenizer(location: Path) -> Tokenizer:
     with _quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), **arguments)
-        except Exception as error:
-            # transformers passes on whatever its many readers raise.
-            found = f"no tokenizer that transformers can open ({str(error).splitlines()[0][:200]})"
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # transformers passes on whatever its many readers raise; a panic of the package tokenizers is no Exception.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            found = f"no tokenizer that transformers can open ({reason[:200]})"
             raise BadInput([Problem(str(location), found, "tokenizer.json or its like", "Give --tokenizer DIR")]) from None
     opened: Tokenizer = tokenizer
     return opened

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.model.dtypes import BY_SAFETENSORS, TABLE
-from stages.read.pickles import Foreign, set_items
+from stages.read.pickles import MAX_LINE, Foreign, set_items
 
 MAX_SIZE = 1 << 62  # of a number in a file, so that products of sizes stay printable
 
@@ -109,7 +109,9 @@ def is_size(value: Any) -> bool:
 
 
 def decoded(text: Any) -> str:
-    """Return a string, also from ASCII bytes, which files of Python 2 have. Raises ValueError for anything else."""
+    """Return a short string, also from ASCII bytes, which files of Python 2 have. Raises ValueError for anything else."""
+    if isinstance(text, str | bytes) and len(text) > MAX_LINE:  # bytes would be copied for each storage that is named by them
+        raise ValueError(f"a storage's name of {len(text):,} bytes")
     if isinstance(text, bytes):
         text = text.decode("ascii")
     if not isinstance(text, str):

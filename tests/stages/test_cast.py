@@ -1,4 +1,4 @@
-"""cast: torch's `.to(dtype)`, bit for bit, over all 16-bit patterns and the float32 values that rounding can go wrong at."""
+"""cast: torch's `.to(dtype)`, bit for bit, over all 16-bit patterns, and those of 32 and 64 bits that rounding can go wrong at."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from stages.read import read
 from tests.support.lazy import block, held, values
 
 NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+TYPES = NUMPY | {"float64": np.dtype(np.float64)}  # of sources
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PAIRS = [(a, b) for a in NUMPY for b in NUMPY]
+PAIRS = [(a, b) for a in TYPES for b in NUMPY]
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -29,7 +30,14 @@ def is_nan(array: np.ndarray) -> np.ndarray:
 
 
 def samples(kind: str) -> np.ndarray:
-    """Every value of a 16-bit type; of float32, those around every halfway point of both 16-bit types, and random ones."""
+    """Every value of a 16-bit type; of float32, those around every halfway point of both 16-bit types, and random ones; of float64,
+    some of these, and those beside each that float32 does not tell from it.
+    """
+    if kind == "float64":
+        with np.errstate(invalid="ignore"):
+            wide = samples("float32")[::7].astype(np.float64)
+            near = [wide * (1 + step) for step in (0, 2**-40, -(2**-40))]
+        return np.concatenate([[1 + 2**-11 + 2**-40, 1 + 2**-8 + 2**-40], *near])
     if kind != "float32":
         return np.arange(1 << 16, dtype=np.uint16).view(NUMPY[kind])
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -43,7 +51,7 @@ def samples(kind: str) -> np.ndarray:
 
 def by_torch(array: np.ndarray, kind: str, wanted: str) -> np.ndarray:
     integers = {"float32": torch.int32, "float16": torch.int16, "bfloat16": torch.int16}
-    signed = torch.from_numpy(array.view(f"i{array.dtype.itemsize}").copy()).view(TORCH[kind])
+    signed = torch.from_numpy(array.view(f"i{array.dtype.itemsize}").copy()).view(getattr(torch, kind))
     return signed.to(TORCH[wanted]).view(integers[wanted]).numpy().view(NUMPY[wanted])
 
 
@@ -60,7 +68,7 @@ def test_values_are_those_of_torch(kind: str, wanted: str) -> None:
 
 @pytest.mark.parametrize(("kind", "wanted"), PAIRS)
 def test_a_cast_commutes_with_slices(kind: str, wanted: str) -> None:
-    given = np.random.default_rng(1).standard_normal((5, 6)).astype(NUMPY[kind])
+    given = np.random.default_rng(1).standard_normal((5, 6)).astype(TYPES[kind])
     whole = np.asarray(as_type(block(given), NUMPY[wanted]))
     for region in (((0, 5), (0, 6)), ((1, 3), (2, 5)), ((4, 5), (0, 1))):
         part = as_type(block(given), NUMPY[wanted]).read(region)

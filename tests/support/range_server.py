@@ -17,7 +17,8 @@ from tests.support.http_servers import serving
 
 @dataclass
 class Served:
-    """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`, `times`: whether it says any.
+    """A directory at `url`. `requests`: (method, name, first byte, last byte) of each; `etags`, `times`: whether it says any;
+    `weak`: whether its ETags are weak ones, which fulfil no condition (RFC 9110, 13.1.1).
 
     `faults`: what the next requests of weights get instead, the first first: a status, or "cut" for half of the bytes. `echo`: a
     status that all requests get, with their own headers in the answer, as some servers do to explain themselves.
@@ -26,6 +27,7 @@ class Served:
     url: str = ""
     etags: bool = True
     times: bool = True
+    weak: bool = False
     token: str = ""
     echo: int = 0
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)
@@ -75,7 +77,7 @@ def range_server(directory: Path) -> Iterator[Served]:
             if isinstance(fault, int):
                 self._status(fault)
                 return
-            if self.headers.get("If-Match") not in (None, etag):
+            if self.headers.get("If-Match") not in ((None,) if served.weak else (None, etag)):
                 self._status(412)
                 return
             self.send_response(206 if found else 200)
@@ -85,7 +87,7 @@ def range_server(directory: Path) -> Iterator[Served]:
             if found:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
             if served.etags:
-                self.send_header("ETag", etag)
+                self.send_header("ETag", f"W/{etag}" if served.weak else etag)
             self.end_headers()
             if self.command == "GET":
                 with path.open("rb") as file:

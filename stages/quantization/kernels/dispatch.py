@@ -37,7 +37,10 @@ class Kernels(Protocol):
         """float8_e4m3fn: codes of one scale as codes of another, multiplied, divided, then rounded once."""
 
     def cast(self, values: np.ndarray, to: np.dtype) -> np.ndarray:
-        """Values of any type in another, rounded once, to nearest even; too large for it becomes infinity, as in torch."""
+        """Values of any type in another, rounded to nearest even; too large for it becomes infinity, as in torch.
+
+        Each is rounded once; a double that becomes a number of 16 bits, to float32 and from there.
+        """
 
     def arranged(self, stream: np.ndarray, layout: KernelLayout) -> np.ndarray:
         """uint8 [n / columns, columns * K * bits / 8] of unsigned packed codes uint8 [n, K * bits / 8], in the kernel's order."""

@@ -108,6 +108,7 @@ def _steps(groups: np.ndarray, to: np.dtype, name: str) -> np.ndarray:
     """float32 [n, groups]: the step with which the codes hold the largest magnitude of [n, groups, size], of whichever sign."""
     with np.errstate(over="ignore", invalid="ignore"):
         steps = np.maximum(groups.max(axis=2) / np.float32(HIGHEST), groups.min(axis=2) / np.float32(LOWEST))
+        steps += np.float32(0)  # of two zeros NumPy takes the one or the other, as its vectors have it: the sum is +0 for both
         steps = kernels().cast(kernels().cast(steps, to), FLOAT32)
     if not np.isfinite(steps).all():
         raise BadInput([not_finite(name)])

@@ -132,6 +132,17 @@ def test_groups_of_zeros_and_of_one_sign() -> None:
     assert numbers[2].min() == -7.0
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("out", [1, 3, 4, 8, 17, 40])
+def test_the_scale_of_zeros_is_one_zero(zero: float, bits: int, out: int) -> None:
+    """+0, on every processor and in pieces of any size."""
+    result = requantize(opened({"w": np.full((out, 48), zero, np.float32)})["w"], 16, "w", bits)
+    scales = values(result["scales"])
+    assert not scales.any()
+    assert not np.signbit(scales).any()
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e6, -1e6])
 @pytest.mark.parametrize("what", ["codes4", "scales"])
 def test_a_value_that_has_no_step_is_refused_by_name(wrong: float, what: str) -> None:

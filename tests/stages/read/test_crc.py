@@ -74,6 +74,37 @@ def test_a_record_larger_than_a_piece(tmp_path: Path) -> None:
     assert problem.found.endswith(" records with another CRC-32, the first data/0")
 
 
+def test_an_archive_that_was_saved_without_checksums_is_noted(model: Path, tmp_path: Path) -> None:
+    path = model / "pytorch_model.bin"
+    values = torch.load(path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(values, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    with zipfile.ZipFile(path) as archive:
+        assert {entry.CRC for entry in archive.infolist()} == {0}
+    assert check_crcs([path]) == ([], 0)
+    ran = headrace("plan", "--model_dir", model, "--output_dir", tmp_path / "out", "--check_crc", "--json")
+    assert ran.code == 0
+    assert "check_crc: no file of this source has checksums" in ran.out
+
+
+def test_one_record_without_its_checksum_is_a_problem(model: Path) -> None:
+    """All others have one: this one was lost."""
+    path = model / "pytorch_model.bin"
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/20"))
+    at = data.rindex(b"PK\1\2", 0, data.rindex(entry.filename.encode()))  # its place in the directory
+    data[at + 16 : at + 20] = bytes(4)
+    path.write_bytes(bytes(data))
+    ((problem,), _) = check_crcs([path])
+    assert problem.found.startswith("1 of ")
+    assert problem.found.endswith("the first data/20")
+
+
 def test_a_source_without_checksums_is_noted(tmp_path: Path) -> None:
     checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
     ran = headrace("plan", "--model_dir", tmp_path / "model", "--output_dir", tmp_path / "out", "--check_crc", "--json")

@@ -80,8 +80,22 @@ def test_the_factor_of_a_long_rope_is_left_out_where_it_is_the_formulas(right: b
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1.0, float("nan")], [-1.0, 2.0]])
 def test_factors_that_turn_nothing_are_refused(values: list[float]) -> None:
     tensors = {**FACTORS, "rope_factors_long.weight": Held(np.array(values, np.float32))}
-    with pytest.raises(BadInput, match=r"rope_factors_long\.weight: found 2 factors; expected factors greater than 0"):
+    with pytest.raises(BadInput, match=r"rope_factors_long\.weight: found 2 factors .* one axis of factors greater than 0"):
         config({"rope.scaling.original_context_length": 256}, tensors)
+
+
+@pytest.mark.parametrize("name", ["rope_freqs", "rope_factors_short", "rope_factors_long"])
+@pytest.mark.parametrize("shape", [(), (1, 2), (2, 3)])
+def test_factors_of_other_than_one_axis_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    tensors = {**FACTORS, f"{name}.weight": Held(np.ones(shape, np.float32))}
+    with pytest.raises(BadInput, match=rf"{name}\.weight: found {math.prod(shape)} factors of shape"):
+        config({"rope.scaling.original_context_length": 256}, tensors)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_one_list_of_factors_without_the_other_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match=rf"{name}: found no such tensor"):
+        config({"rope.scaling.original_context_length": 256}, {other: held for other, held in FACTORS.items() if other != name})
 
 
 def test_factors_without_the_length_that_they_go_with_are_refused() -> None:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from pipeline.model.dtypes import TABLE, DType
 from pipeline.model.model_config import ModelConfig, model_config
 from pipeline.model.tables import find_family
 from pipeline.sinks.output_checks import check_source
@@ -125,6 +127,16 @@ def test_codes_of_quantized_tensors_stay_as_they_are() -> None:
     source = open_model(stand_in(state))
     assert all(same(array, state[name].numpy()) for name, array in arrays(source).items())
     assert source.dtype is None
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.safetensors)
+def test_every_type_of_the_table_is_read_bit_for_bit(row: DType) -> None:
+    bits = torch.arange(48, dtype=torch.uint8) % (2 if row.safetensors == "BOOL" else 251)
+    matrix = bits.view(getattr(torch, row.numpy.name)).reshape(2, -1)
+    found = arrays(open_model(stand_in({"first.weight": torch.zeros(2), "a.weight": matrix, "b.weight": matrix.t()})))
+    assert found["a.weight"].dtype == row.numpy
+    assert found["a.weight"].tobytes() == bits.numpy().tobytes()
+    assert same(found["b.weight"], np.ascontiguousarray(found["a.weight"].T))
 
 
 def test_only_stacks_of_matrices_are_given_a_module() -> None:

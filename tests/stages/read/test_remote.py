@@ -17,12 +17,13 @@ import stages.read.remote_image
 from pipeline import convert, inspect, plan
 from pipeline.errors import BadInput, SourceChanged, WriteFailed
 from pipeline.reporting.verification import verify
+from stages.read.object_store import fetch_range
 from tests.end_to_end.test_family_forward import CASES, build
 from tests.stages.read.test_gguf import LLAMA3, LLAMA31, factors
 from tests.support import checkpoints, gguf_families, gguf_files, quantized_checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
-from tests.support.range_server import Served, range_server
+from tests.support.range_server import Served, etag_of, range_server
 from tests.support.s3_server import forget_clients
 
 BIG = {**checkpoints.LLAMA, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024}  # some MB
@@ -174,6 +175,27 @@ def test_a_server_without_etags_is_read_and_said_to_be(tmp_path: Path, served: S
     both(tmp_path, f"{served.url}/m", place)
 
 
+def test_a_server_with_weak_etags_is_read_and_its_changes_seen(tmp_path: Path, served: Served) -> None:
+    served.weak = True
+    place = at(tmp_path)
+    both(tmp_path, f"{served.url}/m", place)
+    file, url = place / "model.safetensors", f"{served.url}/m"
+    etag = f"W/{etag_of(file)}"
+    assert bytes(fetch_range(url, file.name, 2, 9, etag)) == file.read_bytes()[2:9]
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(SourceChanged, match="another object than the one that was opened"):
+        fetch_range(url, file.name, 2, 9, etag)
+
+
+def test_models_beside_each_other_have_images_of_their_own(tmp_path: Path, served: Served, cache: Path) -> None:
+    """Two processes may open them at the same time."""
+    for name in ("a.gguf", "b.gguf"):
+        gguf_files.write(tmp_path / "served" / name, checkpoints.LLAMA, checkpoints.values(checkpoints.LLAMA))
+    for name in ("a.gguf", "b.gguf"):
+        inspect(f"{served.url}/{name}")
+    assert sorted(path.name for path in cache.rglob("*.gguf")) == ["a.gguf", "b.gguf"]
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -195,6 +217,14 @@ def test_an_index_that_places_nothing_is_named(tmp_path: Path, served: Served, i
     (at(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BadInput, match=r"model.safetensors.index.json: found no weight_map"):
         inspect(f"{served.url}/m")
+
+
+def test_an_index_that_is_larger_than_any_is_not_fetched(tmp_path: Path, served: Served) -> None:
+    with (at(tmp_path) / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(stages.read.remote_image.SMALL_BYTES + 1)
+    with pytest.raises(BadInput, match=r"model.safetensors.index.json: found 67,108,865 bytes; expected at most 67,108,864"):
+        inspect(f"{served.url}/m")
+    assert ("GET", "model.safetensors.index.json") not in {each[:2] for each in served.requests}
 
 
 def test_a_model_that_is_written_anew_between_two_runs_is_another_though_no_time_is_told(tmp_path: Path, served: Served) -> None:
@@ -227,7 +257,8 @@ def test_the_hub_by_a_commit_and_with_its_token(tmp_path: Path, served: Served, 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     info = type("Info", (), {"sha": "c0ffee"})
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda _self, name, **_: info if name == "org/name" else None)
+    asked = lambda _self, name, timeout, **_: info if name == "org/name" and timeout else None  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
     stages.read.object_store._store.cache_clear()
     both(tmp_path, "hf://org/name@main", place)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "served" not in path.parts)

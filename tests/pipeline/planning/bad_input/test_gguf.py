@@ -218,6 +218,16 @@ def test_an_alignment_that_is_no_power_of_two(path: Path, alignment: int) -> Non
     assert "power of" in problem
 
 
+@pytest.mark.parametrize("alignment", [1 << 21, 1 << 31])
+def test_an_alignment_that_is_larger_than_any(path: Path, alignment: int) -> None:
+    """As much is made room for, also where there are no tensors."""
+    content = write(path, metadata={"general.alignment": 32}).read_bytes()
+    at = content.index(b"general.alignment") + len("general.alignment") + 4
+    for data in (content, changed(content, 8, "Q", 0)):  # the number of tensors
+        path.write_bytes(changed(data, at, "I", alignment))
+        assert f"general.alignment {alignment:,}, more than 1,048,576" in one(refused(path))
+
+
 def test_text_that_is_not_utf8(path: Path, sound: bytes) -> None:
     path.write_bytes(sound.replace(b"a small model", b"a \xff\xfe\xfd\xfc\xfb model"))
     assert plan(path) in (0, 2)
@@ -303,6 +313,13 @@ def test_rope_factors_that_are_not_llama3s(path: Path, factors: np.ndarray) -> N
     assert "rope_freqs.weight: found " in one(refused(path))
 
 
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "rope_factors_short.weight"])
+def test_rope_factors_that_are_packed(path: Path, name: str) -> None:
+    """They would be passed over with the name that packed weights are given."""
+    write(path, tensors={name: np.zeros(34, np.uint8)}, kinds={name: "Q8_0"})
+    assert f"{name}: found type Q8_0; expected an unpacked type" in one(refused(path))
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama4", ""])
 def test_an_unknown_architecture_lists_those_known(path: Path, architecture: str) -> None:
     write(path, architecture=architecture)
@@ -330,3 +347,44 @@ def test_the_same_tensor_in_two_parts(tmp_path: Path) -> None:
         write(tmp_path / f"m-0000{n}-of-00002.gguf")
     problems = refused(tmp_path / "m-00001-of-00002.gguf")
     assert sum("the tensor again in m-00002-of-00002.gguf" in problem for problem in problems) == min(len(TENSORS), 20)
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32", "Q4_0", "Q8_0"])
+def test_a_tensor_again_in_another_type(tmp_path: Path, kind: str) -> None:
+    """Both would be the weight of one module, under parameters of their own."""
+    name = "blk.0.attn_k.weight"
+    write(tmp_path / "m-00001-of-00002.gguf", **typed(name, "Q4_0"))
+    write(tmp_path / "m-00002-of-00002.gguf", without=tuple(TENSORS.keys() - {name}), **typed(name, kind))
+    assert one(refused(tmp_path)).startswith(f"{name}: found the tensor again in m-00002-of-00002.gguf; expected one home")
+
+
+def test_a_plain_tensor_under_the_name_of_a_packed_one(path: Path) -> None:
+    name = "blk.0.attn_k.gguf_Q4_0"
+    write(path, tensors={name: np.zeros((HIDDEN // 2, HIDDEN), np.float32)})
+    assert f"{name}: found type F32 under the name of packed weights; expected a name of llama.cpp's" in one(refused(path))
+
+
+@pytest.mark.parametrize("said", [len(TENSORS) + 1, len(TENSORS) - 1, 0, "many"])
+def test_parts_with_another_number_of_tensors_than_they_say(tmp_path: Path, said: Any) -> None:
+    for n in (1, 2):
+        half = {name for place, name in enumerate(TENSORS) if place % 2 == n % 2}
+        write(tmp_path / f"m-0000{n}-of-00002.gguf", without=tuple(half), metadata={"split.tensors.count": said})
+    subject = f"{tmp_path / 'm-00001-of-00002.gguf'}: split.tensors.count"
+    assert one(refused(tmp_path)).startswith(f"{subject}: found {said!r}; expected {len(TENSORS)}, as all parts have together")
+
+
+def test_parts_with_as_many_tensors_as_they_say(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for n in (1, 2):
+        half = {name for place, name in enumerate(TENSORS) if place % 2 == n % 2}
+        write(tmp_path / f"model/m-0000{n}-of-00002.gguf", without=tuple(half), metadata={"split.tensors.count": len(TENSORS)})
+    assert convert(tmp_path / "model", tmp_path / "out").code == 0
+
+
+def typed(name: str, kind: str) -> dict[str, Any]:
+    """The options of `write` for a tensor of zeros of a type."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    plain = {"F16": np.float16, "F32": np.float32}.get(kind)
+    rows, columns = TENSORS[name]
+    values = np.zeros((rows, columns), plain) if plain else np.zeros((rows, columns // block * size), np.uint8)
+    return {"tensors": {name: values}, "kinds": None if plain else {name: kind}}

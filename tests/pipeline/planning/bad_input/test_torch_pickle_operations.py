@@ -232,6 +232,40 @@ def test_a_pickle_of_too_many_operations(model: Path, monkeypatch: pytest.Monkey
     assert "more than 1,000 operations" in problem(model, archive(b"\x80\x02" + b"N0" * 600 + b"N."))
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("calls", [5, 20])
+def test_pairs_that_a_call_goes_through_are_operations(
+    kind: type, calls: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One list of them may be the argument of many calls."""
+    monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1500)
+    pairs = kind((f"n{n}", None) for n in range(100))
+    report = problem(model, archive([Call(collections.OrderedDict, pairs) for _ in range(calls)]))
+    assert ("more than 1,500 operations" in report) == (calls == 20)
+
+
+@pytest.mark.parametrize("length", [pickles.MAX_LINE // 2 - 1, pickles.MAX_LINE // 2, 5000])
+def test_long_names_put_together_on_the_stack(length: int, model: Path) -> None:
+    text = b"X" + (length + 1).to_bytes(4, "little") + b"n" * (length + 1)
+    report = problem(model, archive(b"\x80\x04" + text + text + b"\x93."))
+    assert (f"a global's name of {2 * length + 2:,} characters" in report) == (2 * length + 2 > pickles.MAX_LINE)
+
+
+def test_globals_without_end(model: Path) -> None:
+    names = b"".join(b"cos\nn%d\n0" % n for n in range(3 * pickles.MAX_REFUSED))
+    (model / FILE).write_bytes(archive(b"\x80\x02" + names + b"}."))
+    report = problems(model / FILE)
+    assert len(report) == pickles.MAX_REFUSED
+    assert all("found the global os.n" in line for line in report)
+
+
+@pytest.mark.parametrize("make", [archive, legacy])
+def test_a_long_name_of_a_storage(make: Callable[..., bytes], model: Path) -> None:
+    key = b"n" * (pickles.MAX_LINE + 1)
+    for name in (key, key.decode()):
+        assert "a storage's name of 1,025 bytes" in problem(model, make(pickled({"a": tensor(key=name, view=(None,))}, 4)))
+
+
 def test_a_pickle_of_too_many_bytes(model: Path) -> None:
     with zipfile.ZipFile(model / FILE, "w") as file:
         file.writestr("archive/data.pkl", bytes(270_000_000))

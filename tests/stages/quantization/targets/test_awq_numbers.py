@@ -64,6 +64,16 @@ def test_each_number_is_within_half_a_step() -> None:
     assert not codes[:, :64].any()
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("out", [2, 4, 6, 8, 34])
+def test_the_step_of_zeros_is_one_zero(zero: float, out: int) -> None:
+    """+0, on every processor and in pieces of any size."""
+    arrays = opened({"w": np.full((out, 192), zero, FP16), "s": np.ones(192, np.float32)})
+    steps = values(pack("w", arrays["w"], arrays["s"], 64, FP16, 64)["weights_scaling_factor"][0])
+    assert not steps.any()
+    assert not np.signbit(steps).any()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
     held = weight_and_scale(4, 128, 0, FP16)
