@@ -168,7 +168,8 @@ class BucketOutput(Output):
             bucket.abort_upload(upload.url, upload.id)
         for path in self.copies:
             bucket.put_object(str(self.directory / path.name), path.read_bytes())
-        said = {"id": self.id, "boot": "", "copied": [path.name for path in self.copies]}
+        copied = [path.name for path in self.copies]
+        said = {"id": self.id, "boot": "", "copied": copied, "config_sha256": self.config_sha256}
         provenance = {**self.provenance, **said, "timings": dict(timings), "xxh3": checksums}
         bucket.put_object(str(self.directory / PROVENANCE), (json.dumps(provenance, indent=1) + "\n").encode())
         bucket.put_object(str(self.mark), self.config.encode())

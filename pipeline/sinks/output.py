@@ -6,6 +6,7 @@ which says what is being written and which tasks are done, and rank files named 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +75,11 @@ class Output:
     def size_bytes(self) -> int:
         """The size of all rank files together."""
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def config_sha256(self) -> str:
+        """The SHA-256 of config.json, which headrace.json has."""
+        return hashlib.sha256(self.config.encode()).hexdigest()
 
     @property
     def local_bytes(self) -> int:
@@ -218,7 +224,7 @@ class Output:
             sync_files(self.directory / path.name for path in self.copies)
             sync_names(self.directory)
         copied = [path.name for path in self.copies]
-        said = {"id": self.id, "boot": "" if self.sync else boot_mark(), "copied": copied}
+        said = {"id": self.id, "boot": "" if self.sync else boot_mark(), "copied": copied, "config_sha256": self.config_sha256}
         provenance = {**self.provenance, **said, "timings": dict(timings), "xxh3": checksums}
         for name, text in ((PROVENANCE, json.dumps(provenance, indent=1) + "\n"), (CONFIG, self.config)):
             _replace(self.directory / name, text, self.sync)

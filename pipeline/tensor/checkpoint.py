@@ -28,6 +28,7 @@ class Checkpoint:
     """`config`: config.json. `ranks`: each rank file's tensors by name, rank 0 first. `provenance`: headrace.json, or nothing.
 
     `files`: the names of all files that are there. `assumed_sm`: the GPU generation of an output whose headrace.json names none.
+    `config_sha256`: of the bytes of config.json, "" where nobody took it.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     assumed_sm: int = 80
+    config_sha256: str = ""
 
     @property
     def sm(self) -> int | str:

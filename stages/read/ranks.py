@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -43,13 +44,13 @@ def _open_remote(directory: RemotePath) -> Checkpoint:
         {name: remote_tensor(tensor, url, etags) for name, tensor in rank.items() if isinstance(tensor, MappedTensor)}
         for rank in found.ranks
     )
-    return Checkpoint(directory, found.config, ranks, found.provenance, tuple(sorted(etags)))
+    return Checkpoint(directory, found.config, ranks, found.provenance, tuple(sorted(etags)), found.config_sha256)
 
 
 def _open_here(directory: Path) -> Checkpoint:
-    config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
+    config, digest = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
     _refuse_sources(directory, config)
-    provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
+    provenance = _object(directory / "headrace.json", "")[0] if (directory / "headrace.json").exists() else {}
     # To the loader a table that is null is none, so that it is none to all who read it.
     config = {key: value for key, value in config.items() if value is not None or key not in NULLABLE}
     mapping = config["mapping"] if isinstance(config.get("mapping"), Mapping) else {}
@@ -70,7 +71,8 @@ def _open_here(directory: Path) -> Checkpoint:
             problems += error.problems
     if problems:
         raise BadInput(problems)
-    return Checkpoint(directory, config, tuple(ranks), provenance, tuple(sorted(path.name for path in directory.iterdir())))
+    names = tuple(sorted(path.name for path in directory.iterdir()))
+    return Checkpoint(directory, config, tuple(ranks), provenance, names, digest)
 
 
 def refuse_source(directory: Path) -> None:
@@ -93,8 +95,11 @@ def _refuse_sources(directory: Path, config: Mapping[str, Any]) -> None:
     raise BadInput([Problem(str(directory), found, "what headrace convert wrote: config.json and rank{N}.safetensors", remedy)])
 
 
-def _object(path: Path, expected: str) -> dict[str, Any]:
-    """Read a JSON object. Raises BadInput where it cannot be read; `expected`: what the message then says was expected."""
+def _object(path: Path, expected: str) -> tuple[dict[str, Any], str]:
+    """Read a JSON object; return it and the SHA-256 of the file.
+
+    Raises BadInput where it cannot be read; `expected`: what the message then says was expected.
+    """
     try:
         text, _ = read_document(path)
         if not text.strip(b"\0 \n"):  # a power cut leaves a file of no bytes, or of zeros
@@ -107,4 +112,4 @@ def _object(path: Path, expected: str) -> dict[str, Any]:
         raise BadInput([Problem(str(path), f"no JSON ({error})", "a JSON object")]) from None
     if not isinstance(value, dict):
         raise BadInput([Problem(str(path), f"a JSON {type(value).__name__}", "a JSON object")])
-    return value
+    return value, hashlib.sha256(text).hexdigest()

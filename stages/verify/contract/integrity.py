@@ -46,6 +46,14 @@ def headers(checkpoint: Checkpoint) -> Iterator[Problem]:
     yield from _left_over(checkpoint)
 
 
+def changed_config(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Check that config.json is what headrace.json has the SHA-256 of; earlier versions wrote none."""
+    digest = checkpoint.provenance.get("config_sha256", checkpoint.config_sha256)
+    if checkpoint.config_sha256 and digest != checkpoint.config_sha256:
+        remedy = "It was changed after it was written: convert again, or copy it again"
+        yield Problem("config.json", "another text than was written", f"the SHA-256 {shown(digest)} of headrace.json", remedy)
+
+
 def checksums(checkpoint: Checkpoint) -> Iterator[tuple[int, str, int]]:
     """List the tensors that headrace.json has usable checksums of, as (rank, name, bytes), in the order of the files."""
     for number, stored in enumerate(checkpoint.ranks):

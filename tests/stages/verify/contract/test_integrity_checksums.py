@@ -20,7 +20,7 @@ from pipeline.errors import Problem
 from pipeline.planning import make_plan as planning
 from stages.read.ranks import open_checkpoint
 from stages.verify.contract import integrity
-from stages.verify.contract.integrity import check_tensor, checksums, headers
+from stages.verify.contract.integrity import changed_config, check_tensor, checksums, headers
 from tests.stages.verify.contract.test_contract_config import VALUES
 from tests.support import checkpoints
 
@@ -152,6 +152,20 @@ def test_what_does_not_fit_the_files(change: Callable[[dict[str, Any]], object],
     assert said in problem.found
     # What is left of it is still of use, and a broken entry does not raise.
     assert wrong_bytes(ranks) == []
+
+
+def test_another_config_json_than_was_written(ranks: Path) -> None:
+    assert list(changed_config(open_checkpoint(ranks))) == []
+    text = (ranks / "config.json").read_text()
+    (ranks / "config.json").write_text(text + " ")
+    (problem,) = changed_config(open_checkpoint(ranks))
+    assert problem.subject == "config.json"
+    assert "SHA-256" in problem.expected
+    # Earlier versions wrote no such sum.
+    provenance = json.loads((ranks / "headrace.json").read_text())
+    del provenance["config_sha256"]
+    (ranks / "headrace.json").write_text(json.dumps(provenance))
+    assert list(changed_config(open_checkpoint(ranks))) == []
 
 
 def test_another_checksum_is_another_tensor(ranks: Path) -> None:
