@@ -22,13 +22,15 @@ from stages.verify.roundtrip.walk import check_part, tensor_parts
 class MatchedSource:
     """A source as numbers, and where the checkpoint's values come from.
 
-    `kept`: the codes of a packed source are in the rank files unchanged. `problems`: those that show before a value is read.
+    `kept`: the codes of a packed source are in the rank files unchanged. `problems`: those of names and shapes, by which no value
+    can be compared. `settings`: those of config.json.
     """
 
     original: Original
     origins: tuple[Origin, ...]
     kept: bool
     problems: tuple[Problem, ...]
+    settings: tuple[Problem, ...] = ()
 
 
 def match(checkpoint: Checkpoint, source: Source) -> MatchedSource:
@@ -39,10 +41,10 @@ def match(checkpoint: Checkpoint, source: Source) -> MatchedSource:
     original = Original(replace(source, config={**source.config, **told}))
     shapes = {name: original.shape(name) for name in original.names()}
     matched = match_source(checkpoint, shapes, checkpoint.provenance.get("left_out", ()))
-    problems = [*matched.problems, *check_settings(checkpoint.config, original.config, options)]
+    settings = tuple(check_settings(checkpoint.config, original.config, options))
     made = any(str(note).startswith("dequantized:") for note in notes)
     kept = not (options.get("requantize") or options.get("dequantize") or made)
-    return MatchedSource(original, matched.origins, kept, tuple(problems))
+    return MatchedSource(original, matched.origins, kept, matched.problems, settings)
 
 
 def read_once(

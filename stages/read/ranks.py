@@ -44,7 +44,7 @@ def _open_remote(directory: RemotePath) -> Checkpoint:
         {name: remote_tensor(tensor, url, etags) for name, tensor in rank.items() if isinstance(tensor, MappedTensor)}
         for rank in found.ranks
     )
-    return Checkpoint(directory, found.config, ranks, found.provenance, tuple(sorted(etags)), found.config_sha256)
+    return Checkpoint(directory, found.config, ranks, found.provenance, tuple(sorted(etags)), config_sha256=found.config_sha256)
 
 
 def _open_here(directory: Path) -> Checkpoint:
@@ -72,7 +72,7 @@ def _open_here(directory: Path) -> Checkpoint:
     if problems:
         raise BadInput(problems)
     names = tuple(sorted(path.name for path in directory.iterdir()))
-    return Checkpoint(directory, config, tuple(ranks), provenance, names, digest)
+    return Checkpoint(directory, config, tuple(ranks), provenance, names, config_sha256=digest)
 
 
 def refuse_source(directory: Path) -> None:

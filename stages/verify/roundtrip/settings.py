@@ -1,19 +1,18 @@
-"""Compare what config.json says of positions and windows with the source's own configuration.
+"""Compare what config.json says of the model with the source's own configuration: all that values do not show, and windows.
 
-The source's is read as transformers reads it, by no code that plans. Facts: docs/format/runtime-1.2.md, sections b to b4 and g.
+The source's is read as transformers reads it, by no code that plans. Facts: docs/format/runtime-1.2.md, section g.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.computes import layer_windows
+from stages.verify.roundtrip.model_settings import check_model
+from stages.verify.roundtrip.rope_settings import AGAIN, check_rope
 
-LONG_ROPE = ("longrope", "su")
-AGAIN = "Convert it again"
 # Models whose layers alternate between a window and the whole sequence, with the length of the pattern where no key says it.
 PATTERNS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}
 # Models that have a window where their configuration has no such key.
@@ -33,33 +32,14 @@ DEFAULT_WINDOW = 4096  # transformers' own, of all these families
 
 
 def check_settings(config: Mapping[str, Any], source: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[Problem]:
-    """Report rope scaling and windows of config.json that are not the source's.
+    """Report settings, rope and windows of config.json that are not the source's.
 
     `source`: the configuration of the source as transformers reads it. `options`: those of the conversion, as far as headrace.json
     knows them; with `rope_scaling` "none" the scaling was left out on request.
     """
-    if options.get("rope_scaling") != "none":
-        yield from _rope(config, source)
+    yield from check_model(config, source, options)
+    yield from check_rope(config, source, without=options.get("rope_scaling") == "none")
     yield from _windows(config, source)
-
-
-def _rope(config: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Problem]:
-    theirs, ours = _scaling(source), config.get("rotary_scaling") or {}
-    kind, written = _kind(theirs), _kind(ours)
-    if kind in LONG_ROPE and config.get("position_embedding_type") == "long_rope":
-        for key in ("short", "long"):
-            if list(theirs.get(f"{key}_factor") or ()) != list(config.get(f"longrope_scaling_{key}_factors") or ()):
-                yield Problem(f"config.json: longrope_scaling_{key}_factors", "others", f"the source's {key}_factor", AGAIN)
-    elif kind != written:
-        yield Problem("config.json: rotary_scaling", written, f"{kind}, by the source's rope_scaling", AGAIN)
-    else:
-        for key in sorted(theirs.keys() & ours.keys() - {"type", "rope_type", "rope_theta"}):
-            if theirs[key] != ours[key]:
-                yield Problem(f"config.json: rotary_scaling.{key}", repr(ours[key]), f"{theirs[key]!r}, by the source", AGAIN)
-    base = theirs.get("rope_theta", _parameters(source).get("rope_theta", source.get("rope_theta")))
-    found = config.get("rotary_base")
-    if isinstance(base, int | float) and isinstance(found, int | float) and not math.isclose(base, found):
-        yield Problem("config.json: rotary_base", repr(found), f"{base!r}, by the source's rope_theta", AGAIN)
 
 
 def _windows(config: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[Problem]:
@@ -110,21 +90,3 @@ def _local_layers(source: Mapping[str, Any], architecture: str, layers: int) -> 
         pattern = source.get("sliding_window_pattern") or source.get("_sliding_window_pattern") or PATTERNS[architecture]
         return [(layer + 1) % pattern != 0 for layer in range(layers)]
     return [True] * layers
-
-
-def _parameters(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5's `rope_parameters`, those of layers that see everything; empty where there are none."""
-    parameters = source.get("rope_parameters")
-    if not isinstance(parameters, Mapping):
-        return {}
-    full = parameters.get("full_attention", parameters)
-    return full if isinstance(full, Mapping) else {}
-
-
-def _scaling(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    scaling = source.get("rope_scaling")
-    return scaling if isinstance(scaling, Mapping) and scaling else _parameters(source)
-
-
-def _kind(scaling: Mapping[str, Any]) -> str:
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")

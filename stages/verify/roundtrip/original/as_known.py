@@ -17,6 +17,10 @@ def _llama(config: Config) -> dict[str, Any]:
     return {"hidden_act": "silu", **config, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
+def _yi(config: Config) -> dict[str, Any]:
+    return {"rms_norm_eps": 1e-5, **_llama(config)}
+
+
 def _internlm(config: Config) -> dict[str, Any]:
     base = config.get("rope_theta", (config.get("rotary") or {}).get("base", 10000.0))
     return {**_llama(config), "attention_bias": bool(config.get("bias")), "rope_theta": base}
@@ -66,7 +70,7 @@ def _qwen2_vl(config: Config) -> dict[str, Any]:
     """Positions of several axes are one and the same for text; their sections stay, to be compared."""
     said = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = said.get("rope_type", said.get("type"))
-    theta = config.get("rope_theta", said.get("rope_theta", 10000.0))
+    theta = config.get("rope_theta", said.get("rope_theta", 1000000.0))
     rest = {key: value for key, value in _qwen2(config).items() if key not in ("rope_parameters", "rope_scaling")}
     scaling = {"type": "mrope", "mrope_section": said.get("mrope_section")} if kind in (None, "default", "mrope") else dict(said)
     return {**rest, "rope_theta": theta, "rope_scaling": scaling}
@@ -92,7 +96,7 @@ AS_KNOWN: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "DeciLMForCausalLM": _llama,
     "XverseForCausalLM": _llama,
     "AquilaForCausalLM": _llama,
-    "YiForCausalLM": _llama,
+    "YiForCausalLM": _yi,
     "HeliumForCausalLM": _helium,
     "InternLMForCausalLM": _internlm,
     "InternLM3ForCausalLM": _internlm3,

@@ -51,10 +51,11 @@ KEYS = {
     "rope_scaling": "rope_scaling",
 }
 MIXTURE = {"num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length"}
+QWEN_MIXTURE = {"num_experts": "expert_count", "norm_topk_prob": "expert_weights_norm", **MIXTURE}
 OWN_KEYS: Mapping[str, Mapping[str, str]] = {
     "llama+experts": {"num_local_experts": "expert_count", **MIXTURE},
-    "qwen2moe": {"num_experts": "expert_count", "shared_expert_intermediate_size": "expert_shared_feed_forward_length", **MIXTURE},
-    "qwen3moe": {"num_experts": "expert_count", **MIXTURE},
+    "qwen2moe": {**QWEN_MIXTURE, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+    "qwen3moe": QWEN_MIXTURE,
     "phi3": {
         "sliding_window": "attention.sliding_window",
         "original_max_position_embeddings": "rope.scaling.original_context_length",
