@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,7 +75,7 @@ def verify_command(
             advance=advance,
         )
     if json_:
-        print(json.dumps(result.summary(), indent=2))
+        print(json.dumps(_without_infinities(result.summary()), indent=2, allow_nan=False))
     elif not quiet:
         from pipeline.reporting.terminal import console, verification_table
 
@@ -86,6 +87,15 @@ def verify_command(
         if not (quiet or json_):
             print(escaped(f"wrote {page}"))
     result.check()
+
+
+def _without_infinities(value: Any) -> Any:
+    """Plain values as JSON can say them: numbers that are not finite are null."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command(

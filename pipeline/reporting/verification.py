@@ -28,7 +28,7 @@ from pipeline.version import VERSION
 from stages.read import find_source
 from stages.read.ranks import open_checkpoint, refuse_source
 from stages.read.tokenizer import open_tokenizer
-from stages.verify.contract.integrity import checksums, headers
+from stages.verify.contract.integrity import changed_config, checksums, headers
 from stages.verify.roundtrip.scalars import check_scalars
 
 TOKENS = 32  # random ones, where there is no prompt
@@ -175,24 +175,24 @@ def verify(
         facts = {"tensors": 0, "bytes": 0, "checksums": 0, "seconds": round(time.perf_counter() - started, 3)}
         return Verification(directory, location, tuple(findings), facts, None, None, time.perf_counter() - started)
     checkpoint = _arranged_for(checkpoint, sm)
-    problems = list(headers(checkpoint))
+    changed, problems = list(changed_config(checkpoint)), list(headers(checkpoint))
     matched = match(checkpoint, opened) if opened and not problems else None
     ids = None
-    if logits and opened and matched and not matched.problems:
+    if logits and opened and matched and not (matched.problems or matched.settings):
         from stages.verify.forward.logits import check_runnable  # torch, which nothing else here needs
 
         ids = None if prompt is None else open_tokenizer(opened.location).encode(prompt)
         check_runnable(checkpoint, matched.original, ids, tokens)
     found, figures = read_once(checkpoint, matched, workers, advance)
     problems += found
-    findings = [Finding("integrity", problem) for problem in problems]
+    findings = [Finding("integrity", problem) for problem in (*changed, *problems)]
     sizes = [tensor_bytes(tensor) for rank in checkpoint.ranks for tensor in rank.values()]
     integrity: dict[str, Any] = {"tensors": len(sizes), "bytes": sum(sizes), "checksums": sum(1 for _ in checksums(checkpoint))}
     round_trip: dict[str, Any] | None = None
-    if opened and matched and not findings:
+    if opened and matched and not problems:
         # Tensors that are not where config.json says, or are damaged, are not compared.
-        wrong = list(matched.problems) or list(check_scalars(checkpoint, matched.origins, opened.tensors))
-        findings += [Finding("round trip", problem) for problem in (*wrong, *figures.problems(checkpoint))]
+        wrong = list(matched.problems) or list(check_scalars(checkpoint, matched.origins, matched.original, matched.kept))
+        findings += [Finding("round trip", problem) for problem in (*matched.settings, *wrong, *figures.problems(checkpoint))]
         round_trip = {"bytes": opened.nbytes, "tensors": figures.summary(checkpoint, matched.origins)}
     seconds = round(time.perf_counter() - started, 3)  # of one reading, for both
     integrity["seconds"] = seconds

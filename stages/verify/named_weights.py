@@ -51,6 +51,10 @@ class SourceWeights(NamedWeights, Protocol):
         """Whether the source stores a weight as codes that a rank can keep."""
         ...
 
+    def common_scale(self, name: str) -> float | None:
+        """The one scale of all codes that are floats of 8 or 4 bits; None where there is another number of them, or other codes."""
+        ...
+
     def in_columns(self, name: str) -> bool:
         """Whether a weight's codes are packed along columns, and `columns` can say them."""
         ...

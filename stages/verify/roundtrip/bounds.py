@@ -7,13 +7,14 @@ group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from stages.verify.matrices import Matrix, by_group
 from stages.verify.values import Buffers
 
-LARGEST_FLOAT8 = 448.0
+LARGEST_FLOAT8, LARGEST_FLOAT4 = 448.0, 6.0
 HALF_STEPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 LEAST = 2.0**-24  # the step of float16 below its normal numbers
 SLACK = 1.01  # for the rounding of the bounds themselves
@@ -71,7 +72,7 @@ class Allowance:
 
 def rounding(values: np.ndarray, dtype: np.dtype, times: int = 1, buffers: Buffers | None = None) -> np.ndarray:
     """Half a step of `dtype` at each value, so many times: float32, of the shape of `values`, which are float32."""
-    slope, offset = _half_step(dtype)
+    slope, offset = half_step(dtype)
     bound = (buffers or Buffers()).array("allowed", values.shape)
     np.abs(values, out=bound)
     bound *= np.float32(times * slope)
@@ -79,16 +80,27 @@ def rounding(values: np.ndarray, dtype: np.dtype, times: int = 1, buffers: Buffe
     return bound
 
 
-def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) -> Allowance:
+class OfSource(NamedTuple):
+    """The scales of a weight's float8 or 4-bit float codes in the source.
+
+    `own`: the weight's. `common`: the largest of those of all weights that are in one module of the rank, which have it in common.
+    """
+
+    own: float
+    common: float
+
+
+def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool, source: OfSource | None = None) -> Allowance:
     """The error that the format of a quantized matrix allows at each element of rows [start, stop).
 
-    `dtype`: the model's. `kept`: the source's codes were kept, so that scales alone may have been rounded.
+    `dtype`: the model's. `kept`: the source's codes were kept, so that scales alone may have been rounded. `source`: the scales of
+    codes that are floats; None where the source has numbers or other codes.
     """
-    slope, offset = _half_step(dtype)
+    slope, offset = half_step(dtype)
     if matrix.kind == "weight-only":
         return Allowance(2 * slope, _one(2 * offset)) if kept else _by_rows(matrix.bits, dtype)
     if matrix.kind == "smoothquant":  # the source's codes and scales; others are not compared here (smoothed.py)
-        slope, offset = _half_step(np.dtype(np.float32))
+        slope, offset = half_step(np.dtype(np.float32))
         return Allowance(4 * slope, _one(4 * offset))
     if matrix.kind == "awq":
         return Allowance(3 * slope, _one(3 * offset))
@@ -99,19 +111,22 @@ def allowed(matrix: Matrix, start: int, stop: int, dtype: np.dtype, kept: bool) 
         groups = matrix.tensors["weights_scaling_factor"].shape[-2]
         constant = np.full((1, groups), 4 * offset, np.float32)
         return Allowance(4 * slope, constant, largest="group", factor=0.55 / (2 ** (matrix.bits - 1) - 1))
-    if kept and not (matrix.fused and matrix.kind in ("fp8", "nvfp4")):
-        slope, offset = _half_step(np.dtype(np.float32))
-        return Allowance(4 * slope, _one(4 * offset))  # one scale and the source's codes
+    if kept and matrix.fused and source and source.own != source.common:
+        # Brought to the largest scale of the module's parts: each code, or (of 4-bit floats) the scale of each group of codes.
+        step = source.common * (LARGEST_FLOAT4 if matrix.kind == "nvfp4" else 1)
+        return Allowance(FLOAT8_STEP, _one(step * FLOAT8_LEAST + 1e-38))
     if kept:
-        # The parts of a fused module, which were brought to the largest of their scales.
-        return Allowance(FLOAT8_STEP, np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(1e-38))
-    if matrix.kind == "fp8":  # one scale for all rows
-        constant = np.abs(matrix.scales(start, stop)) * np.float32(FLOAT8_LEAST) + np.float32(2 * offset)
-        return Allowance(FLOAT8_STEP + 2 * slope, constant)
+        slope, offset = half_step(np.dtype(np.float32))
+        return Allowance(4 * slope, _one(4 * offset))  # one scale and the source's codes
+    if matrix.kind == "fp8":  # one scale for all rows, whose largest value has the largest code: reached.py
+        step = float(np.abs(matrix.scales(start, stop)).max())
+        if source:  # no value is larger than the largest code by its scale
+            step = min(step, source.common * LARGEST_FLOAT4)
+        return Allowance(FLOAT8_STEP + 2 * slope, _one(step * FLOAT8_LEAST + 2 * offset))
     return Allowance(FLOAT8_STEP + 2 * slope, _one(2 * offset), largest="row", factor=FLOAT8_LEAST / LARGEST_FLOAT8)
 
 
-def _half_step(dtype: np.dtype) -> tuple[float, float]:
+def half_step(dtype: np.dtype) -> tuple[float, float]:
     """Half a step of a type, as a part of a value's magnitude and a constant."""
     return HALF_STEPS[dtype.name] * SLACK, LEAST if dtype.name == "float16" else 1e-38
 
@@ -122,7 +137,7 @@ def _one(value: float) -> np.ndarray:
 
 def _by_rows(bits: int, dtype: np.dtype) -> Allowance:
     """Weight-only: half a step of each row's scale, which is rounded; the largest value of a row has no code of its own."""
-    slope, offset = _half_step(dtype)
+    slope, offset = half_step(dtype)
     step = 2.0 ** (1 - bits)  # of the largest value
     return Allowance(3 * slope, _one(3 * offset), largest="row", factor=step * 0.5 * SLACK, top=step * (2 ** (bits - 1) - 1))
 
@@ -132,7 +147,7 @@ def kept_codes(zeros: np.ndarray | None, dtype: np.dtype) -> Allowance:
 
     `zeros`: float32, of the groups of some rows; the constant is of their shape.
     """
-    slope, offset = _half_step(dtype)
+    slope, offset = half_step(dtype)
     if zeros is None:
         return Allowance(2 * slope, _one(5 * offset), "actual")
     return Allowance(2 * slope, np.abs(zeros) * np.float32(3 * slope) + np.float32(5 * offset), "product")

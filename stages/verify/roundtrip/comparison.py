@@ -18,12 +18,13 @@ from pipeline.tensor.checkpoint import Checkpoint, FileTensor
 from stages.verify.kernels import checks
 from stages.verify.matrices import Matrix, matrix
 from stages.verify.named_weights import SourceWeights
-from stages.verify.roundtrip import searched
-from stages.verify.roundtrip.bounds import allowed, rounding
+from stages.verify.roundtrip import exact_codes, searched
+from stages.verify.roundtrip.bounds import OfSource, allowed, rounding
 from stages.verify.roundtrip.figures import BlockPlace, Figures
 from stages.verify.roundtrip.kept_codes import compare_columns, knows_columns
 from stages.verify.roundtrip.one_pass import knows, one_pass
 from stages.verify.roundtrip.origin import Origin
+from stages.verify.roundtrip.reached import MEASURED, largest_code, shared_by
 from stages.verify.roundtrip.smoothed import allowed_error, is_smoothed, norm_factors
 from stages.verify.rows import StoredRows
 from stages.verify.values import Buffers, rounded, same_bits, to_float32
@@ -34,6 +35,7 @@ COLUMNS = 128  # rows whose words are read together
 ONE_PASS_ELEMENTS = 1 << 20  # that are read at once where they need not be in memory as float32
 BIT_BYTES = 1 << 21  # whose bits are compared at once
 MODEL_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LEAST = {"float16": 2.0**-25}  # what a type has no number for, but zero
 
 
 class SourceRows:
@@ -77,6 +79,7 @@ class TensorComparison:
         self._rows, self._source, self._kept, self._buffers = rows, rows.source, kept, buffers or Buffers()
         self._origins: dict[int, list[Origin]] = defaultdict(list)
         self._matrices: dict[int, Matrix] = {}
+        self._of_source: dict[int, dict[str, float | None]] = {}
         for origin in origins:
             self._origins[origin.expert or 0].append(origin)
             if len(self._tensor.shape) > 1 and (origin.expert or 0) not in self._matrices:
@@ -144,7 +147,13 @@ class TensorComparison:
                 for at in range(0, len(some), self._few_units):
                     few, row = some[at : at + self._few_units], base + at * period
                     upper, lower = max(row, top), min(row + len(few) * period, bottom)
+                    power = self.figures.power
                     self._compare_codes(stored, few, row, lower - upper, origin, BlockPlace(upper, origin.expert))
+                    if stored.kind in MEASURED and self._is_measured(stored, origin):
+                        codes = few[upper - row : lower - row]  # a row is a unit
+                        # Where all values are zeros in the model's type, there is no largest one.
+                        if self.figures.power - power > codes.size * LEAST.get(self._dtype.name, 1e-35) ** 2:
+                            self.figures.reach(shared_by(stored, origin), largest_code(stored, codes))
 
     def _same_type(self, origin: Origin) -> bool:
         """Whether the rank has an origin's values as the source does, if it is right."""
@@ -208,9 +217,12 @@ class TensorComparison:
         """Count values that are stored as codes: `count` rows from `place.row` on, of units that begin with row `base`."""
         first, last = place.row, place.row + count
         rows = self._expected(origin, first, count) if origin.source else None
-        kept = self._kept and rows is not None and self._source.coded(origin.source)
-        bound = allowed(stored, first, last, self._dtype, kept)
-        if rows is not None:
+        kept = self._keeps(stored, origin)
+        held = exact_codes.kept_scales(stored, rows, first, last, self._dtype) if kept and rows is not None else None
+        bound = held.allowance if held else allowed(stored, first, last, self._dtype, kept, self._scales(stored, origin))
+        if rows is not None and (
+            held is None or (held.right and (held.tell_codes or exact_codes.same_codes(stored, data, base, first, rows)))
+        ):
             found = one_pass(stored, data, base, first, rows, bound, self.figures.worst)
             if found and self.figures.right(count * stored.shape[1], *found):
                 return
@@ -222,8 +234,14 @@ class TensorComparison:
         if actual.shape != expected.shape:
             self.figures.compare(np.full(expected.shape, np.nan, np.float32), expected, 0.0, place)
             return
+        if held:
+            codes = stored.signed(data)[first - base : last - base]
+            exactly = partial(exact_codes.allowed_error, codes, rows, held, actual, expected)
+            self.figures.compare(actual, expected, exactly, place, buffers=self._buffers)
+            return
         if stored.kind == "smoothquant" and not kept:
-            self._compare_smoothed(stored, actual, expected, origin, place)
+            codes = stored.signed(data)[first - base : last - base]
+            self._compare_smoothed(stored, actual, expected, origin, place, codes if self._by_row(origin) else None)
             return
         factors = stored.prequant
         if stored.kind == "awq" and factors is not None and not kept:
@@ -234,10 +252,48 @@ class TensorComparison:
         at_most = partial(bound.of, actual, expected, stored.zeros(first, last), self._buffers)
         self.figures.compare(actual if factors is None else actual * factors, expected, at_most, place, buffers=self._buffers)
 
+    def _keeps(self, stored: Matrix, origin: Origin) -> bool:
+        """Whether the rank has the codes of an origin. Those of float8 with one scale, and of 4-bit floats, it has of no others."""
+        if stored.kind in ("fp8", "nvfp4") and self._scales(stored, origin) is None:
+            return False
+        # Numbers are quantized to NVFP4 by no conversion.
+        return bool(origin.source) and (self._kept or stored.kind == "nvfp4") and self._source.coded(origin.source)
+
+    def _is_measured(self, stored: Matrix, origin: Origin) -> bool:
+        """Whether a matrix has a scale that was measured of the source's numbers."""
+        return not self._keeps(stored, origin) and (stored.kind != "fp8" or self._scales(stored, origin) is None)
+
+    def _scales(self, stored: Matrix, origin: Origin) -> OfSource | None:
+        """The scales of float codes in the source, of a matrix that has one of all; None where a part has none."""
+        if stored.kind not in ("fp8", "nvfp4"):
+            return None
+        expert = origin.expert or 0
+        if expert not in self._of_source:
+            names = {each.source for each in self._origins[expert] if each.source}
+            self._of_source[expert] = {name: self._source.common_scale(name) for name in names}
+        found = self._of_source[expert]
+        scales = [scale for scale in found.values() if scale is not None]
+        own = found.get(origin.source)
+        return OfSource(own, max(scales)) if own is not None and len(scales) == len(found) else None
+
+    def _by_row(self, origin: Origin) -> bool:
+        """Whether the rows of a matrix of SmoothQuant are whole and have a scale each."""
+        algorithm = str(self._checkpoint.config.get("quantization", {}).get("quant_algo"))
+        return "PER_CHANNEL" in algorithm and origin.columns is None
+
     def _compare_smoothed(
-        self, stored: Matrix, actual: np.ndarray, expected: np.ndarray, origin: Origin, place: BlockPlace
+        self,
+        stored: Matrix,
+        actual: np.ndarray,
+        expected: np.ndarray,
+        origin: Origin,
+        place: BlockPlace,
+        codes: np.ndarray | None,
     ) -> None:
-        """Count values of SmoothQuant; those of in-features that the norm makes zeros are as they may be."""
+        """Count values of SmoothQuant; those of in-features that the norm makes zeros are as they may be.
+
+        `codes`: of whole rows that have a scale each; None for others.
+        """
         factors = stored.prequant
         if factors is None:
             if origin.module not in self._factors:
@@ -245,7 +301,7 @@ class TensorComparison:
             factors = self._factors[origin.module]
             hidden = np.isnan(factors)
             factors, expected = np.where(hidden, np.float32(0), factors), np.where(hidden, np.float32(0), expected)
-        bound = partial(allowed_error, stored, expected, place.row, factors)
+        bound = partial(allowed_error, stored, expected, place.row, factors, codes)
         self.figures.compare(actual * factors, expected, bound, place, buffers=self._buffers)
 
     def _compare_padding(self, actual: np.ndarray, place: BlockPlace) -> None:

@@ -41,7 +41,8 @@ class Figures:
     `wrong`: how many differ by more than is allowed. `exact`: every value is the source's, rounded once to the type that it is
     stored in. `max_abs`: the greatest error. `worst`: the greatest ratio of an error to the one allowed there. `noise`, `power`,
     `product`, `square`: sums of the squared errors, the expected values' squares, the products of both, and the actual values'
-    squares. `first`: the first wrong value: its place, the actual and the expected value.
+    squares. `first`: the first wrong value: its place, the actual and the expected value. `reached`: of what shares a measured
+    scale, the largest code as a part of the largest that there is (reached.py).
     """
 
     elements: int = 0
@@ -54,6 +55,7 @@ class Figures:
     product: float = 0.0
     square: float = 0.0
     first: tuple[str, float, float] | None = field(default=None)
+    reached: dict[tuple[str, float | str], float] = field(default_factory=dict)
 
     def equal(self, elements: int) -> None:
         """Count elements of a tensor that is the source's, bit for bit."""
@@ -136,6 +138,10 @@ class Figures:
             self.first = (place.describe(index), float(actual[index]), float(expected[index]))
         self.wrong += count
 
+    def reach(self, shared: tuple[str, float | str], part: float) -> None:
+        """Take in the largest code of some values that are not all zeros, which share a scale that was measured."""
+        self.reached[shared] = max(self.reached.get(shared, 0.0), part)
+
     def add(self, other: Figures) -> None:
         """Add the figures of other elements of the same tensor."""
         self.first = self.first or other.first
@@ -143,17 +149,25 @@ class Figures:
         self.max_abs, self.worst = max(self.max_abs, other.max_abs), max(self.worst, other.worst)
         for name in ("elements", "wrong", "noise", "power", "product", "square"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        for shared, part in other.reached.items():
+            self.reach(shared, part)
 
     def summary(self) -> dict[str, Any]:
-        """The figures as plain values: `snr_db` in dB, None where there is no error at all; `bound` is `worst`."""
+        """The figures as plain values: `snr_db` in dB, None where there is no error at all; `bound` is `worst`.
+
+        Where an error is infinite, as of an infinity in a rank, `snr_db` is minus infinity and `cosine` 0.
+        """
         norm = math.sqrt(self.power * self.square)
+        finite = all(map(math.isfinite, (self.noise, self.power, self.product, norm)))
+        snr = -math.inf if not finite else 10 * math.log10(self.power / self.noise) if self.noise and self.power else None
+        relative = math.sqrt(self.noise / self.power) if self.power else 0.0
         return {
             "elements": self.elements,
             "exact": self.exact,
             "max_abs": self.max_abs,
-            "relative_rms": math.sqrt(self.noise / self.power) if self.power else 0.0,
-            "snr_db": 10 * math.log10(self.power / self.noise) if self.noise and self.power else None,
-            "cosine": self.product / norm if norm else 1.0,
+            "relative_rms": relative if finite else math.inf,
+            "snr_db": snr,
+            "cosine": (self.product / norm if norm else 1.0) if finite else 0.0,
             "bound": self.worst,
         }
 

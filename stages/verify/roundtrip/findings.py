@@ -13,6 +13,7 @@ from stages.verify.matrices import matrix
 from stages.verify.roundtrip.figures import Figures
 from stages.verify.roundtrip.model_split import model_split
 from stages.verify.roundtrip.origin import Origin
+from stages.verify.roundtrip.reached import unused_codes
 
 SCALES = ("per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
 ARRANGED = ("weight-only", "groupwise")  # kinds of matrices whose codes are in the order of some GPUs
@@ -30,7 +31,9 @@ class FiguresByTensor:
             self.figures[key].add(each)
 
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
-        """A problem for each rank's tensor with values that are off, naming the parameters that its numbers are computed with."""
+        """A problem for each rank's tensor with values that are off, naming the parameters that its numbers are computed with; and
+        for each whose values are right by a scale alone that is too large.
+        """
         result = []
         for (rank, tensor), figures in sorted(self.figures.items()):
             if figures.first is None:
@@ -44,7 +47,10 @@ class FiguresByTensor:
             guessed = not checkpoint.provenance and storage(checkpoint, rank, tensor) in ARRANGED
             remedy = f"If the files are for other GPUs than SM {checkpoint.sm}, say for which: --sm" if guessed else ""
             result.append(Problem(f"rank{rank}.safetensors: {tensor}", found, f"{expected:.7g} there, by the source", remedy))
-        return result
+        split = model_split(checkpoint.config)
+        first = [stage.start for stage in split.stages()]
+        names = {(rank, tensor): global_name(tensor, first[rank // split.tp]) for rank, tensor in self.figures}
+        return [*result, *unused_codes(self.figures, names)]
 
     def summary(self, checkpoint: Checkpoint, origins: Iterable[Origin]) -> list[dict[str, Any]]:
         """The figures of each tensor over all ranks, as plain values; layers have their number in the model."""

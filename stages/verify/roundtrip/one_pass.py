@@ -37,13 +37,20 @@ def knows(matrix: Matrix) -> bool:
 
 
 def one_pass(
-    matrix: Matrix, data: np.ndarray, base: int, first: int, expected: StoredRows, bound: Allowance, worst: float
+    matrix: Matrix,
+    data: np.ndarray,
+    base: int,
+    first: int,
+    expected: StoredRows,
+    bound: Allowance,
+    worst: float,
+    factors: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Compared | None:
     """Compare rows of a quantized matrix with the source's, in one pass.
 
     `data`: the units that hold them, uint8 [units, unit_bytes], the first of which begins with row `base`. `first`: the first row,
-    which is held against the first of `expected`. `worst`: the worst part so far. Returns None where a value is not right for
-    sure, and where the kernels do not know the formats.
+    which is held against the first of `expected`. `worst`: the worst part so far. `factors`: scales and zero points in the
+    place of the matrix's own. Returns None where a value is not right for sure, and where the kernels do not know the formats.
     """
     features, last = matrix.shape[1], first + len(expected.values)
     type_ = f"codes{expected.bits}" if expected.bits else expected.values.dtype.name
@@ -51,9 +58,9 @@ def one_pass(
     if not named or expected.features != features or not knows(matrix):
         return None
     kind = _KINDS[matrix.kind]
-    scales, zeros = matrix.scales(first, last), matrix.zeros(first, last)
-    factors = (scales, zeros, expected.scales, expected.zeros, bound.constant)
-    grouped = any(each is not None and each.shape[1] > 1 and features // each.shape[1] % LANES for each in factors)
+    scales, zeros = factors or (matrix.scales(first, last), matrix.zeros(first, last))
+    of_groups = (scales, zeros, expected.scales, expected.zeros, bound.constant)
+    grouped = any(each is not None and each.shape[1] > 1 and features // each.shape[1] % LANES for each in of_groups)
     own = bound.constant.shape[1] if bound.largest == "group" else 1  # groups with a largest value of their own
     if features % _run(matrix) or grouped or (own > 1 and CHUNK % (features // own)):
         return None

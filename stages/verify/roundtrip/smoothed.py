@@ -18,6 +18,7 @@ from stages.verify.values import to_float32
 NORMS = {"attention": ("input_layernorm", "input_layernorm"), "mlp": ("post_layernorm", "post_attention_layernorm")}
 HALF_STEP = 2.0**-11  # of float16
 LEAST = 2.0**-25  # half of the least step of float16
+LARGEST = 120  # of a row's codes at least, but for roundings
 
 
 def is_smoothed(checkpoint: Checkpoint, tensor: str) -> bool:
@@ -39,13 +40,19 @@ def norm_factors(checkpoint: Checkpoint, source: SourceWeights, origin: Origin) 
     return np.where(gain == 0, np.float32(np.nan), factors)
 
 
-def allowed_error(matrix: Matrix, expected: np.ndarray, start: int, factors: np.ndarray) -> np.ndarray:
+def allowed_error(
+    matrix: Matrix, expected: np.ndarray, start: int, factors: np.ndarray, codes: np.ndarray | None = None
+) -> np.ndarray:
     """float32 [n, in_features], for rows [start, start + n) of a matrix, whose numbers times `factors` are compared.
 
     Half a step of a code, and some of the float16 product that is rounded to it; roundings of the smoothed weight, of the norm and
-    of the scale; scales below float16's normal numbers.
+    of the scale; scales below float16's normal numbers. `codes`: int8 [n, in_features], of rows that are whole and have a scale
+    each, by which their largest value has the code 127: a scale that is larger allows no more.
     """
     step = np.abs(matrix.scales(start, start + len(expected))) * np.abs(factors)
+    if codes is not None:
+        largest = np.maximum(codes.max(axis=1), -codes.min(axis=1).astype(np.int16))
+        step = step * np.minimum(largest / np.float32(LARGEST), np.float32(1))[:, None]
     bound: np.ndarray = np.abs(expected) * np.float32(5 * HALF_STEP)
     bound += step * np.float32(0.65) + np.abs(factors) * np.float32(128 * 2 * LEAST) + np.float32(1e-38)
     return bound

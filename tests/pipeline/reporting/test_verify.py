@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import convert
 from pipeline.errors import VerificationFailed
 from pipeline.reporting.verification import verify
-from tests.support import checkpoints, quantized_checkpoints
+from tests.support import act_ranges, checkpoints, quantized_checkpoints
 from tests.support.commands import headrace
 from tests.support.places import DATA
 
@@ -34,6 +34,8 @@ WRONG = {
     **dict.fromkeys(("dense/mistral_tp2", "families/phi3_longrope_tp1", "families/phi3_longrope_f16"), WINDOW),
     **{f"families/gemma{name}": WINDOW for name in ("2_tp1", "2_tp2", "2_tp2_bf16", "2_f32", "3_tp1", "3_tp2", "3_tp4_f16")},
     **{f"families/internlm2_{name}": "dynamic without it" for name in ("tp1", "tp2", "tp4_f16", "pp2")},
+    # The shares of experts are left as they are, whatever norm_topk_prob says.
+    **{f"families/qwen3_moe_{name}": "moe.normalization_mode: found 0" for name in ("tp1", "tp2", "ep2", "pp2")},
     "families/exaone_pp2": "rank1.safetensors: transformer.layers.0.attention.qkv.weight",  # one stage's layers on all
     "quantized/fp8fbgemm_q_bf16-fp8_rowwise_meta-tp2pp1-auto-sm80": "values off",  # codes without their scales
 }
@@ -111,6 +113,10 @@ def zero_first(tensors: Tensors, name: str) -> None:
     tensors[name] = values
 
 
+def zero_all(tensors: Tensors, name: str) -> None:
+    tensors[name] = torch.zeros_like(tensors[name].contiguous().view(torch.uint8)).view(tensors[name].dtype)
+
+
 def flip_a_byte(tensors: Tensors, name: str) -> None:
     values = tensors[name].contiguous().clone()
     values.view(-1).view(torch.uint8)[values.numel() // 2] ^= 0x40
@@ -184,6 +190,20 @@ QUANTIZED_CHANGES: dict[str, list[tuple[Change, str]]] = {
         (flip_a_byte, f"{FC}.weight"),
     ],
     "modelopt awq": [(halve, f"{DENSE}.prequant_scaling_factor"), (zero_first, f"{FC}.weights_scaling_factor")],
+    "nvfp4": [
+        (zero_all, f"{QKV}.weight"),
+        (flip_a_byte, f"{DENSE}.weight"),
+        (halve, f"{QKV}.weights_scaling_factor_2"),
+        (halve, f"{FC}.activation_scaling_factor"),
+        (exchange_gate_and_up, f"{FC}.weight"),
+    ],
+    "measured fp8": [
+        (zero_all, f"{QKV}.weight"),
+        (flip_a_byte, f"{DENSE}.weight"),
+        (halve, f"{FC}.weights_scaling_factor"),
+        (zero_all, f"{FC}.activation_scaling_factor"),
+        (exchange_gate_and_up, f"{FC}.weight"),
+    ],
 }
 ALL = [("dense", *change) for change in DENSE_CHANGES] + [
     (kind, *each) for kind, found in QUANTIZED_CHANGES.items() for each in found
@@ -199,12 +219,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
         "awq": quantized_checkpoints.awq(),
         "fp8": quantized_checkpoints.modelopt_float8(),
         "modelopt awq": quantized_checkpoints.modelopt_awq(),
+        "nvfp4": quantized_checkpoints.nvfp4(alike=False),
     }
     flags: dict[str, dict[str, Any]] = {
         "int8": {"use_weight_only": True},
         "int4": {"use_weight_only": True, "weight_only_precision": "int4"},
         "rowwise": {"use_fp8_rowwise": True},
         "fp8": {"fp8_kv_cache": True},
+        "measured fp8": {"use_fp8": True},
     }
 
     def make(kind: str) -> tuple[Path, Path]:
@@ -216,6 +238,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
             else:
                 checkpoints.save(place / "model", MODEL, quantized_checkpoints.values(MODEL))
             options = {"dtype": "bfloat16", "tp_size": 2, "scheduler": "synchronous", **flags.get(kind, {})}
+            if kind.startswith("measured"):
+                options["act_range"] = act_ranges.write(place / "ranges", quantized_checkpoints.values(MODEL))
             convert(model_dir=place / "model", output_dir=place / "ranks", **options)
             made[kind] = place / "model", place / "ranks"
         return made[kind]

@@ -6,7 +6,7 @@ Each weight is read as the source's own format says, by no code of the stages th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor, Source
 from stages.verify.column_words import ColumnWords
+from stages.verify.roundtrip.original.beside import named_beside
 from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.config import canonical_config
 from stages.verify.roundtrip.original.grouped import of_module
@@ -50,7 +51,8 @@ class Original:
         self.config: dict[str, Any] = canonical_config(source)
         settings = source.config.get(KEY)
         numbers = self._unpacked(settings if isinstance(settings, Mapping) else {})
-        self._numbers = canonical(source.container, source.architecture, self.config, numbers)
+        self._numbers, origins = canonical(source.container, source.architecture, self.config, numbers)
+        self._beside = named_beside(source.named, origins)
 
     def names(self) -> tuple[str, ...]:
         """The name of every weight. A tied lm_head that the source does not store is not among them."""
@@ -71,6 +73,17 @@ class Original:
     def coded(self, name: str) -> bool:
         """Whether the source stores codes that a rank can keep."""
         return self._numbers[name].coded
+
+    def beside(self, left_out: Collection[str] = ()) -> dict[str, LazyTensor]:
+        """The parameters of activations and of the cache, by the names of the weights' modules and their own.
+
+        `left_out`: the source's names of those that are none of the checkpoint's.
+        """
+        return {name: tensor for name, (own, tensor) in self._beside.items() if own not in left_out}
+
+    def common_scale(self, name: str) -> float | None:
+        """The one scale of all codes that are floats of 8 or 4 bits; None where there is another number of them, or other codes."""
+        return self._numbers[name].common_scale
 
     def in_columns(self, name: str) -> bool:
         """Whether a weight's codes are packed along columns, and `columns` can say them."""

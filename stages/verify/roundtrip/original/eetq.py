@@ -11,7 +11,8 @@ from pipeline.errors import BadInput, Problem
 from pipeline.tensor.tensors import LazyTensor
 from stages.verify.kernel_orders import TILE, interleaved, unarrange
 from stages.verify.roundtrip.original.numbers import Numbers
-from stages.verify.values import read, to_float32
+from stages.verify.rows import StoredRows
+from stages.verify.values import Buffers, read, to_float32
 
 PARAMETERS = ("weight", "qweight", "weight_scales")
 PAIR = interleaved(8, "A")
@@ -38,8 +39,18 @@ class EetqNumbers(Numbers):
         return self.out, self.features
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        numbers: np.ndarray = self._codes(start, stop).astype(np.float32) * self._scales(start, stop)
+        return numbers
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:  # noqa: ARG002
+        scales, codes = self._scales(start, stop), self._codes(start, stop).view(np.uint8) ^ np.uint8(0x80)
+        return StoredRows(codes, 8, scales, np.full(scales.shape, 128, np.float32))
+
+    def _codes(self, start: int, stop: int) -> np.ndarray:
+        """The codes of rows [start, stop), int8 [stop - start, in_features]."""
         first, last = start // PAIR, -(-stop // PAIR)
         data = read(self.codes, ((first, last), (0, PAIR * self.features)))
-        codes = unarrange(data, self.features, 8, "A")[start - PAIR * first : stop - PAIR * first]
-        numbers: np.ndarray = codes.astype(np.float32) * to_float32(read(self.scales, ((start, stop),)))[:, None]
-        return numbers
+        return unarrange(data, self.features, 8, "A")[start - PAIR * first : stop - PAIR * first]
+
+    def _scales(self, start: int, stop: int) -> np.ndarray:
+        return to_float32(read(self.scales, ((start, stop),)))[:, None]

@@ -187,6 +187,8 @@ class GptqNumbers(GroupedNumbers):
         super().__init__(module, tensors, tensors["qweight"].shape[0] * 32 // bits, last_block)
         self.bits = bits
         self.word_features = 8 if bits == 4 else 0
+        # Codes of 5 to 7 bits are given as those of 8 with the same middle, which is what a rank keeps of them.
+        self.shift = 128 - (1 << (bits - 1)) if bits in (5, 6, 7) else 0
         self.named_v2 = _named_v2(settings)
         self.planar = bits in (5, 6, 7) or (bits == 3 and _said(settings) == "gptq_p")
         self.symmetric = settings.get("sym", True) is not False
@@ -195,14 +197,16 @@ class GptqNumbers(GroupedNumbers):
         rows = self.last_block.buffers.array("codes", (stop - start, self.tensors["qweight"].shape[0]), np.uint32)
         for at, words in self.windows(start, stop):
             checks.words_as_rows(words, rows[:, at : at + len(words)])
-        return (rows.view(np.uint8), self.bits) if self.bits in (4, 8) else (self._codes_of(rows), 8)
+        if self.bits in (4, 8):
+            return rows.view(np.uint8), self.bits
+        return self._codes_of(rows) + np.uint8(self.shift), 8
 
     def _codes_of(self, words: np.ndarray) -> np.ndarray:
         """Unpack words, int32 [rows, n], to their codes, uint8 [rows, n * 32 / bits]."""
         return unpack_planes(words, self.bits) if self.planar else unpack_codes(words, self.bits)
 
     def zeros(self, start: int, stop: int) -> np.ndarray:
-        return self._stored_zeros(start, stop).astype(np.int16) + np.int16(0 if self._is_v2 else 1)
+        return self._stored_zeros(start, stop).astype(np.int16) + np.int16(self.shift + (0 if self._is_v2 else 1))
 
     @cached_property
     def _is_v2(self) -> bool:

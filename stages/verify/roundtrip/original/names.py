@@ -35,10 +35,13 @@ GRANITE_EXPERTS = re.compile(
 GRANITE_ROUTER = re.compile(r"(.+)\.block_sparse_moe\.router(?:\.layer)?\.weight")
 
 
-def canonical(container: str, architecture: str, config: Mapping[str, Any], numbers: Mapping[str, Numbers]) -> dict[str, Numbers]:
+def canonical(
+    container: str, architecture: str, config: Mapping[str, Any], numbers: Mapping[str, Numbers]
+) -> tuple[dict[str, Numbers], dict[str, str]]:
     """Give a source's weights Hugging Face's names, for the model that `config` (from `canonical_config`) describes.
 
-    Tensors whose name no table has keep theirs. Raises BadInput where two tensors become one weight.
+    Tensors whose name no table has keep theirs. Returns the weights, and the name in the source of each. Raises BadInput where two
+    tensors become one weight.
     """
     heads = int(config.get("num_attention_heads") or 1)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -74,7 +77,7 @@ def canonical(container: str, architecture: str, config: Mapping[str, Any], numb
             raise BadInput([Problem(origin, f"{twice[0]}, which {origins[twice[0]]} is too", "one tensor for a weight")])
         result |= renamed
         origins |= dict.fromkeys(renamed, origin)
-    return result
+    return result, origins
 
 
 def _renamed(name: str, numbers: Numbers, names: FamilyNames, head_size: int) -> dict[str, Numbers]:

@@ -41,6 +41,14 @@ class Numbers(ABC):
         return not self.exact
 
     @property
+    def common_scale(self) -> float | None:
+        """The one scale of all, of codes that are floats of 8 or 4 bits; None for other codes, and where there are several scales.
+
+        Groups of 4-bit floats have scales of their own beside it.
+        """
+        return None
+
+    @property
     def in_columns(self) -> bool:
         """Whether codes of 4 bits are packed along columns, and `columns` can say them."""
         return False
@@ -162,6 +170,10 @@ class ReorderedNumbers(Numbers):
     def coded(self) -> bool:
         return self.base.coded
 
+    @property
+    def common_scale(self) -> float | None:
+        return self.base.common_scale
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         base_rows = self.index(np.arange(start, stop))
         order = np.argsort(base_rows, kind="stable")
@@ -202,6 +214,9 @@ class SomeRows(ReorderedNumbers):
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.count, *self.base.shape[1:])
+
+    def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:
+        return self.base.block(self.first + start, self.first + stop, buffers)
 
     def index(self, rows: np.ndarray) -> np.ndarray:
         result: np.ndarray = rows + self.first

@@ -51,6 +51,15 @@ class ScaledNumbers(Numbers):
         out, features = self.tensors["weight"].shape
         return (2 * out if self.pairs else out), features
 
+    @property
+    def common_scale(self) -> float | None:
+        alone = math.prod(self.tensors["weight_scale"].shape) == 1 and "pre_quant_scale" not in self.tensors
+        return float(to_float32(read(self.tensors["weight_scale"])).reshape(-1)[0]) if alone and self._small_floats else None
+
+    @property
+    def _small_floats(self) -> bool:
+        return bool(self.tensors["weight"].dtype.name == "float8_e4m3fn")
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         stored = StoredNumbers(self.tensors["weight"])
         values = to_float32(self._paired(start, stop) if self.pairs else stored.rows(start, stop))
@@ -63,22 +72,36 @@ class ScaledNumbers(Numbers):
         return values
 
     def block(self, start: int, stop: int, buffers: Buffers) -> StoredRows:
-        beside = {"weight_zero_point", "weight_g_idx", "pre_quant_scale"} & self.tensors.keys()
-        scale, (out, _) = self.tensors["weight_scale"], self.shape
-        if self.pairs or beside or self.tensors["weight"].dtype.name != "float8_e4m3fn" or math.prod(scale.shape) not in (1, out):
+        if self.pairs or {"weight_g_idx", "pre_quant_scale"} & self.tensors.keys():
             return StoredRows(self.rows(start, stop))
-        return replace(
-            StoredNumbers(self.tensors["weight"]).block(start, stop, buffers), scales=self._spread("weight_scale", start, stop)
-        )
+        stored = StoredNumbers(self.tensors["weight"]).block(start, stop, buffers)
+        scales = self._grouped("weight_scale", start, stop)
+        if self._small_floats:
+            plain = scales.shape[1] == 1 and "weight_zero_point" not in self.tensors
+            return replace(stored, scales=scales) if plain else StoredRows(self.rows(start, stop))
+        zeros = np.full(scales.shape, 128, np.float32)
+        if "weight_zero_point" in self.tensors:
+            points = self._grouped("weight_zero_point", start, stop)
+            if points.shape[1] != scales.shape[1]:
+                return StoredRows(self.rows(start, stop))
+            zeros = zeros + points
+        codes = buffers.array("codes", stored.values.shape, np.uint8)
+        np.bitwise_xor(stored.values.view(np.uint8), np.uint8(0x80), out=codes)  # signed codes, made unsigned
+        return StoredRows(codes, 8, scales, zeros)
+
+    def _grouped(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A scale or zero point of rows [start, stop), one for each group: float32 [1 or rows, groups]."""
+        tensor, (out, _) = self.tensors[name], self.shape
+        if math.prod(tensor.shape) == 1 and out > 1:
+            return to_float32(read(tensor)).reshape(1, 1)
+        return to_float32(StoredNumbers(tensor).rows(start, stop)).reshape(stop - start, -1)
 
     def _spread(self, name: str, start: int, stop: int) -> np.ndarray:
         """A scale or zero point of rows [start, stop): float32 [1 or rows, 1 or in_features]."""
         tensor, (out, features) = self.tensors[name], self.shape
         count = math.prod(tensor.shape)
-        if count == 1 and out > 1:
-            return to_float32(read(tensor)).reshape(1, 1)
-        rows = to_float32(StoredNumbers(tensor).rows(start, stop)).reshape(stop - start, -1)
-        if count == out:
+        rows = self._grouped(name, start, stop)
+        if count in (1, out):
             return rows
         index = read(self.tensors["weight_g_idx"]).astype(np.int64) if "weight_g_idx" in self.tensors else None
         ordered = index is not None and index.size == features and bool((index >= 0).all())

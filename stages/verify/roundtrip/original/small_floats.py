@@ -125,6 +125,10 @@ class Float4Numbers(Numbers):
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape[0], 2 * self.weight.shape[1]
 
+    @property
+    def common_scale(self) -> float | None:
+        return None if self.whole is None or self.smooth is not None else float(self._of_all(self.whole))
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         data = StoredNumbers(self.weight).rows(start, stop)
         stored = read(self.scales, ((start, stop), (0, self.scales.shape[1])))
@@ -135,11 +139,16 @@ class Float4Numbers(Numbers):
         values = np.take(E2M1, halves(data), mode="clip")
         values.reshape(*scales.shape, -1)[...] *= scales[:, :, None]
         if self.whole is not None:
-            factor = to_float32(read(self.whole)).reshape(())
-            values *= np.float32(1) / factor if self.divides else factor
+            values *= self._of_all(self.whole)
         if self.smooth is not None:
             values *= to_float32(read(self.smooth)).reshape(-1)
         return values
+
+    def _of_all(self, stored: LazyTensor) -> np.float32:
+        """The scale of all, as a number that multiplies."""
+        factor = np.float32(to_float32(read(stored)).reshape(-1)[0])
+        with np.errstate(divide="ignore"):
+            return np.float32(1) / factor if self.divides else factor
 
 
 def float4_numbers(module: str, tensors: Mapping[str, LazyTensor]) -> Numbers:

@@ -26,7 +26,7 @@ from stages.verify.roundtrip.findings import FiguresByTensor
 from stages.verify.roundtrip.kept_codes import compare_columns
 from stages.verify.roundtrip.one_pass import one_pass
 from stages.verify.roundtrip.walk import PartChecked, check_part, tensor_parts
-from tests.support import checkpoints, quantized_checkpoints
+from tests.support import act_ranges, checkpoints, quantized_checkpoints
 from tests.support.built_kernels import BUILT_CHECKS, needs_module
 from tests.support.examples import examples
 
@@ -46,6 +46,10 @@ FORMATS: dict[str, tuple[quantized_checkpoints.Format | None, dict[str, Any], in
     "pack-quantized": (quantized_checkpoints.compressed(), {}, 0x11),
     "GPTQ quantized again": (quantized_checkpoints.gptq(sym=False), {"requantize": True}, 0x88),
     "ModelOpt's AWQ": (quantized_checkpoints.modelopt_awq(), {}, 0x11),
+    "float8, measured": (None, {"use_fp8": True}, 0x40),
+    "NVFP4": (quantized_checkpoints.nvfp4(alike=False), {}, 0x44),
+    "GPTQ of 8 bits": (quantized_checkpoints.gptq(bits=8, sym=False), {}, 0x01),
+    "int8 of a source": (quantized_checkpoints.compressed_int8(), {"use_weight_only": True}, 0x01),
 }
 each_format = pytest.mark.parametrize("name", FORMATS)
 Opened = tuple[Checkpoint, MatchedSource]
@@ -56,11 +60,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Opened]:
     folder, made = tmp_path_factory.mktemp("flipped"), {}
     config = {**quantized_checkpoints.LLAMA, "num_hidden_layers": 1}
     checkpoints.write(folder / "model", {**config, "torch_dtype": "bfloat16"})
+    ranges = act_ranges.write(folder / "ranges", checkpoints.values(config))
     for name, (kind, options, _) in FORMATS.items():
         source, output = folder / ("model" if kind is None else name), folder / f"{name} ranks"
         if kind is not None:
             quantized_checkpoints.write(source, config, kind)
         more = {} if kind is None else kind.flags
+        more = {**more, "act_range": ranges} if "measured" in name else more
         convert(model_dir=source, output_dir=output, tp_size=2, scheduler="synchronous", **{**more, **options})
         checkpoint = open_checkpoint(output)
         made[name] = checkpoint, match(checkpoint, open_source(source))
@@ -141,7 +147,7 @@ def test_its_value_finds_it_and_is_named(name: str, outputs: dict[str, Opened], 
 @needs_module
 @each_format
 def test_c_confirms_what_is_right(name: str, outputs: dict[str, Opened], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No value of these formats is left to NumPy."""
+    """No value of these formats is left to NumPy, but for those that the kernels do not know: 4-bit floats, and factors beside."""
     checkpoint, matched = outputs[name]
     confirmed: list[bool] = []
 
@@ -157,6 +163,6 @@ def test_c_confirms_what_is_right(name: str, outputs: dict[str, Opened], monkeyp
     monkeypatch.setattr(comparison, "compare_columns", counting(compare_columns))
     for tensor in {origin.tensor for origin in matched.origins}:
         checked(outputs[name], tensor, "c", False)
-    smooth = any(tensor.endswith("prequant_scaling_factor") for tensor in checkpoint.ranks[0])
+    unknown = any(tensor.endswith(("prequant_scaling_factor", "weights_scaling_factor_2")) for tensor in checkpoint.ranks[0])
     assert (name in ("dense", "cast")) == (confirmed == [])
-    assert all(confirmed) or smooth
+    assert all(confirmed) or unknown
