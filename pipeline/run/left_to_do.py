@@ -199,11 +199,14 @@ class LeftToDo:
             stack.enter_context(_Undo(sink, journal, created))
 
     def marks(self) -> dict[str, bytes]:
-        """The first lines of the journals beside what workers write, by path; on the disk, so that other machines see them."""
+        """The first lines of the journals beside what workers write last, by path; on the disk, so that other machines see them.
+
+        Scratch on the way there is gone before the outputs are built of, and a worker that comes then needs none.
+        """
+        last = [left for left in self.phases if not left.phase.here][-1:]
         journals = [
             journal
-            for left in self.phases
-            if not left.phase.here
+            for left in last
             for number, journal in left.journals.items()
             if not isinstance(left.phase.sinks[number], RemoteGroup) and left.phase.sinks[number].directory == journal.path.parent
         ]
