@@ -109,7 +109,8 @@ def calibrated(model: Path, work: Path) -> dict[str, Path]:
     """Make the files of ranges: `ranges`, and `ones`, in which AWQ scales nothing."""
     ranges = work / "ranges.safetensors"
     asked = Calibration(None, Texts(TEXTS, SAMPLES, LENGTH), work / "scratch", "ranges", "float32", awq=AwqSettings(GROUP))
-    calibrate(plan_ranges(model, ranges, asked, 4 << 30, None), lambda _, done, total: print(f"layer {done} of {total}", end="\r"))
+    file = plan_ranges(model, ranges, asked, 4 << 30, None, overwrite=True)
+    calibrate(file, lambda _, done, total: print(f"layer {done} of {total}", end="\r"))
     with safe_open(ranges, "numpy") as file:
         metadata = file.metadata()
     found = {name: np.ones_like(values) if name.endswith("|awq") else values for name, values in load_file(ranges).items()}

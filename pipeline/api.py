@@ -96,7 +96,8 @@ def convert(
     WriteFailed
         Where the disk, the network or a worker fails.
     EngineFailed
-        Where an engine was asked for and the builder failed or is not here; the checkpoint is whole.
+        Where an engine was asked for and the builder failed, behind a checkpoint that is whole, or is not here, before anything is
+        converted.
     """
     from pipeline.engine.requests import plan_requests
     from pipeline.planning.make_plan import make_plan
@@ -162,6 +163,7 @@ def verify(
     logits: bool = False,
     prompt: str | None = None,
     tokens: int = 32,
+    sm: int | None = None,
     workers: int = 0,
     advance: Callable[[str, int, int], None] | None = None,
 ) -> VerificationSummary:
@@ -181,6 +183,8 @@ def verify(
         What to compute logits for; needs the source's tokenizer.
     tokens
         How many random tokens, where there is no prompt.
+    sm
+        The GPUs (90 for SM 9.0) that the integer weights of an output without headrace.json are for; default 80.
     workers
         Threads that work at once; 0: one a core, at most 8.
     advance
@@ -194,7 +198,7 @@ def verify(
     Raises
     ------
     BadInput
-        Where there is no checkpoint at `output_dir`, or no source where one is needed.
+        Where there is no checkpoint at `output_dir`, no source where one is needed, or logits cannot be computed.
     """
     from pipeline.reporting.report import summarize
 
@@ -206,6 +210,7 @@ def verify(
         logits=logits or prompt is not None,
         prompt=prompt,
         tokens=tokens,
+        sm=sm,
         workers=workers,
         advance=advance,
     )
@@ -286,8 +291,7 @@ def report(
 
 def _job(job: Job | str | Path | None, options: JobOptions, live: bool) -> Job:
     from pipeline.planning.job import Job, make_job
-    from pipeline.planning.quantizations import overlaid
 
     if isinstance(job, Job):
-        return make_job(overlaid(job.model_dump(exclude_unset=True), options), live=live)
+        return make_job(options, live=live, base=job)
     return make_job(options, None if job is None else Path(job), live)

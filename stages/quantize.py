@@ -26,6 +26,7 @@ from stages.quantization import numbers
 from stages.quantization.constants import constants
 from stages.quantization.entries import Entry as Entry
 from stages.quantization.entries import entries_of
+from stages.quantization.joined import joined
 from stages.quantization.kernels.layout import kernel_layout
 from stages.quantization.modules import is_quantized
 from stages.quantization.shared_factors import one_for_all
@@ -105,6 +106,8 @@ def quantize(
         entries |= _fused(whole, parts, target)
     if quantization.algorithm == AWQ:
         entries |= one_for_all(entries, origin)
+    if quantization.algorithm in GROUPWISE:
+        entries = joined(entries, sharding)
     if quantization.algorithm in SMOOTHQUANT:
         smoothing = Smoothing(sharding, quantization, target.numbers, target.source)
         entries |= {name: entry for layer in range(layers) for name, entry in smoothing.entries(modules, layer).items()}
@@ -131,7 +134,7 @@ def _packed(name: str, slot: Slot, parameters: Mapping[str, BlockArray], target:
     if quantization.algorithm == AWQ:
         return groupwise.pack_awq(parameters, target.numpy, target.source(name)) | bias
     if quantization.algorithm == FP8_ROWWISE and "fp8" in parameters and not quantization.from_numbers:
-        return fp8.pack_channels(parameters) | bias
+        return fp8.pack_channels(target.source(name), parameters) | bias
     source, segments = target.source(name), target.segments(module)
     if quantization.algorithm == FP8_ROWWISE:
         return fp8.quantize_channels(source, _cast(_weight(parameters), target.numpy), segments, quantization.clamp) | bias
@@ -159,11 +162,11 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]
     slot = next(iter(parts.values()))[0]
     order = [part.name for part in slot.module.parts] or [""]
     named = sorted(parts, key=lambda name: order.index(name.removeprefix(f"{whole}.")) if slot.part else 0)
-    given = [parts[name][1] for name in named]
+    given, sources = [parts[name][1] for name in named], list(map(target.source, named))
     if target.quantization.from_numbers:
-        weights, common = fp8_numbers.pack(list(map(target.source, named)), list(map(target.numbers, given)), given)
+        weights, common = fp8_numbers.pack(sources, list(map(target.numbers, given)), given)
     else:
-        weights, common = PACK_TOGETHER[str(target.quantization.algorithm)](given)
+        weights, common = PACK_TOGETHER[str(target.quantization.algorithm)](sources, given)
     if slot.expert is not None:
         del common["activation_scaling_factor"]  # one for all of the stack
     entries: dict[TensorName, Entry] = {}
@@ -177,13 +180,13 @@ def _fused(whole: str, parts: Mapping[str, tuple[Slot, Mapping[str, BlockArray]]
 
 def _stacks(fused: Iterable[Mapping[str, tuple[Slot, Mapping[str, BlockArray]]]], target: _Target) -> dict[TensorName, Entry]:
     """The scales of activations of stacks of experts in FP8: one on each rank, for all experts that it has."""
-    stacks: dict[tuple[str, int], dict[int, list[BlockArray]]] = defaultdict(dict)
+    stacks: dict[tuple[str, int], dict[int, list[fp8.Named]]] = defaultdict(dict)
     for parts in fused:
-        for slot, parameters in parts.values():
+        for module, (slot, parameters) in parts.items():
             if slot.expert is not None and slot.layer is not None:
                 measured = target.quantization.from_numbers
                 scale = fp8_numbers.activation_scale([parameters]) if measured else parameters["input_scale"]
-                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append(scale)
+                stacks[slot.module.name, slot.layer].setdefault(slot.expert, []).append((target.source(module), scale))
     entries = {}
     for (owner, layer), by_expert in stacks.items():
         array, size = fp8.pack_stack([by_expert[expert] for expert in sorted(by_expert)], target.sharding.parallelism.moe_ep_size)

@@ -7,7 +7,7 @@ Works module by module on local parameter names, so that it knows no family. `Pa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from stages.quantization.packed_format import PackedFormat
 from stages.quantization.sources import format_named, formats
 
 FEW = 3  # problems of one cause that are still said one by one
+Names = Callable[[str], Iterable[str]]  # those by which settings may call a module
 NO_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -32,18 +33,23 @@ class Examined:
 
     `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations, which can only be dequantized.
     `own`: the settings of modules of which the source says something else than of all. `problems`: of those that cannot be
-    unpacked.
+    unpacked. `cache`: of the scales of a cache, which matter to a target that has some alone.
     """
 
     formats: Mapping[str, str]
     ordered: Sequence[str]
     own: Mapping[str, Mapping[str, Any]]
     problems: Sequence[Problem]
+    cache: Sequence[Problem]
 
 
 def format_of(parameters: Mapping[str, Any]) -> PackedFormat | None:
     """The format whose parameters (by local name; anything with a shape and a dtype) a module's are; None for a dense module."""
     return next((each for each in formats() if each.accepts(parameters)), None)
+
+
+def _itself(module: str) -> Iterable[str]:
+    return (module,)
 
 
 class _Formats:
@@ -112,28 +118,29 @@ def zero_biases(tensors: Mapping[TensorName, LazyTensor], formats_: Mapping[str,
     return [name for name in names if name in tensors and not np.any(np.asarray(tensors[name].block(whole(tensors[name].shape))))]
 
 
-def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any]) -> Examined:
+def check(tensors: Mapping[TensorName, LazyTensor], settings: Mapping[str, Any], names: Names = _itself) -> Examined:
     """Examine the packed modules of a source, by the source's own names. Reads the small tensors that decide what they are.
 
-    Where one thing is wrong in many modules, one problem stands for all.
+    Where one thing is wrong in many modules, one problem stands for all. `names`: those by which the settings may call a module.
     """
     formats_, ordered, problems, known = dict[str, str](), list[str](), list[tuple[str, Problem]](), _Formats()
-    own: dict[str, Mapping[str, Any]] = {}
+    own, cache = dict[str, Mapping[str, Any]](), list[tuple[str, Problem]]()
     for module, parameters in by_module(tensors).items():
         parameters, scales = cache_scales.divided(parameters)
-        problems += [(module, problem) for problem in cache_scales.check(module, scales, alone=not parameters)]
+        cache += [(module, problem) for problem in cache_scales.check(module, scales, alone=not parameters)]
         packing = known.of(parameters)
         if packing is None:
             continue
         formats_[module] = packing.name
-        said = packing.module_settings(module, parameters, settings)
+        each = (packing.module_settings(name, parameters, settings) for name in names(module))
+        said = next((found for found in each if found is not settings), settings)
         if said is not settings:
             own[module] = said
         wrong = packing.check(module, parameters, said)
         problems += [(module, problem) for problem in wrong]
         if not wrong and packing.act_order(parameters):
             ordered.append(module)
-    return Examined(formats_, ordered, own, _by_cause(problems))
+    return Examined(formats_, ordered, own, _by_cause(problems), _by_cause(cache))
 
 
 def _by_cause(problems: Sequence[tuple[str, Problem]]) -> list[Problem]:

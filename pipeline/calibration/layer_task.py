@@ -18,6 +18,7 @@ from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.awq_settings import AwqSettings
 from pipeline.sinks.activations import Activations
 from pipeline.tensor.metering import collect, meter
+from pipeline.tensor.placement import whole
 from pipeline.tensor.tensors import Source
 from stages.read import find_source
 from stages.read.act_ranges import no_magnitudes
@@ -146,7 +147,8 @@ def calibrate_layer(call: LayerCall, before: LayerDone | None = None) -> LayerDo
         sizes = opened.model.sizes()
         with meter(STAGE, sizes.total):
             ranges = opened.run(call)
-            _check(call, ranges)
+            if problems := _unfit(call, ranges):
+                raise BadInput(problems)
             call.activations.finish(call.layer, ranges)
     own = {key: value for key, value in metrics.items() if key[0] == STAGE}
     return LayerDone(call.layer, call.layers, own, opened)
@@ -165,8 +167,15 @@ def _opened(call: LayerCall) -> Opened:
     )
 
 
-def _check(call: LayerCall, ranges: Mapping[str, np.ndarray]) -> None:
-    for name in call.needed:
-        if found := no_magnitudes(ranges[name]):
-            remedy = "Give more tokens, or other ones"
-            raise BadInput([Problem(name, found, "activations of which a scale can be made", remedy)])
+def unfit(call: LayerCall) -> list[Problem]:
+    """The problems of a layer that an earlier run has measured, for whichever targets: no scale can be made of what is needed now.
+
+    Raises OSError where its file cannot be read.
+    """
+    tensors = open_file(call.activations.ranges_of(call.layer))[1]
+    return _unfit(call, {name: np.asarray(tensors[name].block(whole(tensors[name].shape))) for name in call.needed})
+
+
+def _unfit(call: LayerCall, ranges: Mapping[str, np.ndarray]) -> list[Problem]:
+    expected, remedy = "activations of which a scale can be made", "Give more tokens, or other ones"
+    return [Problem(name, found, expected, remedy) for name in call.needed if (found := no_magnitudes(ranges[name]))]

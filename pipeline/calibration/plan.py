@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.calibration.layer_task import LayerCall, Reopened
 from pipeline.calibration.tokens import Samples, Texts, open_samples, samples_of_texts, write_tokens
 from pipeline.errors import BadInput, Problem
 from pipeline.model.awq_settings import AwqSettings
-from pipeline.model.dtypes import BY_TARGET, auto_dtype
+from pipeline.model.dtypes import BY_TARGET
 from pipeline.sinks.activations import TOKENS, Activations, ActivationScratch
 from pipeline.tensor.tensors import Source
 from pipeline.version import VERSION
@@ -39,7 +39,7 @@ class Calibration:
     tokens, texts
         One of them: a file of tokens, or texts that the model's own tokenizer makes tokens of.
     dtype
-        TensorRT-LLM's name of the type that the model is run in; "auto": the source's.
+        TensorRT-LLM's name of the type that the model is run in.
     device
         Where, by torch's name.
     scratch
@@ -54,7 +54,7 @@ class Calibration:
     texts: Texts | None
     scratch: Path
     name: str
-    dtype: str = "auto"
+    dtype: str
     device: str = "cpu"
     awq: AwqSettings | None = None
 
@@ -125,9 +125,9 @@ class CalibrationPlan:
         """The file of the samples: their own, or, of what was made of texts, one in scratch."""
         return self.activations.directory / TOKENS if self.samples.digest else self.samples.file.path
 
-    def begin(self, keep: bool = False) -> ActivationScratch:
-        """Open and lock the scratch, with the file of the samples where that is its own. `keep`: it is to stay."""
-        scratch = ActivationScratch(self.activations, keep)
+    def begin(self, keep: bool = False, outputs: Iterable[str] = ()) -> ActivationScratch:
+        """Open and lock the scratch, with the file of the samples where that is its own. `keep`, `outputs`: as there."""
+        scratch = ActivationScratch(self.activations, keep, outputs)
         try:
             if not self.tokens.is_file():
                 write_tokens(self.tokens, self.samples)
@@ -193,7 +193,7 @@ def plan_calibration(source: Source, reopened: Reopened, asked: Calibration) -> 
     Raises BadInput with what is wrong with the source or the tokens.
     """
     original = Original(source)
-    dtype = auto_dtype(source.dtype) if asked.dtype == "auto" else asked.dtype
+    dtype = asked.dtype
     model = LayeredModel(original.config, original, dtype, asked.device)
     if asked.awq and (problems := list(awq_problems(model, original.config, asked.awq))):
         raise BadInput(problems)

@@ -15,12 +15,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.many import missing_extra, show, stop_in_order
 from pipeline.cli.options import nvidia_options
-from pipeline.cli.shared import Json, LogFormat
+from pipeline.cli.shared import Json, LogFormat, Quiet
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.cluster_table import cluster_problems
 from pipeline.planning.listen import Listen, parse_listen
 from pipeline.planning.nvidia_flags import Understood
 
 if TYPE_CHECKING:
+    from pipeline.jobs.log import Log
     from pipeline.jobs.requests import Asked
     from pipeline.jobs.units import Unit
 
@@ -71,17 +73,19 @@ def batch_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Say what would be done, in which order; do nothing.")] = False,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT of the page and Dask's dashboard.")] = None,
+    quiet: Quiet = False,
     json_: Json = False,
     log_format: LogFormat = "text",
 ) -> None:
     """Convert many checkpoints: each source is read once, what fails does not stop the rest, what is done is not done again.
 
-    Exit codes: 0 all done or up to date, otherwise the worst job's: 1 a bug, 2 bad input, 5 verification, 4 no engine,
-    3 interrupted or failed half-way.
+    Exit codes: 0 all done or up to date, otherwise the worst job's: 1 a bug, 2 bad input, 4 no engine, 3 interrupted or failed
+    half-way.
     """
     try:
         from pipeline.jobs.batch import planned
         from pipeline.jobs.files import check_writable, write_json
+        from pipeline.jobs.log import Log
         from pipeline.jobs.units import make_units
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
@@ -91,20 +95,29 @@ def batch_command(
     asked = _asked(names or [], {name: value for name, value in matrix.items() if value})
     memory = _bytes(max_memory) or asked.settings.max_memory
     where = _address(listen)
+    address, named = scheduler or asked.settings.scheduler, asked.settings.cluster
+    if scheduler and named and named.get("class"):
+        named = None  # the flag overrides it; certificates are for any scheduler
+    if problems := cluster_problems(named, address):
+        raise BadInput(problems)
     chosen = {"scratch": scratch, "keep_scratch": keep_scratch or None}
     units = make_units([request.given(chosen, Path.cwd()) for request in asked.requests], memory, settle)
     if dry_run or write_jobs:
-        result = planned(units, _write_jobs(write_jobs, units) if write_jobs else {})
+        result = planned(units, _write_jobs(write_jobs, units) if write_jobs and not dry_run else {})
         show(result, json_, "planned_table")
     else:
         retry = asked.settings.retry.model_copy(update={"attempts": attempts} if attempts else {})
         jobs = max_jobs or asked.settings.max_jobs
-        address = scheduler or asked.settings.scheduler
-        named = None if scheduler else asked.settings.cluster
         if summary:
             check_writable(f"--summary {summary}", summary)
-        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log_format)
-        show(result, json_, "summary_table")
+        log = Log(sys.stderr, log_format, quiet or nvidia.quiet)
+        result = _batch(units, (address, jobs, memory), named, retry, metrics, where, log)
+        if json_ or not log.quiet:
+            show(result, json_, "summary_table")
+        else:
+            for job in result["jobs"]:
+                if job["error"]:
+                    log.say("error", f"{job['name']}: {job['error']}")
         if summary:
             write_json(f"--summary {summary}", summary, result)
     raise typer.Exit(result["exit_code"])
@@ -117,26 +130,25 @@ def _batch(
     retry: Any,
     metrics: Path | None,
     listen: Listen | None,
-    log_format: Any,
+    log: Log,
 ) -> dict[str, Any]:
     """Do the units, and return the summary."""
     from pipeline.jobs.batch import cluster, metrics_kept, shown, summary
     from pipeline.jobs.fleet import Fleet
-    from pipeline.jobs.log import Log
 
     stop, started = threading.Event(), time.monotonic()
     stop_in_order(stop)
     if not any(unit.state == "to do" for unit in units):
         fleet = Fleet(None, retry)
         return summary(fleet, fleet.add(units, "batch"), time.monotonic() - started)
-    log = Log(sys.stderr, log_format)
     with ExitStack() as stack:
         stack.enter_context(log.of_all())
         at_hand = stack.enter_context(cluster(*workers, listen=listen, named=named))
         fleet = Fleet(at_hand.client, retry)
         fleet.listeners.append(log)
         overview, page = stack.enter_context(shown(fleet, at_hand, listen))
-        log.say("page", f"page {page}; Dask's dashboard {at_hand.dashboard}")
+        if not log.quiet:
+            log.say("page", f"page {page}; Dask's dashboard {at_hand.dashboard}")
         if metrics:
             stack.enter_context(metrics_kept(metrics, overview))
         runs = fleet.add(units, "batch")
@@ -165,10 +177,26 @@ def _asked(names: list[str], matrix: dict[str, Any]) -> Asked:
     """Return the jobs that the batch and job files ask for, and those of the matrix that the flags ask for."""
     from pipeline.jobs.requests import Asked, gather, of_matrix
 
-    from_files = gather(names, Path.cwd())
+    problems = _unfinished(matrix, bool(names)) if matrix else []
+    try:
+        from_files = gather(names, Path.cwd())
+    except BadInput as error:
+        raise BadInput([*error.problems, *problems]) from None
+    if problems:
+        raise BadInput(problems)
     if not matrix:
         return from_files
     return Asked((*from_files.requests, *of_matrix(matrix, Path.cwd(), "--matrix")), from_files.settings)
+
+
+def _unfinished(matrix: dict[str, Any], beside_files: bool) -> list[Problem]:
+    """The problem of flags that make no matrix, as it has no sources or no place: they are not for the jobs of files."""
+    missing = [f"--{name}" for name in ("model_dir", "output_dir") if name not in matrix]
+    if not missing:
+        return []
+    given = " ".join(f"--{name}" for name in matrix if name != "expect") or "flags of the model's shape"
+    remedy = "They do not change job files: write the options into these" if beside_files else ""
+    return [Problem(given, f"no {' and '.join(missing)} beside it", "both, as flags make a matrix", remedy)]
 
 
 def _values(name: str, text: str | None) -> list[Any]:

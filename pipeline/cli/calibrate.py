@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.watching.units import human_bytes
 
 app = typer.Typer()
 
+SAMPLES, LENGTH = 512, 512  # of texts, where nothing else is said
+
 
 @app.command(
     "calibrate",
@@ -39,10 +42,10 @@ def calibrate_command(
         Path | None,
         typer.Option("--calib_dataset", help="In its place texts: a file of lines, JSON lines or Parquet."),
     ] = None,
-    calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = 512,
+    calib_size: Annotated[int, typer.Option("--calib_size", min=1, help="Samples that are made of texts at most.")] = SAMPLES,
     calib_max_seq_length: Annotated[
         int, typer.Option("--calib_max_seq_length", min=1, help="Tokens of a sample that is made of texts.")
-    ] = 512,
+    ] = LENGTH,
     awq_group_size: Annotated[
         Literal["64", "128"] | None,
         typer.Option("--awq_group_size", help="Search AWQ's scales, too, for int4_awq in groups of so many in-features."),
@@ -51,7 +54,8 @@ def calibrate_command(
         int, typer.Option("--awq_tokens", min=1, help="Tokens, evenly taken from all samples, that AWQ's search tries scales on.")
     ] = TOKENS,
     dtype: Annotated[
-        Literal["auto", "float16", "bfloat16", "float32"], typer.Option(help="Type that the model is run in; auto: the source's.")
+        Literal["auto", "float16", "bfloat16", "float32"],
+        typer.Option("--dtype", "--calibration_dtype", help="Type that the model is run in; auto: the source's."),
     ] = "auto",
     calibration_device: Annotated[
         str, typer.Option("--calibration_device", help="Where layers run, by torch's name: cpu, cuda, cuda:1.")
@@ -59,6 +63,7 @@ def calibrate_command(
     memory_limit: Annotated[str, typer.Option("--memory_limit", help="Most memory that the process may use.")] = "2GiB",
     scratch: Annotated[Path | None, typer.Option(help="Directory of scratch; default: .headrace-scratch beside it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the ranges of another calibration.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Print what would be done, and write nothing.")] = False,
     quiet: Quiet = False,
     json_: Json = False,
@@ -69,15 +74,31 @@ def calibrate_command(
     """
     from pipeline.calibration.plan import Calibration
     from pipeline.calibration.tokens import Texts
-    from pipeline.planning.job_file import model_name
+    from pipeline.planning.job_file import model_name, revision_problems
     from pipeline.run.calibrations import calibrate, plan_ranges
 
-    name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        name, limit, output = model_name(model_dir), _size(memory_limit), output.absolute()
+    except ValueError as error:
+        raise BadInput([Problem("MODEL_DIR", repr(model_dir), str(error))]) from None
+    about = (
+        ("awq_tokens", awq_tokens, TOKENS, "awq_group_size", awq_group_size),
+        ("calib_size", calib_size, SAMPLES, "calib_dataset", calib_dataset),
+        ("calib_max_seq_length", calib_max_seq_length, LENGTH, "calib_dataset", calib_dataset),
+    )
+    problems = [
+        Problem(f"--{option} {value}", "nothing that it is about", f"--{other} beside it", "Leave it out")
+        for option, value, default, other, given in about
+        if value != default and not given
+    ]
+    if problems := problems + revision_problems(name, revision):
+        raise BadInput(problems)
     texts = Texts(calib_dataset, calib_size, calib_max_seq_length) if calib_dataset else None
     place = (scratch or output.parent / ".headrace-scratch").absolute()
     awq = AwqSettings(int(awq_group_size), awq_tokens) if awq_group_size else None
     asked = Calibration(calibration_tokens, texts, place, output.name, dtype, calibration_device, awq)
-    file = plan_ranges(name, output, asked, limit, revision)
+    file = plan_ranges(name, output, asked, limit, revision, overwrite)
     facts = {"output": str(output), **(file.plan.summary(file.one_by_one) if json_ or not quiet else {})}
     if not (quiet or json_):
         print(calibration_words(facts))

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +20,15 @@ from pipeline.cli.shared import Json, LogFormat, Quiet
 from pipeline.cli.typed import as_typed
 from pipeline.engine.log import BuildLog
 from pipeline.engine.requests import plan_requests
-from pipeline.errors import BadInput
-from pipeline.planning.builder_options import known_options
+from pipeline.errors import BadInput, EngineFailed, Problem
 from pipeline.planning.job import Job
 from pipeline.printed import escaped
 from pipeline.watching.progress import listener
 from pipeline.watching.state import RunWatch
+
+if TYPE_CHECKING:
+    from pipeline.planning.engine_options import EngineRequest
+    from pipeline.planning.plans import Plan
 
 app = typer.Typer()
 
@@ -45,13 +48,13 @@ def convert_command(
 
     Exit codes: 0 done or already up to date, 2 bad request or bad source (nothing written), 3 interrupted, 4 no engine, 1 a bug.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # first, as planning may fetch a model
     _import_numpy()
     from pipeline.planning.make_plan import make_plan
     from pipeline.run.execute import execute
 
     started, watch = time.perf_counter(), RunWatch()
     plan = make_plan(job, download=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = listener(quiet, log_format, watch)
     engines = plan_requests(plan)
     if engines:
@@ -101,10 +104,11 @@ def plan_command(
 ) -> None:
     """Say what convert would do with the same arguments; writes nothing but the picture that --graph asks for.
 
-    Workers of a cluster that is there are asked what they see, with files that are there for that moment.
+    Workers of a cluster that is there are asked what they see, with files that are there for that moment; for engines that are
+    built here the builder is asked for its options.
 
     Exit codes: those of convert, as far as it can be known without converting: 0 it would work or has nothing to do, 2 it would be
-    refused, as for a disk without room, another conversion in its place, or a bad request.
+    refused, as for a disk without room, another conversion in its place, or a bad request, 4 no builder for its engine is here.
     """
     if graph:
         from pipeline.reporting.graph_drawing import check_graph_path, draw_graph
@@ -121,30 +125,43 @@ def plan_command(
         plan = foreseen(plan)
     if graph:
         draw_graph(plan.graph(), graph)
-    engines = [
+    engines = _engines(plan)
+    outlook = foresee(plan)
+    summary = plan.summary()
+    entries: list[dict[str, Any]] = [
         {
             "path": str(request.engine),
             "command": request.command(),
-            "obstacles": [str(problem) for problem in request.problems(known_options())],
+            "obstacles": [*map(str, problems), *([without] if without else [])],
         }
-        for request in plan_requests(plan)
+        for request, problems, without in engines
     ]
-    outlook = foresee(plan)
-    summary = plan.summary()
     if json_:
         estimate = None if outlook.seconds is None else round(outlook.seconds, 1)
-        more = {"done_tasks": outlook.done_tasks, "estimated_seconds": estimate, **({"engines": engines} if engines else {})}
+        more = {"done_tasks": outlook.done_tasks, "estimated_seconds": estimate, **({"engines": entries} if entries else {})}
         print(json.dumps({**summary, **more}, indent=2))
     else:
         from pipeline.reporting.plan_tables import plan_table
         from pipeline.reporting.terminal import console
 
-        obstacles = [text for engine in engines for text in engine["obstacles"]]
+        obstacles = list(dict.fromkeys(text for entry in entries for text in entry["obstacles"]))
         console().print(plan_table(plan, outlook, as_typed, obstacles))
-        for engine in engines:
-            print(f"then {escaped(shlex.join(engine['command']))}")
-    if summary["obstacles"] or any(engine["obstacles"] for engine in engines):
+        for entry in entries:
+            print(f"then {escaped(shlex.join(entry['command']))}")
+    if summary["obstacles"] or any(problems for _, problems, _ in engines):
         raise typer.Exit(BadInput.exit_code)
+    if any(without for _, _, without in engines):
+        raise typer.Exit(EngineFailed.exit_code)
+
+
+def _engines(plan: Plan) -> list[tuple[EngineRequest, list[Problem], str]]:
+    """The engines that a plan's job asks for: for each, what is in its way, and why no builder runs here, "" where one does."""
+    requests = plan_requests(plan)
+    if not requests:
+        return []
+    from pipeline.engine.run import foreseen_engines
+
+    return [(request, *found) for request, found in zip(requests, foreseen_engines(plan, requests), strict=True)]
 
 
 def _import_numpy() -> None:

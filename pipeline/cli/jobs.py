@@ -25,6 +25,7 @@ StorePath = Annotated[
     typer.Option("--store", help="The daemon's history; default: $XDG_STATE_HOME/headrace/history.db.", show_default=False),
 ]
 JobNumber = Annotated[int, typer.Argument(help="The number of a job, as `headrace jobs` lists it.")]
+LIMIT = 100  # jobs of a list, where nothing else is said
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def history(path: Path | None, write: bool = False) -> Iterator[History]:
 def jobs_command(
     context: typer.Context,
     state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = LIMIT,
     store: StorePath = None,
     json_: Json = False,
 ) -> None:
@@ -60,13 +61,18 @@ def jobs_command(
     context.obj = store
     if context.invoked_subcommand is None:
         list_command(context, state, limit, store, json_)
+        return
+    given = {f"--state {state}": state, f"--limit {limit}": limit != LIMIT, "--json": json_}
+    before = f"it before `{context.invoked_subcommand}`"
+    if problems := [Problem(option, before, "it behind that command") for option, there in given.items() if there]:
+        raise BadInput(problems)
 
 
 @app.command("list", cls=HelpCommand, epilog="headrace jobs list --state failed")
 def list_command(
     context: typer.Context,
     state: Annotated[str | None, typer.Option(help="Only those in a state, such as failed.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = LIMIT,
     store: StorePath = None,
     json_: Json = False,
 ) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=HelpGroup, no_args_is_help=True, help="Look at or remove the Zarr scratch that jobs keep.")
 
 ROOT = "The scratch directory or URL, as given to --scratch, or a URL of outputs, for unfinished uploads."
+RM = "headrace scratch rm DIR Llama-3.1-8B-unpack-3f9ac0d1b2c47e05.zarr\nheadrace scratch rm DIR --all --yes"
 
 
 @app.command("ls", cls=HelpCommand, epilog="headrace scratch ls\nheadrace scratch ls /fast/scratch")
@@ -67,7 +68,11 @@ def scratch_ls(
             console().print(scratch_table(found))
 
 
-@app.command("rm", cls=HelpCommand, epilog="headrace scratch rm DIR 3f9ac0d1-unpack.zarr\nheadrace scratch rm DIR --all --yes")
+@app.command(
+    "rm",
+    cls=HelpCommand,
+    epilog="headrace scratch rm DIR Llama-3.1-8B-unpack-3f9ac0d1b2c47e05.zarr\nheadrace scratch rm DIR --all --yes",
+)
 def scratch_rm(
     root: Annotated[Path, typer.Argument(parser=as_path, metavar="DIR", help=ROOT)],
     names: Annotated[list[str] | None, typer.Argument(metavar="CUT", help="Cuts to remove, as `scratch ls` names them.")] = None,
@@ -107,9 +112,9 @@ def _served() -> list[Path]:
         from pipeline.jobs.history import History, default_path
     except ModuleNotFoundError:
         return []
-    if not default_path().exists():
-        return []
     try:
+        if not default_path().exists():
+            return []
         history = History(default_path())
     except BadInput:
         return []

@@ -13,6 +13,7 @@ import typer
 from pipeline.cli.help import HelpCommand
 from pipeline.cli.levels import Lines, levels
 from pipeline.cli.shared import Json, Quiet
+from pipeline.errors import BadInput, Problem
 from pipeline.printed import escaped
 from pipeline.tensor.bucket import output_at
 
@@ -35,6 +36,10 @@ def verify_command(
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="What to compute logits for; needs the source's tokenizer.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many random tokens, where there is no prompt.")] = 32,
+    sm: Annotated[
+        int | None,
+        typer.Option("--sm", help="The GPUs that integer weights of an output without headrace.json are for; default 80."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Threads that work at once; 0: one a core, at most 8.")] = 0,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all of it as a page named *.html, too: see headrace report.")
@@ -46,8 +51,11 @@ def verify_command(
 
     Exit codes: 0 nothing wrong, 2 nothing to look at, 5 something is wrong.
     """
-    from pipeline.reporting.verification import verify
+    from pipeline.reporting.verification import TOKENS, verify
 
+    if tokens != TOKENS and (prompt is not None or not logits):
+        found = "no --logits beside it" if prompt is None else "--prompt beside it"
+        raise BadInput([Problem(f"--tokens {tokens}", found, "--logits without a prompt", "Leave it out")])
     if report:
         from pipeline.reporting.html import check_report_path
 
@@ -61,6 +69,7 @@ def verify_command(
             logits=logits or prompt is not None,
             prompt=prompt,
             tokens=tokens,
+            sm=sm,
             workers=workers,
             advance=advance,
         )

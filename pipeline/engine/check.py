@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.documents import read_document, read_json, read_object
-from pipeline.engine.requests import digest, identity_of
+from pipeline.engine.requests import arranged_of, digest, identity_of
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.engine_options import EngineRequest
+from stages.build.arranged_weights import ArrangedWeights
 from stages.read.ranks import open_checkpoint
 from stages.verify.contract.integrity import headers
 
@@ -44,6 +46,13 @@ def identity(directory: Path) -> dict[str, Any]:
         return identity_of(checkpoint_id, config)
     states = {path.name: path.stat() for path in sorted(directory.glob("rank*.safetensors"))}
     return {"files": {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}, "config": digest(config)}
+
+
+def arranged_weights(request: EngineRequest) -> ArrangedWeights | None:
+    """The order that a checkpoint's integer weights are in; None where any GPU reads them, or headrace.json does not say it."""
+    if request.identity:  # still to be written: what is there now is another's
+        return request.arranged
+    return arranged_of(request.checkpoint, read_object(request.checkpoint / CONFIG), _provenance(request.checkpoint))
 
 
 def checksums(directory: Path) -> str:

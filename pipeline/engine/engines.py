@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.engine.check import check_checkpoint, checksums
+from pipeline.engine.check import arranged_weights, check_checkpoint, checksums
 from pipeline.engine.inputs import engine_directory
 from pipeline.engine.log import BuildLog, Tail
 from pipeline.engine.messages import lost_builder, no_builder, no_engine, no_worker
@@ -26,6 +26,7 @@ from pipeline.planning.dask_graph import stage_graph
 from pipeline.planning.engine_options import EngineRequest
 from pipeline.run.results import Built
 from pipeline.run.schedulers import Lost, Session
+from pipeline.tensor.system_errors import refusing
 from stages.build import BuilderOutcome
 from stages.build.builders import Builder, BuilderProbe, probe
 
@@ -45,17 +46,29 @@ class _Engine:
     failure: HeadraceError | None = None
 
 
-class Engines:
-    """The engines of a job: checked before anything is written, and built each when its checkpoint is complete."""
+class Looked(NamedTuple):
+    """The outcome of a look at a request: the problems with it, and its builder where that is not there or does not run."""
 
-    def __init__(self, requests: Sequence[EngineRequest], log: BuildLog, scheduler: str, overwrite: bool = False) -> None:
-        self.requests, self.log, self.scheduler, self.overwrite = requests, log, scheduler, overwrite
-        self.elsewhere = "://" in scheduler
+    problems: list[Problem]
+    without: BuilderProbe | None
+
+
+class Engines:
+    """The engines of a job: checked before anything is written, and built each when its checkpoint is complete.
+
+    `scheduler`: its address, or the class of its cluster, for messages. `elsewhere`: its workers are other processes.
+    """
+
+    def __init__(
+        self, requests: Sequence[EngineRequest], log: BuildLog, scheduler: str, overwrite: bool = False, elsewhere: bool = False
+    ) -> None:
+        self.requests, self.log, self.scheduler, self.overwrite, self.elsewhere = requests, log, scheduler, overwrite, elsewhere
         self._probes: dict[Builder, BuilderProbe] = {}
         self._engines: list[_Engine] = []
         self._results: dict[Path, Built] = {}
         self._tail: Tail | None = None
         self._dashboard = ""
+        self._converts = False
 
     def prepare(self, session: Session | None = None, wait: bool = True) -> None:
         """Find the builder, and check each request as the builder would.
@@ -64,22 +77,43 @@ class Engines:
         otherwise, where there is none yet, the builder's own checks are left to it. Raises BadInput for wrong options and
         directories, and EngineFailed where there is no builder.
         """
-        problems: list[Problem] = []
         unbuildable: dict[BuilderProbe, list[str]] = {}
-        for request in self.requests:
-            probed = self._probe(request, session, wait)
-            problems += request.problems(option_table(probed))
-            problems += engine_directory(request, probed).obstacles(self._replaces(request))
-            if probed.trouble and not self.complete(request):
-                unbuildable.setdefault(probed, []).append(shlex.join(request.command()))
-        if problems:
+        looked = self.look(session, wait)
+        if problems := [problem for each in looked for problem in each.problems]:
             raise BadInput(dict.fromkeys(problems))
+        for request, each in zip(self.requests, looked, strict=True):
+            if each.without:
+                unbuildable.setdefault(each.without, []).append(shlex.join(request.command()))
         if unbuildable:
             raise EngineFailed("\n".join(no_builder(probed, commands) for probed, commands in unbuildable.items()))
+
+    def look(self, session: Session | None = None, wait: bool = True) -> list[Looked]:
+        """Look at what is in the way of each request, as `prepare` does. Without a `session` nobody elsewhere is asked."""
+        looked = []
+        for request in self.requests:
+            probed = self._probe(request, session, wait)
+            with refusing(request.engine, "files that can be read"):
+                place, arranged = engine_directory(request, probed), arranged_weights(request)
+            problems = [*request.problems(option_table(probed)), *place.obstacles(self._replaces(request))]
+            whole = self.complete(request)
+            if arranged and not whole and not probed.trouble:
+                problems += arranged.problems(probed)
+            looked.append(Looked(problems, probed if probed.trouble and not whole else None))
+        return looked
 
     def complete(self, request: EngineRequest) -> bool:
         """Whether a prepared request's engine is there already and is not to be replaced."""
         return not self._replaces(request) and self._place(request).complete
+
+    @property
+    def share_gpus(self) -> bool:
+        """Whether the builds that are left take GPUs of their own: the ranks of one engine do, in turn.
+
+        Builds of several engines do not: trtllm-build begins with the first GPU, and so does rank 0 of each engine.
+        """
+        left = [request for request in self.requests if not self.complete(request)]
+        probed = self._probes.get(builder_of(left[0])) if len(left) == 1 else None
+        return probed is not None and probed.kind == "python"
 
     def begin(self, stack: ExitStack, session: Session, outputs: Mapping[Path, int]) -> tuple[BuildStep, ...]:
         """Begin the engines that are not up to date, and return their steps in the graph of the run.
@@ -87,6 +121,7 @@ class Engines:
         `stack`: on its exit nothing is left of engines that are not whole. `outputs`: the numbers of the targets that the run makes
         whole, by their directories. Raises what `build_engine` raises.
         """
+        self._converts = bool(outputs)
         whole = [request for request in self.requests if request.checkpoint not in outputs]
         problems = [problem for request in whole for problem in check_checkpoint(request.checkpoint)]
         if problems:
@@ -100,7 +135,18 @@ class Engines:
             # A cluster may still know the tasks of an earlier run, so no name is used twice.
             name, kept = f" {uuid.uuid4().hex[:8]}", place.held
             number = outputs.get(request.checkpoint)
-            steps = build_steps(request, number, place.ranks, name=name, probed=probed, token=token, kept=kept, sync=self.elsewhere)
+            arranged = arranged_weights(request)
+            steps = build_steps(
+                request,
+                number,
+                place.ranks,
+                name=name,
+                probed=probed,
+                token=token,
+                kept=kept,
+                sync=self.elsewhere,
+                arranged=arranged,
+            )
             self._engines.append(_Engine(request, place, token, steps))
         logs = {step.call.log: engine.place.directory for engine in self._engines for step in engine.steps}
         self._tail = stack.enter_context(self.log.following(logs))
@@ -127,6 +173,8 @@ class Engines:
                 self._tail.flush()
             try:
                 self._end(engine)
+            except EngineFailed as error:
+                engine.failure = error
             except OSError as error:
                 engine.failure = EngineFailed(f"{engine.place.directory}: the engine could not be built: {error}")
         return engine.failure is not None
@@ -155,10 +203,18 @@ class Engines:
         return ", ".join(str(request.engine) for request in self.requests if request.engine not in self._results)
 
     def built(self) -> tuple[Built, ...]:
-        """Return the engines. Raises EngineFailed, or BadInput for an option that the builder refused, where one is not there."""
+        """Return the engines.
+
+        Where one is not there, raises EngineFailed; BadInput for options that the builder refused in a run that has made nothing.
+        """
         failures = [engine.failure for engine in self._engines if engine.failure]
+        refused = [problem for failure in failures if isinstance(failure, BadInput) for problem in failure.problems]
+        made = self._converts or any(not built.up_to_date for built in self._results.values())
+        if refused and not made and all(isinstance(failure, BadInput) for failure in failures):
+            raise BadInput(refused)
         if failures:
-            raise failures[0] if len(failures) == 1 else EngineFailed("\n".join(map(str, failures)))
+            others = [str(failure) for failure in failures if not isinstance(failure, BadInput)]
+            raise EngineFailed("\n".join([*others, *map(str, refused)]))
         return tuple(self._results[request.engine] for request in self.requests)
 
     def build(self, session: Session) -> tuple[Built, ...]:
@@ -198,6 +254,7 @@ class Engines:
         absent = engine.place.missing()
         refused = [outcome for outcome in failed if outcome.refused]
         without = [outcome for outcome in failed if outcome.probed.trouble]
+        unfit = [outcome.unfit for outcome in failed if outcome.unfit]
         command, attempts = shlex.join(request.command()), max(outcome.attempts for outcome in outcomes)
         program = engine.steps[0].call.command(outcomes[0].probed)[0]
         if engine.lost:
@@ -205,6 +262,8 @@ class Engines:
         elif refused:
             problem = Problem(f"{engine.place.directory}: {program}", refused[0].refused, "options that it takes")
             engine.failure = BadInput([problem])
+        elif unfit:
+            engine.failure = EngineFailed(f"{engine.place.directory}: no engine is built of weights in another order:\n{unfit[0]}")
         elif without:
             engine.failure = EngineFailed(no_builder(without[0].probed, [command]))
         elif failed or absent:
@@ -233,9 +292,11 @@ class Engines:
         return engine_directory(request, self._probes.get(builder_of(request), BuilderProbe()))
 
     def _probe(self, request: EngineRequest, session: Session | None, wait: bool) -> BuilderProbe:
-        """The builder of the machine that will build; on a cluster, that of a worker with a GPU."""
+        """The builder of the machine that will build: on a cluster that of a worker with a GPU, unknown where none is there."""
         builder = builder_of(request)
-        if builder not in self._probes and self.elsewhere and session:
+        if builder not in self._probes and self.elsewhere:
+            if session is None:
+                return BuilderProbe()
             if not session.offers(GPU):
                 if not wait:
                     return BuilderProbe()

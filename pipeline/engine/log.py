@@ -47,8 +47,9 @@ class BuildLog:
         self.say("building", text, engine=str(engine), command=list(command), dashboard=dashboard)
 
     def waiting(self, resource: str, scheduler: str) -> None:
-        """Report that no worker of the scheduler has the resource yet."""
-        text = f"waiting for a Dask worker with the resource {resource}: dask worker {scheduler} --resources {resource}=1"
+        """Report that no worker has the resource yet. `scheduler`: its address, or the class of its cluster."""
+        start = f"dask worker {scheduler} --resources {resource}=1" if "://" in scheduler else f"one of the {scheduler}"
+        text = f"waiting for a Dask worker with the resource {resource}: {start}"
         self.say("waiting", text, resource=resource, scheduler=scheduler)
 
     def again(self, engine: Path, attempt: int, attempts: int) -> None:

@@ -15,19 +15,26 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'headrace[engine]' --extra-index-url https://pypi.nvidia.com"
 
 
+def lacking(probed: BuilderProbe) -> str:
+    """Say that a machine cannot build, and why."""
+    return f"no engine can be built on {probed.host}: {probed.trouble}"
+
+
 def no_builder(probed: BuilderProbe, commands: Sequence[str]) -> str:
     """Explain why a machine cannot build, name remedies, and list the command lines to run where there is a builder."""
     ways = f"install TensorRT-LLM 1.2.1 ({INSTALL}), or name its builder with --trtllm_build or --container, and run"
     lines = "".join(f"\n  {command}" for command in commands)
-    return f"no engine can be built on {probed.host}: {probed.trouble}\nOn a machine with an NVIDIA GPU {ways}{lines}"
+    return f"{lacking(probed)}\nOn a machine with an NVIDIA GPU {ways}{lines}"
 
 
 def no_worker(engine: Path, scheduler: str) -> str:
-    """Explain that all is converted, but that nobody offers to build."""
+    """Explain that all is converted, but that nobody offers to build. `scheduler`: its address, or the class of its cluster."""
+    start = f"Where trtllm-build is, start\n  dask worker {scheduler} --nthreads 1 --resources GPU=1"
+    if "://" not in scheduler:
+        start = "Have the [cluster] table start a worker with --resources GPU=1 where trtllm-build is, or run headrace build there,"
     return (
         f"{engine}: found no worker with the resource GPU at {scheduler}; expected one, as a build takes GPU=1. The checkpoint is "
-        f"whole. Where trtllm-build is, start\n  dask worker {scheduler} --nthreads 1 --resources GPU=1\n"
-        "and run the same command again: it does the build alone"
+        f"whole. {start}\nand run the same command again: it does the build alone"
     )
 
 

@@ -23,8 +23,8 @@ from pipeline.watching.server import serving
 SCHEMA = 1
 METRICS_SECONDS = 15.0  # between two writes of a file of metrics
 THREADS = 8  # that one conversion keeps busy, at most
-# Exit codes, the worst last: what running it again may mend, what is not as it should be, what somebody must mend, a bug.
-_WORSE = (0, 3, 4, 5, 2, 1)
+# Exit codes, the worst last: what running it again may mend, what lacks its engine, what somebody must mend, a bug.
+_WORSE = (0, 3, 4, 2, 1)
 
 
 def machine_memory() -> int:

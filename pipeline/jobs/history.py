@@ -21,6 +21,7 @@ from pipeline.documents import read_object
 from pipeline.errors import BadInput, Problem
 from pipeline.jobs.runs import ACTIVE, Run
 from pipeline.jobs.units import Unit
+from pipeline.planning.home import at_home
 from pipeline.sinks import hold
 from pipeline.tensor.filesystem import try_lock
 
@@ -36,9 +37,17 @@ create table if not exists marks (kind text, name text, value text, primary key 
 
 
 def default_path() -> Path:
-    """Where the history is unless --store says otherwise: by the XDG Base Directory Specification."""
+    """Where the history is unless --store says otherwise: by the XDG Base Directory Specification.
+
+    Raises BadInput where nobody knows the home directory.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if Path(state).is_absolute() else Path.home() / ".local/state") / "headrace/history.db"
+    try:
+        base = Path(state) if Path(state).is_absolute() else at_home("~/.local/state")
+    except ValueError:
+        found, remedy = "nothing, and no home directory that is known", "Give it, or set HOME or XDG_STATE_HOME"
+        raise BadInput([Problem("--store", found, "a file for the history", remedy)]) from None
+    return base / "headrace/history.db"
 
 
 class History:

@@ -22,13 +22,14 @@ LONGEST = 20_000  # characters of a line
 class Log:
     """Writes a line for each event; of progress, in text, one now and then."""
 
-    def __init__(self, stream: IO[str], log_format: LogFormat) -> None:
-        self.stream, self.as_json = stream, log_format == "json"
+    def __init__(self, stream: IO[str], log_format: LogFormat, quiet: bool = False) -> None:
+        """`quiet`: of runs it says nothing."""
+        self.stream, self.as_json, self.quiet = stream, log_format == "json", quiet
         self._shown: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def __call__(self, event: str, run: Run, said: Mapping[str, Any]) -> None:
-        if event == "queued" and run.unit.state != "to do":
+        if self.quiet or (event == "queued" and run.unit.state != "to do"):
             return
         values: Mapping[str, Any] = said
         if event == "ended":

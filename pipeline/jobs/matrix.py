@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.home import from_folder
 from pipeline.planning.job import Job
 from pipeline.planning.job_file import anchored
 from pipeline.planning.quantizations import QUANTIZATIONS
@@ -109,7 +110,7 @@ def _found(choices: Sequence[Any], folder: Path, where: str) -> tuple[list[Any],
         if not isinstance(choice, str) or not glob.has_magic(choice) or "://" in choice:
             found.append(choice)
             continue
-        paths = sorted(glob.glob(str(folder / Path(choice).expanduser())))  # noqa: PTH207 (takes absolute patterns)
+        paths = sorted(glob.glob(str(from_folder(choice, folder))))  # noqa: PTH207 (takes absolute patterns)
         found += paths
         if not paths:
             problems.append(Problem(where, f"nothing at {choice}", "a pattern that some checkpoint's path fits"))

@@ -20,6 +20,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import Table
 from pipeline.jobs.fleet import Fleet
 from pipeline.jobs.runs import Run
+from pipeline.planning.home import from_folder
 from pipeline.planning.target_options import AbsolutePath
 from pipeline.watching.units import human_bytes
 
@@ -149,5 +150,5 @@ def anchored_secrets(values: Any, folder: Path) -> Any:
     if not isinstance(values, dict):
         return values
     if set(values) == {"file"} and isinstance(values["file"], str):
-        return {"file": folder / Path(values["file"]).expanduser()}
+        return {"file": from_folder(values["file"], folder)}
     return {key: anchored_secrets(value, folder) for key, value in values.items()}

@@ -29,6 +29,7 @@ from pipeline.errors import BadInput, Problem
 from pipeline.jobs.files import Table, validate
 from pipeline.jobs.matrix import expand
 from pipeline.jobs.retry import Retry
+from pipeline.planning.home import at_home
 from pipeline.planning.job import Job, make_job
 from pipeline.planning.job_file import anchored
 from pipeline.planning.quantizations import overlaid
@@ -104,7 +105,10 @@ def of_matrix(table: Mapping[str, Any], folder: Path, where: str, patterns: bool
 
 
 def _paths(name: str, folder: Path) -> list[Path]:
-    path = folder / Path(name).expanduser()
+    try:
+        path = folder / at_home(name)
+    except ValueError as error:
+        raise BadInput([Problem(name, "a home directory", str(error))]) from None
     if path.is_dir():
         found = sorted(path.glob("*.toml"))
         expected = "job files, *.toml, in it"
@@ -126,8 +130,9 @@ def _file(path: Path, above: frozenset[Path]) -> Asked:
         return Asked((Request(path.stem, str(path), None, error.problems),))
     if not {"files", "job", "matrix", "defaults"} & set(values):
         return Asked((_job_file(path),))
-    batch = validate(BatchFile, values, str(path))
     folder = path.absolute().parent
+    values |= anchored({key: table for key, table in values.items() if key == "cluster"}, folder)
+    batch = validate(BatchFile, values, str(path))
     if path.resolve() in above:
         raise BadInput([Problem(f"{path}: files", "a batch file that names itself", "job files, or other batch files")])
     requests = list(gather(batch.files, folder, above | {path.resolve()}).requests)
@@ -147,25 +152,25 @@ def _file(path: Path, above: frozenset[Path]) -> Asked:
 def _job_file(path: Path) -> Request:
     try:
         job = make_job({}, path)
+        return Request(path.stem, str(path), job).given(_scheduler(job.model_dump(exclude_unset=True)), path.parent)
     except BadInput as error:
         return Request(path.stem, str(path), None, error.problems)
-    return Request(path.stem, str(path), job).given(_scheduler(bool(job.performance_report)), path.parent)
 
 
 def _request(options: Mapping[str, Any], where: str) -> Request:
     name = str(options.get("output_dir") or next(iter(_targets(options)), "") or options.get("model_dir") or where)
     name = Path(name).name
     try:
-        job = make_job({**_scheduler("performance_report" in options), **options})
+        job = make_job({**_scheduler(options), **options})
     except BadInput as error:
         named = (replace(each, subject=f"{where}.{each.subject.removeprefix('--')}") for each in error.problems)
         return Request(name, where, None, tuple(named))
     return Request(name, where, job)
 
 
-def _scheduler(reported: bool) -> dict[str, Any]:
-    """The scheduler of a job that names none; one that is to be reported on needs a cluster."""
-    return {} if reported else {"scheduler": SCHEDULER}
+def _scheduler(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler of a job that names none: not of one that names a cluster to start, or is to be reported on by one."""
+    return {} if options.get("performance_report") or options.get("cluster") else {"scheduler": SCHEDULER}
 
 
 def _targets(options: Mapping[str, Any]) -> Iterable[Any]:

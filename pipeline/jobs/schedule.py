@@ -33,6 +33,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,10 +44,14 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from pipeline.documents import read_toml_file
+from pipeline.errors import BadInput
 from pipeline.jobs.files import Table, validate
 from pipeline.jobs.fleet import STALL_SECONDS, STOP_SECONDS
 from pipeline.jobs.notify import Notify, anchored_secrets
 from pipeline.jobs.retry import Retry
+from pipeline.planning.cluster_table import cluster_problems
+from pipeline.planning.home import at_home
+from pipeline.planning.job_file import anchored
 from pipeline.planning.listen import listen_text
 
 LONGEST_SECONDS = 1e9  # thirty years: dates have no place for what is much longer
@@ -107,6 +112,12 @@ class Watch(Trigger):
     every_seconds: Annotated[float, Field(ge=0.1, le=LONGEST_SECONDS)] = 60.0
     settle_seconds: Annotated[float, Field(ge=0, le=LONGEST_SECONDS)] = 120.0
 
+    @field_validator("path")
+    @classmethod
+    def _has_a_home(cls, value: str) -> str:
+        at_home(value.removeprefix("file://"))
+        return value
+
     @field_validator("job")
     @classmethod
     def _has_no_source(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -165,18 +176,19 @@ class Schedule(Table):
 def read_schedule(file: Path) -> Schedule:
     """A schedule's file, its paths made absolute. Raises BadInput with every key that is wrong."""
     folder = file.absolute().parent
-    values = {
-        key: anchored_secrets(value, folder) if key in ("http", "notify") else value
-        for key, value in read_toml_file(file, "a schedule").items()
-    }
+    values = read_toml_file(file, "a schedule")
+    values |= {key: anchored_secrets(values[key], folder) for key in ("http", "notify") if key in values}
+    values |= anchored({key: table for key, table in values.items() if key == "cluster"}, folder)
     schedule = validate(Schedule, values, str(file))
+    if wrong := cluster_problems(schedule.cluster, schedule.scheduler):
+        raise BadInput([replace(each, subject=f"{file}: {each.subject}") for each in wrong])
     watches = tuple(each.model_copy(update={"path": _absolute(each.path, folder)}) for each in schedule.watch)
     return schedule.model_copy(update={"folder": folder, "watch": watches})
 
 
 def _absolute(path: str, folder: Path) -> str:
     path = path.removeprefix("file://")
-    return path if "://" in path else os.path.normpath(folder / Path(path).expanduser())
+    return path if "://" in path else os.path.normpath(folder / at_home(path))
 
 
 def cron_trigger(text: str, zone: tzinfo) -> CronTrigger:

@@ -161,9 +161,9 @@ def _yarn(scaling: Mapping[str, Any], section: str) -> Iterator[Conflict]:
         computed = yarn_factor(factor, 1.0 if ours is None else ours) / yarn_factor(factor, every or 0.0)
         # Without a factor of its own a model has the formula's, in which transformers uses both scales or neither.
         formula = yarn_factor(factor, ours) / yarn_factor(factor, every) if ours and every else yarn_factor(factor, 1.0)
+        meant = float(formula if declared is None else declared)
     except (ZeroDivisionError, OverflowError):
-        computed, formula = math.nan, math.nan
-    meant = formula if declared is None else declared
+        computed, meant = math.nan, math.nan
     if not math.isclose(meant, computed, rel_tol=1e-6):
         key = "mscale" if declared is None else "attention_factor"
         expected = f"{computed:g} times what is turned, as TensorRT-LLM has it, not {meant:g}"

@@ -11,6 +11,7 @@ from pipeline.model.runtime import runtime
 
 Generation = int | Literal["any"]
 ANY: Literal["any"] = "any"  # weights in no order, which the loader quantizes on the builder's own GPU
+STABLE = "A"  # docs/format/quantized-layouts.md, section 2
 
 
 def generations() -> tuple[int, ...]:
@@ -28,3 +29,8 @@ def alike(sm: int) -> tuple[int, ...]:
     """The generations that read the same orders as `sm`, itself among them."""
     orders = runtime().orders
     return tuple(other for other, found in orders.items() if found == orders[sm])
+
+
+def stable(sm: int) -> bool:
+    """Whether a generation reads matrices in the one order that all releases of TensorRT-LLM have for it, where they know it."""
+    return order(sm, stacked=False) == STABLE

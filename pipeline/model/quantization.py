@@ -5,6 +5,7 @@ Facts: docs/format/quantized-layouts.md, section 9.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
 WEIGHT_ONLY = {"W8A16": 8, "W4A16": 4}  # algorithm -> bits of an integer code
 GROUPWISE = {"W8A16_GPTQ": 8, "W4A16_GPTQ": 4}
 FP8, FP8_ROWWISE, AWQ, NVFP4 = "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "NVFP4"
+GROUPED = (*GROUPWISE, AWQ, NVFP4)  # a scale for each group of a row's in-features
 # By whether each row of a weight has a scale, and each token of the activations.
 SQ_KINDS = {
     (False, False): "W8A8_SQ_PER_TENSOR_PLUGIN",
@@ -37,6 +39,18 @@ SMOOTHQUANT = tuple(SQ_KINDS.values())
 SQ_OF_CODES = SQ_KINDS[True, True]  # the one that takes int8 codes with a scale a row, as activations are quantized in the engine
 NVFP4_GROUP = 16  # in-features of an NVFP4 scale
 CLAMP = 1200.0  # FP8 by row clamps activations, and weights before they are quantized, to this absolute value
+BOUND = "activation_scale_ub"  # the key of a quantizer's settings that says another one
+_LARGEST = 3.4028234663852886e38  # a float32, which the bound is for the kernels
+
+
+def clamp_of(settings: Mapping[str, Any]) -> float | None:
+    """The absolute bound of FP8 by row that a quantizer's settings say, CLAMP where they say none; None where it is no bound."""
+    said = settings.get(BOUND)
+    if said is None:
+        return CLAMP
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said <= _LARGEST:
+        return None
+    return float(said)
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Quantization:
         values = {
             "quant_algo": self.algorithm,
             "kv_cache_quant_algo": "INT8" if self.int8_kv_cache else "FP8" if self.fp8_kv_cache else None,
-            "group_size": self.group_size if grouped or self.algorithm in (AWQ, NVFP4) else DEFAULTS["group_size"],
+            "group_size": self.group_size if self.algorithm in GROUPED else DEFAULTS["group_size"],
             "smoothquant_val": DEFAULTS["smoothquant_val"] if self.smoothquant is None else self.smoothquant,
             "clamp_val": [-self.clamp, self.clamp] if self.algorithm == FP8_ROWWISE else None,
             "use_meta_recipe": self.meta_recipe,

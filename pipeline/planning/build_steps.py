@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.planning.builder_options import OptionTable, command_words, known_options, parse_help
-from pipeline.planning.engine_options import EngineRequest, partial_of
+from pipeline.planning.engine_options import EngineRequest, beside, partial_of
 from stages.build import BuilderCall
+from stages.build.arranged_weights import ArrangedWeights
 from stages.build.builders import Builder, BuilderProbe
 
 GPU: Mapping[str, float] = {"GPU": 1}  # the resources of a worker that a build takes
@@ -37,6 +38,7 @@ def build_steps(
     token: Path = Path(),
     kept: Sequence[Path] = (),
     sync: bool = False,
+    arranged: ArrangedWeights | None = None,
 ) -> tuple[BuildStep, ...]:
     """Make the steps of an engine.
 
@@ -50,7 +52,7 @@ def build_steps(
         Added to the steps' names: a cluster may still know the tasks of an earlier run.
     probed
         The builder of the machine that builds, where it has been asked.
-    token, kept, sync
+    token, kept, sync, arranged
         As in `BuilderCall`.
 
     Returns
@@ -78,6 +80,7 @@ def build_steps(
             ranks,
             own.retries + 1,
             sync,
+            arranged,
         )
         steps.append(BuildStep(call, request.engine, output))
     return tuple(steps)
@@ -95,7 +98,7 @@ def option_table(probed: BuilderProbe | None) -> OptionTable:
 
 def log_of(engine: Path, rank: int | None = None) -> Path:
     """The log of the builder of all ranks of an engine, or of one rank's."""
-    return engine.with_name(f"{engine.name}{'' if rank is None else f'.rank{rank}'}.log")
+    return beside(engine, f"{'' if rank is None else f'.rank{rank}'}.log")
 
 
 def engine_files(ranks: Sequence[int]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipeline.errors import Problem
 from pipeline.model.tables import CONFIGS
+from pipeline.planning.home import UNKNOWN
 
 VERSION = "1.2.1"
 SWITCH = {"enable", "disable"}
@@ -127,6 +128,8 @@ def _values(values: tuple[str, ...], option: BuilderOption) -> list[tuple[str, s
         return [("no value", "one value or more")]
     wrong = [value for value in values if option.choices and value not in option.choices]
     problems = [(value, f"one of {', '.join(option.choices)}") for value in wrong]
+    if option.type == "path":  # others are absolute by now
+        problems += [(value, UNKNOWN) for value in values if value.startswith("~")]
     if option.type == "int":
         problems += [(value, "a whole number") for value in values if not re.fullmatch(r"[+-]?\d+", value)]
     return problems

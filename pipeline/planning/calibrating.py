@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BadInput, Problem
 from pipeline.model.awq_settings import AwqSettings
 from pipeline.model.unsaid import TOLD
 from pipeline.planning.opening import OpenedSource
-from pipeline.sinks.scratch import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from pipeline.calibration.layer_task import LayerCall, Reopened
@@ -49,6 +48,19 @@ class Calibrating:
         last = self.layers if last is None else last
         return self.plan.calls(first, last, self.one_by_one, self.needed)
 
+    def unfit(self, last: int | None = None) -> list[Problem]:
+        """The problems of the layers that an earlier run has measured, for whichever targets: no scale can be made of a range.
+
+        `last`: only of the layers before it.
+        """
+        from pipeline.calibration.layer_task import unfit
+
+        problems: list[Problem] = []
+        for call in self.calls(0, min(self.plan.activations.layers_done, self.layers if last is None else last)):
+            with contextlib.suppress(FileNotFoundError):  # the run that it is of has just ended
+                problems += unfit(call)
+        return problems
+
     def summary(self) -> dict[str, Any]:
         """Plain values."""
         return self.plan.summary(self.one_by_one)
@@ -84,12 +96,12 @@ def plan_calibrating(opened: OpenedSource, awq: AwqSettings | None = None) -> Ca
     if source.in_memory and job.elsewhere:
         found = "a model in the memory of this process, and workers elsewhere"
         raise BadInput([Problem("--calibration_tokens", found, "workers in this process", "Leave out --scheduler")])
-    root = Path(job.scratch) if job.scratch and "://" not in job.scratch else job.targets[0].output_dir.parent / DEFAULT_ROOT
     texts = Texts(job.calib_dataset, job.calib_size, job.calib_max_seq_length) if job.calib_dataset else None
     place = source.location
     last = source.url.rpartition("/")[2] or (place.name if place.is_dir() else place.stem)
     name = f"{last}-calibrate"
-    asked = Calibration(job.calibration_tokens, texts, root, name, job.calibration_dtype, job.calibration_device, awq)
+    dtype = opened.auto_dtype if job.calibration_dtype == "auto" else job.calibration_dtype
+    asked = Calibration(job.calibration_tokens, texts, job.scratch_directory, name, dtype, job.calibration_device, awq)
     reopened = _reopened(opened)
     return plan_calibration(reopened.again(), reopened, asked)
 

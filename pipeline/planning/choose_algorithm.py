@@ -6,12 +6,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.dtypes import MODEL_DTYPES, of_numpy
-from pipeline.model.quantization import AWQ, CLAMP, FP8, FP8_ROWWISE, GROUPWISE, NVFP4, SMOOTHQUANT, SQ_OF_CODES, Quantization
+from pipeline.model.quantization import (
+    AWQ,
+    BOUND,
+    CLAMP,
+    DEFAULTS,
+    FP8,
+    FP8_ROWWISE,
+    GROUPED,
+    GROUPWISE,
+    NVFP4,
+    SMOOTHQUANT,
+    SQ_OF_CODES,
+    Quantization,
+    clamp_of,
+)
 from pipeline.planning.generations import no_generation
 from pipeline.planning.quantizations import QUANTIZATIONS, UNASKED
 from pipeline.planning.quantizations import asked as asked_for
@@ -39,7 +53,7 @@ class Packing:
 
     `formats`: packed module -> its format. `ordered`: modules whose groups follow the activations. `outside`: packed modules that
     are numbers in every target, as a head is, of a source for which that matters. `settings`: the source's quantization settings;
-    `own`: those of modules of which it says something else than of all.
+    `own`: those of modules of which it says something else than of all. `cache`: what is wrong with the scales of its cache.
     """
 
     formats: Mapping[str, str]
@@ -47,6 +61,7 @@ class Packing:
     settings: Mapping[str, Any]
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     outside: Collection[str] = ()
+    cache: Sequence[Problem] = ()
 
     @property
     def format(self) -> str | None:
@@ -110,7 +125,7 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     """The quantization of a target, and what keeps it from being what the options say."""
     asked, problems = _asked(options)
     own, group_size = native(packing, tensors)
-    found = f"a source quantized as {packing.format}" if packing.format else "a source that is not quantized"
+    found = _found(packing, own)
     several = [] if options.dequantize or options.requantize else _several(packing, tensors)
     # Codes that no kernel takes are made numbers without being asked: the plan's notes say so.
     numbers = own is None or options.dequantize
@@ -132,7 +147,9 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         if asked and asked != algorithm:
             problems.append(Problem(_flag(options), f"{found}, which is {own}", f"the options for {own}, or none", _DEQUANTIZE))
         problems += _act_order(packing, options)
-    group = options.group_size or group_size or 128
+    if not problems:  # else it is not known which algorithm is meant
+        problems += _ungrouped(options, algorithm, packing)
+    group = options.group_size or group_size or DEFAULTS["group_size"]
     kept = not (several or options.requantize or options.dequantize)
     if group_size and kept and options.group_size not in (None, group_size):
         problems.append(
@@ -150,14 +167,17 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
     if options.requantize and not packing.formats:
         expected = "a quantized source"
         problems.append(Problem("--requantize", found, expected, "Leave it out: --use_weight_only quantizes numbers"))
-    problems += _caches(options, algorithm) + _smoothing(options)
-    bound, from_numbers = packing.settings.get("activation_scale_ub"), numbers or options.requantize
+    problems += _caches(options, packing, algorithm) + _smoothing(options)
+    clamp, from_numbers = clamp_of(packing.settings), numbers or options.requantize
+    if clamp is None and algorithm == FP8_ROWWISE:
+        expected, remedy = "a finite number above 0, or null for the usual one", "Mend the quantizer's settings"
+        problems.append(Problem(f"quantization_config.{BOUND}", repr(packing.settings[BOUND]), expected, remedy))
     quantization = Quantization(
         algorithm=algorithm,
         from_numbers=from_numbers,
         sm=options.sm,
         group_size=group,
-        clamp=float(bound) if isinstance(bound, int | float) else CLAMP,
+        clamp=CLAMP if clamp is None else clamp,
         meta_recipe=options.use_meta_fp8_rowwise_recipe,
         fp8_kv_cache=options.fp8_kv_cache,
         zero_points=from_numbers or packing.zero_points,
@@ -165,6 +185,14 @@ def choose(options: Shape, packing: Packing, tensors: Mapping[TensorName, LazyTe
         int8_kv_cache=options.int8_kv_cache,
     )
     return quantization, problems
+
+
+def _found(packing: Packing, own: str | None) -> str:
+    """The source in words, by what it is. `own`: TensorRT-LLM's algorithm that takes its codes as they are."""
+    if not packing.formats:
+        return "a source that is not quantized"
+    names = " and ".join([packing.format] if packing.format else dict.fromkeys(packing.formats.values()))
+    return f"a source quantized as {names}{'' if own else ', whose codes no algorithm of TensorRT-LLM takes'}"
 
 
 def _takes_activations(packing: Packing, own: str | None, asked: str | None) -> bool:
@@ -177,10 +205,24 @@ def _takes_activations(packing: Packing, own: str | None, asked: str | None) -> 
     return quantized_activations(packing.settings).startswith("integers of 8 bits, dynamic")
 
 
-def _caches(options: Shape, algorithm: str | None) -> list[Problem]:
-    """The problem of an INT8 cache beside a second kind of cache, or float8."""
-    if not options.int8_kv_cache:
+def _ungrouped(options: Shape, algorithm: str | None, packing: Packing) -> list[Problem]:
+    """The problem of a size of groups where the target has none. NVIDIA's default, which people paste, says nothing."""
+    size = options.group_size
+    if size in (None, DEFAULTS["group_size"]) or algorithm in GROUPED or (options.requantize and not packing.formats):
         return []
+    found = f"{algorithm}, which has no groups" if algorithm else "nothing that is quantized"
+    awq = f"--quantization int4_awq --group_size {size} with a calibration, such as --calibration_tokens FILE"
+    again = f"--requantize --quantization int4_gptq --group_size {size}"
+    remedy = f"Give {again if packing.formats else awq}, or leave it out"
+    return [Problem(f"--group_size {size}", found, "an algorithm that has groups", remedy)]
+
+
+def _caches(options: Shape, packing: Packing, algorithm: str | None) -> list[Problem]:
+    """The problems of the source's scales for an FP8 cache, and of an INT8 cache beside a second kind of cache, or float8."""
+    if not options.int8_kv_cache:
+        used = options.fp8_kv_cache and not other_kind(packing.settings)
+        remedy = "Leave out --fp8_kv_cache: then these scales are left out, too"
+        return [replace(problem, remedy=remedy) for problem in packing.cache] if used else []
     if options.fp8_kv_cache:
         return [Problem("--int8_kv_cache", "--fp8_kv_cache too", "one kind of cache")]
     if algorithm in (FP8, FP8_ROWWISE, NVFP4):

@@ -77,8 +77,11 @@ def canonical(opened: OpenedSource, cuts: Cuts, chunk_bytes: int, made: Counter[
     `chunk_bytes`: the most that a chunk holds of its tensor. The arrays know their stages then; `made` counts these.
     """
     row_multiple = math.lcm(ROW_MULTIPLE, opened.model.head_size)
+    # A cut behind `read` has what is converted: what a checkpoint has beside it has names of its own, of which none is looked at.
+    used = set(opened.matches.origins.values())
+    own = {name: tensor for name, tensor in opened.source.named.items() if name in used}
     stages: dict[str, Callable[[TensorMap], TensorMap]] = {
-        "read": lambda _: read(opened.source.named, chunk_bytes, row_multiple),
+        "read": lambda _: read(own, chunk_bytes, row_multiple),
         "rename": lambda tensors: rename(tensors, opened.matches, opened.model),
         "unpack": lambda tensors: unpacked(opened, tensors),
     }

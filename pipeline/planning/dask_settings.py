@@ -29,7 +29,8 @@ def _places() -> list[Path]:
     """The files and directories that Dask reads settings from when it is imported (dask.config)."""
     prefixes = [Path(prefix) / "etc/dask" for prefix in dict.fromkeys((sys.prefix, *site.PREFIXES))]
     named = [Path(os.environ["DASK_CONFIG"])] if "DASK_CONFIG" in os.environ else []
-    return [Path(os.environ.get("DASK_ROOT_CONFIG", "/etc/dask")), *prefixes, Path("~/.config/dask").expanduser(), *named]
+    own = Path(os.path.expanduser("~/.config/dask"))  # noqa: PTH111 (as Dask does it, also where nobody knows the home directory)
+    return [Path(os.environ.get("DASK_ROOT_CONFIG", "/etc/dask")), *prefixes, own, *named]
 
 
 def _has_settings(place: Path) -> bool:

@@ -6,7 +6,7 @@ Each field is a keyword of `convert` and `plan`, a key of a job file, and a flag
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.types import ByteSize
 
 from pipeline.errors import BadInput, Problem
+from pipeline.planning.cluster_table import cluster_problems
 from pipeline.planning.engine_options import job_requests
-from pipeline.planning.job_file import model_name, read_job_file, scratch_root
+from pipeline.planning.job_file import model_name, read_job_file, revision_problems, scratch_root
 from pipeline.planning.keywords import JobOptions
 from pipeline.planning.listen import listen_text
 from pipeline.planning.quantizations import PRECISION, overlaid, precision_alone, without_contradictions
@@ -39,7 +40,7 @@ ScratchRoot = Annotated[str, BeforeValidator(scratch_root)]
 ListenAddress = Annotated[str, AfterValidator(listen_text)]
 CutNames = Annotated[tuple[Literal["read", "rename", "unpack", "shard", "auto", "none"], ...], BeforeValidator(_names)]
 
-TLS_FILES = ("ca_file", "cert", "key")
+RANGES = ("act_range", "calibration_tokens", "calib_dataset")  # what ranges of activations are from: one of these files
 
 
 class Job(Shape):
@@ -152,8 +153,14 @@ class Job(Shape):
     @property
     def scratch_root(self) -> str:
         """The directory or URL of scratch: by default beside the first output, or here where that is in object storage."""
+        return self.scratch or str(self.scratch_directory)
+
+    @property
+    def scratch_directory(self) -> Path:
+        """The directory of what goes to no bucket: that of scratch, or, where this is a URL, the one that it has by default."""
         beside = self.targets[0].output_dir.parent
-        return self.scratch or str((Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT)
+        default = (Path.cwd() if isinstance(beside, RemotePath) else beside) / DEFAULT_ROOT
+        return Path(self.scratch) if self.scratch and "://" not in self.scratch else default
 
     @property
     def elsewhere(self) -> bool:
@@ -188,17 +195,19 @@ class Job(Shape):
         }
 
 
-def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False) -> Job:
-    """Make a job from options and, where given, a TOML file.
+def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = False, base: Job | None = None) -> Job:
+    """Make a job from options and, where given, a TOML file or another job.
 
     Parameters
     ----------
     options
-        Fields of Job by name; they override the file's.
+        Fields of Job by name. They override those of `file` and `base`, in the tables of targets too; of `expect` each its own key.
     file
         A job file.
     live
         The source is a model in memory, so the options must not name one.
+    base
+        A job in the place of a file.
 
     Returns
     -------
@@ -210,9 +219,12 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     BadInput
         Every option that is unknown, missing, has a wrong value or contradicts another.
     """
-    values = overlaid(read_job_file(file) if file else {}, options)
-    tables = values.get("target", ())
-    if tables and file and isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
+    before = read_job_file(file) if file else base.model_dump(exclude_unset=True) if base else {}
+    values = overlaid(before, options)
+    if all(isinstance(each.get("expect"), Mapping) for each in (before, options)):
+        values["expect"] = {**before["expect"], **options["expect"]}
+    tables = before.get("target") if "target" not in options else None
+    if tables and isinstance(tables, list | tuple) and all(isinstance(table, dict) for table in tables):
         # An option overrides every target's, but targets cannot share an output directory.
         if "output_dir" in options:
             expected = "the directories of the [[target]] tables"
@@ -229,7 +241,7 @@ def make_job(options: Mapping[str, Any], file: Path | None = None, live: bool = 
     problems = contradicting + _sources(job, live) + _contradictions(job, file)
     if problems:
         raise BadInput(problems)
-    job_requests(job.targets, job.engine)
+    job_requests(job.targets, job.engine, job.scratch_root)
     return job
 
 
@@ -250,13 +262,7 @@ def _sources(job: Job, live: bool) -> list[Problem]:
     if job.quant_ckpt_path and job.model_dir is None:
         expected = "--model_dir with the model that it was quantized from"
         problems.append(Problem("--quant_ckpt_path", f"{job.quant_ckpt_path} alone", expected))
-    if job.revision and not isinstance(job.model_dir, str):
-        problems.append(Problem(f"--revision {job.revision}", f"the local path {job.model_dir}", "a model on the Hub, org/name"))
-    if job.revision and "://" in str(job.model_dir):
-        problems.append(
-            Problem(f"--revision {job.revision}", "a URL beside it", "hf://org/name@revision, or a model on the Hub, org/name")
-        )
-    return problems
+    return problems + revision_problems(job.model_dir, job.revision)
 
 
 def _no_output() -> Problem:
@@ -268,7 +274,8 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     problems = []
     if not job.elsewhere and job.scheduler not in ("local", "threads", "synchronous"):
         problems.append(Problem("--scheduler", job.scheduler, "local, threads, synchronous or tcp://host:port"))
-    problems += [*_cluster(job), *_report(job), *_calibration(job)]
+    scheduler = job.scheduler if "scheduler" in job.model_fields_set else None
+    problems += [*cluster_problems(job.cluster, scheduler), *_report(job), *_calibration(job)]
     if job.scratch and holds_secret(job.scratch):
         problems.append(Problem(f"--scratch {shown(job.scratch)}", "a URL with a secret in it", NO_SECRET))
     elif job.scratch and "://" in job.scratch and (fault := store_fault(job.scratch)):
@@ -289,9 +296,21 @@ def _contradictions(job: Job, file: Path | None) -> list[Problem]:
     if job.performance_report and job.performance_report.parent in directories:
         found = "a place among the rank files"
         problems.append(Problem(f"--performance_report {job.performance_report}", found, "a file outside the output directory"))
+    problems += _scratch_apart(job, directories)
     twice = {str(directory) for directory in directories if directories.count(directory) > 1}
     problems += [Problem(f"output_dir {directory}", "two targets", "a directory for each") for directory in sorted(twice)]
     return problems
+
+
+def _scratch_apart(job: Job, directories: Iterable[Any]) -> list[Problem]:
+    """Refuse scratch among the files of an output: they would be files that no conversion writes there."""
+    root = job.scratch_root
+    local = [] if "://" in root else [each for each in directories if not isinstance(each, RemotePath)]
+    inside = [each for each in local if Path(root).resolve().is_relative_to(each.resolve())]
+    if not inside:
+        return []
+    remedy = f"Give another directory, such as {inside[0].parent / DEFAULT_ROOT}"
+    return [Problem(f"--scratch {root}", f"a place in the output {inside[0]}", "a directory apart from the outputs", remedy)]
 
 
 def _precision(job: Job) -> list[Problem]:
@@ -305,7 +324,7 @@ def _precision(job: Job) -> list[Problem]:
 
 def _calibration(job: Job) -> list[Problem]:
     """Check that activations are measured once, and that what is said of that is said of something."""
-    files = {f"--{name}": getattr(job, name) for name in ("act_range", "calibration_tokens", "calib_dataset")}
+    files = {f"--{name}": getattr(job, name) for name in RANGES}
     given = [name for name, path in files.items() if path]
     if len(given) > 1:
         return [Problem(given[1], f"{given[0]} too", "one file of what is measured")]
@@ -314,26 +333,6 @@ def _calibration(job: Job) -> list[Problem]:
     unused = [name for name in own if name in job.model_fields_set and getattr(job, name) != Job.model_fields[name].default]
     expected = "--calib_dataset beside it" if "calib_size" in own else "--calibration_tokens or --calib_dataset beside it"
     return [Problem(f"--{name} {getattr(job, name)}", "nothing that it is about", expected, "Leave it out") for name in unused]
-
-
-def _cluster(job: Job) -> list[Problem]:
-    """Check the [cluster] table."""
-    table = job.cluster
-    if table is None:
-        return []
-    named, tls = table.get("class"), table.get("tls")
-    problems = []
-    if named is not None and not isinstance(named, str):
-        problems.append(Problem("cluster.class", repr(named), "the name of a class, such as distributed.SSHCluster"))
-    if named and "scheduler" in job.model_fields_set:
-        problems.append(Problem("cluster.class", f"--scheduler {job.scheduler} beside it", "one or the other"))
-    if not named and (tls is None or not job.scheduler.startswith("tls://")):
-        problems.append(Problem("cluster", "no class", "class = a name, or tls for a --scheduler tls://"))
-    if tls is not None and not (isinstance(tls, dict) and set(tls) <= set(TLS_FILES)):
-        problems.append(Problem("cluster.tls", repr(tls), f"a table of {', '.join(TLS_FILES)}"))
-    if not isinstance(workers := table.get("workers", 1), int) or workers < 1:
-        problems.append(Problem("cluster.workers", repr(workers), "a number of workers"))
-    return problems
 
 
 def _report(job: Job) -> list[Problem]:

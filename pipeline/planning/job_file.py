@@ -11,22 +11,35 @@ from typing import Any
 from pipeline.documents import read_toml_file
 from pipeline.errors import BadInput, Problem
 from pipeline.planning import engine_options
+from pipeline.planning.home import at_home, from_folder
 from pipeline.tensor.remote_path import RemotePath, as_path, url_fault
 
-PATHS = {"model_dir", "meta_ckpt_dir", "quant_ckpt_path", "output_dir", "scratch", "performance_report"}  # options that are paths
+# Options that are paths, and those that are lists of them.
+PATHS = {
+    "model_dir",
+    "meta_ckpt_dir",
+    "quant_ckpt_path",
+    "act_range",
+    "calibration_tokens",
+    "calib_dataset",
+    "output_dir",
+    "performance_report",
+    "scratch",
+}
+LISTS_OF_PATHS = {"scratch_outputs"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # with a tag: one of several GGUF models
 
 
 def absolute_path(value: Any) -> Any:
     """Return a path made absolute from the current directory, links left as they are; anything but a string or path unchanged.
 
-    Raises ValueError for an empty string.
+    Raises ValueError for an empty string, and for a home directory that is not known.
     """
     if not isinstance(value, str | Path):
         return value
     if not str(value):
         raise ValueError("a path that is not empty")
-    return Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 (links stay as they are)
+    return Path(os.path.abspath(at_home(value)))  # noqa: PTH100 (links stay as they are)
 
 
 def output_place(value: Any) -> Any:
@@ -48,6 +61,16 @@ def model_name(value: Any) -> Any:
     if isinstance(value, str) and ("://" in value or HUB_ID.fullmatch(value)) and not Path(value).exists():
         return value
     return absolute_path(value)
+
+
+def revision_problems(model: Path | str | None, revision: str | None) -> list[Problem]:
+    """Say that a revision stands beside what is no model on the Hub, or beside a URL, which names its own."""
+    subject, expected = f"--revision {revision}", "a model on the Hub, org/name"
+    if revision and not isinstance(model, str):
+        return [Problem(subject, f"the local path {model}", expected)]
+    if revision and "://" in str(model):
+        return [Problem(subject, "a URL beside it", f"hf://org/name@revision, or {expected}")]
+    return []
 
 
 def scratch_root(value: Any) -> Any:
@@ -89,11 +112,19 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(values.get("engine"), dict):
         result["engine"] = engine_options.anchored(values["engine"], folder)
     if isinstance(values.get("cluster"), dict) and isinstance(tls := values["cluster"].get("tls"), dict):
-        files = {key: str(folder / Path(value).expanduser()) if isinstance(value, str) else value for key, value in tls.items()}
+        files = {key: str(from_folder(value, folder)) if isinstance(value, str) else value for key, value in tls.items()}
         result["cluster"] = {**values["cluster"], "tls": files}
     for key in PATHS & set(values):
-        if isinstance(values[key], str) and "://" not in values[key]:
-            path = folder / Path(values[key]).expanduser()
-            if key != "model_dir" or path.exists() or not HUB_ID.fullmatch(values[key]):
-                result[key] = path
+        result[key] = _place(values[key], folder, key)
+    for key in LISTS_OF_PATHS & set(values):
+        if isinstance(values[key], list):
+            result[key] = [_place(each, folder, key) for each in values[key]]
     return result
+
+
+def _place(value: Any, folder: Path, key: str) -> Any:
+    """A path made absolute from `folder`; a URL, a model on the Hub, or what is no path at all, as it is."""
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = from_folder(value, folder)
+    return value if key == "model_dir" and HUB_ID.fullmatch(value) and not Path(path).exists() else path

@@ -17,6 +17,7 @@ from pipeline.model.tables import Slot
 from pipeline.planning.awq_scales import KIND, apart, awq_settings, group_sizes, other_groups, searched
 from pipeline.planning.calibrating import Calibrating, plan_calibrating
 from pipeline.planning.compose import target_dtype
+from pipeline.planning.job import RANGES
 from pipeline.planning.opening import OpenedSource
 from pipeline.planning.range_names import of_inputs, of_outputs
 from pipeline.tensor.names import TensorName
@@ -47,11 +48,15 @@ def measured(opened: OpenedSource, chosen: Sequence[Quantization]) -> Measured:
     job, wanted, problems = opened.job, _wanted(opened, chosen, ()), _other_types(opened, chosen)
     if behind := _behind_norm(opened, chosen):
         return Measured(opened, (*problems, *behind))
-    given = [f"--{name} {path}" for name in ("act_range", "calibration_tokens", "calib_dataset") if (path := getattr(job, name))]
+    given = [f"--{name} {path}" for name in RANGES if (path := getattr(job, name))]
     if not wanted:
         found = "a target that uses no ranges" if len(chosen) == 1 else "targets that use no ranges"
         expected = "--smoothquant, --use_fp8, int4_awq, --int8_kv_cache or --fp8_kv_cache, where the source has no scales for it"
-        return Measured(opened, (*problems, *(Problem(each, found, expected, "Leave it out") for each in given)))
+        remedy = "Leave it out"
+        if opened.model.qk_norm and any(each.fp8_kv_cache for each in chosen):
+            found = f"an FP8 cache of {opened.source.architecture}, whose cached keys are normed behind k_proj, as no range is"
+            remedy = "Leave it out: the cache has the source's scales, or 1"
+        return Measured(opened, (*problems, *(Problem(each, found, expected, remedy) for each in given)))
     if not given:
         needs = next((flag for flag, asks in NEEDS.items() if any(map(asks, chosen))), "--int8_kv_cache")
         found = "no --act_range: its scales are made of measured activations"
@@ -122,9 +127,9 @@ def _wanted(opened: OpenedSource, chosen: Sequence[Quantization], known: Collect
     `known`: the modules that have ranges; those of the source, where a module is not among them under another name.
     """
     smooth, scales, cache = any(map(_smooths, chosen)), any(map(_scales, chosen)), any(each.int8_kv_cache for each in chosen)
-    # An FP8 cache does without.
+    # An FP8 cache does without, and takes none where a norm stands between k_proj and what is cached.
     given = opened.job.act_range is not None or opened.job.calibrates
-    cache = cache or (given and any(each.fp8_kv_cache for each in chosen))
+    cache = cache or (given and not opened.model.qk_norm and any(each.fp8_kv_cache for each in chosen))
     wanted: dict[tuple[str, str], dict[TensorName, Renamed]] = {}
     scaled = any(map(searched, chosen))
     if not (smooth or scales or cache or scaled):

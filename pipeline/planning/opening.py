@@ -13,7 +13,7 @@ from pipeline.model.dtypes import NUMBERS, auto_dtype, of_numpy
 from pipeline.model.long_attention import long_attention_notes
 from pipeline.model.long_rope import check_long_rope
 from pipeline.model.model_config import ModelConfig, model_config
-from pipeline.model.tables import Family, Layout, find_family, layout
+from pipeline.model.tables import Family, Layout, Slot, find_family, layout
 from pipeline.model.unsaid import fill_in
 from pipeline.model.windows import check_windows, window_notes, with_pattern
 from pipeline.model.written_rope import undeclared, written_scaling
@@ -24,7 +24,7 @@ from pipeline.planning.target_options import TargetOptions
 from pipeline.printed import printed
 from pipeline.sinks.bucket_checks import check_apart_there, check_bucket
 from pipeline.sinks.output_checks import check_apart, check_output, check_source
-from pipeline.tensor.names import by_module
+from pipeline.tensor.names import by_module, split_names
 from pipeline.tensor.remote_path import is_remote
 from pipeline.tensor.tensors import Source
 from stages.quantization.modules import linear
@@ -131,7 +131,7 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     model = replace(declared, rotary_scaling=scaling, **omitted)
     dense = [] if job.quant_ckpt_path else _left_behind(source, family)  # whoever names a quantized checkpoint means one
     settings = {} if dense else clean_settings(source.config)
-    examined = check(source.named, settings)
+    examined = check(source.named, settings, source.names_of)
     formats = examined.formats
     unknown = [] if dense else unread(source.config, source.config_name, settings, by_module(source.named), formats)
     unreadable = [] if dense else unknown or [*examined.problems, *_unknown_quantization(source, formats)]
@@ -140,9 +140,9 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
     matches = match(source.named, family, target, declared, kept, zeros, axes(formats, source.named))
     if source.tensors and not matches.names and not unreadable:
         raise BadInput([no_name_fits(source, family), *outputs])
-    outside = _outside(formats if len(set(formats.values())) > 1 else examined.ordered, matches, target)
+    outside = _outside(formats, matches, target)
     damaged, crc_notes = _crcs(job, source)
-    packing = Packing(formats, examined.ordered, settings, examined.own, outside)
+    packing = Packing(formats, examined.ordered, settings, examined.own, outside, examined.cache)
     return OpenedSource(
         job,
         source,
@@ -166,6 +166,16 @@ def open_job(job: Job, live_model: Any = None, download: bool = False) -> Opened
             *long_attention_notes(filled.config, model.max_position_embeddings),
         ),
     )
+
+
+def type_of(source: Source) -> str:
+    """The type that "auto" means for a source that no job names: its own, or that of its tensors where it says none."""
+    if source.dtype:
+        return auto_dtype(source.dtype)
+    named = split_names(arranged(source.tensors))
+    settings = clean_settings(source.config)
+    examined = check(named, settings)
+    return auto_dtype(own_dtype(named, Packing(examined.formats, examined.ordered, settings, examined.own)))
 
 
 def _open_source(job: Job, live_model: Any, download: bool) -> Source:
@@ -206,12 +216,13 @@ def _sharding(options: TargetOptions, family: Family, model: ModelConfig) -> Sha
 
 
 def _outside(packed: Collection[str], matches: Matches, target: Layout) -> frozenset[str]:
-    """Those of some packed modules that no target quantizes."""
-    if not packed:
-        return frozenset()
-    slots = {renamed.source.module: target.find(name.module) for name, renamed in matches.names.items()}
-    found = {module: slots.get(module) for module in packed}
-    return frozenset(module for module, slot in found.items() if slot and not linear(slot.module))
+    """Those of some packed modules that no target quantizes: a head, and what no target has."""
+    slots: dict[str, Slot | None] = {}
+    for name, renamed in matches.names.items():
+        module = renamed.source.module
+        if module in packed and module not in slots:
+            slots[module] = target.find(name.module)
+    return frozenset(module for module in packed if not ((slot := slots.get(module)) and linear(slot.module)))
 
 
 def _left_behind(source: Source, family: Family) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+import xxhash
 
 from pipeline.planning.memory import Budget
 from pipeline.sinks.journal import Journal
@@ -28,8 +31,8 @@ class Sink(Protocol):
     @property
     def local_bytes(self) -> int: ...
     def locate(self, rank: int, tensor: str, region: Region) -> Iterator[Located]: ...
-    def begin(self, tasks: int, fresh: bool) -> Journal: ...
-    def begun(self, tasks: int) -> list[dict[str, Any]]: ...
+    def begin(self, tasks: str, fresh: bool) -> Journal: ...
+    def begun(self, tasks: str) -> list[dict[str, Any]]: ...
     def vouched(self, entries: Iterable[Mapping[str, Any]]) -> set[str]: ...
     def abandon(self, journal: Journal, created: Path | None) -> None: ...
 
@@ -97,6 +100,22 @@ class Phase:
     passes: tuple[str, ...] = ()
     here: bool = False
     parts: Mapping[int, RankPart] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def tasks(self) -> str:
+        """Names the tasks in journals: their number, and which blocks, or which part of a file, each has.
+
+        As many may be cut at other places. What a part is made of decides nothing: it may come from scratch or from the source.
+        """
+        digest = xxhash.xxh3_64()
+        for store in () if self.parts else self.stores:
+            digest.update(f"{store.name} {store.arrays[0].chunks}\n".encode())
+        for number, group in enumerate(self.groups):
+            if part := self.parts.get(number):
+                digest.update(f"{part.sink} {part.rank} {part.number} {part.start} {part.end}\n".encode())
+            elif group:
+                digest.update(f"{group[0][0].name} {group[0][1]} {len(group)}\n".encode())
+        return f"{len(self.groups)} {digest.hexdigest()}"
 
     @property
     def pending(self) -> tuple[int, ...]:

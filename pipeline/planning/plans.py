@@ -181,11 +181,16 @@ class Plan(InOneLine):
         return whole_graph(self, [target.output for target in self.targets], self.builds, layers).highlevel()
 
     def obstacles(self) -> list[Problem]:
-        """The reasons why `convert` could not start now: another conversion in the way, or a disk without room."""
+        """The reasons why `convert` could not start now: another conversion in the way, a disk without room, unfit ranges."""
         outputs = [target.output for target in self.targets]
         sinks = [sink for phase in self.phases for sink in phase.sinks if not sink.complete]
         needs = {sink.directory: sink.local_bytes for sink in sinks if sink.local_bytes}
-        return check_taken(outputs, self.job.overwrite) or check_held(outputs) or check_space(needs)
+        unfit: list[Problem] = []
+        if self.calibrating and not (self.up_to_date and not self.job.overwrite):
+            unfit, activations = self.calibrating.unfit(), self.calibrating.plan.activations
+            if activations.layers_done < self.calibrating.layers:
+                needs[activations.directory] = activations.nbytes
+        return check_taken(outputs, self.job.overwrite) or check_held(outputs) or check_space(needs) or unfit
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values, as `headrace plan --json` prints it."""

@@ -11,7 +11,7 @@ from pipeline.model.quantization import GROUPWISE, Quantization
 from pipeline.planning.compose import unpacked
 from pipeline.planning.opening import OpenedSource
 from pipeline.tensor.blocks import read_block
-from pipeline.tensor.names import by_module
+from pipeline.tensor.names import TensorName, by_module
 from pipeline.tensor.tensors import CODES
 from stages.quantization import numbers
 from stages.quantization.modules import linear
@@ -37,7 +37,8 @@ def requantization_notes(opened: OpenedSource, chosen: Sequence[Quantization], b
         grouped = each.algorithm in GROUPWISE
         note = f"quantized again as {each.algorithm}{f' in groups of {each.group_size}' if grouped else ''}, by round-to-nearest"
         if grouped and weight is not None:
-            error = f"{_error(weight, each):.1f} dB of signal to noise against the source's own weights"
+            name = str(opened.matches.origin(TensorName(module, "weight")))
+            error = f"{_error(name, weight, each):.1f} dB of signal to noise against the source's own weights"
             note += f": {error}, in the first rows of {module}"
         notes.append(note)
     return tuple(dict.fromkeys(notes))
@@ -57,9 +58,9 @@ def _numbers(parameters: Mapping[str, BlockArray]) -> BlockArray | None:
     return parameters.get("weight") if parameters.keys().isdisjoint(CODES) else numbers.dequantize(parameters)
 
 
-def _error(weight: BlockArray, quantization: Quantization) -> float:
-    """Decibels of signal to noise of the first rows, quantized and made numbers again."""
-    again = numbers.dequantize(numbers.requantize(weight, quantization.group_size, bits=quantization.bits))
+def _error(name: str, weight: BlockArray, quantization: Quantization) -> float:
+    """Decibels of signal to noise of the first rows, quantized and made numbers again. `name`: for what is wrong with them."""
+    again = numbers.dequantize(numbers.requantize(weight, quantization.group_size, name, quantization.bits))
     rows = ((0, min(ROWS, weight.shape[0])), (0, weight.shape[1]))
     before, after = (np.asarray(read_block(array, (0, 0)).read(rows)) for array in (weight, again))
     return signal_to_noise(after, before)

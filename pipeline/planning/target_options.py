@@ -50,7 +50,8 @@ class Shape(BaseModel):
     )
     use_weight_only: bool = Field(False, description="Quantize weights, or take a source's codes, as weight_only_precision says.")
     weight_only_precision: Literal["int8", "int4", "int4_gptq", "int8_gptq", "int4_awq"] = Field(
-        "int8", description="int8 and int4 quantize; the others are for sources that are quantized so."
+        "int8",
+        description="int8 and int4 quantize, int4_awq with measured activations; the others are for sources that are quantized so.",
     )
     use_fp8: bool = Field(False, description="FP8 with a scale a matrix: takes a source's codes, or quantizes with --act_range.")
     use_fp8_rowwise: bool = Field(False, description="FP8 with a scale a row: quantizes, or takes a source's codes.")
@@ -65,7 +66,9 @@ class Shape(BaseModel):
     fp8_kv_cache: bool = Field(
         False, description="FP8 for the key-value cache, with the source's scales, those of --act_range, or 1."
     )
-    group_size: Size | None = Field(None, description="In-features that share a scale; default: the source's, or 128.")
+    group_size: Size | None = Field(
+        None, description="In-features that share a scale, of targets in groups; default: the source's, or 128."
+    )
     sm: Generations = Field(
         80, description="GPU generation that integer weights are arranged for; any: int8 and int4 as numbers, quantized at build."
     )

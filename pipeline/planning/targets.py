@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.quantization import Quantization
+from pipeline.model.quantization import GROUPED, Quantization
 from pipeline.model.target_config import target_config
 from pipeline.model.windows import runtime_defaults
 from pipeline.planning.calibrating import Calibrating
 from pipeline.planning.compose import TargetTensors
-from pipeline.planning.job import Job
+from pipeline.planning.job import RANGES, Job
 from pipeline.planning.opening import OpenedSource
 from pipeline.planning.plans import Target
 from pipeline.planning.rank_parts import part_bytes
@@ -26,6 +26,7 @@ from pipeline.sinks.rank_file import rank_file
 from pipeline.tensor.bucket import in_parts
 from pipeline.tensor.placement import RankTensor
 from pipeline.tensor.remote_path import is_remote
+from pipeline.tensor.tensors import Source
 from pipeline.version import VERSION
 from stages.shard import Sharding
 
@@ -71,6 +72,7 @@ def make_target(
     `identity`: `plan_identity`'s; `left_out` and `notes` are for headrace.json, `cuts` for the journal, as `Output` has them.
     """
     options, sharding, source = tensors.options, tensors.sharding, opened.source
+    own = _identity(options, tensors.quantization)
     by_rank: dict[int, list[RankTensor]] = {rank.index: [] for rank in sharding.parallelism.ranks()}
     for tensor in tensors.ranks:
         by_rank[tensor.rank].append(tensor)
@@ -79,19 +81,45 @@ def make_target(
     copies = source.companions if opened.job.copy_tokenizer else ()
     provenance = {
         "headrace": VERSION,
-        "source": {
-            "path": source.place,
-            "kind": source.kind,
-            "files": [file.fingerprint() for file in source.files],
-        },
-        "options": {**opened.job.source_identity(), **options.identity()},
+        "source": _recorded(source, opened.job),
+        "options": {**opened.job.source_identity(), **own},
         "left_out": dict(left_out),
         "notes": list(notes),
     }
-    decides = [list(identity), options.identity(), [path.name for path in copies]]
+    decides = [list(identity), own, [path.name for path in copies]]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     output = Output(options.output_dir, files, config, digest, copies, opened.job.sync, provenance, cuts)
     return Target(options, tensors.dtype, _in_its_place(output, opened.job))
+
+
+def _recorded(source: Source, job: Job) -> dict[str, Any]:
+    """The source as headrace.json has it, and its files: each by its place in it.
+
+    A file that an option of the job names apart from the source has that option beside it, as `of`: then it is by its own name, or
+    by its place in a quantized checkpoint, whose own place is said, too.
+    """
+    folders = {"": _folder(source.location)}
+    folders |= {"quant_ckpt_path": _folder(job.quant_ckpt_path)} if job.quant_ckpt_path else {}
+    given = {path: option for option in RANGES if (path := getattr(job, option))}
+    files = []
+    for file in source.files:
+        values = file.fingerprint()
+        of = given.get(file.path) or next((option for option, folder in folders.items() if file.path.is_relative_to(folder)), "")
+        if folder := folders.get(of):
+            values["path"] = str(file.path.relative_to(folder)) if file.path.is_relative_to(folder) else file.path.name
+        files.append({**values, "of": of} if of else values)
+    beside = {"quant_ckpt_path": str(job.quant_ckpt_path)} if job.quant_ckpt_path else {}
+    return {"path": source.place, "kind": source.kind, **beside, "files": files}
+
+
+def _folder(place: Path) -> Path:
+    """The directory that a checkpoint is, or that its file is in."""
+    return place if place.is_dir() else place.parent
+
+
+def _identity(options: TargetOptions, quantization: Quantization) -> dict[str, Any]:
+    """A target's options that decide its bytes: without a size of groups, which may be given, where there are no groups."""
+    return options.identity() | ({} if quantization.algorithm in GROUPED else {"group_size": None})
 
 
 def _in_its_place(output: Output, job: Job) -> Output:

@@ -67,9 +67,13 @@ def place(location: Sequence[Any]) -> str:
 
 
 def _depth(location: Sequence[Any]) -> int:
-    arms = ("str", "int", "float", "path")
+    arms = ("str", "int", "float", "path")  # behind a name: behind a number stands a key
     end = len(location)
-    while end > 1 and isinstance(location[end - 1], str) and (location[end - 1] in arms or "[" in location[end - 1]):
+    while (
+        end > 1
+        and all(isinstance(part, str) for part in location[end - 2 : end])
+        and (location[end - 1] in arms or "[" in location[end - 1])
+    ):
         end -= 1
     return end
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pipeline.errors import BadInput
 from pipeline.reporting.tasks import Advance
 from pipeline.tensor.remote_path import is_remote
 from stages.read.ranks import open_checkpoint
 from stages.read.remote import image_of
 from stages.read.tokenizer import open_tokenizer
+from stages.verify.contract.settings import read_settings
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.generation import generate
 
@@ -47,15 +49,21 @@ def generate_text(
     Raises
     ------
     BadInput
-        Where there is no checkpoint, no tokenizer, or config.json asks for a model that is not computed here.
+        Where there is no checkpoint, no tokenizer, or config.json is none that TensorRT-LLM loads or asks for a model that is
+        not computed here.
     VerificationFailed
         Where a tensor is missing or has a wrong shape.
     """
     checkpoint = open_checkpoint(directory)
+    _, problems = read_settings(checkpoint.config)
+    if problems:
+        raise BadInput(problems)
     here = image_of(str(directory))[0] if is_remote(directory) else directory
     beside = here / "tokenizer.json"
-    recorded = checkpoint.provenance.get("source", {}).get("path")
-    words = open_tokenizer(tokenizer or (here if beside.exists() or not recorded else Path(recorded)))
+    source = checkpoint.provenance.get("source")
+    recorded = source.get("path") if isinstance(source, Mapping) else None
+    own = beside.exists() or not isinstance(recorded, str) or not recorded
+    words = open_tokenizer(tokenizer or (here if own else Path(str(recorded))))
     tokens = words.encode(prompt)
     decoder = Decoder(checkpoint, cache_bytes=CACHE_BYTES)
     stop = () if words.eos_token_id is None else (words.eos_token_id,)

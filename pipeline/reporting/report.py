@@ -11,8 +11,9 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.printed import InOneLine
 from pipeline.reporting.html import check_report_path, default_report_path, describe_directory, render_report, write_report
-from pipeline.reporting.html.provenance import recorded_source
-from pipeline.reporting.html.summary import VerificationSummary, load_summary, parse_summary
+from pipeline.reporting.html.recorded import unchanged_source
+from pipeline.reporting.html.summary import OutputIdentity, VerificationSummary, load_summary, parse_summary
+from pipeline.reporting.identity import identity
 from pipeline.reporting.tasks import Advance
 from pipeline.reporting.verification import open_output, verify
 from pipeline.tensor.remote_path import is_remote
@@ -55,7 +56,8 @@ def make_report(
 
     `source`: what the output was made of; by default what headrace.json names, where that is there, unchanged. `output`: the page;
     by default beside the directory. `verification`: what is known already, or a JSON file of it; by default the output is verified
-    now. Raises BadInput where there is nothing to look at or no place for the page, and WriteFailed where it cannot be written.
+    now. Raises BadInput where there is nothing to look at, no place for the page, or a verification of another output, and
+    WriteFailed where it cannot be written.
     """
     if verification is not None and (source or quant_ckpt_path):
         remedy = "The verification says what it was of"
@@ -64,10 +66,13 @@ def make_report(
         directory = Path(os.path.abspath(directory))  # noqa: PTH100 (links stay as they are)
     page = default_report_path(directory) if output is None else output
     check_report_path(page, directory)
+    changed = ""
     if verification is None:
-        summary = summarize(
-            directory, source or recorded_source(describe_directory(directory)), quant_ckpt_path=quant_ckpt_path, advance=advance
-        )
+        if not source:
+            recorded, changed = unchanged_source(describe_directory(directory))
+            if recorded:
+                source, quant_ckpt_path = recorded[0], quant_ckpt_path or recorded[1]
+        summary = summarize(directory, source, quant_ckpt_path=quant_ckpt_path, advance=advance)
     elif isinstance(verification, Path):
         summary = load_summary(verification)
     else:
@@ -78,7 +83,12 @@ def make_report(
         if summary.ok:
             raise
         checkpoint = describe_directory(directory)
-    write_report(page, render_report(checkpoint, summary))
+    own = OutputIdentity(**identity(checkpoint.provenance))
+    if own.differs(summary.output):
+        found = f"a verification of another output, {summary.directory} (id {summary.output.id or 'unknown'})"
+        remedy = "Leave it out, or give what `headrace verify --json` prints of this one"
+        raise BadInput([Problem("--verification", found, f"one of {directory} (id {own.id or 'unknown'})", remedy)])
+    write_report(page, render_report(checkpoint, summary, changed=changed))
     return Report(page, summary)
 
 

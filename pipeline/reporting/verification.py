@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, Problem, VerificationFailed
+from pipeline.model.kernels import generations
+from pipeline.reporting.identity import identity
 from pipeline.reporting.one_reading import match, read_once
 from pipeline.reporting.tasks import Advance
 from pipeline.tensor.bucket import object_size
@@ -56,6 +58,8 @@ class Verification:
         The facts of each level as plain values; None for one that was not run.
     seconds
         How long it took.
+    output
+        The marks that tell the output from others of its name: its `identity`.
     """
 
     directory: Path
@@ -65,6 +69,7 @@ class Verification:
     round_trip: Mapping[str, Any] | None
     logits: Mapping[str, Any] | None
     seconds: float
+    output: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -80,6 +85,7 @@ class Verification:
         """The verification as plain values, as `headrace verify --json` prints it."""
         return {
             "directory": str(self.directory),
+            "output": dict(self.output),
             "source": str(self.source) if self.source else None,
             "version": VERSION,
             "ok": self.ok,
@@ -109,6 +115,7 @@ def verify(
     logits: bool = False,
     prompt: str | None = None,
     tokens: int = TOKENS,
+    sm: int | None = None,
     workers: int = 0,
     advance: Advance | None = None,
 ) -> Verification:
@@ -128,6 +135,8 @@ def verify(
         The text that logits are computed for; without one, random tokens.
     tokens
         The number of random tokens.
+    sm
+        The GPU generation (90 for SM 9.0) that the integer weights of an output without headrace.json are arranged for; default 80.
     workers
         Threads; 0 for one a core, at most 8.
     advance
@@ -141,7 +150,8 @@ def verify(
     Raises
     ------
     BadInput
-        Where `directory` holds no checkpoint, or there is no source where one is needed.
+        Where `directory` holds no checkpoint, there is no source where one is needed, or logits cannot be computed: what these need
+        is looked at before a tensor is read.
     """
     started = time.perf_counter()
     workers = workers or min(os.cpu_count() or 1, 8)
@@ -150,10 +160,12 @@ def verify(
         remedy = "Finish the conversion, or name its output directory"
         raise BadInput([Problem(str(directory), "no config.json", "a finished TensorRT-LLM checkpoint", remedy)])
     refuse_source(directory)
-    if logits and source is None:
-        raise BadInput(
-            [Problem("--logits", "no source to compare with", "the checkpoint that the ranks were made of", "Give --source")]
-        )
+    if sm is not None and sm not in generations():
+        raise BadInput([Problem("--sm", str(sm), f"one of {', '.join(map(str, generations()))}")])
+    needing = [*(["--logits"] if logits else []), *([f"--quant_ckpt_path {quant_ckpt_path}"] if quant_ckpt_path else [])]
+    if needing and source is None:
+        expected = "the checkpoint that the ranks were made of"
+        raise BadInput([Problem(each, "no source to compare with", expected, "Give --source") for each in needing])
     opened = _open_source(source, quant_ckpt_path) if source is not None else None
     location = opened.location if opened else None
     try:
@@ -162,8 +174,15 @@ def verify(
         findings = [Finding("integrity", problem) for problem in error.problems]
         facts = {"tensors": 0, "bytes": 0, "checksums": 0, "seconds": round(time.perf_counter() - started, 3)}
         return Verification(directory, location, tuple(findings), facts, None, None, time.perf_counter() - started)
+    checkpoint = _arranged_for(checkpoint, sm)
     problems = list(headers(checkpoint))
     matched = match(checkpoint, opened) if opened and not problems else None
+    ids = None
+    if logits and opened and matched and not matched.problems:
+        from stages.verify.forward.logits import check_runnable  # torch, which nothing else here needs
+
+        ids = None if prompt is None else open_tokenizer(opened.location).encode(prompt)
+        check_runnable(checkpoint, matched.original, ids, tokens)
     found, figures = read_once(checkpoint, matched, workers, advance)
     problems += found
     findings = [Finding("integrity", problem) for problem in problems]
@@ -183,12 +202,16 @@ def verify(
     if logits and opened and matched and round_trip is not None and not findings:
         # Where the values are the source's own, the source itself must compute the same.
         lossless = all(row["snr_db"] is None for row in round_trip["tensors"])
-        ids = None if prompt is None else open_tokenizer(opened.location).encode(prompt)
-        from stages.verify.forward.logits import compare_logits  # torch, which nothing else here needs
+        from stages.verify.forward.logits import compare_logits
 
-        problems, computed = compare_logits(checkpoint, matched.original, matched.origins, lossless, ids, tokens, advance)
+        try:
+            problems, computed = compare_logits(checkpoint, matched.original, matched.origins, lossless, ids, tokens, advance)
+        except VerificationFailed as error:
+            problems = list(error.problems)
         findings += [Finding("logits", problem) for problem in problems]
-    return Verification(directory, location, tuple(findings), integrity, round_trip, computed, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    told = identity(checkpoint.provenance)
+    return Verification(directory, location, tuple(findings), integrity, round_trip, computed, seconds, told)
 
 
 def open_output(directory: Path) -> Checkpoint:
@@ -200,6 +223,16 @@ def _begun(directory: Path) -> bool:
     """Whether an output has its config.json."""
     mark = directory / "config.json"
     return object_size(str(mark)) is not None if is_remote(directory) else mark.is_file()
+
+
+def _arranged_for(checkpoint: Checkpoint, sm: int | None) -> Checkpoint:
+    """A checkpoint whose integer weights are arranged for a generation of GPUs. Raises BadInput where headrace.json has another."""
+    if sm is None:
+        return checkpoint
+    if checkpoint.provenance and checkpoint.sm != sm:
+        remedy = "Leave --sm out: it is for outputs of other converters"
+        raise BadInput([Problem("--sm", str(sm), f"{checkpoint.sm}, as headrace.json says", remedy)])
+    return replace(checkpoint, assumed_sm=sm)
 
 
 def _silent(*_: Any) -> None:

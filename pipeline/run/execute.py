@@ -102,10 +102,10 @@ def execute(
             run.announce(at_hand.dashboard, steps)
             try:
                 run.do(at_hand, steps)
-            except (BadInput, SourceChanged):
+            except (BadInput, SourceChanged) as error:
                 # Values that no target can hold show when they are read, and so does a source that changes: nothing of the outputs
                 # is left. What is refused before leaves what earlier runs did.
-                run.left.abandon()
+                run.left.abandon(isinstance(error, SourceChanged))
                 raise
     except KeyboardInterrupt:
         rest = f"nothing is left of {builds.left()}" if run.result and builds else f"{_places(plan)} is not complete"
@@ -248,10 +248,18 @@ class _Run:
         """Have the workers write all chunks of scratch, which this process then assembles."""
         if not groups:
             return
-        graph = stage_graph(groups, admission=self.admission, known=self.left.known, run_mark=_mark(self.plan), synchronize=True)
+        left, mark = self.left, _mark(self.plan)
+        known, admission = left.known, self.admission
+        graph = stage_graph(
+            groups, calibrations=left.calibrations, admission=admission, known=known, run_mark=mark, synchronize=True
+        )
         with closing(session.run(graph)) as results:
             for result in results:
-                self._advanced(result, committers)
+                if isinstance(result, LayerDone):
+                    self._calibrated(result)
+                else:
+                    self._advanced(result, committers)
+        left.leave_out(self.done)
 
     def finished(self) -> None:
         """Tell those who watch that the run is over, however it ended."""

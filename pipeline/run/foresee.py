@@ -46,7 +46,7 @@ def foresee(plan: Plan) -> Outlook:
 
 def done_tasks(plan: Plan) -> int:
     """How many of a plan's tasks a run would leave out, as an interrupted one has done them."""
-    if plan.job.overwrite or not any(_entries(sink, len(phase.groups)) for phase in plan.phases for sink in phase.sinks):
+    if plan.job.overwrite or not any(_entries(sink, phase.tasks) for phase in plan.phases for sink in phase.sinks):
         return 0
     left = _Looked(plan)
     with ExitStack() as stack:
@@ -68,20 +68,22 @@ class _Looked(LeftToDo):
     """The rest of a plan, where nothing is begun and nothing locked."""
 
     def _begin_sink(self, left: PhaseLeft, number: int, fresh: bool, stack: ExitStack) -> None:  # noqa: ARG002
-        seen: Any = _Seen(_entries(left.phase.sinks[number], len(left.phase.groups)))
+        seen: Any = _Seen(_entries(left.phase.sinks[number], left.phase.tasks))
         left.journals[number], left.created[number] = seen, None
 
     def _begin_calibration(self, stack: ExitStack) -> None:
         """Layers are no tasks that are counted."""
 
 
-def _entries(sink: Any, tasks: int) -> list[dict[str, Any]]:
+def _entries(sink: Any, tasks: str) -> list[dict[str, Any]]:
     return [] if sink.complete else list(sink.begun(tasks))
 
 
 def _estimate(plan: Plan, share: float) -> float | None:
-    """Seconds that `share` of a plan may take; None for workers or sources elsewhere."""
+    """Seconds that `share` of a plan may take; None for workers or sources elsewhere, and for one that is refused."""
     if plan.job.elsewhere or "://" in plan.source.place or plan.source.in_memory:
+        return None
+    if plan.calibrating and plan.calibrating.unfit():  # it is refused, and nothing comes of scales of zero
         return None
     workers = min(plan.budget.workers, os.cpu_count() or 1)
     seconds, rate = 0.0, 0.0

@@ -138,8 +138,11 @@ class LeftToDo:
         last = max((group.inputs.layer for left in self.phases for group in left.groups), default=-1)
         if calibrating is None or last < 0:
             return
-        self._activations = calibrating.plan.begin(self.plan.job.keep_scratch)
+        job = self.plan.job
+        self._activations = calibrating.plan.begin(job.keep_scratch, map(str, job.scratch_outputs))
         stack.callback(self._activations.close)
+        if problems := calibrating.unfit(last + 1):
+            raise BadInput(problems)
         self.calibrations = calibrating.calls(calibrating.plan.activations.layers_done, last + 1)
 
     def _begin_scratch(self, left: PhaseLeft, stack: ExitStack) -> None:
@@ -188,7 +191,7 @@ class LeftToDo:
         sink = left.phase.sinks[number]
         created = left.created[number] = missing(sink.directory)
         earlier = sink.unfinished() if isinstance(sink, Output) else {}
-        journal = left.journals[number] = sink.begin(len(left.phase.groups), fresh)
+        journal = left.journals[number] = sink.begin(left.phase.tasks, fresh)
         stack.callback(journal.close)
         if isinstance(sink, Output):
             scratch = earlier.get("scratch")
@@ -222,13 +225,16 @@ class LeftToDo:
             found |= sink.uploads(journal.entries) if isinstance(sink, BucketOutput) else {}
         return found
 
-    def abandon(self) -> None:
-        """Remove what the run has made of sinks that are not whole, the last first: an earlier one may have made its directory."""
+    def abandon(self, changed: bool) -> None:
+        """Remove what the run has made of sinks that are not whole, the last first: an earlier one may have made its directory.
+
+        `changed`: the source is another now, so that nothing that was measured on it is of use; else what is kept of that stays.
+        """
         for left in self.phases:
             for number, journal in reversed(left.journals.items()):
                 if not (journal.closed or left.phase.sinks[number].complete):
                     left.phase.sinks[number].abandon(journal, left.created[number])
-        if self._activations:
+        if self._activations and (changed or not self._activations.kept):
             self._activations.remove()
 
     def free(self, number: int) -> None:
@@ -279,7 +285,7 @@ class LeftToDo:
 
     def close(self) -> None:
         """After a run that ended well: whole outputs need no journal, a cut that is kept is whole, and ranges are read."""
-        if self._activations and not self.plan.job.keep_scratch:
+        if self._activations and not self._activations.kept:
             self._activations.remove()
         for left in self.phases:
             for number, journal in left.journals.items():

@@ -50,7 +50,7 @@ class Session(NamedTuple):
         """Whether a worker is there that has these resources; a scheduler without workers of its own has all."""
         if self.client is None:
             return True
-        offered = [worker["resources"] for worker in self.client.scheduler_info()["workers"].values()]
+        offered = [worker["resources"] for worker in self.client.scheduler_info(n_workers=-1)["workers"].values()]
         return any(all(has.get(name, 0) >= amount for name, amount in resources.items()) for has in offered)
 
     def run_with(self, resources: Mapping[str, float], graph: Graph) -> Results:

@@ -7,18 +7,20 @@ before it are removed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.errors import BadInput, Problem
 from pipeline.sinks.array_file import write_arrays
 from pipeline.sinks.journal import Journal
-from pipeline.sinks.scratch import JOURNAL, remove_empty_root
+from pipeline.sinks.reserve import missing, unmake
+from pipeline.sinks.scratch import JOURNAL, remove_empty_root, served
 from pipeline.sinks.syncing import sync_tree
-from pipeline.sinks.zarr_files import write_array, write_group
-from pipeline.tensor.system_errors import naming
+from pipeline.sinks.zarr_files import read_attributes, write_array, write_group
+from pipeline.tensor.system_errors import PASSING, REMEDIES, naming
 
 STAGE = "calibrate"
 TOKENS = "tokens.safetensors"  # in the directory: those that were made of texts
@@ -96,20 +98,37 @@ class Activations:
 class ActivationScratch:
     """The scratch of one calibration, locked while it is open.
 
-    `keep`: no other conversion may take it away. Scratch of another calibration in that place is made anew. Raises BadInput where
-    another run is at work on it.
+    `keep`: it stays, and no other conversion may take it away. `outputs`: the directories that are written of it by several jobs,
+    for which alone it is kept. Scratch of another calibration in that place is made anew. Raises BadInput where another run is at
+    work on it, or it cannot be written.
     """
 
-    def __init__(self, files: Activations, keep: bool = False) -> None:
+    def __init__(self, files: Activations, keep: bool = False, outputs: Iterable[str] = ()) -> None:
         self.files = files
-        files.directory.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(files.directory / JOURNAL)
         owner = {"calibration": files.identity}
+        created = missing(files.directory)
+        try:
+            files.directory.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(files.directory / JOURNAL)
+        except OSError as error:
+            unmake(files.directory, created)
+            found, where = error.strerror or "an error", str(error.filename or files.directory)
+            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
+            problem = Problem(where, found, "a directory that can be written", remedy, passing=error.errno in PASSING)
+            raise BadInput([problem]) from None
         if self._journal.owner != owner:
             self._clear()
             self._journal.start(owner)
-        said = {"headrace": "scratch", "stage": STAGE, "source": files.source, "keep": keep}
+        before = read_attributes(files.directory)
+        asked = {"keep": keep or bool(before.get("keep")), "outputs": list(dict.fromkeys((*before.get("outputs", ()), *outputs)))}
+        said = {"headrace": "scratch", "stage": STAGE, "source": files.source, **asked}
         write_group(files.directory, {**said, **owner})
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays: this run asked for it, or one before it, and not for outputs alone that are all whole now."""
+        attributes = read_attributes(self.files.directory)
+        return bool(attributes.get("keep")) and not served(attributes)
 
     def close(self) -> None:
         """Leave it for another run to take up."""

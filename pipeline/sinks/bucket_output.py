@@ -95,11 +95,11 @@ class BucketOutput(Output):
             return False
         return read_provenance(self.directory).get("id") == self.id
 
-    def owner(self, tasks: int) -> dict[str, Any]:
+    def owner(self, tasks: str) -> dict[str, Any]:
         """The first line of the journal: parts have the same bytes whatever cuts they are made behind."""
         return {**self._journalled(tasks), "parts": list(self.part_bytes)}
 
-    def begun(self, tasks: int) -> list[dict[str, Any]]:
+    def begun(self, tasks: str) -> list[dict[str, Any]]:
         """The entries of an interrupted run of this plan. Parts that the store has lost meanwhile are seen by `begin` alone."""
         with suppress(OSError):
             owner, entries = look(self.journal)
@@ -107,7 +107,7 @@ class BucketOutput(Output):
                 return entries
         return []
 
-    def begin(self, tasks: int, fresh: bool) -> Journal:
+    def begin(self, tasks: str, fresh: bool) -> Journal:
         """Take the output, and go on with the uploads that an interrupted run left, or begin them anew.
 
         Raises BadInput where another job is at work on it, or the store takes nothing: what an interrupted run left stays.

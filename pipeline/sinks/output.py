@@ -117,7 +117,7 @@ class Output:
         """Yield where the bytes of a region of a rank's tensor lie."""
         return self.files[rank].tensors[tensor].locate(region)
 
-    def owner(self, tasks: int) -> dict[str, Any]:
+    def owner(self, tasks: str) -> dict[str, Any]:
         """The first line of the journal.
 
         `of`: the part of the provenance that says how another conversion differs from this. `cuts`: ids. `scratch`: the places of
@@ -133,7 +133,7 @@ class Output:
             "cuts": {stage: each for stage, (each, _) in self.cuts.items()},
         }
 
-    def _journalled(self, tasks: int) -> dict[str, Any]:
+    def _journalled(self, tasks: str) -> dict[str, Any]:
         scratch = [place for _, place in self.cuts.values()]
         return {"headrace": "journal", "id": self.id, "tasks": tasks, "scratch": scratch}
 
@@ -148,13 +148,13 @@ class Output:
             return look(self.journal)[0] or {}
         return {}
 
-    def begin(self, tasks: int, fresh: bool) -> Journal:
+    def begin(self, tasks: str, fresh: bool) -> Journal:
         """Lock the directory and resume what an interrupted run left there, or clear it and reserve every rank file at full size.
 
         Parameters
         ----------
         tasks
-            The number of tasks in the plan; a journal of another number is not resumed.
+            Names the plan's tasks (`Phase.tasks`): a journal of others is not resumed.
         fresh
             Start again even where an interrupted run could be resumed.
 
@@ -193,7 +193,7 @@ class Output:
             passing = error.errno in PASSING
             raise BadInput([Problem(str(self.directory), found, expected, remedy, passing=passing)]) from None
 
-    def begun(self, tasks: int) -> list[dict[str, Any]]:
+    def begun(self, tasks: str) -> list[dict[str, Any]]:
         """The entries of an interrupted run of this plan, as `begin` would take them up; nothing changes."""
         with suppress(OSError):
             owner, entries = look(self.directory / JOURNAL)

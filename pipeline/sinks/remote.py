@@ -90,7 +90,7 @@ class RemoteGroup:
             part = tuple((start, min(start + chunk, stop)) for start, chunk, (_, stop) in axes)
             yield Located(array.url, -1, part, array.chunk_name(index))
 
-    def begin(self, tasks: int, fresh: bool = False) -> Journal:
+    def begin(self, tasks: str, fresh: bool = False) -> Journal:
         """Create the group and its arrays, or take up what an earlier run left of it.
 
         Raises BadInput where another job of this machine is at work on it, or the store cannot be written.
@@ -121,7 +121,7 @@ class RemoteGroup:
             journal.append(sums_entry(recorded))
         return journal
 
-    def begun(self, tasks: int) -> list[dict[str, Any]]:
+    def begun(self, tasks: str) -> list[dict[str, Any]]:
         """The journal's entries of what `begin` would take up; nothing changes."""
         with suppress(OSError):
             owner, entries = look(self._journal)

@@ -148,7 +148,7 @@ class ScratchGroup:
         """Yield where the bytes of a region of a tensor lie."""
         return self.arrays[rank, tensor].locate(region)
 
-    def begin(self, tasks: int, fresh: bool = False) -> Journal:
+    def begin(self, tasks: str, fresh: bool = False) -> Journal:
         """Create the group, or take up what an earlier run left of it. Chunks' files are made by the tasks that write them.
 
         The journal's entries say the checksums of the chunks that an earlier run wrote; whether these are there, `has` says.
@@ -188,7 +188,7 @@ class ScratchGroup:
             subject, found = str(error.filename or self.directory), error.strerror or "an error"
             raise BadInput([Problem(subject, found, expected, remedy, passing=error.errno in PASSING)]) from None
 
-    def begun(self, tasks: int) -> list[dict[str, Any]]:
+    def begun(self, tasks: str) -> list[dict[str, Any]]:
         """The journal's entries of what `begin` would take up; nothing changes."""
         with contextlib.suppress(OSError):
             owner, entries = look(self.directory / JOURNAL)

@@ -27,7 +27,7 @@ class FileTensor(LazyTensor, Protocol):
 class Checkpoint:
     """`config`: config.json. `ranks`: each rank file's tensors by name, rank 0 first. `provenance`: headrace.json, or nothing.
 
-    `files`: the names of all files that are there.
+    `files`: the names of all files that are there. `assumed_sm`: the GPU generation of an output whose headrace.json names none.
     """
 
     directory: Path
@@ -35,9 +35,11 @@ class Checkpoint:
     ranks: tuple[Mapping[str, FileTensor], ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    assumed_sm: int = 80
 
     @property
     def sm(self) -> int | str:
-        """The GPU generation that integer weights are arranged for, or "any": as headrace.json has it, else 80."""
-        sm: int | str = self.provenance.get("options", {}).get("sm", 80)
+        """The GPU generation that integer weights are arranged for, or "any": as headrace.json has it, else the assumed one."""
+        options = self.provenance.get("options")
+        sm: int | str = options.get("sm", self.assumed_sm) if isinstance(options, Mapping) else self.assumed_sm
         return sm

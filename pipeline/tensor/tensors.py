@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
 from pathlib import Path
@@ -245,7 +245,8 @@ class Source:
     `container` selects the family tables that apply ("huggingface", "gguf"), `architecture` the family among them. `config`
     is the container's own metadata: config.json, or GGUF's key-value pairs. `companions` are the tokenizer's files beside it.
     `in_memory`: its tensors are in this process, so that workers elsewhere cannot read them. `notes`: what a plan says of how it
-    was read. `url`: where it is, if that is no local path: `location` is an image of its headers then.
+    was read. `url`: where it is, if that is no local path: `location` is an image of its headers then. `called`: the names in the
+    checkpoint of modules that have another here. `prefixes`: what else the settings of such a module may have before its name.
     """
 
     kind: str
@@ -261,6 +262,17 @@ class Source:
     in_memory: bool = False
     notes: tuple[str, ...] = ()
     url: str = ""
+    called: Mapping[str, str] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
+
+    def names_of(self, module: str) -> Iterator[str]:
+        """The names by which a quantizer's settings may call a module: the checkpoint's own first, that which it has here last."""
+        if module in self.called:
+            yield self.called[module]
+            for prefix in self.prefixes:
+                yield f"{prefix}{module}"
+                yield f"{prefix}{module.removeprefix('model.')}"
+        yield module
 
     @property
     def place(self) -> str:

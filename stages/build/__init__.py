@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.build.builders import Builder, BuilderProbe, gpus, probe
+from stages.build.arranged_weights import ArrangedWeights
+from stages.build.builders import Builder, BuilderProbe, gpu_generations, gpus, probe
 from stages.build.process import run
 
 ATTEMPT = "# attempt "  # begins a line of the log, before another attempt
@@ -53,6 +54,8 @@ class BuilderCall:
         How often it is tried, at most.
     sync
         Whether to flush the log to the file system, so that other machines see it.
+    arranged
+        The order that the checkpoint's integer weights are in, which the machine that builds must read; None where any reads them.
     """
 
     name: str
@@ -68,6 +71,7 @@ class BuilderCall:
     ranks: int = 1
     attempts: int = 1
     sync: bool = False
+    arranged: ArrangedWeights | None = None
 
     def command(self, probed: BuilderProbe | None) -> tuple[str, ...]:
         """The command line that makes all ranks, for the builder that was found."""
@@ -81,7 +85,8 @@ class BuilderOutcome:
 
     `code`: the exit code of the last attempt, negative for a signal. `host`: the machine that it ran on. `gpus`: how many that
     machine shows. `lines`: those of the log that tell why it failed. `stopped`: whether its token was removed. `refused`: the
-    builder's message on an option that it does not take. `probed`: the builder that was used. `attempts`: how many there were.
+    builder's message on an option that it does not take. `unfit`: why the machine would read the weights wrongly, so that no
+    builder was run. `probed`: the builder that was used. `attempts`: how many there were.
     """
 
     name: str
@@ -92,6 +97,7 @@ class BuilderOutcome:
     lines: tuple[str, ...] = ()
     stopped: bool = False
     refused: str = ""
+    unfit: str = ""
     probed: BuilderProbe = field(default_factory=BuilderProbe)
     attempts: int = 1
 
@@ -121,6 +127,8 @@ def _attempts(call: BuilderCall) -> BuilderOutcome:
     probed = call.probed or probe(call.builder)
     if probed.trouble or not probed.words:
         return BuilderOutcome(call.name, 127, lines=(probed.trouble,), probed=probed)
+    if unfit := _unfit(call, probed):
+        return BuilderOutcome(call.name, 1, unfit=unfit, probed=probed)
     every = range(call.ranks) if call.rank is None and probed.kind == "python" else (call.rank,)
     for attempt in range(1, call.attempts + 1):
         if attempt > 1:
@@ -137,6 +145,14 @@ def _attempts(call: BuilderCall) -> BuilderOutcome:
         if outcome.stopped or outcome.refused or not (outcome.code or missing(call.directory, call.expected)):
             break
     return outcome
+
+
+def _unfit(call: BuilderCall, probed: BuilderProbe) -> str:
+    """Why this machine would read a checkpoint's weights wrongly, "" where it would not. `probed` may be of another machine."""
+    if call.arranged is None:
+        return ""
+    here = replace(probed, host=socket.gethostname(), generations=gpu_generations())
+    return "\n".join(map(str, call.arranged.problems(here)))
 
 
 def missing(directory: Path, names: Iterable[str]) -> list[str]:

@@ -16,10 +16,12 @@ from typing import Literal
 from stages.build.process import telling_lines
 
 HELP_SECONDS = 300.0  # importing TensorRT-LLM takes half a minute on a cold disk
+ASK_SECONDS = 60.0  # a driver that is not kept loaded takes seconds to begin
 PACKAGE = "tensorrt_llm"
 RANK_SCRIPT = Path(__file__).with_name("rank.py")
 
 _VERSION = re.compile(r"TensorRT[- ]LLM version:\s*(\S+)")
+_CAPABILITY = re.compile(r"(\d+)\.(\d)")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class BuilderProbe:
 
     `words`: the beginning of its command line, empty where there is no builder. `kind`: "command" or "python". `help`: the output
     of its --help, "" for a container, which is not started for it. `trouble`: why there is no builder, or why it does not run.
-    `host`: the machine.
+    `host`: the machine. `generations`: those of its GPUs (80 for SM 8.0), none where it does not say.
     """
 
     words: tuple[str, ...] = ()
@@ -46,14 +48,15 @@ class BuilderProbe:
     help: str = ""
     trouble: str = ""
     host: str = field(default_factory=socket.gethostname)
+    generations: tuple[int, ...] = ()
 
 
 def probe(builder: Builder) -> BuilderProbe:
-    """Find the builder of this machine and ask it for its version and its options."""
+    """Find the builder of this machine and ask it for its version and its options, and the machine for its GPUs."""
     if builder.container:
         if shutil.which(builder.container[0]) is None:
             return BuilderProbe(trouble=f"{builder.container[0]}, which begins the container command, is not on PATH")
-        return BuilderProbe((*builder.container, builder.command), "command")
+        return BuilderProbe((*builder.container, builder.command), "command", generations=gpu_generations())
     words, kind, trouble = _find(builder)
     if not words:
         return BuilderProbe(trouble=trouble)
@@ -75,12 +78,34 @@ def probe(builder: Builder) -> BuilderProbe:
         last = "\n  ".join(telling_lines((ran.stdout + ran.stderr).splitlines()))
         return BuilderProbe(words, kind, trouble=f"{' '.join(words)} --help ended with exit code {ran.returncode}:\n  {last}")
     version = _VERSION.search(ran.stdout + ran.stderr)
-    return BuilderProbe(words, kind, version[1] if version else _package_version(), ran.stdout)
+    said = version[1] if version else _package_version()
+    return BuilderProbe(words, kind, said, ran.stdout, generations=gpu_generations())
 
 
 def gpus() -> int:
     """The number of NVIDIA GPUs that this machine shows."""
     return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def gpu_generations() -> tuple[int, ...]:
+    """The generations (80 for SM 8.0) of this machine's NVIDIA GPUs, each once; none where there is no nvidia-smi that says it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    try:
+        ran = subprocess.run(
+            [program, "--query-gpu=compute_cap", "--format=csv,noheader"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ASK_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    said = [_CAPABILITY.fullmatch(line.strip()) for line in ran.stdout.splitlines()] if ran.returncode == 0 else []
+    return tuple(sorted({int(each[1] + each[2]) for each in said if each}))
 
 
 def _find(builder: Builder) -> tuple[tuple[str, ...], str, str]:

@@ -19,6 +19,7 @@ GRACE_SECONDS = 10.0  # between asking a builder to end and killing it
 SYNC_SECONDS = 1.0  # between two times that the log is brought to where other machines see it
 TAIL_BYTES = 64 << 10
 SHOWN_LINES = 12
+COMMAND = "$ "  # begins the line of a log that has the builder's command
 
 _TELLING = re.compile(r"\[(E|F)\]|error|exception|assert|killed|out of memory|not supported", re.IGNORECASE)
 # The guard's standard input ends when the process that runs the builder has ended.
@@ -62,7 +63,7 @@ def run(words: Sequence[str], directory: Path, log_path: Path, token: Path, sync
         if not token.exists():
             return ProcessEnd(0, stopped=True)
         try_lock(log.fileno(), log_path, shared=True)
-        log.write(f"$ {' '.join(words)}\n".encode())
+        log.write(f"{COMMAND}{' '.join(words)}\n".encode())
         log.flush()
         start = log.tell()
         try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import BadInput, Problem
 from pipeline.model.awq_settings import AwqSettings
 from stages.calibrate.awq_search import search
+from stages.calibrate.magnitudes import LARGER
 
 SCALE, ERRORS = "awq", "awq_error"  # of a module, in the file
 
@@ -95,8 +96,8 @@ class LayerInputs:
         for taken in self._inputs:
             magnitudes, size = taken.magnitudes(), self._settings.group_size
             if not bool(magnitudes.isfinite().all()):
-                found, remedy = "activations that are not finite", "Give another dtype, whose range is larger"
-                raise BadInput([Problem(taken.names[0], found, "numbers that the type can hold", remedy)])
+                found = "activations that are not finite"
+                raise BadInput([Problem(taken.names[0], found, "numbers that the type can hold", LARGER)])
             weights = [self._modules[name].weight for name in taken.names]
             if len(magnitudes) % size:
                 raise BadInput([Problem(taken.names[0], f"{len(magnitudes)} in-features", f"a multiple of {size}")])

@@ -11,6 +11,9 @@ from torch import Tensor
 from pipeline.errors import BadInput, Problem
 from stages.verify.forward.transformers_model import row_blocks
 
+# In `headrace calibrate` and in a conversion, whose --dtype is that of what it writes.
+LARGER = "Give --calibration_dtype bfloat16 or float32, which hold more than float16, or mend the checkpoint"
+
 
 def largest_of_rows(weight: Tensor) -> Tensor:
     """float32 [out]: the largest magnitude of each row of a matrix [out, in], a few rows at a time."""
@@ -44,6 +47,5 @@ class Magnitudes:
         for name, values in self.largest.items():
             if not bool(values.isfinite().all()):
                 found = "activations that are not finite"
-                remedy = "Give --dtype bfloat16 or float32, whose range is larger, or mend the checkpoint"
-                raise BadInput([Problem(name.partition("|")[0], found, "numbers that the type can hold", remedy)])
+                raise BadInput([Problem(name.partition("|")[0], found, "numbers that the type can hold", LARGER)])
         return {name: values.cpu().numpy() for name, values in self.largest.items()}

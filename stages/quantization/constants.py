@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.model.quantization import FP8_ROWWISE, Quantization
-from pipeline.tensor.derived import constant
+from pipeline.tensor.derived import constant, derive
 from pipeline.tensor.names import TensorName
-from pipeline.tensor.tensors import Y_RANGE
+from pipeline.tensor.placement import Region
+from pipeline.tensor.tensors import Y_RANGE, Block
 from stages.quantization.entries import Entry, whole_entry
+from stages.quantization.finite import finite
 from stages.quantization.targets import fp8, fp8_numbers, smoothquant
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ def constants(modules: Modules, quantization: Quantization, layers: int, qk_norm
             outputs = [modules[f"{base}.attention.qkv.{part}"][Y_RANGE] for part in "qkv"]
             entries |= dict([whole_entry(name, layer, smoothquant.cache_scale(outputs))])
         elif quantization.fp8_kv_cache:
-            array = _of_source(modules, f"{base}.attention") or (None if qk_norm else _measured(modules, f"{base}.attention"))
+            array = _of_source(modules, name) or (None if qk_norm else _measured(modules, f"{base}.attention"))
             entries |= dict([whole_entry(name, layer, constant(str(name), (1.0,)) if array is None else array)])
     return entries
 
@@ -52,11 +56,22 @@ def _measured(modules: Modules, attention: str) -> BlockArray | None:
     return fp8_numbers.cache_scale(held) if len(held) == 2 else None
 
 
-def _of_source(modules: Modules, attention: str) -> BlockArray | None:
-    """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without."""
-    if "kv_scale" in modules.get(attention, {}):
-        return modules[attention]["kv_scale"]
-    of_parts = [modules.get(f"{attention}.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
-    scales = [scale for scale in of_parts if scale is not None]
+def _of_source(modules: Modules, name: TensorName) -> BlockArray | None:
+    """The source's scale of an FP8 cache: the attention module's own, or the larger of the keys' and the values'; None without.
+
+    `name`: the target's, for what is wrong with its value.
+    """
+    own = [modules.get(name.module, {}).get("kv_scale")]
+    of_parts = [modules.get(f"{name.module}.qkv.{part}", {}).get("kv_scale") for part in ("k", "v")]
     # Both or neither: of one alone the reference takes no notice.
-    return fp8.largest(scales) if len(scales) == 2 else None
+    found = own if own[0] is not None else of_parts
+    inputs = {f"scale{number}": scale for number, scale in enumerate(found) if scale is not None}
+    if len(inputs) < len(found):
+        return None
+    return derive("quantize", of_cache, inputs, shape=(1,), dtype=fp8.FLOAT32, name=str(name))
+
+
+def of_cache(region: Region, name: str, **scales: Block) -> np.ndarray:
+    """float32 [1]: the largest of some scales of a cache. Raises BadInput naming it where one is not finite."""
+    values = np.stack([np.asarray(scale.read(region)) for scale in scales.values()])
+    return np.asarray(finite(values, name, "Mend the checkpoint, or leave out --fp8_kv_cache").max(axis=0))

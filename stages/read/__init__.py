@@ -9,6 +9,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -86,7 +87,19 @@ def _find_source(
 
 def _model(source: Source) -> Source:
     """A source as the model that is converted: its text alone, under its family's own names."""
-    return unwrapped(text_part(source))
+    model = unwrapped(text_part(source))
+    return model if model.tensors is source.tensors else replace(model, called=_called(model, source.tensors))
+
+
+def _called(model: Source, tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """The names of modules in the checkpoint, where others are theirs in the model. `tensors`: by the checkpoint's names."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    result = {}
+    for name, tensor in model.named.items():
+        there = names.get(id(tensor), "") if tensors.get(str(name)) is not tensor else ""
+        if there.endswith(f".{name.parameter}"):  # not a stack of experts, which has no name of a module there
+            result[name.module] = there.removesuffix(f".{name.parameter}")
+    return result
 
 
 def open_model(model: Any) -> Source:

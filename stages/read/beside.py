@@ -40,6 +40,7 @@ def open_beside(base: Source, path: Path) -> Source:
         kind=f"{base.kind} with {path.name}",
         config=config,
         tensors={**unreplaced, **tensors},
+        called={module: name for module, name in base.called.items() if module not in modules},
         files=(*base.files, *files, *settings_files, *((config_file,) if config_file else ())),
     )
 

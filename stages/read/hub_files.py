@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.documents import read_object
+from stages.read.quantizer import FILES as QUANTIZERS
 
 # The names of an index and of the single file of a model without one, best format first.
 FORMATS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
@@ -20,8 +21,8 @@ GGUF = re.compile(r"(?P<stem>.+?)(?:-\d{5}-of-(?P<count>\d{5}))?\.gguf")
 NO_MODEL = re.compile(r"(.*[-._/])?mmproj([-._].*)?|(.*/)?imatrix[^/]*|.*[-._]imatrix", re.IGNORECASE)
 KNOWN = "config.json and weights as safetensors or pytorch_model.bin, whole or with an index; Meta's own files; or one GGUF model"
 COMPANIONS = re.compile(
-    r"tokenizer[^/]*|chat_template\.[^/]*|merges\.txt|"
-    r"(special_tokens_map|added_tokens|vocab|generation_config|quantize_config|hf_quant_config)\.json"
+    r"tokenizer[^/]*|chat_template\.[^/]*|merges\.txt|(special_tokens_map|added_tokens|vocab|generation_config)\.json|"
+    + "|".join(map(re.escape, QUANTIZERS))
 )
 USUAL = ("*.json", "model*.safetensors", "tokenizer*", "merges.txt", "chat_template.*")  # of a repository that is not known
 

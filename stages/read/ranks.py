@@ -16,6 +16,8 @@ from stages.read.mapped import MappedTensor
 from stages.read.remote import image_of, remote_tensor
 from stages.read.safetensors import open_file
 
+NULLABLE = ("quantization", "moe")  # tables of config.json
+
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read a checkpoint's config.json and the headers of its rank files. Their contents are not checked against each other.
@@ -48,6 +50,8 @@ def _open_here(directory: Path) -> Checkpoint:
     config = _object(directory / "config.json", "a finished TensorRT-LLM checkpoint")
     _refuse_sources(directory, config)
     provenance = _object(directory / "headrace.json", "") if (directory / "headrace.json").exists() else {}
+    # To the loader a table that is null is none, so that it is none to all who read it.
+    config = {key: value for key, value in config.items() if value is not None or key not in NULLABLE}
     mapping = config["mapping"] if isinstance(config.get("mapping"), Mapping) else {}
     count = mapping.get("world_size")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1 << 16:

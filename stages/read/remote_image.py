@@ -16,6 +16,7 @@ from pipeline.errors import BadInput, Problem
 from stages.read.gguf_config import READ
 from stages.read.gguf_header import read_header
 from stages.read.object_store import Object, fetch_range, head, listed
+from stages.read.quantizer import FILES as QUANTIZERS
 
 WEIGHTS = (".safetensors", ".gguf")
 UNREAD = (".bin", ".pth", ".pt")
@@ -24,8 +25,8 @@ FIRST_BYTES = 1 << 20  # of a header, fetched at once
 MAX_HEADER_BYTES = 100_000_000  # of safetensors, as its library has it
 INDEX = "model.safetensors.index.json"
 # What a server without listings is asked for.
-NAMES = ("config.json", "generation_config.json", "quantize_config.json", "hf_quant_config.json", "tokenizer.json",
-         "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja", INDEX)  # fmt: skip
+NAMES = ("config.json", "generation_config.json", *QUANTIZERS, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+         "special_tokens_map.json", "chat_template.jinja", INDEX)  # fmt: skip
 IMAGE = "headrace-image.json"
 
 

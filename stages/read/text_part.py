@@ -21,6 +21,7 @@ from pipeline.model.tables import CONFIGS, Family, families, find_family
 from pipeline.printed import many
 from pipeline.tensor.tensors import LazyTensor, Source, tensor_bytes
 from stages.read.huggingface import declared_dtype
+from stages.read.quantizer import KEY, settings_in
 from stages.read.wrapped_names import known_names
 
 TIED = "tie_word_embeddings"
@@ -40,8 +41,12 @@ def text_part(source: Source) -> Source:
     default = _texts()["defaults"].get(family.name, {}) if key else {}
     missing = [name for name in default if name not in inner]
     shared = {name: source.config[name] for name in _texts()["shared"] if source.config.get(name) is not None}
-    config = {**default, **shared, **inner, "architectures": [architecture], "model_type": family.name}
-    if inner.get(TIED, shared.get(TIED)) != shared.get(TIED):
+    # A null says nothing: it does not hide what the wrapper says for all of its parts.
+    own = {name: value for name, value in inner.items() if value is not None or name not in shared}
+    config = {**default, **shared, **own, "architectures": [architecture], "model_type": family.name}
+    if settings := settings_in(inner) or settings_in(shared):
+        config[KEY] = settings
+    if own.get(TIED, shared.get(TIED)) != shared.get(TIED):
         config[TIED] = not _has_head(tensors, family)  # two keys that contradict one another: the tensors decide
     said = f"text of {source.architecture}: {key or 'its configuration'} is read as {architecture}'s"
     notes = [f"{said}; left out are {', '.join(_parts(left_out))}" if left_out else f"{said}; nothing is left out"]
@@ -55,6 +60,7 @@ def text_part(source: Source) -> Source:
         tensors=tensors,
         dtype=_dtype(inner, source),
         notes=(*source.notes, *notes),
+        prefixes=tuple(_texts()["prefixes"]),
     )
 
 

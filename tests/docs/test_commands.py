@@ -46,13 +46,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(line: str, folder: Path, code: int = 0) -> None:
     """A line of the shell that begins with `headrace`, without a shell: patterns are looked up.
 
-    Each example of a conversion finds its output directory empty: pages call all of them `ranks`.
+    Each example of a conversion finds its output directory empty, as pages call all of them `ranks`, and one of a calibration no
+    file in its place.
     """
     words = shlex.split(placed(line, folder), comments=True)
     assert words[0] in ("headrace", ".venv/bin/headrace"), f"no test runs {line!r}: say why in a comment before it"
     found = [word for given in words[1:] for word in (sorted(map(str, Path().glob(given))) if "*" in given else [given])]
     if words[1] in ("convert", "plan") and "--output_dir" in words:
         shutil.rmtree(folder / words[words.index("--output_dir") + 1], ignore_errors=True)
+    if words[1] == "calibrate":
+        (folder / words[words.index("--output") + 1]).unlink(missing_ok=True)  # what others of the page take
     ran = headrace(*found)
     assert ran.code == code, f"{line}\n{ran.err}{ran.out}"
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.watching.metrics import DURATIONS, METRICS, Durations, Metrics, Reading, Running
 from pipeline.watching.state import Share
-from tests.support.places import DOCS
+from tests.support.places import DOCS, ROOT
 
 FULL = Reading(
     stages={"read": {"bytes": 1.0, "seconds": 1.0}},
@@ -90,3 +90,12 @@ def test_the_text_names_every_metric_and_no_other(exported: dict[str, set[str]])
     named = {name for row in rows for name in re.findall(r"`(headrace_\w+)`", row.split("|")[1])}
     families = {name for name in exported if not name.startswith(DURATIONS)} | {DURATIONS}
     assert named == families
+
+
+def test_the_text_names_every_stage_that_is_metered() -> None:
+    """Those that `meter` is given, in its own words or by the tensor or block that it is about."""
+    given = re.compile(r'(?:\bmeter\(|\bderive\(|\bstage=|\bstage: str = |\b(?:STAGE|READ_SCRATCH) = )"(\w+)"')
+    files = [file for folder in ("pipeline", "stages") for file in (ROOT / folder).rglob("*.py")]
+    metered = {name for file in files for name in given.findall(file.read_text())}
+    (row,) = (line for line in (DOCS / "monitoring.md").read_text().splitlines() if "`headrace_stage_bytes_total`" in line)
+    assert set(row.split("|")[3].partition(";")[0].replace(" ", "").split(",")) == metered

@@ -147,10 +147,38 @@ def test_one_of_two_is_refused(more: dict[str, float], subject: str, tmp_path: P
     assert {subject, subject.replace("layers.0", "layers.1")} == {problem.subject for problem in refused.value.problems}
 
 
-def test_a_scale_for_each_head_is_refused(tmp_path: Path) -> None:
-    model = model_of(tmp_path / "model", KINDS["float8"](), scales(NAMES["llm-compressor"], (2, 1, 1)))
-    with pytest.raises(BadInput, match="one scale"):
-        plan(model_dir=model, output_dir=tmp_path / "out")
+@pytest.mark.parametrize("names", ["llm-compressor", "modelopt"])
+def test_a_scale_for_each_head_matters_to_a_cache_alone(names: str, tmp_path: Path) -> None:
+    more = scales(NAMES[names], (2, 1, 1))
+    model = model_of(tmp_path / "model", KINDS["float8"](), more)
+    with pytest.raises(BadInput, match=r"expected one scale\. Leave out --fp8_kv_cache") as refused:
+        plan(model_dir=model, output_dir=tmp_path / "out", fp8_kv_cache=True)
+    assert {problem.subject for problem in refused.value.problems} <= more.keys()
+    bare = model_of(tmp_path / "bare", KINDS["float8"](), {})
+    for name, source_ in (("with", model), ("without", bare)):
+        convert(model_dir=source_, output_dir=tmp_path / name, scheduler="synchronous")
+    assert more.keys() <= json.loads((tmp_path / "with/headrace.json").read_text())["left_out"].keys()
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+    verify(tmp_path / "with", model).check()
+
+
+def test_a_scale_for_each_head_of_integers_does_not_matter(tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": "int"}
+    model = model_of(tmp_path / "model", KINDS["int8"](), scales(NAMES["llm-compressor"], (2, 1, 1)), kv_cache_scheme=scheme)
+    convert(model_dir=model, output_dir=tmp_path / "out", fp8_kv_cache=True, scheduler="synchronous")
+    assert cache_of(tmp_path / "out", 1) == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_refused(name: str, wrong: float, tmp_path: Path) -> None:
+    more = scales(NAMES[name])
+    model = model_of(tmp_path / "model", KINDS["float8"](), {**more, max(more): np.full((1,), wrong, BF16)})
+    said = r"layers\.1\.attention\.kv_cache_scaling_factor: scales: found a scale that is not finite .*leave out --fp8_kv_cache"
+    with pytest.raises(BadInput, match=said):
+        convert(model_dir=model, output_dir=tmp_path / "out", fp8_kv_cache=True, scheduler="synchronous")
+    assert not (tmp_path / "out").exists()
+    convert(model_dir=model, output_dir=tmp_path / "out", scheduler="synchronous")
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:

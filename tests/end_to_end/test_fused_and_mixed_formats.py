@@ -367,20 +367,3 @@ def test_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
         source.write(tmp_path / name, LLAMA, source.gptq(bias=name == "with"))
         convert(model_dir=tmp_path / name, output_dir=tmp_path / f"out-{name}", scheduler="threads", tp_size=2)
     assert contents(tmp_path / "out-with") == contents(tmp_path / "out-without")
-
-
-@pytest.mark.parametrize("index", ["trivial", "order"])
-def test_a_quantized_head_is_dequantized(index: str, tmp_path: Path) -> None:
-    kind = source.gptq(sym=False)
-    tensors = source.values(LLAMA)
-    stored, stands_for = source.quantized(tensors, kind, 2)
-    head = source.gptq(sym=False, index=index).quantizer("lm_head", tensors["lm_head.weight"].astype(np.float32))
-    del stored["lm_head.weight"]
-    stored |= {f"lm_head.{key}": np.ascontiguousarray(values) for key, values in head.parameters.items()}
-    checkpoints.save(tmp_path / "model", source.described(LLAMA, kind), stored)
-    convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", scheduler="threads", tp_size=2)
-    wanted = head.weight.astype(np.float16)
-    for rank in range(2):
-        ours = read(tmp_path / f"out/rank{rank}.safetensors")
-        np.testing.assert_array_equal(ours["lm_head.weight"], np.split(wanted, 2)[rank])
-    assert stands_for["lm_head.weight"].dtype == np.float16

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from pipeline import convert
+from pipeline import convert, plan
 from pipeline.errors import BadInput
 from pipeline.reporting.verification import verify
 from tests.support import checkpoints, gguf_files
@@ -179,3 +180,14 @@ def test_numbers_are_not_quantized_again(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "model", LLAMA, source.values(LLAMA))
     with pytest.raises(BadInput, match="--requantize: found a source that is not quantized"):
         convert(model_dir=tmp_path / "model", output_dir=tmp_path / "out", requantize=True, scheduler="threads")
+
+
+def test_what_is_not_finite_is_refused_by_its_name(tmp_path: Path) -> None:
+    """The error of the first matrix is measured while planning, which says whose values these are."""
+    model, _ = made(tmp_path, "gptq")
+    stored = load_file(model / "model.safetensors")
+    for name in [name for name in stored if name.endswith(".scales")]:
+        stored[name][0, 0] = np.inf
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"model\.layers\.0\.\S+: found a value that is not finite"):
+        plan(model_dir=model, output_dir=tmp_path / "out", requantize=True)

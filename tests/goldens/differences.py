@@ -88,11 +88,13 @@ def expected_config(case: str) -> dict[str, Any]:
 
 
 def as_1_2_reads(config: dict[str, Any], case: str) -> dict[str, Any]:
-    """NVIDIA's config.json with what no class of 1.2 does without: the windows that its converter drops, and no dynamic rope.
+    """NVIDIA's config.json with what no class of 1.2 does without: the windows that its converter drops, Phi's rotary_pct, and no
+    dynamic rope.
 
     Dynamic rope changes nothing up to the trained length.
     """
-    told = {"runtime_defaults": expected_config(case).get("runtime_defaults")} if "gemma3" in case else {}
+    told: dict[str, Any] = {"runtime_defaults": expected_config(case).get("runtime_defaults")} if "gemma3" in case else {}
+    told |= {"rotary_pct": 1.0} if "/phi" in case else {}
     return {**config, **told, **({"rotary_scaling": None} if "internlm2" in case else {})}
 
 

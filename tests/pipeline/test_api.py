@@ -92,6 +92,19 @@ def test_options_override_a_job(model: Path, output: Path) -> None:
     assert json.loads((output / "config.json").read_text())["mapping"]["tp_size"] == 4
 
 
+def test_options_override_the_targets_of_a_job_as_those_of_a_file(model: Path, output: Path) -> None:
+    file = model.parent / "job.toml"
+    file.write_text("model_dir = 'model'\n[[target]]\noutput_dir = 'out'\ntp_size = 2\nquantization = 'int8'\n")
+    job = Job(model_dir=model, target=[{"output_dir": output, "tp_size": 2, "quantization": "int8"}])
+    for each in (file, job):
+        (target,) = plan(each, tp_size=4, quantization="fp8_rowwise").job.targets
+        assert (target.tp_size, target.use_weight_only, target.use_fp8_rowwise) == (4, False, True)
+        with pytest.raises(BadInput, match="one directory for 1 targets"):
+            plan(each, output_dir=output)
+        own = plan(each, target=[{"output_dir": output, "tp_size": 2}, {"output_dir": f"{output}4"}], tp_size=4)
+        assert [target.tp_size for target in own.job.targets] == [2, 4], "tables beside an option are their own"
+
+
 def test_a_job_is_frozen_and_checked(model: Path, output: Path) -> None:
     job = Job(model_dir=model, output_dir=output)
     with pytest.raises(ValidationError):

@@ -27,7 +27,8 @@ from tests.support.lazy import held, values
 from tests.support.packed_tensors import opened
 from tests.support.rank_oracle import model_of
 
-MODEL = model_of(4, 2, 64, 256, 128, 64, 2, num_experts=8, shared_expert_intermediate_size=128, attn_bias=1, norm_bias=1, qk_norm=1)
+SIZES = {"num_experts": 8, "shared_expert_intermediate_size": 128, "num_labels": 64}
+MODEL = model_of(4, 2, 64, 256, 128, 64, 2, **SIZES, attn_bias=1, norm_bias=1, qk_norm=1)
 LAYOUTS = sorted(path.stem for path in Path(CONFIGS / "layouts").glob("*.toml"))
 
 

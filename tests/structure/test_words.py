@@ -22,7 +22,6 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
         "pipeline.planning.inspection",
         "pipeline.planning.job",
         "pipeline.planning.make_plan",
-        "pipeline.planning.quantizations",
         "pipeline.reporting.report",
         "pipeline.run.execute",
         "pipeline.run.workers",

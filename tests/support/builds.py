@@ -21,6 +21,14 @@ def build(checkpoint: object, engine: object, *more: object) -> Ran:
     return headrace("build", checkpoint, "--output_dir", engine, "--scheduler", "threads", *more)
 
 
+def nvidia_smi(folder: Path, *lines: str, code: int = 0) -> None:
+    """A stand-in that says what `--query-gpu=compute_cap --format=csv,noheader` asks for."""
+    program = folder / "nvidia-smi"
+    said = "\\n".join(lines)
+    program.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_cap ] || exit 9\nprintf "{said}\\n"\nexit {code}\n')
+    program.chmod(0o755)
+
+
 def provenance(engine: Path) -> dict[str, Any]:
     return json.loads((engine / "headrace.json").read_text())
 

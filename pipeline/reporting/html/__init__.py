@@ -36,7 +36,10 @@ SUFFIXES = (".html", ".htm")
 
 
 def render_report(
-    checkpoint: Checkpoint, summary: VerificationSummary | Mapping[str, Any] | None = None, made: datetime | None = None
+    checkpoint: Checkpoint,
+    summary: VerificationSummary | Mapping[str, Any] | None = None,
+    made: datetime | None = None,
+    changed: str = "",
 ) -> str:
     """Render the report of an output.
 
@@ -48,6 +51,8 @@ def render_report(
         A verification's summary, or what `headrace verify --json` printed; None where the output was not verified.
     made
         The time that the report names as its own; now by default.
+    changed
+        What of the source that headrace.json names is not as it was, so that nothing was compared with it.
 
     Returns
     -------
@@ -84,6 +89,7 @@ def render_report(
             sizes=sizes(checkpoint),
             found=verified,
             elsewhere=verified is not None and Path(verified.directory).name != directory.name,
+            changed=changed,
             shown_findings=SHOWN_FINDINGS,
             errors=error_map(verified.round_trip) if verified and verified.round_trip else None,
             version=VERSION,

@@ -38,9 +38,10 @@ class _ProvenancePart(BaseModel):
 
 
 class RecordedFile(_ProvenancePart):
-    """A file of the source, as it was when it was read."""
+    """A file of the source, as it was when it was read. `of`: the option that names it, where it is not in the source itself."""
 
     path: str = ""
+    of: str = ""
     size_bytes: int = 0
     mtime_ns: int | None = None
     header_sha256: str = ""
@@ -60,10 +61,11 @@ class RecordedFile(_ProvenancePart):
 
 
 class RecordedSource(_ProvenancePart):
-    """The source that the conversion read."""
+    """The source that the conversion read. `quant_ckpt_path`: the place of a quantized checkpoint beside it; "" for none."""
 
     path: str = ""
     kind: str = ""
+    quant_ckpt_path: str = ""
     files: tuple[RecordedFile, ...] = ()
 
     @property
@@ -157,18 +159,24 @@ def read_provenance(checkpoint: Checkpoint) -> tuple[Provenance | None, list[str
         return Provenance.model_validate({key: value for key, value in values.items() if key not in wrong}), wrong
 
 
-def recorded_source(checkpoint: Checkpoint) -> str | None:
-    """The source that headrace.json names; None unless all of its files are still there with the same sizes."""
+def recorded_source(checkpoint: Checkpoint) -> tuple[Path, Path | None] | None:
+    """The source that headrace.json names, and the quantized checkpoint beside it; None unless all is there with the same sizes.
+
+    What activations were measured on is not looked at: values are compared without it.
+    """
     provenance, _ = read_provenance(checkpoint)
     if not provenance or not provenance.source.path or not provenance.source.files:
         return None
-    path = Path(provenance.source.path)
+    source = provenance.source
+    beside = Path(source.quant_ckpt_path) if source.quant_ckpt_path else None
+    places = {"": Path(source.path), **({"quant_ckpt_path": beside} if beside else {})}
     try:
-        folder = path if path.is_dir() else path.parent
-        there = all((folder / file.path).stat().st_size == file.size_bytes for file in provenance.source.files)
+        folders = {of: path if path.is_dir() else path.parent for of, path in places.items()}
+        looked = [(folders[file.of] / file.path, file.size_bytes) for file in source.files if file.of in folders]
+        there = all(path.stat().st_size == nbytes for path, nbytes in looked)
     except (OSError, ValueError):
         return None
-    return str(path) if there else None
+    return (places[""], beside) if there else None
 
 
 def options(provenance: Provenance) -> list[RecordedOption]:

@@ -115,10 +115,25 @@ class Logits(_SummaryPart):
     comparisons: tuple[LogitsComparison, ...]
 
 
+class OutputIdentity(_SummaryPart):
+    """The marks that tell an output from others of its name; "" where headrace.json does not say.
+
+    `id`: of its conversion. `xxh3`: of all of its checksums.
+    """
+
+    id: str = ""
+    xxh3: str = ""
+
+    def differs(self, other: OutputIdentity) -> bool:
+        """Whether another output is surely not this one: nothing is said of one without headrace.json."""
+        return any(ours and theirs and ours != theirs for ours, theirs in ((self.id, other.id), (self.xxh3, other.xxh3)))
+
+
 class VerificationSummary(InOneLine, _SummaryPart):
     """The summary of a whole verification; a level that was not run is None."""
 
     directory: str
+    output: OutputIdentity = OutputIdentity()
     source: str | None = None
     version: str = ""
     ok: bool

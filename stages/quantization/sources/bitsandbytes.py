@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _INT8 = ("weight", "SCB", "weight_format")
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+_STATE_BYTES = 64 << 10  # of a state, which has a few hundred
 FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
@@ -119,7 +120,7 @@ class BitsAndBytes(PackedFormat):
 def _state(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """A module's state of 4 bits; empty where it has none, or one that makes no sense."""
     name = next((name for name in _STATES if name in tensors), None)
-    if name is None or tensors[name].dtype != UINT8 or len(tensors[name].shape) != 1:
+    if name is None or tensors[name].dtype != UINT8 or len(tensors[name].shape) != 1 or tensors[name].shape[0] > _STATE_BYTES:
         return {}
     return read_state(np.asarray(tensors[name].block(whole(tensors[name].shape))))
 

@@ -197,7 +197,9 @@ def _check_zeros(module: str, zeros: LazyTensor | None, scale: LazyTensor, rows:
     words = -(-rows * bits // 32)
     groups = _groups(scale.shape)
     if zeros.dtype == INT8:
-        expected, right = f"{list(scale.shape)}, as the scales", math.prod(zeros.shape) == math.prod(scale.shape)
+        # One a row, or for all, may have an axis of groups or not; of several a row their number does not say where each lies.
+        alike = [shape for shape in ((), (1,), (1, 1), (rows,), (rows, 1)) if math.prod(shape) == math.prod(scale.shape)]
+        expected, right = f"{list(scale.shape)}, as the scales", zeros.shape in (scale.shape, *alike)
     else:
         expected, right = f"[{words}, {groups}], packed along the rows", zeros.shape == (words, groups)
     return [] if right else [Problem(f"{module}.weight_zero_point", f"shape {list(zeros.shape)}", expected)]

@@ -10,6 +10,7 @@ docs/format/runtime-1.2.md, section h3.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, LazyTensor
 from stages.quantization.floats import e4m3, e8m0
 from stages.quantization.packed_format import OF_ALL, PackedFormat, PackedParameter
-from stages.quantization.sources.fp8_scaled import flat
 
 if TYPE_CHECKING:
     from pipeline.tensor.arrays import BlockArray
@@ -47,8 +47,6 @@ class BlockFp8(PackedFormat):
         "weight_scale_inv": PackedParameter(("out", "in")),
         "weight_scale": PackedParameter(("out", "in")),
         **{name: PackedParameter(OF_ALL, dropped="the activations are not FP8 with one scale") for name in _INPUTS},
-        "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
-        "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
@@ -82,8 +80,8 @@ class BlockFp8(PackedFormat):
         """Refuse scales that are not one for each tile of the settings' size."""
         name = next(name for name in _SCALES if name in tensors)
         shape, scale = tensors["weight"].shape, tensors[name].shape
-        if len(shape) not in (2, 3):
-            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix, or a stack of them")]
+        if len(shape) not in (2, 3) or not math.prod(shape):
+            return [Problem(f"{module}.weight", f"shape {list(shape)}", "a matrix that has values, or a stack of them")]
         tile, stack = tile_of(shape, scale, tensors[name].dtype, settings), shape[:-2]
         if (said := settings.get("weight_scale_semantics", "inverse")) != "inverse":
             return [Problem(f"{module}.{name}", f"weight_scale_semantics {said!r} in the settings", "inverse, or none")]
@@ -99,15 +97,13 @@ class BlockFp8(PackedFormat):
         return {name: tile_of(tensors["weight"].shape, tensors[name].shape, tensors[name].dtype, settings)[0]}
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
-        """`weight`, float32, and the scales of a cache; the rest stays."""
+        """`weight`, float32; the rest stays."""
         weight, name = parameters["weight"], next(name for name in _SCALES if name in parameters)
         inputs = {"codes": weight, "scales": parameters[name]}
         tile = tile_of(weight.shape, parameters[name].shape, parameters[name].dtype, settings)
         like: dict[str, Any] = {"shape": weight.shape, "dtype": FLOAT32, "rows": weight.chunks[0]}
         values = derive("unpack", from_tiles, inputs, **like, tile=tile, divides="weight_scale_semantics" in settings)
         rest = {key: array for key, array in parameters.items() if key not in ("weight", *_INPUTS, *_SCALES)}
-        for key in {"k_scale", "v_scale"} & rest.keys():
-            rest["kv_scale"] = derive("unpack", flat, {"values": rest.pop(key)}, shape=(1,), dtype=FLOAT32)
         return {"weight": values, **rest}
 
 
@@ -130,8 +126,8 @@ def tile_size(settings: Mapping[str, Any]) -> tuple[int, ...]:
     if not said:
         return _TILE
     sizes = said.lower().split("x") if isinstance(said, str) else said
-    whole = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(str(size).isdigit() and int(size) for size in sizes)
-    return tuple(map(int, sizes)) if whole else ()
+    pair = isinstance(sizes, list | tuple) and len(sizes) == 2
+    return tuple(map(int, sizes)) if pair and all(re.fullmatch("[1-9][0-9]{0,8}", str(size)) for size in sizes) else ()
 
 
 def from_tiles(region: Region, codes: Block, scales: Block, tile: tuple[int, int], divides: bool = False) -> np.ndarray:

@@ -15,10 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from pipeline.errors import Problem
-from pipeline.model.quantization import CLAMP, FP8, FP8_ROWWISE
+from pipeline.model.quantization import BOUND, FP8, FP8_ROWWISE, clamp_of
 from pipeline.tensor.derived import derive
 from pipeline.tensor.placement import Region, whole
 from pipeline.tensor.tensors import Block, LazyTensor
+from stages.quantization.compressed_settings import quantized_activations, schemes
 from stages.quantization.packed_format import OF_ALL, Modules, PackedFormat, PackedParameter
 
 if TYPE_CHECKING:
@@ -59,12 +60,11 @@ class ScaledFp8(PackedFormat):
         for name in ("input_scale", "input_scale_ub"):
             if name in tensors and math.prod(tensors[name].shape) != 1:
                 problems.append(Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", "one scale"))
-        if "input_scale_ub" in tensors and not problems:
+        said = clamp_of(settings)  # one that is no bound is a problem of the settings
+        if "input_scale_ub" in tensors and said is not None and not problems:
             bound = float(np.asarray(tensors["input_scale_ub"].block(whole(tensors["input_scale_ub"].shape))).reshape(-1)[0])
-            said = settings.get("activation_scale_ub")
-            said = float(said) if isinstance(said, int | float) else CLAMP
             if bound != said:
-                expected = f"{said:g}, activation_scale_ub of the settings or its default"
+                expected = f"{said:g}, {BOUND} of the settings or its default"
                 problems.append(Problem(f"{module}.input_scale_ub", f"{bound:g}", expected))
         return problems
 
@@ -87,6 +87,12 @@ class ScaledFp8(PackedFormat):
         if all("input_scale" in tensors for tensors in modules.values()) and not all(map(_by_row, modules.values())):
             return FP8, 0
         return FP8_ROWWISE, 0
+
+    def notes(self, settings: Mapping[str, Any], algorithm: str) -> list[str]:
+        """That activations which the source leaves in 16 bits are quantized (compressed-tensors without `input_activations`)."""
+        if not schemes(settings, "weights") or quantized_activations(settings):
+            return []
+        return [f"the source's kernels take activations in 16 bits: those of {algorithm} quantize them; --dequantize keeps 16 bits"]
 
 
 def _by_row(tensors: Mapping[str, LazyTensor]) -> bool:

@@ -94,7 +94,6 @@ class Gptq(PackedFormat):
         words, zeros, scales = (parameters[name] for name in _PACKED)
         bits = int(_bits(zeros.shape[-1], scales.shape[-1]))
         features = words.shape[0] * 32 // bits
-        symmetric = bool(settings.get("sym", False))
         second = stores_the_zero(settings)
         width, planes = _width(bits), planar(settings, bits)
         shape = (words.shape[1], features * width // 8)
@@ -103,7 +102,7 @@ class Gptq(PackedFormat):
             codes = derive("unpack", read_codes, {"words": words}, **like)
         else:
             codes = derive("unpack", read_few_bits, {"words": words}, **like, bits=bits, planes=planes)
-        arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "second": second, "planes": planes}
+        arguments: dict[str, Any] = {"bits": bits, "symmetric": _symmetric(settings), "second": second, "planes": planes}
         offsets = derive("unpack", read_offsets, {"zeros": zeros}, shape=scales.shape, dtype=INT16, **arguments)
         rest = {name: array for name, array in parameters.items() if name not in (*_PACKED, "g_idx")}
         index = {"group_index": parameters["g_idx"]} if "g_idx" in parameters else {}
@@ -139,15 +138,18 @@ def _width_and_group(tensors: Mapping[str, LazyTensor]) -> tuple[int, int]:
     return _width(bits), words[0] * 32 // bits // scales[0]
 
 
+def _symmetric(settings: Mapping[str, Any]) -> bool:
+    """Whether zero points are in the middle of the range, as the settings say, or do not say."""
+    return settings.get("sym") is not False
+
+
 def _shifted(modules: Modules, settings: Mapping[str, Any]) -> bool:
     """Whether a module of one group a row has a zero point that is not in the middle of the range. Reads them."""
     second = stores_the_zero(settings)
     for tensors in modules.values():
         stored, columns = tensors["qzeros"], tensors["scales"].shape[1]
         bits, block = int(_bits(stored.shape[1], columns)), stored.block(whole(stored.shape))
-        if np.any(
-            read_offsets(((0, 1), (0, columns)), block, bits=bits, symmetric=False, second=second, planes=planar(settings, bits))
-        ):
+        if np.any(read_offsets(((0, 1), (0, columns)), block, bits, _symmetric(settings), second, planar(settings, bits))):
             return True
     return False
 

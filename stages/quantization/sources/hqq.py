@@ -76,16 +76,16 @@ class Hqq(PackedFormat):
         shape, codes, scale = _ints(tensors, "shape"), tensors["W_q"], tensors["scale"]
         if codes.dtype != np.uint8 or len(codes.shape) != 2:
             return [Problem(f"{module}.W_q", f"{codes.dtype} {list(codes.shape)}", "uint8 of groups, two or more a row")]
+        if len(shape) != 2 or min(shape) < 1:
+            return [Problem(f"{module}.shape", str(list(shape)), "the two sizes of the weight")]
         if _across(tensors):
             return _check_across(module, tensors, shape)
-        if len(shape) != 2 or len(scale.shape) != 2 or scale.shape[0] * scale.shape[1] * codes.shape[1] != math.prod(shape):
+        if len(scale.shape) != 2 or math.prod(scale.shape) * codes.shape[1] != math.prod(shape):
             expected = f"a scale for each {codes.shape[1]} of {list(shape)}"
             return [Problem(f"{module}.scale", f"shape {list(scale.shape)}", expected)]
-        if scale.shape[0] != shape[0] or tensors["zero"].shape != scale.shape or math.prod(scale.shape) % codes.shape[0]:
-            return [Problem(f"{module}.zero", f"shape {list(tensors['zero'].shape)}", f"{list(scale.shape)}, in whole rows")]
-        bits = 8 * codes.shape[0] / math.prod(scale.shape)
-        said: float = next(iter(_ints(tensors, "nbits")), bits)
-        return [] if said == bits else [Problem(f"{module}.W_q", f"{bits:g} bits by its shape", f"{said} bits, as nbits says")]
+        if scale.shape[0] != shape[0] or tensors["zero"].shape != scale.shape:
+            return [Problem(f"{module}.zero", f"shape {list(tensors['zero'].shape)}", f"{list(scale.shape)}, as the scales")]
+        return _check_width(module, tensors, math.prod(scale.shape) / (codes.shape[0] or math.inf))
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:
         """`weight`, float32; the rest stays."""
@@ -120,14 +120,18 @@ def _check_across(module: str, tensors: Mapping[str, LazyTensor], shape: Sequenc
     for name in ("scale", "zero"):
         if math.prod(tensors[name].shape) != groups or len(tensors[name].shape) != 2:
             return [Problem(f"{module}.{name}", f"shape {list(tensors[name].shape)}", f"[1, {groups}], one for each column of W_q")]
-    codes = lines * groups
-    count = math.prod(shape) / codes if len(shape) == 2 and codes else 0
+    return _check_width(module, tensors, math.prod(shape) / (lines * groups or math.inf))
+
+
+def _check_width(module: str, tensors: Mapping[str, LazyTensor], count: float) -> list[Problem]:
+    """Refuse another number of codes in a byte than 1, 2, 4 or 8, and than `nbits` says. `count`: as the shapes have it."""
     if count not in (1, 2, 4, 8):
-        return [Problem(f"{module}.W_q", f"shape [{lines}, {groups}]", f"1, 2, 4 or 8 codes a byte of {list(shape)}")]
+        expected = f"1, 2, 4 or 8 codes a byte of {_ints(tensors, 'shape')}"
+        return [Problem(f"{module}.W_q", f"shape {list(tensors['W_q'].shape)}", expected)]
     said = next(iter(_ints(tensors, "nbits")), 8 / count)
-    return (
-        [] if said * count == 8 else [Problem(f"{module}.W_q", f"{8 / count:g} bits by its shape", f"{said} bits, as nbits says")]
-    )
+    if said * count == 8:
+        return []
+    return [Problem(f"{module}.W_q", f"{8 / count:g} bits by its shape", f"{said} bits, as nbits says")]
 
 
 def from_columns(region: Region, codes: Block, scales: Block, zeros: Block, features: int, count: int) -> np.ndarray:

@@ -48,8 +48,6 @@ class Nvfp4(PackedFormat):
         "input_scale": PackedParameter(OF_ALL, becomes="input_scale"),
         "input_global_scale": PackedParameter(OF_ALL, becomes="input_scale"),
         "pre_quant_scale": PackedParameter(("in",), becomes="prequant"),
-        "k_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
-        "v_scale": PackedParameter(OF_ALL, becomes="kv_scale"),
     }
 
     def accepts(self, parameters: Mapping[str, Any]) -> bool:
@@ -70,15 +68,14 @@ class Nvfp4(PackedFormat):
             return [Problem(f"{module}.weight_scale", f"shape {list(scales)}", expected)]
         if not _GLOBAL.keys() & tensors.keys():
             return [Problem(f"{module}.weight_scale_2", "no such tensor", "the scale of all of the module's weights")]
-        one = (*_GLOBAL, *_INPUT, "k_scale", "v_scale")
         return [
             Problem(f"{module}.{key}", f"shape {list(tensors[key].shape)}", "one scale")
-            for key in one
+            for key in (*_GLOBAL, *_INPUT)
             if key in tensors and math.prod(tensors[key].shape) != 1
         ]
 
     def unpack(self, parameters: Mapping[str, BlockArray], settings: Mapping[str, Any]) -> dict[str, BlockArray]:  # noqa: ARG002
-        """`fp4`, `block_scale`, `global_scale`, and the scales of activations and cache; the rest stays."""
+        """`fp4`, `block_scale`, `global_scale`, and the scale of activations; the rest stays."""
         result = {}
         for name, array in parameters.items():
             if name in _WEIGHTS:
@@ -89,8 +86,6 @@ class Nvfp4(PackedFormat):
                 result["global_scale"] = _scalar(array, _GLOBAL[name])
             elif name in _INPUT:
                 result["input_scale"] = _scalar(array, _INPUT[name])
-            elif name in ("k_scale", "v_scale"):
-                result["kv_scale"] = _scalar(array, "flat")
             else:
                 result["prequant" if name == "pre_quant_scale" else name] = array
         return result

@@ -19,6 +19,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region
 from pipeline.tensor.tensors import Block, Parameter
+from stages.quantization.finite import finite
 from stages.quantization.kernels.dispatch import kernels
 from stages.quantization.kernels.layout import KernelLayout
 from stages.quantization.targets.weight_only import _rows, row_chunks
@@ -76,7 +77,7 @@ def pack_awq(parameters: Mapping[str, BlockArray], dtype: np.dtype, source: str 
     out, width = codes.shape
     features = 2 * width
     weight = derive("quantize", paired, {"codes": codes}, shape=(out // 2, features), dtype=INT8)
-    factors = derive("quantize", transposed_float, {"values": scales}, shape=scales.shape[::-1], dtype=FLOAT32)
+    factors = derive("quantize", transposed_float, {"values": scales}, shape=scales.shape[::-1], dtype=FLOAT32, name=source)
     smooth = parameters.get("prequant")
     if smooth is None:
         smooth = derive("quantize", ones, {"codes": codes}, shape=(features,), dtype=dtype, to=dtype)
@@ -115,12 +116,13 @@ def narrowed(region: Region, values: Block, to: np.dtype, name: str, largest: fl
 
 
 def held(scales: np.ndarray, to: np.dtype, name: str, largest: float = math.inf) -> np.ndarray:
-    """Scales in another type. Raises BadInput naming the weight where that has infinity for one, or zero for one that is not.
+    """Scales in another type. Raises BadInput naming the weight where one is not finite, and where the type has infinity for one,
+    or zero for one that is not.
 
     `largest`: the largest magnitude of a code. Where its weight is zero in that type, too, zero is right: quantizers give rows
     and groups of nothing but zeros some tiny scale.
     """
-    result = kernels().cast(scales, to)
+    result = kernels().cast(finite(scales, name), to)
     if scales.dtype == to:
         return result
     lost = (result == 0) & (scales != 0)
@@ -134,9 +136,9 @@ def held(scales: np.ndarray, to: np.dtype, name: str, largest: float = math.inf)
     return result
 
 
-def transposed_float(region: Region, values: Block) -> np.ndarray:
-    """float32 [n, groups] of [groups, n]."""
-    return np.ascontiguousarray(values.read((region[1], region[0])).T).astype(np.float32)
+def transposed_float(region: Region, values: Block, name: str) -> np.ndarray:
+    """float32 [n, groups] of [groups, n]. Raises BadInput naming the weight where a scale is not finite."""
+    return np.ascontiguousarray(finite(np.asarray(values.read((region[1], region[0]))), name).T).astype(np.float32)
 
 
 def ones(region: Region, codes: Block, to: np.dtype) -> np.ndarray:  # noqa: ARG001

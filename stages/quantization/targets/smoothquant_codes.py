@@ -15,6 +15,7 @@ from pipeline.tensor.derived import derive
 from pipeline.tensor.metering import meter
 from pipeline.tensor.placement import Region, extent
 from pipeline.tensor.tensors import Block, Parameter
+from stages.quantization.finite import finite
 from stages.quantization.targets.smoothquant import BY_COLUMN, BY_ROW, MATRIX, Packed
 from stages.quantization.targets.smoothquant_values import FLOAT32, INT8
 
@@ -48,10 +49,12 @@ def signed(region: Region, codes: Block) -> np.ndarray:
 
 
 def scale_of(region: Region, scales: Block, offsets: Block, name: str) -> np.ndarray:
-    """float32 [1, n]. Raises BadInput naming the tensor where its codes have zero points, which these kernels do not read."""
+    """float32 [1, n]. Raises BadInput naming the tensor where its codes have zero points, which these kernels do not read, and
+    where a scale is not finite.
+    """
     if np.any(offsets.read(region)):
         raise BadInput([Problem(name, "zero points", "codes that are symmetric", "Give --quantization int8 --dequantize")])
-    return np.asarray(scales.read(region)).astype(np.float32)
+    return finite(np.asarray(scales.read(region)), name).astype(np.float32)
 
 
 def ones(region: Region, codes: Block) -> np.ndarray:  # noqa: ARG001

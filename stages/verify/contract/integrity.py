@@ -114,6 +114,9 @@ def _provenance(checkpoint: Checkpoint) -> Iterator[Problem]:
         yield Problem("headrace.json: options.sm", shown(sm), f"one of {', '.join(map(str, (*generations(), ANY)))}", _AGAIN)
     if sm == ANY:
         yield from _arranged(checkpoint)
+    for key, kind, expected in (("left_out", Mapping, "reasons by tensor"), ("notes", list, "a list of texts")):
+        if key in provenance and not isinstance(provenance[key], kind):
+            yield Problem(f"headrace.json: {key}", shown(provenance[key]), expected, _AGAIN)
     table = provenance.get("xxh3")
     if not isinstance(table, Mapping):
         yield Problem("headrace.json: xxh3", shown(table), "checksums by file and tensor", _AGAIN)

@@ -54,13 +54,12 @@ def _experts(settings: ContractSettings) -> Iterator[Linear]:
 
 def stage_tensors(settings: ContractSettings, number: int) -> dict[str, ExpectedTensor]:
     """Every tensor that a rank of pipeline stage `number` holds, by name."""
-    layers, last = settings.parallel.layers, settings.parallel.pp - 1
-    first_layer = sum(layers[:number])
+    last = settings.parallel.pp - 1
     result = dict(_buffers(settings))
     if number == 0:
         result["transformer.vocab_embedding.weight"] = _embedding(settings)
-    for local in range(layers[number]):
-        result |= dict(_layer(settings, f"transformer.layers.{local}.", first_layer + local))
+    for local, layer in enumerate(settings.parallel.stages()[number]):
+        result |= dict(_layer(settings, f"transformer.layers.{local}.", layer))
     if number == last:
         result |= dict(_norm(settings, "transformer.ln_f"))
         rows = settings.head_rows

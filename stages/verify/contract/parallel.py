@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from stages.verify.contract.reader import ConfigReader, shown
@@ -42,6 +43,11 @@ class MappingSizes:
     moe_tp: int
     moe_ep: int
     layers: tuple[int, ...]
+
+    def stages(self) -> list[range]:
+        """The layers of each stage, by their number in the model."""
+        ends = [0, *accumulate(self.layers)]
+        return [range(first, last) for first, last in pairwise(ends)]
 
 
 def read_mapping(mapping: Mapping[str, Any], layers: int, experts: bool) -> tuple[MappingSizes, ConfigReader]:
@@ -107,6 +113,5 @@ def _stages(reader: ConfigReader, pp: int, layers: int) -> tuple[int, ...]:
         reader.wrong("pp_partition", f"{pp} counts of layers whose sum is {layers}, or null", found=shown(partition), fatal=True)
     if pp > layers:
         reader.wrong("pp_size", f"at most num_hidden_layers {layers}", fatal=True)
-        return ()
     size, extra = divmod(layers, pp)
     return tuple(size + (stage < extra) for stage in range(pp))

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from stages.verify.contract.expected import ExpectedTensor, TensorForm, single_form
-from stages.verify.contract.reader import ConfigReader
+from stages.verify.contract.reader import ConfigReader, is_number
 
 # The keys that `QuantConfig(**dict)` takes in some version from 0.13 to 1.2.1.
 KEYS = (
@@ -108,7 +108,7 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[QuantizationBlock, Con
     algorithm = reader.text("quant_algo", ALGORITHMS, default="")
     cache = reader.text("kv_cache_quant_algo", ("FP8", "INT8"), default="")
     clamp, exclude = values.get("clamp_val"), values.get("exclude_modules")
-    if clamp is not None and not (isinstance(clamp, list) and len(clamp) == 2 and all(_number(bound) for bound in clamp)):
+    if clamp is not None and not (isinstance(clamp, list) and len(clamp) == 2 and all(is_number(bound) for bound in clamp)):
         reader.wrong("clamp_val", "two numbers, or null", fatal=True)
     if exclude is not None and not (isinstance(exclude, list) and all(isinstance(name, str) for name in exclude)):
         reader.wrong("exclude_modules", "a list of names, or null", fatal=True)
@@ -126,10 +126,6 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[QuantizationBlock, Con
         tuple(exclude or ()),
     )
     return result, reader
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def linear_tensors(

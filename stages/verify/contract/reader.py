@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.errors import Problem
 
 LARGEST = 1 << 31  # no size of a real model is larger
+LARGEST_NUMBER = 1e38  # of float32, in which the classes compute
 
 
 def shown(value: Any) -> str:
@@ -18,6 +18,11 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # integers of thousands of digits, lists thousands deep
         text = f"a {type(value).__name__} that cannot be written out"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 class ConfigReader:
@@ -75,8 +80,21 @@ class ConfigReader:
     def positive(self, key: str) -> None:
         """Check a number above 0 that no shape depends on."""
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_number(value) or value <= 0:
             self.wrong(key, "a number greater than 0")
+
+    def optional_number(self, key: str, *, zero: bool, null: bool) -> None:
+        """Check a number above 0 that may be missing, and that no shape depends on. `zero`, `null`: what else it may be."""
+        value = self.values.get(key)
+        if key not in self.values or (null and value is None) or (is_number(value) and (value > 0 or (zero and value == 0))):
+            return
+        self.wrong(key, f"a number {'of 0 or more' if zero else 'greater than 0'}{', or null' if null else ''}")
+
+    def optional_size(self, key: str) -> None:
+        """Check a whole number from 1 that may be missing or null, and that no shape depends on."""
+        value = self.values.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST):
+            self.wrong(key, f"a whole number from 1 to {LARGEST}, or null")
 
     def table(self, key: str) -> Mapping[str, Any] | None:
         """An object; None where there is none, which is recorded."""

@@ -13,19 +13,11 @@ from typing import Any
 from pipeline.errors import Problem
 from pipeline.model.computes import HEAD_NORMS, replaced_attention
 from pipeline.model.runtime import runtime
+from stages.verify.contract.class_values import BESIDE_EXPERTS, INTER_NORMS, LAYER_NORMS, check_class_values, class_name
 from stages.verify.contract.parallel import MappingSizes, read_mapping
 from stages.verify.contract.quantized import QuantizationBlock, read_quantization
 from stages.verify.contract.reader import ConfigReader
 
-# The `qwen_type` by which the Qwen class tells these models apart.
-QWEN_TYPES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Qwen2VLForConditionalGeneration": "qwen2_vl",
-    "Qwen2ForSequenceClassification": "qwen2",
-}
 CLASSIFIERS = ("Qwen2ForSequenceClassification",)  # whose head has a row a label
 MIXTURES = (
     "MixtralForCausalLM",
@@ -51,15 +43,6 @@ MOE_KEYS = (
     "device_limited_routed_scaling_factor",
 )
 ALONE = {"world_size": 1, "tp_size": 1, "pp_size": 1}  # in place of a missing mapping, which is reported once
-BESIDE_EXPERTS = "ArcticForCausalLM"  # whose layers have a dense MLP, too
-# The LLaMA class asks for other modules where these have other values.
-CONSTANTS = {
-    "residual_mlp": False,
-    "fc_after_embed": False,
-    "use_input_layernorm_in_first_layer": True,
-    "use_last_layernorm": True,
-    "layer_idx_offset": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,7 @@ class ContractSettings:
     @property
     def inter_norms(self) -> bool:
         """Whether norms stand on both sides of the MLP."""
-        return self.architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+        return self.architecture in INTER_NORMS
 
     @property
     def residual_mlp(self) -> bool:
@@ -126,7 +109,7 @@ class ContractSettings:
     @property
     def layer_norms(self) -> bool:
         """Whether norms are layer norms, which have biases."""
-        return self.architecture == "PhiMoEForCausalLM"
+        return self.architecture == LAYER_NORMS
 
 
 def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, list[Problem]]:
@@ -143,8 +126,11 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         reader.wrong("head_size", f"a size, as num_attention_heads {heads} does not divide hidden_size {hidden}", fatal=True)
     head_size = reader.size("head_size", default=hidden // heads or 1)
     rotary = reader.size("rotary_embedding_dim", most=head_size, default=head_size)
+    if rotary % 2:
+        odd = "rotary_embedding_dim" if reader.has("rotary_embedding_dim") else "head_size"
+        reader.wrong(odd, "an even number: features are rotated in pairs")
     layers = reader.size("num_hidden_layers", most=4096)
-    kind = _kind(architecture)
+    kind = class_name(architecture)
     experts, expert_size, shared_size, moe = _experts(reader, architecture)
     mapping_values = reader.table("mapping")
     parallel, mapping = read_mapping(ALONE if mapping_values is None else mapping_values, layers, experts > 0)
@@ -163,7 +149,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         rotary_size=rotary,
         hidden_act=str(config.get("hidden_act")),
         # Phi's class does not read the key.
-        attention_bias=architecture == "PhiMoEForCausalLM" if kind == "phi" else reader.flag("attn_bias", kind == "qwen"),
+        attention_bias=architecture == LAYER_NORMS if kind == "phi" else reader.flag("attn_bias", kind == "qwen"),
         mlp_bias=kind != "phi" and reader.flag("mlp_bias"),
         experts=experts,
         expert_size=expert_size,
@@ -174,7 +160,9 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
         lacking=replaced.lacks if (replaced := replaced_attention(config)) else (),
         labels=reader.size("num_labels") if architecture in CLASSIFIERS else 0,
     )
-    _by_class(reader, architecture, settings)
+    check_class_values(reader, architecture, rotary)
+    if quantization.algorithm and dtype == "float32":
+        reader.wrong("dtype", f"float16 or bfloat16, as the kernels of {quantization.algorithm} need")
     usable = all(each.usable for each in (reader, moe, mapping, block))
     if usable:
         _divisible(reader, settings)
@@ -184,7 +172,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[ContractSettings | None, l
 
 def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, ConfigReader]:
     """The number of experts, their size, the shared expert's size, and the reader that holds what is wrong with `moe`."""
-    if (not reader.has("moe") and architecture not in MIXTURES) or _kind(architecture) == "gemma":
+    if (not reader.has("moe") and architecture not in MIXTURES) or class_name(architecture) == "gemma":
         return 0, 0, 0, ConfigReader({})
     if architecture == "Phi3ForCausalLM":
         reader.wrong("moe", "no such key: the class takes it for a mixture of experts", "Remove it")
@@ -193,6 +181,9 @@ def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, Co
         return 0, 0, 0, ConfigReader({})
     moe = ConfigReader(moe_values, "moe.")
     moe.check_keys(MOE_KEYS)
+    moe.optional_number("sparse_mixer_epsilon", zero=True, null=False)
+    if moe.has("normalization_mode"):
+        moe.size("normalization_mode", least=0, most=16)
     experts, chosen = moe.size("num_experts", least=0, most=1 << 16), moe.size("top_k", least=0)
     mixture = architecture in MIXTURES
     if (experts == 0) != (chosen == 0) or chosen > experts:
@@ -201,7 +192,7 @@ def _experts(reader: ConfigReader, architecture: str) -> tuple[int, int, int, Co
         moe.wrong("num_experts", f"2 or more: {architecture} is a mixture of experts", fatal=True)
     if experts < 2:
         return 0, 0, 0, moe
-    if _kind(architecture) != "qwen" or not mixture:
+    if class_name(architecture) != "qwen" or not mixture:
         return experts, reader.size("intermediate_size"), 0, moe
     shared = reader.size("moe_shared_expert_intermediate_size") if architecture == "Qwen2MoeForCausalLM" else 0
     return experts, reader.size("moe_intermediate_size"), shared, moe
@@ -213,43 +204,6 @@ def _embedding(reader: ConfigReader, kind: str, tp: int) -> str:
     axis = reader.size("embedding_sharding_dim", least=0, most=1, default=0)
     parallel = tp > 1 if kind == "gemma" else parallel
     return ("vocabulary", "hidden")[axis] if parallel and tp > 1 else ""
-
-
-def _by_class(reader: ConfigReader, architecture: str, settings: ContractSettings) -> None:
-    """Check the values that a single class asks for."""
-    config, kind = reader.values, _kind(architecture)
-    if kind == "llama":
-        constants = {**CONSTANTS, "residual_mlp": architecture == BESIDE_EXPERTS}
-        if architecture == BESIDE_EXPERTS and not reader.has("residual_mlp"):
-            reader.wrong("residual_mlp", "true: the model has a dense MLP beside its experts")
-        for key, value in constants.items():
-            if reader.has(key) and config[key] != value:
-                reader.wrong(key, str(value).lower())
-    if kind == "qwen":
-        reader.text("qwen_type", (QWEN_TYPES[architecture],))
-    if config.get("position_embedding_type") == "mrope":
-        scaling = config.get("rotary_scaling")
-        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
-        if not isinstance(section, list) or len(section) != 3 or sum(section) != settings.rotary_size // 2:
-            reader.wrong("rotary_scaling", f"mrope_section: three numbers, {settings.rotary_size // 2} in all")
-    if settings.inter_norms:
-        reader.positive("query_pre_attn_scalar")
-    if kind == "phi" and config.get("position_embedding_type") == "long_rope":
-        mscales = ("longrope_short_mscale", "longrope_long_mscale") if settings.layer_norms else ()
-        for key in ("original_max_position_embeddings", *mscales):
-            reader.positive(key)
-        for key in ("longrope_scaling_short_factors", "longrope_scaling_long_factors"):
-            if not isinstance(config.get(key), list) or len(config[key]) != settings.rotary_size // 2:
-                reader.wrong(key, f"a list of {settings.rotary_size // 2} factors")
-    algorithm = settings.quantization.algorithm
-    if algorithm and settings.dtype == "float32":
-        reader.wrong("dtype", f"float16 or bfloat16, as the kernels of {algorithm} need")
-
-
-def _kind(architecture: str) -> str:
-    """The short name of the loader's class of an architecture; "" where it has none."""
-    own = runtime().classes.get(architecture)
-    return own.name if own else ""
 
 
 def _divisible(reader: ConfigReader, settings: ContractSettings) -> None:

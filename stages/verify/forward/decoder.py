@@ -58,9 +58,7 @@ class Decoder:
         all tokens. Raises BadInput for no tokens, and for tokens outside the vocabulary.
         """
         settings = self.settings
-        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= settings.vocab:
-            found = f"tokens from {int(tokens.min())} to {int(tokens.max())}" if len(tokens) else "no tokens"
-            raise BadInput([Problem("tokens", found, f"some of 0 to {settings.vocab - 1}")])
+        self.check_tokens(tokens)
         last = len(tokens) if last is None else last
         before, cache.tokens = len(cache.tokens), torch.cat([cache.tokens, tokens])
         if self._attention.rotation.changes(before, len(cache.tokens)):
@@ -75,6 +73,13 @@ class Decoder:
         if settings.logit_cap:
             result = torch.tanh(result / settings.logit_cap) * settings.logit_cap
         return result
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise BadInput for no tokens, and for tokens outside the vocabulary. `tokens`: int [tokens]."""
+        vocab = self.settings.vocab
+        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+            found = f"tokens from {int(tokens.min())} to {int(tokens.max())}" if len(tokens) else "no tokens"
+            raise BadInput([Problem("tokens", found, f"some of 0 to {vocab - 1}")])
 
     @property
     def int8_activations(self) -> bool:
@@ -117,12 +122,14 @@ class Decoder:
             parts = [self._lookup(rank, tokens, (settings.vocab, settings.hidden // settings.tp)) for rank in ranks]
             return torch.cat(parts, -1)
         rows = -(-settings.vocab // settings.tp)
-        result = torch.empty(len(tokens), settings.hidden)
+        owners, held = tokens // rows, list[Tensor]()
         for place, rank in enumerate(ranks):
             weights.matrix(rank, module)
             weights.zeros(rank, EMBEDDING, settings.vocab - place * rows)
-            mine = tokens // rows == place
-            result[mine] = self._lookup(rank, tokens[mine] - place * rows, (rows, settings.hidden))
+            held.append(self._lookup(rank, tokens[owners == place] - place * rows, (rows, settings.hidden)))
+        result = torch.empty(len(tokens), settings.hidden)
+        for place, part in enumerate(held):
+            result[owners == place] = part
         return result
 
     def _lookup(self, rank: int, tokens: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -13,6 +13,8 @@ from pipeline.errors import Problem, VerificationFailed
 from stages.verify.forward.settings import DecoderSettings
 from stages.verify.forward.weights import PipelineStage
 
+SPARSE_MIXER_EPSILON = 0.01  # of a `moe` that has none (docs/format/checkpoint.md, section 5)
+
 
 def tanh_gelu(x: Tensor) -> Tensor:
     """GELU with tanh, which TensorRT-LLM computes under both of its names."""
@@ -101,7 +103,7 @@ def route(scores: Tensor, settings: DecoderSettings) -> Tensor:
     """Compute each expert's share in each token's output from the router's scores: both [tokens, experts], 0 for unused experts."""
     count = int(settings.moe["top_k"])
     if settings.routing == 2:
-        return sparse_mixer(scores, count, 2 * float(settings.moe["sparse_mixer_epsilon"]))
+        return sparse_mixer(scores, count, 2 * float(settings.moe.get("sparse_mixer_epsilon", SPARSE_MIXER_EPSILON)))
     shares = scores.softmax(-1)
     best = shares.topk(count, -1)
     result = torch.zeros_like(shares).scatter(-1, best.indices, best.values)

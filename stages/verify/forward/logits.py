@@ -15,6 +15,7 @@ from stages.verify.forward.agreement import agreement
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.joined import JoinedWeights
 from stages.verify.forward.reference import Reference
+from stages.verify.forward.transformers_model import build_model, quiet
 from stages.verify.roundtrip.origin import Origin
 from stages.verify.roundtrip.original import Original
 
@@ -42,7 +43,7 @@ def compare_logits(
     ("logits", runs done, runs in all). Returns the problems, and the facts of the level as plain values.
     """
     started = time.perf_counter()
-    ids = _random_tokens(checkpoint.config["vocab_size"], count) if prompt is None else torch.tensor(prompt)
+    ids = _tokens(checkpoint, prompt, count)
     steps = 2 if lossless else 3
     decoder = Decoder(checkpoint)
     actual = decoder.logits(ids)
@@ -67,6 +68,17 @@ def compare_logits(
     return problems, {"tokens": len(ids), "seconds": round(time.perf_counter() - started, 3), "comparisons": comparisons}
 
 
+def check_runnable(checkpoint: Checkpoint, original: Original, prompt: Sequence[int] | None, count: int) -> None:
+    """Raise BadInput where logits cannot be computed, as far as configurations say: no tensor is read.
+
+    Where transformers is not installed or has no class for the source, config.json asks for what is not computed here, and there
+    are no tokens, or some that are not in the vocabulary.
+    """
+    with quiet():
+        build_model(original.config)
+    Decoder(checkpoint).check_tokens(_tokens(checkpoint, prompt, count))
+
+
 def _difference(figures: Mapping[str, Any]) -> str:
     return (
         f"logits that differ by {figures['max_relative']:.2g} of the largest from those of transformers "
@@ -74,6 +86,8 @@ def _difference(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _random_tokens(vocab_size: int, count: int) -> Tensor:
-    """`count` tokens, int64 [count], the same every time."""
-    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(0))
+def _tokens(checkpoint: Checkpoint, prompt: Sequence[int] | None, count: int) -> Tensor:
+    """The tokens of a text, or `count` random ones, the same every time: int64 [count]."""
+    if prompt is not None:
+        return torch.tensor(prompt, dtype=torch.int64)
+    return torch.randint(checkpoint.config["vocab_size"], (max(count, 0),), generator=torch.Generator().manual_seed(0))

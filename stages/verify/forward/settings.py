@@ -48,30 +48,31 @@ class DecoderSettings(RankLayout):
             raise BadInput(problems)
 
     def _unknown(self) -> list[Problem]:
-        moe = self.experts > 0
+        moe, step = self.experts > 0, self.config.get("decoder_sparse_step")
         architectures = tuple(runtime().classes)
         activations = ("swiglu",) if moe or self.kind == "phi" else ACTIVATIONS
         wrong = [
             ("architecture", self.architecture, self.architecture in architectures, f"one of {', '.join(architectures)}"),
             ("hidden_act", self.config["hidden_act"], self.config["hidden_act"] in activations, f"one of {', '.join(activations)}"),
             ("moe.normalization_mode", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}"),
-            ("mapping.tp_size", self.tp, self.moe_tp * self.ep == self.tp, f"moe_tp_size {self.moe_tp} * moe_ep_size {self.ep}"),
             *(
                 (key, self.config[key], not self.config[key], WITHOUT)
                 for key in (
                     *(() if self.architecture == BESIDE_EXPERTS else ("residual_mlp",)),
                     "fc_after_embed",
                     "use_logn_attn",
-                    "mlp_only_layers",
+                    *(("mlp_only_layers",) if moe else ()),
                 )
                 if key in self.config
             ),
-            ("decoder_sparse_step", self.config.get("decoder_sparse_step"), self.config.get("decoder_sparse_step", 1) == 1, "1"),
+            ("decoder_sparse_step", step, not moe or step in (None, 1), "1"),
         ]
         problems = [Problem(f"config.json: {key}", repr(found), expected) for key, found, right, expected in wrong if not right]
         # Of an attention without some features the class computes what is left; the other conflicts leave nothing to compute.
         other = (each for each in conflicts(self.config) if each.key != "quantization.exclude_modules")
-        return problems + [Problem(f"config.json: {each.key}", each.found, each.expected) for each in other]
+        problems += [Problem(f"config.json: {each.key}", each.found, each.expected) for each in other]
+        _, mapping = self.mapping
+        return problems if mapping.usable else [*problems, *mapping.problems]
 
     # Sizes
 
@@ -146,8 +147,8 @@ class DecoderSettings(RankLayout):
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether q, k and v have biases. PhiMoE's class has a key of its own."""
-        return bool(self.config.get("attn_bias", self.config.get("attention_bias", False)))
+        """Whether q, k and v have biases. Phi's class reads no key for it, and Qwen's has them where there is none."""
+        return self.layer_norm if self.kind == "phi" else bool(self.config.get("attn_bias", self.kind == "qwen"))
 
     @property
     def dense_bias(self) -> bool:
@@ -241,13 +242,9 @@ class DecoderSettings(RankLayout):
 
     @property
     def moe(self) -> Mapping[str, Any]:
-        """config.json's `moe`; empty for a dense model that lacks it."""
-        return self.config.get("moe") or {}
-
-    @property
-    def experts(self) -> int:
-        """The number of experts of a layer; 0 in a dense model."""
-        return int(self.moe.get("num_experts", 0))
+        """config.json's `moe`; empty for a model that has none."""
+        moe = self.config.get("moe")
+        return moe if isinstance(moe, Mapping) else {}
 
     @property
     def routing(self) -> int | None:
@@ -258,10 +255,11 @@ class DecoderSettings(RankLayout):
     @property
     def expert_inner(self) -> int:
         """The intermediate features of an expert on a rank."""
-        return int(self.config.get("moe_intermediate_size") or self.config.get("intermediate_size") or 0) // self.moe_tp
+        own = self.architecture in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+        return int(self.config.get("moe_intermediate_size" if own else "intermediate_size") or 0) // self.moe_tp
 
     @property
     def shared_inner(self) -> int:
         """The intermediate features of the shared expert on a rank; 0 where there is none."""
-        size = self.config.get("moe_shared_expert_intermediate_size") or self.moe.get("shared_expert_intermediate_size") or 0
-        return int(size) // self.tp if self.experts else 0
+        own = self.architecture == "Qwen2MoeForCausalLM"
+        return int(self.config.get("moe_shared_expert_intermediate_size") or 0) // self.tp if own else 0

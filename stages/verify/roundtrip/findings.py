@@ -15,6 +15,7 @@ from stages.verify.roundtrip.model_split import model_split
 from stages.verify.roundtrip.origin import Origin
 
 SCALES = ("per_channel_scale", "weights_scaling_factor", "zero", "prequant_scaling_factor")
+ARRANGED = ("weight-only", "groupwise")  # kinds of matrices whose codes are in the order of some GPUs
 
 
 @dataclass
@@ -39,7 +40,10 @@ class FiguresByTensor:
             scales = [name for name in SCALES if f"{module}.{name}" in checkpoint.ranks[rank]] if tensor.endswith(".weight") else []
             computed = f" (computed with {', '.join(scales)})" if scales else ""
             found = f"{figures.wrong:,} of {figures.elements:,} values off, the first {actual:.7g} at {place}{computed}"
-            result.append(Problem(f"rank{rank}.safetensors: {tensor}", found, f"{expected:.7g} there, by the source"))
+            # Which GPUs the codes are arranged for, only headrace.json says.
+            guessed = not checkpoint.provenance and storage(checkpoint, rank, tensor) in ARRANGED
+            remedy = f"If the files are for other GPUs than SM {checkpoint.sm}, say for which: --sm" if guessed else ""
+            result.append(Problem(f"rank{rank}.safetensors: {tensor}", found, f"{expected:.7g} there, by the source", remedy))
         return result
 
     def summary(self, checkpoint: Checkpoint, origins: Iterable[Origin]) -> list[dict[str, Any]]:

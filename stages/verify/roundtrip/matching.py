@@ -9,7 +9,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.tensor.checkpoint import Checkpoint
@@ -84,8 +83,22 @@ def _without_origin(checkpoint: Checkpoint, rank_origins: Sequence[Origin]) -> I
                 yield Problem(f"rank{number}.safetensors: {name}", "a tensor that nothing of the source becomes", "none")
 
 
-def _without_source(rank_origins: Iterable[Origin], shapes: Mapping[str, Any]) -> Iterator[Problem]:
-    """Report tensors whose source tensor is not there."""
+def _without_source(rank_origins: Iterable[Origin], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Problem]:
+    """Report tensors whose source tensor is not there, or has not the rows or columns that config.json makes them of."""
     missing = {origin.source: origin for origin in rank_origins if origin.source and origin.source not in shapes}
     for name, origin in missing.items():
         yield Problem(f"rank{origin.rank}.safetensors: {origin.tensor}", "a tensor", f"none, as the source has no {name}")
+    beyond = {
+        origin.source: origin for origin in rank_origins if origin.source in shapes and _is_beyond(origin, shapes[origin.source])
+    }
+    for name, origin in beyond.items():
+        rows, columns = origin.source_rows, origin.columns
+        part = f"rows {rows[0]} to {rows[1]}" + (f", columns {columns[0]} to {columns[1]}" if columns else "")
+        found, expected = f"{part} of {name}, by config.json", f"some of the {list(shapes[name])} that the source has"
+        yield Problem(f"rank{origin.rank}.safetensors: {origin.tensor}", found, expected)
+
+
+def _is_beyond(origin: Origin, shape: tuple[int, ...]) -> bool:
+    """Whether an origin is not inside a source tensor of a shape."""
+    width = shape[1] if len(shape) > 1 else 1
+    return origin.source_rows[1] > (shape[0] if shape else 1) or (origin.columns is not None and origin.columns[1] > width)

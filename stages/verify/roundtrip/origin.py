@@ -166,7 +166,7 @@ class _OriginRules:
         yield from self._row_parallel(rank, dense, output, lambda width: split(width, tp, tp_rank))
         if self.config.get("residual_mlp"):
             yield from self._residual(rank, tp_rank, f"{rank_prefix}residual_", f"{source_prefix}residual_")
-        if self.config.get("moe", {}).get("num_experts"):
+        if self.split.experts:
             yield from self._experts(rank, tp_rank, f"{rank_prefix}mlp.", source_prefix)
             return
         parts = self._pair(f"{source_prefix}mlp.", lambda rows: split(rows, tp, tp_rank))
@@ -222,13 +222,13 @@ class _OriginRules:
     def _experts(self, rank: int, tp_rank: int, rank_prefix: str, source_prefix: str) -> Iterator[Origin]:
         sizes = self.split
         yield from self._copied(rank, f"{rank_prefix}router", self._first(*(source_prefix + name for name in ROUTERS)))
-        moe_tp, local_experts = sizes.tp // sizes.ep, self.config["moe"]["num_experts"] // sizes.ep
+        local_experts = sizes.experts // sizes.moe_ep
 
         def share(length: int) -> Span:
-            return split(length, moe_tp, tp_rank // sizes.ep)
+            return split(length, sizes.moe_tp, tp_rank // sizes.moe_ep)
 
         for local in range(local_experts):
-            number = tp_rank % sizes.ep * local_experts + local
+            number = tp_rank % sizes.moe_ep * local_experts + local
             prefix = [source_prefix + pattern.format(e=number) for pattern in EXPERTS]
             up, gate, down = (
                 self._first(*(place + name for place in prefix for name in names))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.models import make
+from pipeline import BadInput
 from pipeline.calibration.plan import Calibration
 from pipeline.run.calibrations import RangesFile, calibrate, plan_ranges
 from stages.calibrate.layers import LayeredModel
@@ -29,9 +32,9 @@ MODELS = {"q_bf16": "q_bf16-sq_pc_pt-tp2pp1", "q_fp16": "q_fp16-sq_pc_pt-tp2pp1"
 ROUNDING = 3e-3
 
 
-def planned(model: Path, tokens: Path, output: Path, dtype: str = "auto", memory_limit: int = 2 << 30) -> RangesFile:
+def planned(model: Path, tokens: Path, output: Path, dtype: str = "auto", *, overwrite: bool = False) -> RangesFile:
     asked = Calibration(tokens, None, output.parent / ".headrace-scratch", output.name, dtype)
-    return plan_ranges(model, output, asked, memory_limit, None)
+    return plan_ranges(model, output, asked, 2 << 30, None, overwrite)
 
 
 def golden(model: str, output: Path) -> RangesFile:
@@ -151,8 +154,57 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert calibrate(golden("q_bf16", tmp_path / "ranges")).up_to_date
     assert tree(tmp_path) == before
     folder = GOLDENS / "models" / "q_bf16"
-    again = calibrate(planned(folder, folder / "calibration_tokens.safetensors", tmp_path / "ranges", dtype="float32"))
-    assert not again.up_to_date, "another type is another calibration"
+    other = (folder, folder / "calibration_tokens.safetensors", tmp_path / "ranges", "float32")
+    with pytest.raises(BadInput, match=r"found the ranges of another calibration; .* or give --overwrite"):
+        planned(*other)
+    assert tree(tmp_path) == before
+    assert not calibrate(planned(*other, overwrite=True)).up_to_date
+    assert (tmp_path / "ranges").read_bytes() != before["ranges"][2]
+
+
+@pytest.mark.parametrize("what", ["weights", "tokens", "a link to the weights", "another file"])
+def test_a_file_of_something_else_stays(what: str, tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "model", source.LLAMA)
+    save_file({"input_ids": np.arange(8)[None]}, tmp_path / "tokens")
+    (tmp_path / "link").symlink_to(tmp_path / "model/model.safetensors")
+    (tmp_path / "other").write_text("not of safetensors")
+    name, said = {
+        "weights": ("model/model.safetensors", "a file that the calibration reads"),
+        "tokens": ("tokens", "a file that the calibration reads"),
+        "a link to the weights": ("link", "a file that the calibration reads"),
+        "another file": ("other", "a file that headrace calibrate did not write"),
+    }[what]
+    before = tree(tmp_path)
+    for more in ((), ("--overwrite",), ("--dry_run",)):
+        words = ("--output", tmp_path / name, "--calibration_tokens", tmp_path / "tokens", *more)
+        ran = headrace("calibrate", tmp_path / "model", *words)
+        assert ran.code == 2, ran
+        assert f"--output {tmp_path / name}: found {said}" in ran.err
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_says_how_to_go_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = GOLDENS / "models" / "q_bf16"
+    words = ("--output", tmp_path / "ranges", "--calibration_tokens", folder / "calibration_tokens.safetensors")
+    run = LayeredModel.run
+
+    def interrupted(self: LayeredModel, layer: int, hidden: np.ndarray) -> np.ndarray:
+        if layer == 1:
+            assert signal.getsignal(number) is signal.default_int_handler
+            signal.raise_signal(number)
+        return run(self, layer, hidden)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LayeredModel, "run", interrupted)
+        ran = headrace("calibrate", folder, *words)
+    assert ran.code == 3, ran
+    last = f"headrace: interrupted; {tmp_path / 'ranges'} is not written, 1 of 2 layers done: run the same command again to go on"
+    assert ran.err.splitlines()[-1] == last
+    done = json.loads(headrace("calibrate", folder, *words, "--json").out)
+    assert done["resumed_layers"] == 1
 
 
 def test_the_command_says_what_it_takes_and_what_it_did(tmp_path: Path) -> None:
@@ -196,6 +248,23 @@ def test_tokens_that_are_none_of_the_models(what: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
+def test_options_about_what_is_not_asked_for_are_refused_together(tmp_path: Path) -> None:
+    folder = GOLDENS / "models" / "q_bf16"
+    words = ("--output", tmp_path / "ranges", "--calibration_tokens", folder / "calibration_tokens.safetensors", "--dry_run")
+    more = ("--awq_tokens", 9, "--calib_size", 3, "--calib_max_seq_length", 4, "--revision", "v1")
+    ran = headrace("calibrate", folder, *words, *more)
+    assert ran.code == 2, ran
+    for said in (
+        "awq_tokens 9: found nothing",
+        "calib_size 3: found",
+        "calib_max_seq_length 4: found",
+        "revision v1: found the local path",
+    ):
+        assert f"  - --{said}" in ran.err
+    fitting = ("--awq_tokens", 9, "--awq_group_size", 64)
+    assert headrace("calibrate", folder, *words, *fitting).code == 0
+
+
 def test_memory_that_a_layer_does_not_fit_in(tmp_path: Path) -> None:
     folder = GOLDENS / "models" / "q_bf16"
     words = ("--output", tmp_path / "ranges", "--calibration_tokens", folder / "calibration_tokens.safetensors")
@@ -210,12 +279,29 @@ def test_activations_that_the_type_cannot_hold(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"] = np.full_like(tensors["model.layers.0.mlp.up_proj.weight"], 3e4)
     checkpoints.save(tmp_path / "model", source.LLAMA, tensors)
     save_file({"input_ids": np.arange(8)[None]}, tmp_path / "tokens")
-    words = ("--output", tmp_path / "ranges", "--calibration_tokens", tmp_path / "tokens", "--dtype", "float16")
-    ran = headrace("calibrate", tmp_path / "model", *words)
-    assert ran.code == 2, ran
-    assert "layers.0.mlp" in ran.err
-    assert "Give --dtype bfloat16 or float32" in ran.err
-    assert not (tmp_path / "ranges").exists()
+    tokens = ("--calibration_tokens", tmp_path / "tokens")
+    for words in (
+        ("calibrate", tmp_path / "model", "--output", tmp_path / "ranges", "--dtype", "float16"),
+        (
+            "convert",
+            "--model_dir",
+            tmp_path / "model",
+            "--output_dir",
+            tmp_path / "out",
+            "--dtype",
+            "float16",
+            "--smoothquant",
+            0.5,
+        ),
+    ):
+        ran = headrace(*words, *tokens)
+        assert ran.code == 2, ran
+        assert "layers.0.mlp" in ran.err
+        assert "Give --calibration_dtype bfloat16 or float32" in ran.err
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".headrace-scratch") == ["model", "tokens"]
+        assert headrace(*words, *tokens, "--calibration_dtype", "float32").code == 0
+        for path in (tmp_path / "ranges", tmp_path / "out"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @pytest.mark.nightly

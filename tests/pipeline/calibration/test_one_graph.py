@@ -19,6 +19,7 @@ from pipeline.calibration import layer_task
 from pipeline.errors import Problem
 from pipeline.run.execute import _Run, execute
 from pipeline.run.foresee import done_tasks
+from pipeline.sinks import output_checks
 from pipeline.sinks.activations import Activations
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.scratch import JOURNAL
@@ -352,3 +353,26 @@ def test_a_source_that_is_measured_is_looked_at_again_though_groups_read_scratch
     run._count_bytes()
     (finish,) = run._finishes()
     assert (finish.bytes_read, finish.source) == (0, planned.source.files if measures else ())
+
+
+def test_scratch_that_cannot_be_written_is_refused(made: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "scratch").write_text("a file")
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "threads"}
+    with pytest.raises(BadInput, match=r"expected a directory that can be written.* or choose another --scratch"):
+        convert(**options, scratch=tmp_path / "scratch" / "here")
+    assert not (tmp_path / "out").exists(), "what was begun is undone"
+
+
+def test_a_disk_has_room_for_the_activations_too(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "threads"}
+    planned = plan(**options)
+    assert planned.calibrating is not None
+    files, (target,) = planned.calibrating.plan.activations, planned.targets
+    room = target.output.size_bytes + files.nbytes - 1
+    monkeypatch.setattr(output_checks, "free_bytes", lambda _: room)
+    (problem,) = planned.obstacles()
+    assert "1 bytes more" in problem.expected
+    monkeypatch.undo()
+    convert(**{**options, "output_dir": tmp_path / "other"}, keep_scratch=True)
+    monkeypatch.setattr(output_checks, "free_bytes", lambda _: room)
+    assert planned.obstacles() == [], "once they are measured no more is needed"

@@ -12,7 +12,7 @@ from pipeline import BadInput, plan
 from pipeline.planning.job import Job
 from pipeline.planning.nvidia_table import nvidia_flags
 from tests.support import checkpoints, quantized_checkpoints
-from tests.support.commands import convert, headrace, one, refused, tree
+from tests.support.commands import Ran, convert, headrace, one, refused, tree
 from tests.support.directories import contents
 from tests.support.places import DOCS
 
@@ -124,6 +124,22 @@ def test_shapes_in_python_and_in_job_files(model: Path) -> None:
     assert headrace("batch", job, "--dry_run").code == 0
 
 
+def test_a_shape_beside_that_of_a_job_file_is_one_more(model: Path) -> None:
+    job = model.parent / "job.toml"
+    job.write_text("model_dir = 'model'\noutput_dir = 'out'\n[expect]\nnum_hidden_layers = 3\nhidden_size = 1\n")
+    own = SHAPE["vocab_size"][0]
+    assert "--n_embd 1: found hidden_size" in one(refused_by(job, "--vocab_size", own))
+    assert one(refused_by(job, "--n_embd", SHAPE["n_embd"][0], "--n_layer", 4)).startswith("--n_layer 4: found")
+    assert headrace("plan", job, "--n_embd", SHAPE["n_embd"][0]).code == 0
+
+
+def refused_by(job: Path, *words: object) -> list[str]:
+    """The problems that a plan of a job file is refused with."""
+    ran = headrace("plan", job, *words)
+    assert ran.code == 2, ran
+    return [line.removeprefix("  - ") for line in ran.err.splitlines() if line.startswith("  - ")]
+
+
 def test_a_batch_does_what_was_pasted(model: Path) -> None:
     """Each of its conversions is a process of its own that reads a job file."""
     words = ("--model_dir", model, "--output_dir", model.parent / "out")
@@ -197,6 +213,17 @@ def test_log_levels(level: str, model: Path) -> None:
     assert ran.code == 0
     assert bool(ran.out or ran.err) == (level not in ("internal_error", "error"))
     assert headrace("plan", "--model_dir", model, "--output_dir", model.parent / "out", "--log_level", level).out
+
+
+def test_a_batch_heeds_a_log_level(model: Path) -> None:
+    words = ("--model_dir", model, "--output_dir", model.parent / "out-{tp_size}", "--tp_size", "1,3")
+    quiet = headrace("batch", *words, "--log_level", "error")
+    assert (quiet.code, quiet.out) == (2, "")
+    (line,) = [each for each in quiet.err.splitlines() if not each.startswith("  - ")]
+    assert "out-3: " in line, "what is wrong, and nothing else"
+    assert headrace("batch", *words[:-1], 1, "--quiet") == Ran(0, "", "")
+    loud = headrace("batch", *words[:-1], 1, "--log_level", "info")
+    assert (loud.code, bool(loud.out)) == (0, True)
 
 
 def test_a_log_level_that_is_none(model: Path) -> None:

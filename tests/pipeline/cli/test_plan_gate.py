@@ -106,8 +106,9 @@ def test_an_engine_that_would_be_refused(model: Path) -> None:
     (model.parent / "job.toml").write_text("model_dir = 'model'\noutput_dir = 'out'\n[engine]\nmax_batch = 8\n")
     ran = headrace("plan", model.parent / "job.toml")
     assert ran.code == 2
-    assert "would not convert: 1 problem" in ran.out
+    assert "would not convert: 2 problems" in ran.out
     assert "engine.max_batch: found an option that trtllm-build does not have" in " ".join(ran.out.split())
+    assert "no trtllm-build on PATH" in " ".join(ran.out.split())
 
 
 @pytest.mark.parametrize("cuts", ["none", "unpack"])

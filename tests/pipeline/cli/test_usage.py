@@ -90,3 +90,10 @@ def test_what_writes_nothing_does_not_say_so(command: str, tmp_path: Path) -> No
 def test_what_would_write_says_that_it_did_not(tmp_path: Path) -> None:
     ran = headrace("convert", "--model_dir", tmp_path, "--output_dir", tmp_path / "out")
     assert ran.err.splitlines()[0] == "headrace: 1 problem, nothing was written:"
+
+
+def test_options_of_a_list_before_another_command_are_refused() -> None:
+    ran = headrace("jobs", "--state", "failed", "--limit", 3, "--json", "show", 1)
+    assert ran.code == 2, ran
+    subjects = [line.removeprefix("  - ").partition(": found it before `show`")[0] for line in ran.err.splitlines()[1:]]
+    assert subjects == ["--state failed", "--limit 3", "--json"]

@@ -59,3 +59,18 @@ def test_few_tokens_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     one_thread(1)
     assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--quant_ckpt_path", "packed"), "--quant_ckpt_path packed: found no source to compare with"),
+        (("--tokens", 5), "--tokens 5: found no --logits beside it"),
+        (("--source", "model", "--prompt", "a", "--tokens", 5), "--tokens 5: found --prompt beside it"),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_are_refused(output: Path, words: tuple[object, ...], found: str) -> None:
+    ran = headrace("verify", output, *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert found in ran.err

@@ -87,6 +87,34 @@ def test_without_a_gpu_all_is_converted_and_that_is_said(cluster: str, tmp_path:
     assert tree(tmp_path / "one") == before
 
 
+LOCAL = "class = 'distributed.LocalCluster'\nn_workers = 1\nthreads_per_worker = 1\nprocesses = true\ndashboard_address = ':0'\n"
+
+
+def test_of_a_cluster_that_the_job_names_a_worker_is_asked_for_the_builder(tmp_path: Path) -> None:
+    """This process has none."""
+    folder = stand_ins.install(tmp_path / "bin").parent
+    worker = f"resources = {{ GPU = 1 }}\nenv = {{ PATH = '{folder}{os.pathsep}{os.environ['PATH']}' }}\n"
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    file = tmp_path / "job.toml"
+    file.write_text(f"model_dir = 'model'\noutput_dir = 'ranks'\n[engine]\n[cluster]\n{LOCAL}{worker}")
+    ran = headrace("convert", file)
+    assert ran.code == 0, ran
+    assert provenance(tmp_path / "ranks-engine")["inputs"]["version"] == "1.2.1"
+
+
+def test_a_cluster_that_the_job_names_and_that_offers_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WAIT_SECONDS", 0.3)
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    (tmp_path / "job.toml").write_text(f"model_dir = 'model'\noutput_dir = 'ranks'\n[engine]\n[cluster]\n{LOCAL}")
+    ran = headrace("convert", tmp_path / "job.toml")
+    assert ran.code == 4, ran
+    assert "waiting for a Dask worker with the resource GPU: one of the distributed.LocalCluster" in ran.err
+    assert "found no worker with the resource GPU at distributed.LocalCluster; expected one" in ran.err
+    assert "Have the [cluster] table start a worker with --resources GPU=1" in ran.err
+    assert "dask worker" not in ran.err
+    assert whole(tmp_path, "ranks")
+
+
 def hold_once(folder: Path, real: Path) -> Path:
     """A folder with a trtllm-build that does nothing for long when it is called to build for the first time."""
     builder = folder / "held" / "trtllm-build"

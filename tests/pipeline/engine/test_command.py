@@ -148,6 +148,30 @@ def test_a_file_that_an_option_names_is_an_input(
     assert "other inputs (files)" in build(checkpoint, engine, *arguments).err
 
 
+def test_the_files_of_a_directory_that_an_option_names_are_inputs(checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    (adapter / "runs").mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"1")
+    arguments = ("--lora_dir", adapter)
+    assert build(checkpoint, engine, *arguments).code == 0
+    (adapter / "runs" / "events").write_bytes(b"1")  # what its trainer leaves below is not read
+    assert build(checkpoint, engine, *arguments).out.endswith("nothing to do\n")
+    os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
+    assert "other inputs (files)" in build(checkpoint, engine, *arguments).err
+
+
+@pytest.mark.parametrize("place", ["timings", "engine/model.cache"])
+def test_a_cache_of_timings_that_the_build_writes_is_no_input(checkpoint: Path, engine: Path, tmp_path: Path, place: str) -> None:
+    """Read and written at once, as NVIDIA's examples have it, or the one of the engine itself."""
+    cache = tmp_path / place
+    more = ("--output_timing_cache", cache) if place == "timings" else ()
+    arguments = ("--input_timing_cache", cache, *more)
+    for again in ((), ("--overwrite",)):
+        assert build(checkpoint, engine, *arguments, *again).code == 0
+        os.utime(cache, ns=(1, 1))
+        assert build(checkpoint, engine, *arguments).out.endswith("nothing to do\n")
+
+
 def refused(checkpoint: Path, engine: Path, *more: object) -> str:
     before = tree(engine.parent)
     ran = build(checkpoint, engine, *more)
@@ -210,6 +234,7 @@ def test_the_checkpoint_is_looked_at_first(checkpoint: Path, engine: Path, damag
 def test_places_that_are_no_engine_s_are_refused(checkpoint: Path, engine: Path) -> None:
     assert "found the checkpoint" in refused(checkpoint, checkpoint)
     assert "found the checkpoint" in refused(checkpoint, checkpoint / "engine")
+    assert f"found the checkpoint {checkpoint} inside {checkpoint.parent}" in refused(checkpoint, checkpoint.parent)
     engine.write_text("")
     assert "found a file; expected a directory" in refused(checkpoint, engine)
     engine.unlink()

@@ -33,9 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def job(folder: Path, text: str, *arguments: object) -> Ran:
+def job(folder: Path, text: str, *arguments: object, command: str = "convert") -> Ran:
     (folder / "job.toml").write_text(f"model_dir = 'model'\nscheduler = 'threads'\n{text}")
-    return headrace("convert", folder / "job.toml", *arguments)
+    return headrace(command, folder / "job.toml", *arguments)
 
 
 def options(engine: Path) -> dict[str, list[str]]:
@@ -125,6 +125,49 @@ def test_what_is_wrong_with_a_table_is_told_before_anything_is_written(folder: P
     assert names(folder) == {"model", "job.toml"}
 
 
+TWO = "[[target]]\noutput_dir = 'two'\n"
+AROUND = "inside {folder}/out; expected a directory of its own: a new engine takes the place of all that is in it"
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[engine]\noutput_dir = 'out'\n[[target]]\noutput_dir = 'out/ranks'\n", "the checkpoint {folder}/out/ranks"),
+        ("[[target]]\noutput_dir = 'one'\nengine.output_dir = 'out'\n[[target]]\noutput_dir = 'out/two'\n", "the checkpoint"),
+        (
+            f"[[target]]\noutput_dir = 'one'\nengine.output_dir = 'out'\n{TWO}engine.output_dir = 'out/e'\n",
+            "the engine {folder}/out/e",
+        ),
+        ("scratch = 'out/scratch'\noutput_dir = 'ranks'\n[engine]\noutput_dir = 'out'\n", "scratch at {folder}/out/scratch"),
+        ("scratch = 'out'\noutput_dir = 'ranks'\n[engine]\noutput_dir = 'out'\n", "scratch at {folder}/out"),
+        ("output_dir = 'linked/ranks'\n[engine]\noutput_dir = 'out'\n", "the checkpoint {folder}/linked/ranks"),
+    ],
+    ids=["checkpoint", "another target's", "engine", "scratch", "scratch itself", "through a link"],
+)
+def test_an_engine_around_what_the_job_writes_is_refused(folder: Path, text: str, found: str, there: bool) -> None:
+    """It would take the place of all: the checkpoint that it was built of, and other engines."""
+    (folder / "linked").symlink_to("out")
+    if there:
+        (folder / "out").mkdir()
+    before = tree(folder / "model")
+    for command in ("convert", "plan"):
+        ran = job(folder, text, command=command)
+        assert ran.code == 2, ran
+        said = f"engine.output_dir {folder}/out: found {found}".format(folder=folder)
+        assert said in ran.err
+        assert AROUND.format(folder=folder) in ran.err
+    assert tree(folder / "model") == before
+    assert names(folder) == {"model", "job.toml", "linked", *(["out"] if there else [])}
+    assert not there or names(folder / "out") == set()
+
+
+def test_engines_one_in_the_name_of_the_other_s_place_under_construction(folder: Path) -> None:
+    text = "[[target]]\noutput_dir = 'a'\nengine.output_dir = 'e'\n[[target]]\noutput_dir = 'e.partial'\n"
+    ran = job(folder, text)
+    assert (ran.code, f"found the checkpoint {folder}/e.partial inside {folder}/e.partial" in ran.err) == (2, True), ran
+
+
 def test_an_engine_in_the_way_is_told_before_the_conversion(folder: Path) -> None:
     (folder / "ranks-engine").mkdir()
     (folder / "ranks-engine" / "notes").write_text("")
@@ -156,6 +199,25 @@ def test_a_build_that_fails_leaves_the_checkpoint(folder: Path, monkeypatch: pyt
     assert "ranks-engine" in names(folder)
 
 
+def test_an_option_that_the_builder_refuses_after_the_conversion_is_no_bad_request(folder: Path) -> None:
+    """The checkpoint is there: nothing was written would be untrue, and the daemon would call the job refused."""
+    text = "output_dir = 'ranks'\n[engine]\nkv_cache_type = 'pagedd'\n"
+    ran = job(folder, text)
+    assert ran.code == 4, ran
+    assert "invalid KVCacheType value: 'pagedd'; expected options that it takes" in ran.err
+    assert "nothing was written" not in ran.err
+    assert names(folder) == {"model", "job.toml", "ranks", "ranks-engine.log"}
+    ran = job(folder, text)
+    assert (ran.code, "1 problem, nothing was written" in ran.err) == (2, True), ran
+    # Nor where another engine was built.
+    ran = job(folder, f"[engine]\n{TARGETS}[target.engine]\nkv_cache_type = 'pagedd'\n")
+    assert ran.code == 4, ran
+    shutil.rmtree(folder / "one-engine")
+    ran = job(folder, f"[engine]\n{TARGETS}[target.engine]\nkv_cache_type = 'pagedd'\n")
+    assert (ran.code, "one-engine" in names(folder)) == (4, True), ran
+    assert "nothing was written" not in ran.err
+
+
 def test_one_engine_s_failure_keeps_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_TROUBLE", "once")
     monkeypatch.setenv("STAND_IN_STATE", str(folder / "state"))
@@ -184,6 +246,47 @@ def test_plan_says_which_command_will_be_run(folder: Path) -> None:
     (engine,) = json.loads(headrace("plan", folder / "job.toml", "--json").out)["engines"]
     assert engine["command"][:5] == command
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=str)
+def test_plan_ends_as_convert_would(folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]) -> None:
+    text = "output_dir = 'ranks'\n[engine]\nmax_batch_size = 8\n"
+    assert job(folder, text, *more, command="plan").code == 0
+    (folder / "ranks-engine").mkdir()
+    (folder / "ranks-engine" / "notes").write_text("")
+    ran = job(folder, text, *more, command="plan")
+    assert ran.code == job(folder, text).code == 2
+    assert "files that no builder of engines writes (notes)" in " ".join(ran.out.split())
+    (folder / "ranks-engine" / "notes").rename(folder / "ranks-engine" / "rank0.engine")
+    assert "an engine that headrace did not build" in " ".join(job(folder, text, *more, command="plan").out.split())
+    assert job(folder, text, *more, "--overwrite", command="plan").code == 0
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    before = tree(folder / "ranks-engine")
+    ran = job(folder, text, "--overwrite", *more, command="plan")
+    assert ran.code == job(folder, text, "--overwrite").code == 4
+    assert "no trtllm-build on PATH and no Python package tensorrt_llm" in " ".join(ran.out.split())
+    if more:
+        (engine,) = json.loads(ran.out)["engines"]
+        assert [each.partition(" on ")[0] for each in engine["obstacles"]] == ["no engine can be built"]
+    else:
+        assert "would not convert: 1 problem" in ran.out
+    # Both are told; what is wrong with the request is what it ends with.
+    assert job(folder, text, *more, command="plan").code == job(folder, text).code == 2
+    assert tree(folder / "ranks-engine") == before
+
+
+def test_plan_of_what_is_all_there_needs_no_builder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job(folder, "[engine]\n" + TARGETS).code == 0
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert job(folder, "[engine]\n" + TARGETS, command="plan").code == job(folder, "[engine]\n" + TARGETS).code == 0
+
+
+def test_plan_asks_no_builder_for_workers_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (folder / "job.toml").write_text(
+        "model_dir = 'model'\noutput_dir = 'ranks'\n[engine]\n[cluster]\nclass = 'distributed.LocalCluster'\n"
+    )
+    assert headrace("plan", folder / "job.toml").code == 0
 
 
 def test_json_lines_of_a_job(folder: Path) -> None:

@@ -181,6 +181,21 @@ def test_a_builder_takes_no_thread_of_the_conversions(folder: Path, on_path: Pat
     assert {"one-engine", "two-engine"} < names(folder)
 
 
+def test_engines_are_built_one_after_another_however_many_gpus_there_are(
+    folder: Path, on_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each builder would begin with the first GPU."""
+    monkeypatch.setattr("pipeline.engine.run.gpus", lambda: 8)
+    real = f"{on_path}/trtllm-build"
+    alone = f'mkdir {folder}/busy || exit 7; sleep 0.5; {real} "$@"; code=$?; rmdir {folder}/busy; exit $code'
+    (folder / "bin").mkdir()
+    (folder / "bin" / "trtllm-build").write_text(f'#!/bin/sh\ncase "$*" in *--help*) exec {real} "$@";; esac\n{alone}\n')
+    (folder / "bin" / "trtllm-build").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    ran = headrace("convert", file(folder, "local"))
+    assert ran.code == 0, ran
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_builder_that_fails_fails_no_conversion_and_a_second_run_builds_alone(
     folder: Path, scheduler: str, graphs: list[dask_graph.StageGraph], monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from pipeline import plan
+from pipeline.engine.engines import Engines
+from pipeline.engine.log import BuildLog
+from pipeline.engine.requests import plan_requests
 from tests import stand_ins
+from tests.support import checkpoints
 from tests.support.builds import build, names, provenance
 
 
@@ -114,3 +119,16 @@ def test_a_checkpoint_that_its_loader_refuses(checkpoint: Path, engine: Path) ->
     ran = build(checkpoint, engine, "--builder", "python")
     assert ran.code == 4
     assert "TypeError: Mapping.__init__() got an unexpected keyword argument 'auto_parallel'" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("targets", "share"), [(["a"], True), (["a", "b"], False)], ids=["ranks of one engine", "ranks of two engines"]
+)
+def test_ranks_of_one_engine_take_a_gpu_each(tmp_path: Path, targets: list[str], share: bool) -> None:
+    """Rank 0 of each engine would take the first."""
+    checkpoints.write(tmp_path / "model", checkpoints.LLAMA)
+    tables = [{"output_dir": tmp_path / name, "tp_size": 2} for name in targets]
+    made = plan(model_dir=tmp_path / "model", target=tables, engine={})
+    engines = Engines(plan_requests(made), BuildLog(quiet=True), "local")
+    engines.prepare()
+    assert engines.share_gpus == share

@@ -126,6 +126,8 @@ def test_job_files_for_other_queues(models: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ran, _ = batch(*matrix(models, tmp_path / "more"), "--write_jobs", tmp_path / "file")
     assert (ran.code, "--write_jobs" in ran.err) == (2, True)
+    ran, _ = batch(*matrix(models, tmp_path / "more"), "--write_jobs", tmp_path / "none", "--dry_run")
+    assert (ran.code, (tmp_path / "none").exists()) == (2, False)
 
 
 def test_what_was_just_written_is_left_for_another_time(tmp_path: Path) -> None:
@@ -177,7 +179,13 @@ def test_a_directory_of_jobs_with_a_broken_one(models: Path, tmp_path: Path) -> 
     [
         (("jobs",), "expected job files"),
         (("none-*.toml",), "expected a pattern"),
-        (("--tp_size", "2"), "--matrix.output_dir"),
+        (
+            ("--tp_size", "2"),
+            "--tp_size: found no --model_dir and --output_dir beside it; expected both, as flags make a matrix\n",
+        ),
+        (("--model_dir", "{models}/a"), "--model_dir: found no --output_dir beside it"),
+        (("--n_layer", "2"), "flags of the model's shape: found no --model_dir and --output_dir"),
+        (("jobs", "--dtype", "float16"), "They do not change job files: write the options into these"),
         (("--model_dir", "m", "--output_dir", "o", "--max_memory", "much"), "--max_memory: found 'much'"),
         (("--model_dir", "{models}/a", "--output_dir", "o", "--scheduler", "here"), "--scheduler: found here"),
         (("--model_dir", "{models}/a", "--output_dir", "o", "--metrics", "/gone/x.prom"), "--metrics /gone/x.prom"),

@@ -213,3 +213,10 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_path() == tmp_path / "headrace/history.db"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")  # which the specification has ignored
     assert default_path() == Path.home() / ".local/state/headrace/history.db"
+
+    def unknown(_: Path) -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(BadInput, match="--store: found nothing, and no home directory"):
+        default_path()

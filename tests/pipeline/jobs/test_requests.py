@@ -55,6 +55,30 @@ def test_a_job_that_names_a_scheduler_has_it(tmp_path: Path) -> None:
     assert request.job.scheduler == "local"
 
 
+CLUSTER = 'cluster = { class = "distributed.LocalCluster", n_workers = 1 }\n'
+
+
+def test_a_job_that_names_a_cluster_has_that_and_no_scheduler(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.toml", f'model_dir = "m"\noutput_dir = "o"\n{CLUSTER}')
+    table = f'model_dir = "m"\noutput_dir = "NAME"\n{CLUSTER}'
+    batch = write(tmp_path / "batch.toml", f"[[job]]\n{table.replace('NAME', 'x')}[[matrix]]\n{table.replace('NAME', 'y')}")
+    requests = gather([str(file), str(batch)], tmp_path).requests
+    assert [request.problems for request in requests] == [(), (), ()]
+    for request in requests:
+        assert request.job
+        assert request.job.elsewhere
+        assert "scheduler" not in request.job.model_fields_set
+
+
+def test_a_job_file_that_names_two_clusters_is_refused_alone(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", f'model_dir = "m"\noutput_dir = "o"\nscheduler = "threads"\n{CLUSTER}')
+    write(tmp_path / "b.toml", 'model_dir = "m"\noutput_dir = "p"\n')
+    wrong, right = gather([str(tmp_path)], tmp_path).requests
+    assert wrong.job is None
+    assert str(wrong.problems[0]).startswith("cluster.class: found --scheduler threads beside it")
+    assert right.job
+
+
 def test_a_job_file_that_is_wrong_is_a_request_that_is(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", 'model_dir = "m"\noutput_dir = "o"\ntp_size = 0\n')
     write(tmp_path / "b.toml", "not toml")

@@ -55,6 +55,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[[cron]]\nname = 'a'\nat = '0 2 * * someday'\nfiles = ['f']", "is no day of the week"),
         ("[[cron]]\nname = 'a'\nat = '0 2 * * *'\nfiles = ['f']\ntimezone = 'Europe/Atlantis'", "expected a time zone such as"),
         ("timezone = 3", "timezone: found 3; expected a time zone such as"),
+        (
+            "[[watch]]\nname = 'a'\npath = '~no-such-user/x'\n[watch.job]\noutput_dir = '{model}'",
+            "watch.0.path: found '~no-such-user/x'",
+        ),
         ("[[cron]]\nname = 'a b'\nat = '0 2 * * *'\nfiles = ['f']", "cron.0.name: found 'a b'"),
         ("[[cron]]\nname = 'a'\nat = '0 2 * * *'", "cron.0.files: found nothing; expected a value"),
         ("[[interval]]\nname = 'a'\nevery_seconds = 0\nfiles = ['f']", "interval.0.every_seconds: found 0"),

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import plan
 from tests.support import checkpoints, gguf_files, quantized_checkpoints
@@ -16,6 +17,7 @@ from tests.support.commands import convert, headrace
 from tests.support.directories import contents
 
 LLAMA = checkpoints.LLAMA
+FORMATS = quantized_checkpoints.formats()
 TYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
@@ -73,7 +75,27 @@ def test_nothing_is_said_where_a_type_is_named_or_chosen(tmp_path: Path) -> None
     assert ([target.dtype for target in both.targets], len(notes(both))) == (["float16", "bfloat16"], 1)
 
 
-FORMATS = quantized_checkpoints.formats()
+@pytest.mark.parametrize("types", [{"": "bfloat16"}, {"": "float16"}, {"norm": "float32", "": "bfloat16"}], ids=str)
+def test_a_model_is_calibrated_in_the_type_that_its_target_has(types: dict[str, str], tmp_path: Path) -> None:
+    model, tokens = saved(tmp_path / "model", types), tmp_path / "tokens"
+    save_file({"input_ids": np.arange(16).reshape(2, 8)}, tokens)
+    made = plan(model_dir=model, output_dir=tmp_path / "out", int8_kv_cache=True, calibration_tokens=tokens)
+    assert made.summary()["calibration"]["dtype"] == made.targets[0].dtype == types[""]
+    words = ("--output", tmp_path / "ranges", "--calibration_tokens", tokens, "--dry_run", "--json")
+    assert json.loads(headrace("calibrate", model, *words).out)["dtype"] == types[""]
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_quantized_model_is_calibrated_in_that_of_its_16_bit_tensors(name: str, tmp_path: Path) -> None:
+    config = {**quantized_checkpoints.LLAMA, "torch_dtype": "bfloat16"}
+    quantized_checkpoints.write(tmp_path / "model", config, FORMATS[name])
+    file = tmp_path / "model" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(without_dtype(values)))
+    save_file({"input_ids": np.arange(16).reshape(2, 8)}, tmp_path / "tokens")
+    words = ("--output", tmp_path / "ranges", "--calibration_tokens", tmp_path / "tokens", "--dry_run", "--json")
+    said = json.loads(headrace("calibrate", tmp_path / "model", *words).out)
+    assert said["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", FORMATS)

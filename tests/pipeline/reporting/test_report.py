@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline import convert
 from pipeline.errors import BadInput
 from pipeline.reporting.html import default_report_path, render_report
+from pipeline.reporting.report import make_report
 from pipeline.reporting.verification import verify
 from pipeline.tensor.checkpoint import Checkpoint
 from tests.support import checkpoints, quantized_checkpoints, report_pages
@@ -133,16 +135,49 @@ def test_another_source_than_the_recorded_one(output: Path, tmp_path: Path) -> N
 
 
 def test_a_recorded_source_that_changed_is_not_compared(output: Path, tmp_path: Path) -> None:
-    for name in ("model", "out"):
-        shutil.copytree(output.with_name(name), tmp_path / name)
-    told = json.loads((tmp_path / "out/headrace.json").read_text())
-    told["source"]["path"] = str(tmp_path / "model")
-    (tmp_path / "out/headrace.json").write_text(json.dumps(told))
+    of_its_own(output, tmp_path)
     assert headrace("report", tmp_path / "out").code == 0
     assert "compared with the source;" in Page((tmp_path / "out.report.html").read_text()).text
     (tmp_path / "model/config.json").write_text("{}")
     assert headrace("report", tmp_path / "out").code == 0
     assert "as no source was there" in Page((tmp_path / "out.report.html").read_text()).text
+
+
+def of_its_own(output: Path, place: Path) -> Path:
+    """A copy of an output, whose headrace.json names a copy of its source."""
+    for name in ("model", "out"):
+        shutil.copytree(output.with_name(name), place / name)
+    told = json.loads((place / "out/headrace.json").read_text())
+    told["source"]["path"] = str(place / "model")
+    (place / "out/headrace.json").write_text(json.dumps(told))
+    return place / "out"
+
+
+def test_a_model_that_was_trained_on_in_its_place_is_not_held_against_the_ranks(output: Path, tmp_path: Path) -> None:
+    """Its files have the same names, sizes and headers: only their times tell."""
+    out = of_its_own(output, tmp_path)
+    checkpoints.write(tmp_path / "model", quantized_checkpoints.LLAMA, seed=9)
+    ran = headrace("report", out)
+    assert ran.code == 0, ran.err
+    text = Page((tmp_path / "out.report.html").read_text()).text
+    assert "is not as it was (model.safetensors was written to); to compare with it as it is, give --source" in text
+    assert headrace("report", out, "--source", tmp_path / "model").code == 5
+
+
+def test_another_header_is_another_source_whatever_its_time(output: Path, tmp_path: Path) -> None:
+    out, path = of_its_own(output, tmp_path), tmp_path / "model/model.safetensors"
+    before, data = path.stat(), bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+    header[first], header[second] = header[second], header[first]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    data[8 : 8 + length] = text.ljust(length)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert headrace("report", out).code == 0
+    assert "(model.safetensors has another header)" in Page((tmp_path / "out.report.html").read_text()).text
 
 
 def test_what_nvidia_wrote(tmp_path: Path) -> None:
@@ -168,6 +203,29 @@ def test_a_verification_from_a_file(output: Path, tmp_path: Path) -> None:
     text = Page(page.read_text()).text
     assert report_pages.FINDING["remedy"] in text
     assert "a directory of another name" in text
+
+
+def test_a_verification_of_another_output_of_that_name_is_refused(output: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / output.name
+    convert(model_dir=output.with_name("model"), output_dir=other, tp_size=1, scheduler="threads")
+    found = verify(output).summary()
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    ran = headrace("report", other, "--output", tmp_path / "page.html", "--verification", tmp_path / "found.json")
+    assert ran.code == 2
+    assert f"--verification: found a verification of another output, {output} (id {found['output']['id']})" in ran.err
+    assert not (tmp_path / "page.html").exists()
+    # The same output elsewhere, and a verification that does not say of which it is, are taken.
+    moved = Path(shutil.copytree(output, tmp_path / "moved"))
+    for summary in (found, {**found, "output": {}}):
+        (tmp_path / "found.json").write_text(json.dumps(summary))
+        ran = headrace("report", moved, "--output", tmp_path / "page.html", "--verification", tmp_path / "found.json")
+        assert ran.code == 0, ran.err
+
+
+def test_checksums_tell_outputs_of_one_id(output: Path, tmp_path: Path) -> None:
+    found = verify(output).summary()
+    with pytest.raises(BadInput, match="a verification of another output"):
+        make_report(output, output=tmp_path / "page.html", verification={**found, "output": {**found["output"], "xxh3": "0" * 16}})
 
 
 @pytest.mark.parametrize(

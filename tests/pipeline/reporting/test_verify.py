@@ -43,17 +43,27 @@ WRONG = {
 def test_what_nvidia_wrote_is_what_its_source_says_or_is_known_to_be_wrong(case: str, tmp_path: Path) -> None:
     folder, arguments = CASES[case]
     output = folder / "expected" / case.partition("/")[2]
-    if "--sm 90" in " ".join(arguments):
-        # Which GPU the files are for, only headrace.json says.
+    # Which GPU the files are for, only headrace.json would say.
+    options: dict[str, Any] = {
+        "quant_ckpt_path": _beside(folder, arguments),
+        "sm": 90 if "--sm 90" in " ".join(arguments) else None,
+    }
+    if "/phi" in case:
+        assert [finding.problem.subject for finding in verify(output).findings][:1] == ["config.json: rotary_pct"]
         output = Path(shutil.copytree(output, tmp_path / "out"))
-        (output / "headrace.json").write_text(json.dumps({"options": {"sm": 90}, "xxh3": checksums(output)}))
-    result = verify(output, folder / arguments[1], quant_ckpt_path=_beside(folder, arguments))
+        rewrite(output / "config.json", rotary_pct=1.0)
+    result = verify(output, folder / arguments[1], **options)
     if case in WRONG:
         assert not result.ok
         with pytest.raises(VerificationFailed, match=WRONG[case].replace(".", r"\.")):
             result.check()
     else:
         result.check()
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def checksums(directory: Path) -> dict[str, dict[str, list[list[Any]]]]:
@@ -302,3 +312,22 @@ def test_a_damaged_rank_file_is_a_finding(damage: str, outputs: Callable[[str], 
     ran = headrace("verify", broken, "--source", source)
     assert ran.code == 5
     assert "rank0.safetensors" in ran.err
+
+
+# Which GPUs integer weights are for
+
+
+def test_codes_for_other_gpus_are_right_when_that_is_said() -> None:
+    output, source = DATA / "quantized/expected/q_bf16-int8-tp2pp1-auto-sm90", DATA / "quantized/models/q_bf16"
+    wrong = verify(output, source).findings
+    assert wrong
+    assert all("for other GPUs than SM 80, say for which: --sm" in finding.problem.remedy for finding in wrong)
+    ran = headrace("verify", output, "--source", source, "--sm", 90, "--quiet")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(("sm", "said"), [(88, "expected one of 75, 80"), (90, "expected 80, as headrace.json says")])
+def test_another_gpu_than_headrace_json_says_is_refused(sm: int, said: str, outputs: Callable[[str], tuple[Path, Path]]) -> None:
+    ran = headrace("verify", outputs("int8")[1], "--sm", sm)
+    assert ran.code == 2
+    assert f"--sm: found {sm}; {said}" in ran.err

@@ -236,3 +236,15 @@ def test_an_output_that_is_taken_away_while_it_is_written(tmp_path: Path, schedu
             listener=Meddler(lambda: shutil.rmtree(tmp_path / "out"), on="started"),
         )
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_signal_while_a_conversion_is_planned_ends_it_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As planning may fetch a model for an hour."""
+
+    def planning(*_: object, **__: object) -> None:
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("pipeline.planning.make_plan.make_plan", planning)
+    ran = convert(tmp_path / "model", tmp_path / "out")
+    assert (ran.code, ran.err) == (3, "headrace: interrupted before anything was written\n")

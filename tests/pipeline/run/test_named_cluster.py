@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import convert
 from pipeline.errors import BadInput
+from pipeline.jobs.requests import gather
+from pipeline.jobs.schedule import read_schedule
 from pipeline.planning.job import make_job
 from pipeline.run import named_cluster
 from tests.support import checkpoints
@@ -87,6 +89,23 @@ def test_the_files_of_tls_are_relative_to_the_job_file(job: Path) -> None:
     assert made.cluster["tls"]["ca_file"] == str(job.parent / "ca.pem")
 
 
+def test_the_table_of_a_batch_and_of_a_schedule_is_checked_as_that_of_a_job(tmp_path: Path) -> None:
+    batch, schedule = tmp_path / "batch.toml", tmp_path / "schedule.toml"
+    for table, said in (("workers = 2", "no class"), ('class = "distributed.LocalCluster"', "one or the other")):
+        text = f"scheduler = 'tcp://127.0.0.1:1'\n[cluster]\n{table}\n"
+        batch.write_text(f"files = []\n{text}")
+        ran = headrace("batch", batch, "--dry_run")
+        assert (ran.code, said in ran.err) == (2, True), ran
+        schedule.write_text(text)
+        with pytest.raises(BadInput, match=rf"schedule.toml: cluster.*{said}"):
+            read_schedule(schedule)
+    certificates = "scheduler = 'tls://127.0.0.1:1'\n[cluster]\ntls = { ca_file = 'ca.pem' }\n"
+    batch.write_text(f"files = []\n{certificates}")
+    schedule.write_text(certificates)
+    for made in (gather([str(batch)], tmp_path).settings, read_schedule(schedule)):
+        assert made.cluster == {"tls": {"ca_file": str(tmp_path / "ca.pem")}}, "relative to the file"
+
+
 def test_a_batch_runs_on_the_cluster_that_its_file_names(tmp_path: Path, job: Path) -> None:
     write(job, "")
     job.write_text('model_dir = "model"\noutput_dir = "out"\n')
@@ -99,6 +118,16 @@ def test_a_batch_runs_on_the_cluster_that_its_file_names(tmp_path: Path, job: Pa
     job.write_text('model_dir = "model"\noutput_dir = "out2"\n')
     ran = headrace("batch", batch)
     assert (ran.code, "no worker that offers MEMORY" in ran.out) == (2, True), ran
+
+
+def test_a_job_of_a_batch_runs_on_the_cluster_that_it_names(tmp_path: Path, job: Path) -> None:
+    write(job, 'class = "distributed.LocalCluster"\nn_workers = 1\nprocesses = true\ndashboard_address = ":0"')
+    other = tmp_path / "other.toml"
+    other.write_text('model_dir = "model"\noutput_dir = "other"\ntp_size = 2\n')
+    ran = headrace("batch", job, other, "--json")
+    assert ran.code == 0, ran
+    assert [(unit["state"], len(unit["outputs"])) for unit in json.loads(ran.out)["units"]] == [("done", 1)] * 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates")

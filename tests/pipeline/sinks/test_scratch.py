@@ -165,3 +165,23 @@ def test_listing_and_removing(tmp_path: Path) -> None:
         run.invoke(app, ["scratch", "rm", str(scratch), "nothing.zarr"], catch_exceptions=False)
     assert run.invoke(app, ["scratch", "rm", str(scratch), "--all", "--yes"]).exit_code == 0
     assert not list(scratch.iterdir())
+
+
+def test_what_is_not_converted_goes_to_no_scratch(tmp_path: Path) -> None:
+    """Names of tensors that a family ignores are a stranger's text, and would be names of directories."""
+    values = checkpoints.values(checkpoints.LLAMA)
+    outside = "model.rotary_emb.inv_freq.x./../../../../elsewhere"
+    plain = {**values, "model.rotary_emb.inv_freq.x": np.zeros(4, np.float32), outside: np.zeros((4, 4), np.float32)}
+    checkpoints.save(tmp_path / "model", checkpoints.LLAMA, plain)
+    convert(
+        model_dir=tmp_path / "model",
+        output_dir=tmp_path / "out",
+        scheduler="threads",
+        scratch=tmp_path / "scratch",
+        scratch_after="read",
+        keep_scratch=True,
+    )
+    (cut,) = (tmp_path / "scratch").iterdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "scratch"}
+    stored = {str(path.parent.relative_to(cut)) for path in cut.rglob("zarr.json")} - {"."}
+    assert {name.rpartition("/")[2] for name in stored} == set(values)

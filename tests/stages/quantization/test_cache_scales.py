@@ -82,7 +82,7 @@ def test_modules_of_any_kind_have_them() -> None:
     one = np.ones(1, np.float32)
     source = {"a.k_proj.weight": np.ones((2, 2), np.float16), "a.k_proj.k_scale": one, "a.k_scale": one, "a.v_scale": 2 * one}
     tensors = split_names(source)
-    assert examine(held(tensors), {}).problems == []
+    assert examine(held(tensors), {}).problems == examine(held(tensors), {}).cache == []
     assert axes({}, held(tensors)) == {"a.k_proj": {"k_scale": ("one",)}, "a": {"k_scale": ("one",), "v_scale": ("one",)}}
     result = texts(unpack_all(opened(tensors), {}))
     assert result.keys() == {"a.k_proj.weight", "a.k_proj.kv_scale", "a.kv_scale"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from stages.read.hub_files import choose, gguf_models
+from stages.read.hub_files import COMPANIONS, choose, gguf_models
+from stages.read.quantizer import FILES
+from stages.read.remote_image import NAMES
 
 SPLIT = [f"Q8_0/m-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
 
@@ -60,3 +62,9 @@ def test_a_tag_means_gguf_whatever_else_there_is() -> None:
     assert weights is not None
     assert (weights.first, weights.files) == ((), ("m-Q8_0.gguf",))
     assert weights.beside(["tokenizer.json"]) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_quantizers_own_settings_are_fetched_from_anywhere(name: str) -> None:
+    assert COMPANIONS.fullmatch(name)
+    assert name in NAMES

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 
 from pipeline import convert, plan
 from pipeline.errors import BadInput
+from pipeline.reporting.verification import verify
+from stages.read import find_source
 from tests.support import checkpoints, quantized_checkpoints
 from tests.support.checkpoints import LLAMA
 from tests.support.commands import one, refused
@@ -19,6 +21,9 @@ from tests.support.directories import contents
 Arrays = dict[str, np.ndarray]
 TEXT = {key: value for key, value in LLAMA.items() if key not in ("architectures", "torch_dtype", "tie_word_embeddings")}
 EYES = {"vision_tower.layers.0.weight": np.ones((4, 8), np.float16), "some_new_projector.bias": np.ones(8, np.float16)}
+WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
+WIDE_TEXT = {**TEXT, "hidden_size": 256, "intermediate_size": 256}
+GPTQ = quantized_checkpoints.gptq()
 
 
 def wrapped(place: Path, tensors: Arrays, text: dict[str, Any] | None = None, **outer: Any) -> Path:
@@ -29,6 +34,12 @@ def wrapped(place: Path, tensors: Arrays, text: dict[str, Any] | None = None, **
 
 def inside(prefix: str = "language_model.") -> Arrays:
     return {f"{prefix}{name}": values for name, values in checkpoints.values(LLAMA).items()}
+
+
+def quantized_text(alone: Path) -> Arrays:
+    """The tensors of a quantized model as a wrapper has them, with others beside them."""
+    stored = load_file(alone / "model.safetensors")
+    return {**{f"language_model.{name}": values for name, values in stored.items()}, **EYES}
 
 
 def ranks(model: Path, output: Path) -> dict[str, bytes]:
@@ -54,18 +65,48 @@ def test_the_text_alone_has_the_same_ranks(names: str, tmp_path: Path) -> None:
     assert "some_new_projector (1 tensor, 16 bytes), vision_tower (1 tensor, 64 bytes)" in told
 
 
-@pytest.mark.parametrize("inner", [True, False], ids=["in the text's entry", "at the top"])
-def test_a_quantized_text_keeps_its_codes(inner: bool, tmp_path: Path) -> None:
-    config = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
-    kind = quantized_checkpoints.gptq()
-    quantized_checkpoints.write(tmp_path / "alone", config, kind)
-    stored = load_file(tmp_path / "alone" / "model.safetensors")
-    tensors = {f"language_model.{name}": values for name, values in stored.items()}
-    text = {**TEXT, "hidden_size": 256, "intermediate_size": 256}
-    settings = {"quantization_config": kind.settings}
-    model = wrapped(tmp_path / "model", {**tensors, **EYES}, {**text, **(settings if inner else {})}, **({} if inner else settings))
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("inner", [True, False, None], ids=["in the text's entry", "at the top", "with a null in the text's entry"])
+def test_a_quantized_text_keeps_its_codes(inner: bool | None, key: str, tmp_path: Path) -> None:
+    quantized_checkpoints.write(tmp_path / "alone", WIDE, GPTQ)
+    said = {key: GPTQ.settings}
+    own = {key: None} if inner is None else said if inner else {}
+    model = wrapped(tmp_path / "model", quantized_text(tmp_path / "alone"), {**WIDE_TEXT, **own}, **({} if inner else said))
     assert ranks(model, tmp_path / "a") == ranks(tmp_path / "alone", tmp_path / "b")
     assert "GPTQ" in plan(model_dir=model, output_dir=tmp_path / "c").targets[0].output.config
+
+
+@pytest.mark.parametrize(
+    "name", [r"language_model\.model\.layers", r"model\.language_model\.layers", r"model\.layers"], ids=["file", "memory", "text"]
+)
+def test_settings_of_single_modules_by_the_checkpoints_own_names(name: str, tmp_path: Path) -> None:
+    """Its width decides which zero points are right, and the shapes are held against it."""
+    eight = quantized_checkpoints.gptq(bits=8, sym=False)
+    kind = quantized_checkpoints.each_its_own({"layers.0.mlp.down_proj": eight, "": GPTQ}, GPTQ.settings)
+    expected = quantized_checkpoints.write(tmp_path / "alone", WIDE, kind)
+    settings = {**GPTQ.settings, "dynamic": {rf"+:{name}\.0\.mlp\.down_proj": {"bits": 8, "sym": False}}}
+    tensors = quantized_text(tmp_path / "alone")
+    model = wrapped(tmp_path / "model", tensors, WIDE_TEXT, quantization_config=settings)
+    convert(model_dir=model, output_dir=tmp_path / "out", dequantize=True, dtype="float32", scheduler="synchronous")
+    found = load_file(tmp_path / "out" / "rank0.safetensors")["transformer.layers.0.mlp.proj.weight"]
+    np.testing.assert_array_equal(found, expected["model.layers.0.mlp.down_proj.weight"])
+    # All of them in the middle, but for the one that is added: of a symmetric module they would be those of the second version.
+    tensors["language_model.model.layers.0.mlp.down_proj.qzeros"].view(np.uint8)[:] = 128
+    model = wrapped(tmp_path / "middle", tensors, WIDE_TEXT, quantization_config=settings)
+    convert(model_dir=model, output_dir=tmp_path / "again", dequantize=True, dtype="float32", scheduler="synchronous")
+    verify(tmp_path / "again", model).check()
+
+
+def test_names_of_modules_in_the_checkpoint(tmp_path: Path) -> None:
+    source = find_source(wrapped(tmp_path / "model", {**inside(), **EYES}), None, None, None, download=False)
+    assert source.called["model.layers.0.mlp.down_proj"] == "language_model.model.layers.0.mlp.down_proj"
+    assert source.called.keys() == {name.rpartition(".")[0] for name in source.tensors}
+    first, *others, last = source.names_of("lm_head")
+    assert (first, last) == ("language_model.lm_head", "lm_head")
+    assert "model.language_model.lm_head" in others
+    checkpoints.write(tmp_path / "alone", LLAMA)
+    alone = find_source(tmp_path / "alone", None, None, None, download=False)
+    assert (dict(alone.called), list(alone.names_of("lm_head"))) == ({}, ["lm_head"])
 
 
 def test_a_tensor_inside_the_text_that_has_no_place_there_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.tensor.tensors import LazyTensor, Source
 from stages.verify.column_words import ColumnWords
 from stages.verify.roundtrip.original.codes import LastBlock
 from stages.verify.roundtrip.original.config import canonical_config
+from stages.verify.roundtrip.original.grouped import of_module
 from stages.verify.roundtrip.original.names import canonical
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers
 from stages.verify.roundtrip.original.packed import unpack
@@ -111,7 +112,7 @@ class Original:
         last_block, result, problems = LastBlock(), dict[str, Numbers](), list[Problem]()
         for module, parameters in modules.items():
             try:
-                numbers = unpack(module, parameters, settings, last_block)
+                numbers = unpack(module, parameters, of_module(self._source.names_of(module), settings), last_block)
             except BadInput as error:
                 problems += error.problems
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,6 @@ PLACES = np.array(AWQ_PLACES, np.uint8)
 
 def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any], last_block: LastBlock) -> Numbers:
     """GPTQ's or AutoAWQ's weight, told apart by the shapes of its tensors. Raises BadInput where these are neither's."""
-    settings = _of_module(module, settings)
     (rows, words), (groups, columns) = tensors["qweight"].shape, tensors["scales"].shape
     bits = 32 * tensors["qzeros"].shape[1] // columns if columns and "qzeros" in tensors else 0
     if words == columns and 2 <= bits <= 8 and divides_evenly(rows * 32 // bits, groups):
@@ -48,13 +47,29 @@ def grouped_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Ma
     raise BadInput([Problem(f"{module}.qweight", found, "GPTQ's shapes of 2 to 8 bits, or AutoAWQ's gemm")])
 
 
-def _of_module(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of one module: those of all with what GPTQModel's `dynamic` says of it in its first pattern that fits."""
-    for pattern, values in (settings.get("dynamic") or {}).items():
-        signed = pattern[:2] in ("-:", "+:")
-        if re.match(pattern[2:] if signed else pattern, module):
-            return settings if pattern[:2] == "-:" else {**settings, **values}
+def of_module(names: Iterable[str], settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of one module: those of all with what GPTQModel's `dynamic` says of it in its first pattern that fits.
+
+    `names`: those that the settings may call it by; the first counts that a pattern fits. What is no table says nothing, nor does a
+    pattern that is no expression.
+    """
+    dynamic = settings.get("dynamic")
+    if not isinstance(dynamic, Mapping):
+        return settings
+    for name in names:
+        for pattern, values in dynamic.items():
+            signed = pattern[:2] in ("-:", "+:")
+            if _fits(pattern[2:] if signed else pattern, name):
+                return {**settings, **values} if pattern[:2] != "-:" and isinstance(values, Mapping) else settings
     return settings
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a module's name begins as an expression says."""
+    try:
+        return bool(re.match(pattern, module))
+    except re.error:
+        return False
 
 
 class UnpackedBlock(NamedTuple):

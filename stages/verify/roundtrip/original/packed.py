@@ -49,8 +49,8 @@ def unpack(
 ) -> dict[str, Numbers]:
     """Give a module's parameters as numbers by name: its packed weight as `weight`, and the parameters that are not packed.
 
-    `settings`: the source's quantization_config. `last_block`: keeps the block that was unpacked last. Raises BadInput naming the
-    module's tensor that no format explains.
+    `settings`: the source's quantization_config, as it is for the module. `last_block`: keeps the block that was unpacked last.
+    Raises BadInput naming the module's tensor that no format explains.
     """
     unpacked = {name: tensor for name, tensor in parameters.items() if name not in BESIDE}
     packed: Numbers | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,7 @@ def _factors(stored: np.ndarray) -> np.ndarray:
 
 
 def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mapping[str, Any]) -> Numbers:
-    """The weight of a module with scales by tile. Raises BadInput where there is not one for each tile."""
+    """The weight of a module with scales by tile. Raises BadInput where there is not one for each tile, or tiles have no size."""
     weight = tensors["weight"]
     scales: Any = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
     tile = _tile(settings)
@@ -85,6 +86,8 @@ def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mappi
         scales = scales.viewed(scales.shape[0::2], scales.dtype)
     elif scales.dtype.name in EXPONENTS and scales.shape[0] == weight.shape[0]:
         tile = (1, 32)
+    if tile is None:
+        raise BadInput([Problem(f"{module}.weight", "settings that say no size of a tile", "two sizes, as [128, 128]")])
     wanted = (*stack, *(-(-length // size) for length, size in zip(weight.shape[-2:], tile, strict=False)))
     if scales.shape != wanted or weight.dtype.name != "float8_e4m3fn":
         found = f"scales {list(scales.shape)} of {weight.dtype} {list(weight.shape)}"
@@ -92,13 +95,16 @@ def tile_numbers(module: str, tensors: Mapping[str, LazyTensor], settings: Mappi
     return TileNumbers(weight, scales, tile, "weight_scale_semantics" in settings)
 
 
-def _tile(settings: Mapping[str, Any]) -> tuple[int, int]:
+def _tile(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows and columns of a tile by the settings, 128 where they say nothing; None where they say what is no size."""
     groups = settings.get("config_groups")
-    schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
-    sizes = [settings.get("weight_block_size"), *(each.get("block_structure") for each in schemes)]
-    said = next(filter(None, sizes), None)
-    height, width = said.split("x") if isinstance(said, str) else said or (128, 128)
-    return int(height), int(width)
+    parts = groups.values() if isinstance(groups, Mapping) else ()
+    schemes = [group.get("weights") for group in parts if isinstance(group, Mapping)]
+    sizes = [settings.get("weight_block_size"), *(each.get("block_structure") for each in schemes if isinstance(each, Mapping))]
+    said: Any = next(filter(None, sizes), "128x128")
+    given = said.lower().split("x") if isinstance(said, str) else said if isinstance(said, list | tuple) else ()
+    found = [int(size) for size in map(str, given) if re.fullmatch("[1-9][0-9]{0,8}", size)]
+    return (found[0], found[1]) if len(found) == len(given) == 2 else None
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def configured_bits(settings: Mapping[str, Any]) -> int:
     """The bits of a code by compressed-tensors' settings; 0 where they name none, or several."""
     schemes = settings.get("config_groups")
     groups = schemes.values() if isinstance(schemes, Mapping) else ()
-    widths = {group["weights"].get("num_bits") for group in groups if isinstance(group, Mapping) and group.get("weights")}
-    bits = widths.pop() if len(widths) == 1 else 0
-    return bits if isinstance(bits, int) else 0
+    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    said = [each.get("num_bits") for each in weights if isinstance(each, Mapping)]
+    widths = {bits if isinstance(bits, int) else 0 for bits in said}
+    return widths.pop() if len(widths) == 1 else 0

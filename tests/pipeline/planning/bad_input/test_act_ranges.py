@@ -167,3 +167,15 @@ def test_an_int8_cache_of_normed_keys(family: str, tmp_path: Path) -> None:
     assert found.startswith("--int8_kv_cache: found ")
     assert "normed behind k_proj" in found
     assert "--fp8_kv_cache, which needs no ranges" in found
+
+
+@pytest.mark.parametrize("flag", ["--act_range", "--calibration_tokens"])
+def test_ranges_for_an_fp8_cache_of_normed_keys_alone(flag: str, tmp_path: Path) -> None:
+    """Nothing would be made of them: no model is run for that."""
+    model = Path(shutil.copytree(DATA / "families/models/qwen3_untied", tmp_path / "model"))
+    path = tmp_path / "file"
+    save_file({"input_ids": np.arange(8)[None]} if "tokens" in flag else act_ranges.ranges(source.values(LLAMA)), path)
+    found = one(refused(model, "--fp8_kv_cache", flag, path))
+    assert found.startswith(f"{flag} {path}: found an FP8 cache of Qwen3ForCausalLM, whose cached keys are normed behind k_proj")
+    assert found.endswith("Leave it out: the cache has the source's scales, or 1")
+    assert convert(model, tmp_path / "out", "--fp8_kv_cache").code == 0

@@ -180,3 +180,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(model: Path, 
     monkeypatch.setattr("pipeline.sinks.output_checks.free_bytes", lambda _: 1000)
     problem = one(refused(model))
     assert problem.startswith(f"--output_dir {model.parent / 'out'}: found 1000 B free; expected room for 2")
+
+
+@pytest.mark.parametrize("name", ["out", "out/scratch", "link/scratch"])
+def test_scratch_among_the_files_of_an_output(model: Path, name: str) -> None:
+    (model.parent / "link").symlink_to(model.parent / "out")
+    scratch = model.parent / name
+    problem = one(refused(model, "--scratch", scratch, "--scratch_after", "unpack"))
+    assert problem.startswith(
+        f"--scratch {scratch}: found a place in the output {model.parent / 'out'}; expected a directory apart"
+    )
+    assert str(model.parent / ".headrace-scratch") in problem

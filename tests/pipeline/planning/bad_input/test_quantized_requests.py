@@ -108,6 +108,36 @@ def test_another_group_size_than_the_source_s(tmp_path: Path, name: str) -> None
     assert convert(tmp_path / "model", tmp_path / "out", "--group_size", 64).code == 0
 
 
+NO_GROUPS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "none": ("", (), "nothing that is quantized"),
+    "int4": ("", (*REQUANTIZED, "int4"), "W4A16"),
+    "int8": ("", ("--quantization", "int8"), "W8A16"),
+    "fp8 by row": ("", ("--use_fp8_rowwise",), "FP8_PER_CHANNEL_PER_TOKEN"),
+    "int4 again": ("gptq", ("--requantize", "--quantization", "int4"), "W4A16"),
+    "int8 of codes": ("gptq", ("--dequantize", "--quantization", "int8"), "W8A16"),
+    "numbers": ("gptq", ("--dequantize",), "nothing that is quantized"),
+    "kept codes": ("compressed w8a8", (), "W8A16"),
+    "kept float8": ("modelopt fp8", (), "FP8"),
+}
+
+
+@pytest.mark.parametrize("case", NO_GROUPS)
+def test_a_group_size_where_nothing_has_groups(tmp_path: Path, case: str) -> None:
+    """NVIDIA's default, which people paste, is the same as none, to the last byte of what is written of it."""
+    name, flags, found = NO_GROUPS[case]
+    model = model_of(tmp_path, name) if name else dense_model(tmp_path)
+    problem = one(refused(model, *flags, "--group_size", 64))
+    assert problem.startswith(f"--group_size 64: found {found}")
+    assert ("--requantize --quantization int4_gptq" if name else "--quantization int4_awq") in problem
+    assert convert(model, tmp_path / "out", *flags, "--group_size", 128).code == 0
+    again = convert(model, tmp_path / "out", *flags)
+    assert (again.code, "nothing to do" in again.out) == (0, True), again
+
+
+def test_a_group_size_that_follows_the_remedy(tmp_path: Path) -> None:
+    assert plans(model_of(tmp_path, "gptq"), "--requantize", "--quantization", "int4_gptq", "--group_size", 64)
+
+
 @pytest.mark.parametrize("more", [(), ("--dequantize",)], ids=str)
 @pytest.mark.parametrize("precision", ["int4_gptq", "int8_gptq"])
 def test_calibrated_codes_of_a_source_that_has_none(tmp_path: Path, precision: str, more: tuple[str, ...]) -> None:
@@ -123,6 +153,21 @@ def test_fp8_of_a_source_that_is_not_quantized(tmp_path: Path, more: tuple[str, 
     problem = one(refused(model, "--use_fp8", *more))
     assert problem.startswith("--use_fp8: found no --act_range")
     assert "--use_fp8_rowwise" in problem
+
+
+CODES_OF_NOTHING: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "nvfp4": ("nvfp4 weights alone", ("--use_nvfp4",), "nvfp4"),
+    "nf4": ("bitsandbytes nf4", (*REQUANTIZED, "int4_gptq"), "bitsandbytes"),
+    "hqq": ("hqq", (*REQUANTIZED, "int8_gptq"), "hqq"),
+    "mxfp4": ("mxfp4", (*REQUANTIZED, "int4_gptq"), "mxfp4"),
+}
+
+
+@pytest.mark.parametrize("case", CODES_OF_NOTHING)
+def test_codes_that_no_algorithm_takes_are_called_what_they_are(tmp_path: Path, case: str) -> None:
+    name, flags, found = CODES_OF_NOTHING[case]
+    problem = one(refused(model_of(tmp_path, name), *flags))
+    assert f": found a source quantized as {found}, whose codes no algorithm of TensorRT-LLM takes; expected a source" in problem
 
 
 @pytest.mark.parametrize("flag", ["--dequantize", "--requantize"])

@@ -54,6 +54,37 @@ def test_small_floats_whose_scales_do_not_fit(name: str, edit: Callable[[Arrays]
     assert said in problem
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("gptq", "scales"),
+        ("awq", "scales"),
+        ("compressed w4a16", "weight_scale"),
+        ("compressed w8a8", "weight_scale"),
+        ("modelopt awq", "weight_scale"),
+        ("compressed fp8 dynamic", "weight_scale"),
+        ("modelopt fp8", "input_scale"),
+        ("nvfp4", "weight_scale_2"),
+    ],
+)
+def test_scales_that_are_not_finite(name: str, parameter: str, wrong: float, tmp_path: Path) -> None:
+    """Only the values show it; as numbers they are what the source has."""
+
+    def edit(stored: Arrays) -> None:
+        scales = np.array(stored[f"{Q}.{parameter}"])
+        scales.reshape(-1)[0] = wrong
+        stored[f"{Q}.{parameter}"] = scales
+
+    ran = convert(model_of(tmp_path, name, edit=edit), tmp_path / "out")
+    assert ran.code == 2, ran
+    assert f"  - {Q}." in ran.err
+    assert ": scales: found a scale that is not finite (NaN or infinity); expected finite scales. " in ran.err
+    assert "--dequantize" in ran.err
+    assert not (tmp_path / "out").exists()
+    assert convert(tmp_path / "model", tmp_path / "out", "--dequantize").code == 0
+
+
 def test_w4a8_is_named_once(tmp_path: Path) -> None:
     def second(stored: Arrays) -> None:
         for name in [name for name in stored if name.endswith(".weight_scale")]:
@@ -189,7 +220,6 @@ SHAPES: dict[str, tuple[str, dict[str, np.ndarray]]] = {
     "float8: no scale": ("compressed fp8", {"weight_scale": f32(0)}),
     "float8: three tiles of two": ("compressed fp8 dynamic", {"weight_scale": f32(3, 1)}),
     "float8: two scales of activations": ("compressed fp8", {"input_scale": f32(2)}),
-    "float8: two scales of the cache": ("modelopt fp8", {"k_scale": f32(2)}),
     "float8: of one axis": ("compressed fp8", {"weight": np.zeros(32768, ml_dtypes.float8_e4m3fn)}),
     "float8: transposed": ("compressed fp8", {"weight": np.zeros((128, 256), ml_dtypes.float8_e4m3fn)}),
     "modelopt: one scale": ("modelopt awq", {"weight_scale": f32()}),

@@ -277,6 +277,20 @@ def test_zero_points_of_another_type() -> None:
     assert refusal({**int8_module(4, 8), "weight_zero_point": np.zeros((4, 1), np.int32)}).endswith("int8, as the weight's")
 
 
+def test_as_many_bytes_as_scales_do_not_say_where_each_lies() -> None:
+    """By groups first they would be read as if rows came first, past the end of a row."""
+    codes, zeros, scales = module(16, 8, 2)
+    turned = {**compressed(codes, None, scales, 4), "weight_zero_point": (zeros - 8).astype(np.int8)}
+    assert refusal(turned) == "a.b.weight_zero_point: found shape [2, 16]; expected [16, 2], as the scales"
+    codes, zeros, scales = module(16, 8, 1)
+    for shape in ((16,), (16, 1)):
+        of_rows = {**compressed(codes, None, scales, 4), "weight_zero_point": (zeros - 8).astype(np.int8).reshape(shape)}
+        assert FORMAT.check("a.b", held(of_rows), bits_of(4)) == []
+    assert refusal({**of_rows, "weight_zero_point": (zeros - 8).astype(np.int8)}).endswith(
+        "found shape [1, 16]; expected [16, 1], as the scales"
+    )
+
+
 def test_zero_points_of_int8() -> None:
     points = np.array([[3], [0], [-128], [127]], np.int8)
     source = {**int8_module(4, 8), "weight_zero_point": points}

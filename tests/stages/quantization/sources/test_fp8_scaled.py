@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.model.quantization import clamp_of
 from pipeline.tensor.placement import slices, whole
 from stages.quantization.numbers import dequantize
 from stages.quantization.sources.fp8_scaled import FORMAT
@@ -117,6 +118,25 @@ def test_several_scales_where_one_belongs(name: str, shape: tuple[int, ...]) -> 
 @pytest.mark.parametrize("shape", [(), (8,), (2, 8, 16)])
 def test_a_weight_that_is_no_matrix(shape: tuple[int, ...]) -> None:
     assert problems({"weight": np.zeros(shape, F8)}) == [f"a.b.weight: found shape {list(shape)}; expected a matrix"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "noted"),
+    [(None, True), ({"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}, False)],
+    ids=["16 bits", "quantized"],
+)
+def test_activations_that_the_source_leaves_in_16_bits_are_spoken_of(inputs: dict[str, Any] | None, noted: bool) -> None:
+    scheme = {"weights": {"num_bits": 8, "type": "float"}, "input_activations": inputs}
+    notes = FORMAT.notes({"config_groups": {"group_0": scheme}}, "FP8_PER_CHANNEL_PER_TOKEN")
+    assert [("16 bits" in note, "--dequantize" in note) for note in notes] == [(True, True)] * noted
+    assert FORMAT.notes({"quant_method": "fbgemm_fp8"}, "FP8_PER_CHANNEL_PER_TOKEN") == []
+
+
+@pytest.mark.parametrize("said", [0, -1, True, "1200", float("nan"), float("inf"), 10**400, 1e300], ids=lambda said: str(said)[:9])
+def test_what_is_no_bound_is_a_problem_of_the_settings_alone(said: Any) -> None:
+    assert clamp_of({"activation_scale_ub": said}) is None
+    assert problems({"input_scale_ub": np.full((1,), 600, np.float32)}, {"activation_scale_ub": said}) == []
+    assert [clamp_of({"activation_scale_ub": bound}) for bound in (None, 900, 1e-3)] == [1200, 900, 1e-3]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,15 @@ def test_a_symmetric_source_is_centred_whichever_version_its_zeros_are(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_settings_that_do_not_say_it_are_of_a_symmetric_source(bits: int) -> None:
+    codes, _, scales = module(32, 32, 1, bits)
+    stored = gptq(codes, np.full(scales.shape, 1 << (bits - 1)), scales, bits)
+    assert not values(FORMAT.unpack(opened(stored), {})["offsets"]).any()
+    assert FORMAT.native({"a.b": held(stored)}, {}) == (f"W{bits}A16", 0)
+    assert FORMAT.native({"a.b": held(stored)}, {"sym": False}) == (f"W{bits}A16_GPTQ", 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_an_asymmetric_source_of_the_first_version_keeps_the_middle_as_it_is_stored(bits: int) -> None:
     middle = 1 << (bits - 1)
     codes, _, scales = module(8, 8, 1, bits)

@@ -140,6 +140,7 @@ def state(**changed: Any) -> Arrays:
         (state(nested_offset=0.5, nested_blocksize=256), "m.weight.nested_absmax: found no such tensor"),
         ({**state(), "weight.quant_map": np.zeros(8, np.float32)}, "m.weight.quant_map: found shape [8]; expected 16 values"),
         ({**state(), "weight.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}, "bytes that are no state of 4 bits"),
+        (state(padding=" " * (64 << 10)), "bytes that are no state of 4 bits"),
     ],
 )
 def test_states_that_do_not_fit(stored: Arrays, said: str) -> None:
@@ -165,6 +166,8 @@ def test_an_int8_weight_in_a_gpu_s_order() -> None:
         ({"quant_zero": np.ones((), np.uint8)}, "m.quant_zero: found 1; expected 0"),
         ({"shape": np.array([24, 48])}, "m.scale: found shape [24, 6]; expected a scale for each 16 of [24, 48]"),
         ({"W_q": np.zeros((72, 16), np.int32)}, "m.W_q: found int32 [72, 16]"),
+        ({"W_q": np.zeros((0, 16), np.uint8)}, "m.W_q: found shape [0, 16]; expected 1, 2, 4 or 8 codes a byte of [24, 96]"),
+        ({"shape": np.array([0, 96])}, "m.shape: found [0, 96]; expected the two sizes of the weight"),
     ],
 )
 def test_hqq_of_other_kinds(changed: Arrays, said: str) -> None:
@@ -173,10 +176,38 @@ def test_hqq_of_other_kinds(changed: Arrays, said: str) -> None:
     assert str(problem).startswith(said)
 
 
-@pytest.mark.parametrize("said", [{"weight_block_size": [16]}, {"weight_block_size": [0, 16]}, {"weight_block_size": "tiles"}])
-def test_tiles_of_no_size(said: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["hqq", "hqq across"])
+def test_three_groups_of_hqq_a_byte(kind: str) -> None:
+    """Without nbits the shapes alone say how many a byte holds."""
+    known, stored, _, _ = packed(kind)
+    stored = {name: array for name, array in stored.items() if name != "nbits"}
+    lines, groups = stored["W_q"].shape
+    (problem,) = known.check("m", held({**stored, "W_q": np.zeros((2 * lines // 3, groups), np.uint8)}), {})
+    assert problem.expected.startswith("1, 2, 4 or 8 codes a byte of ")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"W_q": np.zeros((0, 16), np.uint8), "scale": np.ones((0, 4)), "zero": np.ones((0, 4)), "shape": np.array([0, 64])},
+        {"weight": np.zeros((0, 128), ml_dtypes.float8_e4m3fn), "weight_scale_inv": np.ones((0, 1), np.float32)},
+    ],
+    ids=["hqq", "tiles"],
+)
+def test_a_weight_without_values_is_refused(stored: Arrays) -> None:
+    known = format_of(held(stored))
+    assert known is not None
+    (problem,) = known.check("m", known.arrange(held(stored)), {})
+    assert "[0, " in problem.found
+
+
+NO_SIZES: tuple[Any, ...] = ([16], [0, 16], "tiles", "²x2", "9" * 5000 + "x1", 5, {"a": 1})
+
+
+@pytest.mark.parametrize("said", NO_SIZES, ids=lambda said: str(said)[:9])
+def test_tiles_of_no_size(said: Any) -> None:
     known, stored, _, _ = packed("tiles")
-    (problem,) = known.check("m", held(stored), said)
+    (problem,) = known.check("m", held(stored), {"weight_block_size": said})
     assert problem.expected == "two sizes of a tile"
 
 

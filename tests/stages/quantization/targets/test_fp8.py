@@ -134,6 +134,9 @@ def test_a_value_that_is_no_number_is_refused_by_name(dtype: np.dtype, wrong: fl
         values(quantized(weight, 2, chunk=64, name="layers.0.w")[what])
 
 
+NAMES = ("q.weight", "k.weight", "v.weight")
+
+
 def named(parameters: dict[str, np.ndarray], prefix: str, chunk: int = 1 << 20) -> dict[str, Any]:
     """Arrays under names of their own: two of one name would be one."""
     arrays = opened({prefix + name: array for name, array in parameters.items()}, chunk)
@@ -155,7 +158,7 @@ def fused(scales: list[float], seed: int = 0, rows: int = 3) -> tuple[list[np.nd
 def test_parts_are_brought_to_the_largest_of_their_scales(scales: list[float], seed: int, data: st.DataObject) -> None:
     """Multiplied, divided, then converted once; the largest activation scale is everyone's."""
     codes, parts = fused(scales, seed)
-    weights, shared = pack_tensor(parts)
+    weights, shared = pack_tensor(NAMES[: len(parts)], parts)
     common = max(scales)
     for weight, own, scale in zip(weights, codes, scales, strict=True):
         wide = torch.from_numpy(own.view(np.uint8)).view(torch.float8_e4m3fn).to(torch.float32)
@@ -182,7 +185,7 @@ def test_every_code_of_a_fused_part() -> None:
             {"fp8": codes, "tensor_scale": np.array([s], np.float32), "input_scale": np.ones(1, np.float32)}
             for s in (scale, common)
         ]
-        weights, _ = pack_tensor([named(part_, f"{n}") for n, part_ in enumerate(parts)])
+        weights, _ = pack_tensor(NAMES[:2], [named(part_, f"{n}") for n, part_ in enumerate(parts)])
         wide, own, shared = numbers_of(codes), np.float32(scale), np.float32(common)
         assert np.array_equal(values(weights[0]["weight"][0]).view(np.uint8), of_torch(wide * own / shared))
         assert values(weights[1]["weight"][0]).tobytes() == codes.tobytes()
@@ -194,20 +197,21 @@ def test_every_code_of_a_fused_part() -> None:
 
 def test_a_module_of_one_part_is_left_as_it_is() -> None:
     codes, parts = fused([0.25])
-    weights, shared = pack_tensor(parts)
+    weights, shared = pack_tensor(NAMES[: len(parts)], parts)
     assert weights[0]["weight"][0] is parts[0]["fp8"]
     assert values(weights[0]["weight"][0]).tobytes() == codes[0].tobytes()
-    assert shared["weights_scaling_factor"][0] is parts[0]["tensor_scale"]
-    assert shared["activation_scaling_factor"][0] is parts[0]["input_scale"]
+    assert values(shared["weights_scaling_factor"][0]).tolist() == [0.25]
+    assert values(shared["activation_scaling_factor"][0]).tobytes() == values(parts[0]["input_scale"]).tobytes()
 
 
 def test_rows_keep_their_codes_and_scales() -> None:
     codes = np.random.default_rng(0).choice(NUMBERS, (6, 5)).view(F8)
     by_row = named({"fp8": codes, "channel_scale": np.arange(1, 7, dtype=np.float32)}, "a")
-    result = pack_channels(by_row)
+    result = pack_channels("w", by_row)
     assert result["weight"][0] is by_row["fp8"]
-    assert result["per_channel_scale"][0] is by_row["channel_scale"]
-    one = pack_channels(named({"fp8": codes, "tensor_scale": np.array([0.125], np.float32)}, "b"))
+    assert values(result["per_channel_scale"][0]).tolist() == [1, 2, 3, 4, 5, 6]
+    assert part(result["per_channel_scale"][0], ((2, 5),)).tolist() == [3, 4, 5]
+    one = pack_channels("w", named({"fp8": codes, "tensor_scale": np.array([0.125], np.float32)}, "b"))
     assert values(one["per_channel_scale"][0]).tolist() == [0.125] * 6
     assert part(one["per_channel_scale"][0], ((2, 5),)).tolist() == [0.125] * 3
 
@@ -218,13 +222,39 @@ def test_the_largest_of_several() -> None:
     assert largest([scales["a"]]) is scales["a"]
 
 
+def experts(each: list[list[float]]) -> list[list[tuple[str, Any]]]:
+    """The scales of each expert's parts, with the names of these."""
+    names = [[f"{e}.{n}" for n, _ in enumerate(own)] for e, own in enumerate(each)]
+    return [
+        [(name, opened({name: np.array([value], np.float32)})[name]) for name, value in zip(own, values_, strict=True)]
+        for own, values_ in zip(names, each, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("number", [0, 1])
+def test_scales_that_are_not_finite_are_refused_by_name(wrong: float, number: int) -> None:
+    said = rf"{NAMES[number]}: scales: found a scale that is not finite .*; expected finite scales\. .*--dequantize"
+    for key, shared_as in (("tensor_scale", "weights_scaling_factor"), ("input_scale", "activation_scaling_factor")):
+        _, parts = fused([0.25, 0.5])
+        parts[number] |= named({key: np.array([wrong], np.float32)}, "wrong")
+        _, shared = pack_tensor(NAMES[:2], parts)
+        with pytest.raises(BadInput, match=said):
+            values(shared[shared_as][0])
+    scales = np.arange(1, 7, dtype=np.float32)
+    scales[3] = wrong
+    codes = np.zeros((6, 5), F8)
+    for of_rows in ({"channel_scale": scales}, {"tensor_scale": np.array([wrong], np.float32)}):
+        with pytest.raises(BadInput, match=said):
+            values(pack_channels(NAMES[number], named({"fp8": codes, **of_rows}, "c"))["per_channel_scale"][0])
+    with pytest.raises(BadInput, match=r"1\.0: scales: found a scale that is not finite"):
+        values(pack_stack(experts([[0.5, 2.0], [wrong]]), 1)[0])
+
+
 @pytest.mark.parametrize(("shares", "expected"), [(1, [8.0]), (2, [4.0, 8.0]), (4, [2.0, 4.0, 8.0, 1.0])])
 def test_activations_of_a_stack_have_the_largest_scale_of_the_rank_s_experts(shares: int, expected: list[float]) -> None:
     each = [[0.5, 2.0], [4.0], [8.0, 1.0], [1.0]]
-    scales = [
-        [opened({f"{e}.{n}": np.array([v], np.float32)})[f"{e}.{n}"] for n, v in enumerate(own)] for e, own in enumerate(each)
-    ]
-    array, known = pack_stack(scales, shares)
+    array, known = pack_stack(experts(each), shares)
     assert values(array).tolist() == expected
     assert (array.dtype, dict(known.axes)) == (np.float32, {"expert": Fraction(shares, 4)})
     if shares > 1:

@@ -153,6 +153,22 @@ def test_packed_scales_are_looked_at(key: str, step: float, point: int) -> None:
         values(result)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, FP16])
+def test_scales_that_are_not_finite_are_refused_in_any_type(wrong: float, dtype: np.dtype) -> None:
+    """In the target's own type, too, which they would pass to as they are."""
+    scales = np.full((2, 16), 0.5, dtype)
+    scales[1, 3] = wrong
+    said = r"weight: scales: found a scale that is not finite .*; expected finite scales\. .*--dequantize"
+    both = packed(random_codes((16, 64), 4, 0), np.full((2, 16), 0), scales, KernelLayout(4, 4), FP16)
+    for key in ("weights_scaling_factor", "zero"):
+        with pytest.raises(BadInput, match=said):
+            values(both[key][0])
+    given_ = {"codes4": np.zeros((16, 16), np.uint8), "scales": scales, "offsets": np.zeros(scales.shape, np.int16)}
+    with pytest.raises(BadInput, match=said):
+        values(pack_awq(opened(given_), FP16, "weight")["weights_scaling_factor"][0])
+
+
 def test_factors_of_activations_are_looked_at() -> None:
     source = modelopt(random_codes((16, 32), 4, 0), random_scales((2, 16), 0, np.float32))
     unpacked = modelopt_awq.FORMAT.unpack(opened(source, 40), {})

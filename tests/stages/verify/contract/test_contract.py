@@ -47,7 +47,7 @@ QWEN_MOE = {
     "moe_intermediate_size": 48,
     "moe_shared_expert_intermediate_size": 80,
 }
-PHI_MOE = {**MIXTURE, "architecture": "PhiMoEForCausalLM", "head_size": 8}
+PHI_MOE = {**MIXTURE, "architecture": "PhiMoEForCausalLM", "head_size": 8, "rotary_pct": 1.0}
 GEMMA_3 = {**LLAMA, "architecture": "Gemma3ForCausalLM", "hidden_act": "gelu", "query_pre_attn_scalar": 24}
 
 
@@ -145,7 +145,7 @@ def test_what_phi_has_of_its_own() -> None:
         "attention.qkv.bias",
         "attention.dense.bias",
     }
-    phi = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "head_size": 8}
+    phi = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "head_size": 8, "rotary_pct": 0.5}
     (rank, _) = asked(mapped(phi, tp=2))
     assert {name: each for name, each in layer(rank).items() if name.startswith("mlp.")} == {
         "mlp.fc.weight": "bfloat16 [96, 64]",

@@ -21,7 +21,14 @@ CONFIGS = {
     for path in sorted(DATA.glob("*/expected/*/config.json"))
 }
 QWEN_3 = {**LLAMA, "architecture": "Qwen3ForCausalLM", "qwen_type": "qwen3"}
-PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "hidden_size": 192}
+PHI_3 = {**LLAMA, "architecture": "Phi3ForCausalLM", "hidden_act": "swiglu", "hidden_size": 192, "rotary_pct": 1.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+QWEN_2_VL = {
+    **LLAMA,
+    "architecture": "Qwen2VLForConditionalGeneration",
+    "qwen_type": "qwen2_vl",
+    "position_embedding_type": "mrope",
+}
 LONG = {
     "position_embedding_type": "long_rope",
     "original_max_position_embeddings": 64,
@@ -129,6 +136,27 @@ WRONG: list[tuple[dict[str, Any], str, Any]] = [
     (mapped({**PHI_3, **LONG}), "original_max_position_embeddings", None),
     (mapped({**PHI_MOE, **LONG, "longrope_long_mscale": 1.0}), "longrope_short_mscale", "1"),
     (mapped(GEMMA_3), "query_pre_attn_scalar", None),
+    (mapped(GEMMA_3), "_sliding_window_pattern", [6]),
+    (mapped(GEMMA_3), "final_logit_softcapping", "30"),
+    (mapped(PHI_3), "rotary_pct", None),
+    (mapped(PHI_3), "rotary_pct", 0),
+    (mapped(PHI_3), "rotary_pct", 1.5),
+    (mapped({**PHI_3, **LONG}), "longrope_scaling_long_factors", ["1"] * 12),
+    (mapped({**PHI_3, **LONG}), "original_max_position_embeddings", 1),
+    (mapped(QWEN_3), "use_logn_attn", True),
+    (mapped(QWEN_MOE), "decoder_sparse_step", 2),
+    (mapped(QWEN_MOE), "mlp_only_layers", [1]),
+    (mapped(MIXTURE), "moe.normalization_mode", "1"),
+    (mapped(MIXTURE), "moe.sparse_mixer_epsilon", None),
+    (mapped(LLAMA), "rotary_embedding_dim", 7),
+    (mapped(LLAMA), "norm_epsilon", 10**400),
+    (mapped(LLAMA), "residual_multiplier", None),
+    (mapped(LLAMA), "attention_multiplier", [1.0]),
+    (mapped(LLAMA), "quantization.clamp_val", [-1.0, 10**400]),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "llama3"}}), "rotary_scaling.low_freq_factor", "1"),
+    (mapped({**LLAMA, "rotary_scaling": {"type": "linear"}}), "rotary_scaling.factor", -2.0),
+    (mapped({**LLAMA, "rotary_scaling": {**YARN}}), "rotary_scaling.attention_factor", 10**400),
+    (mapped({**QWEN_2_VL}), "rotary_scaling", {"type": "mrope", "mrope_section": ["4", 4, 4]}),
 ]
 
 
@@ -255,3 +283,9 @@ def test_what_cannot_be_written_out() -> None:
     for value in (deep, 10**5000):
         _, problems = contract(changed(mapped(LLAMA), "hidden_size", value))
         assert "cannot be written out" in next(each.found for each in problems if each.subject == "config.json: hidden_size")
+
+
+@pytest.mark.parametrize("config", [QWEN_3, {**QWEN_3, "moe": {"num_experts": 1, "top_k": 1}}], ids=["dense", "one expert"])
+def test_layers_without_experts_say_nothing_of_a_dense_model(config: dict[str, Any]) -> None:
+    _, problems = contract(mapped({**config, "decoder_sparse_step": 2, "mlp_only_layers": [1], "use_logn_attn": False}))
+    assert problems == []

@@ -142,6 +142,8 @@ def sums(provenance: dict[str, Any], rank: int = 1) -> dict[str, Any]:
         (lambda p: sums(p)[NORM].extend([[-2, "0" * 16], [2, "0" * 16]]), f"rank1.safetensors: {NORM}", "-2"),
         (lambda p: p["options"].update(sm=88), "headrace.json: options.sm", "88"),
         (lambda p: p.update(options=[]), "headrace.json: options.sm", "null"),
+        (lambda p: p.update(left_out=None), "headrace.json: left_out", "null"),
+        (lambda p: p.update(notes=5), "headrace.json: notes", "5"),
     ],
 )
 def test_what_does_not_fit_the_files(change: Callable[[dict[str, Any]], object], subject: str, said: str, ranks: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_checkpoint_without_headrace_json_has_no_checksums(ranks: Path) -> Non
     assert [problem.subject for problem in headers(open_checkpoint(ranks))] == ["headrace.json: xxh3"]
 
 
-@given(st.dictionaries(st.sampled_from(["xxh3", "options", "id"]), VALUES, min_size=1))
+@given(st.dictionaries(st.sampled_from(["xxh3", "options", "id", "left_out", "notes"]), VALUES, min_size=1))
 def test_no_headrace_json_makes_it_raise(original: Path, provenance: dict[str, Any]) -> None:
     checkpoint = replace(open_checkpoint(original), provenance=provenance)
     assert list(headers(checkpoint))

@@ -75,7 +75,8 @@ def filled(piece: Origin, source: Arrays, into: np.ndarray) -> None:
 
 
 @examples(60)
-@given(cases().filter(lambda case: not case.stacked))
+# A mixture of one expert is none to the loader.
+@given(cases().filter(lambda case: not case.stacked and case.sharding.model.num_experts != 1))
 def test_the_pieces_make_every_tensor_of_every_rank(case: Case) -> None:
     renamed = sources(case)
     source = hugging_face(renamed)

@@ -18,6 +18,7 @@ from stages.read import open_source
 from stages.verify.roundtrip.original import Original, packed
 from stages.verify.roundtrip.original import grouped as grouped_formats
 from stages.verify.roundtrip.original.codes import LastBlock
+from stages.verify.roundtrip.original.grouped import of_module
 from stages.verify.roundtrip.original.numbers import Numbers
 from stages.verify.values import to_float32
 from tests.stages.verify.roundtrip.test_original import Counted
@@ -271,3 +272,48 @@ def test_a_block_is_kept_until_another_is_asked_for_by_each_thread() -> None:
     thread.join()
     ask()
     assert made == [1, 2, 1, 1, 2, 1, 2, 1]
+
+
+# Settings of strangers, of which a conversion takes no notice either
+
+
+@pytest.mark.parametrize(
+    "dynamic", [["a"], "a", 5, {"+:.*(": {"bits": 8}}, {"+:.*": 8}, {"+:.*": None}, {"-:.*": 8}, {"": []}], ids=str
+)
+def test_dynamic_settings_that_say_nothing(dynamic: Any) -> None:
+    settings = {"sym": False, "dynamic": dynamic}
+    assert of_module(("a.b",), settings) is settings
+
+
+def test_the_first_name_that_a_pattern_fits_counts() -> None:
+    settings = {"dynamic": {"-:c": {}, r"a\.": {"bits": 8}, ".*b": {"bits": 2}}}
+    assert of_module(("a.b",), settings) == {**settings, "bits": 8}
+    assert of_module(("x", "b", "a.b"), settings) == {**settings, "bits": 2}
+    assert of_module(("c.d", "a.b"), settings) is settings
+
+
+@pytest.mark.parametrize(
+    "said", ["abc", "1x", "²x2", [1], [0, 128], 5, {"a": 1}, "9" * 5000 + "x1"], ids=lambda said: str(said)[:9]
+)
+def test_tiles_of_no_size(said: Any) -> None:
+    code = RANDOM.standard_normal((4, 4)).astype(ml_dtypes.float8_e4m3fn)
+    settings = {"weight_block_size": said, "config_groups": {"a": 5, "b": {"weights": "w"}, "c": {"weights": {}}}}
+    whole = {"weight": code, "weight_scale_inv": np.array(2, np.float32)}
+    equal(module(whole, settings), code.astype(np.float32) * 2)  # one scale for all needs none
+    with pytest.raises(BadInput, match="no size of a tile"):
+        module({**whole, "weight_scale_inv": np.ones((2, 2), np.float32)}, settings)
+
+
+@pytest.mark.parametrize("weights", ["w", [4], {"num_bits": [4]}, {"num_bits": None}], ids=str)
+def test_widths_that_are_none(weights: Any) -> None:
+    stored = {name: array for name, array in compressed().items() if name != "weight_shape"}
+    with pytest.raises(BadInput, match="words of 4 or 8 bits"):
+        module(stored, {"config_groups": {"a": {"weights": weights}, "b": None}})
+
+
+def test_a_state_of_bitsandbytes_that_is_too_long() -> None:
+    made = quantized_checkpoints.bitsandbytes(block=32).quantizer("m", WEIGHT).parameters
+    state = next(name for name in made if "quant_state" in name)
+    long = np.concatenate([made[state], np.full(64 << 10, ord(" "), np.uint8)])
+    with pytest.raises(BadInput, match="a state of bitsandbytes"):
+        module({**made, state: long})
