@@ -126,8 +126,8 @@ def test_a_job_that_begins_in_the_place_of_a_refused_one_keeps_its_files(
 ) -> None:
     abandon, output, files = execute.LeftToDo.abandon, asked["output_dir"], list[Path]()
 
-    def abandoned(left: execute.LeftToDo) -> None:
-        abandon(left)
+    def abandoned(left: execute.LeftToDo, *own: Any, **more: Any) -> None:
+        abandon(left, *own, **more)
         assert not output.exists()
         output.mkdir()  # another job's by now
         Journal(output / JOURNAL).close()
