@@ -6,6 +6,7 @@ layer where that runs in the same process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput, Problem, WriteFailed
 from pipeline.model.awq_settings import AwqSettings
 from pipeline.sinks.activations import Activations
 from pipeline.tensor.metering import collect, meter
@@ -135,14 +136,14 @@ class LayerDone:
 def calibrate_layer(call: LayerCall, before: LayerDone | None = None) -> LayerDone:
     """Run all samples through a layer. `before`: the result of the layer before it, where that is of the same run.
 
-    Raises BadInput where activations are no numbers or a range that is needed has nothing but zeros, and OSError where the disk
-    fails.
+    Raises BadInput where activations are no numbers or a range that is needed has nothing but zeros, WriteFailed where the model
+    cannot be run on this machine, and OSError where the disk fails.
     """
     done = LayerDone(call.layer, call.layers)
     if call.activations.ranges_of(call.layer).is_file():  # by a worker that is lost
         return done
     with collect() as metrics:
-        opened = (before.opened if before else None) or Opened(call)
+        opened = (before.opened if before else None) or _opened(call)
         sizes = opened.model.sizes()
         with meter(STAGE, sizes.total):
             ranges = opened.run(call)
@@ -151,6 +152,19 @@ def calibrate_layer(call: LayerCall, before: LayerDone | None = None) -> LayerDo
             call.activations.finish(call.layer, ranges)
     own = {key: value for key, value in metrics.items() if key[0] == STAGE}
     return LayerDone(call.layer, call.layers, own, opened)
+
+
+def _opened(call: LayerCall) -> Opened:
+    """The model of a call. Raises WriteFailed where this machine lacks what the plan was made with: source, device or library."""
+    try:
+        return Opened(call)
+    except BadInput as error:
+        found = "; ".join(map(str, error.problems))
+    except ImportError as error:
+        found = str(error)
+    raise WriteFailed(
+        f"layer {call.layer} cannot be measured on {os.uname().nodename}: {found}; mend this and run the same command again"
+    )
 
 
 def unfit(call: LayerCall) -> list[Problem]:

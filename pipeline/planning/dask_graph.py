@@ -75,12 +75,14 @@ class StageGraph:
     """A graph that is run.
 
     `layers`: the tasks by stage. `places`: how far the groups are through their phases, by number. `halt`: ends builds that are at
-    work, for whoever will not wait for them.
+    work, for whoever will not wait for them. `admission`: the name by which tasks, but for builds, ask whether their worker may do
+    them; "" where all may.
     """
 
     layers: Mapping[str, Mapping[Key, Any]]
     places: Mapping[Any, tuple[float, int]] = field(repr=False)
     halt: Callable[[], None] = field(default=no_builds, repr=False)
+    admission: str = ""
 
     def __len__(self) -> int:
         return sum(map(len, self.layers.values()))
@@ -135,6 +137,7 @@ def stage_graph(
     calibrations: Sequence[LayerCall] = (),
     builds: Sequence[BuildStep] = (),
     halt: Callable[[], None] = no_builds,
+    admission: str = "",
     in_turn: bool = False,
     known: Mapping[str, Sequence[Part]] | None = None,
     window: int | None = None,
@@ -156,6 +159,8 @@ def stage_graph(
         The engines that are built, each when its checkpoint is whole.
     halt
         Ends the builds that are at work.
+    admission
+        The name by which tasks ask whether their worker may do them; "" where all may.
     in_turn
         Whether a build waits for the one before it, where no worker's resources keep them apart.
     known
@@ -233,7 +238,7 @@ def stage_graph(
         waits = {"after": List(*map(TaskRef, [*checkpoint, *(built[-1:] if in_turn else ())]))}
         built.append(add("build", step.call.name, _after, build, step.call, **waits))
     ordered = {stage: layers[stage] for stage in ORDER if stage in layers}
-    return StageGraph(ordered, {named(group.number): (group.place, group.phase) for group in groups}, halt)
+    return StageGraph(ordered, {named(group.number): (group.place, group.phase) for group in groups}, halt, admission)
 
 
 def whole_graph(

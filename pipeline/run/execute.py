@@ -23,7 +23,7 @@ from pipeline.planning.plans import Plan
 from pipeline.run.left_to_do import LeftToDo
 from pipeline.run.results import Built, Result
 from pipeline.run.schedulers import Session, run_threads, runner, thread_name
-from pipeline.run.workers import fitted
+from pipeline.run.workers import admitted, fitted, question_of
 from pipeline.sinks.journal import Committer
 from pipeline.sinks.output import Output
 from pipeline.tensor.metering import stage_bytes
@@ -86,11 +86,19 @@ def execute(
         raise BadInput(obstacles)
     run = _Run(plan, (not up_to_date and listener) or Silent(), started, watch or RunWatch(), builds)
     try:
-        with nullcontext(session) if session else open_session(plan, run.watch) as at_hand, ExitStack() as stack:
-            if plan.job.elsewhere:
-                run.fit(fitted(plan, at_hand.client))
+        # Locks are held until the session has ended: a task that is at work may end after the run.
+        with (
+            ExitStack() as locks,
+            nullcontext(session) if session else open_session(plan, run.watch) as at_hand,
+            ExitStack() as stack,
+        ):
+            question = question_of(plan) if plan.job.elsewhere else None
+            if question:
+                run.fit(fitted(plan, at_hand.client, question))
             steps = builds.begin(stack, at_hand, run.pending()) if builds else ()
-            run.left.begin(stack)
+            run.left.begin(locks)
+            if question:
+                run.admission = stack.enter_context(admitted(at_hand.client, question, run.left.marks()))
             run.announce(at_hand.dashboard, steps)
             try:
                 run.do(at_hand, steps)
@@ -125,6 +133,8 @@ class _Run:
         self.moments: list[Moment] = []  # of the tasks that are done
         self.done: set[int] = set()  # the numbers of their groups
         self.read_bytes = self.scratch_bytes = 0  # that all groups left read
+        self.reads_source = False
+        self.admission = ""  # the name by which tasks ask whether their worker may do them
         self.result: Result | None = None
 
     def fit(self, plan: Plan) -> None:
@@ -165,8 +175,9 @@ class _Run:
             self._count_bytes()
             here = [each for each in left.phases[:-1] if each.phase.here and each.groups]
             for each in here:
-                for result in run_threads(stage_graph(each.groups, known=left.known, name=thread_name), workers):
-                    self._advanced(result, committers)
+                with closing(run_threads(stage_graph(each.groups, known=left.known, name=thread_name), workers)) as results:
+                    for result in results:
+                        self._advanced(result, committers)
                 each.groups = ()
             while True:
                 try:
@@ -198,6 +209,7 @@ class _Run:
         graph = stage_graph(
             groups,
             finishes,
+            admission=self.admission,
             calibrations=left.calibrations,
             builds=steps,
             halt=self.builds.halt if self.builds else no_builds,
@@ -237,7 +249,10 @@ class _Run:
         if not groups:
             return
         left, mark = self.left, _mark(self.plan)
-        graph = stage_graph(groups, calibrations=left.calibrations, known=left.known, run_mark=mark, synchronize=True)
+        known, admission = left.known, self.admission
+        graph = stage_graph(
+            groups, calibrations=left.calibrations, admission=admission, known=known, run_mark=mark, synchronize=True
+        )
         with closing(session.run(graph)) as results:
             for result in results:
                 if isinstance(result, LayerDone):
@@ -260,12 +275,13 @@ class _Run:
             source |= group.inputs.source
             scratch |= group.inputs.scratch
         self.read_bytes, self.scratch_bytes = sum(source.values()), sum(scratch.values())
+        self.reads_source = bool(self.read_bytes or self.left.calibrations)
 
     def _finishes(self) -> list[Finish]:
         """The outputs of this run; one that is whole already is made so by no task, but has its place among the sinks."""
         outputs = self.left.phases[-1]
         # A run that reads scratch alone need not see the source, nor need its workers.
-        files = () if self.plan.source.in_memory or not self.read_bytes else self.plan.source.files
+        files = self.plan.source.files if self.reads_source and not self.plan.source.in_memory else ()
         more = tuple(self.moments), int(self.plan.budget.limit_bytes), tuple(cut.stage for cut in self.plan.scratch)
         moved = self.began, self.read_bytes, self.scratch_bytes, dict(self.watch.stages), files
         entries = {number: tuple(journal.entries) for number, journal in outputs.journals.items()}

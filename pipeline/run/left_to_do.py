@@ -15,12 +15,13 @@ from pipeline.planning.plans import Plan
 from pipeline.sinks.activations import ActivationScratch
 from pipeline.sinks.bucket_output import BucketOutput
 from pipeline.sinks.chunk_sums import chunk_parts
-from pipeline.sinks.journal import Journal
+from pipeline.sinks.journal import Journal, first_line
 from pipeline.sinks.output import Output, alike
 from pipeline.sinks.remote import RemoteGroup
 from pipeline.sinks.reserve import missing
 from pipeline.sinks.scratch import ScratchGroup
 from pipeline.sinks.scratch_listing import drop
+from pipeline.sinks.syncing import sync_files
 from pipeline.tensor.blocks import Part
 from stages.write import Written
 
@@ -67,7 +68,10 @@ class PhaseLeft:
 
 
 class _Undo:
-    """Undoes the beginning of a sink where the run is refused before it starts: then nothing has been written."""
+    """Undoes the beginning of a sink where the run is refused before it starts: then nothing has been written.
+
+    Where its journal is closed by now, it was undone before, and the place may be another job's.
+    """
 
     def __init__(self, sink: Sink, journal: Journal, created: Path | None) -> None:
         self.sink, self.journal, self.created = sink, journal, created
@@ -76,7 +80,7 @@ class _Undo:
         """Nothing to do yet."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BadInput) and not self.sink.complete:
+        if kind is not None and issubclass(kind, BadInput) and not (self.journal.closed or self.sink.complete):
             self.sink.abandon(self.journal, self.created)
 
 
@@ -197,6 +201,21 @@ class LeftToDo:
         if not any(entry["done"] for entry in journal.entries):
             stack.enter_context(_Undo(sink, journal, created))
 
+    def marks(self) -> dict[str, bytes]:
+        """The first lines of the journals beside what workers write last, by path; on the disk, so that other machines see them.
+
+        Scratch on the way there is gone before the outputs are built of, and a worker that comes then needs none.
+        """
+        last = [left for left in self.phases if not left.phase.here][-1:]
+        journals = [
+            journal
+            for left in last
+            for number, journal in left.journals.items()
+            if not isinstance(left.phase.sinks[number], RemoteGroup) and left.phase.sinks[number].directory == journal.path.parent
+        ]
+        sync_files(journal.path for journal in journals)
+        return {str(journal.path): first_line(str(journal.path)) for journal in journals}
+
     def uploads(self) -> dict[str, str]:
         """The ids of the uploads of rank files, by the file's URL."""
         last = self.phases[-1]
@@ -213,7 +232,7 @@ class LeftToDo:
         """
         for left in self.phases:
             for number, journal in reversed(left.journals.items()):
-                if not left.phase.sinks[number].complete:
+                if not (journal.closed or left.phase.sinks[number].complete):
                     left.phase.sinks[number].abandon(journal, left.created[number])
         if self._activations and (changed or not self._activations.kept):
             self._activations.remove()

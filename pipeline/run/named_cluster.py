@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any
 
@@ -23,11 +23,15 @@ from pipeline.errors import BadInput, Problem
 from pipeline.run.cluster import attached, load_distributed
 
 WORKER_SECONDS = 600.0  # for the first worker to come: a queue may take its time
+OTHERS_SECONDS = 60.0  # for the rest of them, after the first: those that come later are asked as they come
 
 
 @contextmanager
 def named_cluster(table: Mapping[str, Any]) -> Iterator[Any]:
-    """A client of the cluster that a table names. Raises BadInput where it cannot be made, or no worker comes."""
+    """A client of the cluster that a table names, when its workers have come, or some of them and no others for a while.
+
+    Raises BadInput where it cannot be made, or no worker comes.
+    """
     load_distributed()
     from distributed import Client
 
@@ -49,6 +53,8 @@ def named_cluster(table: Mapping[str, Any]) -> Iterator[Any]:
         except TimeoutError:
             found = f"no worker within {WORKER_SECONDS:.0f} s"
             raise BadInput([Problem(f"cluster.class {table['class']}", found, "one that starts workers")]) from None
+        with suppress(TimeoutError):
+            client.wait_for_workers(int(table.get("workers") or 1), timeout=OTHERS_SECONDS)
         yield client
 
 

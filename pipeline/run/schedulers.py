@@ -6,7 +6,7 @@ Each is a function that runs a graph and yields the tasks' results as they end.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,15 +17,17 @@ from pipeline.planning.dask_settings import settings_problems
 from pipeline.planning.listen import Listen
 from pipeline.run.cluster import attached, in_process_cluster, load_distributed
 from pipeline.run.sealed import sealed
-from pipeline.run.threads import threaded
+from pipeline.run.threads import FAILING_SECONDS, LEAVING_SECONDS, threaded
 from pipeline.watching.conversion import serving
 
 if TYPE_CHECKING:
     from pipeline.watching.state import RunWatch
 
 Graph = StageGraph | Mapping[Any, Any]  # of a plan, or tasks by key
-Results = Generator[Any, None, None]  # of tasks, as they end; closed, what is left is not waited for
+Results = Generator[Any, None, None]  # of tasks, as they end; closed, what is at work is waited for, up to a time
 Run = Callable[[Graph], Results]
+
+POLL_SECONDS = 0.05  # between two looks at whether tasks have ended
 
 
 class Lost(NamedTuple):
@@ -151,12 +153,16 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
     if not tasks:
         return
     if isinstance(graph, StageGraph):
-        layers = {name: {key: sealed(task) for key, task in layer.items()} for name, layer in graph.layers.items()}
+        layers = {
+            name: {key: sealed(task, "" if name == "build" else graph.admission) for key, task in layer.items()}
+            for name, layer in graph.layers.items()
+        }
         layered = StageGraph(layers, graph.places).highlevel()
     else:  # in the order given
         places = Priorities({key: -place for place, key in enumerate(tasks)})
         layered = HighLevelGraph({"tasks": MaterializedLayer(tasks, annotations={"priority": places})}, {"tasks": set()})
     futures = client.get(layered, list(tasks), sync=False, resources=resources)
+    patience = LEAVING_SECONDS
     try:
         ended = as_completed([f for f in futures if f.key in wanted], loop=client.loop, with_results=True, raise_errors=False)
         for future, value in ended:
@@ -167,13 +173,38 @@ def run_distributed(client: Any, graph: Graph, resources: Mapping[str, float] | 
             elif future.key[0] == "build":  # no conversion ends with it
                 yield Lost(future.key[1], str(value[1]))
             else:
+                patience = FAILING_SECONDS
                 raise value[1].with_traceback(value[2])
+        patience = 0.0
     except (KilledWorker, CancelledError) as error:
         lost = "a worker" if isinstance(error, KilledWorker) else "its scheduler"
         said = " ".join(str(error).split())
         raise WriteFailed(f"the cluster lost {lost} ({said}); the outputs are not complete: run the same command again") from error
     finally:
+        at_work = [future.key for future in futures if not future.done() and future.key[0] != "build"] if patience else []
         client.cancel(futures)
+        if at_work:
+            _await_end(client, at_work, patience)
+
+
+def _await_end(client: Any, keys: Collection[Any], seconds: float) -> None:
+    """Wait until no worker has any of these tasks, which are cancelled, for some `seconds` at most: what runs cannot be stopped.
+
+    What a task is at work on is not to be removed, or another's, before it has ended.
+    """
+    end, clear = time.monotonic() + seconds, 0
+    while clear < 2 and client.status == "running" and (left := end - time.monotonic()) > 0:
+        try:
+            answers = client.sync(client._run, _has_tasks, keys, on_error="ignore", callback_timeout=left)
+        except (OSError, TimeoutError):  # of a scheduler that is lost, or a worker that hangs
+            return
+        # The scheduler may have handed over a task just then, before it heard of the end.
+        clear = 0 if any(answers.values()) else clear + 1
+        time.sleep(POLL_SECONDS)
+
+
+def _has_tasks(keys: Collection[Any], dask_worker: Any) -> bool:
+    return any(key in dask_worker.state.tasks for key in keys)
 
 
 def _page(watch: RunWatch | None, listen: Listen | None) -> AbstractContextManager[str]:

@@ -97,6 +97,11 @@ class Journal:
             os.close(self._file)
             self._file = -1
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, so that what it describes may be another job's."""
+        return self._file < 0
+
     def remove(self) -> None:
         """Delete the file and unlock it."""
         leave(self.path)
@@ -136,6 +141,16 @@ def look(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     except FileNotFoundError:
         return None, []
     return owner, entries
+
+
+def first_line(path: str) -> bytes:
+    """The first line of a journal, which names its job; empty where there is none, or not all of it yet."""
+    try:
+        with Path(path).open("rb") as file:
+            line = file.readline()
+    except OSError:
+        return b""
+    return line if line.endswith(b"\n") else b""
 
 
 def _parsed(line: bytes, first: bool) -> dict[str, Any] | None:

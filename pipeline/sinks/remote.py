@@ -180,9 +180,20 @@ class RemoteGroup:
         return self.keep or bool(self._attributes().get("keep"))
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
+        """Remove the cut after use.
+
+        It stays where this job or the one that made it wants it kept, an output of it is not whole yet, or a job of this machine is
+        at work on it.
+        """
         if not self.kept or served(self._attributes()):
-            self.remove()
+            try:
+                journal = Journal(self._journal)
+            except (BadInput, OSError):  # a job is at work on it, or nobody can tell
+                return
+            try:
+                self.remove()
+            finally:
+                journal.remove()
 
     def join(self) -> None:
         """Add this job's outputs to those that the cut is kept for."""

@@ -95,6 +95,18 @@ def remove_empty_root(root: Path) -> None:
             root.rmdir()
 
 
+def take_away(directory: Path) -> None:
+    """Remove a cut, or a calibration's scratch, and the root that it leaves empty.
+
+    It stays where another job is at work on it, or it cannot be written.
+    """
+    with contextlib.suppress(BadInput, OSError):
+        with contextlib.closing(Journal(directory / JOURNAL)):
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.rmdir()  # where a file system kept what was open
+    remove_empty_root(directory.parent)
+
+
 @dataclass(frozen=True)
 class ScratchGroup:
     """One cut on a local disk: its arrays by (rank, tensor), with rank 0 for all before the split.
@@ -261,10 +273,12 @@ class ScratchGroup:
         unmake(self.directory, created or self.directory)
 
     def release(self) -> None:
-        """Remove the cut after use, unless this job or the one that made it wants it kept, or an output of it is not whole yet."""
+        """Remove the cut after use.
+
+        It stays where this job or the one that made it wants it kept, an output of it is not whole yet, or a job is at work on it.
+        """
         if not self.kept or served(read_attributes(self.directory)):
-            shutil.rmtree(self.directory, ignore_errors=True)
-            remove_empty_root(self.directory.parent)
+            take_away(self.directory)
 
     def _create(self) -> None:
         attributes: dict[str, Any] = {"headrace": "scratch", "stage": self.stage, "id": self.id, "source": self.source}

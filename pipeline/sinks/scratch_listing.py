@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from pipeline.errors import BadInput, Problem
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.remote import drop_there
-from pipeline.sinks.scratch import DEFAULT_ROOT, JOURNAL, remove_empty_root
+from pipeline.sinks.scratch import DEFAULT_ROOT, JOURNAL, take_away
 from pipeline.sinks.zarr_files import read_attributes
 from pipeline.tensor.system_errors import refusing
 
@@ -89,7 +88,4 @@ def drop(place: str) -> None:
     attributes = read_attributes(directory)
     if attributes.get("headrace") != "scratch" or attributes.get("keep"):
         return
-    # Where another job is at work on it, or it cannot be written, it stays.
-    with suppress(BadInput, OSError), closing(Journal(directory / JOURNAL)):
-        shutil.rmtree(directory)
-    remove_empty_root(directory.parent)
+    take_away(directory)

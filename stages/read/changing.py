@@ -1,4 +1,8 @@
-"""Sources that change while they are read: files that are looked at again, and downloads that seem to be under way."""
+"""Sources that change while they are read: files that are looked at again, and downloads that seem to be under way.
+
+A worker of a cluster may have copies of the files on its own disk, whose times and inodes are others. They are held against the
+files of the process that asks for the conversion once, by their contents, and from then on against themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,90 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.tensor.source_file import SourceFile
+from pipeline.tensor.source_file import Seen, SourceFile
 
 FRESH_SECONDS = 5.0  # a file that was written to so shortly before may still be
+SPOT_BYTES = 4096
+SPOTS = 2048  # in all files of a source, as each is a read of its own
+LEAST_SPOTS, MOST_SPOTS = 4, 32  # in one file
 _PARTIAL = re.compile(r"\.(incomplete|part|tmp|aria2|crdownload)$")  # of huggingface_hub, wget and curl, others, aria2, Chrome
 _RSYNC = re.compile(r"\.(?P<name>.+)\.[A-Za-z0-9]{6}$")  # the name under which rsync receives a file
 _HUB = Path(".cache/huggingface/download")  # where huggingface_hub receives the files of a directory
 
+# In a worker: the copies on its machine, by the files that another machine has in their places.
+_copies: dict[SourceFile, SourceFile] = {}
+
 
 def changes(files: Iterable[SourceFile]) -> list[str]:
-    """Look at a source's files again. Returns "PATH (what is not as it was)" for each that changed since it was opened."""
-    return [f"{file.path} ({change})" for file in files if (change := _change(file))]
+    """Look at a source's files again. Returns "PATH (what is not as it was)" for each that changed since it was opened.
+
+    Where `unlike` has found copies of them here, these are looked at, as they were then.
+    """
+    return [f"{file.path} ({change})" for file in files if (change := _change(_copies.get(file, file)))]
+
+
+def spots(files: Sequence[SourceFile]) -> list[str]:
+    """A digest for each file, of its bytes in some places, as few bytes tell one set of weights from another.
+
+    Raises OSError where a file cannot be read.
+    """
+    return [_spots(file.path, file.size_bytes, _count(files)) if file.seen else "" for file in files]
+
+
+def unlike(files: Sequence[SourceFile], their_spots: Sequence[str]) -> list[str]:
+    """Hold another machine's files against what is here in their places: the same files, on a shared disk, or copies of them.
+
+    `their_spots`: the other machine's `spots` of them. Returns "PATH: what is different" for each that is neither. The times of
+    copies may be others; from now on `changes` expects these files to stay as they are.
+    """
+    found = []
+    for file, theirs in zip(files, their_spots, strict=True):
+        _copies.pop(file, None)
+        if not _change(file):
+            continue
+        copy = _copy(file, theirs, _count(files))
+        if isinstance(copy, str):
+            found.append(f"{file.path}: {copy}")
+        else:
+            _copies[file] = copy
+    return found
+
+
+def _copy(file: SourceFile, their_spots: str, count: int) -> SourceFile | str:
+    """The file here that is a copy of another machine's, or how it is none."""
+    assert file.seen
+    try:
+        with file.path.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            head = opened.read(file.seen.head_bytes)
+        if status.st_size != file.size_bytes:
+            return f"{status.st_size:,} bytes, not {file.size_bytes:,}"
+        if hashlib.sha256(head).hexdigest() != file.seen.head_sha256:
+            return "another header"
+        if _spots(file.path, file.size_bytes, count) != their_spots:
+            return "other weights under the same header"
+    except OSError as error:
+        return error.strerror or str(error)
+    seen = Seen(status.st_ino, status.st_ctime_ns, file.seen.head_bytes, file.seen.head_sha256)
+    return SourceFile(file.path, status.st_size, status.st_mtime_ns, file.header_sha256, seen)
+
+
+def _count(files: Sequence[SourceFile]) -> int:
+    """The number of spots in each of some files."""
+    return max(LEAST_SPOTS, min(MOST_SPOTS, SPOTS // max(len(files), 1)))
+
+
+def _spots(path: Path, size_bytes: int, count: int) -> str:
+    """A digest of `count` runs of SPOT_BYTES, evenly from the first byte of a file to the last."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        for spot in range(count):
+            opened.seek(max(size_bytes - SPOT_BYTES, 0) * spot // (count - 1))
+            digest.update(opened.read(SPOT_BYTES))
+    return digest.hexdigest()
 
 
 def moved(files: Iterable[SourceFile]) -> list[str]:

@@ -66,13 +66,14 @@ OPEN_TEXT = (
     "pipeline/reporting/graph_drawing.py",
     "pipeline/engine/check.py",
     "pipeline/run/schedulers.py",  # Dask's performance report
-    "pipeline/run/workers.py",  # probes of file systems
+    "pipeline/run/looking.py",  # probes of file systems
+    "pipeline/run/workers.py",
     "pipeline/watching/live.py",
     "pipeline/watching/look.py",
     "pipeline/tensor/process.py",
     "pipeline/jobs/",
 )
-TEXT_ONLY = ("pipeline/jobs/history.py", "pipeline/run/workers.py")  # a database for its owner, and its lock; probes
+TEXT_ONLY = ("pipeline/jobs/history.py", "pipeline/run/looking.py")  # a database for its owner, and its lock; probes
 
 
 @cache

@@ -96,7 +96,8 @@ LATE_IMPORTS: Mapping[str, set[str]] = {
     "stages/read/tokenizer.py": {"transformers"},
     # Dask is slow to import, and nothing that only opens headers needs it.
     "pipeline/planning/dask_graph.py": {"dask"},
-    "pipeline/run/sealed.py": {"dask", "distributed"},
+    "pipeline/run/sealed.py": {"dask", "distributed", "pipeline.run.admission"},
+    "pipeline/run/workers.py": {"pipeline.run.admission"},
     "pipeline/run/schedulers.py": {"dask", "distributed", "pipeline.run.named_cluster"},
     "pipeline/run/threads.py": {"dask"},
     "pipeline/run/named_cluster.py": {"distributed"},

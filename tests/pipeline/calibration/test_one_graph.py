@@ -14,8 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import pipeline.planning.make_plan as planning
-from pipeline import BadInput, Interrupted, convert, plan
-from pipeline.run.execute import execute
+from pipeline import BadInput, Interrupted, WriteFailed, convert, plan
+from pipeline.calibration import layer_task
+from pipeline.errors import Problem
+from pipeline.run.execute import _Run, execute
 from pipeline.run.foresee import done_tasks
 from pipeline.sinks import output_checks
 from pipeline.sinks.activations import Activations
@@ -303,6 +305,54 @@ def test_activations_of_which_no_scale_can_be_made(made: dict[str, Any], tmp_pat
         convert(**options)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".headrace-scratch").glob("*"))
+
+
+def test_a_machine_that_cannot_run_the_model_costs_nothing_that_was_done(
+    made: dict[str, Any], expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker without transformers or the device: only wrong values have what was done removed."""
+    options = {**made, "output_dir": tmp_path / "out", "calibration_tokens": tmp_path / "tokens", "scheduler": "synchronous"}
+    opened, calls = layer_task.Opened, list[layer_task.LayerCall]()
+    run = opened.run
+
+    def running(self: layer_task.Opened, call: layer_task.LayerCall) -> Any:
+        if call.layer == 1:
+            raise KeyboardInterrupt
+        return run(self, call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "run", running)
+        with pytest.raises(Interrupted):
+            convert(**options)
+
+    def refused(call: layer_task.LayerCall) -> None:
+        calls.append(call)
+        raise BadInput([Problem("transformers", "not installed", "the library")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_task, "Opened", refused)
+        with pytest.raises(WriteFailed, match=r"layer 1 cannot be measured on .*: found not installed.*run the same command again"):
+            convert(**options)
+    assert [call.layer for call in calls] == [1]
+    assert (tmp_path / "out/headrace.json.partial").exists()
+    (place,) = (tmp_path / ".headrace-scratch").glob("*-calibrate-*")
+    assert (place / "ranges.0.safetensors").exists()
+    convert(**options)
+    assert ranks(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("measures", [False, True])
+def test_a_source_that_is_measured_is_looked_at_again_though_groups_read_scratch_alone(
+    made: dict[str, Any], tmp_path: Path, measures: bool
+) -> None:
+    planned = plan(**made, output_dir=tmp_path / "out", calibration_tokens=tmp_path / "tokens")
+    assert planned.calibrating
+    run = _Run(planned, Silent(), 0.0, RunWatch())
+    run.left.phases[-1].sinks = (0,)  # of which no group reads the source
+    run.left.calibrations = planned.calibrating.calls() if measures else ()
+    run._count_bytes()
+    (finish,) = run._finishes()
+    assert (finish.bytes_read, finish.source) == (0, planned.source.files if measures else ())
 
 
 def test_scratch_that_cannot_be_written_is_refused(made: dict[str, Any], tmp_path: Path) -> None:

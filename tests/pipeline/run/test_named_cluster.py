@@ -15,6 +15,7 @@ from pipeline.errors import BadInput
 from pipeline.jobs.requests import gather
 from pipeline.jobs.schedule import read_schedule
 from pipeline.planning.job import make_job
+from pipeline.run import named_cluster
 from tests.support import checkpoints
 from tests.support.commands import headrace
 from tests.support.directories import contents
@@ -38,6 +39,16 @@ def test_a_job_runs_on_the_cluster_that_it_names(tmp_path: Path, job: Path) -> N
     assert ran.code == 0, ran.err
     convert(model_dir=tmp_path / "model", output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_all_workers_that_are_asked_for_are_waited_for_and_none_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"class": "distributed.LocalCluster", "n_workers": 0, "processes": False, "dashboard_address": ":0"}
+    with named_cluster.named_cluster({**table, "workers": 3}) as client:
+        assert len(client.scheduler_info()["workers"]) == 3
+    monkeypatch.setattr(named_cluster, "OTHERS_SECONDS", 0.1)
+    monkeypatch.setattr("distributed.LocalCluster.scale", lambda *_: None)
+    with named_cluster.named_cluster({**table, "n_workers": 1, "workers": 3}) as client:
+        assert len(client.scheduler_info()["workers"]) == 1
 
 
 @pytest.mark.parametrize(

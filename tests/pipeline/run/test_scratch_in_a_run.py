@@ -225,6 +225,32 @@ def test_an_output_is_made_whole_again_where_finishing_was_cut_short(
     assert contents(tmp_path / "out") == plain
 
 
+@pytest.mark.parametrize("scratch", ["directory", "bucket"])
+def test_a_whole_output_that_is_asked_for_again_leaves_the_scratch_of_a_run_under_way(
+    model: Path, plain: dict[str, bytes], tmp_path: Path, scratch: str
+) -> None:
+    """Both go through one cut, whose bytes are the same for any number of ranks."""
+    more = {"scratch": f"memory://{tmp_path.name}"} if scratch == "bucket" else {}
+    whole = options(model, tmp_path, output_dir=tmp_path / "whole", tp_size=1, **more)
+    convert(**whole)
+    made = plan(**options(model, tmp_path, **more))
+    assert made.scratch[0].place == plan(**whole).scratch[0].place
+    files, path = fsspec.core.url_to_fs(made.scratch[0].place)
+    found: list[bool] = []
+
+    class Asking(Silent):
+        def advanced(self, written: Written) -> None:  # noqa: ARG002
+            before = files.find(path)
+            assert convert(**whole).up_to_date
+            found.append(bool(before) and files.find(path) == before)
+
+    execute(made, Asking())
+    assert len(found) > 4
+    assert all(found)
+    assert contents(tmp_path / "out") == plain
+    assert not files.find(path), "its own run takes it away"
+
+
 def left_behind(model: Path, tmp_path: Path, **more: Any) -> str:
     """The place of the cut that an unfinished conversion leaves."""
     cut = options(model, tmp_path, scratch_after="shard", **more)

@@ -17,9 +17,9 @@ import fsspec
 import pytest
 
 from pipeline import Interrupted, convert, plan
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, SourceChanged
 from pipeline.planning.plans import Plan
-from pipeline.run import workers
+from pipeline.run import looking, workers
 from pipeline.watching.listener import Silent
 from stages.write import Written
 from tests.support import checkpoints
@@ -66,7 +66,7 @@ def test_a_worker_that_sees_all_of_it_converts_and_no_probe_is_left(tmp_path: Pa
     convert(model_dir=model, output_dir=tmp_path / "out", tp_size=2, scheduler=cluster("true"))
     convert(model_dir=model, output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-    assert not list(tmp_path.rglob(f"{workers.PROBE}*"))
+    assert not list(tmp_path.rglob(f"{looking.PROBE}*"))
 
 
 @pytest.mark.parametrize("hidden", ["model", "ranks"])
@@ -77,7 +77,7 @@ def test_what_a_worker_does_not_see_is_refused_before_anything_is_written(
     address = cluster(f"mount -t tmpfs tmpfs {shlex.quote(str(tmp_path / hidden))}")
     with pytest.raises(BadInput, match="one file system that all workers see") as caught:
         convert(model_dir=model, output_dir=tmp_path / "ranks/out", scheduler=address)
-    place = model / "model.safetensors" if hidden == "model" else tmp_path / "ranks"
+    place = model / "config.json" if hidden == "model" else tmp_path / "ranks"
     assert f"{place}: No such file or directory" in str(caught.value)
     assert list((tmp_path / "ranks").iterdir()) == []
 
@@ -101,6 +101,42 @@ def test_a_source_at_a_url_is_asked_for_by_each_worker_itself(
     assert "tokenizer.json" in contents(tmp_path / "out")
 
 
+def on_its_own_disk(tmp_path: Path, change: str = "true") -> str:
+    """Commands that put a copy of the model in its place, with times of its own, behind a command that changes it."""
+    model, copy = shlex.quote(str(tmp_path / "model")), shlex.quote(str(tmp_path / "copy"))
+    return f"cp -r {model} {copy} && {change} && mount --bind {copy} {model}"
+
+
+def test_a_worker_may_have_a_copy_of_the_source_on_its_own_disk(tmp_path: Path, model: Path, cluster: Start) -> None:
+    address = cluster(on_its_own_disk(tmp_path, f"touch -d 2001-01-01 {shlex.quote(str(tmp_path))}/copy/*"))
+    convert(model_dir=model, output_dir=tmp_path / "out", tp_size=2, scheduler=address)
+    convert(model_dir=model, output_dir=tmp_path / "alone", tp_size=2, scheduler="threads")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_copy_that_changes_while_it_is_read_is_an_error(tmp_path: Path, model: Path, cluster: Start) -> None:
+    class Changing(Silent):
+        def started(self, *_: Any) -> None:
+            (tmp_path / "copy/model.safetensors").touch()
+
+    with pytest.raises(SourceChanged, match="written to since"):
+        convert(model_dir=model, output_dir=tmp_path / "out", scheduler=cluster(on_its_own_disk(tmp_path)), listener=Changing())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_with_other_weights_of_the_same_sizes_is_refused(tmp_path: Path, model: Path, cluster: Start) -> None:
+    """As an older fine-tune has them: all names, shapes and sizes are the same."""
+    checkpoints.write(tmp_path / "other", checkpoints.LLAMA, seed=1)
+    theirs, mine = (tmp_path / name / "model.safetensors" for name in ("other", "model"))
+    assert theirs.stat().st_size == mine.stat().st_size
+    address = cluster(f"mount --bind {shlex.quote(str(theirs))} {shlex.quote(str(mine))}")
+    with pytest.raises(BadInput, match="other weights under the same header"):
+        plan(model_dir=model, output_dir=tmp_path / "out", scheduler=address)
+    with pytest.raises(BadInput, match="or copies of the same files"):
+        convert(model_dir=model, output_dir=tmp_path / "out", scheduler=address)
+    assert not (tmp_path / "out").exists()
+
+
 class Client:
     """Answers for a worker."""
 
@@ -112,16 +148,19 @@ class Client:
 
 
 def test_another_version_and_no_headrace_are_named(tmp_path: Path) -> None:
-    mine = workers.versions()
-    said = {"host": "w", "name": "n", "versions": {**mine, "headrace": "0.0.9"}, "wrong": {}}
-    with pytest.raises(BadInput) as caught:
-        raise BadInput(workers.ask(Client(said), [], set())[0])
-    assert f"headrace 0.0.9, dask {mine['dask']}" in str(caught.value)
-    assert "Install the same versions" in str(caught.value)
-    (silent,), _ = workers.ask(Client(ModuleNotFoundError("No module named 'pipeline'")), [], set())
+    mine = looking.versions()
+    asked = looking.Question(mine, workers.MEASURING)
+    installed = {**mine, "torch": "2.4", "transformers": "5.0"}
+    said = {"host": "w", "name": "n", "versions": {**installed, "headrace": "0.0.9"}, "source": [], "unseen": {}}
+    (wrong,), _ = workers.ask(Client(said), asked, set())
+    assert f"headrace 0.0.9, dask {mine['dask']}" in str(wrong)
+    assert "Install the same versions" in str(wrong)
+    (silent,), _ = workers.ask(Client(ModuleNotFoundError("No module named 'pipeline'")), asked, set())
     assert "no answer (ModuleNotFoundError: No module named 'pipeline')" in str(silent)
+    (lacking,), _ = workers.ask(Client({**said, "versions": {**installed, "transformers": ""}}), asked, set())
+    assert "found no transformers; expected torch and transformers" in str(lacking)
     # It says that it wrote an answer, and nobody here sees it.
-    fine, unseen = workers.ask(Client({**said, "versions": mine}), [], {tmp_path / "out"})
+    fine, unseen = workers.ask(Client({**said, "versions": installed}), asked, {tmp_path / "out"})
     assert fine == []
     assert "a file that it wrote there is not seen here" in str(unseen[tmp_path / "out"][0])
 
@@ -176,7 +215,7 @@ def test_ranks_that_workers_do_not_see_are_assembled_of_scratch_that_they_see(tm
     assert contents(tmp_path / "ranks/out") == contents(tmp_path / "alone")
     assert any(note.startswith(CHOSEN) for note in json.loads((tmp_path / "ranks/out/headrace.json").read_text())["notes"])
     assert list(tmp_path.rglob("c")) == [], "scratch is removed after success"
-    assert not list(tmp_path.rglob(f"{workers.PROBE}*"))
+    assert not list(tmp_path.rglob(f"{looking.PROBE}*"))
     with pytest.raises(BadInput, match="rank files that this process assembles"):
         plan(**asked, overwrite=True, engine={})
 
@@ -216,6 +255,39 @@ def test_a_run_whose_workers_see_the_ranks_no_more_begins_anew_and_says_so(tmp_p
     convert(**request(tmp_path, "bucket", scheduler=hiding("")), listener=listener)
     assert f"{tmp_path / 'ranks/out'} is begun anew: an earlier run of it went through other cuts" in listener.notes
     assert contents(tmp_path / "ranks/out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_scratch_that_a_plan_does_not_use_is_not_looked_at(
+    tmp_path: Path, hiding: Start, monkeypatch: pytest.MonkeyPatch, hides: bool
+) -> None:
+    """As beside an output whose parent nobody can write to."""
+    asked, real = set[Path](), workers.ask
+
+    def noting(client: Any, question: looking.Question, places: set[Path]) -> Any:
+        asked.update(places)
+        return real(client, question, places)
+
+    monkeypatch.setattr(workers, "ask", noting)
+    (tmp_path / "ranks/out").mkdir()
+    convert(**request(tmp_path, "directory", scheduler=hiding("" if hides else "true")))
+    assert asked == {tmp_path / "ranks/out", *([tmp_path / "shared"] if hides else [])}
+
+
+def test_ranks_that_need_scratch_which_cannot_be_written_are_refused(
+    tmp_path: Path, hiding: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = looking.write_probe
+
+    def denied(file: Path, token: str) -> None:
+        if file.parent == tmp_path:  # beside `ranks`, where the directory of scratch would be made
+            raise PermissionError(13, "Permission denied", str(file))
+        real(file, token)
+
+    monkeypatch.setattr(workers, "write_probe", denied)
+    with pytest.raises(BadInput, match=r"Permission denied; .*Give --scratch s3://bucket/prefix"):
+        convert(**request(tmp_path, "directory", scheduler=hiding("")))
+    assert list((tmp_path / "ranks").iterdir()) == []
 
 
 def test_a_plan_whose_scheduler_does_not_answer_says_what_it_does_not_know(
