@@ -90,7 +90,7 @@ def test_stacks_by_row_are_refused_with_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as refused:
         plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out", use_fp8_rowwise=True)
     (problem,) = refused.value.problems
-    assert "--requantize --group_size 128" in problem.remedy
+    assert "--requantize --use_weight_only --weight_only_precision int4_gptq --group_size 128" in problem.remedy
 
 
 def test_a_scale_that_is_no_tile_s_is_named(tmp_path: Path) -> None:
@@ -124,7 +124,8 @@ def test_experts_without_calibration_are_one_problem(tmp_path: Path) -> None:
         plan(model_dir=tmp_path / "model", output_dir=tmp_path / "out")
     (problem,) = refused.value.problems
     assert problem.found == "4 experts a layer, as FP8_PER_CHANNEL_PER_TOKEN"
-    assert all(option in problem.remedy for option in ("--dequantize", "--requantize --group_size 128"))
+    again = "--requantize --use_weight_only --weight_only_precision int4_gptq --group_size 128"
+    assert all(option in problem.remedy for option in ("--dequantize", again))
 
 
 @pytest.mark.parametrize("flags", [{"dequantize": True}, {"dequantize": True, **AGAIN["int8"][0]}], ids=["16 bits", "int8"])
