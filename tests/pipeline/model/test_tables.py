@@ -16,7 +16,7 @@ from pipeline.model.operations import OPERATIONS
 from pipeline.model.patterns import PatternTable
 from pipeline.model.table_files import merge
 from pipeline.model.tables import CONFIGS, Family, Layout, families, find_family, layout, slot_names
-from stages.verify.contract.settings import QWEN_TYPES
+from stages.verify.contract.class_values import QWEN_TYPES
 
 NUMBERS = {"layer": 7, "expert": 3}
 FAMILIES = families()
