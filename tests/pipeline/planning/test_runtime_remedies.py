@@ -51,7 +51,7 @@ def test_who_follows_the_advice_has_a_plan(case: str, tmp_path: Path) -> None:
     config, kind = CASES[case]
     model = model_of(tmp_path / "model", config, kind())
     told = one(refused(model))
-    assert "with --dequantize where the source is quantized" in told
+    assert "with --dequantize if the source is quantized" in told
     for options in NUMBERS:
         plan(model_dir=model, output_dir=tmp_path / "out", dequantize=True, **options)
     assert ("or --requantize --use_weight_only --weight_only_precision int4_gptq --group_size 128" in told) is (config is MIXTRAL)
@@ -63,7 +63,7 @@ def test_who_follows_the_advice_has_a_plan(case: str, tmp_path: Path) -> None:
 def test_smoothquants_advice_too(options: dict[str, Any], tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", QWEN_3, source.compressed_int8())
     words = ("--quantization", "w8a8_sq")
-    assert "with --dequantize where the source is quantized" in one(refused(model, *words))
+    assert "with --dequantize if the source is quantized" in one(refused(model, *words))
     plan(model_dir=model, output_dir=tmp_path / "out", dequantize=True, **options)
 
 
