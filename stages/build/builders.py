@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -60,18 +61,8 @@ def probe(builder: Builder) -> BuilderProbe:
     words, kind, trouble = _find(builder)
     if not words:
         return BuilderProbe(trouble=trouble)
-    environment = {**os.environ, "COLUMNS": "200"}
     try:
-        ran = subprocess.run(
-            [*words, "--help"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=HELP_SECONDS,
-            env=environment,
-            check=False,
-        )
+        ran = _answer([*words, "--help"], HELP_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return BuilderProbe(words, kind, trouble=f"{words[0]} --help: {error}")
     if ran.returncode:
@@ -80,6 +71,20 @@ def probe(builder: Builder) -> BuilderProbe:
     version = _VERSION.search(ran.stdout + ran.stderr)
     said = version[1] if version else _package_version()
     return BuilderProbe(words, kind, said, ran.stdout, generations=gpu_generations())
+
+
+def _answer(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Ask a command something. Raises OSError or TimeoutExpired where it cannot be run or takes longer."""
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=seconds,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
 
 
 def gpus() -> int:
@@ -93,15 +98,7 @@ def gpu_generations() -> tuple[int, ...]:
     if program is None:
         return ()
     try:
-        ran = subprocess.run(
-            [program, "--query-gpu=compute_cap", "--format=csv,noheader"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ASK_SECONDS,
-            check=False,
-        )
+        ran = _answer([program, "--query-gpu=compute_cap", "--format=csv,noheader"], ASK_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     said = [_CAPABILITY.fullmatch(line.strip()) for line in ran.stdout.splitlines()] if ran.returncode == 0 else []
