@@ -69,6 +69,7 @@ SWEEPS = (
     "end_to_end/test_dequantized_formats.py",
     "end_to_end/test_fused_and_mixed_formats.py",
     "end_to_end/test_kept_codes.py",
+    "end_to_end/test_memory_quantized.py",
     "end_to_end/test_numbers_to_codes.py",
     "end_to_end/test_packed_experts.py",
     "end_to_end/test_quantized_runs.py",

@@ -19,10 +19,11 @@ from pipeline.planning.job import make_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.reporting.verification import verify
 from stages.verify.forward.reference import set_head_epsilon
-from tests.end_to_end.test_family_forward import CASES, CONTRADICTED, TOLERANCE, Case, build, difference, internlm2, logits
+from tests.end_to_end.test_family_forward import CASES, CONTRADICTED, TOLERANCE, Case, build, difference, logits
 from tests.pipeline.reporting import test_verify_families as verified
 from tests.support import checkpoints, gguf_families
 from tests.support.directories import contents
+from tests.support.own_names import internlm2
 
 GEMMA = {"query_pre_attn_scalar": 40}  # of all Gemma models here, whose size tells nothing
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 30.0, "rope_theta": 1e6}

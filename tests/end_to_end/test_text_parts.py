@@ -22,8 +22,9 @@ from pipeline.reporting.verification import verify
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
 from stages.verify.forward.reference import set_head_epsilon
-from tests.end_to_end.test_family_forward import CASES, build, difference, internlm2
+from tests.end_to_end.test_family_forward import CASES, build, difference
 from tests.support.directories import contents
+from tests.support.own_names import internlm2
 
 TEXT: dict[str, Any] = {
     "vocab_size": 99,

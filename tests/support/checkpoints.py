@@ -27,6 +27,13 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
 }
+LLAMA3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
 MIXTRAL: dict[str, Any] = {
     **LLAMA,
     "architectures": ["MixtralForCausalLM"],

@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.model.test_model_config import FILE, PHI_3, read, refused, without
-from tests.support.checkpoints import LLAMA
-
-LLAMA3 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
+from tests.support.checkpoints import LLAMA, LLAMA3
 
 
 def test_the_style_of_transformers_5_means_the_same() -> None:

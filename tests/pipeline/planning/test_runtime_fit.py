@@ -22,8 +22,9 @@ from pipeline.errors import BadInput
 from pipeline.model.computes import conflicts
 from pipeline.model.runtime import runtime
 from pipeline.reporting.verification import verify
-from tests.end_to_end.test_family_forward import build, exaone, internlm2
+from tests.end_to_end.test_family_forward import build
 from tests.pipeline.reporting.test_verify_families import FAMILIES, sized
+from tests.support.own_names import exaone, internlm2
 
 MIXTURES = (
     "MixtralForCausalLM",

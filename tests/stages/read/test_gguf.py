@@ -15,15 +15,9 @@ from pipeline.model.tables import find_family
 from pipeline.tensor.tensors import Source
 from stages.read import open_source, read
 from tests.support import checkpoints, gguf_files
+from tests.support.checkpoints import LLAMA3
 from tests.support.lazy import values
 
-LLAMA3 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
 # Heads wide enough for wavelengths in all three bands of Llama 3.1's rule.
 LLAMA31 = {**checkpoints.LLAMA, "head_dim": 64, "rope_theta": 500000.0}
 
@@ -187,7 +181,11 @@ def test_the_scaling_of_llama_3_is_recovered_from_its_factors(factor: float, tmp
     ids=["positions", "high", "low"],
 )
 def test_factors_of_another_scaling_are_refused(changed: dict[str, Any], tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", config=LLAMA31, extra={"rope_freqs.weight": factors({**LLAMA3, **changed}, 500000.0, 64)})
+    write(
+        tmp_path / "model.gguf",
+        config=LLAMA31,
+        extra={"rope_freqs.weight": factors({**LLAMA3, **changed}, 500000.0, 64)},
+    )
     with pytest.raises(BadInput, match="rope_freqs"):
         open_source(tmp_path / "model.gguf")
 

@@ -19,8 +19,9 @@ from pipeline.errors import BadInput, SourceChanged, WriteFailed
 from pipeline.reporting.verification import verify
 from stages.read.object_store import fetch_range
 from tests.end_to_end.test_family_forward import CASES, build
-from tests.stages.read.test_gguf import LLAMA3, LLAMA31, factors
+from tests.stages.read.test_gguf import LLAMA31, factors
 from tests.support import checkpoints, gguf_families, gguf_files, quantized_checkpoints
+from tests.support.checkpoints import LLAMA3
 from tests.support.commands import headrace
 from tests.support.directories import contents
 from tests.support.range_server import Served, etag_of, range_server

@@ -16,8 +16,9 @@ from pipeline import convert
 from stages.read.ranks import open_checkpoint
 from stages.verify.contract import ExpectedTensor, contract
 from stages.verify.contract.integrity import check_tensor, checksums, headers
-from tests.end_to_end.test_family_forward import CASES, TARGETS, WANTED, build, exaone, internlm2
+from tests.end_to_end.test_family_forward import CASES, TARGETS, WANTED, build
 from tests.support import checkpoints
+from tests.support.own_names import exaone, internlm2
 
 LLAMA: dict[str, Any] = {
     "architecture": "LlamaForCausalLM",

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline import convert
 from stages.read.ranks import open_checkpoint
 from stages.verify.forward.decoder import Decoder
-from tests.end_to_end.test_family_forward import SIZES, TARGETS, TOLERANCE, Case, build, difference, exaone, internlm2
+from tests.end_to_end.test_family_forward import SIZES, TARGETS, TOLERANCE, Case, build, difference
 from tests.support import checkpoints
 from tests.support.directories import contents
+from tests.support.own_names import exaone, internlm2
 
 Arrays = dict[str, np.ndarray]
 Family = Callable[[dict[str, Any], Arrays], tuple[dict[str, Any], Arrays]]

@@ -21,8 +21,9 @@ from stages.read import open_model, open_source
 from stages.verify.forward import transformers_model
 from stages.verify.forward.reference import Reference
 from stages.verify.roundtrip.original import Original
-from tests.end_to_end.test_family_forward import CASES, CONTRADICTED, SIZES, build, difference, exaone, internlm2, old_style
+from tests.end_to_end.test_family_forward import CASES, CONTRADICTED, SIZES, build, difference, old_style
 from tests.support import checkpoints, gguf_files, meta_files, quantized_checkpoints
+from tests.support.own_names import exaone, internlm2
 from tests.support.places import DATA
 
 ROUNDING = 1e-6  # of the greatest logit: a sum of experts in another order

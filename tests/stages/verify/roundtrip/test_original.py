@@ -21,9 +21,10 @@ from stages.read import open_model, open_source
 from stages.verify.roundtrip.original import Original
 from stages.verify.roundtrip.original.numbers import Numbers, StoredNumbers, Ungrouped, Unpermuted
 from stages.verify.values import same_bits, to_float32
-from tests.end_to_end.test_family_forward import CASES, build, exaone, internlm2
+from tests.end_to_end.test_family_forward import CASES, build
 from tests.support import checkpoints, gguf_files, meta_files
 from tests.support.lazy import Held
+from tests.support.own_names import exaone, internlm2
 
 BF16: dict[str, Any] = {**checkpoints.LLAMA, "torch_dtype": "bfloat16", "num_hidden_layers": 2}
 BIASED = {**BF16, "attention_bias": True, "vocab_size": 90}
