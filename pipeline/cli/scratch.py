@@ -68,11 +68,7 @@ def scratch_ls(
             console().print(scratch_table(found))
 
 
-@app.command(
-    "rm",
-    cls=HelpCommand,
-    epilog="headrace scratch rm DIR Llama-3.1-8B-unpack-3f9ac0d1b2c47e05.zarr\nheadrace scratch rm DIR --all --yes",
-)
+@app.command("rm", cls=HelpCommand, epilog=RM)
 def scratch_rm(
     root: Annotated[Path, typer.Argument(parser=as_path, metavar="DIR", help=ROOT)],
     names: Annotated[list[str] | None, typer.Argument(metavar="CUT", help="Cuts to remove, as `scratch ls` names them.")] = None,

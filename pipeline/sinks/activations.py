@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import BadInput, Problem
 from pipeline.sinks.array_file import write_arrays
 from pipeline.sinks.journal import Journal
 from pipeline.sinks.reserve import missing, unmake
 from pipeline.sinks.scratch import JOURNAL, remove_empty_root, served
 from pipeline.sinks.syncing import sync_tree
 from pipeline.sinks.zarr_files import read_attributes, write_array, write_group
-from pipeline.tensor.system_errors import PASSING, REMEDIES, naming
+from pipeline.tensor.system_errors import naming, refusal
 
 STAGE = "calibrate"
 TOKENS = "tokens.safetensors"  # in the directory: those that were made of texts
@@ -112,10 +111,7 @@ class ActivationScratch:
             self._journal = Journal(files.directory / JOURNAL)
         except OSError as error:
             unmake(files.directory, created)
-            found, where = error.strerror or "an error", str(error.filename or files.directory)
-            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
-            problem = Problem(where, found, "a directory that can be written", remedy, passing=error.errno in PASSING)
-            raise BadInput([problem]) from None
+            raise refusal(error, files.directory, "a directory that can be written", "choose another --scratch") from None
         if self._journal.owner != owner:
             self._clear()
             self._journal.start(owner)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import BadInput, Problem
+from pipeline.errors import BadInput
 from pipeline.sinks import hold
 from pipeline.sinks.chunk_sums import SUMS, chunk_parts, recorded_parts, sums_entry
 from pipeline.sinks.journal import Journal, look
@@ -33,7 +33,7 @@ from pipeline.tensor.blocks import Part
 from pipeline.tensor.chunk_files import pooled_name
 from pipeline.tensor.placement import Located, Region, contiguous, intersect, shift
 from pipeline.tensor.remote_path import as_path
-from pipeline.tensor.system_errors import PASSING, REMEDIES
+from pipeline.tensor.system_errors import refusal
 
 JOURNAL = "headrace.journal"
 POOL = ".free"
@@ -183,10 +183,7 @@ class ScratchGroup:
                 self.abandon(journal, created)
             else:
                 unmake(self.directory, created)
-            expected = "a directory that can be written"
-            remedy = f"{REMEDIES.get(error.errno or 0, 'Free space')}, or choose another --scratch"
-            subject, found = str(error.filename or self.directory), error.strerror or "an error"
-            raise BadInput([Problem(subject, found, expected, remedy, passing=error.errno in PASSING)]) from None
+            raise refusal(error, self.directory, "a directory that can be written", "choose another --scratch") from None
 
     def begun(self, tasks: str) -> list[dict[str, Any]]:
         """The journal's entries of what `begin` would take up; nothing changes."""

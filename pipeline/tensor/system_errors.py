@@ -46,14 +46,20 @@ def sentence(error: OSError) -> str:
     return f"{error.strerror or error}{place}" + (f". {remedy}" if remedy else "")
 
 
+def refusal(error: OSError, subject: object, expected: str, otherwise: str = "") -> BadInput:
+    """An error of the system as a refusal: of its file, or of `subject` where it names none, and what was `expected`.
+
+    `otherwise`: what somebody can do beside, such as choosing another place.
+    """
+    name = subject if error.filename is None else error.filename
+    remedy = REMEDIES.get(error.errno or 0, "Free space" if otherwise else "") + (f", or {otherwise}" if otherwise else "")
+    return BadInput([Problem(str(name), error.strerror or str(error), expected, remedy, passing=error.errno in PASSING)])
+
+
 @contextmanager
 def refusing(subject: object, expected: str) -> Iterator[None]:
-    """Raise BadInput for an error of the system, naming its file, or `subject` where it names none, and what was `expected`."""
+    """Raise BadInput for an error of the system, as `refusal` says it."""
     try:
         yield
     except OSError as error:
-        name = subject if error.filename is None else error.filename
-        remedy = REMEDIES.get(error.errno or 0, "")
-        raise BadInput(
-            [Problem(str(name), error.strerror or str(error), expected, remedy, passing=error.errno in PASSING)]
-        ) from error
+        raise refusal(error, subject, expected) from error

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.errors import Problem
 from pipeline.model.computes import model_class
-from stages.verify.roundtrip.rope_settings import AGAIN, scaling_of
+from stages.verify.contract.reader import is_number
+from stages.verify.roundtrip.rope_settings import AGAIN, same, scaling_of
 
 Config = Mapping[str, Any]
 GRANITE = ("GraniteForCausalLM", "GraniteMoeForCausalLM")
@@ -25,12 +26,12 @@ ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish", "swiglu"), "silu"),
     **dict.fromkeys(("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu"),
 }
-# How the shares of a token's experts are brought to a sum of 1: 1 always, 2 by Phi's mixer, else as `norm_topk_prob` says.
 # The epsilons of norms, where the class in transformers has another than LLaMA's.
 EPSILONS = dict.fromkeys(
     (*PHI, "MixtralForCausalLM", "ArcticForCausalLM", "ExaoneForCausalLM", "Qwen2VLForConditionalGeneration"), 1e-5
 )
 EPSILON = 1e-6
+# How the shares of a token's experts are brought to a sum of 1: 1 always, 2 by Phi's mixer, else as `norm_topk_prob` says.
 ROUTINGS = {"MixtralForCausalLM": 1, "ArcticForCausalLM": 1, "GraniteMoeForCausalLM": 1, "PhiMoEForCausalLM": 2}
 JITTER = 0.01  # transformers' router_jitter_noise
 SCALAR, CAP, LOCAL_BASE, PATTERN = 256, 30.0, 10000.0, 6  # Gemma's, where no key says them
@@ -43,7 +44,7 @@ def check_model(config: Config, source: Config, options: Config) -> Iterator[Pro
     `options`: those of the conversion, which may say what the source does not.
     """
     for key, found, meant in _settings(config, source, options):
-        if meant is not None and not _same(found, meant):
+        if meant is not None and not same(found, meant):
             yield Problem(f"config.json: {key}", repr(found), f"{meant!r}, by the source", AGAIN)
 
 
@@ -148,9 +149,4 @@ def _experts(moe: Config, source: Config, architecture: str) -> Iterator[tuple[s
 
 def _number(value: Any) -> Any:
     """The value where it is a number, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _same(one: Any, other: Any) -> bool:
-    numbers = _number(one) is not None and _number(other) is not None
-    return math.isclose(one, other, rel_tol=1e-6) if numbers else bool(one == other)
+    return value if is_number(value) else None

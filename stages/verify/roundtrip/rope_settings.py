@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import Problem
+from stages.verify.contract.reader import is_number
 
 AGAIN = "Convert it again"
 LONG_ROPE = ("longrope", "su")
@@ -45,7 +46,7 @@ def check_rope(config: Mapping[str, Any], source: Mapping[str, Any], without: bo
     base = theirs.get("rope_theta", _parameters(source).get("rope_theta", source.get("rope_theta")))
     base = BASES.get(str(config.get("architecture")), BASE) if base is None else base
     found = config.get("rotary_base", BASE)
-    if _number(base) and _number(found) and not math.isclose(base, found):
+    if is_number(base) and is_number(found) and not math.isclose(base, found):
         yield Problem("config.json: rotary_base", repr(found), f"{base!r}, by the source's rope_theta", AGAIN)
 
 
@@ -69,10 +70,10 @@ def _scaling_problems(config: Mapping[str, Any], source: Mapping[str, Any]) -> I
     read = {**OF_CLASS.get(kind, {}), **_said(ours)}
     known = {*OF_CLASS.get(kind, ()), "factor", "mrope_section"}
     for key in sorted((meant.keys() | read.keys()) & (known | (meant.keys() & read.keys())) - set(OF_MAGNITUDE)):
-        if not _same(meant.get(key), read.get(key)):
+        if not same(meant.get(key), read.get(key)):
             found = f"{ours.get(key)!r}" if key in ours else f"none, which the class takes for {read.get(key)!r}"
             yield Problem(f"config.json: rotary_scaling.{key}", found, f"{meant.get(key)!r}, by the source", AGAIN)
-    if kind == "yarn" and not _same(*(magnitudes := (_magnitude_of_source(meant), _magnitude_of_class(read)))):
+    if kind == "yarn" and not same(*(magnitudes := (_magnitude_of_source(meant), _magnitude_of_class(read)))):
         expected, found = (f"{each:g} times what is turned" for each in magnitudes)
         yield Problem("config.json: rotary_scaling.mscale", found, f"{expected}, by the source", AGAIN)
 
@@ -83,7 +84,7 @@ def _long_rope(config: Mapping[str, Any], source: Mapping[str, Any], theirs: Map
         if list(theirs.get(f"{key}_factor") or ()) != list(config.get(f"longrope_scaling_{key}_factors") or ()):
             yield Problem(f"config.json: longrope_scaling_{key}_factors", "others", f"the source's {key}_factor", AGAIN)
         meant, found = theirs.get(f"{key}_mscale"), config.get(f"longrope_{key}_mscale")
-        if not _same(meant, found) and (found is not None or config.get("architecture") == "PhiMoEForCausalLM"):
+        if not same(meant, found) and (found is not None or config.get("architecture") == "PhiMoEForCausalLM"):
             yield Problem(f"config.json: longrope_{key}_mscale", repr(found), f"{meant!r}, by the source's {key}_mscale", AGAIN)
     usual = USUAL_LENGTH if config.get("architecture") == "Phi3ForCausalLM" else source.get("max_position_embeddings")
     lengths = [each for each in (theirs.get(LENGTH), source.get(LENGTH)) if each is not None] or [usual]
@@ -95,14 +96,11 @@ def _said(scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in scaling.items() if key not in NAMES and value is not None}
 
 
-def _same(one: Any, other: Any) -> bool:
-    if _number(one) and _number(other):
+def same(one: Any, other: Any) -> bool:
+    """Whether two settings are the same: numbers but for a rounding."""
+    if is_number(one) and is_number(other):
         return math.isclose(one, other, rel_tol=1e-6)
     return bool(one == other)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _magnitude_of_class(scaling: Mapping[str, Any]) -> float | None:
@@ -114,14 +112,14 @@ def _magnitude_of_source(scaling: Mapping[str, Any]) -> float | None:
     """The factor by which transformers does: `attention_factor`, or that of both scales, or of neither."""
     if scaling.get("attention_factor") is not None:
         told = scaling["attention_factor"]
-        return float(told) if _number(told) else None
+        return float(told) if is_number(told) else None
     both = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return _ratio(scaling.get("factor"), *(both if all(both) else (1.0, 0.0)))
 
 
 def _ratio(factor: Any, scale: Any, every: Any) -> float | None:
-    if not all(map(_number, (factor, scale, every))) or factor <= 1:
-        return 1.0 if _number(factor) else None
+    if not all(map(is_number, (factor, scale, every))) or factor <= 1:
+        return 1.0 if is_number(factor) else None
     growth = 0.1 * math.log(factor)
     return float((growth * scale + 1) / (growth * every + 1)) if growth * every != -1 else None
 
